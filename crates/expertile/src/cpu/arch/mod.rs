@@ -1,0 +1,172 @@
+//! Instruction sets: the token that proves one is there, and how a function is compiled for each.
+//!
+//! An [`Isa`] can only be made by asking the CPU, so whoever holds `Isa::avx512()` may run AVX-512 code: that is the
+//! whole safety argument of the dispatch below.
+
+use crate::error::{Error, Result};
+use std::fmt;
+
+/// An instruction set that this CPU has.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Isa(Level);
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Level {
+    Portable,
+    Avx2,
+    Avx512,
+}
+
+impl Isa {
+    /// Plain Rust, everywhere.
+    #[must_use]
+    pub fn portable() -> Self {
+        Self(Level::Portable)
+    }
+
+    /// AVX2 with FMA and F16C, if the CPU has them.
+    #[must_use]
+    pub fn avx2() -> Option<Self> {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+            return Some(Self(Level::Avx2));
+        }
+        None
+    }
+
+    /// AVX-512 F, BW, DQ, VL, VBMI and BF16, if the CPU has all of them (AMD Zen 4, Intel Sapphire Rapids and later).
+    #[must_use]
+    pub fn avx512() -> Option<Self> {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        if Self::avx2().is_some()
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vbmi")
+            && is_x86_feature_detected!("avx512bf16")
+        {
+            return Some(Self(Level::Avx512));
+        }
+        None
+    }
+
+    /// The best one this CPU has.
+    #[must_use]
+    pub fn best() -> Self {
+        Self::avx512().or_else(Self::avx2).unwrap_or_else(Self::portable)
+    }
+
+    /// Every one this CPU has, plainest first.
+    #[must_use]
+    pub fn available() -> Vec<Self> {
+        [Some(Self::portable()), Self::avx2(), Self::avx512()].into_iter().flatten().collect()
+    }
+
+    /// The instruction set of that name.
+    ///
+    /// # Errors
+    /// [`Error::Name`] for an unknown name, [`Error::Device`] if this CPU does not have it.
+    pub fn named(name: &str) -> Result<Self> {
+        let isa = match name {
+            "portable" => Some(Self::portable()),
+            "avx2" => Self::avx2(),
+            "avx512-bf16" => Self::avx512(),
+            _ => {
+                return Err(Error::Name {
+                    argument: "isa",
+                    actual: name.into(),
+                    expected: "portable, avx2, avx512-bf16",
+                });
+            }
+        };
+        isa.ok_or_else(|| Error::Device {
+            argument: "isa",
+            actual: name.into(),
+            expected: format!("one that this CPU has: {}", Self::names()),
+        })
+    }
+
+    fn names() -> String {
+        Self::available().iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Its name: `portable`, `avx2` or `avx512-bf16`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Level::Portable => "portable",
+            Level::Avx2 => "avx2",
+            Level::Avx512 => "avx512-bf16",
+        }
+    }
+
+    pub(crate) fn level(self) -> Level {
+        self.0
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl fmt::Debug for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Isa({})", self.name())
+    }
+}
+
+/// Compiles one body for every instruction set and picks at run time by an [`Isa`], the first argument.
+///
+/// The body must be plain Rust that the compiler can turn into vector code: callees it needs inlined are
+/// `#[inline(always)]`. Rust never contracts or reorders float operations, so all versions give the same bits.
+macro_rules! multiversion {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$($generic:ident: $bound:path),+>)? ($isa:ident: Isa $(, $arg:ident: $type:ty)* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        #[allow(unsafe_code)]
+        $vis fn $name $(<$($generic: $bound),+>)? ($isa: $crate::cpu::Isa $(, $arg: $type)*) $(-> $ret)? {
+            #[inline(always)]
+            fn body $(<$($generic: $bound),+>)? ($($arg: $type),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2 $(<$($generic: $bound),+>)? ($($arg: $type),*) $(-> $ret)? {
+                body($($arg),*)
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
+            fn avx512 $(<$($generic: $bound),+>)? ($($arg: $type),*) $(-> $ret)? {
+                body($($arg),*)
+            }
+
+            match $isa.level() {
+                // SAFETY: an `Isa` of this level exists only if the CPU has every feature that `avx512` enables.
+                #[cfg(target_arch = "x86_64")]
+                $crate::cpu::arch::Level::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: an `Isa` of this level exists only if the CPU has every feature that `avx2` enables.
+                #[cfg(target_arch = "x86_64")]
+                $crate::cpu::arch::Level::Avx2 => unsafe { avx2($($arg),*) },
+                _ => body($($arg),*),
+            }
+        }
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_back_to_what_is_available() {
+        for isa in Isa::available() {
+            assert_eq!(Isa::named(isa.name()).unwrap(), isa);
+        }
+        assert!(matches!(Isa::named("sse9"), Err(Error::Name { argument: "isa", .. })));
+        if Isa::avx512().is_none() {
+            assert!(matches!(Isa::named("avx512-bf16"), Err(Error::Device { argument: "isa", .. })));
+        }
+    }
+}

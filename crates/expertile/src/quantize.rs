@@ -1,0 +1,316 @@
+//! What a quantized value and its scale are, and where a scale stands.
+//!
+//! A row of `H` values is cut into groups of 128 (or 32, as in MXFP8) consecutive values; each group has one scale:
+//!
+//! ```text
+//! amax  = max(1e-10, max |x| over the group, NaN ignored)
+//! scale = amax * (1/448)                    rounded up to a power of two if asked
+//! byte  = e4m3(clamp(x / scale, -448, 448)) round to nearest, ties to even; NaN stays NaN
+//! ```
+//!
+//! All of it is IEEE f32, one rounding per operation, so every backend gives the same bits. An infinite `amax` gives an
+//! infinite scale (UE8M0 byte 255, which is NaN): the group reads back as NaN rather than as plausible numbers.
+
+use crate::dtype::E4m3;
+use crate::error::{Error, Result, checked_mul};
+
+/// `amax` is never below this, so that a group of zeros has a finite reciprocal (the reference's floor).
+pub const AMAX_FLOOR: f32 = 1e-10;
+
+/// Consecutive values that share a scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Group {
+    /// 32, as in MXFP8.
+    G32,
+    /// 128, as in DeepSeek's 1x128 scaling.
+    G128,
+}
+
+impl Group {
+    /// The number of values.
+    #[must_use]
+    pub const fn size(self) -> usize {
+        match self {
+            Self::G32 => 32,
+            Self::G128 => 128,
+        }
+    }
+
+    /// The group of that many values.
+    ///
+    /// # Errors
+    /// [`Error::Value`] unless `size` is 32 or 128.
+    pub fn from_size(size: usize) -> Result<Self> {
+        match size {
+            32 => Ok(Self::G32),
+            128 => Ok(Self::G128),
+            _ => Err(Error::value("group", size, "32 or 128")),
+        }
+    }
+}
+
+/// Where the scale of row `r`, group `g` stands among `[M_sum, H / group]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ScaleLayout {
+    /// f32 at `r * (H / group) + g`.
+    RowMajor,
+    /// f32 at `r + g * round_up(M_sum, 4)`: what a TMA load of a column of rows wants.
+    MnMajor,
+    /// UE8M0 exponent bytes, four to an i32: byte `g % 4` of the word at `r + (g / 4) * round_up(M_sum, 4)`.
+    PackedUe8m0,
+}
+
+/// Which value a scale takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ScaleRounding {
+    /// `amax * (1/448)`.
+    Exact,
+    /// The smallest power of two that is at least that.
+    PowerOfTwo,
+}
+
+/// Group, layout and rounding of the scales of one operand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ScaleFormat {
+    group: Group,
+    layout: ScaleLayout,
+    rounding: ScaleRounding,
+}
+
+impl ScaleFormat {
+    /// What vLLM feeds DeepGEMM on Hopper, without the transpose: 1x128, f32, MN-major.
+    pub const HOPPER: Self = Self { group: Group::G128, layout: ScaleLayout::MnMajor, rounding: ScaleRounding::Exact };
+
+    /// f32 scales in row-major or MN-major order.
+    ///
+    /// # Errors
+    /// [`Error::Name`] for [`ScaleLayout::PackedUe8m0`] with [`ScaleRounding::Exact`]: an exponent byte can only hold a
+    /// power of two.
+    pub fn new(group: Group, layout: ScaleLayout, rounding: ScaleRounding) -> Result<Self> {
+        if layout == ScaleLayout::PackedUe8m0 && rounding == ScaleRounding::Exact {
+            return Err(Error::Name {
+                argument: "rounding",
+                actual: "Exact".into(),
+                expected: "PowerOfTwo (a UE8M0 scale is a power of two)",
+            });
+        }
+        Ok(Self { group, layout, rounding })
+    }
+
+    /// Values per scale.
+    #[must_use]
+    pub fn group(self) -> Group {
+        self.group
+    }
+
+    /// Where scales stand.
+    #[must_use]
+    pub fn layout(self) -> ScaleLayout {
+        self.layout
+    }
+
+    /// Which values they take.
+    #[must_use]
+    pub fn rounding(self) -> ScaleRounding {
+        self.rounding
+    }
+
+    /// `H / group`.
+    ///
+    /// # Errors
+    /// [`Error::Value`] unless the group divides `hidden` and `hidden` is positive.
+    pub fn groups(self, hidden: usize) -> Result<usize> {
+        let group = self.group.size();
+        if hidden == 0 || !hidden.is_multiple_of(group) {
+            return Err(Error::value("hidden", hidden, format!("a positive multiple of the group, {group}")));
+        }
+        Ok(hidden / group)
+    }
+
+    /// 4-byte words that the scales of `[m_sum, hidden]` take, padding included.
+    ///
+    /// # Errors
+    /// As [`ScaleFormat::groups`]; [`Error::Overflow`].
+    pub fn words(self, m_sum: usize, hidden: usize) -> Result<usize> {
+        let groups = self.groups(hidden)?;
+        match self.layout {
+            ScaleLayout::RowMajor => checked_mul("scales", m_sum, groups),
+            ScaleLayout::MnMajor => checked_mul("scales", leading_dimension(m_sum)?, groups),
+            ScaleLayout::PackedUe8m0 => checked_mul("scales", leading_dimension(m_sum)?, groups.div_ceil(4)),
+        }
+    }
+
+    /// The word that holds the scale of `[row, group]` in a buffer of `m_sum` rows, `groups` to a row.
+    #[must_use]
+    #[inline]
+    pub fn word(self, row: usize, group: usize, m_sum: usize, groups: usize) -> usize {
+        match self.layout {
+            ScaleLayout::RowMajor => row * groups + group,
+            ScaleLayout::MnMajor => row + group * m_sum.next_multiple_of(4),
+            ScaleLayout::PackedUe8m0 => row + group / 4 * m_sum.next_multiple_of(4),
+        }
+    }
+}
+
+/// `round_up(M_sum, 4)`: the stride between groups, so that every column starts on 16 bytes.
+fn leading_dimension(m_sum: usize) -> Result<usize> {
+    crate::plan::round_up(m_sum, 4)
+}
+
+/// The scale of a group whose largest magnitude is `amax` (which must not be NaN).
+#[must_use]
+#[inline(always)]
+pub fn scale_of(amax: f32, rounding: ScaleRounding) -> f32 {
+    let floored = if amax > AMAX_FLOOR { amax } else { AMAX_FLOOR };
+    let scale = floored * (1.0 / E4m3::MAX);
+    match rounding {
+        ScaleRounding::Exact => scale,
+        ScaleRounding::PowerOfTwo => round_up_to_power_of_two(scale),
+    }
+}
+
+/// The smallest power of two `>= scale`, for a positive normal (or infinite) `scale`.
+#[inline(always)]
+fn round_up_to_power_of_two(scale: f32) -> f32 {
+    const MANTISSA: u32 = (1 << 23) - 1;
+    // Adding all mantissa bits carries into the exponent unless the mantissa is zero.
+    f32::from_bits((scale.to_bits() + MANTISSA) & !MANTISSA)
+}
+
+/// The UE8M0 byte of a power of two: `log2(scale) + 127`, and 255 (NaN) for infinity.
+#[must_use]
+#[inline(always)]
+pub fn ue8m0_byte(scale: f32) -> u8 {
+    (scale.to_bits() >> 23) as u8
+}
+
+/// The value of a UE8M0 byte: `2^(byte - 127)`; 255 is NaN.
+#[must_use]
+#[inline]
+pub fn ue8m0_value(byte: u8) -> f32 {
+    match byte {
+        0 => f32::from_bits(1 << 22),
+        255 => f32::NAN,
+        exponent => f32::from_bits(u32::from(exponent) << 23),
+    }
+}
+
+/// `x` in units of `scale`.
+#[must_use]
+#[inline(always)]
+pub fn quantize_value(x: f32, scale: f32) -> E4m3 {
+    E4m3::from_f32(x / scale)
+}
+
+/// Scales to read: f32 words or packed UE8M0 words, as their [`ScaleFormat`] says.
+#[derive(Debug, Clone, Copy)]
+pub enum Scales<'a> {
+    /// For [`ScaleLayout::RowMajor`] and [`ScaleLayout::MnMajor`].
+    F32(&'a [f32]),
+    /// For [`ScaleLayout::PackedUe8m0`].
+    Ue8m0(&'a [i32]),
+}
+
+/// Scales to write: f32 words or packed UE8M0 words, as their [`ScaleFormat`] says.
+#[derive(Debug)]
+pub enum ScalesMut<'a> {
+    /// For [`ScaleLayout::RowMajor`] and [`ScaleLayout::MnMajor`].
+    F32(&'a mut [f32]),
+    /// For [`ScaleLayout::PackedUe8m0`].
+    Ue8m0(&'a mut [i32]),
+}
+
+impl<'a> Scales<'a> {
+    /// Fails unless these scales are of `format`'s word type and long enough for `[m_sum, hidden]`.
+    pub(crate) fn check(&self, argument: &'static str, format: ScaleFormat, m_sum: usize, hidden: usize) -> Result<()> {
+        let (len, packed) = match self {
+            Self::F32(words) => (words.len(), false),
+            Self::Ue8m0(words) => (words.len(), true),
+        };
+        check_scales(argument, format, len, packed, m_sum, hidden)
+    }
+
+    /// The scale of `[row, group]` as f32; panics outside the buffer.
+    #[must_use]
+    pub fn value(&self, format: ScaleFormat, row: usize, group: usize, m_sum: usize, groups: usize) -> f32 {
+        let word = format.word(row, group, m_sum, groups);
+        match self {
+            Self::F32(words) => words[word],
+            Self::Ue8m0(words) => ue8m0_value((words[word] as u32 >> (group % 4 * 8)) as u8),
+        }
+    }
+}
+
+impl ScalesMut<'_> {
+    pub(crate) fn check(&self, argument: &'static str, format: ScaleFormat, m_sum: usize, hidden: usize) -> Result<()> {
+        let (len, packed) = match self {
+            Self::F32(words) => (words.len(), false),
+            Self::Ue8m0(words) => (words.len(), true),
+        };
+        check_scales(argument, format, len, packed, m_sum, hidden)
+    }
+}
+
+fn check_scales(
+    argument: &'static str,
+    format: ScaleFormat,
+    len: usize,
+    packed: bool,
+    m_sum: usize,
+    hidden: usize,
+) -> Result<()> {
+    use crate::dtype::Dtype;
+    match (packed, format.layout == ScaleLayout::PackedUe8m0) {
+        (true, false) => {
+            return Err(Error::Dtype {
+                argument,
+                actual: Dtype::I32,
+                expected: "f32 for row-major and MN-major scales",
+            });
+        }
+        (false, true) => {
+            return Err(Error::Dtype { argument, actual: Dtype::F32, expected: "i32 for packed UE8M0 scales" });
+        }
+        _ => {}
+    }
+    crate::error::require_len(argument, len, format.words(m_sum, hidden)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scales_round_up_to_powers_of_two_exactly() {
+        for exponent in -30..90 {
+            let power = 2f32.powi(exponent);
+            assert_eq!(round_up_to_power_of_two(power), power);
+            assert_eq!(round_up_to_power_of_two(power.next_up()), 2.0 * power);
+            assert_eq!(round_up_to_power_of_two(power.next_down()), power);
+            assert_eq!(ue8m0_value(ue8m0_byte(power)), power);
+        }
+        assert_eq!(ue8m0_byte(round_up_to_power_of_two(f32::INFINITY)), 255);
+        assert_eq!(ue8m0_value(0), 2f32.powi(-127));
+    }
+
+    #[test]
+    fn amax_has_a_floor_and_infinity_passes_through() {
+        assert_eq!(scale_of(0.0, ScaleRounding::Exact), 1e-10 * (1.0 / 448.0));
+        assert_eq!(scale_of(f32::INFINITY, ScaleRounding::Exact), f32::INFINITY);
+        assert!(quantize_value(f32::INFINITY, f32::INFINITY).is_nan());
+        assert_eq!(quantize_value(5.0, f32::INFINITY).0, 0);
+    }
+
+    #[test]
+    fn formats_that_cannot_be_are_errors() {
+        let error = ScaleFormat::new(Group::G32, ScaleLayout::PackedUe8m0, ScaleRounding::Exact).unwrap_err();
+        assert!(matches!(error, Error::Name { argument: "rounding", .. }), "{error}");
+        assert!(matches!(Group::from_size(64), Err(Error::Value { argument: "group", actual: 64, .. })));
+        let error = ScaleFormat::HOPPER.groups(192).unwrap_err();
+        assert!(error.to_string().starts_with("hidden is 192"), "{error}");
+        let error = ScalesMut::F32(&mut [0.0; 7]).check("scales", ScaleFormat::HOPPER, 5, 128).unwrap_err();
+        assert_eq!(error, Error::BufferTooSmall { argument: "scales", actual: 7, needed: 8 });
+        let error = ScalesMut::Ue8m0(&mut [0; 8]).check("scales", ScaleFormat::HOPPER, 5, 128).unwrap_err();
+        assert!(matches!(error, Error::Dtype { argument: "scales", .. }), "{error}");
+    }
+}
