@@ -275,7 +275,13 @@ impl<'a, T: Copy> MatrixRef<'a, T> {
         if self.cols == 0 {
             return Some(&[]);
         }
-        (self.col_stride == 1 || self.cols == 1).then(|| &self.data[row * self.row_stride..][..self.cols])
+        self.is_row_contiguous().then(|| &self.data[row * self.row_stride..][..self.cols])
+    }
+
+    /// Whether the elements of a row stand next to each other, so that [`MatrixRef::row`] gives slices.
+    #[must_use]
+    pub fn is_row_contiguous(&self) -> bool {
+        self.col_stride == 1 || self.cols <= 1
     }
 
     pub(crate) fn require_shape(&self, argument: &'static str, rows: usize, cols: usize) -> Result<()> {

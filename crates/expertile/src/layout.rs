@@ -243,6 +243,13 @@ impl<'a> Layout<'a> {
         self.expert_start[expert] as usize..self.psum[expert] as usize
     }
 
+    /// The runs of padding rows, in order; some may be empty.
+    pub fn padding(&self) -> impl Iterator<Item = std::ops::Range<usize>> + use<'a> {
+        let next_starts = self.expert_start[1..].iter().map(|&start| start as usize);
+        let ends = self.psum.iter().map(|&end| end as usize);
+        ends.zip(next_starts.chain([self.m_sum()])).map(|(end, next_start)| end..next_start)
+    }
+
     /// Whether a GEMM that reads one expert per tile of `row_tile` rows (from `m_indices`) may take this layout.
     ///
     /// # Errors

@@ -4,11 +4,18 @@
 //! is the best this machine has and the rayon pool one is called from, so a caller who already has a pool wraps the call
 //! in `pool.install(..)` or hands it over with [`Cpu::in_pool`].
 
+mod activation;
 pub mod arch;
 mod disjoint;
+mod permute;
+mod quantize;
+mod unpermute;
 
+pub use activation::{activate, activate_quantize};
 pub use arch::Isa;
+pub use permute::{RowScales, permute_convert, permute_quantized, permute_rows, quantize_permute};
 use std::sync::Arc;
+pub use unpermute::unpermute;
 
 /// Where CPU work runs: an instruction set and a thread pool.
 #[derive(Debug, Clone)]

@@ -3,6 +3,8 @@
 //! An [`Isa`] can only be made by asking the CPU, so whoever holds `Isa::avx512()` may run AVX-512 code: that is the
 //! whole safety argument of the dispatch below.
 
+pub(crate) mod stream;
+
 use crate::error::{Error, Result};
 use std::fmt;
 
@@ -154,6 +156,8 @@ macro_rules! multiversion {
         }
     };
 }
+
+pub(crate) use multiversion;
 
 #[cfg(test)]
 mod tests {

@@ -1,0 +1,130 @@
+//! The activation over live rows: `gate_up [M_sum, 2 I]` to `[M_sum, I]`, as bf16 or quantized.
+
+use super::Cpu;
+use super::arch::multiversion;
+use super::quantize::{ScaleSink, quantize_row};
+use crate::activation::Activation;
+use crate::dtype::{E4m3, Float, RowElement};
+use crate::error::{Error, Result, checked_mul, require_len};
+use crate::layout::Layout;
+use crate::quantize::{ScaleFormat, ScalesMut};
+use half::bf16;
+use rayon::prelude::*;
+
+/// Rows to a task: a few hundred kilobytes.
+const ROWS_PER_TASK: usize = 16;
+
+/// Writes `activation(gate, up)` of every live row of `gate_up [M_sum, 2 I]` to `out [M_sum, I]`; padding is untouched.
+///
+/// # Errors
+/// [`Error::Value`] if `intermediate` (`I`) is zero, [`Error::BufferTooSmall`], [`Error::Overflow`].
+pub fn activate<O: Float>(
+    cpu: &Cpu,
+    layout: &Layout<'_>,
+    intermediate: usize,
+    gate_up: &[bf16],
+    activation: &Activation,
+    out: &mut [O],
+) -> Result<()> {
+    let out = rows_out(layout, intermediate, gate_up, out)?;
+    each_row(
+        cpu,
+        layout,
+        intermediate,
+        gate_up,
+        out,
+        || (),
+        |(), _, gate_up, out| {
+            activate_row(cpu.isa(), gate_up, activation, out);
+        },
+    );
+    Ok(())
+}
+
+/// The same, quantized: `out [M_sum, I]` e4m3 and its scales. Scales of padding are zero.
+///
+/// The activation's f32 value is quantized directly, without a rounding to bf16 in between.
+///
+/// # Errors
+/// As [`activate`]; [`Error::Value`] unless the group divides `I`, [`Error::Dtype`] if `scales` is not of the format's
+/// word type.
+pub fn activate_quantize(
+    cpu: &Cpu,
+    layout: &Layout<'_>,
+    intermediate: usize,
+    gate_up: &[bf16],
+    activation: &Activation,
+    format: ScaleFormat,
+    out: &mut [E4m3],
+    scales: ScalesMut<'_>,
+) -> Result<()> {
+    let groups = format.groups(intermediate)?;
+    scales.check("scales", format, layout.m_sum(), intermediate)?;
+    let out = rows_out(layout, intermediate, gate_up, out)?;
+    let sink = ScaleSink::new(format, layout, groups, scales);
+    each_row(
+        cpu,
+        layout,
+        intermediate,
+        gate_up,
+        out,
+        || (vec![0.0f32; intermediate], vec![0.0; groups]),
+        |(values, scales), row, gate_up, out| {
+            activate_row(cpu.isa(), gate_up, activation, values);
+            quantize_row(cpu.isa(), values, format.group().size(), format.rounding(), out, scales);
+            #[allow(unsafe_code)]
+            // SAFETY: `each_row` gives a row to one task.
+            unsafe {
+                sink.write_row(row, scales);
+            }
+        },
+    );
+    Ok(())
+}
+
+multiversion! {
+    /// One row: `gate_up [2 I]` to `out [I]`.
+    fn activate_row<O: Float>(isa: Isa, gate_up: &[bf16], activation: &Activation, out: &mut [O]) {
+        let (gate, up) = gate_up.split_at(out.len());
+        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+            *out = O::from_f32(activation.apply(Float::to_f32(*gate), Float::to_f32(*up)));
+        }
+    }
+}
+
+fn rows_out<'o, O>(
+    layout: &Layout<'_>,
+    intermediate: usize,
+    gate_up: &[bf16],
+    out: &'o mut [O],
+) -> Result<&'o mut [O]> {
+    if intermediate == 0 {
+        return Err(Error::value("intermediate", 0, "at least 1"));
+    }
+    let needed = checked_mul("M_sum * I", layout.m_sum(), intermediate)?;
+    require_len("gate_up", gate_up.len(), checked_mul("M_sum * 2 I", needed, 2)?)?;
+    require_len("out", out.len(), needed)?;
+    Ok(&mut out[..needed])
+}
+
+/// Calls `work` with every live row: its number, its `gate_up` and its part of `out`.
+fn each_row<O: RowElement, S>(
+    cpu: &Cpu,
+    layout: &Layout<'_>,
+    intermediate: usize,
+    gate_up: &[bf16],
+    out: &mut [O],
+    space: impl Fn() -> S + Sync + Send,
+    work: impl Fn(&mut S, usize, &[bf16], &mut [O]) + Sync + Send,
+) {
+    cpu.install(|| {
+        out.par_chunks_mut(ROWS_PER_TASK * intermediate).enumerate().for_each_init(&space, |space, (task, out)| {
+            for (offset, out) in out.chunks_exact_mut(intermediate).enumerate() {
+                let row = task * ROWS_PER_TASK + offset;
+                if layout.m_indices()[row] >= 0 {
+                    work(space, row, &gate_up[row * 2 * intermediate..][..2 * intermediate], out);
+                }
+            }
+        });
+    });
+}

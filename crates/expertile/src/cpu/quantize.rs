@@ -1,0 +1,126 @@
+//! Quantizing a row, and putting its scales where their format wants them.
+
+use super::arch::multiversion;
+use super::disjoint::Disjoint;
+use crate::dtype::{E4m3, Float, e4m3_byte};
+use crate::layout::Layout;
+use crate::quantize::{ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut, scale_of, ue8m0_byte};
+
+multiversion! {
+    /// Quantizes `row` group by group: `bytes [H]` and `scales [H / group]`, both of the right length.
+    pub(crate) fn quantize_row<T: Float>(
+        isa: Isa,
+        row: &[T],
+        group: usize,
+        rounding: ScaleRounding,
+        bytes: &mut [E4m3],
+        scales: &mut [f32],
+    ) {
+        for ((values, bytes), scale) in row.chunks_exact(group).zip(bytes.chunks_exact_mut(group)).zip(scales) {
+            *scale = scale_of(amax(values), rounding);
+            for (byte, &value) in bytes.iter_mut().zip(values) {
+                byte.0 = e4m3_byte(value.to_f32() / *scale);
+            }
+        }
+    }
+}
+
+/// The largest magnitude, NaN ignored. Magnitudes of floats compare as their bits do, and an integer maximum (unlike a
+/// float one) may be taken in any order, which lets the compiler use vectors.
+#[inline(always)]
+fn amax<T: Float>(values: &[T]) -> f32 {
+    let mut largest = 0u32;
+    for value in values {
+        let magnitude = value.to_f32().to_bits() & 0x7fff_ffff;
+        largest = largest.max(if magnitude > 0x7f80_0000 { 0 } else { magnitude });
+    }
+    f32::from_bits(largest)
+}
+
+/// The scales of a permuted buffer while several threads write their rows' own.
+#[derive(Clone, Copy)]
+pub(crate) struct ScaleSink<'a> {
+    format: ScaleFormat,
+    m_sum: usize,
+    groups: usize,
+    words: Words<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum Words<'a> {
+    F32(Disjoint<'a, f32>),
+    Ue8m0(Disjoint<'a, i32>),
+}
+
+impl<'a> ScaleSink<'a> {
+    /// Over scales that were checked against `format`, `[layout.m_sum(), groups]`; zeroes what no live row will write.
+    pub(crate) fn new(format: ScaleFormat, layout: &Layout<'_>, groups: usize, scales: ScalesMut<'a>) -> Self {
+        let m_sum = layout.m_sum();
+        let words = match scales {
+            ScalesMut::F32(words) => {
+                zero_padding(format, layout, groups, words);
+                Words::F32(Disjoint::new(words))
+            }
+            ScalesMut::Ue8m0(words) => {
+                zero_padding(format, layout, groups, words);
+                Words::Ue8m0(Disjoint::new(words))
+            }
+        };
+        Self { format, m_sum, groups, words }
+    }
+
+    /// Writes the scales of one row.
+    ///
+    /// # Safety
+    /// No other thread writes this row's scales at the same time.
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn write_row(&self, row: usize, scales: &[f32]) {
+        let word = |group| self.format.word(row, group, self.m_sum, self.groups);
+        match &self.words {
+            Words::F32(words) if self.format.layout() == ScaleLayout::RowMajor => {
+                // SAFETY: a row's words belong to that row alone, and the caller has the row to itself.
+                let target = unsafe { words.part(word(0), self.groups) };
+                target.copy_from_slice(scales);
+            }
+            Words::F32(words) => {
+                for (group, &scale) in scales.iter().enumerate() {
+                    // SAFETY: the word of (row, group) is no other row's, and the caller has the row to itself.
+                    let target = unsafe { words.part(word(group), 1) };
+                    target[0] = scale;
+                }
+            }
+            Words::Ue8m0(words) => {
+                for (index, four) in scales.chunks(4).enumerate() {
+                    let mut packed = [0; 4];
+                    for (byte, &scale) in packed.iter_mut().zip(four) {
+                        *byte = ue8m0_byte(scale);
+                    }
+                    // SAFETY: as above; the four bytes of a word belong to one row.
+                    let target = unsafe { words.part(word(4 * index), 1) };
+                    target[0] = i32::from_le_bytes(packed);
+                }
+            }
+        }
+    }
+}
+
+/// Zeroes the words of padding rows, and those between `M_sum` and the stride of the MN-major layouts.
+fn zero_padding<W: Copy + Default>(format: ScaleFormat, layout: &Layout<'_>, groups: usize, words: &mut [W]) {
+    let m_sum = layout.m_sum();
+    let (columns, stride) = match format.layout() {
+        ScaleLayout::RowMajor => {
+            for rows in layout.padding() {
+                words[rows.start * groups..rows.end * groups].fill(W::default());
+            }
+            return;
+        }
+        ScaleLayout::MnMajor => (groups, m_sum.next_multiple_of(4)),
+        ScaleLayout::PackedUe8m0 => (groups.div_ceil(4), m_sum.next_multiple_of(4)),
+    };
+    for column in words.chunks_exact_mut(stride.max(1)).take(columns) {
+        for rows in layout.padding() {
+            column[rows].fill(W::default());
+        }
+        column[m_sum..].fill(W::default());
+    }
+}

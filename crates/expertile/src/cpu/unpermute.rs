@@ -1,0 +1,89 @@
+//! Rows back to their tokens: a weighted sum in slot order.
+
+use super::Cpu;
+use super::arch::multiversion;
+use crate::dtype::{Float, MatrixRef};
+use crate::error::{Error, Result, checked_mul, require_len};
+use crate::layout::Layout;
+use rayon::prelude::*;
+
+/// Columns summed at a time: their f32 sums stay in registers and the first-level cache.
+const COLUMNS: usize = 256;
+
+/// `out[m, :] = sum over slots k of topk_weights[m, k] * rows[inv_perm[m, k], :]`.
+///
+/// `rows` is `[M_sum, H]`, `topk_weights` `[M, topk]` (ones if absent), `out` `[M, H]`. The sum is f32, starts at zero and
+/// runs in slot order, each product and each sum rounded once, with one cast at the end. Empty slots are skipped, never
+/// multiplied by zero; a token with no live slot gives zeros.
+///
+/// # Errors
+/// [`Error::Shape`] unless `rows` has `M_sum` rows and the weights are `[M, topk]`, [`Error::Value`] for `H = 0`,
+/// [`Error::BufferTooSmall`] for a short `out`, [`Error::Overflow`].
+pub fn unpermute<T: Float, O: Float>(
+    cpu: &Cpu,
+    rows: MatrixRef<'_, T>,
+    layout: &Layout<'_>,
+    topk_weights: Option<MatrixRef<'_, f32>>,
+    out: &mut [O],
+) -> Result<()> {
+    const VALUES_PER_TASK: usize = 1 << 16;
+    let hidden = rows.cols();
+    let (tokens, topk) = (layout.tokens(), layout.topk());
+    rows.require_shape("rows", layout.m_sum(), hidden)?;
+    if hidden == 0 {
+        return Err(Error::value("hidden", 0, "at least 1"));
+    }
+    if let Some(weights) = topk_weights {
+        weights.require_shape("topk_weights", tokens, topk)?;
+    }
+    let needed = checked_mul("M * H", tokens, hidden)?;
+    require_len("out", out.len(), needed)?;
+    let by_size = VALUES_PER_TASK.div_ceil(hidden.saturating_mul(topk));
+    let tokens_per_task = by_size.min(tokens.div_ceil(4 * cpu.threads()).max(1));
+    cpu.install(|| {
+        out[..needed].par_chunks_mut(tokens_per_task * hidden).enumerate().for_each(|(task, out)| {
+            for (offset, out) in out.chunks_exact_mut(hidden).enumerate() {
+                let token = task * tokens_per_task + offset;
+                let slots = &layout.inv_perm()[token * topk..][..topk];
+                reduce_token(cpu.isa(), rows, slots, topk_weights, token, out);
+            }
+        });
+    });
+    Ok(())
+}
+
+multiversion! {
+    fn reduce_token<T: Float, O: Float>(
+        isa: Isa,
+        rows: MatrixRef<'_, T>,
+        slots: &[i32],
+        topk_weights: Option<MatrixRef<'_, f32>>,
+        token: usize,
+        out: &mut [O],
+    ) {
+        for (block, out) in out.chunks_mut(COLUMNS).enumerate() {
+            let first = block * COLUMNS;
+            let mut sums = [0.0f32; COLUMNS];
+            let sums = &mut sums[..out.len()];
+            for (slot, &row) in slots.iter().enumerate() {
+                let Ok(row) = usize::try_from(row) else { continue };
+                let weight = topk_weights.map_or(1.0, |weights| weights.get(token, slot));
+                match rows.row(row) {
+                    Some(values) => {
+                        for (sum, value) in sums.iter_mut().zip(&values[first..][..out.len()]) {
+                            *sum += weight * value.to_f32();
+                        }
+                    }
+                    None => {
+                        for (col, sum) in sums.iter_mut().enumerate() {
+                            *sum += weight * rows.get(row, first + col).to_f32();
+                        }
+                    }
+                }
+            }
+            for (out, &sum) in out.iter_mut().zip(&*sums) {
+                *out = O::from_f32(sum);
+            }
+        }
+    }
+}
