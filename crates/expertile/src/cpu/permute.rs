@@ -261,12 +261,12 @@ fn write_scales(sink: &ScaleSink<'_>, rows: &[i32], scales: &[f32]) {
     }
 }
 
-fn live(rows: &[i32]) -> impl Iterator<Item = usize> + '_ {
+pub(super) fn live(rows: &[i32]) -> impl Iterator<Item = usize> + '_ {
     rows.iter().filter_map(|&row| usize::try_from(row).ok())
 }
 
 /// Calls `work` with every token that has a live slot and the rows of its slots, each token once.
-pub(super) fn each_token<S>(
+fn each_token<S>(
     cpu: &Cpu,
     layout: &Layout<'_>,
     cols: usize,
@@ -295,11 +295,11 @@ pub(super) fn each_token<S>(
 }
 
 /// Room to gather a row into, where its elements do not stand next to each other.
-fn gather_space<T: RowElement>(x: MatrixRef<'_, T>) -> Vec<T> {
+pub(super) fn gather_space<T: RowElement>(x: MatrixRef<'_, T>) -> Vec<T> {
     if x.is_row_contiguous() { Vec::new() } else { vec![T::zeroed(); x.cols()] }
 }
 
-fn gather<'s, T: RowElement>(x: MatrixRef<'s, T>, token: usize, space: &'s mut [T]) -> &'s [T] {
+pub(super) fn gather<'s, T: RowElement>(x: MatrixRef<'s, T>, token: usize, space: &'s mut [T]) -> &'s [T] {
     match x.row(token) {
         Some(row) => row,
         None => {

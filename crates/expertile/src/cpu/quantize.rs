@@ -1,10 +1,14 @@
 //! Quantizing a row, and putting its scales where their format wants them.
 
+use super::Cpu;
 use super::arch::multiversion;
 use super::disjoint::Disjoint;
-use crate::dtype::{E4m3, Float, e4m3_byte};
+use super::permute::{gather, gather_space};
+use crate::dtype::{E4m3, Float, MatrixRef, e4m3_byte};
+use crate::error::{Result, checked_mul, require_len};
 use crate::layout::Layout;
 use crate::quantize::{ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut, scale_of, ue8m0_byte};
+use rayon::prelude::*;
 
 multiversion! {
     /// Quantizes `row` group by group: `bytes [H]` and `scales [H / group]`, both of the right length.
@@ -123,4 +127,47 @@ fn zero_padding<W: Copy + Default>(format: ScaleFormat, layout: &Layout<'_>, gro
         }
         column[m_sum..].fill(W::default());
     }
+}
+
+/// Quantizes rows that already stand in their place: live rows of `rows [M_sum, H]` to `out [M_sum, H]` and its scales.
+///
+/// For dispatchers that deliver rows expanded and sorted ([`Layout::from_psum`]). Padding rows are neither read nor
+/// written; their scales are zero.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape) unless `rows` has `M_sum` rows, [`Error::Value`](crate::Error::Value) unless the
+/// group divides `H`, [`Error::Dtype`](crate::Error::Dtype) if `scales` is not of the format's word type,
+/// [`Error::BufferTooSmall`](crate::Error::BufferTooSmall), [`Error::Overflow`](crate::Error::Overflow).
+pub fn quantize_rows<T: Float>(
+    cpu: &Cpu,
+    rows: MatrixRef<'_, T>,
+    layout: &Layout<'_>,
+    format: ScaleFormat,
+    out: &mut [E4m3],
+    scales: ScalesMut<'_>,
+) -> Result<()> {
+    let hidden = rows.cols();
+    let groups = format.groups(hidden)?;
+    rows.require_shape("rows", layout.m_sum(), hidden)?;
+    scales.check("scales", format, layout.m_sum(), hidden)?;
+    let needed = checked_mul("M_sum * H", layout.m_sum(), hidden)?;
+    require_len("out", out.len(), needed)?;
+    let sink = ScaleSink::new(format, layout, groups, scales);
+    cpu.install(|| {
+        out[..needed].par_chunks_exact_mut(hidden).zip(layout.m_indices()).enumerate().for_each_init(
+            || (gather_space(rows), vec![0.0; groups]),
+            |(space, scales), (row, (out, &expert))| {
+                if expert >= 0 {
+                    let values = gather(rows, row, space);
+                    quantize_row(cpu.isa(), values, format.group().size(), format.rounding(), out, scales);
+                    #[allow(unsafe_code)]
+                    // SAFETY: each row is visited once.
+                    unsafe {
+                        sink.write_row(row, scales);
+                    }
+                }
+            },
+        );
+    });
+    Ok(())
 }

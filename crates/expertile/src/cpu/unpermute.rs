@@ -2,6 +2,8 @@
 
 use super::Cpu;
 use super::arch::multiversion;
+use super::arch::stream::prefetch;
+use super::permute::live;
 use crate::dtype::{Float, MatrixRef};
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::layout::Layout;
@@ -40,12 +42,13 @@ pub fn unpermute<T: Float, O: Float>(
     require_len("out", out.len(), needed)?;
     let by_size = VALUES_PER_TASK.div_ceil(hidden.saturating_mul(topk));
     let tokens_per_task = by_size.min(tokens.div_ceil(4 * cpu.threads()).max(1));
+    let slots =
+        |token: usize| layout.inv_perm().get(token * topk..).map_or(&[][..], |rest| &rest[..topk.min(rest.len())]);
     cpu.install(|| {
         out[..needed].par_chunks_mut(tokens_per_task * hidden).enumerate().for_each(|(task, out)| {
             for (offset, out) in out.chunks_exact_mut(hidden).enumerate() {
                 let token = task * tokens_per_task + offset;
-                let slots = &layout.inv_perm()[token * topk..][..topk];
-                reduce_token(cpu.isa(), rows, slots, topk_weights, token, out);
+                reduce_token(cpu.isa(), rows, slots(token), slots(token + 1), topk_weights, token, out);
             }
         });
     });
@@ -57,12 +60,17 @@ multiversion! {
         isa: Isa,
         rows: MatrixRef<'_, T>,
         slots: &[i32],
+        next_slots: &[i32],
         topk_weights: Option<MatrixRef<'_, f32>>,
         token: usize,
         out: &mut [O],
     ) {
         for (block, out) in out.chunks_mut(COLUMNS).enumerate() {
             let first = block * COLUMNS;
+            // Rows of a token stand far apart, which no hardware prefetcher guesses: ask one token ahead.
+            for row in live(next_slots).filter_map(|row| rows.row(row)) {
+                prefetch(&row[first..][..out.len()]);
+            }
             let mut sums = [0.0f32; COLUMNS];
             let sums = &mut sums[..out.len()];
             for (slot, &row) in slots.iter().enumerate() {

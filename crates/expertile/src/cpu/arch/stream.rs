@@ -5,8 +5,23 @@
 
 use super::Isa;
 
-/// Below this many bytes written, a buffer is likelier read back from the cache than from memory.
-pub(crate) const STREAM_BYTES: usize = 8 << 20;
+/// Below this many bytes written, a buffer is likelier read back from the cache than from memory: the last-level cache of
+/// a server core complex.
+pub(crate) const STREAM_BYTES: usize = 32 << 20;
+
+/// Asks for the cache lines of `values` ahead of their use.
+#[allow(unsafe_code)]
+#[inline(always)]
+pub(crate) fn prefetch<T>(values: &[T]) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    for offset in (0..size_of_val(values)).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: the address lies within `values`, and a prefetch reads nothing that the program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(values.as_ptr().cast::<i8>().wrapping_add(offset)) };
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = values;
+}
 
 /// Copies `source` over `target`, past the cache; panics if their lengths differ. [`fence`] before others read it.
 #[allow(unsafe_code)]

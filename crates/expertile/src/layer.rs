@@ -1,0 +1,146 @@
+//! The layer as plain data: its shape, its stages, and what each stage must move and compute.
+
+use crate::error::{Error, Result, checked_mul};
+use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
+use crate::layout::Layout;
+use crate::routing::require_experts;
+use std::fmt;
+
+/// The sizes of one expert layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LayerShape {
+    hidden: usize,
+    intermediate: usize,
+    local_experts: usize,
+}
+
+impl LayerShape {
+    /// `H`, `I` and `E`.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if one of them is zero, [`Error::Overflow`] if `E * 2 I * H` does not fit.
+    pub fn new(hidden: usize, intermediate: usize, local_experts: usize) -> Result<Self> {
+        for (argument, value) in [("hidden", hidden), ("intermediate", intermediate)] {
+            if value == 0 {
+                return Err(Error::value(argument, 0, "at least 1"));
+            }
+        }
+        require_experts(local_experts)?;
+        let columns = checked_mul("2 I", intermediate, 2)?;
+        checked_mul("E * 2 I * H", checked_mul("2 I * H", columns, hidden)?, local_experts)?;
+        Ok(Self { hidden, intermediate, local_experts })
+    }
+
+    /// `H`.
+    #[must_use]
+    pub fn hidden(&self) -> usize {
+        self.hidden
+    }
+
+    /// `I`.
+    #[must_use]
+    pub fn intermediate(&self) -> usize {
+        self.intermediate
+    }
+
+    /// `E`.
+    #[must_use]
+    pub fn local_experts(&self) -> usize {
+        self.local_experts
+    }
+}
+
+/// A stage of the layer, in the order of a token's path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Stage {
+    /// Counting, aligning and ranking: the layout.
+    Routing,
+    /// Rows to their place, quantized or converted on the way.
+    Permute,
+    /// `[rows, H]` times `[2 I, H]`.
+    Gemm1,
+    /// `silu(gate) * up`, quantized if the activations are e4m3.
+    Activation,
+    /// `[rows, I]` times `[H, I]`.
+    Gemm2,
+    /// The weighted sum.
+    Unpermute,
+}
+
+impl Stage {
+    /// Every stage, in order.
+    pub const ALL: [Self; 6] =
+        [Self::Routing, Self::Permute, Self::Gemm1, Self::Activation, Self::Gemm2, Self::Unpermute];
+
+    /// The name that tables and JSON print.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Routing => "routing",
+            Self::Permute => "permute",
+            Self::Gemm1 => "gemm1",
+            Self::Activation => "activation",
+            Self::Gemm2 => "gemm2",
+            Self::Unpermute => "unpermute",
+        }
+    }
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What a stage cannot do without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct StageCost {
+    /// Bytes read and written, each operand once; weights of active experts only.
+    pub bytes: u64,
+    /// Floating-point operations of the matrix products over live rows (2 per multiply-add); 0 for the other stages.
+    pub flops: u64,
+}
+
+/// The cost of every stage for one layout.
+#[must_use]
+pub fn stage_cost(
+    stage: Stage,
+    shape: &LayerShape,
+    layout: &Layout<'_>,
+    weights: WeightFormat,
+    activations: ActivationFormat,
+    input_bytes: usize,
+) -> StageCost {
+    let live = layout.live_rows() as u64;
+    let (hidden, intermediate) = (shape.hidden as u64, shape.intermediate as u64);
+    let active = layout.expert_num_tokens().iter().filter(|&&count| count > 0).count() as u64;
+    let row = |cols: u64| match activations {
+        ActivationFormat::Bf16 => 2 * cols,
+        ActivationFormat::E4m3 => cols + cols.div_ceil(128) * 4,
+    };
+    let gemm = |n: u64, k: u64| {
+        let block = WEIGHT_BLOCK as u64;
+        let scales = match weights {
+            WeightFormat::E4m3 => n.div_ceil(block) * k.div_ceil(block) * 4,
+            WeightFormat::Bf16 => 0,
+        };
+        let expert = n * k * weights.bytes() as u64 + scales;
+        StageCost { bytes: active * expert + live * (row(k) + 2 * n), flops: 2 * live * n * k }
+    };
+    let moved = |bytes| StageCost { bytes, flops: 0 };
+    match stage {
+        Stage::Routing => {
+            let lists = 3 * layout.local_experts() + layout.m_sum() + 2 * layout.inv_perm().len();
+            moved(4 * lists as u64)
+        }
+        Stage::Permute => {
+            let routed =
+                layout.inv_perm().chunks_exact(layout.topk()).filter(|slots| slots.iter().any(|&row| row >= 0));
+            moved(routed.count() as u64 * hidden * input_bytes as u64 + live * row(hidden))
+        }
+        Stage::Gemm1 => gemm(2 * intermediate, hidden),
+        Stage::Activation => moved(live * (4 * intermediate + row(intermediate))),
+        Stage::Gemm2 => gemm(hidden, intermediate),
+        Stage::Unpermute => moved((live + layout.tokens() as u64) * 2 * hidden),
+    }
+}
