@@ -14,8 +14,8 @@ mod unpermute;
 pub use activation::{activate, activate_quantize};
 pub use arch::Isa;
 pub use permute::{RowScales, permute_convert, permute_quantized, permute_rows, quantize_permute};
-use std::sync::Arc;
 pub use quantize::quantize_rows;
+use std::sync::Arc;
 pub use unpermute::unpermute;
 
 /// Where CPU work runs: an instruction set and a thread pool.
