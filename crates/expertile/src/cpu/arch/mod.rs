@@ -3,7 +3,11 @@
 //! An [`Isa`] can only be made by asking the CPU, so whoever holds `Isa::avx512()` may run AVX-512 code: that is the
 //! whole safety argument of the dispatch below.
 
+pub(crate) mod gemm;
+mod portable;
 pub(crate) mod stream;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
 use crate::error::{Error, Result};
 use std::fmt;

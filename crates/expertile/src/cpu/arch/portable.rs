@@ -1,0 +1,106 @@
+//! GEMM kernels in plain Rust, written so that the compiler can use whatever vectors the target has.
+
+use super::gemm::{ByteLine, PANEL, PairLine, Sums, e4m3_position};
+use crate::dtype::E4M3_VALUES;
+
+/// Columns and rows whose sums stay in registers: 4 by 8 f32 are eight 128-bit registers.
+const COLUMNS: usize = 8;
+const ROWS: usize = 4;
+
+/// See [`super::gemm::multiply`].
+pub(super) fn multiply(rows: &[u32], panel: &[PairLine], sums: &mut [Sums]) {
+    let tile = sums.len();
+    for first in (0..tile).step_by(ROWS) {
+        let part = &mut sums[first..tile.min(first + ROWS)];
+        match part.len() {
+            1 => multiply_rows::<1>(&rows[first..], tile, panel, part),
+            2 => multiply_rows::<2>(&rows[first..], tile, panel, part),
+            3 => multiply_rows::<3>(&rows[first..], tile, panel, part),
+            _ => multiply_rows::<ROWS>(&rows[first..], tile, panel, part),
+        }
+    }
+}
+
+/// `R` rows whose pairs stand `stride` apart.
+fn multiply_rows<const R: usize>(rows: &[u32], stride: usize, panel: &[PairLine], sums: &mut [Sums]) {
+    for first in (0..PANEL).step_by(COLUMNS) {
+        let mut partial = [[0f32; COLUMNS]; R];
+        for (pair, line) in rows.chunks(stride).zip(panel) {
+            let line = &line[first..first + COLUMNS];
+            for (row, partial) in partial.iter_mut().enumerate() {
+                let (even, odd) = split(pair[row]);
+                for (sum, &weights) in partial.iter_mut().zip(line) {
+                    let (weight_even, weight_odd) = split(weights);
+                    *sum += even * weight_even;
+                    *sum += odd * weight_odd;
+                }
+            }
+        }
+        for (sums, partial) in sums.iter_mut().zip(&partial) {
+            for (sum, partial) in sums[first..first + COLUMNS].iter_mut().zip(partial) {
+                *sum += partial;
+            }
+        }
+    }
+}
+
+/// The two bf16 of a pair, as f32.
+#[inline(always)]
+pub(super) fn split(pair: u32) -> (f32, f32) {
+    (f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000))
+}
+
+/// e4m3 byte to bf16 bits.
+pub(super) const E4M3_AS_BF16: [u16; 256] = e4m3_as_bf16();
+
+const fn e4m3_as_bf16() -> [u16; 256] {
+    let mut table = [0; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        // e4m3 has 3 mantissa bits and bf16 7: nothing is cut off.
+        table[byte] = (E4M3_VALUES[byte].to_bits() >> 16) as u16;
+        byte += 1;
+    }
+    table
+}
+
+multiversion! {
+/// See [`super::gemm::decode`]: arithmetic rather than a table, so that it becomes vector code.
+pub(super) fn decode(isa: Isa, lines: &[ByteLine], pairs: &mut [PairLine]) {
+    for (line, pairs) in lines.iter().zip(pairs) {
+        let mut values = [0u16; 2 * PANEL];
+        for (value, &byte) in values.iter_mut().zip(line) {
+            *value = bf16_bits(byte);
+        }
+        for (column, pair) in pairs.iter_mut().enumerate() {
+            let position = e4m3_position(column, 0);
+            *pair = u32::from(values[position]) | u32::from(values[position + 1]) << 16;
+        }
+    }
+}
+}
+
+/// The bf16 of an e4m3 byte.
+#[inline(always)]
+fn bf16_bits(byte: u8) -> u16 {
+    // The bits in their place, with an exponent 120 too small; multiplying by 2^120 is exact, and turns what is
+    // subnormal here into what it means.
+    let bits = (u32::from(byte) & 0x80) << 24 | (u32::from(byte) & 0x7f) << 20;
+    let value = f32::from_bits(bits) * f32::from_bits((120 + 127) << 23);
+    let value = (value.to_bits() >> 16) as u16;
+    if byte & 0x7f == 0x7f { 0x7fc0 } else { value }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arithmetic_and_table_agree_on_every_byte() {
+        for byte in 0..=255u8 {
+            let (bits, table) = (bf16_bits(byte), E4M3_AS_BF16[byte as usize]);
+            assert_eq!(bits & 0x7fff, table & 0x7fff, "{byte:#x}");
+            assert!(byte & 0x7f == 0x7f || bits == table, "{byte:#x}");
+        }
+    }
+}

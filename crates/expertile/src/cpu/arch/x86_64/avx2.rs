@@ -1,0 +1,83 @@
+//! GEMM kernels for AVX2 with FMA: up to 6 rows by 16 columns in registers, bf16 pairs split into two f32.
+
+use crate::cpu::arch::gemm::{BLOCK_PAIRS, MAX_ROWS, PANEL, PairLine, Sums};
+use crate::cpu::arch::portable::split;
+use crate::cpu::arch::{Isa, Level};
+use std::arch::x86_64::*;
+
+/// Rows whose sums stay in registers.
+const ROWS: usize = 6;
+/// Columns whose sums stay in registers: two of eight f32.
+const COLUMNS: usize = 16;
+
+/// Rows of a tile as f32: `[pairs][even, odd][rows]`.
+type SplitRows = [[[f32; MAX_ROWS]; 2]; BLOCK_PAIRS];
+
+/// See [`crate::cpu::arch::gemm::multiply`].
+#[allow(unsafe_code)]
+pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums]) {
+    assert!(isa.level() == Level::Avx2);
+    let tile = sums.len();
+    let mut split_rows = [[[0.0; MAX_ROWS]; 2]; BLOCK_PAIRS];
+    for (rows, lines) in rows.chunks(tile * BLOCK_PAIRS).zip(panel.chunks(BLOCK_PAIRS)) {
+        for (split_rows, pair) in split_rows.iter_mut().zip(rows.chunks_exact(tile)) {
+            let [even, odd] = split_rows;
+            for (row, &pair) in pair.iter().enumerate() {
+                (even[row], odd[row]) = split(pair);
+            }
+        }
+        // Two parts of nearly the same size, or one.
+        let part = tile.div_ceil(tile.div_ceil(ROWS));
+        for first in (0..tile).step_by(part) {
+            let sums = &mut sums[first..tile.min(first + part)];
+            // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
+            unsafe {
+                match sums.len() {
+                    1 => multiply_rows::<1>(&split_rows, first, lines, sums),
+                    2 => multiply_rows::<2>(&split_rows, first, lines, sums),
+                    3 => multiply_rows::<3>(&split_rows, first, lines, sums),
+                    4 => multiply_rows::<4>(&split_rows, first, lines, sums),
+                    5 => multiply_rows::<5>(&split_rows, first, lines, sums),
+                    6 => multiply_rows::<6>(&split_rows, first, lines, sums),
+                    rows => unreachable!("a part of {rows} rows"),
+                }
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[allow(unsafe_code)]
+fn multiply_rows<const R: usize>(rows: &SplitRows, first: usize, panel: &[PairLine], sums: &mut [Sums]) {
+    for column in (0..PANEL).step_by(COLUMNS) {
+        let mut tile = [[_mm256_setzero_ps(); 2]; R];
+        for ([even, odd], line) in rows.iter().zip(panel) {
+            // SAFETY: 16 columns of a line from `column` on are two registers of 8 u32; unaligned loads.
+            let pairs = unsafe {
+                [0, 8].map(|offset| _mm256_loadu_si256(line[column + offset..column + offset + 8].as_ptr().cast()))
+            };
+            let weights = pairs.map(|pairs| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)));
+            accumulate(&mut tile, &even[first..first + R], weights);
+            let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            let weights = pairs.map(|pairs| _mm256_castsi256_ps(_mm256_and_si256(pairs, high)));
+            accumulate(&mut tile, &odd[first..first + R], weights);
+        }
+        for (sums, tile) in sums.iter_mut().zip(&tile) {
+            for (sums, &tile) in sums[column..column + COLUMNS].chunks_exact_mut(8).zip(tile) {
+                // SAFETY: a chunk is one register of 8 f32; unaligned access.
+                unsafe { _mm256_storeu_ps(sums.as_mut_ptr(), _mm256_add_ps(_mm256_loadu_ps(sums.as_ptr()), tile)) };
+            }
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn accumulate<const R: usize>(tile: &mut [[__m256; 2]; R], rows: &[f32], weights: [__m256; 2]) {
+    for (sums, &row) in tile.iter_mut().zip(rows) {
+        let row = _mm256_set1_ps(row);
+        for (sum, weights) in sums.iter_mut().zip(weights) {
+            *sum = _mm256_fmadd_ps(row, weights, *sum);
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! The grouped GEMM: the live rows of every expert times that expert's weights.
+//!
+//! `D[r, n] = sum_k A[r, k] * sfa[r, k/128] * B[e, n, k] * sfb[e, n/128, k/128]`, bf16 out. Work is cut into (rows of one
+//! expert) x (32 output columns); each such piece is computed by one task in a fixed order, so the result does not depend
+//! on the number of threads. Padding rows are neither read nor written, and cost nothing.
+//!
+//! With AVX-512 BF16 a subnormal bf16 counts as zero, and a sum's roundings are those of `vdpbf16ps`; on every
+//! instruction set the error stays within that of summing in f32.
+
+mod memory;
+mod packing;
+mod tiles;
+
+pub use packing::{PackedWeights, PackedWeightsBuilder};
+
+use super::arch::Isa;
+use super::arch::gemm::{BLOCK_PAIRS, BlockScales, PANEL, Panel, Sums, decode, multiply, multiply_scaled};
+use super::{Cpu, disjoint::Disjoint};
+use crate::dtype::{E4m3, Float};
+use crate::error::{Error, Result, checked_add, checked_mul, require_len};
+use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
+use crate::layout::Layout;
+use crate::quantize::{Group, ScaleFormat, Scales};
+use half::bf16;
+use rayon::prelude::*;
+use tiles::{BLOCK_ROWS, PackedRows, ROW_BLOCK_WORDS, RowBlock};
+
+#[cfg(test)]
+mod tests;
+
+/// The permuted rows, `[M_sum, K]` row-major.
+#[derive(Debug, Clone, Copy)]
+pub enum Activations<'a> {
+    /// bf16, for bf16 or e4m3 weights.
+    Bf16(&'a [bf16]),
+    /// e4m3 with one scale per 128 of K, for e4m3 weights.
+    E4m3 {
+        /// The values.
+        rows: &'a [E4m3],
+        /// Their scales, one per group of 128.
+        scales: Scales<'a>,
+        /// Where the scales stand.
+        format: ScaleFormat,
+    },
+}
+
+impl Activations<'_> {
+    /// What the rows are made of.
+    #[must_use]
+    pub fn format(&self) -> ActivationFormat {
+        match self {
+            Self::Bf16(_) => ActivationFormat::Bf16,
+            Self::E4m3 { .. } => ActivationFormat::E4m3,
+        }
+    }
+}
+
+/// Alignment of the workspace's parts.
+const WORKSPACE_ALIGN_BYTES: usize = 64;
+
+/// Bytes of workspace that [`grouped_gemm`] needs for `live_rows` rows of `k` values.
+///
+/// # Errors
+/// [`Error::Value`] if `k` is zero, [`Error::Overflow`] if the size does not fit.
+pub fn grouped_gemm_workspace_bytes(live_rows: usize, k: usize, activations: ActivationFormat) -> Result<usize> {
+    let what = "workspace bytes of the grouped GEMM";
+    if k == 0 {
+        return Err(Error::value("k", k, "at least 1"));
+    }
+    let words = ROW_BLOCK_WORDS + k.div_ceil(2) + scale_words(activations, k);
+    let bytes = checked_mul(what, checked_mul(what, live_rows, words)?, size_of::<u32>())?;
+    // The caller's bytes may start anywhere.
+    checked_add(what, bytes, WORKSPACE_ALIGN_BYTES)
+}
+
+/// Scales of one row in the workspace.
+fn scale_words(activations: ActivationFormat, k: usize) -> usize {
+    match activations {
+        ActivationFormat::Bf16 => 0,
+        ActivationFormat::E4m3 => k.div_ceil(WEIGHT_BLOCK),
+    }
+}
+
+/// Multiplies the live rows of every expert by its weights: `out [M_sum, N]`, padding rows untouched.
+///
+/// # Errors
+/// [`Error::WeightFormat`] for e4m3 activations with bf16 weights, [`Error::Value`] if layout and weights differ in `E`, if
+/// e4m3 activations come in groups of 32, or if their K is no multiple of 128, [`Error::BufferTooSmall`] if `activations`,
+/// `activation_scales`, `workspace` (see [`grouped_gemm_workspace_bytes`]) or `out` are shorter than their shapes,
+/// [`Error::Dtype`] if the scales are not of their format's type. Nothing is written on an error.
+pub fn grouped_gemm(
+    cpu: &Cpu,
+    layout: &Layout<'_>,
+    activations: Activations<'_>,
+    weights: &PackedWeights,
+    workspace: &mut [u8],
+    out: &mut [bf16],
+) -> Result<()> {
+    check(layout, activations, weights, workspace.len(), out.len())?;
+    let k = weights.k();
+    let start = workspace.as_ptr().align_offset(WORKSPACE_ALIGN_BYTES);
+    let words = layout.live_rows() * (ROW_BLOCK_WORDS + k.div_ceil(2) + scale_words(activations.format(), k));
+    let words: &mut [u32] = bytemuck::cast_slice_mut(&mut workspace[start..start + words * size_of::<u32>()]);
+    let (blocks, words) = words.split_at_mut(layout.live_rows() * ROW_BLOCK_WORDS);
+    let (pairs, scales) = words.split_at_mut(layout.live_rows() * k.div_ceil(2));
+    let blocks = tiles::cut_into_blocks(layout, bytemuck::cast_slice_mut(blocks));
+    let rows = tiles::pack_rows(cpu, layout, blocks, activations, k, pairs, bytemuck::cast_slice_mut(scales));
+    let out = Disjoint::new(out);
+    let panels = weights.panels();
+    cpu.install(|| {
+        (0..blocks.len() * panels).into_par_iter().for_each_init(
+            || Box::new([[0.0; PANEL]; BLOCK_ROWS]),
+            |sums, task| {
+                let (block, panel) = (&blocks[task / panels], task % panels);
+                let sums = &mut sums[..block.rows().len()];
+                sums.fill([0.0; PANEL]);
+                multiply_block(cpu.isa(), block, rows, weights, panel, sums);
+                store(block, panel, weights.n(), sums, &out);
+            },
+        );
+    });
+    Ok(())
+}
+
+fn check(
+    layout: &Layout<'_>,
+    activations: Activations<'_>,
+    weights: &PackedWeights,
+    workspace: usize,
+    out: usize,
+) -> Result<()> {
+    let (m_sum, k) = (layout.m_sum(), weights.k());
+    if layout.local_experts() != weights.experts() {
+        let expected = format!("{}, as many as the weights have", weights.experts());
+        return Err(Error::value("local_experts", layout.local_experts(), expected));
+    }
+    let len = match activations {
+        Activations::Bf16(rows) => rows.len(),
+        Activations::E4m3 { rows, scales, format } => {
+            if weights.format() != WeightFormat::E4m3 {
+                let actual = weights.format().name();
+                return Err(Error::WeightFormat { argument: "weights", actual, expected: "e4m3, as the activations" });
+            }
+            if format.group() != Group::G128 {
+                return Err(Error::value("group", format.group().size(), "128, as the weights' blocks"));
+            }
+            scales.check("activation_scales", format, m_sum, k)?;
+            rows.len()
+        }
+    };
+    require_len("activations", len, checked_mul("M_sum * K", m_sum, k)?)?;
+    require_len("out", out, checked_mul("M_sum * N", m_sum, weights.n())?)?;
+    let needed = grouped_gemm_workspace_bytes(layout.live_rows(), k, activations.format())?;
+    require_len("workspace", workspace, needed)
+}
+
+/// Adds one panel's product with a block's rows to `sums`.
+fn multiply_block(
+    isa: Isa,
+    block: &RowBlock,
+    rows: PackedRows<'_>,
+    weights: &PackedWeights,
+    panel: usize,
+    sums: &mut [Sums],
+) {
+    let tiles = block.tiles().map(|tile| {
+        let live = block.live_rows().start;
+        (live + tile.start..live + tile.end, tile)
+    });
+    let (k_pairs, k_blocks) = (weights.k().div_ceil(2), weights.k().div_ceil(WEIGHT_BLOCK));
+    match weights.panel(block.expert(), panel) {
+        // With several tiles, a run of K at a time: the first tile brings its weights into the cache for the others.
+        Panel::Bf16(lines) => {
+            let run = if block.tile_count() > 1 { BLOCK_PAIRS } else { k_pairs };
+            for (first, lines) in (0..).step_by(run).zip(lines.chunks(run)) {
+                for (live, tile) in tiles.clone() {
+                    let packed = &rows.pairs[live.start * k_pairs + first * tile.len()..][..lines.len() * tile.len()];
+                    multiply(isa, packed, lines, &mut sums[tile]);
+                }
+            }
+        }
+        panel_lines @ Panel::E4m3(lines) => {
+            let panel_scales = weights.panel_scales(block.expert(), panel);
+            if block.tile_count() == 1 {
+                let live = block.live_rows();
+                let row_scales = rows.scales.map(|scales| &scales[live.start * k_blocks..live.end * k_blocks]);
+                let scales = BlockScales { panel: panel_scales, rows: row_scales };
+                let packed = &rows.pairs[live.start * k_pairs..live.end * k_pairs];
+                return multiply_scaled(isa, packed, panel_lines, scales, sums);
+            }
+            let mut decoded = [[0; PANEL]; BLOCK_PAIRS];
+            for (k_block, lines) in lines.chunks(BLOCK_PAIRS).enumerate() {
+                let decoded = &mut decoded[..lines.len()];
+                decode(isa, lines, decoded);
+                for (live, tile) in tiles.clone() {
+                    let first = live.start * k_pairs + k_block * BLOCK_PAIRS * tile.len();
+                    let packed = &rows.pairs[first..][..lines.len() * tile.len()];
+                    let first = live.start * k_blocks + k_block * tile.len();
+                    let row_scales = rows.scales.map(|scales| &scales[first..][..tile.len()]);
+                    let scales = BlockScales { panel: &panel_scales[k_block..=k_block], rows: row_scales };
+                    multiply_scaled(isa, packed, Panel::Bf16(decoded), scales, &mut sums[tile]);
+                }
+            }
+        }
+    }
+}
+
+/// Rounds a block's sums to bf16 and writes them to their rows.
+fn store(block: &RowBlock, panel: usize, n: usize, sums: &[Sums], out: &Disjoint<'_, bf16>) {
+    let first = panel * PANEL;
+    let columns = PANEL.min(n - first);
+    for (row, sums) in block.rows().zip(sums) {
+        // SAFETY: only this task has this expert's rows of this block in the columns of this panel.
+        #[allow(unsafe_code)]
+        let out = unsafe { out.part(row * n + first, columns) };
+        for (out, &sum) in out.iter_mut().zip(sums) {
+            *out = <bf16 as Float>::from_f32(sum);
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! Weights in the order the kernels read them, and how they get there.
+//!
+//! The N output columns of an expert are cut into panels of 32; a panel holds its K dimension in pairs,
+//! `[ceil(K/2)][32][2]`, so that a kernel streams it from the first byte to the last. e4m3 panels keep one scale per
+//! block of 128 of K: a panel never straddles two blocks of 128 rows, because a segment with its own scales must start on
+//! a multiple of 32. The order does not depend on the instruction set.
+
+use super::memory::AlignedBytes;
+use crate::cpu::Cpu;
+use crate::cpu::arch::gemm::{ByteLine, PANEL, PairLine, Panel, e4m3_position};
+use crate::dtype::{E4m3, MatrixRef};
+use crate::error::{Error, Result, checked_mul, require_len};
+use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
+use half::bf16;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Prepacked weights of all experts, `[E, N, K]`; knows its format.
+pub struct PackedWeights {
+    shape: Shape,
+    bytes: AlignedBytes,
+    /// `[E, panels, blocks of K]`; empty for bf16.
+    scales: Vec<f32>,
+}
+
+/// Format and extents of packed weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Shape {
+    format: WeightFormat,
+    experts: usize,
+    n: usize,
+    k: usize,
+}
+
+impl Shape {
+    fn new(format: WeightFormat, experts: usize, n: usize, k: usize) -> Result<Self> {
+        for (argument, actual) in [("experts", experts), ("n", n), ("k", k)] {
+            if actual == 0 {
+                return Err(Error::value(argument, actual, "at least 1"));
+            }
+        }
+        Ok(Self { format, experts, n, k })
+    }
+
+    fn pairs(self) -> usize {
+        self.k.div_ceil(2)
+    }
+
+    fn panels(self) -> usize {
+        self.n.div_ceil(PANEL)
+    }
+
+    fn blocks(self) -> usize {
+        self.k.div_ceil(WEIGHT_BLOCK)
+    }
+
+    fn line_bytes(self) -> usize {
+        2 * PANEL * self.format.bytes()
+    }
+
+    fn panel_bytes(self) -> usize {
+        self.pairs() * self.line_bytes()
+    }
+
+    fn bytes(self) -> Result<usize> {
+        let what = "bytes of the packed weights";
+        let panel = checked_mul(what, self.pairs(), self.line_bytes())?;
+        checked_mul(what, checked_mul(what, self.experts, self.panels())?, panel)
+    }
+
+    fn scales(self) -> Result<usize> {
+        match self.format {
+            WeightFormat::Bf16 => Ok(0),
+            WeightFormat::E4m3 => {
+                let panels = checked_mul("scales of the packed weights", self.experts, self.panels())?;
+                checked_mul("scales of the packed weights", panels, self.blocks())
+            }
+        }
+    }
+}
+
+impl PackedWeights {
+    /// Packs bf16 weights `[experts, n, k]`, row-major.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if an extent is zero, [`Error::BufferTooSmall`] if `weights` is shorter, [`Error::Overflow`] if the
+    /// size does not fit.
+    pub fn pack_bf16(cpu: &Cpu, weights: &[bf16], experts: usize, n: usize, k: usize) -> Result<Self> {
+        let mut builder = PackedWeightsBuilder::new(WeightFormat::Bf16, experts, n, k)?;
+        let len = checked_mul("n * k", n, k)?;
+        require_len("weights", weights.len(), checked_mul("experts * n * k", experts, len)?)?;
+        for (expert, weights) in weights.chunks_exact(len).take(experts).enumerate() {
+            builder.pack_bf16_rows(cpu, expert, 0, MatrixRef::new(weights, n, k)?)?;
+        }
+        builder.finish()
+    }
+
+    /// Packs e4m3 weights `[experts, n, k]` with f32 block scales `[experts, ceil(n/128), ceil(k/128)]`, both row-major.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if an extent is zero, [`Error::BufferTooSmall`] if `weights` or `scales` is shorter,
+    /// [`Error::Overflow`] if the size does not fit.
+    pub fn pack_e4m3(cpu: &Cpu, weights: &[E4m3], scales: &[f32], experts: usize, n: usize, k: usize) -> Result<Self> {
+        let mut builder = PackedWeightsBuilder::new(WeightFormat::E4m3, experts, n, k)?;
+        let len = checked_mul("n * k", n, k)?;
+        require_len("weights", weights.len(), checked_mul("experts * n * k", experts, len)?)?;
+        let (rows, cols) = (n.div_ceil(WEIGHT_BLOCK), k.div_ceil(WEIGHT_BLOCK));
+        require_len("scales", scales.len(), checked_mul("scales", experts, rows * cols)?)?;
+        let parts = weights.chunks_exact(len).zip(scales.chunks_exact(rows * cols)).take(experts);
+        for (expert, (weights, scales)) in parts.enumerate() {
+            let (weights, scales) = (MatrixRef::new(weights, n, k)?, MatrixRef::new(scales, rows, cols)?);
+            builder.pack_e4m3_rows(cpu, expert, 0, weights, scales)?;
+        }
+        builder.finish()
+    }
+
+    /// What the weights are made of.
+    #[must_use]
+    pub fn format(&self) -> WeightFormat {
+        self.shape.format
+    }
+
+    /// `E`.
+    #[must_use]
+    pub fn experts(&self) -> usize {
+        self.shape.experts
+    }
+
+    /// `N`: output columns.
+    #[must_use]
+    pub fn n(&self) -> usize {
+        self.shape.n
+    }
+
+    /// `K`: columns of the activations.
+    #[must_use]
+    pub fn k(&self) -> usize {
+        self.shape.k
+    }
+
+    /// Bytes held, scales and the padding of N and K included.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes.as_slice().len() + size_of_val(&*self.scales)
+    }
+
+    /// Panels to an expert.
+    pub(super) fn panels(&self) -> usize {
+        self.shape.panels()
+    }
+
+    /// One panel's weights.
+    pub(super) fn panel(&self, expert: usize, panel: usize) -> Panel<'_> {
+        let len = self.shape.panel_bytes();
+        let bytes = &self.bytes.as_slice()[(expert * self.shape.panels() + panel) * len..][..len];
+        match self.shape.format {
+            WeightFormat::Bf16 => Panel::Bf16(bytemuck::cast_slice(bytes)),
+            WeightFormat::E4m3 => Panel::E4m3(bytemuck::cast_slice(bytes)),
+        }
+    }
+
+    /// One panel's scales, one per block of K; empty for bf16.
+    pub(super) fn panel_scales(&self, expert: usize, panel: usize) -> &[f32] {
+        match self.shape.format {
+            WeightFormat::Bf16 => &[],
+            WeightFormat::E4m3 => {
+                let blocks = self.shape.blocks();
+                &self.scales[(expert * self.shape.panels() + panel) * blocks..][..blocks]
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for PackedWeights {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("PackedWeights").field(&self.shape).finish()
+    }
+}
+
+/// Packs weights that come in parts: expert by expert, gate and up apart.
+pub struct PackedWeightsBuilder {
+    weights: PackedWeights,
+    /// `[E, N]`: which rows have come.
+    packed: Vec<bool>,
+}
+
+impl PackedWeightsBuilder {
+    /// Room for `[experts, n, k]` of `format`.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if an extent is zero, [`Error::Overflow`] if the size does not fit.
+    pub fn new(format: WeightFormat, experts: usize, n: usize, k: usize) -> Result<Self> {
+        let shape = Shape::new(format, experts, n, k)?;
+        let (bytes, scales) = (shape.bytes()?, shape.scales()?);
+        let packed = vec![false; checked_mul("experts * n", experts, n)?];
+        let weights = PackedWeights { shape, bytes: AlignedBytes::zeroed(bytes), scales: vec![0.0; scales] };
+        Ok(Self { weights, packed })
+    }
+
+    /// Packs `rows [R, k]` as rows `first_row..first_row + R` of an expert.
+    ///
+    /// # Errors
+    /// [`Error::WeightFormat`] if this is a builder of e4m3, [`Error::Value`] if there is no such expert,
+    /// [`Error::Shape`] if the rows do not fit, [`Error::Count`] if one of them has come before.
+    pub fn pack_bf16_rows(
+        &mut self,
+        cpu: &Cpu,
+        expert: usize,
+        first_row: usize,
+        rows: MatrixRef<'_, bf16>,
+    ) -> Result<()> {
+        self.require_format(WeightFormat::Bf16)?;
+        self.mark_packed(expert, first_row, rows.rows(), rows.cols())?;
+        self.for_each_panel(cpu, expert, first_row..first_row + rows.rows(), |bytes, columns, row| {
+            let lines: &mut [PairLine] = bytemuck::cast_slice_mut(bytes);
+            for (column, row) in columns.zip(row..) {
+                let pairs = lines.iter_mut().map(|line| &mut line[column]);
+                for (pair, value) in pairs.zip(pairs_of(rows, row)) {
+                    *pair = value;
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// Packs `rows [R, k]` with block scales `[ceil(R/128), ceil(k/128)]` as rows `first_row..first_row + R` of an expert.
+    ///
+    /// The blocks of 128 rows are counted from `first_row`, which must be a multiple of 32: gate and up, each with its own
+    /// scales, are two such parts.
+    ///
+    /// # Errors
+    /// [`Error::WeightFormat`] if this is a builder of bf16, [`Error::Value`] if there is no such expert or `first_row` is
+    /// no multiple of 32, [`Error::Shape`] if rows or scales do not fit, [`Error::Count`] if a row has come before.
+    pub fn pack_e4m3_rows(
+        &mut self,
+        cpu: &Cpu,
+        expert: usize,
+        first_row: usize,
+        rows: MatrixRef<'_, E4m3>,
+        scales: MatrixRef<'_, f32>,
+    ) -> Result<()> {
+        self.require_format(WeightFormat::E4m3)?;
+        if !first_row.is_multiple_of(PANEL) {
+            return Err(Error::value("first_row", first_row, format!("a multiple of {PANEL}")));
+        }
+        let shape = self.weights.shape;
+        scales.require_shape("scales", rows.rows().div_ceil(WEIGHT_BLOCK), shape.blocks())?;
+        self.mark_packed(expert, first_row, rows.rows(), rows.cols())?;
+        self.for_each_panel(cpu, expert, first_row..first_row + rows.rows(), |bytes, columns, row| {
+            let lines: &mut [ByteLine] = bytemuck::cast_slice_mut(bytes);
+            for (column, row) in columns.zip(row..) {
+                let position = e4m3_position(column, 0);
+                for k in 0..rows.cols() {
+                    lines[k / 2][position + k % 2] = rows.get(row, k).0;
+                }
+            }
+        });
+        let first_panel = expert * shape.panels() + first_row / PANEL;
+        let panels = rows.rows().div_ceil(PANEL);
+        let target = &mut self.weights.scales[first_panel * shape.blocks()..][..panels * shape.blocks()];
+        for (panel, target) in target.chunks_exact_mut(shape.blocks()).enumerate() {
+            for (block, target) in target.iter_mut().enumerate() {
+                *target = scales.get(panel * PANEL / WEIGHT_BLOCK, block);
+            }
+        }
+        Ok(())
+    }
+
+    /// The packed weights.
+    ///
+    /// # Errors
+    /// [`Error::Count`] if rows of an expert are missing.
+    pub fn finish(self) -> Result<PackedWeights> {
+        let n = self.weights.shape.n;
+        for (expert, packed) in self.packed.chunks_exact(n).enumerate() {
+            let count = packed.iter().filter(|&&packed| packed).count();
+            if count != n {
+                return Err(Error::Count {
+                    argument: "packed_rows",
+                    expert,
+                    actual: count as i64,
+                    expected: format!("{n}: every row of every expert"),
+                });
+            }
+        }
+        Ok(self.weights)
+    }
+
+    fn require_format(&self, format: WeightFormat) -> Result<()> {
+        let actual = self.weights.shape.format;
+        if actual != format {
+            return Err(Error::WeightFormat { argument: "builder", actual: actual.name(), expected: format.name() });
+        }
+        Ok(())
+    }
+
+    /// Notes that these rows come now; fails before noting anything.
+    fn mark_packed(&mut self, expert: usize, first_row: usize, rows: usize, cols: usize) -> Result<()> {
+        let Shape { experts, n, k, .. } = self.weights.shape;
+        if expert >= experts {
+            return Err(Error::value("expert", expert, format!("below {experts}")));
+        }
+        if cols != k || first_row > n || rows > n - first_row {
+            let room = n.saturating_sub(first_row);
+            return Err(Error::shape("rows", &[rows, cols], format!("[R, {k}] with R at most {room}")));
+        }
+        let packed = &mut self.packed[expert * n + first_row..][..rows];
+        if let Some(row) = packed.iter().position(|&packed| packed) {
+            return Err(Error::Count {
+                argument: "packed_rows",
+                expert,
+                actual: (first_row + row) as i64,
+                expected: "a row that was not packed before".into(),
+            });
+        }
+        packed.fill(true);
+        Ok(())
+    }
+
+    /// Runs `pack(panel's bytes, columns of the panel, first of the new rows)` for every panel that `rows` touch.
+    fn for_each_panel(
+        &mut self,
+        cpu: &Cpu,
+        expert: usize,
+        rows: Range<usize>,
+        pack: impl Fn(&mut [u8], Range<usize>, usize) + Sync,
+    ) {
+        let shape = self.weights.shape;
+        let panels = rows.start / PANEL..rows.end.div_ceil(PANEL).max(rows.start / PANEL);
+        let len = shape.panel_bytes();
+        let start = (expert * shape.panels() + panels.start) * len;
+        let bytes = &mut self.weights.bytes.as_mut_slice()[start..][..panels.len() * len];
+        cpu.install(|| {
+            bytes.par_chunks_mut(len).zip(panels.into_par_iter()).for_each(|(bytes, panel)| {
+                let first = panel * PANEL;
+                let columns = rows.start.max(first) - first..rows.end.min(first + PANEL) - first;
+                pack(bytes, columns.clone(), first + columns.start - rows.start);
+            });
+        });
+    }
+}
+
+/// A row of bf16 as pairs, an odd one filled up with zero.
+fn pairs_of(rows: MatrixRef<'_, bf16>, row: usize) -> impl Iterator<Item = u32> {
+    let get = move |k| if k < rows.cols() { u32::from(rows.get(row, k).to_bits()) } else { 0 };
+    (0..rows.cols().div_ceil(2)).map(move |pair| get(2 * pair) | get(2 * pair + 1) << 16)
+}

@@ -1,0 +1,158 @@
+//! How the live rows are cut into tiles, and their packing for the kernels.
+//!
+//! The rows of one expert are cut into blocks that share a pass over the weights, a block into tiles of a few rows.
+//! Tiles stand one after another in the workspace, `[pairs][rows]` each, in the order of the live rows, so row `i` of
+//! them starts at `i * pairs` whatever the tiles are.
+
+use super::Activations;
+use crate::cpu::Cpu;
+use crate::cpu::arch::gemm::MAX_ROWS;
+use crate::cpu::disjoint::Disjoint;
+use crate::gemm::WEIGHT_BLOCK;
+use crate::layout::Layout;
+use bytemuck::{Pod, Zeroable};
+use half::bf16;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Most rows that share a pass over a panel: their sums and a block of weights fit the L1 and L2 caches.
+pub(super) const BLOCK_ROWS: usize = 8 * MAX_ROWS;
+
+/// Rows of one expert that share a pass over its weights.
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct RowBlock {
+    expert: u32,
+    /// First row in the permuted buffer.
+    row: u32,
+    rows: u32,
+    /// First row among the live ones.
+    live_row: u32,
+}
+
+/// `u32` that describe one block.
+pub(super) const ROW_BLOCK_WORDS: usize = size_of::<RowBlock>() / size_of::<u32>();
+
+impl RowBlock {
+    pub(super) fn expert(&self) -> usize {
+        self.expert as usize
+    }
+
+    /// Rows of the permuted buffer.
+    pub(super) fn rows(&self) -> Range<usize> {
+        self.row as usize..(self.row + self.rows) as usize
+    }
+
+    /// Rows counted from the first live one.
+    pub(super) fn live_rows(&self) -> Range<usize> {
+        self.live_row as usize..(self.live_row + self.rows) as usize
+    }
+
+    /// Tiles of nearly the same size, as ranges within the block.
+    pub(super) fn tiles(&self) -> impl Iterator<Item = Range<usize>> + Clone {
+        parts(self.rows as usize, MAX_ROWS)
+    }
+
+    pub(super) fn tile_count(&self) -> usize {
+        (self.rows as usize).div_ceil(MAX_ROWS)
+    }
+}
+
+/// Cuts `len` into as few parts of at most `most` as there can be, of nearly the same size.
+fn parts(len: usize, most: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    let count = len.div_ceil(most);
+    (0..count).map(move |part| part * len / count..(part + 1) * len / count)
+}
+
+/// Writes the blocks of a layout into the start of `space` (one for each live row will do) and returns them.
+pub(super) fn cut_into_blocks<'a>(layout: &Layout<'_>, space: &'a mut [RowBlock]) -> &'a [RowBlock] {
+    let mut count = 0;
+    let mut live_row = 0;
+    for expert in 0..layout.local_experts() {
+        let rows = layout.expert_rows(expert);
+        for part in parts(rows.len(), BLOCK_ROWS) {
+            space[count] = RowBlock {
+                expert: expert as u32,
+                row: (rows.start + part.start) as u32,
+                rows: part.len() as u32,
+                live_row,
+            };
+            count += 1;
+            live_row += part.len() as u32;
+        }
+    }
+    &space[..count]
+}
+
+/// Live rows in tiles.
+#[derive(Clone, Copy)]
+pub(super) struct PackedRows<'a> {
+    /// Tiles of `[pairs][rows]`.
+    pub(super) pairs: &'a [u32],
+    /// Tiles of `[blocks of K][rows]`, if the activations have scales.
+    pub(super) scales: Option<&'a [f32]>,
+}
+
+/// Packs the live rows, `pairs` and `scales` being the room for them.
+pub(super) fn pack_rows<'a>(
+    cpu: &Cpu,
+    layout: &Layout<'_>,
+    blocks: &[RowBlock],
+    activations: Activations<'_>,
+    k: usize,
+    pairs: &'a mut [u32],
+    scales: &'a mut [f32],
+) -> PackedRows<'a> {
+    let (k_pairs, k_blocks) = (k.div_ceil(2), k.div_ceil(WEIGHT_BLOCK));
+    let (all_pairs, all_scales) = (Disjoint::new(pairs), Disjoint::new(scales));
+    cpu.install(|| {
+        blocks.par_iter().for_each(|block| {
+            for tile in block.tiles() {
+                let first = block.live_rows().start + tile.start;
+                let row = block.rows().start + tile.start;
+                // SAFETY: blocks and tiles cut the live rows into parts that do not overlap, and each is packed once.
+                #[allow(unsafe_code)]
+                let pairs = unsafe { all_pairs.part(first * k_pairs, tile.len() * k_pairs) };
+                match activations {
+                    Activations::Bf16(rows) => pack_bf16_tile(&rows[row * k..][..tile.len() * k], k, pairs),
+                    Activations::E4m3 { rows, scales, format } => {
+                        let bytes = bytemuck::must_cast_slice(&rows[row * k..][..tile.len() * k]);
+                        pack_e4m3_tile(bytes, k, pairs);
+                        // SAFETY: as above.
+                        #[allow(unsafe_code)]
+                        let packed = unsafe { all_scales.part(first * k_blocks, tile.len() * k_blocks) };
+                        for (group, packed) in packed.chunks_exact_mut(tile.len()).enumerate() {
+                            for (packed, row) in packed.iter_mut().zip(row..) {
+                                *packed = scales.value(format, row, group, layout.m_sum(), k_blocks);
+                            }
+                        }
+                    }
+                }
+            }
+        });
+    });
+    let scales = matches!(activations, Activations::E4m3 { .. }).then_some(&*scales);
+    PackedRows { pairs, scales }
+}
+
+fn pack_bf16_tile(rows: &[bf16], k: usize, tile: &mut [u32]) {
+    pack_tile(rows, k, tile, |value| value.to_bits());
+}
+
+fn pack_e4m3_tile(rows: &[u8], k: usize, tile: &mut [u32]) {
+    pack_tile(rows, k, tile, crate::cpu::arch::gemm::e4m3_as_bf16);
+}
+
+/// `[rows][k]` to `[pairs][rows]`, an odd k filled up with zero.
+fn pack_tile<T: Copy>(rows: &[T], k: usize, tile: &mut [u32], bits: impl Fn(T) -> u16) {
+    let count = rows.len() / k;
+    for (row, values) in rows.chunks_exact(k).enumerate() {
+        let (whole, odd) = values.as_chunks::<2>();
+        for (pair, &[even, odd]) in tile.chunks_exact_mut(count).zip(whole) {
+            pair[row] = u32::from(bits(even)) | u32::from(bits(odd)) << 16;
+        }
+        if let &[last] = odd {
+            tile[whole.len() * count + row] = u32::from(bits(last));
+        }
+    }
+}
