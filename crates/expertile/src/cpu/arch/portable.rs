@@ -1,6 +1,7 @@
 //! GEMM kernels in plain Rust, written so that the compiler can use whatever vectors the target has.
 
 use super::gemm::{ByteLine, PANEL, PairLine, Sums, e4m3_position};
+use super::multiversion;
 use crate::dtype::E4M3_VALUES;
 
 /// Columns and rows whose sums stay in registers: 4 by 8 f32 are eight 128-bit registers.

@@ -1,0 +1,591 @@
+//! The whole layer in the caller's workspace: permute, GEMM 1, activation, GEMM 2, unpermute.
+//!
+//! The workspace holds the layout, the packed operand of the GEMM at hand, and two buffers that the stages use in turn:
+//! `front` (permuted rows, then activated ones) and `back` (`gate | up`, then the rows of GEMM 2).
+
+use super::gemm::{Activations, PackedWeights, grouped_gemm, grouped_gemm_workspace_bytes};
+use super::workspace::{Carver, Sizing};
+use super::{Cpu, activate, activate_quantize, permute_convert, quantize_permute, quantize_rows, unpermute};
+use crate::activation::Activation;
+use crate::dtype::{E4m3, Float, MatrixRef};
+use crate::error::{Error, Result, checked_mul, require_len};
+use crate::gemm::{ActivationFormat, WeightFormat};
+use crate::layer::{LayerShape, Stage, StageCost, stage_cost};
+use crate::layout::{Layout, Padding};
+use crate::plan::{Plan, TokenExperts};
+use crate::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut};
+use crate::routing::Routing;
+use half::bf16;
+use std::time::{Duration, Instant};
+
+/// How a layer computes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LayerOptions {
+    /// The activation between the GEMMs.
+    pub activation: Activation,
+    /// What the GEMMs' activations are made of.
+    pub activations: ActivationFormat,
+    /// Alignment of the layout. The CPU GEMM takes any, and padding costs it no work, so 1 is best unless the layout is
+    /// to be compared with another backend's.
+    pub alignment: usize,
+    /// `apply_router_weight_on_input`: weights multiply the input instead of the output; only with `topk` 1.
+    pub weight_on_input: bool,
+}
+
+impl Default for LayerOptions {
+    /// SwiGLU, bf16 activations, alignment 1, weights on the output.
+    fn default() -> Self {
+        Self {
+            activation: Activation::default(),
+            activations: ActivationFormat::Bf16,
+            alignment: 1,
+            weight_on_input: false,
+        }
+    }
+}
+
+/// What [`Layer::run_observed`] tells after each stage.
+#[derive(Debug)]
+pub struct StageDone<'a> {
+    /// The stage.
+    pub stage: Stage,
+    /// How long it took.
+    pub elapsed: Duration,
+    /// What it could not do without.
+    pub cost: StageCost,
+    /// The layout of this call.
+    pub layout: &'a Layout<'a>,
+    /// After GEMM 2, its rows `[M_sum, H]` (padding rows hold nothing in particular); else `None`.
+    pub rows: Option<&'a [bf16]>,
+}
+
+/// The quantized activations' scales on the CPU: one f32 per 128 values, row by row.
+const SCALES: ScaleLayout = ScaleLayout::RowMajor;
+
+fn scale_format() -> Result<ScaleFormat> {
+    ScaleFormat::new(Group::G128, SCALES, ScaleRounding::Exact)
+}
+
+/// An expert layer: prepacked weights and how to compute with them.
+#[derive(Debug)]
+pub struct Layer {
+    shape: LayerShape,
+    w13: PackedWeights,
+    w2: PackedWeights,
+    options: LayerOptions,
+}
+
+impl Layer {
+    /// A layer of `w13 [E, 2 I, H]` (gate rows first, then up) and `w2 [E, H, I]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the two do not fit each other, [`Error::WeightFormat`] if their formats differ or e4m3
+    /// activations meet bf16 weights, [`Error::Value`] if e4m3 activations meet an `H` or `I` that 128 does not divide,
+    /// [`Error::Alignment`] for alignment 0.
+    pub fn new(w13: PackedWeights, w2: PackedWeights, options: LayerOptions) -> Result<Self> {
+        let shape = LayerShape::new(w2.n(), w2.k(), w2.experts())?;
+        let (n, k) = (2 * shape.intermediate(), shape.hidden());
+        if (w13.experts(), w13.n(), w13.k()) != (w2.experts(), n, k) {
+            let expected = format!("[{}, {n}, {k}], which w2 asks for", w2.experts());
+            return Err(Error::shape("w13", &[w13.experts(), w13.n(), w13.k()], expected));
+        }
+        if w13.format() != w2.format() {
+            let (actual, expected) = (w2.format().name(), w13.format().name());
+            return Err(Error::WeightFormat { argument: "w2", actual, expected });
+        }
+        if options.activations == ActivationFormat::E4m3 {
+            if w13.format() != WeightFormat::E4m3 {
+                let actual = w13.format().name();
+                return Err(Error::WeightFormat { argument: "w13", actual, expected: "e4m3, for e4m3 activations" });
+            }
+            let format = scale_format()?;
+            format.groups(shape.hidden())?;
+            format.groups(shape.intermediate()).map_err(|_| {
+                Error::value("intermediate", shape.intermediate(), "a positive multiple of the group, 128")
+            })?;
+        }
+        if options.alignment == 0 {
+            return Err(Error::Alignment { actual: 0, expected: "at least 1".into() });
+        }
+        Ok(Self { shape, w13, w2, options })
+    }
+
+    /// The layer's sizes.
+    #[must_use]
+    pub fn shape(&self) -> &LayerShape {
+        &self.shape
+    }
+
+    /// How it computes.
+    #[must_use]
+    pub fn options(&self) -> &LayerOptions {
+        &self.options
+    }
+
+    /// What its weights are made of.
+    #[must_use]
+    pub fn weight_format(&self) -> WeightFormat {
+        self.w13.format()
+    }
+
+    /// Bytes that [`Layer::run`] needs for any routing of `[tokens, topk]`.
+    ///
+    /// # Errors
+    /// As [`Plan::tight`]; [`Error::Overflow`].
+    pub fn workspace_bytes(&self, tokens: usize, topk: usize) -> Result<usize> {
+        let plan = self.plan(tokens, topk)?;
+        Ok(self.size_stages(Sizing::new().add::<i32>(Layout::space_len(&plan)?)?, plan.m_sum())?.bytes())
+    }
+
+    /// Bytes that [`Layer::run_expanded`] needs for a buffer of `m_sum` rows.
+    ///
+    /// # Errors
+    /// [`Error::Overflow`].
+    pub fn expanded_workspace_bytes(&self, m_sum: usize) -> Result<usize> {
+        Ok(self.size_stages(Sizing::new(), m_sum)?.bytes())
+    }
+
+    fn plan(&self, tokens: usize, topk: usize) -> Result<Plan> {
+        let experts = self.shape.local_experts();
+        Plan::tight(tokens, topk, experts, self.options.alignment, TokenExperts::MayRepeat)
+    }
+
+    /// Runs the layer: `hidden_states [M, H]`, `routing` and `topk_weights` `[M, topk]` to `output [M, H]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Value`], [`Error::BufferTooSmall`] for operands that do not fit; nothing is written to
+    /// `output` then.
+    pub fn run<T: Float, O: Float>(
+        &self,
+        cpu: &Cpu,
+        hidden_states: MatrixRef<'_, T>,
+        routing: &Routing<'_>,
+        topk_weights: MatrixRef<'_, f32>,
+        workspace: &mut [u8],
+        output: &mut [O],
+    ) -> Result<()> {
+        self.run_observed(cpu, hidden_states, routing, topk_weights, workspace, output, &mut |_| {})
+    }
+
+    /// [`Layer::run`], telling `observe` about every stage when it is done.
+    ///
+    /// # Errors
+    /// As [`Layer::run`].
+    pub fn run_observed<T: Float, O: Float>(
+        &self,
+        cpu: &Cpu,
+        hidden_states: MatrixRef<'_, T>,
+        routing: &Routing<'_>,
+        topk_weights: MatrixRef<'_, f32>,
+        workspace: &mut [u8],
+        output: &mut [O],
+        observe: &mut dyn FnMut(&StageDone<'_>),
+    ) -> Result<()> {
+        let (tokens, topk) = (routing.tokens(), routing.topk());
+        let hidden = self.shape.hidden();
+        hidden_states.require_shape("hidden_states", tokens, hidden)?;
+        topk_weights.require_shape("topk_weights", tokens, topk)?;
+        require_len("output", output.len(), checked_mul("M * H", tokens, hidden)?)?;
+        let on_input = self.options.weight_on_input;
+        if on_input && topk != 1 {
+            return Err(Error::value("topk", topk, "1, where router weights multiply the input"));
+        }
+        let plan = self.plan(tokens, topk)?;
+        let mut carver = Carver::new(workspace, self.workspace_bytes(tokens, topk)?)?;
+        let started = Instant::now();
+        let layout = Layout::build(&plan, routing, carver.take(Layout::space_len(&plan)?))?;
+        let mut stages = self.stages(cpu, &layout, size_of::<T>(), &mut carver, observe)?;
+        stages.done(Stage::Routing, started, None);
+        stages.permute(hidden_states, on_input.then_some(topk_weights))?;
+        stages.experts()?;
+        stages.unpermute((!on_input).then_some(topk_weights), output)
+    }
+
+    /// Runs only the experts on rows that a dispatcher delivers expanded and sorted ([`Layout::from_psum`]):
+    /// `rows [M_sum, H]` to `out [M_sum, H]`, live rows only.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `rows` or the layout's experts do not fit, [`Error::BufferTooSmall`]; nothing is written to
+    /// `out` then.
+    pub fn run_expanded<T: Float>(
+        &self,
+        cpu: &Cpu,
+        rows: MatrixRef<'_, T>,
+        layout: &Layout<'_>,
+        workspace: &mut [u8],
+        out: &mut [bf16],
+    ) -> Result<()> {
+        let (m_sum, hidden) = (layout.m_sum(), self.shape.hidden());
+        rows.require_shape("rows", m_sum, hidden)?;
+        if layout.local_experts() != self.shape.local_experts() {
+            let expected = self.shape.local_experts().to_string();
+            return Err(Error::value("local_experts", layout.local_experts(), expected));
+        }
+        require_len("out", out.len(), checked_mul("M_sum * H", m_sum, hidden)?)?;
+        let mut carver = Carver::new(workspace, self.expanded_workspace_bytes(m_sum)?)?;
+        let mut observe = |_: &StageDone<'_>| {};
+        let mut stages = self.stages(cpu, layout, size_of::<T>(), &mut carver, &mut observe)?;
+        stages.take_expanded(rows)?;
+        stages.experts()?;
+        let done = &stages.back[..m_sum * hidden];
+        for expert in 0..layout.local_experts() {
+            let live = layout.expert_rows(expert);
+            let range = live.start * hidden..live.end * hidden;
+            out[range.clone()].copy_from_slice(&done[range]);
+        }
+        Ok(())
+    }
+
+    /// Elements of the front buffer (bytes), its scales, the back buffer and the GEMM's own workspace.
+    fn stage_sizes(&self, m_sum: usize) -> Result<StageSizes> {
+        let widest_front = self.shape.hidden().max(self.shape.intermediate());
+        let widest_back = self.shape.hidden().max(2 * self.shape.intermediate());
+        let values = checked_mul("M_sum * max(H, I)", m_sum, widest_front)?;
+        let (front, scales) = match self.options.activations {
+            ActivationFormat::Bf16 => (checked_mul("front bytes", values, 2)?, 0),
+            ActivationFormat::E4m3 => (values, values / Group::G128.size()),
+        };
+        let back = checked_mul("M_sum * max(H, 2 I)", m_sum, widest_back)?;
+        let gemm = grouped_gemm_workspace_bytes(m_sum, widest_front, self.options.activations)?;
+        Ok(StageSizes { front, scales, back, gemm })
+    }
+
+    fn size_stages(&self, sizing: Sizing, m_sum: usize) -> Result<Sizing> {
+        let sizes = self.stage_sizes(m_sum)?;
+        sizing.add::<u8>(sizes.front)?.add::<f32>(sizes.scales)?.add::<bf16>(sizes.back)?.add::<u8>(sizes.gemm)
+    }
+
+    fn stages<'a>(
+        &'a self,
+        cpu: &'a Cpu,
+        layout: &'a Layout<'a>,
+        input_bytes: usize,
+        carver: &mut Carver<'a>,
+        observe: &'a mut dyn FnMut(&StageDone<'_>),
+    ) -> Result<Stages<'a>> {
+        let sizes = self.stage_sizes(layout.m_sum())?;
+        Ok(Stages {
+            layer: self,
+            cpu,
+            layout,
+            input_bytes,
+            observe,
+            front: carver.take(sizes.front),
+            scales: carver.take(sizes.scales),
+            back: carver.take(sizes.back),
+            gemm: carver.take(sizes.gemm),
+        })
+    }
+}
+
+struct StageSizes {
+    front: usize,
+    scales: usize,
+    back: usize,
+    gemm: usize,
+}
+
+/// A call under way: the layer, the layout, and the parts of the workspace.
+struct Stages<'a> {
+    layer: &'a Layer,
+    cpu: &'a Cpu,
+    layout: &'a Layout<'a>,
+    input_bytes: usize,
+    observe: &'a mut dyn FnMut(&StageDone<'_>),
+    front: &'a mut [u8],
+    scales: &'a mut [f32],
+    back: &'a mut [bf16],
+    gemm: &'a mut [u8],
+}
+
+impl Stages<'_> {
+    fn done(&mut self, stage: Stage, started: Instant, rows: Option<usize>) {
+        let elapsed = started.elapsed();
+        let Layer { shape, options, w13, .. } = self.layer;
+        let cost = stage_cost(stage, shape, self.layout, w13.format(), options.activations, self.input_bytes);
+        let rows = rows.map(|len| &self.back[..len]);
+        (self.observe)(&StageDone { stage, elapsed, cost, layout: self.layout, rows });
+    }
+
+    fn permute<T: Float>(&mut self, x: MatrixRef<'_, T>, weights: Option<MatrixRef<'_, f32>>) -> Result<()> {
+        let started = Instant::now();
+        let (cpu, layout) = (self.cpu, self.layout);
+        match self.layer.options.activations {
+            ActivationFormat::Bf16 => {
+                let out: &mut [bf16] = bytemuck::cast_slice_mut(self.front);
+                permute_convert(cpu, x, weights, layout, Padding::Untouched, out)?;
+            }
+            ActivationFormat::E4m3 => {
+                let out: &mut [E4m3] = bytemuck::cast_slice_mut(self.front);
+                let scales = ScalesMut::F32(self.scales);
+                quantize_permute(cpu, x, weights, layout, scale_format()?, Padding::Untouched, out, scales)?;
+            }
+        }
+        self.done(Stage::Permute, started, None);
+        Ok(())
+    }
+
+    /// Brings rows that already stand in their place into `front`.
+    fn take_expanded<T: Float>(&mut self, rows: MatrixRef<'_, T>) -> Result<()> {
+        let hidden = self.layer.shape.hidden();
+        match self.layer.options.activations {
+            ActivationFormat::Bf16 => {
+                let out: &mut [bf16] = bytemuck::cast_slice_mut(self.front);
+                for (row, out) in out.chunks_exact_mut(hidden).take(self.layout.m_sum()).enumerate() {
+                    if self.layout.m_indices()[row] >= 0 {
+                        for (col, out) in out.iter_mut().enumerate() {
+                            *out = Float::from_f32(rows.get(row, col).to_f32());
+                        }
+                    }
+                }
+                Ok(())
+            }
+            ActivationFormat::E4m3 => {
+                let out: &mut [E4m3] = bytemuck::cast_slice_mut(self.front);
+                quantize_rows(self.cpu, rows, self.layout, scale_format()?, out, ScalesMut::F32(self.scales))
+            }
+        }
+    }
+
+    /// GEMM 1, activation, GEMM 2.
+    fn experts(&mut self) -> Result<()> {
+        let started = Instant::now();
+        self.multiply(&self.layer.w13)?;
+        self.done(Stage::Gemm1, started, None);
+        let started = Instant::now();
+        self.activate()?;
+        self.done(Stage::Activation, started, None);
+        let started = Instant::now();
+        self.multiply(&self.layer.w2)?;
+        self.done(Stage::Gemm2, started, Some(self.layout.m_sum() * self.layer.shape.hidden()));
+        Ok(())
+    }
+
+    fn multiply(&mut self, weights: &PackedWeights) -> Result<()> {
+        let values = self.layout.m_sum() * weights.k();
+        let activations = match self.layer.options.activations {
+            ActivationFormat::Bf16 => Activations::Bf16(&bytemuck::cast_slice(self.front)[..values]),
+            ActivationFormat::E4m3 => Activations::E4m3 {
+                rows: &bytemuck::cast_slice(self.front)[..values],
+                scales: Scales::F32(self.scales),
+                format: scale_format()?,
+            },
+        };
+        grouped_gemm(self.cpu, self.layout, activations, weights, self.gemm, self.back)
+    }
+
+    fn activate(&mut self) -> Result<()> {
+        let Layer { shape, options, .. } = self.layer;
+        let intermediate = shape.intermediate();
+        match options.activations {
+            ActivationFormat::Bf16 => {
+                let out: &mut [bf16] = bytemuck::cast_slice_mut(self.front);
+                activate(self.cpu, self.layout, intermediate, self.back, &options.activation, out)
+            }
+            ActivationFormat::E4m3 => {
+                let out: &mut [E4m3] = bytemuck::cast_slice_mut(self.front);
+                let scales = ScalesMut::F32(self.scales);
+                let format = scale_format()?;
+                activate_quantize(
+                    self.cpu,
+                    self.layout,
+                    intermediate,
+                    self.back,
+                    &options.activation,
+                    format,
+                    out,
+                    scales,
+                )
+            }
+        }
+    }
+
+    fn unpermute<O: Float>(&mut self, weights: Option<MatrixRef<'_, f32>>, output: &mut [O]) -> Result<()> {
+        let started = Instant::now();
+        let rows = MatrixRef::new(&*self.back, self.layout.m_sum(), self.layer.shape.hidden())?;
+        unpermute(self.cpu, rows, self.layout, weights, output)?;
+        self.done(Stage::Unpermute, started, None);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Isa;
+    use expertile_oracle::{activation::SWIGLU, compare, layer as oracle};
+
+    const EXPERTS: usize = 3;
+    const HIDDEN: usize = 256;
+    const INTERMEDIATE: usize = 128;
+    const TOKENS: usize = 5;
+    const IDS: [i64; 2 * TOKENS] = [0, 2, 2, 0, -1, 2, 0, -1, -1, -1];
+
+    /// Values spread over a few powers of two, different for every seed.
+    fn values(seed: u32, len: usize) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9) | 1;
+        let next = |_| {
+            state ^= state << 13;
+            state ^= state >> 17;
+            state ^= state << 5;
+            bf16::from_f32((state >> 8) as f32 / (1 << 23) as f32 - 1.0).to_f32()
+        };
+        (0..len).map(next).collect()
+    }
+
+    fn to_bf16(values: &[f32]) -> Vec<bf16> {
+        values.iter().map(|&value| bf16::from_f32(value)).collect()
+    }
+
+    fn bf16_layer(cpu: &Cpu, w13: &[f32], w2: &[f32]) -> Layer {
+        let w13 = PackedWeights::pack_bf16(cpu, &to_bf16(w13), EXPERTS, 2 * INTERMEDIATE, HIDDEN).unwrap();
+        let w2 = PackedWeights::pack_bf16(cpu, &to_bf16(w2), EXPERTS, HIDDEN, INTERMEDIATE).unwrap();
+        Layer::new(w13, w2, LayerOptions::default()).unwrap()
+    }
+
+    /// e4m3 weights with every block scale 0.5, and what they stand for.
+    fn e4m3_layer(cpu: &Cpu, w13: &mut [f32], w2: &mut [f32], activations: ActivationFormat) -> Layer {
+        let pack = |values: &mut [f32], n: usize, k: usize| {
+            let bytes: Vec<E4m3> = values.iter().map(|&value| E4m3::from_f32(2.0 * value)).collect();
+            values.iter_mut().zip(&bytes).for_each(|(value, byte)| *value = 0.5 * byte.to_f32());
+            let scales = vec![0.5; EXPERTS * n.div_ceil(128) * k.div_ceil(128)];
+            PackedWeights::pack_e4m3(cpu, &bytes, &scales, EXPERTS, n, k).unwrap()
+        };
+        let (w13, w2) = (pack(w13, 2 * INTERMEDIATE, HIDDEN), pack(w2, HIDDEN, INTERMEDIATE));
+        Layer::new(w13, w2, LayerOptions { activations, ..LayerOptions::default() }).unwrap()
+    }
+
+    fn expected(x: &[f32], weights: &[f32], w13: &[f32], w2: &[f32]) -> Vec<f64> {
+        let row = |weights: &[f32], n: usize, e: usize, j: usize, row: &mut [f64]| {
+            let len = row.len();
+            row.iter_mut().zip(&weights[(e * n + j) * len..]).for_each(|(to, &from)| *to = f64::from(from));
+        };
+        let layer = oracle::Layer {
+            hidden: HIDDEN,
+            intermediate: INTERMEDIATE,
+            activation: SWIGLU,
+            weight_on_input: false,
+            w13_row: &|e, j, to| row(w13, 2 * INTERMEDIATE, e, j, to),
+            w2_row: &|e, j, to| row(w2, HIDDEN, e, j, to),
+        };
+        layer.run(x, &IDS, 2, Some(weights), None).output
+    }
+
+    fn run(cpu: &Cpu, layer: &Layer, x: &[f32], weights: &[f32]) -> Vec<f64> {
+        let ids = MatrixRef::new(&IDS[..], TOKENS, 2).unwrap();
+        let routing = Routing::new(ids, EXPERTS, None).unwrap();
+        let mut workspace = vec![0xff; layer.workspace_bytes(TOKENS, 2).unwrap()];
+        let mut output = vec![f32::NAN; TOKENS * HIDDEN];
+        let x = MatrixRef::new(x, TOKENS, HIDDEN).unwrap();
+        let weights = MatrixRef::new(weights, TOKENS, 2).unwrap();
+        layer.run(cpu, x, &routing, weights, &mut workspace, &mut output).unwrap();
+        output.into_iter().map(f64::from).collect()
+    }
+
+    #[test]
+    fn every_format_gives_the_oracles_numbers_on_every_instruction_set() {
+        let (x, weights) = (values(1, TOKENS * HIDDEN), values(2, 2 * TOKENS));
+        for isa in Isa::available() {
+            let cpu = &Cpu::with_isa(isa);
+            let mut w13 = values(3, EXPERTS * 2 * INTERMEDIATE * HIDDEN);
+            let mut w2 = values(4, EXPERTS * HIDDEN * INTERMEDIATE);
+            let check = |layer: Layer, w13: &[f32], w2: &[f32], tolerance: compare::Tolerance| {
+                let (ours, exact) = (run(cpu, &layer, &x, &weights), expected(&x, &weights, w13, w2));
+                let whole = compare::difference(&ours, &exact);
+                let (row, worst) = compare::worst(&compare::by_row(&ours, &exact, HIDDEN)).unwrap();
+                assert!(whole < tolerance.whole, "{isa}: {whole}");
+                assert!(worst < tolerance.row, "{isa}: row {row} is off by {worst}");
+            };
+            check(bf16_layer(cpu, &w13, &w2), &w13, &w2, compare::BF16_LAYER);
+            let layer = e4m3_layer(cpu, &mut w13, &mut w2, ActivationFormat::Bf16);
+            check(layer, &w13, &w2, compare::BF16_LAYER);
+            let layer = e4m3_layer(cpu, &mut w13, &mut w2, ActivationFormat::E4m3);
+            check(layer, &w13, &w2, compare::E4M3_LAYER);
+        }
+    }
+
+    #[test]
+    fn expanded_rows_come_out_as_the_layers_own_rows_do() {
+        let cpu = &Cpu::new();
+        let (x, weights) = (values(1, TOKENS * HIDDEN), values(2, 2 * TOKENS));
+        let layer = bf16_layer(
+            cpu,
+            &values(3, EXPERTS * 2 * INTERMEDIATE * HIDDEN),
+            &values(4, EXPERTS * HIDDEN * INTERMEDIATE),
+        );
+        let routing = Routing::new(MatrixRef::new(&IDS[..], TOKENS, 2).unwrap(), EXPERTS, None).unwrap();
+        let plan = Plan::tight(TOKENS, 2, EXPERTS, 4, TokenExperts::Distinct).unwrap();
+        let mut space = vec![0; Layout::space_len(&plan).unwrap()];
+        let built = Layout::build(&plan, &routing, &mut space).unwrap();
+        let mut rows = vec![bf16::NAN; plan.m_sum() * HIDDEN];
+        let x_rows = MatrixRef::new(&x[..], TOKENS, HIDDEN).unwrap();
+        permute_convert(cpu, x_rows, None, &built, Padding::Untouched, &mut rows).unwrap();
+
+        let mut space = vec![0; 3 * EXPERTS + plan.m_sum()];
+        let given = Layout::from_psum(built.psum(), 4, plan.m_sum(), &mut space).unwrap();
+        let mut workspace = vec![0; layer.expanded_workspace_bytes(plan.m_sum()).unwrap()];
+        let mut out = vec![bf16::NAN; plan.m_sum() * HIDDEN];
+        let rows = MatrixRef::new(&rows[..], plan.m_sum(), HIDDEN).unwrap();
+        layer.run_expanded(cpu, rows, &given, &mut workspace, &mut out).unwrap();
+        for (row, &expert) in built.m_indices().iter().enumerate() {
+            let untouched = out[row * HIDDEN..][..HIDDEN].iter().all(|value| value.is_nan());
+            assert_eq!(untouched, expert < 0, "row {row}");
+        }
+        let mut output = vec![0.0f32; TOKENS * HIDDEN];
+        let out = MatrixRef::new(&out[..], plan.m_sum(), HIDDEN).unwrap();
+        let weights_matrix = MatrixRef::new(&weights[..], TOKENS, 2).unwrap();
+        unpermute(cpu, out, &built, Some(weights_matrix), &mut output).unwrap();
+        let output: Vec<f64> = output.into_iter().map(f64::from).collect();
+        assert_eq!(output, run(cpu, &layer, &x, &weights));
+    }
+
+    #[test]
+    fn operands_that_do_not_fit_are_refused_before_anything_is_written() {
+        let cpu = &Cpu::new();
+        let layer = bf16_layer(
+            cpu,
+            &values(3, EXPERTS * 2 * INTERMEDIATE * HIDDEN),
+            &values(4, EXPERTS * HIDDEN * INTERMEDIATE),
+        );
+        let x = vec![0.0f32; TOKENS * HIDDEN];
+        let weights = [1.0; 2 * TOKENS];
+        let routing = Routing::new(MatrixRef::new(&IDS[..], TOKENS, 2).unwrap(), EXPERTS, None).unwrap();
+        let refuse = |hidden: usize, slots: usize, workspace: usize, output: usize, start: &str| {
+            let x = MatrixRef::new(&x[..], TOKENS, hidden).unwrap();
+            let weights = MatrixRef::new(&weights[..], TOKENS, slots).unwrap();
+            let mut output = vec![7.0f32; output];
+            let error = layer.run(cpu, x, &routing, weights, &mut vec![0; workspace], &mut output).unwrap_err();
+            assert!(error.to_string().starts_with(start), "{error}");
+            assert!(output.iter().all(|&value| value == 7.0));
+        };
+        let (workspace, output) = (layer.workspace_bytes(TOKENS, 2).unwrap(), TOKENS * HIDDEN);
+        refuse(HIDDEN - 1, 2, workspace, output, "hidden_states has shape [5, 255]");
+        refuse(HIDDEN, 1, workspace, output, "topk_weights has shape [5, 1]");
+        refuse(HIDDEN, 2, workspace - 1, output, "workspace holds");
+        refuse(HIDDEN, 2, workspace, output - 1, "output holds");
+    }
+
+    #[test]
+    fn weights_that_do_not_fit_each_other_or_the_activations_are_refused() {
+        let cpu = &Cpu::new();
+        let bf16_weights =
+            |n: usize, k: usize| PackedWeights::pack_bf16(cpu, &vec![bf16::ONE; n * k], 1, n, k).unwrap();
+        let e4m3_weights = |n: usize, k: usize| {
+            let scales = vec![1.0; n.div_ceil(128) * k.div_ceil(128)];
+            PackedWeights::pack_e4m3(cpu, &vec![E4m3(0); n * k], &scales, 1, n, k).unwrap()
+        };
+        let refuse = |w13, w2, options, start: &str| {
+            let error = Layer::new(w13, w2, options).unwrap_err();
+            assert!(error.to_string().starts_with(start), "{error}");
+        };
+        let plain = LayerOptions::default();
+        let e4m3 = LayerOptions { activations: ActivationFormat::E4m3, ..plain };
+        refuse(bf16_weights(64, 128), bf16_weights(128, 64), plain, "w13 has shape [1, 64, 128]");
+        refuse(bf16_weights(128, 128), e4m3_weights(128, 64), plain, "w2 is packed as e4m3, expected bf16");
+        refuse(bf16_weights(256, 128), bf16_weights(128, 128), e4m3, "w13 is packed as bf16, expected e4m3");
+        refuse(e4m3_weights(128, 128), e4m3_weights(128, 64), e4m3, "intermediate is 64");
+        refuse(e4m3_weights(256, 64), e4m3_weights(64, 128), e4m3, "hidden is 64");
+        let unaligned = LayerOptions { alignment: 0, ..plain };
+        refuse(bf16_weights(128, 128), bf16_weights(128, 64), unaligned, "alignment is 0");
+    }
+}
