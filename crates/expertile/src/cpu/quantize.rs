@@ -111,6 +111,9 @@ impl<'a> ScaleSink<'a> {
 /// Zeroes the words of padding rows, and those between `M_sum` and the stride of the MN-major layouts.
 fn zero_padding<W: Copy + Default>(format: ScaleFormat, layout: &Layout<'_>, groups: usize, words: &mut [W]) {
     let m_sum = layout.m_sum();
+    if m_sum == 0 {
+        return;
+    }
     let (columns, stride) = match format.layout() {
         ScaleLayout::RowMajor => {
             for rows in layout.padding() {
@@ -121,7 +124,7 @@ fn zero_padding<W: Copy + Default>(format: ScaleFormat, layout: &Layout<'_>, gro
         ScaleLayout::MnMajor => (groups, m_sum.next_multiple_of(4)),
         ScaleLayout::PackedUe8m0 => (groups.div_ceil(4), m_sum.next_multiple_of(4)),
     };
-    for column in words.chunks_exact_mut(stride.max(1)).take(columns) {
+    for column in words.chunks_exact_mut(stride).take(columns) {
         for rows in layout.padding() {
             column[rows].fill(W::default());
         }
