@@ -1,6 +1,7 @@
 //! What an e4m3 value and its scale are, by definition and by search, and where scales stand.
 
 use crate::layout::Layout;
+use std::sync::LazyLock;
 
 /// The value of an e4m3 byte `seee_emmm`: `(-1)^s * 2^(e - 7) * (1 + m/8)`, or `(-1)^s * 2^-6 * m/8` for `e = 0`; the
 /// two bytes with all exponent and mantissa bits set are NaN.
@@ -22,13 +23,13 @@ pub fn e4m3_byte(x: f32) -> u8 {
     if x.is_nan() {
         return 0x7f;
     }
+    static FINITE: LazyLock<Vec<f64>> = LazyLock::new(|| (0..=0x7e).map(e4m3_value).collect());
     let magnitude = f64::from(x.abs()).min(448.0);
-    let mut nearest = 0u8;
-    for byte in 0..=0x7e {
-        let distance = (e4m3_value(byte) - magnitude).abs();
-        let best = (e4m3_value(nearest) - magnitude).abs();
+    let (mut nearest, mut best) = (0u8, f64::INFINITY);
+    for (byte, value) in (0..).zip(&*FINITE) {
+        let distance = (value - magnitude).abs();
         if distance < best || (distance == best && byte % 2 == 0) {
-            nearest = byte;
+            (nearest, best) = (byte, distance);
         }
     }
     if x.is_sign_negative() { nearest | 0x80 } else { nearest }

@@ -1,0 +1,164 @@
+//! The activation: within a few units in the last place of f64, the same bits everywhere, padding untouched.
+
+use crate::cases::{Fill, Number, bits, config, exact, fills, machines, numbers, routings};
+use expertile::cpu;
+use expertile::{Activation, E4m3, Group, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut};
+use expertile_oracle as oracle;
+use half::{bf16, f16};
+use proptest::prelude::*;
+use proptest::sample::select;
+
+fn activations() -> impl Strategy<Value = (Activation, oracle::activation::Activation)> {
+    let gpt_oss = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+    select(vec![
+        Activation::default(),
+        gpt_oss,
+        Activation { limit: Some(2.5), ..Activation::default() },
+        Activation { limit: None, ..gpt_oss },
+    ])
+    .prop_map(|ours| {
+        let theirs = oracle::activation::Activation {
+            alpha: f64::from(ours.alpha),
+            beta: f64::from(ours.beta),
+            limit: ours.limit.map(f64::from),
+        };
+        (ours, theirs)
+    })
+}
+
+/// Whether `actual` is the rounding to `O` of something within eight f32 units of `exact`, and within what the rounding
+/// of `alpha * gate` (an error that the exponential makes relative) and holding the exponent near zero cost.
+fn near<O: Number>(actual: O, exact: f64, alpha: f32, gate: f64, up: f64) -> bool {
+    if exact.is_nan() {
+        return actual.exact().is_nan();
+    }
+    let units = 8.0 + (f64::from(alpha) * gate).abs();
+    let slack = units * 2f64.powi(-24) * exact.abs() + 4e-38 * gate.abs() * (up.abs() + 1.0);
+    let (low, high) = (O::nearest((exact - slack) as f32), O::nearest((exact + slack) as f32));
+    low.exact() <= actual.exact() && actual.exact() <= high.exact()
+}
+
+fn check_activate<O: Number>(
+    case: &crate::cases::RoutingCase,
+    intermediate: usize,
+    fill: Fill,
+    seed: u64,
+    (ours, theirs): (Activation, oracle::activation::Activation),
+) -> Result<(), TestCaseError> {
+    case.with_layout(|layout, _| {
+        let gate_up: Vec<bf16> = numbers(layout.m_sum() * 2 * intermediate, fill, seed);
+        let poison = O::nearest(-77.0);
+        let mut first: Option<Vec<u32>> = None;
+        for cpu in machines() {
+            let mut out = vec![poison; layout.m_sum() * intermediate + 3];
+            cpu::activate(&cpu, layout, intermediate, &gate_up, &ours, &mut out).unwrap();
+            let bits = bits(&out);
+            let first = first.get_or_insert_with(|| bits.clone());
+            prop_assert_eq!(&bits, first, "{:?}, {} threads", cpu.isa(), cpu.threads());
+            prop_assert!(bits[layout.m_sum() * intermediate..].iter().all(|&bits| bits == poison.bits()));
+            for (row, &expert) in layout.m_indices().iter().enumerate() {
+                for c in 0..intermediate {
+                    let actual = out[row * intermediate + c];
+                    if expert < 0 {
+                        prop_assert_eq!(actual.bits(), poison.bits(), "padding row {} was touched", row);
+                        continue;
+                    }
+                    let at = row * 2 * intermediate + c;
+                    let (gate, up) = (f64::from(gate_up[at].exact()), f64::from(gate_up[at + intermediate].exact()));
+                    let exact = theirs.apply(gate, up);
+                    prop_assert!(
+                        near(actual, exact, ours.alpha, gate, up),
+                        "{} {} -> {:?}, not {}",
+                        gate,
+                        up,
+                        actual,
+                        exact
+                    );
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+proptest! {
+    #![proptest_config(config(60))]
+
+    #[test]
+    fn activated_rows_are_near_f64_and_the_same_everywhere(
+        case in routings(),
+        intermediate in select(&[1, 7, 64, 200][..]),
+        fill in select(&[Fill::Ordinary, Fill::Zeros][..]),
+        seed: u64,
+        activation in activations(),
+    ) {
+        check_activate::<bf16>(&case, intermediate, fill, seed, activation)?;
+        check_activate::<f16>(&case, intermediate, fill, seed, activation)?;
+        check_activate::<f32>(&case, intermediate, fill, seed, activation)?;
+    }
+
+    #[test]
+    fn quantized_activations_are_the_f32_activations_quantized(
+        case in routings(),
+        seed: u64,
+        fill in fills(),
+        group in select(&[Group::G32, Group::G128][..]),
+        layout_and_rounding in select(&[
+            (ScaleLayout::RowMajor, ScaleRounding::Exact),
+            (ScaleLayout::MnMajor, ScaleRounding::Exact),
+            (ScaleLayout::MnMajor, ScaleRounding::PowerOfTwo),
+            (ScaleLayout::PackedUe8m0, ScaleRounding::PowerOfTwo),
+        ][..]),
+        blocks in 1..=5usize,
+        (ours, _) in activations(),
+    ) {
+        let format = ScaleFormat::new(group, layout_and_rounding.0, layout_and_rounding.1).unwrap();
+        let intermediate = blocks * group.size();
+        case.with_layout(|layout, oracle_layout| {
+            let m_sum = layout.m_sum();
+            let gate_up: Vec<bf16> = numbers(m_sum * 2 * intermediate, fill, seed);
+            let mut activated = vec![0.0f32; m_sum * intermediate];
+            cpu::activate(&cpu::Cpu::new(), layout, intermediate, &gate_up, &ours, &mut activated).unwrap();
+            let power_of_two = format.rounding() == ScaleRounding::PowerOfTwo;
+            let mut expected =
+                oracle::quantize::quantize(&exact(&activated), intermediate, group.size(), power_of_two);
+            for (row, &expert) in oracle_layout.m_indices.iter().enumerate() {
+                if expert < 0 {
+                    expected.bytes[row * intermediate..][..intermediate].fill(0xaa);
+                    expected.scales[row * blocks..][..blocks].fill(0.0);
+                }
+            }
+            let words = format.words(m_sum, intermediate).unwrap();
+            for cpu in machines() {
+                let mut out = vec![E4m3(0xaa); m_sum * intermediate + 3];
+                let (mut f32_scales, mut ue8m0_scales) = (vec![7.0f32; words + 3], vec![7i32; words + 3]);
+                let packed = format.layout() == ScaleLayout::PackedUe8m0;
+                let scales = if packed { ScalesMut::Ue8m0(&mut ue8m0_scales) } else { ScalesMut::F32(&mut f32_scales) };
+                cpu::activate_quantize(&cpu, layout, intermediate, &gate_up, &ours, format, &mut out, scales).unwrap();
+                let bytes: Vec<u8> = out.iter().map(|byte| byte.0).collect();
+                prop_assert!(bytes[..m_sum * intermediate] == expected.bytes[..], "{:?}", cpu.isa());
+                prop_assert_eq!(&bytes[m_sum * intermediate..], [0xaa; 3]);
+                match format.layout() {
+                    ScaleLayout::RowMajor => prop_assert_eq!(&f32_scales[..words], &expected.row_major()[..]),
+                    ScaleLayout::MnMajor => prop_assert_eq!(&f32_scales[..words], &expected.mn_major()[..]),
+                    ScaleLayout::PackedUe8m0 => prop_assert_eq!(&ue8m0_scales[..words], &expected.packed_ue8m0()[..]),
+                }
+                prop_assert!(f32_scales.ends_with(&[7.0; 3]) && ue8m0_scales.ends_with(&[7; 3]));
+            }
+            Ok(())
+        })?;
+    }
+}
+
+#[test]
+fn nan_in_gives_nan_out_and_clamped_infinities_stay_finite() {
+    let clamped = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+    for activation in [Activation::default(), clamped] {
+        assert!(activation.apply(f32::NAN, 1.0).is_nan());
+        assert!(activation.apply(1.0, f32::NAN).is_nan());
+        assert!(activation.apply(f32::NAN, f32::NAN).is_nan());
+    }
+    assert_eq!(clamped.apply(f32::INFINITY, f32::INFINITY), clamped.apply(7.0, 7.0));
+    assert_eq!(clamped.apply(1.0, f32::NEG_INFINITY), clamped.apply(1.0, -7.0));
+    assert_eq!(Activation::default().apply(f32::INFINITY, 2.0), f32::INFINITY);
+}

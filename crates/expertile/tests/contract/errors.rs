@@ -1,0 +1,379 @@
+//! Everything the library refuses: the variant, the message, and that nothing was written.
+
+use expertile::cpu::{self, Cpu, Isa, RowScales};
+use expertile::plan::{
+    compute_aligned_m, compute_aligned_m_and_alignment, expert_num_tokens_round_up_and_sum, round_up, tight_m_sum,
+};
+use expertile::{
+    Activation, AlignmentRule, Arch, E4m3, Error, Group, Layout, MatrixRef, Padding, Plan, Result, Router, Routing,
+    ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut, TokenExperts,
+};
+use half::bf16;
+use std::collections::BTreeSet;
+
+/// Poisoned outputs, large enough for every refused call had it been accepted.
+#[derive(Debug, Clone, PartialEq)]
+struct Outputs {
+    e4m3: Vec<E4m3>,
+    bf16: Vec<bf16>,
+    f32: Vec<f32>,
+    i32: Vec<i32>,
+}
+
+impl Outputs {
+    fn poisoned() -> Self {
+        Self {
+            e4m3: vec![E4m3(0xaa); 8192],
+            bf16: vec![bf16::from_f32(-77.0); 8192],
+            f32: vec![-77.0; 8192],
+            i32: vec![0x7777; 8192],
+        }
+    }
+}
+
+/// Two tokens of two slots over two experts, aligned to 4: `M_sum` = 8. The layout's space is leaked: a few bytes a test.
+fn layout() -> Layout<'static> {
+    let plan = Plan::with_m_sum(2, 2, 2, 4, 8).unwrap();
+    let space = vec![0; Layout::space_len(&plan).unwrap()].leak();
+    let ids = MatrixRef::new(&[0i64, 1, 1, -1], 2, 2).unwrap();
+    Layout::build(&plan, &Routing::new(ids, 2, None).unwrap(), space).unwrap()
+}
+
+/// Two tokens of one slot.
+fn layout_of_one_slot() -> Layout<'static> {
+    let plan = Plan::with_m_sum(2, 1, 2, 4, 8).unwrap();
+    let space = vec![0; Layout::space_len(&plan).unwrap()].leak();
+    let ids = MatrixRef::new(&[0i64, 1], 2, 1).unwrap();
+    Layout::build(&plan, &Routing::new(ids, 2, None).unwrap(), space).unwrap()
+}
+
+fn zeros<T: bytemuck::Zeroable + Copy>(rows: usize, cols: usize) -> MatrixRef<'static, T> {
+    MatrixRef::new(vec![T::zeroed(); rows * cols].leak(), rows, cols).unwrap()
+}
+
+fn ids(rows: usize, cols: usize, id: i64) -> MatrixRef<'static, i64> {
+    MatrixRef::new(vec![id; rows * cols].leak(), rows, cols).unwrap()
+}
+
+fn quantize(out: &mut Outputs, layout: &Layout<'_>, x: MatrixRef<'_, f32>, weights: Option<usize>) -> Result<()> {
+    let weights = weights.map(|rows| zeros::<f32>(rows, 1));
+    let scales = ScalesMut::F32(&mut out.f32);
+    cpu::quantize_permute(&Cpu::new(), x, weights, layout, ScaleFormat::HOPPER, Padding::Zero, &mut out.e4m3, scales)
+}
+
+fn ready(out: &mut Outputs, scales: RowScales<'_>) -> Result<()> {
+    let x = zeros::<E4m3>(2, 128);
+    let format = ScaleFormat::HOPPER;
+    let sink = ScalesMut::F32(&mut out.f32);
+    cpu::permute_quantized(&Cpu::new(), x, scales, &layout(), format, Padding::Zero, &mut out.e4m3, sink)
+}
+
+fn packed() -> ScaleFormat {
+    ScaleFormat::new(Group::G128, ScaleLayout::PackedUe8m0, ScaleRounding::PowerOfTwo).unwrap()
+}
+
+fn route(out: &mut Outputs, router: Router) -> Result<()> {
+    router.route(zeros::<f32>(2, 6), &mut out.i32, &mut out.f32)
+}
+
+fn sigmoid(topk: usize, groups: usize, topk_groups: usize, bias: usize) -> Router {
+    Router::Sigmoid {
+        topk,
+        correction_bias: vec![0.0; bias],
+        groups,
+        topk_groups,
+        renormalize: true,
+        scaling_factor: 1.0,
+    }
+}
+
+/// A call that must be refused: the variant, how its message begins, the call.
+type Refusal = (&'static str, &'static str, fn(&mut Outputs) -> Result<()>);
+
+const MATRICES: &[Refusal] = &[
+    ("Stride", "data has strides [8, 1]", |_| MatrixRef::with_strides(&[0.0f32; 10], 2, 3, 8, 1).map(drop)),
+    ("Stride", "data has strides [3, 1]", |_| MatrixRef::with_strides(&[0.0f32; 0], 1, 1, 3, 1).map(drop)),
+    ("Overflow", "(rows - 1) * row_stride overflows", |_| {
+        MatrixRef::with_strides(&[0.0f32; 9], 3, 1, usize::MAX, 1).map(drop)
+    }),
+    ("Overflow", "offset of the last element overflows", |_| {
+        MatrixRef::with_strides(&[0.0f32; 9], 2, 2, usize::MAX, 1).map(drop)
+    }),
+    ("Overflow", "rows * cols overflows", |_| MatrixRef::new(&[0.0f32; 9], usize::MAX, 2).map(drop)),
+    ("BufferTooSmall", "data holds 9 elements, expected at least 10", |_| MatrixRef::new(&[0.0f32; 9], 2, 5).map(drop)),
+];
+
+const ROUTING: &[Refusal] = &[
+    ("Value", "topk is 0", |_| Routing::new(ids(3, 0, 0), 2, None).map(drop)),
+    ("Value", "local_experts is 0", |_| Routing::new(ids(3, 1, -1), 0, None).map(drop)),
+    ("Value", "local_experts is 2147483648", |_| Routing::new(ids(3, 1, -1), 1 << 31, None).map(drop)),
+    ("ExpertId", "topk_ids[0, 0] is 2, expected an id below 2", |_| Routing::new(ids(1, 1, 2), 2, None).map(drop)),
+    ("ExpertId", "topk_ids[0, 0] is 9223372036854775807", |_| Routing::new(ids(1, 1, i64::MAX), 2, None).map(drop)),
+    ("ExpertId", "topk_ids[0, 0] is 3, expected an id below 3", |_| {
+        Routing::new(ids(1, 1, 3), 2, Some(&[0, 1, -1])).map(drop)
+    }),
+    ("ExpertId", "topk_ids[0, 0] is 0, expected an id below 0", |_| Routing::new(ids(1, 1, 0), 2, Some(&[])).map(drop)),
+    ("MapEntry", "expert_map[1] is 2, expected a local expert below 2", |_| {
+        Routing::new(ids(1, 1, 0), 2, Some(&[0, 2])).map(drop)
+    }),
+    ("BufferTooSmall", "expert_num_tokens holds 1 elements, expected at least 2", |out| {
+        Routing::new(ids(1, 1, 0), 2, None)?.count_expert_num_tokens(&mut out.i32[..1])
+    }),
+    ("Value", "topk is 0", |out| route(out, Router::Softmax { topk: 0, renormalize: true })),
+    ("Value", "topk is 7", |out| route(out, Router::Softmax { topk: 7, renormalize: true })),
+    ("Value", "topk is 3, expected 1 to 2", |out| route(out, sigmoid(3, 3, 1, 6))),
+    ("Value", "groups is 0", |out| route(out, sigmoid(1, 0, 1, 6))),
+    ("Value", "groups is 4", |out| route(out, sigmoid(1, 4, 1, 6))),
+    ("Value", "topk_groups is 0", |out| route(out, sigmoid(1, 3, 0, 6))),
+    ("Value", "topk_groups is 4", |out| route(out, sigmoid(1, 3, 4, 6))),
+    ("Shape", "correction_bias has shape [5], expected [6]", |out| route(out, sigmoid(1, 3, 3, 5))),
+    ("BufferTooSmall", "topk_ids holds 3 elements, expected at least 4", |out| {
+        let router = Router::Softmax { topk: 2, renormalize: true };
+        router.route(zeros::<f32>(2, 6), &mut out.i32[..3], &mut out.f32)
+    }),
+    ("BufferTooSmall", "topk_weights holds 3 elements, expected at least 4", |out| {
+        let router = Router::Softmax { topk: 2, renormalize: true };
+        router.route(zeros::<f32>(2, 6), &mut out.i32, &mut out.f32[..3])
+    }),
+];
+
+const PLAN: &[Refusal] = &[
+    ("Alignment", "alignment is 0, expected at least 1", |_| compute_aligned_m(1, 1, 1, 0, None, None).map(drop)),
+    ("Alignment", "alignment is 0", |_| tight_m_sum(1, 1, 1, 0, TokenExperts::Distinct).map(drop)),
+    ("Alignment", "alignment is 0", |_| round_up(1, 0).map(drop)),
+    ("Alignment", "alignment is 0", |_| expert_num_tokens_round_up_and_sum(&[1], 0).map(drop)),
+    ("Alignment", "alignment is 0", |_| Plan::with_m_sum(1, 1, 1, 0, 0).map(drop)),
+    ("Value", "topk is 0", |_| compute_aligned_m(1, 0, 1, 1, None, None).map(drop)),
+    ("Value", "topk is 0", |_| tight_m_sum(1, 0, 1, 1, TokenExperts::Distinct).map(drop)),
+    ("Value", "topk is 0", |_| Plan::with_m_sum(1, 0, 1, 1, 1).map(drop)),
+    ("Value", "local_experts is 0", |_| compute_aligned_m(1, 1, 0, 1, None, None).map(drop)),
+    ("Value", "local_experts is 0", |_| tight_m_sum(1, 1, 0, 1, TokenExperts::Distinct).map(drop)),
+    ("Value", "local_experts is 0", |_| Plan::exact(1, 1, &[], 1).map(drop)),
+    ("Value", "num_groups is 0", |_| AlignmentRule::VllmFork.theoretical(Arch::Sm120, None, Some(0)).map(drop)),
+    ("Value", "m_sum is 12, expected a multiple of the alignment 8", |_| Plan::with_m_sum(1, 1, 1, 8, 12).map(drop)),
+    ("Count", "expert_num_tokens[1] is -1, expected at least 0", |_| {
+        expert_num_tokens_round_up_and_sum(&[3, -1], 8).map(drop)
+    }),
+    ("Shape", "expert_num_tokens has shape [1], expected [2]", |_| {
+        compute_aligned_m_and_alignment(1, 1, 2, 8, None, Some(&[1])).map(drop)
+    }),
+    ("Overflow", "M * topk overflows", |_| compute_aligned_m(usize::MAX, 2, 1, 1, None, None).map(drop)),
+    ("Overflow", "min(T, E) * (A - 1) overflows", |_| compute_aligned_m(9, 1, 9, usize::MAX, None, None).map(drop)),
+    ("Overflow", "rows rounded up to the alignment overflows", |_| round_up(usize::MAX, 2).map(drop)),
+    ("Overflow", "M_sum overflows", |_| tight_m_sum(1 << 40, 8, 128, 1 << 62, TokenExperts::Distinct).map(drop)),
+    ("Overflow", "M_sum overflows: 2147483648 > 2147483647", |_| Plan::with_m_sum(1, 1, 1, 1, 1 << 31).map(drop)),
+    ("Overflow", "M * topk overflows: 2147483648 > 2147483647", |_| Plan::with_m_sum(1 << 30, 2, 1, 1, 1).map(drop)),
+    ("Name", "arch is \"sm80\", expected one of", |_| "sm80".parse::<Arch>().map(drop)),
+    ("Name", "rule is \"deepgemm\", expected one of", |_| "deepgemm".parse::<AlignmentRule>().map(drop)),
+];
+
+const LAYOUT: &[Refusal] = &[
+    ("Shape", "topk_ids has shape [4, 1], expected [2, 2], as planned", |out| {
+        let plan = Plan::with_m_sum(2, 2, 2, 2, 8)?;
+        Layout::build(&plan, &Routing::new(ids(4, 1, 0), 2, None)?, &mut out.i32).map(drop)
+    }),
+    ("Value", "local_experts is 2, expected 3, as planned", |out| {
+        let plan = Plan::with_m_sum(4, 1, 3, 2, 8)?;
+        Layout::build(&plan, &Routing::new(ids(4, 1, 0), 2, None)?, &mut out.i32).map(drop)
+    }),
+    ("BufferTooSmall", "space holds 17 elements, expected at least 18", |out| {
+        let plan = Plan::with_m_sum(4, 1, 2, 2, 8)?;
+        Layout::build(&plan, &Routing::new(ids(4, 1, 0), 2, None)?, &mut out.i32[..17]).map(drop)
+    }),
+    ("MSum", "m_sum is 2, expected at least 4 for these counts at alignment 2", |_| {
+        // A layout that does not come to be leaves its space unspecified, as `Layout::build` says: not `out`.
+        let plan = Plan::with_m_sum(4, 1, 2, 2, 2)?;
+        Layout::build(&plan, &Routing::new(ids(4, 1, 0), 2, None)?, &mut [0; 64]).map(drop)
+    }),
+    ("Alignment", "alignment is 0", |out| Layout::from_psum(&[5], 0, 8, &mut out.i32).map(drop)),
+    ("Value", "local_experts is 0", |out| Layout::from_psum(&[], 8, 8, &mut out.i32).map(drop)),
+    ("Value", "m_sum is 9", |out| Layout::from_psum(&[5], 8, 9, &mut out.i32).map(drop)),
+    ("Count", "psum[0] is -1, expected at least 0", |out| Layout::from_psum(&[-1], 8, 8, &mut out.i32).map(drop)),
+    ("Count", "psum[1] is 7, expected at least 8", |out| Layout::from_psum(&[5, 7], 8, 16, &mut out.i32).map(drop)),
+    ("MSum", "m_sum is 16, expected at least 24", |out| Layout::from_psum(&[5, 17], 8, 16, &mut out.i32).map(drop)),
+    ("BufferTooSmall", "space holds 10 elements, expected at least 11", |out| {
+        Layout::from_psum(&[5], 8, 8, &mut out.i32[..10]).map(drop)
+    }),
+    ("Alignment", "alignment is 4, expected a multiple of the GEMM's row tile, 8", |_| layout().check_row_tile(8)),
+    ("Alignment", "alignment is 4, expected a multiple of the GEMM's row tile, 0", |_| layout().check_row_tile(0)),
+    ("Alignment", "alignment is 4, expected the GEMM's row tile, 2", |_| layout().psum_for_row_tile(2).map(drop)),
+];
+
+const PERMUTE: &[Refusal] = &[
+    ("Name", "rounding is \"Exact\", expected one of PowerOfTwo", |_| {
+        ScaleFormat::new(Group::G32, ScaleLayout::PackedUe8m0, ScaleRounding::Exact).map(drop)
+    }),
+    ("Value", "group is 64, expected 32 or 128", |_| Group::from_size(64).map(drop)),
+    ("Value", "hidden is 192, expected a positive multiple of the group, 128", |out| {
+        quantize(out, &layout(), zeros(2, 192), None)
+    }),
+    ("Value", "hidden is 0", |out| quantize(out, &layout(), zeros(2, 0), None)),
+    ("Shape", "x has shape [3, 128], expected [2, 128]", |out| quantize(out, &layout(), zeros(3, 128), None)),
+    ("Value", "topk is 2, expected 1, where router weights multiply the input", |out| {
+        quantize(out, &layout(), zeros(2, 128), Some(2))
+    }),
+    ("Shape", "topk_weights has shape [3, 1], expected [2, 1]", |out| {
+        quantize(out, &layout_of_one_slot(), zeros(2, 128), Some(3))
+    }),
+    ("Dtype", "scales has dtype i32, expected f32", |out| {
+        let (x, format) = (zeros::<f32>(2, 128), ScaleFormat::HOPPER);
+        let scales = ScalesMut::Ue8m0(&mut out.i32);
+        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), format, Padding::Zero, &mut out.e4m3, scales)
+    }),
+    ("Dtype", "scales has dtype f32, expected i32", |out| {
+        let x = zeros::<f32>(2, 128);
+        let scales = ScalesMut::F32(&mut out.f32);
+        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), packed(), Padding::Zero, &mut out.e4m3, scales)
+    }),
+    ("BufferTooSmall", "scales holds 7 elements, expected at least 8", |out| {
+        let (x, format) = (zeros::<f32>(2, 128), ScaleFormat::HOPPER);
+        let scales = ScalesMut::F32(&mut out.f32[..7]);
+        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), format, Padding::Zero, &mut out.e4m3, scales)
+    }),
+    ("BufferTooSmall", "out holds 1023 elements, expected at least 1024", |out| {
+        let (x, format) = (zeros::<f32>(2, 128), ScaleFormat::HOPPER);
+        let (rows, scales) = (&mut out.e4m3[..1023], ScalesMut::F32(&mut out.f32));
+        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), format, Padding::Zero, rows, scales)
+    }),
+    ("Dtype", "x_scales has dtype u8, expected f32", |out| ready(out, RowScales::Ue8m0(zeros(2, 1)))),
+    ("Dtype", "x_scales has dtype f32, expected u8", |out| {
+        let (x, scales) = (zeros::<E4m3>(2, 128), RowScales::F32(zeros(2, 1)));
+        let sink = ScalesMut::Ue8m0(&mut out.i32);
+        cpu::permute_quantized(&Cpu::new(), x, scales, &layout(), packed(), Padding::Zero, &mut out.e4m3, sink)
+    }),
+    ("Shape", "x_scales has shape [2, 2], expected [2, 1]", |out| ready(out, RowScales::F32(zeros(2, 2)))),
+    ("Shape", "x_scales has shape [1, 1], expected [2, 1]", |out| ready(out, RowScales::F32(zeros(1, 1)))),
+    ("Shape", "x has shape [1, 5], expected [2, 5]", |out| {
+        cpu::permute_rows(&Cpu::new(), zeros::<bf16>(1, 5), &layout(), Padding::Zero, &mut out.bf16)
+    }),
+    ("Value", "hidden is 0", |out| {
+        cpu::permute_rows(&Cpu::new(), zeros::<bf16>(2, 0), &layout(), Padding::Zero, &mut out.bf16)
+    }),
+    ("BufferTooSmall", "out holds 39 elements, expected at least 40", |out| {
+        cpu::permute_rows(&Cpu::new(), zeros::<bf16>(2, 5), &layout(), Padding::Zero, &mut out.bf16[..39])
+    }),
+    ("Value", "topk is 2, expected 1, where router weights multiply the input", |out| {
+        let (x, weights) = (zeros::<f32>(2, 5), Some(zeros::<f32>(2, 2)));
+        cpu::permute_convert(&Cpu::new(), x, weights, &layout(), Padding::Zero, &mut out.bf16)
+    }),
+    ("Overflow", "M_sum * H overflows", |out| {
+        // Strides of zero: one row, read again and again.
+        let x = MatrixRef::with_strides(&[bf16::ZERO], 2, usize::MAX, 0, 0)?;
+        cpu::permute_rows(&Cpu::new(), x, &layout(), Padding::Zero, &mut out.bf16)
+    }),
+];
+
+const ACTIVATION: &[Refusal] = &[
+    ("Value", "intermediate is 0, expected at least 1", |out| {
+        cpu::activate(&Cpu::new(), &layout(), 0, &[], &Activation::default(), &mut out.bf16)
+    }),
+    ("BufferTooSmall", "gate_up holds 47 elements, expected at least 48", |out| {
+        cpu::activate(&Cpu::new(), &layout(), 3, &[bf16::ZERO; 47], &Activation::default(), &mut out.bf16)
+    }),
+    ("BufferTooSmall", "out holds 23 elements, expected at least 24", |out| {
+        cpu::activate(&Cpu::new(), &layout(), 3, &[bf16::ZERO; 48], &Activation::default(), &mut out.bf16[..23])
+    }),
+    ("Overflow", "M_sum * I overflows", |out| {
+        cpu::activate(&Cpu::new(), &layout(), usize::MAX, &[], &Activation::default(), &mut out.bf16)
+    }),
+    ("Value", "hidden is 64, expected a positive multiple of the group, 128", |out| {
+        let (gate_up, scales) = (vec![bf16::ZERO; 1024], ScalesMut::F32(&mut out.f32));
+        let (activation, format) = (Activation::default(), ScaleFormat::HOPPER);
+        cpu::activate_quantize(&Cpu::new(), &layout(), 64, &gate_up, &activation, format, &mut out.e4m3, scales)
+    }),
+    ("Dtype", "scales has dtype i32, expected f32", |out| {
+        let (gate_up, scales) = (vec![bf16::ZERO; 2048], ScalesMut::Ue8m0(&mut out.i32));
+        let (activation, format) = (Activation::default(), ScaleFormat::HOPPER);
+        cpu::activate_quantize(&Cpu::new(), &layout(), 128, &gate_up, &activation, format, &mut out.e4m3, scales)
+    }),
+    ("BufferTooSmall", "gate_up holds 2047 elements, expected at least 2048", |out| {
+        let (gate_up, scales) = (vec![bf16::ZERO; 2047], ScalesMut::F32(&mut out.f32));
+        let (activation, format) = (Activation::default(), ScaleFormat::HOPPER);
+        cpu::activate_quantize(&Cpu::new(), &layout(), 128, &gate_up, &activation, format, &mut out.e4m3, scales)
+    }),
+];
+
+const UNPERMUTE: &[Refusal] = &[
+    ("Shape", "rows has shape [7, 3], expected [8, 3]", |out| {
+        cpu::unpermute(&Cpu::new(), zeros::<bf16>(7, 3), &layout(), None, &mut out.bf16)
+    }),
+    ("Shape", "topk_weights has shape [2, 1], expected [2, 2]", |out| {
+        cpu::unpermute(&Cpu::new(), zeros::<bf16>(8, 3), &layout(), Some(zeros(2, 1)), &mut out.bf16)
+    }),
+    ("Value", "hidden is 0, expected at least 1", |out| {
+        cpu::unpermute(&Cpu::new(), zeros::<bf16>(8, 0), &layout(), None, &mut out.bf16)
+    }),
+    ("BufferTooSmall", "out holds 5 elements, expected at least 6", |out| {
+        cpu::unpermute(&Cpu::new(), zeros::<bf16>(8, 3), &layout(), None, &mut out.bf16[..5])
+    }),
+];
+
+const MACHINE: &[Refusal] = &[("Name", "isa is \"sse9\", expected one of portable", |_| Isa::named("sse9").map(drop))];
+
+fn variant(error: &Error) -> &'static str {
+    match error {
+        Error::Shape { .. } => "Shape",
+        Error::Stride { .. } => "Stride",
+        Error::Dtype { .. } => "Dtype",
+        Error::Device { .. } => "Device",
+        Error::Value { .. } => "Value",
+        Error::Alignment { .. } => "Alignment",
+        Error::Name { .. } => "Name",
+        Error::ExpertId { .. } => "ExpertId",
+        Error::MapEntry { .. } => "MapEntry",
+        Error::Count { .. } => "Count",
+        Error::MSum { .. } => "MSum",
+        Error::Overflow { .. } => "Overflow",
+        Error::BufferTooSmall { .. } => "BufferTooSmall",
+        Error::WeightFormat { .. } => "WeightFormat",
+        _ => "a variant this test does not know",
+    }
+}
+
+fn tables() -> Vec<Refusal> {
+    [MATRICES, ROUTING, PLAN, LAYOUT, PERMUTE, ACTIVATION, UNPERMUTE, MACHINE].concat()
+}
+
+#[test]
+fn every_refusal_names_what_is_wrong_and_writes_nothing() {
+    for (kind, message, call) in tables() {
+        let mut out = Outputs::poisoned();
+        let error = call(&mut out).expect_err(message);
+        assert_eq!(variant(&error), kind, "{error}");
+        let text = error.to_string();
+        assert!(text.starts_with(message), "\"{text}\" does not start with \"{message}\"");
+        assert!(text.contains("expected") || text.contains("overflows: "), "{text}");
+        assert!(!text.ends_with('.'), "{text}");
+        assert!(out == Outputs::poisoned(), "outputs were touched: {text}");
+    }
+}
+
+#[test]
+fn an_instruction_set_that_is_not_there_is_a_device_error() {
+    // Whether there is one depends on the CPU; under miri there always is, see `tests/miri.rs`.
+    for name in ["avx2", "avx512-bf16"] {
+        if let Err(error) = Isa::named(name) {
+            assert!(matches!(error, Error::Device { argument: "isa", .. }), "{error}");
+        }
+    }
+}
+
+/// The variants of the enum, read from its source: a new one without a refusal in the tables fails here.
+#[test]
+fn every_variant_is_refused_somewhere() {
+    let source = include_str!("../../src/error.rs");
+    let body = source.split("pub enum Error {").nth(1).expect("the enum");
+    let body = body.split("\n}").next().expect("its end");
+    let variants: BTreeSet<&str> = body
+        .lines()
+        .filter(|line| line.starts_with("    ") && line.as_bytes().get(4).is_some_and(u8::is_ascii_uppercase))
+        .map(|line| line.trim().trim_end_matches([' ', '{', ',']))
+        .collect();
+    assert!(variants.contains("ExpertId"), "{variants:?}");
+    let mut refused: BTreeSet<&str> = tables().iter().map(|(kind, ..)| *kind).collect();
+    // Asked for on machines that lack something only: the test above, and `tests/miri.rs`.
+    refused.insert("Device");
+    // Packed weights come with the GEMM.
+    refused.insert("WeightFormat");
+    assert_eq!(variants, refused);
+}

@@ -1,0 +1,15 @@
+//! The contract, property by property: every step against the slow oracle, on random and on hostile inputs.
+//!
+//! Cases come from a fixed seed, so that a run today and a run tomorrow test the same thing; `PROPTEST_RNG_SEED=<u64>`
+//! picks other cases and `PROPTEST_CASES=<n>` more of them.
+#![cfg(not(miri))]
+
+mod activation;
+mod cases;
+mod errors;
+mod layout;
+mod permute;
+mod plan;
+mod quantize;
+mod routing;
+mod unpermute;

@@ -1,0 +1,99 @@
+//! Counts, and the routers against the oracle's.
+
+use crate::cases::{Strided, config, routings, strides};
+use expertile::{MatrixRef, Router, Routing};
+use expertile_oracle::routing::{SigmoidRouter, softmax_router};
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+/// Logits far enough apart that f32 and f64 choose alike, with exact ties among them: multiples of 1/8.
+fn logits(experts: usize, tokens: usize) -> impl Strategy<Value = Vec<f32>> {
+    vec((-40..=40i32).prop_map(|eighths| eighths as f32 / 8.0), experts * tokens)
+}
+
+fn close(actual: &[f32], expected: &[f64]) -> bool {
+    actual.len() == expected.len()
+        && actual.iter().zip(expected).all(|(&a, &e)| (f64::from(a) - e).abs() <= 2e-6 * e.abs() + 1e-12)
+}
+
+proptest! {
+    #![proptest_config(config(300))]
+
+    #[test]
+    fn counts_equal_the_oracles(case in routings()) {
+        let mut counts = vec![-7; case.local_experts + 2];
+        case.routing().count_expert_num_tokens(&mut counts).unwrap();
+        prop_assert_eq!(&counts[..case.local_experts], case.counts());
+        prop_assert_eq!(&counts[case.local_experts..], [-7, -7]);
+    }
+
+    #[test]
+    fn i32_and_strided_ids_mean_the_same_as_i64(case in routings(), strides in strides()) {
+        let (tokens, topk) = (case.tokens(), case.topk);
+        // The poison between the elements is an id that no routing takes.
+        let wide = Strided::new(&case.ids, tokens, topk, strides, i64::MAX);
+        let ids: Vec<i32> = case.ids.iter().map(|&id| id.max(i64::from(i32::MIN)) as i32).collect();
+        let narrow = Strided::new(&ids, tokens, topk, strides, i32::MAX);
+        let map = case.expert_map.as_deref();
+        let plain = case.routing();
+        let wide = Routing::new(wide.matrix(), case.local_experts, map).unwrap();
+        let narrow = Routing::new(narrow.matrix(), case.local_experts, map).unwrap();
+        prop_assert_eq!(wide.global_experts(), map.map_or(case.local_experts, <[i32]>::len));
+        for token in 0..tokens {
+            for slot in 0..topk {
+                let expected = expertile_oracle::layout::local_expert(case.ids[token * topk + slot], map);
+                for routing in [plain, wide, narrow] {
+                    prop_assert_eq!(routing.local_expert(token, slot), expected, "[{}, {}]", token, slot);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn softmax_routers_equal_the_oracles(
+        (experts, topk, logits) in (1..=16usize, 0..4usize).prop_flat_map(|(experts, tokens)| {
+            (Just(experts), 1..=experts, logits(experts, tokens))
+        }),
+        renormalize: bool,
+        strides in strides(),
+    ) {
+        let tokens = logits.len() / experts;
+        let (mut ids, mut weights) = (vec![-9; tokens * topk], vec![-9.0; tokens * topk]);
+        let matrix = Strided::new(&logits, tokens, experts, strides, f32::NAN);
+        Router::Softmax { topk, renormalize }.route(matrix.matrix(), &mut ids, &mut weights).unwrap();
+        let (expected_ids, expected_weights) = softmax_router(&logits, experts, topk, renormalize);
+        prop_assert_eq!(ids, expected_ids);
+        prop_assert!(close(&weights, &expected_weights), "{:?} {:?}", weights, expected_weights);
+    }
+
+    #[test]
+    fn sigmoid_routers_equal_the_oracles(
+        (groups, topk_groups, topk, logits, bias) in (1..=4usize, 1..=6usize, 0..4usize)
+            .prop_flat_map(|(groups, size, tokens)| (Just((groups, size, tokens)), 1..=groups))
+            .prop_flat_map(|((groups, size, tokens), topk_groups)| (
+                Just(groups),
+                Just(topk_groups),
+                1..=size * topk_groups,
+                logits(groups * size, tokens),
+                // A power of two, so that the biased scores tie exactly where the scores do.
+                vec(prop_oneof![Just(0.0f32), Just(1.0)], groups * size),
+            )),
+        biased: bool,
+        renormalize: bool,
+        scaling_factor in prop_oneof![Just(1.0f32), Just(2.5)],
+    ) {
+        let (experts, tokens) = (bias.len(), logits.len() / bias.len());
+        let correction_bias = if biased { bias } else { vec![] };
+        let expected = SigmoidRouter {
+            topk, correction_bias: &correction_bias, groups, topk_groups, renormalize, scaling_factor,
+        };
+        let (expected_ids, expected_weights) = expected.route(&logits, experts);
+        let router = Router::Sigmoid {
+            topk, correction_bias: correction_bias.clone(), groups, topk_groups, renormalize, scaling_factor,
+        };
+        let (mut ids, mut weights) = (vec![-9; tokens * topk], vec![-9.0; tokens * topk]);
+        router.route(MatrixRef::new(&logits, tokens, experts).unwrap(), &mut ids, &mut weights).unwrap();
+        prop_assert_eq!(ids, expected_ids);
+        prop_assert!(close(&weights, &expected_weights), "{:?} {:?}", weights, expected_weights);
+    }
+}
