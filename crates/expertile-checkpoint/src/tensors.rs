@@ -1,0 +1,188 @@
+//! The tensors of one safetensors file, over its bytes.
+//!
+//! The header is checked once (its length, its JSON, that the tensors cover the data exactly and in order); from then on
+//! a tensor's bytes are there and have the length that its shape and dtype say.
+
+use crate::error::{Error, Result};
+use bytemuck::Pod;
+use half::{bf16, f16};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+
+const LENGTH_BYTES: usize = 8;
+/// The format's own limit, so that a hostile length does not make the JSON parser work through gigabytes.
+const MAX_HEADER_BYTES: usize = 100_000_000;
+
+/// A parsed header: what is where.
+#[derive(Debug)]
+pub(crate) struct Header {
+    file: PathBuf,
+    metadata: Metadata,
+    data_start: usize,
+}
+
+/// One tensor: name, shape, dtype, bytes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tensor<'a> {
+    pub(crate) file: &'a Path,
+    pub(crate) name: &'a str,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: &'a [usize],
+    pub(crate) bytes: &'a [u8],
+}
+
+impl Header {
+    /// Parses the header of `bytes`, a whole file; `file` is its name in messages.
+    pub(crate) fn parse(file: &Path, bytes: &[u8]) -> Result<Self> {
+        let Some((length, rest)) = bytes.split_first_chunk::<LENGTH_BYTES>() else {
+            return Err(Error::format(
+                file,
+                "length",
+                format!("{} bytes", bytes.len()),
+                "a safetensors file of at least 8",
+            ));
+        };
+        let length = u64::from_le_bytes(*length);
+        let limit = rest.len().min(MAX_HEADER_BYTES);
+        let length = usize::try_from(length).ok().filter(|&length| length <= limit).ok_or_else(|| {
+            Error::format(file, "header length", length.to_string(), format!("at most {limit} (of {})", rest.len()))
+        })?;
+        let (header, data) = rest.split_at(length);
+        // Not `SafeTensors::deserialize`: its check that the tensors end where the file ends adds without checking, and
+        // a hostile header can make that sum overflow.
+        let metadata: Metadata =
+            serde_json::from_slice(header).map_err(|source| Error::json(file, "safetensors header", source))?;
+        if metadata.data_len() != data.len() {
+            return Err(Error::format(
+                file,
+                "length of the tensors' data",
+                format!("{} bytes", data.len()),
+                format!("{}, as the header says", metadata.data_len()),
+            ));
+        }
+        Ok(Self { file: file.to_owned(), metadata, data_start: LENGTH_BYTES + length })
+    }
+
+    pub(crate) fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// Names of all tensors, in the order of their data.
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.metadata.offset_keys()
+    }
+
+    /// The tensor of that name, if there is one; `bytes` is the file that was parsed.
+    pub(crate) fn tensor<'a>(&'a self, bytes: &'a [u8], name: &'a str) -> Option<Tensor<'a>> {
+        let info = self.metadata.info(name)?;
+        let (start, end) = info.data_offsets;
+        let bytes = &bytes[self.data_start..][start..end];
+        Some(Tensor { file: &self.file, name, dtype: info.dtype, shape: &info.shape, bytes })
+    }
+}
+
+impl<'a> Tensor<'a> {
+    /// Fails unless the shape is this one.
+    pub(crate) fn require_shape(&self, shape: &[usize]) -> Result<()> {
+        if self.shape != shape {
+            return Err(Error::shape(self.file, self.name, self.shape, format!("{shape:?}")));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn wrong_dtype(&self, expected: impl Into<String>) -> Error {
+        Error::dtype(self.file, self.name, self.dtype, expected)
+    }
+
+    /// A bf16, f16 or f32 tensor, widened.
+    pub(crate) fn to_f32(self) -> Result<Vec<f32>> {
+        match self.dtype {
+            Dtype::F32 => Ok(little_endian(self.bytes, f32::from_le_bytes)),
+            Dtype::BF16 => Ok(little_endian(self.bytes, |bytes| bf16::from_le_bytes(bytes).to_f32())),
+            Dtype::F16 => Ok(little_endian(self.bytes, |bytes| f16::from_le_bytes(bytes).to_f32())),
+            _ => Err(self.wrong_dtype("BF16, F16 or F32")),
+        }
+    }
+
+    /// The bf16 values in place, or copied where the file did not align them (or the machine is big-endian).
+    pub(crate) fn bf16(&self) -> Cow<'a, [bf16]> {
+        borrow_or_decode(self.bytes, bf16::from_le_bytes)
+    }
+}
+
+/// Values of `N` little-endian bytes each.
+pub(crate) fn little_endian<const N: usize, T>(bytes: &[u8], decode: impl Fn([u8; N]) -> T) -> Vec<T> {
+    bytes.as_chunks::<N>().0.iter().map(|&chunk| decode(chunk)).collect()
+}
+
+fn borrow_or_decode<const N: usize, T: Pod>(bytes: &[u8], decode: impl Fn([u8; N]) -> T) -> Cow<'_, [T]> {
+    match bytemuck::try_cast_slice(bytes) {
+        Ok(values) if cfg!(target_endian = "little") => Cow::Borrowed(values),
+        _ => Cow::Owned(little_endian(bytes, decode)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(header: &str, data: usize) -> Vec<u8> {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.resize(bytes.len() + data, 1);
+        bytes
+    }
+
+    fn refuse(bytes: &[u8]) -> String {
+        let error = Header::parse(Path::new("x.safetensors"), bytes).unwrap_err();
+        match std::error::Error::source(&error) {
+            Some(source) => format!("{error}: {source}"),
+            None => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn truncated_and_lying_headers_are_errors() {
+        assert!(refuse(b"1234567").contains("length is 7 bytes"));
+        assert!(refuse(&100u64.to_le_bytes()).contains("header length is 100, expected at most 0"));
+        assert!(refuse(&u64::MAX.to_le_bytes()).contains("header length is 18446744073709551615"));
+        assert!(refuse(&file("{", 0)).contains("safetensors header is not valid"));
+        assert!(refuse(&file("\u{0}", 0)).contains("safetensors header is not valid"));
+        let two = r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}"#;
+        assert!(Header::parse(Path::new("x"), &file(two, 2)).is_ok());
+        assert!(refuse(&file(two, 1)).contains("tensors' data is 1 bytes, expected 2"));
+        assert!(refuse(&file(two, 3)).contains("tensors' data is 3 bytes, expected 2"));
+        let gap = r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}"#;
+        assert!(refuse(&file(gap, 3)).contains("safetensors header is not valid"));
+        let lie = r#"{"a":{"dtype":"U8","shape":[3],"data_offsets":[0,2]}}"#;
+        assert!(refuse(&file(lie, 2)).contains("safetensors header is not valid"));
+    }
+
+    #[test]
+    fn tensors_whose_lengths_add_up_past_the_address_space_are_an_error() {
+        let step = (1u64 << 61) - 1;
+        let tensors: Vec<String> = (0..8)
+            .map(|i| {
+                let (start, end) = (i * step, (i + 1) * step);
+                format!(r#""{i}":{{"dtype":"U8","shape":[{step}],"data_offsets":[{start},{end}]}}"#)
+            })
+            .collect();
+        let header = format!("{{{}}}", tensors.join(","));
+        assert!(refuse(&file(&header, 0)).contains("expected 18446744073709551608"), "{}", refuse(&file(&header, 0)));
+    }
+
+    #[test]
+    fn values_are_the_same_aligned_or_not() {
+        let values: Vec<bf16> = (0..9).map(|i| bf16::from_f32(i as f32 - 3.5)).collect();
+        let mut bytes = vec![0u8; 19];
+        for shift in 0..2 {
+            for (value, slot) in values.iter().zip(bytes[shift..].as_chunks_mut::<2>().0) {
+                *slot = value.to_le_bytes();
+            }
+            let read: Cow<'_, [bf16]> = borrow_or_decode(&bytes[shift..shift + 18], bf16::from_le_bytes);
+            assert_eq!(read, values);
+        }
+    }
+}

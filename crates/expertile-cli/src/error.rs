@@ -1,0 +1,43 @@
+//! Why the command stops, and with which exit code.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Shorthand for a result of a subcommand.
+pub(crate) type Result<T> = std::result::Result<T, Error>;
+
+/// Everything that makes a subcommand stop.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// Options that do not go together, or a value that cannot be.
+    #[error("{0}")]
+    Usage(String),
+    /// The library refused an argument.
+    #[error(transparent)]
+    Library(#[from] expertile::Error),
+    /// A file that is not what it should be.
+    #[error(transparent)]
+    Checkpoint(#[from] expertile_checkpoint::Error),
+    /// A file that cannot be written.
+    #[error("{} cannot be written", file.display())]
+    Write {
+        /// The file.
+        file: PathBuf,
+        /// What the operating system says.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self::Usage(message.into())
+    }
+
+    pub(crate) fn write(file: &Path, source: std::io::Error) -> Self {
+        Self::Write { file: file.to_owned(), source }
+    }
+
+    pub(crate) fn exit_code(&self) -> ExitCode {
+        ExitCode::from(2)
+    }
+}
