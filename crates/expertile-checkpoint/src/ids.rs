@@ -69,7 +69,7 @@ impl Ids {
             _ => return Err(tensor.wrong_dtype("I32 or I64")),
         };
         let &[tokens, topk] = tensor.shape else {
-            return Err(Error::shape(tensor.file, tensor.name, tensor.shape, "[M, topk]"));
+            return Err(Error::shape(tensor.file, &tensor.name, tensor.shape, "[M, topk]"));
         };
         Ok(Self { data, tokens, topk, fortran_order: false })
     }

@@ -24,10 +24,10 @@ pub(crate) struct Header {
 }
 
 /// One tensor: name, shape, dtype, bytes.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct Tensor<'a> {
     pub(crate) file: &'a Path,
-    pub(crate) name: &'a str,
+    pub(crate) name: String,
     pub(crate) dtype: Dtype,
     pub(crate) shape: &'a [usize],
     pub(crate) bytes: &'a [u8],
@@ -75,11 +75,11 @@ impl Header {
     }
 
     /// The tensor of that name, if there is one; `bytes` is the file that was parsed.
-    pub(crate) fn tensor<'a>(&'a self, bytes: &'a [u8], name: &'a str) -> Option<Tensor<'a>> {
+    pub(crate) fn tensor<'a>(&'a self, bytes: &'a [u8], name: &str) -> Option<Tensor<'a>> {
         let info = self.metadata.info(name)?;
         let (start, end) = info.data_offsets;
         let bytes = &bytes[self.data_start..][start..end];
-        Some(Tensor { file: &self.file, name, dtype: info.dtype, shape: &info.shape, bytes })
+        Some(Tensor { file: &self.file, name: name.to_owned(), dtype: info.dtype, shape: &info.shape, bytes })
     }
 }
 
@@ -87,17 +87,17 @@ impl<'a> Tensor<'a> {
     /// Fails unless the shape is this one.
     pub(crate) fn require_shape(&self, shape: &[usize]) -> Result<()> {
         if self.shape != shape {
-            return Err(Error::shape(self.file, self.name, self.shape, format!("{shape:?}")));
+            return Err(Error::shape(self.file, &self.name, self.shape, format!("{shape:?}")));
         }
         Ok(())
     }
 
     pub(crate) fn wrong_dtype(&self, expected: impl Into<String>) -> Error {
-        Error::dtype(self.file, self.name, self.dtype, expected)
+        Error::dtype(self.file, &self.name, self.dtype, expected)
     }
 
     /// A bf16, f16 or f32 tensor, widened.
-    pub(crate) fn to_f32(self) -> Result<Vec<f32>> {
+    pub(crate) fn to_f32(&self) -> Result<Vec<f32>> {
         match self.dtype {
             Dtype::F32 => Ok(little_endian(self.bytes, f32::from_le_bytes)),
             Dtype::BF16 => Ok(little_endian(self.bytes, |bytes| bf16::from_le_bytes(bytes).to_f32())),
@@ -176,7 +176,7 @@ mod tests {
     #[test]
     fn values_are_the_same_aligned_or_not() {
         let values: Vec<bf16> = (0..9).map(|i| bf16::from_f32(i as f32 - 3.5)).collect();
-        let mut bytes = vec![0u8; 19];
+        let mut bytes = [0u8; 19];
         for shift in 0..2 {
             for (value, slot) in values.iter().zip(bytes[shift..].as_chunks_mut::<2>().0) {
                 *slot = value.to_le_bytes();

@@ -1,0 +1,216 @@
+//! The files of a checkpoint folder: config, index, shards.
+//!
+//! Opening reads `config.json` and the index only; a shard is mapped when the first tensor in it is asked for, and its
+//! weights are read by whoever touches them. A mapped file must not be changed or cut while the [`Checkpoint`] lives
+//! (as for every program that maps files).
+
+use crate::config::{Config, Family};
+use crate::error::{Error, Result};
+use crate::moe_layer::MoeLayer;
+use crate::tensors::{Header, Tensor};
+use memmap2::Mmap;
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Component, Path, PathBuf};
+use std::sync::OnceLock;
+
+const CONFIG: &str = "config.json";
+const SINGLE_FILE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// A checkpoint: its config, and its tensors wherever they are.
+#[derive(Debug)]
+pub struct Checkpoint<'a> {
+    config: Config,
+    shards: Vec<Shard<'a>>,
+    /// Which shard holds a tensor; `None` when there is one shard and it holds everything.
+    index: Option<Index>,
+}
+
+#[derive(Debug)]
+struct Index {
+    file: PathBuf,
+    shard_of: HashMap<String, usize>,
+}
+
+#[derive(Debug)]
+struct Shard<'a> {
+    file: PathBuf,
+    open: OnceLock<OpenShard<'a>>,
+}
+
+#[derive(Debug)]
+struct OpenShard<'a> {
+    header: Header,
+    bytes: Bytes<'a>,
+}
+
+#[derive(Debug)]
+enum Bytes<'a> {
+    Mapped(Mmap),
+    Borrowed(&'a [u8]),
+}
+
+impl Bytes<'_> {
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Borrowed(bytes) => bytes,
+        }
+    }
+}
+
+impl Checkpoint<'static> {
+    /// Opens a Hugging Face checkpoint folder: `config.json` and `model.safetensors`, or its index with shards.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for a file that cannot be read, [`Error::Json`] for one that is not JSON, [`Error::Config`],
+    /// [`Error::ShardName`] for an index entry that leads out of the folder.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let file = folder.join(CONFIG);
+        let config = Config::parse(&file, &read(&file)?)?;
+        let file = folder.join(INDEX);
+        if !file.exists() {
+            return Ok(Self { config, shards: vec![Shard::closed(folder.join(SINGLE_FILE))], index: None });
+        }
+        let bytes = read(&file)?;
+        let (index, names) = Index::parse(file, &bytes)?;
+        let shards = names.iter().map(|name| Shard::closed(folder.join(name))).collect();
+        Ok(Self { config, shards, index: Some(index) })
+    }
+}
+
+impl<'a> Checkpoint<'a> {
+    /// A checkpoint from the bytes of its `config.json` and of its only `model.safetensors`.
+    ///
+    /// # Errors
+    /// [`Error::Json`] and [`Error::Config`] for the config, [`Error::Format`] and [`Error::Json`] for the tensors.
+    pub fn from_bytes(config: &[u8], file: &'a [u8]) -> Result<Self> {
+        let config = Config::parse(Path::new(CONFIG), config)?;
+        let name = PathBuf::from(SINGLE_FILE);
+        let open = OpenShard { header: Header::parse(&name, file)?, bytes: Bytes::Borrowed(file) };
+        let shard = Shard { file: name, open: OnceLock::from(open) };
+        Ok(Self { config, shards: vec![shard], index: None })
+    }
+
+    /// The model family.
+    #[must_use]
+    pub fn family(&self) -> Family {
+        self.config.family
+    }
+
+    /// One MoE layer: its shape, its router, views of its weights. Maps the shards it stands in.
+    ///
+    /// # Errors
+    /// [`Error::Layer`] or [`Error::DenseLayer`] if there are no experts, [`Error::MissingTensor`], [`Error::Shape`],
+    /// [`Error::Dtype`], [`Error::Config`] for a block size that is not 128 x 128, [`Error::Router`], and whatever
+    /// opening a shard meets.
+    pub fn layer(&self, layer: usize) -> Result<MoeLayer<'_>> {
+        self.config.check_layer(layer)?;
+        MoeLayer::read(self, layer)
+    }
+
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The tensor of that name; `expected` describes it in case there is none.
+    pub(crate) fn tensor(&self, name: &str, expected: impl Fn() -> String) -> Result<Tensor<'_>> {
+        let missing =
+            |file: &Path| Error::MissingTensor { file: file.to_owned(), tensor: name.into(), expected: expected() };
+        let shard = match &self.index {
+            None => &self.shards[0],
+            Some(index) => &self.shards[*index.shard_of.get(name).ok_or_else(|| missing(&index.file))?],
+        };
+        let open = shard.open()?;
+        open.header.tensor(open.bytes.as_slice(), name).ok_or_else(|| missing(&shard.file))
+    }
+}
+
+impl Index {
+    /// The index, and the names of the shards it speaks of.
+    fn parse(file: PathBuf, bytes: &[u8]) -> Result<(Self, Vec<String>)> {
+        let index: serde_json::Value =
+            serde_json::from_slice(bytes).map_err(|source| Error::json(&file, "index", source))?;
+        let Some(serde_json::Value::Object(weight_map)) = index.get("weight_map") else {
+            return Err(Error::format(&file, "weight_map", "missing or no object", "tensor names with file names"));
+        };
+        let mut names: Vec<String> = Vec::new();
+        let mut number_of = HashMap::new();
+        let mut shard_of = HashMap::with_capacity(weight_map.len());
+        for (tensor, entry) in weight_map {
+            let name = entry.as_str().filter(|name| is_file_name(name)).ok_or_else(|| Error::ShardName {
+                file: file.clone(),
+                tensor: tensor.clone(),
+                actual: entry.as_str().map_or_else(|| entry.to_string(), str::to_owned),
+            })?;
+            let shard = *number_of.entry(name).or_insert_with(|| {
+                names.push(name.to_owned());
+                names.len() - 1
+            });
+            shard_of.insert(tensor.clone(), shard);
+        }
+        Ok((Self { file, shard_of }, names))
+    }
+}
+
+/// Whether this is a plain name, which cannot lead out of a folder.
+fn is_file_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name)
+        && !name.contains(['/', '\\', '\0'])
+}
+
+impl<'a> Shard<'a> {
+    fn closed(file: PathBuf) -> Self {
+        Self { file, open: OnceLock::new() }
+    }
+
+    fn open(&self) -> Result<&OpenShard<'a>> {
+        if let Some(open) = self.open.get() {
+            return Ok(open);
+        }
+        let bytes = Bytes::Mapped(map(&self.file)?);
+        let header = Header::parse(&self.file, bytes.as_slice())?;
+        Ok(self.open.get_or_init(|| OpenShard { header, bytes }))
+    }
+}
+
+fn read(file: &Path) -> Result<Vec<u8>> {
+    std::fs::read(file).map_err(|source| Error::io(file, source))
+}
+
+#[allow(unsafe_code)]
+fn map(file: &Path) -> Result<Mmap> {
+    let opened = File::open(file).map_err(|source| Error::io(file, source))?;
+    // SAFETY: the map is only read. That nobody changes or cuts the file meanwhile cannot be enforced; the module's
+    // documentation asks it of the caller, and every value in the file is checked or is a number of any bits.
+    unsafe { Mmap::map(&opened) }.map_err(|source| Error::io(file, source))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_plain_names_are_file_names() {
+        for name in ["model-00001-of-00002.safetensors", "a", "..a"] {
+            assert!(is_file_name(name), "{name}");
+        }
+        for name in ["", ".", "..", "../x", "/x", "a/b", "a/", "./a", "a\\b", "..\\x", "a\0b"] {
+            assert!(!is_file_name(name), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn an_index_of_another_shape_is_an_error() {
+        for text in ["", "[", "[]", "{}", r#"{"weight_map": []}"#] {
+            assert!(Index::parse("index".into(), text.as_bytes()).is_err(), "{text}");
+        }
+        for entry in [r#""../x""#, "7", "null", r#""/etc/passwd""#] {
+            let text = format!(r#"{{"weight_map": {{"t": {entry}}}}}"#);
+            let error = Index::parse("index".into(), text.as_bytes()).unwrap_err();
+            assert!(matches!(&error, Error::ShardName { tensor, .. } if tensor == "t"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! Files as they are found, and as they should never be.
+
+mod checkpoints;
+mod made_up;
+mod tokens;
