@@ -101,6 +101,18 @@ pub enum Error {
         /// The number of local experts.
         local_experts: usize,
     },
+    /// A slot's row that the permuted buffer does not have.
+    #[error("inv_perm[{token}, {slot}] is {row}, expected a row below {rows} (or a negative one for an empty slot)")]
+    SlotRow {
+        /// The token's row in `inv_perm`.
+        token: usize,
+        /// The slot's column in `inv_perm`.
+        slot: usize,
+        /// The row found there.
+        row: i32,
+        /// Rows of the permuted buffer.
+        rows: usize,
+    },
     /// A count or an offset of one expert that is negative, or out of order.
     #[error("{argument}[{expert}] is {actual}, expected {expected}")]
     Count {

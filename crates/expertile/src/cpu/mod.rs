@@ -21,7 +21,7 @@ pub use layer::{Layer, LayerOptions, StageDone};
 pub use permute::{RowScales, permute_convert, permute_quantized, permute_rows, quantize_permute};
 pub use quantize::quantize_rows;
 use std::sync::Arc;
-pub use unpermute::unpermute;
+pub use unpermute::{unpermute, unpermute_slots};
 
 /// Where CPU work runs: an instruction set and a thread pool.
 #[derive(Debug, Clone)]

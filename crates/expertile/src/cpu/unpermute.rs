@@ -7,6 +7,7 @@ use super::permute::live;
 use crate::dtype::{Float, MatrixRef};
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::layout::Layout;
+use crate::routing::Routing;
 use rayon::prelude::*;
 
 /// Columns summed at a time: their f32 sums stay in the first-level cache.
@@ -28,10 +29,59 @@ pub fn unpermute<T: Float, O: Float>(
     topk_weights: Option<MatrixRef<'_, f32>>,
     out: &mut [O],
 ) -> Result<()> {
+    rows.require_shape("rows", layout.m_sum(), rows.cols())?;
+    reduce(cpu, rows, layout.inv_perm(), (layout.tokens(), layout.topk()), topk_weights, out)
+}
+
+/// The same for rows that someone else permuted: from `inv_perm [M, topk]` instead of a layout.
+///
+/// A slot is empty if its row is negative, or if a `routing` is given and names no local expert there, whatever
+/// `inv_perm` holds then: others leave such slots unwritten.
+///
+/// # Errors
+/// As [`unpermute`]; [`Error::Shape`] unless the routing is `[M, topk]`, [`Error::SlotRow`] for a row that `rows` does not
+/// have.
+pub fn unpermute_slots<T: Float, O: Float>(
+    cpu: &Cpu,
+    rows: MatrixRef<'_, T>,
+    inv_perm: MatrixRef<'_, i32>,
+    routing: Option<&Routing<'_>>,
+    topk_weights: Option<MatrixRef<'_, f32>>,
+    out: &mut [O],
+) -> Result<()> {
+    let (tokens, topk) = (inv_perm.rows(), inv_perm.cols());
+    if topk == 0 {
+        return Err(Error::value("topk", 0, "at least 1"));
+    }
+    if let Some(routing) = routing.filter(|routing| (routing.tokens(), routing.topk()) != (tokens, topk)) {
+        let actual = [routing.tokens(), routing.topk()];
+        return Err(Error::shape("topk_ids", &actual, format!("[{tokens}, {topk}], as inv_perm")));
+    }
+    let mut live = Vec::with_capacity(checked_mul("M * topk", tokens, topk)?);
+    for token in 0..tokens {
+        for slot in 0..topk {
+            let row = inv_perm.get(token, slot);
+            let empty = row < 0 || routing.is_some_and(|routing| routing.local_expert(token, slot).is_none());
+            if !empty && row as usize >= rows.rows() {
+                return Err(Error::SlotRow { token, slot, row, rows: rows.rows() });
+            }
+            live.push(if empty { -1 } else { row });
+        }
+    }
+    reduce(cpu, rows, &live, (tokens, topk), topk_weights, out)
+}
+
+/// Sums `rows` into `out`; `inv_perm [M, topk]` holds rows that exist, or negative values.
+fn reduce<T: Float, O: Float>(
+    cpu: &Cpu,
+    rows: MatrixRef<'_, T>,
+    inv_perm: &[i32],
+    (tokens, topk): (usize, usize),
+    topk_weights: Option<MatrixRef<'_, f32>>,
+    out: &mut [O],
+) -> Result<()> {
     const VALUES_PER_TASK: usize = 1 << 16;
     let hidden = rows.cols();
-    let (tokens, topk) = (layout.tokens(), layout.topk());
-    rows.require_shape("rows", layout.m_sum(), hidden)?;
     if hidden == 0 {
         return Err(Error::value("hidden", 0, "at least 1"));
     }
@@ -42,8 +92,7 @@ pub fn unpermute<T: Float, O: Float>(
     require_len("out", out.len(), needed)?;
     let by_size = VALUES_PER_TASK.div_ceil(hidden.saturating_mul(topk));
     let tokens_per_task = by_size.min(tokens.div_ceil(4 * cpu.threads()).max(1));
-    let slots =
-        |token: usize| layout.inv_perm().get(token * topk..).map_or(&[][..], |rest| &rest[..topk.min(rest.len())]);
+    let slots = |token: usize| inv_perm.get(token * topk..).map_or(&[][..], |rest| &rest[..topk.min(rest.len())]);
     cpu.install(|| {
         out[..needed].par_chunks_mut(tokens_per_task * hidden).enumerate().for_each(|(task, out)| {
             for (offset, out) in out.chunks_exact_mut(hidden).enumerate() {
@@ -119,5 +168,34 @@ fn add_terms<T: Float>(
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_that_no_local_expert_answers_for_are_skipped_whatever_row_they_name() {
+        let rows = [1.0f32, 2.0, 10.0, 20.0, 100.0, 200.0];
+        let rows = MatrixRef::new(&rows, 3, 2).unwrap();
+        let ids = [0, 2, 1, -1];
+        let map = [0, 1, -1];
+        let routing = Routing::new(MatrixRef::new(&ids[..], 2, 2).unwrap(), 2, Some(&map)).unwrap();
+        let inv_perm = [2, i32::MAX, 1, 77];
+        let inv_perm = MatrixRef::new(&inv_perm, 2, 2).unwrap();
+        let mut out = [7.0f32; 4];
+        unpermute_slots(&Cpu::new(), rows, inv_perm, Some(&routing), None, &mut out).unwrap();
+        assert_eq!(out, [100.0, 200.0, 10.0, 20.0]);
+    }
+
+    #[test]
+    fn a_row_past_the_buffer_is_named_and_nothing_is_written() {
+        let rows = MatrixRef::new(&[1.0f32, 2.0], 2, 1).unwrap();
+        let mut out = [7.0f32; 2];
+        let inv_perm = MatrixRef::new(&[0, 2], 2, 1).unwrap();
+        let error = unpermute_slots(&Cpu::new(), rows, inv_perm, None, None, &mut out).unwrap_err();
+        assert_eq!(error, Error::SlotRow { token: 1, slot: 0, row: 2, rows: 2 });
+        assert_eq!(out, [7.0; 2]);
     }
 }
