@@ -14,7 +14,9 @@ mod tiles;
 pub use packing::{PackedWeights, PackedWeightsBuilder};
 
 use super::arch::Isa;
-use super::arch::gemm::{BLOCK_PAIRS, BlockScales, PANEL, Panel, Sums, decode, multiply, multiply_scaled};
+use super::arch::gemm::{
+    BLOCK_PAIRS, BlockScales, BytePanel, PANEL, ScaledPanel, Sums, decode, multiply, multiply_scaled,
+};
 use super::{Cpu, disjoint::Disjoint};
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result, checked_add, checked_mul, require_len};
@@ -22,6 +24,7 @@ use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
 use crate::layout::Layout;
 use crate::quantize::{Group, ScaleFormat, Scales};
 use half::bf16;
+use packing::Panel;
 use rayon::prelude::*;
 use tiles::{BLOCK_ROWS, PackedRows, ROW_BLOCK_WORDS, RowBlock};
 
@@ -179,26 +182,25 @@ fn multiply_block(
                 }
             }
         }
-        panel_lines @ Panel::E4m3(lines) => {
-            let panel_scales = weights.panel_scales(block.expert(), panel);
+        Panel::E4m3(panel, panel_scales) => {
             if block.tile_count() == 1 {
                 let live = block.live_rows();
                 let row_scales = rows.scales.map(|scales| &scales[live.start * k_blocks..live.end * k_blocks]);
                 let scales = BlockScales { panel: panel_scales, rows: row_scales };
                 let packed = &rows.pairs[live.start * k_pairs..live.end * k_pairs];
-                return multiply_scaled(isa, packed, panel_lines, scales, sums);
+                return multiply_scaled(isa, packed, ScaledPanel::E4m3(panel), scales, sums);
             }
             let mut decoded = [[0; PANEL]; BLOCK_PAIRS];
-            for (k_block, lines) in lines.chunks(BLOCK_PAIRS).enumerate() {
+            for (k_block, lines) in panel.lines.chunks(BLOCK_PAIRS).enumerate() {
                 let decoded = &mut decoded[..lines.len()];
-                decode(isa, lines, decoded);
+                decode(isa, BytePanel { lines, special: &panel.special[k_block..=k_block] }, decoded);
                 for (live, tile) in tiles.clone() {
                     let first = live.start * k_pairs + k_block * BLOCK_PAIRS * tile.len();
                     let packed = &rows.pairs[first..][..lines.len() * tile.len()];
                     let first = live.start * k_blocks + k_block * tile.len();
                     let row_scales = rows.scales.map(|scales| &scales[first..][..tile.len()]);
                     let scales = BlockScales { panel: &panel_scales[k_block..=k_block], rows: row_scales };
-                    multiply_scaled(isa, packed, Panel::Bf16(decoded), scales, &mut sums[tile]);
+                    multiply_scaled(isa, packed, ScaledPanel::Decoded(decoded), scales, &mut sums[tile]);
                 }
             }
         }

@@ -14,35 +14,51 @@ pub(crate) const BLOCK_PAIRS: usize = crate::gemm::WEIGHT_BLOCK / 2;
 
 /// One K-pair of a panel as bf16: column `c` at index `c`.
 pub(crate) type PairLine = [u32; PANEL];
-/// One K-pair of a panel as e4m3: byte `e4m3_position(c, j)` holds column `c` of K `2 * pair + j`.
+/// One K-pair of a panel as e4m3: byte [`e4m3_position`]`(c, j)` holds column `c` of K `2 * pair + j`.
 pub(crate) type ByteLine = [u8; 2 * PANEL];
 /// A row's running sums for the columns of a panel.
 pub(crate) type Sums = [f32; PANEL];
 
+/// Decoded e4m3 are in units of this: an exponent that `|` can put in place, where a true one would take an addition.
+pub(crate) const DECODED_UNIT: f32 = 256.0;
+
 /// Where a line keeps column `column`, parity `parity` of K.
 ///
-/// AVX-512 decodes a line into the low and the high bytes of 64 bf16 and interleaves them within 128-bit lanes: the
-/// lower half of each lane gives columns 0..16, the upper half columns 16..32.
+/// Seen as 16-bit words, the low bytes are columns 0..16 and the high bytes columns 16..32, in the order of a
+/// [`PairLine`]: shifting words turns either half into bf16.
 #[inline(always)]
 pub(crate) const fn e4m3_position(column: usize, parity: usize) -> usize {
-    let (half, column) = (column / 16, column % 16);
-    column / 4 * 16 + half * 8 + column % 4 * 2 + parity
+    (column % 16 * 2 + parity) * 2 + column / 16
 }
 
-/// A panel's weights, in the form they have at hand.
+/// Whether a byte's bf16 is other than its bits shifted into place: zero, subnormal or NaN.
+#[inline(always)]
+pub(crate) const fn e4m3_is_special(byte: u8) -> bool {
+    byte & 0x78 == 0 || byte & 0x7f == 0x7f
+}
+
+/// e4m3 weights of a panel, or of a run of its blocks.
 #[derive(Clone, Copy)]
-pub(crate) enum Panel<'a> {
-    /// bf16 pairs.
-    Bf16(&'a [PairLine]),
-    /// e4m3 pairs.
-    E4m3(&'a [ByteLine]),
+pub(crate) struct BytePanel<'a> {
+    pub(crate) lines: &'a [ByteLine],
+    /// A mask for each block of [`BLOCK_PAIRS`] lines: bit `i` is set if line `i` holds a special byte.
+    pub(crate) special: &'a [u64],
 }
 
-impl Panel<'_> {
+/// A panel's e4m3 weights, in the form they have at hand.
+#[derive(Clone, Copy)]
+pub(crate) enum ScaledPanel<'a> {
+    /// As they are packed.
+    E4m3(BytePanel<'a>),
+    /// As [`decode`] leaves them.
+    Decoded(&'a [PairLine]),
+}
+
+impl ScaledPanel<'_> {
     fn pairs(&self) -> usize {
         match self {
-            Self::Bf16(lines) => lines.len(),
-            Self::E4m3(lines) => lines.len(),
+            Self::E4m3(panel) => panel.lines.len(),
+            Self::Decoded(lines) => lines.len(),
         }
     }
 }
@@ -54,6 +70,14 @@ pub(crate) struct BlockScales<'a> {
     pub(crate) panel: &'a [f32],
     /// `[blocks][rows]`: the rows' scales, if they have any.
     pub(crate) rows: Option<&'a [f32]>,
+}
+
+impl BlockScales<'_> {
+    /// What a block's sum for one of `tile` rows is multiplied by.
+    #[inline(always)]
+    pub(super) fn of(&self, block: usize, row: usize, tile: usize) -> f32 {
+        self.panel[block] * self.rows.map_or(1.0, |rows| rows[block * tile + row]) * DECODED_UNIT
+    }
 }
 
 /// `sums[r][c] += sum_k rows[r, k] * panel[c, k]`.
@@ -70,10 +94,17 @@ pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [S
 }
 
 /// `sums[r][c] += sum_block scale[r, block] * sum_k rows[r, k] * panel[c, k]`, with a fresh sum for every block.
-pub(crate) fn multiply_scaled(isa: Isa, rows: &[u32], panel: Panel<'_>, scales: BlockScales<'_>, sums: &mut [Sums]) {
+pub(crate) fn multiply_scaled(
+    isa: Isa,
+    rows: &[u32],
+    panel: ScaledPanel<'_>,
+    scales: BlockScales<'_>,
+    sums: &mut [Sums],
+) {
     check_tile(rows, panel.pairs(), sums);
     let blocks = panel.pairs().div_ceil(BLOCK_PAIRS);
     assert_eq!(scales.panel.len(), blocks);
+    assert!(!matches!(panel, ScaledPanel::E4m3(panel) if panel.special.len() != blocks));
     assert!(scales.rows.is_none_or(|rows| rows.len() == blocks * sums.len()));
     #[cfg(target_arch = "x86_64")]
     if isa.level() == Level::Avx512 {
@@ -82,21 +113,19 @@ pub(crate) fn multiply_scaled(isa: Isa, rows: &[u32], panel: Panel<'_>, scales: 
     promote_blocks(isa, rows, panel, scales, sums);
 }
 
-/// The bf16 of every e4m3 byte, exactly; NaN stays NaN.
-pub(crate) fn decode(isa: Isa, lines: &[ByteLine], pairs: &mut [PairLine]) {
-    assert_eq!(lines.len(), pairs.len());
+/// Every e4m3 byte as bf16, in units of [`DECODED_UNIT`]: exact, and NaN stays NaN.
+pub(crate) fn decode(isa: Isa, panel: BytePanel<'_>, pairs: &mut [PairLine]) {
+    assert_eq!(panel.lines.len(), pairs.len());
+    assert_eq!(panel.special.len(), pairs.len().div_ceil(BLOCK_PAIRS));
     #[cfg(target_arch = "x86_64")]
     if isa.level() == Level::Avx512 {
-        return super::x86_64::avx512::decode(isa, lines, pairs);
+        return super::x86_64::avx512::decode(isa, panel, pairs);
     }
-    portable::decode(isa, lines, pairs);
+    portable::decode(isa, panel.lines, pairs);
 }
 
-/// The bf16 bits of an e4m3 byte, exactly; NaN stays NaN.
-#[inline(always)]
-pub(crate) fn e4m3_as_bf16(byte: u8) -> u16 {
-    portable::E4M3_AS_BF16[byte as usize]
-}
+/// The bf16 bits of every e4m3 byte, exactly; NaN stays NaN.
+pub(crate) static E4M3_AS_BF16: [u16; 256] = portable::e4m3_as_bf16(1.0);
 
 fn check_tile(rows: &[u32], pairs: usize, sums: &[Sums]) {
     assert!((1..=MAX_ROWS).contains(&sums.len()), "a tile of {} rows", sums.len());
@@ -104,22 +133,23 @@ fn check_tile(rows: &[u32], pairs: usize, sums: &[Sums]) {
 }
 
 /// [`multiply_scaled`] by way of [`multiply`], one block at a time.
-fn promote_blocks(isa: Isa, rows: &[u32], panel: Panel<'_>, scales: BlockScales<'_>, sums: &mut [Sums]) {
+fn promote_blocks(isa: Isa, rows: &[u32], panel: ScaledPanel<'_>, scales: BlockScales<'_>, sums: &mut [Sums]) {
     let tile = sums.len();
     let mut decoded = [[0; PANEL]; BLOCK_PAIRS];
-    for (block, &panel_scale) in scales.panel.iter().enumerate() {
+    for block in 0..scales.panel.len() {
         let pairs = block * BLOCK_PAIRS..panel.pairs().min((block + 1) * BLOCK_PAIRS);
         let lines = match panel {
-            Panel::Bf16(lines) => &lines[pairs.clone()],
-            Panel::E4m3(lines) => {
-                decode(isa, &lines[pairs.clone()], &mut decoded[..pairs.len()]);
+            ScaledPanel::Decoded(lines) => &lines[pairs.clone()],
+            ScaledPanel::E4m3(panel) => {
+                let panel = BytePanel { lines: &panel.lines[pairs.clone()], special: &panel.special[block..=block] };
+                decode(isa, panel, &mut decoded[..pairs.len()]);
                 &decoded[..pairs.len()]
             }
         };
         let mut fresh = [[0.0; PANEL]; MAX_ROWS];
         multiply(isa, &rows[pairs.start * tile..pairs.end * tile], lines, &mut fresh[..tile]);
         for (row, (sums, fresh)) in sums.iter_mut().zip(&fresh).enumerate() {
-            let scale = panel_scale * scales.rows.map_or(1.0, |rows| rows[block * tile + row]);
+            let scale = scales.of(block, row, tile);
             for (sum, &fresh) in sums.iter_mut().zip(fresh) {
                 *sum += fresh * scale;
             }

@@ -7,7 +7,7 @@
 
 use super::memory::AlignedBytes;
 use crate::cpu::Cpu;
-use crate::cpu::arch::gemm::{ByteLine, PANEL, PairLine, Panel, e4m3_position};
+use crate::cpu::arch::gemm::{BLOCK_PAIRS, ByteLine, BytePanel, PANEL, PairLine, e4m3_is_special, e4m3_position};
 use crate::dtype::{E4m3, MatrixRef};
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
@@ -21,6 +21,8 @@ pub struct PackedWeights {
     bytes: AlignedBytes,
     /// `[E, panels, blocks of K]`; empty for bf16.
     scales: Vec<f32>,
+    /// As `scales`: which lines of a block hold special bytes.
+    special: Vec<u64>,
 }
 
 /// Format and extents of packed weights.
@@ -141,7 +143,7 @@ impl PackedWeights {
     /// Bytes held, scales and the padding of N and K included.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.bytes.as_slice().len() + size_of_val(&*self.scales)
+        self.bytes.as_slice().len() + size_of_val(&*self.scales) + size_of_val(&*self.special)
     }
 
     /// Panels to an expert.
@@ -151,24 +153,26 @@ impl PackedWeights {
 
     /// One panel's weights.
     pub(super) fn panel(&self, expert: usize, panel: usize) -> Panel<'_> {
+        let panel = expert * self.shape.panels() + panel;
         let len = self.shape.panel_bytes();
-        let bytes = &self.bytes.as_slice()[(expert * self.shape.panels() + panel) * len..][..len];
+        let bytes = &self.bytes.as_slice()[panel * len..][..len];
         match self.shape.format {
             WeightFormat::Bf16 => Panel::Bf16(bytemuck::cast_slice(bytes)),
-            WeightFormat::E4m3 => Panel::E4m3(bytemuck::cast_slice(bytes)),
-        }
-    }
-
-    /// One panel's scales, one per block of K; empty for bf16.
-    pub(super) fn panel_scales(&self, expert: usize, panel: usize) -> &[f32] {
-        match self.shape.format {
-            WeightFormat::Bf16 => &[],
             WeightFormat::E4m3 => {
                 let blocks = self.shape.blocks();
-                &self.scales[(expert * self.shape.panels() + panel) * blocks..][..blocks]
+                let blocks = panel * blocks..(panel + 1) * blocks;
+                let special = &self.special[blocks.clone()];
+                Panel::E4m3(BytePanel { lines: bytemuck::cast_slice(bytes), special }, &self.scales[blocks])
             }
         }
     }
+}
+
+/// One panel's weights.
+pub(super) enum Panel<'a> {
+    Bf16(&'a [PairLine]),
+    /// With one scale per block of K.
+    E4m3(BytePanel<'a>, &'a [f32]),
 }
 
 impl std::fmt::Debug for PackedWeights {
@@ -193,7 +197,8 @@ impl PackedWeightsBuilder {
         let shape = Shape::new(format, experts, n, k)?;
         let (bytes, scales) = (shape.bytes()?, shape.scales()?);
         let packed = vec![false; checked_mul("experts * n", experts, n)?];
-        let weights = PackedWeights { shape, bytes: AlignedBytes::zeroed(bytes), scales: vec![0.0; scales] };
+        let bytes = AlignedBytes::zeroed(bytes);
+        let weights = PackedWeights { shape, bytes, scales: vec![0.0; scales], special: vec![0; scales] };
         Ok(Self { weights, packed })
     }
 
@@ -249,21 +254,31 @@ impl PackedWeightsBuilder {
         self.for_each_panel(cpu, expert, first_row..first_row + rows.rows(), |bytes, columns, row| {
             let lines: &mut [ByteLine] = bytemuck::cast_slice_mut(bytes);
             for (column, row) in columns.zip(row..) {
-                let position = e4m3_position(column, 0);
+                let positions = [0, 1].map(|parity| e4m3_position(column, parity));
                 for k in 0..rows.cols() {
-                    lines[k / 2][position + k % 2] = rows.get(row, k).0;
+                    lines[k / 2][positions[k % 2]] = rows.get(row, k).0;
                 }
             }
         });
-        let first_panel = expert * shape.panels() + first_row / PANEL;
-        let panels = rows.rows().div_ceil(PANEL);
-        let target = &mut self.weights.scales[first_panel * shape.blocks()..][..panels * shape.blocks()];
-        for (panel, target) in target.chunks_exact_mut(shape.blocks()).enumerate() {
-            for (block, target) in target.iter_mut().enumerate() {
-                *target = scales.get(panel * PANEL / WEIGHT_BLOCK, block);
-            }
+        let first_panel = first_row / PANEL;
+        for panel in 0..rows.rows().div_ceil(PANEL) {
+            self.note_blocks(expert, first_panel + panel, |block| scales.get(panel * PANEL / WEIGHT_BLOCK, block));
         }
         Ok(())
+    }
+
+    /// Notes the scales of a panel's blocks, and which of their lines hold special bytes.
+    fn note_blocks(&mut self, expert: usize, panel: usize, scale: impl Fn(usize) -> f32) {
+        let PackedWeights { shape, bytes, scales, special } = &mut self.weights;
+        let panel = expert * shape.panels() + panel;
+        let bytes = &bytes.as_slice()[panel * shape.panel_bytes()..][..shape.panel_bytes()];
+        let lines: &[ByteLine] = bytemuck::cast_slice(bytes);
+        for (block, lines) in lines.chunks(BLOCK_PAIRS).enumerate() {
+            let at = panel * shape.blocks() + block;
+            scales[at] = scale(block);
+            let marks = lines.iter().map(|line| u64::from(line.iter().any(|&byte| e4m3_is_special(byte))));
+            special[at] = marks.enumerate().fold(0, |mask, (line, mark)| mask | mark << line);
+        }
     }
 
     /// The packed weights.

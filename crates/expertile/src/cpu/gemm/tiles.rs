@@ -6,7 +6,7 @@
 
 use super::Activations;
 use crate::cpu::Cpu;
-use crate::cpu::arch::gemm::MAX_ROWS;
+use crate::cpu::arch::gemm::{E4M3_AS_BF16, MAX_ROWS};
 use crate::cpu::disjoint::Disjoint;
 use crate::gemm::WEIGHT_BLOCK;
 use crate::layout::Layout;
@@ -140,7 +140,7 @@ fn pack_bf16_tile(rows: &[bf16], k: usize, tile: &mut [u32]) {
 }
 
 fn pack_e4m3_tile(rows: &[u8], k: usize, tile: &mut [u32]) {
-    pack_tile(rows, k, tile, crate::cpu::arch::gemm::e4m3_as_bf16);
+    pack_tile(rows, k, tile, |byte| E4M3_AS_BF16[usize::from(byte)]);
 }
 
 /// `[rows][k]` to `[pairs][rows]`, an odd k filled up with zero.

@@ -3,8 +3,10 @@
 //! `vdpbf16ps` multiplies two bf16 pairs into an f32 with its own rounding, and takes bf16 subnormals for zero. No e4m3
 //! value is subnormal in bf16.
 
-use crate::cpu::arch::gemm::{BLOCK_PAIRS, BlockScales, ByteLine, PairLine, Panel, Sums};
-use crate::cpu::arch::portable::E4M3_AS_BF16;
+use crate::cpu::arch::gemm::{
+    BLOCK_PAIRS, BlockScales, ByteLine, BytePanel, DECODED_UNIT, PairLine, ScaledPanel, Sums,
+};
+use crate::cpu::arch::portable::e4m3_as_bf16;
 use crate::cpu::arch::{Isa, Level};
 use std::arch::x86_64::*;
 
@@ -39,22 +41,28 @@ pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [S
 
 /// See [`crate::cpu::arch::gemm::multiply_scaled`].
 #[allow(unsafe_code)]
-pub(crate) fn multiply_scaled(isa: Isa, rows: &[u32], panel: Panel<'_>, scales: BlockScales<'_>, sums: &mut [Sums]) {
+pub(crate) fn multiply_scaled(
+    isa: Isa,
+    rows: &[u32],
+    panel: ScaledPanel<'_>,
+    scales: BlockScales<'_>,
+    sums: &mut [Sums],
+) {
     assert!(isa.level() == Level::Avx512);
     match panel {
         // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
-        Panel::Bf16(lines) => unsafe { for_rows!(sums.len(), promote_bf16(rows, lines, scales, sums)) },
+        ScaledPanel::Decoded(lines) => unsafe { for_rows!(sums.len(), promote_decoded(rows, lines, scales, sums)) },
         // SAFETY: as above.
-        Panel::E4m3(lines) => unsafe { for_rows!(sums.len(), promote_e4m3(rows, lines, scales, sums)) },
+        ScaledPanel::E4m3(panel) => unsafe { for_rows!(sums.len(), promote_e4m3(rows, panel, scales, sums)) },
     }
 }
 
 /// See [`crate::cpu::arch::gemm::decode`].
 #[allow(unsafe_code)]
-pub(crate) fn decode(isa: Isa, lines: &[ByteLine], pairs: &mut [PairLine]) {
+pub(crate) fn decode(isa: Isa, panel: BytePanel<'_>, pairs: &mut [PairLine]) {
     assert!(isa.level() == Level::Avx512);
     // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
-    unsafe { decode_lines(lines, pairs) }
+    unsafe { decode_lines(panel, pairs) }
 }
 
 /// A tile's sums: 32 columns of a row are two registers.
@@ -75,7 +83,7 @@ fn multiply_rows<const R: usize>(rows: &[u32], panel: &[PairLine], sums: &mut [S
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
-fn promote_bf16<const R: usize>(rows: &[u32], panel: &[PairLine], scales: BlockScales<'_>, sums: &mut [Sums]) {
+fn promote_decoded<const R: usize>(rows: &[u32], panel: &[PairLine], scales: BlockScales<'_>, sums: &mut [Sums]) {
     let blocks = rows.chunks(BLOCK_PAIRS * R).zip(panel.chunks(BLOCK_PAIRS));
     for (block, (rows, lines)) in blocks.enumerate() {
         let mut tile = [[_mm512_setzero_ps(); 2]; R];
@@ -87,49 +95,58 @@ fn promote_bf16<const R: usize>(rows: &[u32], panel: &[PairLine], scales: BlockS
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
-fn promote_e4m3<const R: usize>(rows: &[u32], panel: &[ByteLine], scales: BlockScales<'_>, sums: &mut [Sums]) {
+fn promote_e4m3<const R: usize>(rows: &[u32], panel: BytePanel<'_>, scales: BlockScales<'_>, sums: &mut [Sums]) {
     let decoder = Decoder::new();
-    let blocks = rows.chunks(BLOCK_PAIRS * R).zip(panel.chunks(BLOCK_PAIRS));
-    for (block, (rows, lines)) in blocks.enumerate() {
+    let blocks = rows.chunks(BLOCK_PAIRS * R).zip(panel.lines.chunks(BLOCK_PAIRS)).zip(panel.special);
+    for (block, ((rows, lines), &special)) in blocks.enumerate() {
+        let mut special = special;
         let mut tile = [[_mm512_setzero_ps(); 2]; R];
         for (pair, line) in rows.as_chunks::<R>().0.iter().zip(lines) {
-            multiply_pair(&mut tile, pair, decoder.pairs(line));
+            multiply_pair(&mut tile, pair, decoder.pairs(line, special & 1 != 0));
+            special >>= 1;
         }
         promote(&tile, scales, block, sums);
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn decode_lines(lines: &[ByteLine], pairs: &mut [PairLine]) {
+fn decode_lines(panel: BytePanel<'_>, pairs: &mut [PairLine]) {
     let decoder = Decoder::new();
-    for (line, pairs) in lines.iter().zip(pairs) {
-        let [low, high] = decoder.pairs(line);
-        store_pairs(pairs, [low, high]);
+    let blocks = panel.lines.chunks(BLOCK_PAIRS).zip(panel.special).zip(pairs.chunks_mut(BLOCK_PAIRS));
+    for ((lines, &special), pairs) in blocks {
+        for (index, (line, pairs)) in lines.iter().zip(pairs).enumerate() {
+            store_pairs(pairs, decoder.pairs(line, special >> index & 1 != 0));
+        }
     }
 }
 
 /// One K-pair of all rows into the tile.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-#[allow(unsafe_code)]
 fn multiply_pair<const R: usize>(tile: &mut Tile<R>, pair: &[u32; R], weights: [__m512i; 2]) {
     for (sums, &row) in tile.iter_mut().zip(pair) {
-        let row = _mm512_set1_epi32(row as i32);
+        let row = bf16_lanes(_mm512_set1_epi32(row as i32));
         for (sum, weights) in sums.iter_mut().zip(weights) {
-            // SAFETY: `__m512i` and `__m512bh` are both 64 bytes of plain data.
-            let (row, weights) = unsafe { (std::mem::transmute(row), std::mem::transmute(weights)) };
-            *sum = _mm512_dpbf16_ps(*sum, row, weights);
+            *sum = _mm512_dpbf16_ps(*sum, row, bf16_lanes(weights));
         }
     }
+}
+
+/// The same bits, as the type that `vdpbf16ps` takes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+#[allow(unsafe_code)]
+fn bf16_lanes(words: __m512i) -> __m512bh {
+    // SAFETY: both types are 64 bytes of plain data, and every bit pattern is valid in both.
+    unsafe { std::mem::transmute::<__m512i, __m512bh>(words) }
 }
 
 /// `sums += tile * scale` for one block of K.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn promote<const R: usize>(tile: &Tile<R>, scales: BlockScales<'_>, block: usize, sums: &mut [Sums]) {
-    let panel_scale = scales.panel[block];
     for (row, (tile, sums)) in tile.iter().zip(sums).enumerate() {
-        let scale = _mm512_set1_ps(panel_scale * scales.rows.map_or(1.0, |rows| rows[block * R + row]));
+        let scale = _mm512_set1_ps(scales.of(block, row, R));
         let [low, high] = load_sums(sums);
         store_sums(sums, &[_mm512_fmadd_ps(tile[0], scale, low), _mm512_fmadd_ps(tile[1], scale, high)]);
     }
@@ -173,23 +190,33 @@ fn store_sums(sums: &mut Sums, tile: &[__m512; 2]) {
     }
 }
 
-/// e4m3 to bf16 by look-up: 128 low bytes and 128 high bytes, the sign carried over.
+/// e4m3 to bf16 in units of [`DECODED_UNIT`].
 ///
-/// A table is exact for subnormals and NaN, where shifting bits into place is not.
+/// A line without special bytes is decoded by shifting its words: 4 places leave exponent and mantissa where bf16 has
+/// them and the sign on top, a mask clears the rest, and setting the exponent's upper bits rebiases it. A line with
+/// zeros, subnormals or NaN goes through tables of the 128 low and high bytes. Random weights have less than one such
+/// line in a hundred, so the branch is nearly free.
 #[derive(Clone, Copy)]
 struct Decoder {
     low: [__m512i; 2],
     high: [__m512i; 2],
 }
 
-/// The low bytes, then the high bytes, of the bf16 of e4m3 bytes 0..128.
-static DECODE_BYTES: [[u8; 128]; 2] = decode_bytes();
+/// Sign, the exponent's low four bits and three bits of mantissa of a bf16.
+const SHIFTED_BITS: u16 = 0x87f0;
+/// What turns e4m3's exponent (bias 7) into bf16's (bias 127) in units of [`DECODED_UNIT`] (2^8).
+const REBIAS: u16 = (127 - 7 - 8) << 7;
+const _: () = assert!(DECODED_UNIT == 256.0 && REBIAS & SHIFTED_BITS == 0);
 
-const fn decode_bytes() -> [[u8; 128]; 2] {
+/// The low bytes, then the high bytes, of the bf16 of e4m3 bytes 0..128.
+static DECODED_BYTES: [[u8; 128]; 2] = decoded_bytes();
+
+const fn decoded_bytes() -> [[u8; 128]; 2] {
+    let decoded = e4m3_as_bf16(DECODED_UNIT);
     let mut tables = [[0; 128]; 2];
     let mut byte = 0;
     while byte < 128 {
-        [tables[0][byte], tables[1][byte]] = E4M3_AS_BF16[byte].to_le_bytes();
+        [tables[0][byte], tables[1][byte]] = decoded[byte].to_le_bytes();
         byte += 1;
     }
     tables
@@ -201,7 +228,7 @@ impl Decoder {
     #[allow(unsafe_code)]
     fn new() -> Self {
         // SAFETY: each table is two registers of 64 bytes; unaligned loads.
-        let [low, high] = DECODE_BYTES.each_ref().map(|table| unsafe {
+        let [low, high] = DECODED_BYTES.each_ref().map(|table| unsafe {
             [_mm512_loadu_si512(table.as_ptr().cast()), _mm512_loadu_si512(table[64..].as_ptr().cast())]
         });
         Self { low, high }
@@ -210,14 +237,34 @@ impl Decoder {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
     #[allow(unsafe_code)]
-    fn pairs(&self, line: &ByteLine) -> [__m512i; 2] {
+    fn pairs(&self, line: &ByteLine, special: bool) -> [__m512i; 2] {
         // SAFETY: a line is one register of 64 bytes; an unaligned load.
         let bytes = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
+        if special { self.look_up(bytes) } else { shift(bytes) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    fn look_up(&self, bytes: __m512i) -> [__m512i; 2] {
         // The look-up takes the low seven bits of a byte as its index.
         let low = _mm512_permutex2var_epi8(self.low[0], bytes, self.low[1]);
         let high = _mm512_permutex2var_epi8(self.high[0], bytes, self.high[1]);
         // high | bytes & 0x80
         let high = _mm512_ternarylogic_epi64::<0xf8>(high, bytes, _mm512_set1_epi8(-128));
-        [_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)]
+        // Bytes 2i of both tables are word i of columns 0..16, bytes 2i + 1 that of columns 16..32.
+        let odd_bytes = 0xaaaa_aaaa_aaaa_aaaa;
+        [
+            _mm512_mask_blend_epi8(odd_bytes, low, _mm512_slli_epi16::<8>(high)),
+            _mm512_mask_blend_epi8(odd_bytes, _mm512_srli_epi16::<8>(low), high),
+        ]
     }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn shift(bytes: __m512i) -> [__m512i; 2] {
+    let (kept, rebias) = (_mm512_set1_epi16(SHIFTED_BITS as i16), _mm512_set1_epi16(REBIAS as i16));
+    // words >> 4 & kept | rebias, the sign moving along
+    [_mm512_slli_epi16::<8>(bytes), bytes]
+        .map(|words| _mm512_ternarylogic_epi64::<0xea>(_mm512_srai_epi16::<4>(words), kept, rebias))
 }

@@ -1,0 +1,169 @@
+//! Times the grouped GEMM at the Qwen3-30B-A3B layer (H 2048, I 768, 128 experts, 8 of them per token).
+//!
+//! `cargo bench -p expertile --bench gemm -- [threads] [isa]` prints, for every number of tokens, the median and the best
+//! of the repeats, GFLOP/s of live rows, and GB/s of weights beside what this machine reads at most. Every repeat has
+//! another routing, so that the last one's weights are not what the caches hold.
+
+use expertile::cpu::{self, Activations, Cpu, Isa, PackedWeights, PackedWeightsBuilder};
+use expertile::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding, Scales};
+use expertile::{E4m3, Layout, MatrixRef, WeightFormat};
+use half::bf16;
+use rayon::prelude::*;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const EXPERTS: usize = 128;
+const TOPK: usize = 8;
+const HIDDEN: usize = 2048;
+const INTERMEDIATE: usize = 768;
+
+/// A reproducible stream of numbers.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        self.0 >> 33
+    }
+
+    fn float(&mut self) -> f32 {
+        self.next() as f32 / (1u64 << 30) as f32 - 1.0
+    }
+}
+
+/// Rows per expert for `tokens` tokens that go to `TOPK` distinct experts each.
+fn route(tokens: usize, numbers: &mut Numbers) -> Vec<usize> {
+    let mut counts = vec![0; EXPERTS];
+    for _ in 0..tokens {
+        let mut chosen = [usize::MAX; TOPK];
+        for slot in 0..TOPK {
+            while chosen[slot] == usize::MAX {
+                let expert = numbers.next() as usize % EXPERTS;
+                if !chosen[..slot].contains(&expert) {
+                    chosen[slot] = expert;
+                }
+            }
+            counts[chosen[slot]] += 1;
+        }
+    }
+    counts
+}
+
+/// One expert's random weights, packed for each of them: the values do not matter here, the memory does.
+fn weights(cpu: &Cpu, format: WeightFormat, n: usize, k: usize) -> PackedWeights {
+    let mut numbers = Numbers(1);
+    let mut builder = PackedWeightsBuilder::new(format, EXPERTS, n, k).unwrap();
+    let values: Vec<f32> = (0..n * k).map(|_| numbers.float()).collect();
+    let wide: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+    let narrow: Vec<E4m3> = values.iter().map(|&x| E4m3::from_f32(x)).collect();
+    let scales = vec![0.01; n.div_ceil(128) * k.div_ceil(128)];
+    for expert in 0..EXPERTS {
+        match format {
+            WeightFormat::Bf16 => {
+                let rows = MatrixRef::new(&wide, n, k).unwrap();
+                builder.pack_bf16_rows(cpu, expert, 0, rows).unwrap();
+            }
+            WeightFormat::E4m3 => {
+                let scales = MatrixRef::new(&scales, n.div_ceil(128), k.div_ceil(128)).unwrap();
+                builder.pack_e4m3_rows(cpu, expert, 0, MatrixRef::new(&narrow, n, k).unwrap(), scales).unwrap();
+            }
+        }
+    }
+    builder.finish().unwrap()
+}
+
+/// GB/s at which all threads together read a block no cache holds.
+fn read_bandwidth(cpu: &Cpu, block: &[u64]) -> f64 {
+    let best = (0..7).map(|_| {
+        let start = Instant::now();
+        let parts = block.par_chunks(block.len().div_ceil(cpu.threads()));
+        std::hint::black_box(parts.map(|part| part.iter().fold(0, |all, x| all | x)).reduce(|| 0, |a, b| a | b));
+        start.elapsed()
+    });
+    size_of_val(block) as f64 / best.min().unwrap().as_secs_f64() / 1e9
+}
+
+struct Timing {
+    median: Duration,
+    best: Duration,
+    flops: f64,
+    weight_bytes: f64,
+}
+
+fn time(cpu: &Cpu, weights: &PackedWeights, e4m3_rows: bool, tokens: usize) -> Timing {
+    let (n, k) = (weights.n(), weights.k());
+    let mut numbers = Numbers(tokens as u64);
+    let m_sum = tokens * TOPK;
+    let rows: Vec<bf16> = (0..m_sum * k).map(|_| bf16::from_f32(numbers.float())).collect();
+    let bytes: Vec<E4m3> = rows.iter().map(|x| E4m3::from_f32(x.to_f32())).collect();
+    let scales = vec![0.01; m_sum * k.div_ceil(128)];
+    let activations = match e4m3_rows {
+        true => Activations::E4m3 {
+            rows: &bytes,
+            scales: Scales::F32(&scales),
+            format: ScaleFormat::new(Group::G128, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap(),
+        },
+        false => Activations::Bf16(&rows),
+    };
+    let needed = cpu::grouped_gemm_workspace_bytes(m_sum, k, activations.format()).unwrap();
+    let (mut workspace, mut out) = (vec![0; needed], vec![bf16::ZERO; m_sum * n]);
+    let mut times = Vec::new();
+    let mut active = 0;
+    let repeats = if tokens > 64 { 7 } else { 15 };
+    for _ in 0..repeats {
+        let counts = route(tokens, &mut numbers);
+        active += counts.iter().filter(|&&count| count > 0).count();
+        let psum: Vec<i32> = counts
+            .iter()
+            .scan(0, |end, &count| {
+                *end += count as i32;
+                Some(*end)
+            })
+            .collect();
+        let mut space = vec![0; 3 * EXPERTS + m_sum];
+        let layout = Layout::from_psum(&psum, 1, m_sum, &mut space).unwrap();
+        let start = Instant::now();
+        cpu::grouped_gemm(cpu, &layout, activations, weights, &mut workspace, &mut out).unwrap();
+        times.push(start.elapsed());
+    }
+    times.sort();
+    Timing {
+        median: times[repeats / 2],
+        best: times[0],
+        flops: 2.0 * (m_sum * n * k) as f64,
+        weight_bytes: weights.bytes() as f64 / EXPERTS as f64 * active as f64 / repeats as f64,
+    }
+}
+
+fn main() {
+    let mut words = std::env::args().skip(1).filter(|word| !word.starts_with("--"));
+    let threads = words.next().map_or(0, |word| word.parse().expect("a number of threads"));
+    let isa = words.next().map_or_else(Isa::best, |name| Isa::named(&name).expect("an instruction set"));
+    let pool = Arc::new(rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap());
+    let cpu = Cpu::with_isa(isa).in_pool(pool.clone());
+    let block = vec![1u64; 1 << 26];
+    let bandwidth = || pool.install(|| read_bandwidth(&cpu, &block));
+    println!("{isa}, {} threads, reads {:.1} GB/s", cpu.threads(), bandwidth());
+    println!("gemm  weights rows  tokens  median us   best us  GFLOP/s   GB/s  of read");
+    for (gemm, n, k) in [("gemm1", 2 * INTERMEDIATE, HIDDEN), ("gemm2", HIDDEN, INTERMEDIATE)] {
+        for (format, e4m3_rows) in
+            [(WeightFormat::Bf16, false), (WeightFormat::E4m3, false), (WeightFormat::E4m3, true)]
+        {
+            let weights = weights(&cpu, format, n, k);
+            for tokens in [1, 8, 64, 512] {
+                let timing = time(&cpu, &weights, e4m3_rows, tokens);
+                let rows = if e4m3_rows { "e4m3" } else { "bf16" };
+                let best = timing.best.as_secs_f64();
+                println!(
+                    "{gemm} {:>8} {rows:>5} {tokens:>7} {:>10.0} {:>9.0} {:>8.0} {:>6.1} {:>8.2}",
+                    format.name(),
+                    timing.median.as_secs_f64() * 1e6,
+                    best * 1e6,
+                    timing.flops / best / 1e9,
+                    timing.weight_bytes / best / 1e9,
+                    timing.weight_bytes / best / 1e9 / bandwidth(),
+                );
+            }
+        }
+    }
+}
