@@ -107,12 +107,12 @@ pub fn grouped_gemm(
     let (blocks, words) = words.split_at_mut(layout.live_rows() * ROW_BLOCK_WORDS);
     let (pairs, scales) = words.split_at_mut(layout.live_rows() * k.div_ceil(2));
     let blocks = tiles::cut_into_blocks(layout, bytemuck::cast_slice_mut(blocks));
-    let rows = tiles::pack_rows(cpu, layout, blocks, activations, k, pairs, bytemuck::cast_slice_mut(scales));
-    let out = Disjoint::new(out);
-    let panels = weights.panels();
     cpu.install(|| {
+        let scales = bytemuck::cast_slice_mut(scales);
+        let rows = tiles::pack_rows(blocks, activations, (layout.m_sum(), k), pairs, scales);
+        let (out, panels) = (Disjoint::new(out), weights.panels());
         (0..blocks.len() * panels).into_par_iter().for_each_init(
-            || Box::new([[0.0; PANEL]; BLOCK_ROWS]),
+            || [[0.0; PANEL]; BLOCK_ROWS],
             |sums, task| {
                 let (block, panel) = (&blocks[task / panels], task % panels);
                 let sums = &mut sums[..block.rows().len()];

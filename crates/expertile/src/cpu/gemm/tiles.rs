@@ -5,13 +5,11 @@
 //! them starts at `i * pairs` whatever the tiles are.
 
 use super::Activations;
-use crate::cpu::Cpu;
-use crate::cpu::arch::gemm::{E4M3_AS_BF16, MAX_ROWS};
+use crate::cpu::arch::gemm::{BLOCK_PAIRS, E4M3_AS_BF16, MAX_ROWS};
 use crate::cpu::disjoint::Disjoint;
 use crate::gemm::WEIGHT_BLOCK;
 use crate::layout::Layout;
 use bytemuck::{Pod, Zeroable};
-use half::bf16;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -93,66 +91,86 @@ pub(super) struct PackedRows<'a> {
     pub(super) scales: Option<&'a [f32]>,
 }
 
-/// Packs the live rows, `pairs` and `scales` being the room for them.
+/// Values from which on packing is worth waking other threads for.
+const PARALLEL_FROM_VALUES: usize = 1 << 17;
+
+/// Packs the live rows into `pairs` and `scales`, on the threads of the pool this is called in.
 pub(super) fn pack_rows<'a>(
-    cpu: &Cpu,
-    layout: &Layout<'_>,
     blocks: &[RowBlock],
     activations: Activations<'_>,
-    k: usize,
+    (m_sum, k): (usize, usize),
     pairs: &'a mut [u32],
     scales: &'a mut [f32],
 ) -> PackedRows<'a> {
-    let (k_pairs, k_blocks) = (k.div_ceil(2), k.div_ceil(WEIGHT_BLOCK));
-    let (all_pairs, all_scales) = (Disjoint::new(pairs), Disjoint::new(scales));
-    cpu.install(|| {
-        blocks.par_iter().for_each(|block| {
-            for tile in block.tiles() {
-                let first = block.live_rows().start + tile.start;
-                let row = block.rows().start + tile.start;
-                // SAFETY: blocks and tiles cut the live rows into parts that do not overlap, and each is packed once.
-                #[allow(unsafe_code)]
-                let pairs = unsafe { all_pairs.part(first * k_pairs, tile.len() * k_pairs) };
-                match activations {
-                    Activations::Bf16(rows) => pack_bf16_tile(&rows[row * k..][..tile.len() * k], k, pairs),
-                    Activations::E4m3 { rows, scales, format } => {
-                        let bytes = bytemuck::must_cast_slice(&rows[row * k..][..tile.len() * k]);
-                        pack_e4m3_tile(bytes, k, pairs);
-                        // SAFETY: as above.
-                        #[allow(unsafe_code)]
-                        let packed = unsafe { all_scales.part(first * k_blocks, tile.len() * k_blocks) };
-                        for (group, packed) in packed.chunks_exact_mut(tile.len()).enumerate() {
-                            for (packed, row) in packed.iter_mut().zip(row..) {
-                                *packed = scales.value(format, row, group, layout.m_sum(), k_blocks);
-                            }
-                        }
-                    }
-                }
+    let values = pairs.len();
+    let target = Target { m_sum, k, pairs: Disjoint::new(pairs), scales: Disjoint::new(scales) };
+    let pack = |block: &RowBlock| {
+        for tile in block.tiles() {
+            // SAFETY: every block is packed by one task, and every tile of it once.
+            #[allow(unsafe_code)]
+            unsafe {
+                target.pack(block, tile, activations);
             }
-        });
-    });
+        }
+    };
+    if values < PARALLEL_FROM_VALUES {
+        blocks.iter().for_each(pack)
+    } else {
+        blocks.par_iter().for_each(pack)
+    }
     let scales = matches!(activations, Activations::E4m3 { .. }).then_some(&*scales);
     PackedRows { pairs, scales }
 }
 
-fn pack_bf16_tile(rows: &[bf16], k: usize, tile: &mut [u32]) {
-    pack_tile(rows, k, tile, |value| value.to_bits());
+/// Where packed rows go.
+struct Target<'a> {
+    m_sum: usize,
+    k: usize,
+    pairs: Disjoint<'a, u32>,
+    scales: Disjoint<'a, f32>,
 }
 
-fn pack_e4m3_tile(rows: &[u8], k: usize, tile: &mut [u32]) {
-    pack_tile(rows, k, tile, |byte| E4M3_AS_BF16[usize::from(byte)]);
+impl Target<'_> {
+    /// Packs one tile.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes this tile's pairs and scales meanwhile.
+    #[allow(unsafe_code)]
+    unsafe fn pack(&self, block: &RowBlock, tile: Range<usize>, activations: Activations<'_>) {
+        let (k_pairs, k_blocks) = (self.k.div_ceil(2), self.k.div_ceil(WEIGHT_BLOCK));
+        let (row, live_row) = (block.rows().start + tile.start, block.live_rows().start + tile.start);
+        // SAFETY: tiles cut the live rows into parts that do not overlap, and the caller has this one to itself.
+        let pairs = unsafe { self.pairs.part(live_row * k_pairs, tile.len() * k_pairs) };
+        let values = row * self.k..(row + tile.len()) * self.k;
+        match activations {
+            Activations::Bf16(rows) => pack_tile(&rows[values], self.k, pairs, |value| value.to_bits()),
+            Activations::E4m3 { rows, scales, format } => {
+                pack_tile(&rows[values], self.k, pairs, |value| E4M3_AS_BF16[usize::from(value.0)]);
+                // SAFETY: as above.
+                let packed = unsafe { self.scales.part(live_row * k_blocks, tile.len() * k_blocks) };
+                for (group, packed) in packed.chunks_exact_mut(tile.len()).enumerate() {
+                    for (packed, row) in packed.iter_mut().zip(row..) {
+                        *packed = scales.value(format, row, group, self.m_sum, k_blocks);
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// `[rows][k]` to `[pairs][rows]`, an odd k filled up with zero.
 fn pack_tile<T: Copy>(rows: &[T], k: usize, tile: &mut [u32], bits: impl Fn(T) -> u16) {
     let count = rows.len() / k;
-    for (row, values) in rows.chunks_exact(k).enumerate() {
-        let (whole, odd) = values.as_chunks::<2>();
-        for (pair, &[even, odd]) in tile.chunks_exact_mut(count).zip(whole) {
-            pair[row] = u32::from(bits(even)) | u32::from(bits(odd)) << 16;
-        }
-        if let &[last] = odd {
-            tile[whole.len() * count + row] = u32::from(bits(last));
+    // A block of K at a time, so that what the rows take turns to write stays in the L1 cache.
+    for (first, tile) in (0..k).step_by(2 * BLOCK_PAIRS).zip(tile.chunks_mut(BLOCK_PAIRS * count)) {
+        for (row, values) in rows.chunks_exact(k).enumerate() {
+            let (whole, odd) = values[first..k.min(first + 2 * BLOCK_PAIRS)].as_chunks::<2>();
+            for (pair, &[even, odd]) in tile.chunks_exact_mut(count).zip(whole) {
+                pair[row] = u32::from(bits(even)) | u32::from(bits(odd)) << 16;
+            }
+            if let &[last] = odd {
+                tile[whole.len() * count + row] = u32::from(bits(last));
+            }
         }
     }
 }
