@@ -14,9 +14,7 @@ mod tiles;
 pub use packing::{PackedWeights, PackedWeightsBuilder};
 
 use super::arch::Isa;
-use super::arch::gemm::{
-    BLOCK_PAIRS, BlockScales, BytePanel, PANEL, ScaledPanel, Sums, decode, multiply, multiply_scaled,
-};
+use super::arch::gemm::{BLOCK_PAIRS, BlockScales, BytePanel, PANEL, Sums, multiply, multiply_decoded, multiply_e4m3};
 use super::{Cpu, disjoint::Disjoint};
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result, checked_add, checked_mul, require_len};
@@ -117,7 +115,7 @@ pub fn grouped_gemm(
                 let (block, panel) = (&blocks[task / panels], task % panels);
                 let sums = &mut sums[..block.rows().len()];
                 sums.fill([0.0; PANEL]);
-                multiply_block(cpu.isa(), block, rows, weights, panel, sums);
+                multiply_block(cpu.isa(), block, rows, weights.panel(block.expert(), panel), sums);
                 store(block, panel, weights.n(), sums, &out);
             },
         );
@@ -158,49 +156,34 @@ fn check(
 }
 
 /// Adds one panel's product with a block's rows to `sums`.
-fn multiply_block(
-    isa: Isa,
-    block: &RowBlock,
-    rows: PackedRows<'_>,
-    weights: &PackedWeights,
-    panel: usize,
-    sums: &mut [Sums],
-) {
-    let tiles = block.tiles().map(|tile| {
-        let live = block.live_rows().start;
-        (live + tile.start..live + tile.end, tile)
-    });
-    let (k_pairs, k_blocks) = (weights.k().div_ceil(2), weights.k().div_ceil(WEIGHT_BLOCK));
-    match weights.panel(block.expert(), panel) {
-        // With several tiles, a run of K at a time: the first tile brings its weights into the cache for the others.
+///
+/// With several tiles, a block of K at a time: the first tile brings its weights into the cache (and decodes them) for the
+/// others.
+fn multiply_block(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: Panel<'_>, sums: &mut [Sums]) {
+    let run = if block.tile_count() > 1 { 1 } else { rows.k_blocks };
+    match panel {
         Panel::Bf16(lines) => {
-            let run = if block.tile_count() > 1 { BLOCK_PAIRS } else { k_pairs };
-            for (first, lines) in (0..).step_by(run).zip(lines.chunks(run)) {
-                for (live, tile) in tiles.clone() {
-                    let packed = &rows.pairs[live.start * k_pairs + first * tile.len()..][..lines.len() * tile.len()];
-                    multiply(isa, packed, lines, &mut sums[tile]);
+            for (k_block, lines) in (0..).step_by(run).zip(lines.chunks(run * BLOCK_PAIRS)) {
+                for tile in block.tiles() {
+                    multiply(isa, rows.pairs(block, &tile, k_block, lines.len()), lines, &mut sums[tile]);
                 }
             }
         }
         Panel::E4m3(panel, panel_scales) => {
-            if block.tile_count() == 1 {
-                let live = block.live_rows();
-                let row_scales = rows.scales.map(|scales| &scales[live.start * k_blocks..live.end * k_blocks]);
-                let scales = BlockScales { panel: panel_scales, rows: row_scales };
-                let packed = &rows.pairs[live.start * k_pairs..live.end * k_pairs];
-                return multiply_scaled(isa, packed, ScaledPanel::E4m3(panel), scales, sums);
-            }
-            let mut decoded = [[0; PANEL]; BLOCK_PAIRS];
-            for (k_block, lines) in panel.lines.chunks(BLOCK_PAIRS).enumerate() {
-                let decoded = &mut decoded[..lines.len()];
-                decode(isa, BytePanel { lines, special: &panel.special[k_block..=k_block] }, decoded);
-                for (live, tile) in tiles.clone() {
-                    let first = live.start * k_pairs + k_block * BLOCK_PAIRS * tile.len();
-                    let packed = &rows.pairs[first..][..lines.len() * tile.len()];
-                    let first = live.start * k_blocks + k_block * tile.len();
-                    let row_scales = rows.scales.map(|scales| &scales[first..][..tile.len()]);
-                    let scales = BlockScales { panel: &panel_scales[k_block..=k_block], rows: row_scales };
-                    multiply_scaled(isa, packed, ScaledPanel::Decoded(decoded), scales, &mut sums[tile]);
+            let mut kept = [[0; PANEL]; BLOCK_PAIRS];
+            let lines = panel.lines.chunks(run * BLOCK_PAIRS);
+            let blocks = lines.zip(panel.special.chunks(run)).zip(panel_scales.chunks(run));
+            for (k_block, ((lines, special), panel_scales)) in (0..).step_by(run).zip(blocks) {
+                let kept = if run == 1 { &mut kept[..lines.len()] } else { &mut [] };
+                for tile in block.tiles() {
+                    let pairs = rows.pairs(block, &tile, k_block, lines.len());
+                    let row_scales = rows.scales(block, &tile, k_block, panel_scales.len());
+                    let scales = BlockScales { panel: panel_scales, rows: row_scales };
+                    if tile.start == 0 {
+                        multiply_e4m3(isa, pairs, BytePanel { lines, special }, scales, &mut sums[tile], kept);
+                    } else {
+                        multiply_decoded(isa, pairs, kept, scales, &mut sums[tile]);
+                    }
                 }
             }
         }

@@ -45,24 +45,6 @@ pub(crate) struct BytePanel<'a> {
     pub(crate) special: &'a [u64],
 }
 
-/// A panel's e4m3 weights, in the form they have at hand.
-#[derive(Clone, Copy)]
-pub(crate) enum ScaledPanel<'a> {
-    /// As they are packed.
-    E4m3(BytePanel<'a>),
-    /// As [`decode`] leaves them.
-    Decoded(&'a [PairLine]),
-}
-
-impl ScaledPanel<'_> {
-    fn pairs(&self) -> usize {
-        match self {
-            Self::E4m3(panel) => panel.lines.len(),
-            Self::Decoded(lines) => lines.len(),
-        }
-    }
-}
-
 /// What each block of [`BLOCK_PAIRS`] is multiplied by.
 #[derive(Clone, Copy)]
 pub(crate) struct BlockScales<'a> {
@@ -94,34 +76,44 @@ pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [S
 }
 
 /// `sums[r][c] += sum_block scale[r, block] * sum_k rows[r, k] * panel[c, k]`, with a fresh sum for every block.
-pub(crate) fn multiply_scaled(
+///
+/// `decoded` is empty, or of the panel's length and keeps the weights for [`multiply_decoded`] with the next tile.
+pub(crate) fn multiply_e4m3(
     isa: Isa,
     rows: &[u32],
-    panel: ScaledPanel<'_>,
+    panel: BytePanel<'_>,
     scales: BlockScales<'_>,
     sums: &mut [Sums],
+    decoded: &mut [PairLine],
 ) {
-    check_tile(rows, panel.pairs(), sums);
-    let blocks = panel.pairs().div_ceil(BLOCK_PAIRS);
-    assert_eq!(scales.panel.len(), blocks);
-    assert!(!matches!(panel, ScaledPanel::E4m3(panel) if panel.special.len() != blocks));
-    assert!(scales.rows.is_none_or(|rows| rows.len() == blocks * sums.len()));
+    check_scaled_tile(rows, panel.lines.len(), scales, sums);
+    assert!(panel.special.len() == scales.panel.len());
+    assert!(decoded.is_empty() || decoded.len() == panel.lines.len());
     #[cfg(target_arch = "x86_64")]
     if isa.level() == Level::Avx512 {
-        return super::x86_64::avx512::multiply_scaled(isa, rows, panel, scales, sums);
+        return super::x86_64::avx512::multiply_e4m3(isa, rows, panel, scales, sums, decoded);
     }
-    promote_blocks(isa, rows, panel, scales, sums);
+    let mut scratch = [[0; PANEL]; BLOCK_PAIRS];
+    for (block, lines) in panel.lines.chunks(BLOCK_PAIRS).enumerate() {
+        let decoded = match decoded.chunks_mut(BLOCK_PAIRS).nth(block) {
+            Some(decoded) => decoded,
+            None => &mut scratch[..lines.len()],
+        };
+        portable::decode(isa, lines, decoded);
+        promote(isa, rows, decoded, scales, block, sums);
+    }
 }
 
-/// Every e4m3 byte as bf16, in units of [`DECODED_UNIT`]: exact, and NaN stays NaN.
-pub(crate) fn decode(isa: Isa, panel: BytePanel<'_>, pairs: &mut [PairLine]) {
-    assert_eq!(panel.lines.len(), pairs.len());
-    assert_eq!(panel.special.len(), pairs.len().div_ceil(BLOCK_PAIRS));
+/// [`multiply_e4m3`] with the weights as it left them.
+pub(crate) fn multiply_decoded(isa: Isa, rows: &[u32], panel: &[PairLine], scales: BlockScales<'_>, sums: &mut [Sums]) {
+    check_scaled_tile(rows, panel.len(), scales, sums);
     #[cfg(target_arch = "x86_64")]
     if isa.level() == Level::Avx512 {
-        return super::x86_64::avx512::decode(isa, panel, pairs);
+        return super::x86_64::avx512::multiply_decoded(isa, rows, panel, scales, sums);
     }
-    portable::decode(isa, panel.lines, pairs);
+    for (block, lines) in panel.chunks(BLOCK_PAIRS).enumerate() {
+        promote(isa, rows, lines, scales, block, sums);
+    }
 }
 
 /// The bf16 bits of every e4m3 byte, exactly; NaN stays NaN.
@@ -132,27 +124,22 @@ fn check_tile(rows: &[u32], pairs: usize, sums: &[Sums]) {
     assert_eq!(rows.len(), pairs * sums.len());
 }
 
-/// [`multiply_scaled`] by way of [`multiply`], one block at a time.
-fn promote_blocks(isa: Isa, rows: &[u32], panel: ScaledPanel<'_>, scales: BlockScales<'_>, sums: &mut [Sums]) {
+fn check_scaled_tile(rows: &[u32], pairs: usize, scales: BlockScales<'_>, sums: &[Sums]) {
+    check_tile(rows, pairs, sums);
+    let blocks = pairs.div_ceil(BLOCK_PAIRS);
+    assert_eq!(scales.panel.len(), blocks);
+    assert!(scales.rows.is_none_or(|rows| rows.len() == blocks * sums.len()));
+}
+
+/// One block of K: a fresh sum, scaled, onto `sums`.
+fn promote(isa: Isa, rows: &[u32], lines: &[PairLine], scales: BlockScales<'_>, block: usize, sums: &mut [Sums]) {
     let tile = sums.len();
-    let mut decoded = [[0; PANEL]; BLOCK_PAIRS];
-    for block in 0..scales.panel.len() {
-        let pairs = block * BLOCK_PAIRS..panel.pairs().min((block + 1) * BLOCK_PAIRS);
-        let lines = match panel {
-            ScaledPanel::Decoded(lines) => &lines[pairs.clone()],
-            ScaledPanel::E4m3(panel) => {
-                let panel = BytePanel { lines: &panel.lines[pairs.clone()], special: &panel.special[block..=block] };
-                decode(isa, panel, &mut decoded[..pairs.len()]);
-                &decoded[..pairs.len()]
-            }
-        };
-        let mut fresh = [[0.0; PANEL]; MAX_ROWS];
-        multiply(isa, &rows[pairs.start * tile..pairs.end * tile], lines, &mut fresh[..tile]);
-        for (row, (sums, fresh)) in sums.iter_mut().zip(&fresh).enumerate() {
-            let scale = scales.of(block, row, tile);
-            for (sum, &fresh) in sums.iter_mut().zip(fresh) {
-                *sum += fresh * scale;
-            }
+    let mut fresh = [[0.0; PANEL]; MAX_ROWS];
+    multiply(isa, &rows[block * BLOCK_PAIRS * tile..][..lines.len() * tile], lines, &mut fresh[..tile]);
+    for (row, (sums, fresh)) in sums.iter_mut().zip(&fresh).enumerate() {
+        let scale = scales.of(block, row, tile);
+        for (sum, &fresh) in sums.iter_mut().zip(fresh) {
+            *sum += fresh * scale;
         }
     }
 }

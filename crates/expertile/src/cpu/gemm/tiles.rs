@@ -85,10 +85,33 @@ pub(super) fn cut_into_blocks<'a>(layout: &Layout<'_>, space: &'a mut [RowBlock]
 /// Live rows in tiles.
 #[derive(Clone, Copy)]
 pub(super) struct PackedRows<'a> {
+    k_pairs: usize,
+    /// Blocks of K.
+    pub(super) k_blocks: usize,
     /// Tiles of `[pairs][rows]`.
-    pub(super) pairs: &'a [u32],
+    pairs: &'a [u32],
     /// Tiles of `[blocks of K][rows]`, if the activations have scales.
-    pub(super) scales: Option<&'a [f32]>,
+    scales: Option<&'a [f32]>,
+}
+
+impl<'a> PackedRows<'a> {
+    /// `count` pairs of a tile, from a block of K on.
+    pub(super) fn pairs(&self, block: &RowBlock, tile: &Range<usize>, k_block: usize, count: usize) -> &'a [u32] {
+        let start = (block.live_rows().start + tile.start) * self.k_pairs;
+        &self.pairs[start + k_block * BLOCK_PAIRS * tile.len()..][..count * tile.len()]
+    }
+
+    /// The scales of a tile for `count` blocks of K, if the activations have scales.
+    pub(super) fn scales(
+        &self,
+        block: &RowBlock,
+        tile: &Range<usize>,
+        k_block: usize,
+        count: usize,
+    ) -> Option<&'a [f32]> {
+        let start = (block.live_rows().start + tile.start) * self.k_blocks;
+        self.scales.map(|scales| &scales[start + k_block * tile.len()..][..count * tile.len()])
+    }
 }
 
 /// Values from which on packing is worth waking other threads for.
@@ -119,7 +142,7 @@ pub(super) fn pack_rows<'a>(
         blocks.par_iter().for_each(pack)
     }
     let scales = matches!(activations, Activations::E4m3 { .. }).then_some(&*scales);
-    PackedRows { pairs, scales }
+    PackedRows { k_pairs: k.div_ceil(2), k_blocks: k.div_ceil(WEIGHT_BLOCK), pairs, scales }
 }
 
 /// Where packed rows go.
