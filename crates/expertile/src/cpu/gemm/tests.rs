@@ -1,5 +1,8 @@
+//! The whole operation against a plain loop; the kernels' own tests stand beside them.
+
 use super::*;
 use crate::cpu::Isa;
+use crate::dtype::MatrixRef;
 use crate::quantize::{ScaleLayout, ScaleRounding};
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -227,4 +230,288 @@ fn the_number_of_threads_does_not_change_a_bit() {
             assert!(same(&two) && same(&five), "{isa}");
         }
     }
+}
+
+#[test]
+fn a_nan_weight_reaches_its_column_and_no_other() {
+    let (n, k, column) = (70, 130, 37);
+    for formats in [Formats::Bf16, Formats::E4m3Weights] {
+        for rows in [1, 14] {
+            let mut case = Case::new(formats, &[rows, rows], 1, n, k, 3);
+            for nan_k in [0, 1, k - 1] {
+                let at = (n + column) * k + nan_k;
+                let kept = (case.weights[at], case.byte_weights[at]);
+                (case.weights[at], case.byte_weights[at]) = (bf16::NAN, E4m3(0xff));
+                for isa in Isa::available() {
+                    let out = case.run(&Cpu::with_isa(isa));
+                    case.check(&out);
+                    for (at, value) in out.iter().enumerate() {
+                        assert_eq!(value.is_nan(), at / n >= rows && at % n == column, "{isa} {formats:?} {at}");
+                    }
+                }
+                (case.weights[at], case.byte_weights[at]) = kept;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_nan_or_infinite_activation_stays_in_its_row() {
+    let mut case = Case::new(Formats::Bf16, &[3], 4, 40, 9, 8);
+    case.rows[9 + 4] = bf16::NAN;
+    case.rows[2 * 9] = bf16::INFINITY;
+    for isa in Isa::available() {
+        let out = case.run(&Cpu::with_isa(isa));
+        assert!(out[..40].iter().all(|x| x.is_finite()), "{isa}");
+        assert!(out[40..80].iter().all(|x| x.is_nan()), "{isa}");
+        assert!(out[80..120].iter().all(|x| x.is_infinite()), "{isa}");
+    }
+}
+
+#[test]
+fn zeros_and_subnormals_among_the_weights_are_exact() {
+    let (n, k) = (33, 128);
+    let mut case = Case::new(Formats::E4m3Weights, &[2], 1, n, k, 1);
+    case.rows.fill(bf16::ONE);
+    case.weight_scales.fill(1.0);
+    for byte in (0..8).chain(0x80..0x88) {
+        case.byte_weights.fill(E4m3(byte));
+        let expected = 128.0 * E4m3(byte).to_f32();
+        for isa in Isa::available() {
+            let out = case.run(&Cpu::with_isa(isa));
+            assert!(out.iter().all(|x| x.to_f32() == expected), "{isa} byte {byte:#x}: {} is not {expected}", out[0]);
+        }
+    }
+}
+
+#[test]
+fn activation_scales_are_found_in_every_layout() {
+    let case = Case::new(Formats::E4m3, &[3, 0, 5], 4, 40, 640, 9);
+    let cpu = Cpu::new();
+    let weights = case.pack(&cpu);
+    // Powers of two, so that all layouts can hold them.
+    let value = |row: usize, group: usize| 2f32.powi((row * 3 + group) as i32 % 11 - 5);
+    let formats = [
+        (ScaleLayout::RowMajor, ScaleRounding::Exact),
+        (ScaleLayout::MnMajor, ScaleRounding::Exact),
+        (ScaleLayout::PackedUe8m0, ScaleRounding::PowerOfTwo),
+    ];
+    let outs = formats.map(|(layout, rounding)| {
+        let format = ScaleFormat::new(Group::G128, layout, rounding).unwrap();
+        let (m_sum, groups) = (case.m_sum(), 5);
+        let (mut floats, mut words) = (vec![0f32; 100], vec![0i32; 100]);
+        for row in 0..m_sum {
+            for group in 0..groups {
+                let word = format.word(row, group, m_sum, groups);
+                floats[word] = value(row, group);
+                words[word] |= i32::from(crate::quantize::ue8m0_byte(value(row, group))) << (group % 4 * 8);
+            }
+        }
+        let packed = layout == ScaleLayout::PackedUe8m0;
+        let scales = if packed { Scales::Ue8m0(&words) } else { Scales::F32(&floats) };
+        case.with_layout(|layout| {
+            let activations = Activations::E4m3 { rows: &case.byte_rows, scales, format };
+            let mut workspace = vec![0; grouped_gemm_workspace_bytes(8, 640, ActivationFormat::E4m3).unwrap()];
+            let mut out = vec![POISON; m_sum * 40];
+            grouped_gemm(&cpu, layout, activations, &weights, &mut workspace, &mut out).unwrap();
+            out.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+        })
+    });
+    assert!(outs[0].iter().any(|&bits| bits != POISON.to_bits() && bits != 0));
+    assert_eq!(outs[0], outs[1]);
+    assert_eq!(outs[0], outs[2]);
+}
+
+#[test]
+fn weights_in_parts_are_those_packed_whole() {
+    let cpu = Cpu::new();
+    let (n, k) = (70, 130);
+    let case = Case::new(Formats::Bf16, &[4, 5], 1, n, k, 4);
+    let mut builder = PackedWeightsBuilder::new(WeightFormat::Bf16, 2, n, k).unwrap();
+    // Out of order, and not on panel bounds; the second expert column-major.
+    let columns: Vec<bf16> =
+        (0..k).flat_map(|col| (0..n).map(move |row| (row, col))).map(|(r, c)| case.weights[(n + r) * k + c]).collect();
+    builder.pack_bf16_rows(&cpu, 1, 0, MatrixRef::with_strides(&columns, n, k, 1, n).unwrap()).unwrap();
+    for (start, end) in [(33, 70), (0, 5), (5, 33), (33, 33)] {
+        let rows = MatrixRef::new(&case.weights[start * k..], end - start, k).unwrap();
+        builder.pack_bf16_rows(&cpu, 0, start, rows).unwrap();
+    }
+    let parts = builder.finish().unwrap();
+    case.with_layout(|layout| {
+        let mut workspace = vec![0; grouped_gemm_workspace_bytes(9, k, ActivationFormat::Bf16).unwrap()];
+        let mut out = vec![POISON; 9 * n];
+        grouped_gemm(&cpu, layout, case.activations(), &parts, &mut workspace, &mut out).unwrap();
+        case.check(&out);
+    });
+}
+
+#[test]
+fn a_part_keeps_its_own_block_scales() {
+    let cpu = Cpu::new();
+    // Gate and up of 160 rows: blocks of 128 are counted from row 0 and from row 160.
+    let (half, k) = (160, 200);
+    let mut numbers = Numbers(6);
+    let (values, scales) = (numbers.e4m3s(2 * half * k), numbers.scales(2 * 2 * 2));
+    let mut builder = PackedWeightsBuilder::new(WeightFormat::E4m3, 1, 2 * half, k).unwrap();
+    for part in [1, 0] {
+        let rows = MatrixRef::new(&values[part * half * k..], half, k).unwrap();
+        builder.pack_e4m3_rows(&cpu, 0, part * half, rows, MatrixRef::new(&scales[part * 4..], 2, 2).unwrap()).unwrap();
+    }
+    let weights = builder.finish().unwrap();
+    // Each row picks one column of K out, the first in block 0 of K and the second in block 1.
+    let rows: Vec<bf16> = (0..2 * k).map(|i| if i == 7 || i == k + 150 { bf16::ONE } else { bf16::ZERO }).collect();
+    let mut space = [0; 5];
+    let layout = Layout::from_psum(&[2], 1, 2, &mut space).unwrap();
+    for isa in Isa::available() {
+        let mut workspace = vec![0; grouped_gemm_workspace_bytes(2, k, ActivationFormat::Bf16).unwrap()];
+        let mut out = vec![POISON; 2 * 2 * half];
+        let cpu = Cpu::with_isa(isa);
+        grouped_gemm(&cpu, &layout, Activations::Bf16(&rows), &weights, &mut workspace, &mut out).unwrap();
+        for (at, &actual) in out.iter().enumerate() {
+            let (row, n) = (at / (2 * half), at % (2 * half));
+            let (part, n_block) = (n / half, n % half / 128);
+            let scale = scales[part * 4 + n_block * 2 + row];
+            let expected = <bf16 as Float>::from_f32(values[n * k + [7, 150][row]].to_f32() * scale);
+            assert_eq!(actual, expected, "{isa} row {row} column {n}");
+        }
+    }
+}
+
+/// What [`grouped_gemm`] says about arguments that `change` has spoilt.
+fn error_of(formats: Formats, change: impl FnOnce(&mut Spoilt)) -> Error {
+    let cpu = Cpu::new();
+    let case = Case::new(formats, &[2, 1], 2, 8, 128, 1);
+    let (weights, needed) = (case.pack(&cpu), 64 + 3 * 4 * (4 + 64 + 1));
+    let activations = case.activations();
+    let mut spoilt = Spoilt { experts: 2, activations, weights, workspace: needed, out: 4 * 8 };
+    change(&mut spoilt);
+    let psum: Vec<i32> = [2, 3, 4, 4][..spoilt.experts].to_vec();
+    let mut space = [0; 24];
+    let layout = Layout::from_psum(&psum, 2, 4, &mut space).unwrap();
+    let mut workspace = vec![7; spoilt.workspace];
+    let mut out = vec![POISON; spoilt.out];
+    let error = grouped_gemm(&cpu, &layout, spoilt.activations, &spoilt.weights, &mut workspace, &mut out).unwrap_err();
+    assert!(out.iter().all(|x| x.to_bits() == POISON.to_bits()) && workspace.iter().all(|&byte| byte == 7));
+    error
+}
+
+struct Spoilt<'a> {
+    experts: usize,
+    activations: Activations<'a>,
+    weights: PackedWeights,
+    workspace: usize,
+    out: usize,
+}
+
+#[test]
+fn arguments_that_do_not_fit_are_errors_and_nothing_is_written() {
+    let start = |formats, change: fn(&mut Spoilt), expected: &str| {
+        let error = error_of(formats, change);
+        assert!(error.to_string().starts_with(expected), "{error}");
+        error
+    };
+    let error = start(
+        Formats::E4m3,
+        |s| s.weights = PackedWeights::pack_bf16(&Cpu::new(), &[bf16::ONE; 2048], 2, 8, 128).unwrap(),
+        "weights is packed as bf16",
+    );
+    assert!(matches!(error, Error::WeightFormat { argument: "weights", .. }));
+    let error = start(
+        Formats::E4m3,
+        |s| {
+            if let Activations::E4m3 { format, .. } = &mut s.activations {
+                *format = ScaleFormat::new(Group::G32, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap();
+            }
+        },
+        "group is 32, expected 128",
+    );
+    assert!(matches!(error, Error::Value { argument: "group", actual: 32, .. }));
+    let error = start(
+        Formats::E4m3,
+        |s| {
+            if let Activations::E4m3 { scales, .. } = &mut s.activations {
+                *scales = Scales::F32(&[1.0; 3]);
+            }
+        },
+        "activation_scales holds 3 elements, expected at least 4",
+    );
+    assert!(matches!(error, Error::BufferTooSmall { argument: "activation_scales", .. }));
+    let error = start(
+        Formats::E4m3,
+        |s| {
+            if let Activations::E4m3 { scales, .. } = &mut s.activations {
+                *scales = Scales::Ue8m0(&[0; 4]);
+            }
+        },
+        "activation_scales has dtype i32",
+    );
+    assert!(matches!(error, Error::Dtype { .. }));
+    start(
+        Formats::E4m3,
+        |s| {
+            s.weights = PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(1); 2 * 8 * 100], &[1.0; 2], 2, 8, 100).unwrap();
+        },
+        "hidden is 100, expected a positive multiple of the group, 128",
+    );
+    for formats in [Formats::Bf16, Formats::E4m3Weights, Formats::E4m3] {
+        start(formats, |s| s.experts = 3, "local_experts is 3, expected 2");
+        start(formats, |s| s.out -= 1, "out holds 31 elements, expected at least 32");
+        let error = error_of(formats, |s| s.workspace = 100);
+        assert!(matches!(error, Error::BufferTooSmall { argument: "workspace", actual: 100, .. }), "{error}");
+        let error = error_of(formats, |s| match &mut s.activations {
+            Activations::Bf16(rows) => *rows = &rows[..511],
+            Activations::E4m3 { rows, .. } => *rows = &rows[..511],
+        });
+        let expected = Error::BufferTooSmall { argument: "activations", actual: 511, needed: 512 };
+        assert_eq!(error, expected);
+    }
+    let error = grouped_gemm_workspace_bytes(1, 0, ActivationFormat::Bf16).unwrap_err();
+    assert!(matches!(error, Error::Value { argument: "k", actual: 0, .. }));
+    let error = grouped_gemm_workspace_bytes(usize::MAX / 8, 64, ActivationFormat::Bf16).unwrap_err();
+    assert!(matches!(error, Error::Overflow { .. }));
+}
+
+#[test]
+fn parts_that_do_not_fit_are_errors() {
+    let cpu = Cpu::new();
+    for (experts, n, k, argument) in [(0, 1, 1, "experts"), (1, 0, 1, "n"), (1, 1, 0, "k")] {
+        let error = PackedWeightsBuilder::new(WeightFormat::Bf16, experts, n, k).err().unwrap();
+        assert_eq!(error, Error::value(argument, 0, "at least 1"));
+    }
+    let error = PackedWeightsBuilder::new(WeightFormat::E4m3, 1 << 40, 1 << 40, 1).err().unwrap();
+    assert!(matches!(error, Error::Overflow { .. }), "{error}");
+    let error = PackedWeights::pack_bf16(&cpu, &[bf16::ONE; 5], 1, 2, 3).unwrap_err();
+    assert_eq!(error, Error::BufferTooSmall { argument: "weights", actual: 5, needed: 6 });
+    let error = PackedWeights::pack_e4m3(&cpu, &[E4m3(1); 257], &[1.0; 2], 1, 2, 129).unwrap_err();
+    assert_eq!(error, Error::BufferTooSmall { argument: "weights", actual: 257, needed: 258 });
+    let error = PackedWeights::pack_e4m3(&cpu, &[E4m3(1); 258], &[1.0], 1, 2, 129).unwrap_err();
+    assert_eq!(error, Error::BufferTooSmall { argument: "scales", actual: 1, needed: 2 });
+
+    let (wide, narrow) = ([bf16::ONE; 600], [E4m3(1); 600]);
+    let rows = |rows, cols| MatrixRef::new(&wide[..], rows, cols).unwrap();
+    let bytes = |rows, cols| MatrixRef::new(&narrow[..], rows, cols).unwrap();
+    let scales = |rows| MatrixRef::new(&[1.0f32; 4][..], rows, 1).unwrap();
+    let mut builder = PackedWeightsBuilder::new(WeightFormat::Bf16, 2, 40, 3).unwrap();
+    let error = builder.pack_e4m3_rows(&cpu, 0, 0, bytes(40, 3), scales(1)).unwrap_err();
+    assert!(matches!(error, Error::WeightFormat { argument: "builder", actual: "bf16", .. }), "{error}");
+    let error = builder.pack_bf16_rows(&cpu, 2, 0, rows(40, 3)).unwrap_err();
+    assert!(error.to_string().starts_with("expert is 2, expected below 2"), "{error}");
+    for (first, count, cols) in [(0, 41, 3), (39, 2, 3), (41, 0, 3), (0, 40, 4)] {
+        let error = builder.pack_bf16_rows(&cpu, 0, first, rows(count, cols)).unwrap_err();
+        assert!(matches!(error, Error::Shape { argument: "rows", .. }), "{error}");
+    }
+    builder.pack_bf16_rows(&cpu, 0, 0, rows(40, 3)).unwrap();
+    let error = builder.pack_bf16_rows(&cpu, 0, 39, rows(1, 3)).unwrap_err();
+    assert!(error.to_string().starts_with("packed_rows[0] is 39, expected a row that was not packed"), "{error}");
+    builder.pack_bf16_rows(&cpu, 1, 1, rows(39, 3)).unwrap();
+    let error = builder.finish().unwrap_err();
+    assert!(error.to_string().starts_with("packed_rows[1] is 39, expected 40"), "{error}");
+
+    let mut builder = PackedWeightsBuilder::new(WeightFormat::E4m3, 1, 40, 3).unwrap();
+    let error = builder.pack_bf16_rows(&cpu, 0, 0, rows(40, 3)).unwrap_err();
+    assert!(matches!(error, Error::WeightFormat { argument: "builder", actual: "e4m3", .. }), "{error}");
+    let error = builder.pack_e4m3_rows(&cpu, 0, 16, bytes(8, 3), scales(1)).unwrap_err();
+    assert!(error.to_string().starts_with("first_row is 16, expected a multiple of 32"), "{error}");
+    let error = builder.pack_e4m3_rows(&cpu, 0, 0, bytes(40, 3), scales(2)).unwrap_err();
+    assert!(matches!(error, Error::Shape { argument: "scales", .. }), "{error}");
 }
