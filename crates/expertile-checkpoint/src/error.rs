@@ -125,7 +125,7 @@ pub enum Error {
         /// The entry.
         actual: String,
     },
-    /// Weights that the library refuses to pack, or tokens that it refuses to write.
+    /// Weights that the library refuses to pack.
     #[error("{what} cannot be packed")]
     Pack {
         /// Which weights.

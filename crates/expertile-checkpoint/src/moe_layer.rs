@@ -4,6 +4,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::{Config, Family, Scoring};
 use crate::error::{Error, Result};
 use crate::tensors::Tensor;
+use expertile::cpu::{Cpu, PackedWeights, PackedWeightsBuilder};
 use expertile::gemm::WEIGHT_BLOCK;
 use expertile::layer::LayerShape;
 use expertile::{E4m3, MatrixRef, Router, WeightFormat};
@@ -100,6 +101,32 @@ impl<'a> MoeLayer<'a> {
     pub fn experts(&self) -> &[Expert<'a>] {
         &self.experts
     }
+
+    /// Packs the weights for the CPU: `w13 [E, 2 I, H]` (gate rows first) and `w2 [E, H, I]`.
+    ///
+    /// `progress` is told the number of experts that are done, after each. This is where the file is read, so the time it
+    /// takes is the disk's unless the file is in memory already.
+    ///
+    /// # Errors
+    /// [`Error::Pack`] with the library's reason; e4m3 asks for an `I` that is a multiple of 32.
+    pub fn pack(&self, cpu: &Cpu, progress: &mut dyn FnMut(usize)) -> Result<(PackedWeights, PackedWeights)> {
+        let (hidden, intermediate) = (self.shape.hidden(), self.shape.intermediate());
+        let pack = |what: &str| {
+            let what = what.to_owned();
+            move |source| Error::Pack { what, source }
+        };
+        let count = self.experts.len();
+        let builder = |n, k| PackedWeightsBuilder::new(self.weight_format, count, n, k);
+        let mut w13 = builder(2 * intermediate, hidden).map_err(pack("w13"))?;
+        let mut w2 = builder(hidden, intermediate).map_err(pack("w2"))?;
+        for (id, expert) in self.experts.iter().enumerate() {
+            expert.gate.pack(cpu, &mut w13, id, 0).map_err(pack(&format!("gate of expert {id}")))?;
+            expert.up.pack(cpu, &mut w13, id, intermediate).map_err(pack(&format!("up of expert {id}")))?;
+            expert.down.pack(cpu, &mut w2, id, 0).map_err(pack(&format!("down of expert {id}")))?;
+            progress(id + 1);
+        }
+        Ok((w13.finish().map_err(pack("w13"))?, w2.finish().map_err(pack("w2"))?))
+    }
 }
 
 impl WeightMatrix<'_> {
@@ -119,6 +146,26 @@ impl WeightMatrix<'_> {
     #[must_use]
     pub fn values(&self) -> &WeightValues<'_> {
         &self.values
+    }
+
+    fn pack(
+        &self,
+        cpu: &Cpu,
+        builder: &mut PackedWeightsBuilder,
+        expert: usize,
+        first_row: usize,
+    ) -> expertile::Result<()> {
+        let Self { rows, cols, .. } = *self;
+        match &self.values {
+            WeightValues::Bf16(values) => {
+                builder.pack_bf16_rows(cpu, expert, first_row, MatrixRef::new(values, rows, cols)?)
+            }
+            WeightValues::E4m3 { values, scales } => {
+                let blocks = [rows, cols].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
+                let scales = MatrixRef::new(scales, blocks[0], blocks[1])?;
+                builder.pack_e4m3_rows(cpu, expert, first_row, MatrixRef::new(values, rows, cols)?, scales)
+            }
+        }
     }
 
     /// Writes row `row` as f64, scales applied; panics outside the matrix or if `out` is not one row long.

@@ -29,6 +29,25 @@ pub(crate) fn bytes(count: u64) -> String {
     if unit == "B" { format!("{count} B") } else { format!("{} {unit}", three_digits(value)) }
 }
 
+/// Bytes per second, in decimal units as memory is sold.
+pub(crate) fn bytes_per_second(rate: f64) -> String {
+    format!("{} GB/s", three_digits(rate / 1e9))
+}
+
+/// Operations per second.
+pub(crate) fn flops_per_second(rate: f64) -> String {
+    format!("{} GFLOP/s", three_digits(rate / 1e9))
+}
+
+/// A time in the unit that leaves at least one of it, down to microseconds.
+pub(crate) fn seconds(time: f64) -> String {
+    match time {
+        _ if time < 1e-3 => format!("{} us", three_digits(time * 1e6)),
+        _ if time < 1.0 => format!("{} ms", three_digits(time * 1e3)),
+        _ => format!("{} s", three_digits(time)),
+    }
+}
+
 /// A share of one, in percent.
 pub(crate) fn percent(share: f64) -> String {
     format!("{:.1} %", share * 100.0)

@@ -3,8 +3,10 @@
 //! One module per subcommand; this file only parses, dispatches, and turns an error into one line and an exit code:
 //! 2 for bad input, 1 for a check that failed.
 
+mod doctor;
 mod error;
 mod format;
+mod machine;
 mod output;
 mod plan;
 mod plot;
@@ -24,6 +26,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Plan(plan::Args),
+    Doctor(doctor::Args),
 }
 
 fn main() -> ExitCode {
@@ -34,6 +37,7 @@ fn main() -> ExitCode {
     };
     let result = match cli.command {
         Command::Plan(args) => plan::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

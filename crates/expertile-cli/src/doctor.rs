@@ -1,0 +1,104 @@
+//! `expertile doctor`: what this machine offers.
+
+use crate::error::Result;
+use crate::machine::{self, Bandwidth};
+use crate::{format, output};
+use expertile::cpu::{Cpu, Isa};
+use expertile::{ActivationFormat, WeightFormat};
+use serde::Serialize;
+
+/// Tell what this machine offers: instruction sets, threads, memory bandwidth, GPU or the reason why none.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Print JSON instead of a list.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    processor: Option<String>,
+    isa_available: Vec<&'static str>,
+    isa_chosen: &'static str,
+    threads: usize,
+    memory_total_bytes: Option<u64>,
+    memory_available_bytes: Option<u64>,
+    #[serde(flatten)]
+    bandwidth: Bandwidth,
+    gemm_flops_per_second: Vec<Rate>,
+    gpu: Option<String>,
+    /// Why there is no GPU.
+    gpu_reason: Option<&'static str>,
+}
+
+#[derive(Debug, Serialize)]
+struct Rate {
+    weights: &'static str,
+    activations: &'static str,
+    flops_per_second: f64,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let report = Report::new()?;
+    if args.json { output::print_json(&report) } else { output::print(&report.text()) }
+}
+
+impl Report {
+    fn new() -> Result<Self> {
+        let cpu = Cpu::new();
+        let formats = [
+            (WeightFormat::Bf16, ActivationFormat::Bf16),
+            (WeightFormat::E4m3, ActivationFormat::E4m3),
+            (WeightFormat::E4m3, ActivationFormat::Bf16),
+        ];
+        let mut rates = Vec::new();
+        for (weights, activations) in formats {
+            rates.push(Rate {
+                weights: weights.name(),
+                activations: activations.name(),
+                flops_per_second: machine::gemm_flops_per_second(&cpu, weights, activations)?,
+            });
+        }
+        Ok(Self {
+            processor: machine::processor(),
+            isa_available: Isa::available().into_iter().map(Isa::name).collect(),
+            isa_chosen: cpu.isa().name(),
+            threads: cpu.threads(),
+            memory_total_bytes: machine::total_memory(),
+            memory_available_bytes: machine::available_memory(),
+            bandwidth: Bandwidth::measure(),
+            gemm_flops_per_second: rates,
+            gpu: None,
+            gpu_reason: Some("this build has no CUDA backend"),
+        })
+    }
+
+    fn text(&self) -> String {
+        let unknown = || "unknown".to_owned();
+        let memory = |bytes: Option<u64>| bytes.map_or_else(unknown, format::bytes);
+        let mut lines = vec![
+            ("processor", self.processor.clone().unwrap_or_else(unknown)),
+            ("instruction sets", format!("{} (chosen: {})", self.isa_available.join(", "), self.isa_chosen)),
+            ("threads", self.threads.to_string()),
+            (
+                "memory",
+                format!("{}, {} available", memory(self.memory_total_bytes), memory(self.memory_available_bytes)),
+            ),
+            ("memory read", format::bytes_per_second(self.bandwidth.read_bytes_per_second)),
+            (
+                "memory copy",
+                format!("{} (read + written)", format::bytes_per_second(self.bandwidth.copy_bytes_per_second)),
+            ),
+        ];
+        for rate in &self.gemm_flops_per_second {
+            let formats = format!("{} weights, {} activations, in cache", rate.weights, rate.activations);
+            lines.push(("gemm", format!("{} ({formats})", format::flops_per_second(rate.flops_per_second))));
+        }
+        let gpu = match (&self.gpu, self.gpu_reason) {
+            (Some(gpu), _) => gpu.clone(),
+            (None, reason) => format!("none: {}", reason.unwrap_or("unknown")),
+        };
+        lines.push(("gpu", gpu));
+        lines.into_iter().map(|(name, value)| format!("{name:<18}{value}\n")).collect()
+    }
+}
