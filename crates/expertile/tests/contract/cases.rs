@@ -337,7 +337,7 @@ pub(crate) fn numbers<T: Number>(len: usize, fill: Fill, seed: u64) -> Vec<T> {
             T::nearest(match fill {
                 Fill::Zeros => 0.0,
                 Fill::Bits => f32::from_bits(noise.next() as u32),
-                Fill::Special if noise.next() % 40 == 0 => SPECIAL[noise.next() as usize % SPECIAL.len()],
+                Fill::Special if noise.next().is_multiple_of(40) => SPECIAL[noise.next() as usize % SPECIAL.len()],
                 _ => size * noise.normal(),
             })
         })

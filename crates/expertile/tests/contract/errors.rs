@@ -1,12 +1,16 @@
 //! Everything the library refuses: the variant, the message, and that nothing was written.
 
-use expertile::cpu::{self, Cpu, Isa, RowScales};
+use expertile::cpu::{
+    self, Activations, Cpu, Isa, Layer, LayerOptions, PackedWeights, PackedWeightsBuilder, RowScales, grouped_gemm,
+    grouped_gemm_workspace_bytes,
+};
 use expertile::plan::{
     compute_aligned_m, compute_aligned_m_and_alignment, expert_num_tokens_round_up_and_sum, round_up, tight_m_sum,
 };
 use expertile::{
-    Activation, AlignmentRule, Arch, E4m3, Error, Group, Layout, MatrixRef, Padding, Plan, Result, Router, Routing,
-    ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut, TokenExperts,
+    Activation, ActivationFormat, AlignmentRule, Arch, E4m3, Error, Group, LayerShape, Layout, MatrixRef, Padding,
+    Plan, Result, Router, Routing, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut, TokenExperts,
+    WeightFormat,
 };
 use half::bf16;
 use std::collections::BTreeSet;
@@ -263,6 +267,24 @@ const PERMUTE: &[Refusal] = &[
     }),
 ];
 
+fn in_place(out: &mut [E4m3], scales: ScalesMut<'_>, rows: usize, hidden: usize) -> Result<()> {
+    cpu::quantize_rows(&Cpu::new(), zeros::<f32>(rows, hidden), &layout(), ScaleFormat::HOPPER, out, scales)
+}
+
+const IN_PLACE: &[Refusal] = &[
+    ("Shape", "rows has shape [7, 128], expected [8, 128]", |out| {
+        in_place(&mut out.e4m3, ScalesMut::F32(&mut out.f32), 7, 128)
+    }),
+    ("Value", "hidden is 100", |out| in_place(&mut out.e4m3, ScalesMut::F32(&mut out.f32), 8, 100)),
+    ("Dtype", "scales has dtype i32", |out| in_place(&mut out.e4m3, ScalesMut::Ue8m0(&mut out.i32), 8, 128)),
+    ("BufferTooSmall", "scales holds 7 elements", |out| {
+        in_place(&mut out.e4m3, ScalesMut::F32(&mut out.f32[..7]), 8, 128)
+    }),
+    ("BufferTooSmall", "out holds 1023 elements", |out| {
+        in_place(&mut out.e4m3[..1023], ScalesMut::F32(&mut out.f32), 8, 128)
+    }),
+];
+
 const ACTIVATION: &[Refusal] = &[
     ("Value", "intermediate is 0, expected at least 1", |out| {
         cpu::activate(&Cpu::new(), &layout(), 0, &[], &Activation::default(), &mut out.bf16)
@@ -308,6 +330,200 @@ const UNPERMUTE: &[Refusal] = &[
     }),
 ];
 
+fn bf16_weights([experts, n, k]: [usize; 3]) -> PackedWeights {
+    PackedWeights::pack_bf16(&Cpu::new(), &vec![bf16::ONE; experts * n * k], experts, n, k).unwrap()
+}
+
+fn e4m3_weights([experts, n, k]: [usize; 3]) -> PackedWeights {
+    let scales = vec![1.0; experts * n.div_ceil(128) * k.div_ceil(128)];
+    PackedWeights::pack_e4m3(&Cpu::new(), &vec![E4m3(0); experts * n * k], &scales, experts, n, k).unwrap()
+}
+
+fn builder(format: WeightFormat) -> PackedWeightsBuilder {
+    PackedWeightsBuilder::new(format, 2, 64, 128).unwrap()
+}
+
+fn add_rows(first_row: usize, expert: usize, rows: usize, k: usize) -> Result<PackedWeightsBuilder> {
+    let mut builder = builder(WeightFormat::Bf16);
+    builder.pack_bf16_rows(&Cpu::new(), 0, 0, zeros(32, 128))?;
+    builder.pack_bf16_rows(&Cpu::new(), expert, first_row, zeros(rows, k))?;
+    Ok(builder)
+}
+
+fn add_e4m3_rows(format: WeightFormat, first_row: usize, scale_rows: usize) -> Result<()> {
+    builder(format).pack_e4m3_rows(&Cpu::new(), 0, first_row, zeros(32, 128), zeros(scale_rows, 1))
+}
+
+const WEIGHTS: &[Refusal] = &[
+    ("Value", "experts is 0, expected at least 1", |_| {
+        PackedWeights::pack_bf16(&Cpu::new(), &[bf16::ONE], 0, 1, 1).map(drop)
+    }),
+    ("Value", "n is 0", |_| PackedWeights::pack_bf16(&Cpu::new(), &[bf16::ONE], 1, 0, 1).map(drop)),
+    ("Value", "k is 0", |_| PackedWeights::pack_e4m3(&Cpu::new(), &[], &[], 1, 1, 0).map(drop)),
+    ("BufferTooSmall", "weights holds 5 elements, expected at least 6", |_| {
+        PackedWeights::pack_bf16(&Cpu::new(), &[bf16::ONE; 5], 1, 2, 3).map(drop)
+    }),
+    ("BufferTooSmall", "weights holds 5 elements, expected at least 6", |_| {
+        PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(0); 5], &[1.0], 1, 2, 3).map(drop)
+    }),
+    ("BufferTooSmall", "scales holds 3 elements, expected at least 4", |_| {
+        PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(0); 2 * 129 * 3], &[1.0; 3], 2, 129, 3).map(drop)
+    }),
+    ("Overflow", "bytes of the packed weights overflows", |_| {
+        PackedWeights::pack_bf16(&Cpu::new(), &[], 1 << 40, 1 << 20, 1 << 20).map(drop)
+    }),
+    ("WeightFormat", "builder is packed as e4m3, expected bf16", |_| {
+        builder(WeightFormat::E4m3).pack_bf16_rows(&Cpu::new(), 0, 0, zeros(32, 128))
+    }),
+    ("WeightFormat", "builder is packed as bf16, expected e4m3", |_| add_e4m3_rows(WeightFormat::Bf16, 0, 1)),
+    ("Value", "first_row is 33, expected a multiple of 32", |_| add_e4m3_rows(WeightFormat::E4m3, 33, 1)),
+    ("Shape", "scales has shape [2, 1], expected [1, 1]", |_| add_e4m3_rows(WeightFormat::E4m3, 32, 2)),
+    ("Value", "expert is 2, expected below 2", |_| add_rows(0, 2, 32, 128).map(drop)),
+    ("Shape", "rows has shape [33, 128], expected [R, 128] with R at most 32", |_| add_rows(32, 0, 33, 128).map(drop)),
+    ("Shape", "rows has shape [1, 128], expected [R, 128] with R at most 0", |_| add_rows(99, 0, 1, 128).map(drop)),
+    ("Shape", "rows has shape [32, 127], expected [R, 128]", |_| add_rows(32, 0, 32, 127).map(drop)),
+    ("Count", "packed_rows[0] is 31, expected a row that was not packed before", |_| add_rows(31, 0, 2, 128).map(drop)),
+    ("Count", "packed_rows[1] is 0, expected 64", |_| add_rows(32, 0, 32, 128)?.finish().map(drop)),
+    ("Count", "packed_rows[0] is 63, expected 64", |_| add_rows(32, 0, 31, 128)?.finish().map(drop)),
+];
+
+/// A product over [`layout`]: `M_sum` = 8, three live rows, N = 64.
+fn product(out: &mut Outputs, activations: Activations<'_>, weights: &PackedWeights, workspace: usize) -> Result<()> {
+    grouped_gemm(&Cpu::new(), &layout(), activations, weights, &mut vec![0; workspace], &mut out.bf16)
+}
+
+fn e4m3_product(out: &mut Outputs, k: usize, format: ScaleFormat, scales: Scales<'_>, rows: usize) -> Result<()> {
+    let rows = vec![E4m3(0); rows * k];
+    product(out, Activations::E4m3 { rows: &rows, scales, format }, &e4m3_weights([2, 64, k]), 1 << 20)
+}
+
+const GEMM: &[Refusal] = &[
+    ("Value", "k is 0, expected at least 1", |_| grouped_gemm_workspace_bytes(1, 0, ActivationFormat::Bf16).map(drop)),
+    ("Overflow", "workspace bytes of the grouped GEMM overflows", |_| {
+        grouped_gemm_workspace_bytes(1 << 40, 1 << 40, ActivationFormat::E4m3).map(drop)
+    }),
+    ("Value", "local_experts is 2, expected 3, as many as the weights have", |out| {
+        product(out, Activations::Bf16(&[bf16::ONE; 1024]), &bf16_weights([3, 64, 128]), 1 << 20)
+    }),
+    ("WeightFormat", "weights is packed as bf16, expected e4m3, as the activations", |out| {
+        let (rows, scales) = ([E4m3(0); 1024], Scales::F32(&[1.0; 8]));
+        let activations = Activations::E4m3 { rows: &rows, scales, format: ScaleFormat::HOPPER };
+        product(out, activations, &bf16_weights([2, 64, 128]), 1 << 20)
+    }),
+    ("Value", "group is 32, expected 128, as the weights' blocks", |out| {
+        let format = ScaleFormat::new(Group::G32, ScaleLayout::RowMajor, ScaleRounding::Exact)?;
+        e4m3_product(out, 128, format, Scales::F32(&[1.0; 32]), 8)
+    }),
+    ("Value", "hidden is 192, expected a positive multiple of the group, 128", |out| {
+        e4m3_product(out, 192, ScaleFormat::HOPPER, Scales::F32(&[1.0; 32]), 8)
+    }),
+    ("Dtype", "activation_scales has dtype i32, expected f32", |out| {
+        e4m3_product(out, 128, ScaleFormat::HOPPER, Scales::Ue8m0(&[1; 32]), 8)
+    }),
+    ("Dtype", "activation_scales has dtype f32, expected i32", |out| {
+        e4m3_product(out, 128, packed(), Scales::F32(&[1.0; 32]), 8)
+    }),
+    ("BufferTooSmall", "activation_scales holds 7 elements, expected at least 8", |out| {
+        e4m3_product(out, 128, ScaleFormat::HOPPER, Scales::F32(&[1.0; 7]), 8)
+    }),
+    ("BufferTooSmall", "activations holds 896 elements, expected at least 1024", |out| {
+        e4m3_product(out, 128, ScaleFormat::HOPPER, Scales::F32(&[1.0; 8]), 7)
+    }),
+    ("BufferTooSmall", "activations holds 1023 elements, expected at least 1024", |out| {
+        product(out, Activations::Bf16(&[bf16::ONE; 1023]), &bf16_weights([2, 64, 128]), 1 << 20)
+    }),
+    ("BufferTooSmall", "workspace holds", |out| {
+        let bytes = grouped_gemm_workspace_bytes(layout().live_rows(), 128, ActivationFormat::Bf16)?;
+        product(out, Activations::Bf16(&[bf16::ONE; 1024]), &bf16_weights([2, 64, 128]), bytes - 1)
+    }),
+    ("BufferTooSmall", "out holds 511 elements, expected at least 512", |out| {
+        let (x, weights) = (Activations::Bf16(&[bf16::ONE; 1024]), bf16_weights([2, 64, 128]));
+        grouped_gemm(&Cpu::new(), &layout(), x, &weights, &mut [0; 1 << 16], &mut out.bf16[..511])
+    }),
+];
+
+fn layer(weight_on_input: bool) -> Layer {
+    let options = LayerOptions { weight_on_input, alignment: 4, ..LayerOptions::default() };
+    Layer::new(bf16_weights([2, 64, 48]), bf16_weights([2, 48, 32]), options).unwrap()
+}
+
+/// Two tokens of `topk` slots, all on expert 0, of a layer of H = 48, I = 32, E = 2.
+fn run(
+    out: &mut [bf16],
+    weight_on_input: bool,
+    [tokens, hidden, topk, weight_cols, experts]: [usize; 5],
+    missing: usize,
+) -> Result<()> {
+    let layer = layer(weight_on_input);
+    let routing = Routing::new(ids(2, topk, 0), experts, None)?;
+    let mut workspace = vec![0; layer.workspace_bytes(2, topk)? - missing];
+    let (x, weights) = (zeros::<bf16>(tokens, hidden), zeros(2, weight_cols));
+    layer.run(&Cpu::new(), x, &routing, weights, &mut workspace, out)
+}
+
+/// [`layout`]'s `M_sum` = 8 rows through the same layer.
+fn run_expanded(out: &mut [bf16], rows: usize, experts: usize, missing: usize) -> Result<()> {
+    let (layer, layout) = (layer(false), Layout::from_psum(&vec![0; experts], 4, 8, vec![0; 64].leak())?);
+    let mut workspace = vec![0; layer.expanded_workspace_bytes(8)? - missing];
+    layer.run_expanded(&Cpu::new(), zeros::<bf16>(rows, 48), &layout, &mut workspace, out)
+}
+
+fn new_layer(w13: PackedWeights, w2: PackedWeights, activations: ActivationFormat, alignment: usize) -> Result<()> {
+    Layer::new(w13, w2, LayerOptions { activations, alignment, ..LayerOptions::default() }).map(drop)
+}
+
+const LAYER: &[Refusal] = &[
+    ("Value", "hidden is 0", |_| LayerShape::new(0, 1, 1).map(drop)),
+    ("Value", "intermediate is 0", |_| LayerShape::new(1, 0, 1).map(drop)),
+    ("Value", "local_experts is 0", |_| LayerShape::new(1, 1, 0).map(drop)),
+    ("Overflow", "E * 2 I * H overflows", |_| LayerShape::new(1 << 30, 1 << 30, 1 << 30).map(drop)),
+    ("Shape", "w13 has shape [1, 64, 128], expected [1, 128, 128], which w2 asks for", |_| {
+        new_layer(bf16_weights([1, 64, 128]), bf16_weights([1, 128, 64]), ActivationFormat::Bf16, 1)
+    }),
+    ("Shape", "w13 has shape [2, 128, 128], expected [1, 128, 128]", |_| {
+        new_layer(bf16_weights([2, 128, 128]), bf16_weights([1, 128, 64]), ActivationFormat::Bf16, 1)
+    }),
+    ("WeightFormat", "w2 is packed as e4m3, expected bf16", |_| {
+        new_layer(bf16_weights([1, 128, 128]), e4m3_weights([1, 128, 64]), ActivationFormat::Bf16, 1)
+    }),
+    ("WeightFormat", "w13 is packed as bf16, expected e4m3, for e4m3 activations", |_| {
+        new_layer(bf16_weights([1, 256, 128]), bf16_weights([1, 128, 128]), ActivationFormat::E4m3, 1)
+    }),
+    ("Value", "hidden is 64, expected a positive multiple of the group, 128", |_| {
+        new_layer(e4m3_weights([1, 256, 64]), e4m3_weights([1, 64, 128]), ActivationFormat::E4m3, 1)
+    }),
+    ("Value", "intermediate is 64, expected a positive multiple of the group, 128", |_| {
+        new_layer(e4m3_weights([1, 128, 128]), e4m3_weights([1, 128, 64]), ActivationFormat::E4m3, 1)
+    }),
+    ("Alignment", "alignment is 0", |_| {
+        new_layer(bf16_weights([1, 128, 128]), bf16_weights([1, 128, 64]), ActivationFormat::Bf16, 0)
+    }),
+    ("Value", "topk is 0", |_| layer(false).workspace_bytes(1, 0).map(drop)),
+    ("Overflow", "M * topk overflows", |_| layer(false).workspace_bytes(usize::MAX, 2).map(drop)),
+    ("Overflow", "M_sum", |_| layer(false).expanded_workspace_bytes(usize::MAX).map(drop)),
+    ("Shape", "hidden_states has shape [3, 48], expected [2, 48]", |out| {
+        run(&mut out.bf16, false, [3, 48, 2, 2, 2], 0)
+    }),
+    ("Shape", "hidden_states has shape [2, 47], expected [2, 48]", |out| {
+        run(&mut out.bf16, false, [2, 47, 2, 2, 2], 0)
+    }),
+    ("Shape", "topk_weights has shape [2, 3], expected [2, 2]", |out| run(&mut out.bf16, false, [2, 48, 2, 3, 2], 0)),
+    ("Value", "local_experts is 1, expected 2, as planned", |out| run(&mut out.bf16, false, [2, 48, 2, 2, 1], 0)),
+    ("Value", "topk is 2, expected 1, where router weights multiply the input", |out| {
+        run(&mut out.bf16, true, [2, 48, 2, 2, 2], 0)
+    }),
+    ("BufferTooSmall", "workspace holds", |out| run(&mut out.bf16, false, [2, 48, 2, 2, 2], 1)),
+    ("BufferTooSmall", "output holds 95 elements, expected at least 96", |out| {
+        run(&mut out.bf16[..95], false, [2, 48, 2, 2, 2], 0)
+    }),
+    ("Shape", "rows has shape [7, 48], expected [8, 48]", |out| run_expanded(&mut out.bf16, 7, 2, 0)),
+    ("Value", "local_experts is 3, expected 2", |out| run_expanded(&mut out.bf16, 8, 3, 0)),
+    ("BufferTooSmall", "workspace holds", |out| run_expanded(&mut out.bf16, 8, 2, 1)),
+    ("BufferTooSmall", "out holds 383 elements, expected at least 384", |out| {
+        run_expanded(&mut out.bf16[..383], 8, 2, 0)
+    }),
+];
+
 const MACHINE: &[Refusal] = &[("Name", "isa is \"sse9\", expected one of portable", |_| Isa::named("sse9").map(drop))];
 
 fn variant(error: &Error) -> &'static str {
@@ -331,7 +547,7 @@ fn variant(error: &Error) -> &'static str {
 }
 
 fn tables() -> Vec<Refusal> {
-    [MATRICES, ROUTING, PLAN, LAYOUT, PERMUTE, ACTIVATION, UNPERMUTE, MACHINE].concat()
+    [MATRICES, ROUTING, PLAN, LAYOUT, PERMUTE, IN_PLACE, WEIGHTS, GEMM, ACTIVATION, UNPERMUTE, LAYER, MACHINE].concat()
 }
 
 #[test]
@@ -373,7 +589,5 @@ fn every_variant_is_refused_somewhere() {
     let mut refused: BTreeSet<&str> = tables().iter().map(|(kind, ..)| *kind).collect();
     // Asked for on machines that lack something only: the test above, and `tests/miri.rs`.
     refused.insert("Device");
-    // Packed weights come with the GEMM.
-    refused.insert("WeightFormat");
     assert_eq!(variants, refused);
 }

@@ -7,9 +7,12 @@
 mod activation;
 mod cases;
 mod errors;
+mod gemm;
+mod layer;
 mod layout;
 mod permute;
 mod plan;
 mod quantize;
 mod routing;
 mod unpermute;
+mod weights;

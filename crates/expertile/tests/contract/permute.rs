@@ -283,6 +283,29 @@ proptest! {
     }
 
     #[test]
+    fn rows_that_stand_in_their_place_are_quantized_there(case in routings(), choice in choices()) {
+        let Choice { format, hidden, fill, seed, strides, padding: _ } = choice;
+        case.with_layout(|layout, oracle_layout| {
+            let x: Vec<bf16> = numbers(layout.m_sum() * hidden, fill, seed);
+            let matrix = Strided::new(&x, layout.m_sum(), hidden, strides, bf16::NAN);
+            let power_of_two = format.rounding() == ScaleRounding::PowerOfTwo;
+            let mut expected =
+                oracle::quantize::quantize(&exact(&x), hidden, format.group().size(), power_of_two);
+            let groups = hidden / format.group().size();
+            for (row, _) in oracle_layout.m_indices.iter().enumerate().filter(|(_, expert)| **expert < 0) {
+                expected.scales[row * groups..][..groups].fill(0.0);
+            }
+            for cpu in machines() {
+                let mut outputs = Outputs::poisoned(format, layout.m_sum(), hidden);
+                let (rows, scales) = outputs.split();
+                cpu::quantize_rows(&cpu, matrix.matrix(), layout, format, rows, scales).unwrap();
+                outputs.check(&expected, layout.m_indices(), Padding::Untouched)?;
+            }
+            Ok(())
+        })?;
+    }
+
+    #[test]
     fn rows_of_any_element_and_any_width_are_moved_bit_for_bit(
         case in routings(),
         width in select(&[1, 3, 17, 64, 130, 2880][..]),

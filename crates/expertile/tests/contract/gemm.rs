@@ -1,0 +1,359 @@
+//! The grouped GEMM within the contract's tolerances, by row and by expert; the same bits on any number of threads.
+
+use crate::cases::{Noise, RoutingCase, Strided, Strides, config, exact, machines, routings};
+use crate::weights::{Part, Weights};
+use expertile::cpu::{
+    Activations, Cpu, Isa, PackedWeights, PackedWeightsBuilder, grouped_gemm, grouped_gemm_workspace_bytes,
+};
+use expertile::{
+    ActivationFormat, E4m3, Group, Layout, MatrixRef, ScaleFormat, ScaleLayout, ScaleRounding, Scales, WeightFormat,
+};
+use expertile_oracle as oracle;
+use half::bf16;
+use oracle::compare::{BF16_GEMM, E4M3_GEMM, Tolerance, by_expert, by_row, difference, worst};
+use proptest::prelude::*;
+use proptest::sample::select;
+
+const POISON: bf16 = bf16::from_bits(0xc29a);
+
+/// Live rows of `[M_sum, width]` as f64, one after another, and their experts: what [`oracle::compare`] takes.
+fn live(rows: &[f64], m_indices: &[i32], width: usize) -> Vec<f64> {
+    rows.chunks(width).zip(m_indices).filter(|(_, expert)| **expert >= 0).flat_map(|(row, _)| row.to_vec()).collect()
+}
+
+/// Fails unless `actual` is within `tolerance` of `expected`, as a whole, by expert and by row.
+pub(crate) fn within(
+    tolerance: Tolerance,
+    actual: &[f64],
+    expected: &[f64],
+    m_indices: &[i32],
+    width: usize,
+) -> Result<(), TestCaseError> {
+    let experts = m_indices.iter().max().map_or(0, |&last| (last + 1) as usize);
+    let per_expert = by_expert(actual, expected, width, m_indices, experts);
+    let (actual, expected) = (live(actual, m_indices, width), live(expected, m_indices, width));
+    let whole = difference(&actual, &expected);
+    prop_assert!(whole < tolerance.whole, "whole: {} of {:?}", whole, tolerance);
+    if let Some((expert, most)) = worst(&per_expert) {
+        prop_assert!(most < tolerance.row, "expert {}: {} of {:?}", expert, most, tolerance);
+    }
+    if let Some((row, most)) = worst(&by_row(&actual, &expected, width)) {
+        prop_assert!(most < tolerance.row, "live row {}: {} of {:?}", row, most, tolerance);
+    }
+    Ok(())
+}
+
+/// Rows of activations, what they stand for, and what they were before they were quantized.
+struct Rows {
+    bf16: Vec<bf16>,
+    e4m3: Vec<E4m3>,
+    f32_scales: Vec<f32>,
+    ue8m0_scales: Vec<i32>,
+    format: Option<ScaleFormat>,
+    meant: Vec<f64>,
+    unquantized: Vec<f64>,
+}
+
+impl Rows {
+    /// Random rows `[M_sum, k]`; padding holds NaN, its scales too: nobody may read them.
+    fn random(m_indices: &[i32], k: usize, format: Option<ScaleFormat>, seed: u64) -> Self {
+        let mut noise = Noise(seed);
+        let bf16: Vec<bf16> = (0..m_indices.len() * k).map(|_| bf16::from_f32(noise.normal())).collect();
+        let unquantized: Vec<f64> = bf16.iter().map(|x| x.to_f64()).collect();
+        let mut rows = Self {
+            meant: unquantized.clone(),
+            unquantized,
+            e4m3: vec![],
+            f32_scales: vec![],
+            ue8m0_scales: vec![],
+            format,
+            bf16,
+        };
+        if let Some(format) = format {
+            let power_of_two = format.rounding() == ScaleRounding::PowerOfTwo;
+            let quantized = oracle::quantize::quantize(&exact(&rows.bf16), k, 128, power_of_two);
+            rows.meant = quantized.values();
+            rows.e4m3 = quantized.bytes.iter().map(|&byte| E4m3(byte)).collect();
+            match format.layout() {
+                ScaleLayout::RowMajor => rows.f32_scales = quantized.row_major(),
+                ScaleLayout::MnMajor => rows.f32_scales = quantized.mn_major(),
+                ScaleLayout::PackedUe8m0 => rows.ue8m0_scales = quantized.packed_ue8m0(),
+            }
+        }
+        for (row, _) in m_indices.iter().enumerate().filter(|(_, expert)| **expert < 0) {
+            rows.bf16[row * k..][..k].fill(bf16::NAN);
+            rows.meant[row * k..][..k].fill(f64::NAN);
+            if let Some(format) = format {
+                rows.e4m3[row * k..][..k].fill(E4m3::NAN);
+                for group in 0..k / 128 {
+                    let word = format.word(row, group, m_indices.len(), k / 128);
+                    match format.layout() {
+                        ScaleLayout::PackedUe8m0 => rows.ue8m0_scales[word] = -1,
+                        _ => rows.f32_scales[word] = f32::NAN,
+                    }
+                }
+            }
+        }
+        rows
+    }
+
+    fn activations(&self) -> Activations<'_> {
+        match self.format {
+            None => Activations::Bf16(&self.bf16),
+            Some(format) => Activations::E4m3 {
+                rows: &self.e4m3,
+                scales: match format.layout() {
+                    ScaleLayout::PackedUe8m0 => Scales::Ue8m0(&self.ue8m0_scales),
+                    _ => Scales::F32(&self.f32_scales),
+                },
+                format,
+            },
+        }
+    }
+}
+
+/// Multiplies in a poisoned, unaligned workspace of exactly the size asked for.
+fn multiply(cpu: &Cpu, layout: &Layout<'_>, rows: &Rows, weights: &PackedWeights) -> Vec<bf16> {
+    let activations = rows.activations();
+    let bytes = grouped_gemm_workspace_bytes(layout.live_rows(), weights.k(), activations.format()).unwrap();
+    let mut workspace = vec![0xff; bytes + 1];
+    let mut out = vec![POISON; layout.m_sum() * weights.n() + 3];
+    grouped_gemm(cpu, layout, activations, weights, &mut workspace[1..], &mut out).unwrap();
+    out
+}
+
+fn check(
+    case: &RoutingCase,
+    [n, k]: [usize; 2],
+    weight_format: WeightFormat,
+    scales: Option<ScaleFormat>,
+    seed: u64,
+    cpus: &[Cpu],
+) -> Result<(), TestCaseError> {
+    let weights = Weights::random(weight_format, [case.local_experts, n, k], !seed);
+    case.with_layout(|layout, oracle_layout| {
+        let m_indices = &oracle_layout.m_indices;
+        let rows = Rows::random(m_indices, k, scales, seed);
+        let same_inputs = oracle::gemm::grouped_gemm(&rows.meant, m_indices, n, k, |e, j, row| weights.row(e, j, row));
+        let exact = oracle::gemm::grouped_gemm(&rows.unquantized, m_indices, n, k, |e, j, row| {
+            weights.unquantized_row(e, j, row);
+        });
+        let mut first: Option<(Isa, Vec<u16>)> = None;
+        for cpu in cpus {
+            let out = multiply(cpu, layout, &rows, &weights.pack(cpu));
+            let bits: Vec<u16> = out.iter().map(|value| value.to_bits()).collect();
+            // Threads must not matter. Instruction sets may sum in another order.
+            match &first {
+                Some((isa, first)) if *isa == cpu.isa() => {
+                    prop_assert!(*first == bits, "{}: {} threads give other bits", isa, cpu.threads());
+                    continue;
+                }
+                _ => first = Some((cpu.isa(), bits)),
+            }
+            for (row, &expert) in m_indices.iter().enumerate().filter(|(_, expert)| **expert < 0) {
+                let padding = &out[row * n..][..n];
+                prop_assert!(padding.iter().all(|x| x.to_bits() == POISON.to_bits()), "{}: padding {}", expert, row);
+            }
+            prop_assert!(out[layout.m_sum() * n..].iter().all(|x| x.to_bits() == POISON.to_bits()));
+            let actual: Vec<f64> = out[..layout.m_sum() * n].iter().map(|value| value.to_f64()).collect();
+            within(BF16_GEMM, &actual, &same_inputs, m_indices, n)?;
+            let tolerance = if weight_format == WeightFormat::E4m3 { E4M3_GEMM } else { BF16_GEMM };
+            within(tolerance, &actual, &exact, m_indices, n)?;
+        }
+        Ok(())
+    })
+}
+
+fn scale_formats() -> Vec<ScaleFormat> {
+    use ScaleLayout::{MnMajor, PackedUe8m0, RowMajor};
+    use ScaleRounding::{Exact, PowerOfTwo};
+    [(RowMajor, Exact), (MnMajor, Exact), (RowMajor, PowerOfTwo), (PackedUe8m0, PowerOfTwo)]
+        .map(|(layout, rounding)| ScaleFormat::new(Group::G128, layout, rounding).unwrap())
+        .to_vec()
+}
+
+/// Few enough experts that the weights of a case take a moment and not a minute.
+fn small_routings() -> impl Strategy<Value = RoutingCase> {
+    routings().prop_filter("at most 64 experts", |case| case.local_experts <= 64)
+}
+
+proptest! {
+    #![proptest_config(config(40))]
+
+    #[test]
+    fn bf16_products_are_within_tolerance(
+        case in small_routings(),
+        n in select(&[64, 96, 130, 161][..]),
+        k in select(&[64, 127, 128, 200, 384][..]),
+        seed: u64,
+    ) {
+        check(&case, [n, k], WeightFormat::Bf16, None, seed, &machines().collect::<Vec<_>>())?;
+    }
+
+    #[test]
+    fn e4m3_weights_times_bf16_rows_are_within_tolerance(
+        case in small_routings(),
+        n in select(&[64, 96, 130, 161][..]),
+        k in select(&[64, 127, 128, 200, 384][..]),
+        seed: u64,
+    ) {
+        check(&case, [n, k], WeightFormat::E4m3, None, seed, &machines().collect::<Vec<_>>())?;
+    }
+
+    #[test]
+    fn e4m3_weights_times_e4m3_rows_are_within_tolerance(
+        case in small_routings(),
+        n in select(&[96, 130, 161, 257][..]),
+        k in select(&[128, 256, 640][..]),
+        format in select(scale_formats()),
+        seed: u64,
+    ) {
+        check(&case, [n, k], WeightFormat::E4m3, Some(format), seed, &machines().collect::<Vec<_>>())?;
+    }
+
+    #[test]
+    fn weights_packed_in_parts_multiply_as_those_packed_at_once(
+        case in small_routings(),
+        e4m3: bool,
+        seed: u64,
+    ) {
+        // Gate and up rows apart, experts and rows backwards.
+        let (half, k, experts) = (128, 192, case.local_experts);
+        let format = if e4m3 { WeightFormat::E4m3 } else { WeightFormat::Bf16 };
+        let weights = Weights::random(format, [experts, 2 * half, k], seed);
+        let cpu = Cpu::new();
+        let mut builder = PackedWeightsBuilder::new(format, experts, 2 * half, k).unwrap();
+        for expert in (0..experts).rev() {
+            for first_row in [half, 0] {
+                match weights.part(expert, first_row, half) {
+                    Part::E4m3(bytes, scales) => {
+                        let rows = MatrixRef::new(&bytes, half, k).unwrap();
+                        let scales = MatrixRef::new(&scales, 1, 2).unwrap();
+                        builder.pack_e4m3_rows(&cpu, expert, first_row, rows, scales).unwrap();
+                    }
+                    Part::Bf16(values) => {
+                        let rows = Strided::new(&values, half, k, Strides::ColumnMajor, bf16::NAN);
+                        builder.pack_bf16_rows(&cpu, expert, first_row, rows.matrix()).unwrap();
+                    }
+                }
+            }
+        }
+        let (parts, whole) = (builder.finish().unwrap(), weights.pack(&cpu));
+        prop_assert_eq!(parts.bytes(), whole.bytes());
+        case.with_layout(|layout, oracle_layout| {
+            let rows = Rows::random(&oracle_layout.m_indices, k, None, seed);
+            let (a, b) = (multiply(&cpu, layout, &rows, &parts), multiply(&cpu, layout, &rows, &whole));
+            prop_assert!(crate::cases::bits(&a) == crate::cases::bits(&b));
+            Ok(())
+        })?;
+    }
+}
+
+/// One expert of a few rows, one without, one with more than a block of rows.
+fn real_case() -> RoutingCase {
+    let ids = (0..120).map(|slot| [0, 2, 2, 2, 3, 2, -1, 2][slot % 8]).collect();
+    RoutingCase { topk: 1, local_experts: 4, alignment: 16, ids, expert_map: None, slack: 1 }
+}
+
+#[test]
+fn real_hidden_sizes_are_within_tolerance() {
+    for (k, weights, scales) in [
+        (2880, WeightFormat::Bf16, None),
+        (2880, WeightFormat::E4m3, None),
+        (3584, WeightFormat::E4m3, Some(ScaleFormat::HOPPER)),
+        (7168, WeightFormat::E4m3, Some(ScaleFormat::HOPPER)),
+        (7168, WeightFormat::Bf16, None),
+    ] {
+        check(&real_case(), [160, k], weights, scales, k as u64, &machines().collect::<Vec<_>>()).unwrap();
+    }
+}
+
+#[test]
+fn a_thousand_experts_are_within_tolerance() {
+    let ids = (0..300).map(|slot| slot * 379 % 1024).collect();
+    let case = RoutingCase { topk: 3, local_experts: 1024, alignment: 128, ids, expert_map: None, slack: 0 };
+    let cpus: Vec<Cpu> = Isa::available().into_iter().map(Cpu::with_isa).collect();
+    check(&case, [64, 128], WeightFormat::E4m3, Some(ScaleFormat::HOPPER), 5, &cpus).unwrap();
+}
+
+/// The smallest of everything: one row, one column, one value of K.
+#[test]
+fn single_values_are_multiplied_exactly() {
+    let case = RoutingCase { topk: 1, local_experts: 1, alignment: 1, ids: vec![0], expert_map: None, slack: 0 };
+    for cpu in machines() {
+        case.with_layout(|layout, _| {
+            let weights = PackedWeights::pack_bf16(&cpu, &[bf16::from_f32(-1.5)], 1, 1, 1).unwrap();
+            let x = [bf16::from_f32(3.0)];
+            let mut workspace = vec![0xff; grouped_gemm_workspace_bytes(1, 1, ActivationFormat::Bf16).unwrap()];
+            let mut out = [POISON];
+            grouped_gemm(&cpu, layout, Activations::Bf16(&x), &weights, &mut workspace, &mut out).unwrap();
+            prop_assert_eq!(out[0].to_f32(), -4.5);
+            Ok(())
+        })
+        .unwrap();
+    }
+}
+
+/// A NaN or an infinity stays in its own row: the others have the bits they have without it.
+#[test]
+fn nan_and_infinity_stay_in_their_row() {
+    let case = real_case();
+    let (n, k) = (96, 256);
+    case.with_layout(|layout, oracle_layout| {
+        let m_indices = &oracle_layout.m_indices;
+        let bad = (0..m_indices.len()).filter(|&row| m_indices[row] == 2).nth(5).expect("expert 2 has rows");
+        for scales in [None, Some(ScaleFormat::HOPPER)] {
+            let weights = Weights::random(WeightFormat::E4m3, [4, n, k], 1);
+            let clean = Rows::random(m_indices, k, scales, 2);
+            for cpu in machines() {
+                let packed = weights.pack(&cpu);
+                let expected = multiply(&cpu, layout, &clean, &packed);
+                let mut rows = Rows::random(m_indices, k, scales, 2);
+                match scales {
+                    None => rows.bf16[bad * k + 77] = bf16::INFINITY,
+                    Some(_) => rows.e4m3[bad * k + 77] = E4m3::NAN,
+                }
+                let out = multiply(&cpu, layout, &rows, &packed);
+                for row in 0..m_indices.len() {
+                    let (out, expected) = (&out[row * n..][..n], &expected[row * n..][..n]);
+                    if row == bad {
+                        prop_assert!(out.iter().all(|value| !value.is_finite()), "{}", cpu.isa());
+                    } else {
+                        prop_assert_eq!(crate::cases::bits(out), crate::cases::bits(expected), "{}", cpu.isa());
+                    }
+                }
+            }
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// Sums are promoted every 128 of K: block scales that differ by powers of ten do not drown each other's products.
+#[test]
+fn every_block_of_k_has_its_own_scales() {
+    let (n, k) = (128, 512);
+    let case = RoutingCase { topk: 1, local_experts: 1, alignment: 1, ids: vec![0; 20], expert_map: None, slack: 0 };
+    let ones = vec![E4m3(0x38); n * k];
+    case.with_layout(|layout, _| {
+        let format = ScaleFormat::new(Group::G128, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap();
+        for cpu in machines() {
+            let weights = PackedWeights::pack_e4m3(&cpu, &ones, &[1.0, 16.0, 256.0, 0.0], 1, n, k).unwrap();
+            let rows = vec![E4m3(0x38); 20 * k];
+            let scales: Vec<f32> = (0..20u8)
+                .flat_map(|row| [1.0, 0.0625, 0.0, 1e38].map(|scale| scale * f32::from(1 + row % 2)))
+                .collect();
+            let activations = Activations::E4m3 { rows: &rows, scales: Scales::F32(&scales), format };
+            let mut workspace = vec![0xff; grouped_gemm_workspace_bytes(20, k, ActivationFormat::E4m3).unwrap()];
+            let mut out = vec![POISON; 20 * n];
+            grouped_gemm(&cpu, layout, activations, &weights, &mut workspace, &mut out).unwrap();
+            for (row, out) in out.chunks(n).enumerate() {
+                // 128 * 1 * 1 + 128 * 16 / 16 + 0 + 0.
+                let expected = 256.0 * (1 + row % 2) as f32;
+                prop_assert!(out.iter().all(|value| value.to_f32() == expected), "{} row {}", cpu.isa(), row);
+            }
+        }
+        Ok(())
+    })
+    .unwrap();
+}

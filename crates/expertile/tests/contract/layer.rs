@@ -1,0 +1,362 @@
+//! The whole layer against f64 on unquantized inputs, by row and by expert; the same bits on any number of threads.
+
+use crate::cases::{
+    Noise, Number, RoutingCase, Strided, Strides, bits, config, exact, machines, routings, routings_of_one_slot,
+    strides,
+};
+use crate::gemm::within;
+use crate::weights::Weights;
+use expertile::cpu::{self, Cpu, Isa, Layer, LayerOptions};
+use expertile::{Activation, ActivationFormat, Layout, MatrixRef, Padding, Stage, WeightFormat};
+use expertile_oracle as oracle;
+use half::{bf16, f16};
+use oracle::compare::{BF16_LAYER, E4M3_LAYER, Tolerance, by_row, difference, worst};
+use proptest::prelude::*;
+use proptest::sample::select;
+
+/// What a layer is made of.
+#[derive(Debug, Clone, Copy)]
+struct Make {
+    hidden: usize,
+    intermediate: usize,
+    weights: WeightFormat,
+    activations: ActivationFormat,
+    clamped: bool,
+    weight_on_input: bool,
+    seed: u64,
+}
+
+impl Make {
+    fn tolerance(&self) -> Tolerance {
+        match self.activations {
+            ActivationFormat::E4m3 => E4M3_LAYER,
+            ActivationFormat::Bf16 => BF16_LAYER,
+        }
+    }
+
+    fn activation(&self) -> Activation {
+        if self.clamped { Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) } } else { Activation::default() }
+    }
+}
+
+fn makes() -> impl Strategy<Value = Make> {
+    use {ActivationFormat as A, WeightFormat as W};
+    let formats = select(&[(W::Bf16, A::Bf16), (W::E4m3, A::Bf16), (W::E4m3, A::E4m3)][..]);
+    (formats, any::<bool>(), any::<u64>()).prop_flat_map(|((weights, activations), clamped, seed)| {
+        let sizes: &[(usize, usize)] = match activations {
+            A::E4m3 => &[(128, 128), (256, 128), (384, 256)],
+            A::Bf16 => &[(128, 128), (200, 72), (129, 65), (384, 256)],
+        };
+        select(sizes).prop_map(move |(hidden, intermediate)| Make {
+            hidden,
+            intermediate,
+            weights,
+            activations,
+            clamped,
+            weight_on_input: false,
+            seed,
+        })
+    })
+}
+
+/// A layer's operands, in the library's form and in the oracle's.
+struct Bench<T> {
+    make: Make,
+    w13: Weights,
+    w2: Weights,
+    x: Vec<T>,
+    topk_weights: Vec<f32>,
+}
+
+impl<T: Number> Bench<T> {
+    fn new(make: Make, case: &RoutingCase) -> Self {
+        let Make { hidden, intermediate, weights, seed, .. } = make;
+        let mut noise = Noise(seed);
+        Self {
+            make,
+            w13: Weights::random(weights, [case.local_experts, 2 * intermediate, hidden], noise.next()),
+            w2: Weights::random(weights, [case.local_experts, hidden, intermediate], noise.next()),
+            x: (0..case.tokens() * hidden).map(|_| T::nearest(noise.normal())).collect(),
+            topk_weights: (0..case.ids.len()).map(|_| 0.1 + noise.unit().abs()).collect(),
+        }
+    }
+
+    fn layer(&self, cpu: &Cpu, alignment: usize) -> Layer {
+        let options = LayerOptions {
+            activation: self.make.activation(),
+            activations: self.make.activations,
+            alignment,
+            weight_on_input: self.make.weight_on_input,
+        };
+        Layer::new(self.w13.pack(cpu), self.w2.pack(cpu), options).unwrap()
+    }
+
+    fn expected(&self, case: &RoutingCase) -> oracle::layer::LayerResult {
+        let activation = self.make.activation();
+        let layer = oracle::layer::Layer {
+            hidden: self.make.hidden,
+            intermediate: self.make.intermediate,
+            activation: oracle::activation::Activation {
+                alpha: f64::from(activation.alpha),
+                beta: f64::from(activation.beta),
+                limit: activation.limit.map(f64::from),
+            },
+            weight_on_input: self.make.weight_on_input,
+            w13_row: &|e, j, row| self.w13.row(e, j, row),
+            w2_row: &|e, j, row| self.w2.row(e, j, row),
+        };
+        layer.run(&exact(&self.x), &case.ids, case.topk, Some(&self.topk_weights), case.expert_map.as_deref())
+    }
+
+    /// Runs in a poisoned, unaligned workspace of exactly the size asked for; also the rows of GEMM 2, by slot.
+    fn run<O: Number>(&self, cpu: &Cpu, case: &RoutingCase, strides: Strides) -> (Vec<O>, Vec<f64>) {
+        let (tokens, hidden) = (case.tokens(), self.make.hidden);
+        let layer = self.layer(cpu, case.alignment);
+        let x = Strided::new(&self.x, tokens, hidden, strides, T::nearest(f32::NAN));
+        let weights = Strided::new(&self.topk_weights, tokens, case.topk, strides, f32::NAN);
+        let mut workspace = vec![0xff; layer.workspace_bytes(tokens, case.topk).unwrap() + 1];
+        let poison = O::nearest(-77.0);
+        let mut output = vec![poison; tokens * hidden + 3];
+        let mut slot_rows = vec![f64::NAN; case.ids.len() * hidden];
+        let mut stages = Vec::new();
+        layer
+            .run_observed(
+                cpu,
+                x.matrix(),
+                &case.routing(),
+                weights.matrix(),
+                &mut workspace[1..],
+                &mut output,
+                &mut |done| {
+                    stages.push(done.stage);
+                    assert_eq!(done.rows.is_some(), done.stage == Stage::Gemm2);
+                    let Some(rows) = done.rows else { return };
+                    for (slot, &row) in done.layout.inv_perm().iter().enumerate() {
+                        if row >= 0 {
+                            let row = &rows[row as usize * hidden..][..hidden];
+                            slot_rows[slot * hidden..][..hidden]
+                                .iter_mut()
+                                .zip(row)
+                                .for_each(|(to, x)| *to = x.to_f64());
+                        }
+                    }
+                },
+            )
+            .unwrap();
+        assert_eq!(stages, Stage::ALL);
+        assert!(output[tokens * hidden..].iter().all(|value| value.bits() == poison.bits()));
+        output.truncate(tokens * hidden);
+        (output, slot_rows)
+    }
+
+    fn check<O: Number>(&self, case: &RoutingCase, strides: Strides, cpus: &[Cpu]) -> Result<(), TestCaseError> {
+        let (hidden, tolerance) = (self.make.hidden, self.make.tolerance());
+        let expected = self.expected(case);
+        let mut first: Option<(Isa, Vec<u32>)> = None;
+        for cpu in cpus {
+            let (output, slot_rows) = self.run::<O>(cpu, case, strides);
+            match &first {
+                Some((isa, first)) if *isa == cpu.isa() => {
+                    prop_assert!(*first == bits(&output), "{}: {} threads give other bits", isa, cpu.threads());
+                    continue;
+                }
+                _ => first = Some((cpu.isa(), bits(&output))),
+            }
+            within(tolerance, &slot_rows, &expected.slot_rows, &expected.expert_of_slot, hidden)?;
+            let output: Vec<f64> = output.iter().map(|value| f64::from(value.exact())).collect();
+            let whole = difference(&output, &expected.output);
+            prop_assert!(whole < tolerance.whole, "{}: {} of {:?}", cpu.isa(), whole, tolerance);
+            if let Some((token, most)) = worst(&by_row(&output, &expected.output, hidden)) {
+                prop_assert!(most < tolerance.row, "{}: token {}: {} of {:?}", cpu.isa(), token, most, tolerance);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Few enough experts that the weights of a case take a moment and not a minute.
+fn small_routings() -> impl Strategy<Value = RoutingCase> {
+    routings().prop_filter("at most 12 experts", |case| case.local_experts <= 12)
+}
+
+proptest! {
+    #![proptest_config(config(25))]
+
+    #[test]
+    fn bf16_tokens_come_out_within_tolerance(case in small_routings(), make in makes(), strides in strides()) {
+        Bench::<bf16>::new(make, &case).check::<bf16>(&case, strides, &machines().collect::<Vec<_>>())?;
+    }
+
+    #[test]
+    fn f16_and_f32_tokens_come_out_within_tolerance(case in small_routings(), make in makes(), strides in strides()) {
+        // Rounding an input to the bf16 of the GEMM is an error of its own, so these are numbers that all three types have.
+        let common = |x: &f32| {
+            let x = bf16::from_f32(*x).to_f32();
+            if f16::from_f32(x).to_f32() == x { x } else { 0.0 }
+        };
+        let cpus: Vec<Cpu> = Isa::available().into_iter().map(Cpu::with_isa).collect();
+        let mut bench = Bench::<f32>::new(make, &case);
+        bench.x = bench.x.iter().map(common).collect();
+        bench.check::<f32>(&case, strides, &cpus)?;
+        let x = bench.x.iter().map(|&x| f16::from_f32(x)).collect();
+        Bench { x, ..Bench::<f16>::new(make, &case) }.check::<f16>(&case, strides, &cpus)?;
+    }
+
+    #[test]
+    fn router_weights_on_the_input_come_out_within_tolerance(
+        case in routings_of_one_slot(),
+        make in makes(),
+        strides in strides(),
+    ) {
+        // Powers of two, so that rounding `weight * x` costs nothing.
+        let make = Make { weight_on_input: true, ..make };
+        let mut bench = Bench::<bf16>::new(make, &case);
+        for (token, weight) in bench.topk_weights.iter_mut().enumerate() {
+            *weight = [0.5, 2.0, 1.0, 0.25][token % 4];
+        }
+        bench.check::<bf16>(&case, strides, &machines().collect::<Vec<_>>())?;
+    }
+
+    #[test]
+    fn expanded_rows_come_out_with_the_bits_of_the_layers_own(case in small_routings(), make in makes()) {
+        let bench = Bench::<bf16>::new(make, &case);
+        for cpu in machines() {
+            let (_, slot_rows) = bench.run::<bf16>(&cpu, &case, Strides::Contiguous);
+            case.with_layout(|layout, oracle_layout| {
+                let (m_sum, hidden) = (layout.m_sum(), make.hidden);
+                let x = MatrixRef::new(&bench.x, case.tokens(), hidden).unwrap();
+                let mut rows = vec![bf16::NAN; m_sum * hidden];
+                cpu::permute_rows(&cpu, x, layout, Padding::Untouched, &mut rows).unwrap();
+                let mut space = vec![0; 3 * case.local_experts + m_sum];
+                let ready = Layout::from_psum(layout.psum(), case.alignment, m_sum, &mut space).unwrap();
+                let layer = bench.layer(&cpu, 1);
+                let mut workspace = vec![0xff; layer.expanded_workspace_bytes(m_sum).unwrap() + 1];
+                let poison = bf16::from_f32(-77.0);
+                let mut out = vec![poison; m_sum * hidden + 3];
+                let rows = MatrixRef::new(&rows, m_sum, hidden).unwrap();
+                layer.run_expanded(&cpu, rows, &ready, &mut workspace[1..], &mut out).unwrap();
+                let mut expected = vec![poison; out.len()];
+                for (slot, &row) in oracle_layout.inv_perm.iter().enumerate().filter(|(_, row)| **row >= 0) {
+                    let from = &slot_rows[slot * hidden..][..hidden];
+                    let to = &mut expected[row as usize * hidden..][..hidden];
+                    to.iter_mut().zip(from).for_each(|(to, &x)| *to = bf16::from_f64(x));
+                }
+                prop_assert!(bits(&out) == bits(&expected), "{}, {} threads", cpu.isa(), cpu.threads());
+                Ok(())
+            })?;
+        }
+    }
+}
+
+fn plain(hidden: usize, intermediate: usize, weights: WeightFormat, activations: ActivationFormat) -> Make {
+    Make { hidden, intermediate, weights, activations, clamped: false, weight_on_input: false, seed: 11 }
+}
+
+fn crowd(tokens: usize) -> RoutingCase {
+    let ids = (0..3 * tokens as i64).map(|slot| [0, 2, 3, 2, -1, 3, 2, 0, 3, -1, -1, -1][slot as usize % 12]).collect();
+    RoutingCase { topk: 3, local_experts: 4, alignment: 8, ids, expert_map: None, slack: 0 }
+}
+
+#[test]
+fn real_hidden_sizes_come_out_within_tolerance() {
+    use {ActivationFormat as A, WeightFormat as W};
+    let cpus: Vec<Cpu> = Isa::available().into_iter().map(Cpu::with_isa).collect();
+    for (hidden, weights, activations) in
+        [(2880, W::Bf16, A::Bf16), (3584, W::E4m3, A::E4m3), (7168, W::E4m3, A::E4m3), (7168, W::E4m3, A::Bf16)]
+    {
+        let case = crowd(8);
+        let make = plain(hidden, 128, weights, activations);
+        Bench::<bf16>::new(make, &case).check::<bf16>(&case, Strides::Contiguous, &cpus).unwrap();
+    }
+}
+
+/// A row of one value has no direction to compare: the tokens together must do.
+#[test]
+fn a_hidden_size_of_one_comes_out_within_tolerance() {
+    let case = crowd(128);
+    let bench = Bench::<bf16>::new(plain(1, 64, WeightFormat::Bf16, ActivationFormat::Bf16), &case);
+    let expected = bench.expected(&case).output;
+    for cpu in machines() {
+        let (output, _) = bench.run::<f32>(&cpu, &case, Strides::Contiguous);
+        let output: Vec<f64> = output.into_iter().map(f64::from).collect();
+        assert!(difference(&output, &expected) < BF16_LAYER.whole, "{}", cpu.isa());
+    }
+}
+
+#[test]
+fn no_tokens_and_no_live_slots_give_nothing_and_zeros() {
+    for tokens in [0, 1, 5] {
+        let case = RoutingCase {
+            topk: 2,
+            local_experts: 3,
+            alignment: 4,
+            ids: vec![-1; 2 * tokens],
+            expert_map: None,
+            slack: 0,
+        };
+        for activations in [ActivationFormat::Bf16, ActivationFormat::E4m3] {
+            let bench = Bench::<bf16>::new(plain(128, 128, WeightFormat::E4m3, activations), &case);
+            for cpu in machines() {
+                let (output, _) = bench.run::<bf16>(&cpu, &case, Strides::Contiguous);
+                assert_eq!(bits(&output), vec![0; tokens * 128]);
+            }
+        }
+    }
+}
+
+/// NaN, infinity and a NaN weight reach the token they belong to and nobody else; an empty slot's weight is not read.
+#[test]
+fn special_numbers_stay_with_their_token() {
+    let case = crowd(8);
+    for activations in [ActivationFormat::Bf16, ActivationFormat::E4m3] {
+        let make = plain(256, 128, WeightFormat::E4m3, activations);
+        for cpu in machines() {
+            let mut bench = Bench::<bf16>::new(make, &case);
+            let (clean, _) = bench.run::<bf16>(&cpu, &case, Strides::Contiguous);
+            // Tokens 0 and 2 get bad values, token 4 a bad weight. Token 3 has no live slot: its values are not read.
+            bench.x[0] = bf16::NAN;
+            bench.x[2 * 256 + 200] = bf16::NEG_INFINITY;
+            bench.x[3 * 256..4 * 256].fill(bf16::NAN);
+            bench.topk_weights[4 * 3] = f32::NAN;
+            // Slot 4 is empty.
+            bench.topk_weights[4] = f32::NAN;
+            let (output, _) = bench.run::<bf16>(&cpu, &case, Strides::Contiguous);
+            for token in 0..8 {
+                let (clean, output) = (&clean[token * 256..][..256], &output[token * 256..][..256]);
+                match token {
+                    0 | 2 | 4 => assert!(output.iter().all(|x| !x.is_finite()), "{} token {token}", cpu.isa()),
+                    3 => assert_eq!(bits(output), [0; 256]),
+                    _ => assert_eq!(bits(output), bits(clean), "{} token {token}", cpu.isa()),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn costs_count_live_rows_and_active_experts_once() {
+    use expertile::layer::stage_cost;
+    // Five live rows on two of four experts, one of three tokens nowhere.
+    let ids = vec![0, 2, 2, 2, 0, -1, -1, -1, -1];
+    let case = RoutingCase { topk: 3, local_experts: 4, alignment: 8, ids, expert_map: None, slack: 0 };
+    case.with_layout(|layout, _| {
+        let shape = expertile::LayerShape::new(256, 128, 4).unwrap();
+        let cost = |stage, weights, activations| {
+            let cost = stage_cost(stage, &shape, layout, weights, activations, 4);
+            (cost.bytes, cost.flops)
+        };
+        let (e4m3, bf16) = (ActivationFormat::E4m3, ActivationFormat::Bf16);
+        // Two tokens of 256 f32 read; five rows of 256 bytes and two scales (or 256 bf16) written.
+        assert_eq!(cost(Stage::Permute, WeightFormat::E4m3, e4m3), (2 * 1024 + 5 * (256 + 8), 0));
+        assert_eq!(cost(Stage::Permute, WeightFormat::Bf16, bf16), (2 * 1024 + 5 * 512, 0));
+        // Two experts' weights, [2 I, H] and [H, I], with 4 and 2 scales; five rows in and out.
+        let gemm1 = 2 * (256 * 256 + 4 * 4) + 5 * (256 + 8 + 2 * 256);
+        assert_eq!(cost(Stage::Gemm1, WeightFormat::E4m3, e4m3), (gemm1, 2 * 5 * 256 * 256));
+        let gemm2 = 2 * 2 * 256 * 128 + 5 * (2 * 128 + 2 * 256);
+        assert_eq!(cost(Stage::Gemm2, WeightFormat::Bf16, bf16), (gemm2, 2 * 5 * 256 * 128));
+        assert_eq!(cost(Stage::Activation, WeightFormat::Bf16, bf16), (5 * (512 + 256), 0));
+        assert_eq!(cost(Stage::Unpermute, WeightFormat::Bf16, bf16), ((5 + 3) * 512, 0));
+        Ok(())
+    })
+    .unwrap();
+}

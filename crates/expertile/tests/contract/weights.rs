@@ -1,0 +1,125 @@
+//! Random weights, in the library's form and in the oracle's.
+
+use crate::cases::Noise;
+use expertile::cpu::{Cpu, PackedWeights};
+use expertile::{E4m3, WeightFormat};
+use expertile_oracle as oracle;
+use half::bf16;
+
+/// Weights `[experts, n, k]` of one format.
+pub(crate) struct Weights {
+    pub(crate) experts: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    data: Data,
+}
+
+enum Data {
+    Bf16(Vec<bf16>),
+    E4m3 {
+        bytes: Vec<u8>,
+        scales: Vec<f32>,
+        /// What was quantized.
+        exact: Vec<f32>,
+    },
+}
+
+/// Rows of one expert, and their block scales.
+pub(crate) enum Part {
+    Bf16(Vec<bf16>),
+    E4m3(Vec<E4m3>, Vec<f32>),
+}
+
+impl Weights {
+    /// Normal weights of standard deviation `1 / sqrt(k)`, so that products stay near 1.
+    pub(crate) fn random(format: WeightFormat, [experts, n, k]: [usize; 3], seed: u64) -> Self {
+        let mut noise = Noise(seed);
+        let size = 1.0 / (k as f32).sqrt();
+        let exact: Vec<f32> = (0..experts * n * k).map(|_| size * noise.normal()).collect();
+        let data = match format {
+            WeightFormat::Bf16 => Data::Bf16(exact.into_iter().map(bf16::from_f32).collect()),
+            WeightFormat::E4m3 => {
+                let (mut bytes, mut scales) = (Vec::new(), Vec::new());
+                for weights in exact.chunks(n * k) {
+                    let (own_bytes, own_scales) = quantize_blocks(weights, n, k);
+                    bytes.extend(own_bytes);
+                    scales.extend(own_scales);
+                }
+                Data::E4m3 { bytes, scales, exact }
+            }
+        };
+        Self { experts, n, k, data }
+    }
+
+    pub(crate) fn pack(&self, cpu: &Cpu) -> PackedWeights {
+        let [experts, n, k] = [self.experts, self.n, self.k];
+        match &self.data {
+            Data::Bf16(weights) => PackedWeights::pack_bf16(cpu, weights, experts, n, k).unwrap(),
+            Data::E4m3 { bytes, scales, .. } => {
+                let bytes: Vec<E4m3> = bytes.iter().map(|&byte| E4m3(byte)).collect();
+                PackedWeights::pack_e4m3(cpu, &bytes, scales, experts, n, k).unwrap()
+            }
+        }
+    }
+
+    /// Rows of one expert as they are stored; with block scales (`first_row` a multiple of 128) if there are any.
+    pub(crate) fn part(&self, expert: usize, first_row: usize, rows: usize) -> Part {
+        let first = (expert * self.n + first_row) * self.k;
+        let values = first..first + rows * self.k;
+        match &self.data {
+            Data::Bf16(weights) => Part::Bf16(weights[values].to_vec()),
+            Data::E4m3 { bytes, scales, .. } => {
+                let blocks = self.k.div_ceil(128);
+                let first = (expert * self.n.div_ceil(128) + first_row / 128) * blocks;
+                let bytes = bytes[values].iter().map(|&byte| E4m3(byte)).collect();
+                Part::E4m3(bytes, scales[first..][..rows.div_ceil(128) * blocks].to_vec())
+            }
+        }
+    }
+
+    /// Row `j` of an expert's weights as they are stored, scales applied.
+    pub(crate) fn row(&self, expert: usize, j: usize, row: &mut [f64]) {
+        let matrix = self.n * self.k;
+        match &self.data {
+            Data::Bf16(weights) => {
+                let stored = &weights[expert * matrix + j * self.k..];
+                row.iter_mut().zip(stored).for_each(|(to, from)| *to = from.to_f64());
+            }
+            Data::E4m3 { bytes, scales, .. } => {
+                let blocks = self.n.div_ceil(128) * self.k.div_ceil(128);
+                let (bytes, scales) = (&bytes[expert * matrix..], &scales[expert * blocks..]);
+                oracle::gemm::e4m3_weight_row(bytes, scales, self.k, j, row);
+            }
+        }
+    }
+
+    /// Row `j` before it was quantized.
+    pub(crate) fn unquantized_row(&self, expert: usize, j: usize, row: &mut [f64]) {
+        match &self.data {
+            Data::Bf16(_) => self.row(expert, j, row),
+            Data::E4m3 { exact, .. } => {
+                let exact = &exact[(expert * self.n + j) * self.k..];
+                row.iter_mut().zip(exact).for_each(|(to, &from)| *to = f64::from(from));
+            }
+        }
+    }
+}
+
+/// Blocks of 128 by 128 with one scale each: `amax / 448`.
+fn quantize_blocks(weights: &[f32], n: usize, k: usize) -> (Vec<u8>, Vec<f32>) {
+    let mut bytes = vec![0; n * k];
+    let mut scales = Vec::new();
+    for first_row in (0..n).step_by(128) {
+        for first_col in (0..k).step_by(128) {
+            let (rows, cols) = (first_row..n.min(first_row + 128), first_col..k.min(first_col + 128));
+            let places: Vec<usize> = rows.flat_map(|row| cols.clone().map(move |col| row * k + col)).collect();
+            let block: Vec<f32> = places.iter().map(|&place| weights[place]).collect();
+            let scale = oracle::quantize::scale(&block, false);
+            for place in places {
+                bytes[place] = oracle::quantize::e4m3_byte(weights[place] / scale);
+            }
+            scales.push(scale);
+        }
+    }
+    (bytes, scales)
+}
