@@ -330,6 +330,33 @@ const UNPERMUTE: &[Refusal] = &[
     }),
 ];
 
+/// `inv_perm [2, 2]` with `last` in its last slot, over eight rows of three values.
+fn unpermute_slots(out: &mut [bf16], last: i32, routing: Option<(usize, usize)>, weight_cols: usize) -> Result<()> {
+    let inv_perm = [0, 7, -1, last];
+    let inv_perm = MatrixRef::new(&inv_perm, 2, 2)?;
+    let routing = routing.map(|(tokens, topk)| Routing::new(ids(tokens, topk, 0), 1, None)).transpose()?;
+    let weights = zeros(2, weight_cols);
+    cpu::unpermute_slots(&Cpu::new(), zeros::<bf16>(8, 3), inv_perm, routing.as_ref(), Some(weights), out)
+}
+
+const UNPERMUTE_SLOTS: &[Refusal] = &[
+    ("SlotRow", "inv_perm[1, 1] is 8, expected a row below 8", |out| unpermute_slots(&mut out.bf16, 8, None, 2)),
+    ("SlotRow", "inv_perm[1, 1] is 2147483647", |out| unpermute_slots(&mut out.bf16, i32::MAX, Some((2, 2)), 2)),
+    ("Shape", "topk_ids has shape [2, 3], expected [2, 2], as inv_perm", |out| {
+        unpermute_slots(&mut out.bf16, 1, Some((2, 3)), 2)
+    }),
+    ("Shape", "topk_weights has shape [2, 3], expected [2, 2]", |out| unpermute_slots(&mut out.bf16, 1, None, 3)),
+    ("BufferTooSmall", "out holds 5 elements, expected at least 6", |out| {
+        unpermute_slots(&mut out.bf16[..5], 1, None, 2)
+    }),
+    ("Value", "topk is 0", |out| {
+        cpu::unpermute_slots(&Cpu::new(), zeros::<bf16>(8, 3), zeros(2, 0), None, None, &mut out.bf16)
+    }),
+    ("Value", "hidden is 0", |out| {
+        cpu::unpermute_slots(&Cpu::new(), zeros::<bf16>(8, 0), zeros(2, 2), None, None, &mut out.bf16)
+    }),
+];
+
 fn bf16_weights([experts, n, k]: [usize; 3]) -> PackedWeights {
     PackedWeights::pack_bf16(&Cpu::new(), &vec![bf16::ONE; experts * n * k], experts, n, k).unwrap()
 }
@@ -537,6 +564,7 @@ fn variant(error: &Error) -> &'static str {
         Error::Name { .. } => "Name",
         Error::ExpertId { .. } => "ExpertId",
         Error::MapEntry { .. } => "MapEntry",
+        Error::SlotRow { .. } => "SlotRow",
         Error::Count { .. } => "Count",
         Error::MSum { .. } => "MSum",
         Error::Overflow { .. } => "Overflow",
@@ -547,7 +575,22 @@ fn variant(error: &Error) -> &'static str {
 }
 
 fn tables() -> Vec<Refusal> {
-    [MATRICES, ROUTING, PLAN, LAYOUT, PERMUTE, IN_PLACE, WEIGHTS, GEMM, ACTIVATION, UNPERMUTE, LAYER, MACHINE].concat()
+    [
+        MATRICES,
+        ROUTING,
+        PLAN,
+        LAYOUT,
+        PERMUTE,
+        IN_PLACE,
+        WEIGHTS,
+        GEMM,
+        ACTIVATION,
+        UNPERMUTE,
+        UNPERMUTE_SLOTS,
+        LAYER,
+        MACHINE,
+    ]
+    .concat()
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! The weighted sum, bit for bit.
 
 use crate::cases::{
-    Fill, Number, RoutingCase, Strided, Strides, bits, config, exact, fills, machines, numbers, routings, strides,
+    Fill, Noise, Number, RoutingCase, Strided, Strides, bits, config, exact, fills, machines, numbers, routings,
+    strides,
 };
 use expertile::cpu;
 use expertile_oracle as oracle;
@@ -71,6 +72,50 @@ proptest! {
         check::<f16, f16>(&case, hidden, (fill, seed), strides, weighted)?;
         check::<bf16, f32>(&case, hidden, (fill, seed), strides, weighted)?;
         check::<f32, bf16>(&case, hidden, (fill, seed), strides, weighted)?;
+    }
+}
+
+proptest! {
+    #![proptest_config(config(150))]
+
+    /// Someone else's rows in any order, even shared ones; what stands in slots that are not local is anything at all.
+    #[test]
+    fn a_bare_inv_perm_is_summed_like_a_layouts(
+        case in routings(),
+        hidden in select(&[1, 130, 513][..]),
+        held in 1..=40usize,
+        seed: u64,
+        strides in (strides(), strides(), strides()),
+        weighted: bool,
+        with_routing: bool,
+    ) {
+        let mut noise = Noise(seed);
+        let rows: Vec<bf16> = numbers(held * hidden, Fill::Ordinary, seed);
+        let weights: Vec<f32> = numbers(case.ids.len(), Fill::Ordinary, !seed);
+        let mut given = Vec::new();
+        let mut meant = Vec::new();
+        for &id in &case.ids {
+            let row = (noise.next() % held as u64) as i32;
+            let local = oracle::layout::local_expert(id, case.expert_map.as_deref()).is_some();
+            meant.push(if local { row } else { -1 });
+            let junk = [-1, i32::MIN, i32::MAX, row][noise.next() as usize % 4];
+            given.push(if local { row } else if with_routing { junk } else { -5 });
+        }
+        let expected: Vec<u32> =
+            oracle::unpermute::unpermute_f32(&exact(&rows), hidden, &meant, case.topk, weighted.then_some(&weights))
+                .into_iter()
+                .map(|sum| bf16::nearest(sum).bits())
+                .collect();
+        let rows = Strided::new(&rows, held, hidden, strides.0, bf16::NAN);
+        let weights = Strided::new(&weights, case.tokens(), case.topk, strides.1, f32::NAN);
+        let inv_perm = Strided::new(&given, case.tokens(), case.topk, strides.2, i32::MAX);
+        let routing = case.routing();
+        for cpu in machines() {
+            let mut out = vec![bf16::NAN; case.tokens() * hidden];
+            let (routing, weights) = (with_routing.then_some(&routing), weighted.then(|| weights.matrix()));
+            cpu::unpermute_slots(&cpu, rows.matrix(), inv_perm.matrix(), routing, weights, &mut out).unwrap();
+            prop_assert_eq!(bits(&out), &expected[..], "{:?}", cpu.isa());
+        }
     }
 }
 
