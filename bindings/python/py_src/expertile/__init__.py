@@ -1,0 +1,42 @@
+"""The expert half of a Mixture-of-Experts layer.
+
+Planning works with nothing installed beside this package:
+
+>>> import expertile
+>>> expertile.Plan.tight(tokens=128, topk=8, local_experts=128)
+Plan(tokens=128, topk=8, local_experts=128, alignment=128, m_sum=16384)
+
+``expertile.deep_gemm_utils``
+    vLLM's module of that name, function for function, on torch tensors and NumPy arrays.
+``expertile.torch``
+    What that module lacks, as torch operators.
+``expertile.vllm``
+    Puts ``expertile.deep_gemm_utils`` in the place of an installed vLLM's own.
+
+Bad input raises ``ValueError``, or ``TypeError`` for a wrong type or dtype. The message names the argument, its value and
+what was expected, and nothing has been written.
+"""
+
+from ._native import (
+    Plan,
+    __version__,
+    compute_aligned_m_and_alignment,
+    expert_num_tokens_round_up_and_sum,
+    get_num_threads,
+    round_up,
+    set_num_threads,
+    theoretical_alignment,
+    tight_m_sum,
+)
+
+__all__ = [
+    "Plan",
+    "__version__",
+    "compute_aligned_m_and_alignment",
+    "expert_num_tokens_round_up_and_sum",
+    "get_num_threads",
+    "round_up",
+    "set_num_threads",
+    "theoretical_alignment",
+    "tight_m_sum",
+]

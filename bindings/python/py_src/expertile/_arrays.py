@@ -1,0 +1,66 @@
+"""The few things that differ between torch tensors and NumPy arrays: allocating, strides, contiguous targets."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+Array = Any
+"""A torch tensor or a NumPy array."""
+
+
+def is_tensor(x: Any) -> bool:
+    """Whether `x` is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def require_array(argument: str, x: Any, dimensions: int) -> tuple[int, ...]:
+    """The shape of `x`, if it is an array of that many dimensions."""
+    shape = getattr(x, "shape", None)
+    if shape is None or not hasattr(x, "dtype"):
+        raise TypeError(f"{argument} is a {type(x).__qualname__}, expected a torch tensor or a NumPy array")
+    if len(shape) != dimensions:
+        raise ValueError(f"{argument} has shape {list(shape)}, expected {dimensions} dimensions")
+    return tuple(shape)
+
+
+def empty(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+    """An array of `like`'s kind (and device), of a dtype given by name or taken from an array."""
+    if is_tensor(like):
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype, device=like.device)
+    import numpy
+
+    return numpy.empty(shape, dtype=dtype)
+
+
+def dtype_name(x: Array) -> str:
+    """``float32``, ``uint8``, ...: as torch and NumPy both spell it."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+def strides(x: Array) -> tuple[int, ...]:
+    """Strides in elements."""
+    return x.stride() if is_tensor(x) else tuple(stride // x.itemsize for stride in x.strides)
+
+
+def contiguous(x: Array) -> Array:
+    """`x` itself if it is contiguous, else a contiguous copy of it."""
+    if is_tensor(x):
+        return x.contiguous()
+    import numpy
+
+    return numpy.ascontiguousarray(x)
+
+
+def column_major(flat: Array, rows: int, columns: int) -> Array:
+    """The matrix ``[rows, columns]`` with strides ``(1, round_up(rows, 4))`` over a flat array of that many words."""
+    return flat.reshape(columns, -(-rows // 4) * 4).T[:rows] if columns else flat.reshape(rows, 0)
+
+
+def as_float32(x: Array) -> Array:
+    """`x` as float32: itself, or an exact copy of a narrower float."""
+    if dtype_name(x) in ("bfloat16", "float16"):
+        return x.float() if is_tensor(x) else x.astype("float32")
+    return x

@@ -1,0 +1,543 @@
+"""vLLM 0.33.0's ``vllm.model_executor.layers.fused_moe.deep_gemm_utils``, function for function.
+
+Same names, parameters (positional and by keyword) and returns, on torch tensors and NumPy arrays; arrays that a function
+creates are of the kind of its first argument. What differs is what the original leaves open or gets wrong:
+
+- rows within an expert stand in slot order, so the same input gives the same bytes;
+- ``inv_perm`` of an empty or non-local slot is -1 (the original leaves it unwritten);
+- scale padding is always zero, packed scales included;
+- ids are checked against the map's length, and strides of every input are honoured;
+- counts that are handed over must agree with the ids.
+
+Shapes: ``M`` tokens, ``H`` values each, ``topk`` slots, ``E`` local experts, ``M_sum`` rows after alignment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from . import _arrays, _native
+from ._arrays import Array
+
+__all__ = [
+    "ExpertTokensMetadata",
+    "compute_aligned_M",
+    "compute_aligned_M_and_alignment",
+    "count_expert_num_tokens",
+    "deepgemm_moe_permute",
+    "deepgemm_unpermute_and_reduce",
+    "ep_gather",
+    "ep_scatter",
+    "expert_num_tokens_round_up_and_sum",
+    "get_mk_alignment_for_contiguous_layout",
+    "get_theoretical_mk_alignment_for_contiguous_layout",
+    "mk_alignment_scope",
+    "set_alignment_rule",
+    "set_mk_alignment_for_contiguous_layout",
+]
+
+
+# -- the GEMM's alignment -----------------------------------------------------------------------------------------------
+
+
+class AlignmentSource(Protocol):
+    """Who knows the row tile of the GEMM that will read the layout."""
+
+    def get(self) -> int:
+        """The row tile in force."""
+
+    def set(self, value: int) -> None:
+        """Caps the row tile from now on."""
+
+    def theoretical(self, expected_m: int | None, num_groups: int | None) -> int | None:
+        """The row tile the GEMM would pick for a call; None if it never shrinks."""
+
+
+class _OwnAlignment:
+    """The source while no DeepGEMM is loaded: a value per context, and a rule chosen by name."""
+
+    def __init__(self) -> None:
+        self._value: contextvars.ContextVar[int] = contextvars.ContextVar("mk_alignment", default=128)
+        self.rule: tuple[str, str] | None = None
+
+    def get(self) -> int:
+        deep_gemm = _loaded_deep_gemm()
+        return deep_gemm.get_mk_alignment_for_contiguous_layout() if deep_gemm else self._value.get()
+
+    def set(self, value: int) -> None:
+        deep_gemm = _loaded_deep_gemm()
+        if deep_gemm:
+            deep_gemm.set_mk_alignment_for_contiguous_layout(value)
+        else:
+            self._value.set(value)
+
+    def theoretical(self, expected_m: int | None, num_groups: int | None) -> int | None:
+        return _native.theoretical_alignment(*self.rule, expected_m, num_groups) if self.rule else None
+
+
+def _loaded_deep_gemm() -> Any:
+    """A DeepGEMM that this process has imported: the value must be its, or it reads the wrong expert's weights."""
+    return sys.modules.get("deep_gemm") or sys.modules.get("vllm.third_party.deep_gemm")
+
+
+_own_alignment = _OwnAlignment()
+_alignment: AlignmentSource = _own_alignment
+
+
+def set_alignment_rule(rule: str | None, arch: str | None = None) -> None:
+    """Chooses the rule by which the alignment may shrink for a call.
+
+    rule: ``"deepgemm-2026-06"``, ``"vllm-fork"`` or ``"deepgemm-2.8"``; None (the default) never shrinks it, as vLLM
+        0.33.0 with its own DeepGEMM.
+    arch: ``"sm90"``, ``"sm100"`` or ``"sm120"``; None asks the current CUDA device, and means ``"sm90"`` without one.
+
+    Raises ValueError for an unknown name.
+    """
+    if rule is None:
+        _own_alignment.rule = None
+        return
+    arch = _current_arch() if arch is None else arch
+    _native.theoretical_alignment(rule, arch)
+    _own_alignment.rule = (rule, arch)
+
+
+def _current_arch() -> str:
+    return _arch_of_device() if "torch" in sys.modules else "sm90"
+
+
+@functools.cache
+def _arch_of_device() -> str:
+    torch = sys.modules["torch"]
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 9
+    return {10: "sm100", 12: "sm120"}.get(major, "sm90")
+
+
+def get_mk_alignment_for_contiguous_layout() -> list[int]:
+    """The row tile in force and the scale block, ``[alignment, alignment]``: 128 unless set otherwise."""
+    alignment = _alignment.get()
+    return [alignment, alignment]
+
+
+def set_mk_alignment_for_contiguous_layout(value: int) -> None:
+    """Sets the row tile, DeepGEMM's too if it is loaded. Raises ValueError unless `value` is at least 1."""
+    _native.round_up(0, value)
+    _alignment.set(value)
+
+
+@contextlib.contextmanager
+def mk_alignment_scope(value: int) -> Iterator[None]:
+    """Sets the row tile to `value` inside a ``with`` block, and back when it is left."""
+    previous = _alignment.get()
+    set_mk_alignment_for_contiguous_layout(value)
+    try:
+        yield
+    finally:
+        _alignment.set(previous)
+
+
+def get_theoretical_mk_alignment_for_contiguous_layout(
+    expected_m: int | None = None, num_groups: int | None = None
+) -> int:
+    """The row tile that the rule in force picks for a call.
+
+    expected_m: rows over all groups (``M * topk``). num_groups: experts on this rank.
+
+    Without a rule (see :func:`set_alignment_rule`): what DeepGEMM 2.8, vendored in vLLM 0.33.0, answers.
+    Raises ValueError for a number below 0, or no groups.
+    """
+    chosen = _alignment.theoretical(expected_m, num_groups)
+    if chosen is not None:
+        return chosen
+    return _native.theoretical_alignment("deepgemm-2.8", _current_arch(), expected_m, num_groups)
+
+
+# -- sizing -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ExpertTokensMetadata:
+    """Live rows per local expert, where a dispatcher knows them. vLLM's own object does as well."""
+
+    expert_num_tokens: Array | None
+    """int32 ``[E]``, on the tokens' device."""
+    expert_num_tokens_cpu: Array | None
+    """int32 ``[E]``, on the host."""
+    psum_recv_per_rank: Array | None = None
+    """Carried along, not used here."""
+    rank_expert_offset: int | None = None
+    """Carried along, not used here."""
+
+    @staticmethod
+    def make_from_list(expert_num_tokens_list: list[int], device: str) -> ExpertTokensMetadata:
+        """Counts on the host and, copied without waiting, on `device`. Without torch: NumPy, and only ``"cpu"``."""
+        try:
+            import torch
+        except ImportError:
+            if str(device) != "cpu":
+                raise ImportError(f'device is "{device}", expected "cpu" where torch is not installed') from None
+            import numpy
+
+            counts = numpy.array(expert_num_tokens_list, dtype=numpy.int32)
+            return ExpertTokensMetadata(expert_num_tokens=counts, expert_num_tokens_cpu=counts)
+        counts = torch.tensor(
+            expert_num_tokens_list, device="cpu", dtype=torch.int32, pin_memory=torch.cuda.is_available()
+        )
+        return ExpertTokensMetadata(
+            expert_num_tokens=counts.to(device, non_blocking=True), expert_num_tokens_cpu=counts
+        )
+
+
+def expert_num_tokens_round_up_and_sum(expert_num_tokens: Array, alignment: int) -> int:
+    """``sum_e round_up(expert_num_tokens[e], alignment)``.
+
+    expert_num_tokens: int32 or int64 ``[E]`` on the host, or a list of integers.
+
+    Raises ValueError for a negative count or an alignment of 0, TypeError for another dtype.
+    """
+    return _native.expert_num_tokens_round_up_and_sum(expert_num_tokens, alignment)
+
+
+def compute_aligned_M_and_alignment(
+    M: int,
+    num_topk: int,
+    local_num_experts: int,
+    alignment: int,
+    expert_tokens_meta: ExpertTokensMetadata | None,
+) -> tuple[int, int]:
+    """``(M_sum, alignment_used)``: rows of the permuted buffer, and what each expert's rows are padded to.
+
+    With counts on the host (``expert_tokens_meta.expert_num_tokens_cpu``) their exact sum and `alignment` itself;
+    otherwise a bound, after the rule in force may have shrunk the alignment.
+
+    Raises ValueError for a zero, a negative count or an overflow.
+    """
+    counts = None if expert_tokens_meta is None else expert_tokens_meta.expert_num_tokens_cpu
+    if counts is None and _alignment is _own_alignment:
+        rule, arch = _own_alignment.rule or (None, None)
+        return _native.compute_aligned_m_and_alignment(M, num_topk, local_num_experts, alignment, rule, arch)
+    if counts is None:
+        per_call = _alignment.theoretical(M * num_topk, local_num_experts)
+        alignment = per_call if per_call and per_call <= alignment else alignment
+    return _native.compute_aligned_m_and_alignment(
+        M, num_topk, local_num_experts, alignment, expert_num_tokens=counts
+    )
+
+
+def compute_aligned_M(
+    M: int,
+    num_topk: int,
+    local_num_experts: int,
+    alignment: int,
+    expert_tokens_meta: ExpertTokensMetadata | None,
+) -> int:
+    """The first value of :func:`compute_aligned_M_and_alignment`."""
+    return compute_aligned_M_and_alignment(M, num_topk, local_num_experts, alignment, expert_tokens_meta)[0]
+
+
+def count_expert_num_tokens(topk_ids: Array, num_local_experts: int, expert_map: Array | None) -> Array:
+    """Live rows per local expert: int32 ``[E]``.
+
+    topk_ids: int32 or int64 ``[M, topk]``, negative for an empty slot. expert_map: int32 ``[G]``, global id to local.
+
+    Raises ValueError for an id that no expert (or no entry of the map) stands for, TypeError for another dtype.
+    """
+    if len(_shape("topk_ids", topk_ids)) == 1:
+        topk_ids = topk_ids[:, None]
+    _arrays.require_array("topk_ids", topk_ids, 2)
+    _native.round_up(num_local_experts, 1)
+    counts = _arrays.empty((num_local_experts,), "int32", topk_ids)
+    _native.count_expert_num_tokens(topk_ids, expert_map, num_local_experts, counts)
+    return counts
+
+
+def _shape(argument: str, x: Array) -> tuple[int, ...]:
+    return _arrays.require_array(argument, x, len(getattr(x, "shape", ())))
+
+
+# -- permute ------------------------------------------------------------------------------------------------------------
+
+
+def deepgemm_moe_permute(
+    aq: Array,
+    aq_scale: Array,
+    topk_ids: Array,
+    local_num_experts: int,
+    expert_map: Array | None,
+    expert_tokens_meta: ExpertTokensMetadata | None,
+    aq_out: Array | None = None,
+    block_size: int | None = None,
+    use_psum_layout: bool = False,
+) -> tuple[Array, Array, Array, Array, int]:
+    """Lays quantized rows out for DeepGEMM's contiguous grouped GEMM.
+
+    aq: ``[M, H]``, e4m3 (or bytes). aq_scale: float32 ``[M, H / block_size]``, or uint8 (UE8M0), which is packed.
+    topk_ids: int32 or int64 ``[M, topk]``. expert_map: int32 ``[G]``. aq_out: ``[M_sum, H]``, written in place; rows of
+    padding are left as they are. block_size: values per scale, by default the block in force (128).
+
+    Returns ``(aq_out, scales, grouped_layout, inv_perm, alignment_used)``: scales float32 ``[M_sum, H / block_size]``, or
+    int32 ``[M_sum, ceil(H / block_size / 4)]`` with strides ``(1, round_up(M_sum, 4))``; grouped_layout int32 ``[M_sum]``
+    (the expert of each row, -1 on padding), or with `use_psum_layout` int32 ``[E]`` (the end of each expert's rows);
+    inv_perm int32 ``[M, topk]``, -1 for an empty slot.
+
+    Raises ValueError or TypeError for what does not fit.
+    """
+    block_m, block_k = get_mk_alignment_for_contiguous_layout()
+    group = block_k if block_size is None else block_size
+    tokens, topk = _arrays.require_array("topk_ids", topk_ids, 2)
+    _, hidden = _arrays.require_array("aq", aq, 2)
+    _, groups = _arrays.require_array("aq_scale", aq_scale, 2)
+    m_sum, alignment = compute_aligned_M_and_alignment(tokens, topk, local_num_experts, block_m, expert_tokens_meta)
+    if aq_out is None:
+        aq_out = _arrays.empty((m_sum, hidden), aq.dtype, aq)
+    elif _arrays.require_array("aq_out", aq_out, 2) != (m_sum, hidden):
+        raise ValueError(f"aq_out has shape {list(aq_out.shape)}, expected {[m_sum, hidden]}")
+    packed = _arrays.dtype_name(aq_scale) == "uint8"
+    if packed:
+        flat = _arrays.empty((_native.scale_words(m_sum, hidden, "packed_ue8m0", group),), "int32", aq)
+        scales = _arrays.column_major(flat, m_sum, -(-groups // 4))
+    else:
+        flat = scales = _arrays.empty((m_sum, groups), "float32", aq)
+    lists = _permute(
+        aq,
+        aq_scale,
+        topk_ids,
+        local_num_experts,
+        expert_map,
+        None if expert_tokens_meta is None else expert_tokens_meta.expert_num_tokens,
+        alignment,
+        group,
+        "packed_ue8m0" if packed else "row_major",
+        aq_out,
+        flat,
+        _PERMUTE_NAMES,
+    )
+    layout = lists.psum if use_psum_layout else lists.m_indices
+    return aq_out, scales, layout, lists.inv_perm, alignment
+
+
+def ep_scatter(
+    recv_x: Array,
+    recv_x_scale: Array,
+    recv_topk: Array,
+    num_recv_tokens_per_expert: Array,
+    expert_map: Array | None,
+    expert_start_loc: Array,
+    output_tensor: Array,
+    output_tensor_scale: Array,
+    m_indices: Array,
+    output_index: Array,
+    align_m: int = 128,
+    block_size: int = 128,
+    pack_ue8m0: bool = False,
+    use_psum_layout: bool = False,
+) -> None:
+    """What :func:`deepgemm_moe_permute` does, into the caller's buffers.
+
+    recv_x ``[M, H]``, recv_x_scale ``[M, H / block_size]``, recv_topk ``[M, topk]``; num_recv_tokens_per_expert int32
+    ``[E]``, unaligned. Written: output_tensor ``[M_sum, H]`` (live rows), output_tensor_scale (zero on padding),
+    m_indices int32 ``[M_sum]`` (live rows) or ``[E]`` with `use_psum_layout`, output_index int32 ``[M, topk]`` (-1 for an
+    empty slot), and expert_start_loc int32 ``[E]``, which ends, as the original's, as the end of each expert's rows.
+
+    Raises ValueError or TypeError for what does not fit.
+    """
+    tokens, topk = _arrays.require_array("recv_topk", recv_topk, 2)
+    rows, hidden = _arrays.require_array("output_tensor", output_tensor, 2)
+    (experts,) = _arrays.require_array("num_recv_tokens_per_expert", num_recv_tokens_per_expert, 1)
+    wanted = (
+        ("expert_start_loc", expert_start_loc, (experts,)),
+        ("output_index", output_index, (tokens, topk)),
+        ("m_indices", m_indices, (experts,) if use_psum_layout else (rows,)),
+    )
+    for argument, array, shape in wanted:
+        if _arrays.require_array(argument, array, len(shape)) != shape:
+            raise ValueError(f"{argument} has shape {list(array.shape)}, expected {list(shape)}")
+        if _arrays.dtype_name(array) != "int32":
+            raise TypeError(f"{argument} has dtype {array.dtype}, expected int32")
+    scale_layout = "packed_ue8m0" if pack_ue8m0 else "row_major"
+    scales, flat = _scale_target(output_tensor_scale, rows, hidden, scale_layout, block_size)
+    out = _arrays.contiguous(output_tensor)
+    lists = _permute(
+        recv_x,
+        recv_x_scale,
+        recv_topk,
+        experts,
+        expert_map,
+        num_recv_tokens_per_expert,
+        align_m,
+        block_size,
+        scale_layout,
+        out,
+        flat,
+        _SCATTER_NAMES,
+    )
+    if out is not output_tensor:
+        output_tensor[...] = out
+    if scales is not output_tensor_scale:
+        output_tensor_scale[...] = scales
+    expert_start_loc[...] = lists.psum
+    output_index[...] = lists.inv_perm
+    m_indices[...] = lists.psum if use_psum_layout else _where_live(lists.m_indices, m_indices)
+
+
+def _where_live(new: Array, old: Array) -> Array:
+    if _arrays.is_tensor(new):
+        return sys.modules["torch"].where(new >= 0, new, old)
+    import numpy
+
+    return numpy.where(new >= 0, new, old)
+
+
+def _scale_target(scales: Array, rows: int, hidden: int, scale_layout: str, group: int) -> tuple[Array, Array]:
+    """A matrix of scales and the memory it lies in: the caller's own, if it has the strides of its layout."""
+    words = _native.scale_words(rows, hidden, scale_layout, group)
+    row_major = scale_layout == "row_major"
+    columns = hidden // group if row_major else -(-(hidden // group) // 4)
+    if _arrays.require_array("output_tensor_scale", scales, 2) != (rows, columns):
+        raise ValueError(f"output_tensor_scale has shape {list(scales.shape)}, expected {[rows, columns]}")
+    expected = "float32" if row_major else "int32"
+    if _arrays.dtype_name(scales) != expected:
+        raise TypeError(f"output_tensor_scale has dtype {scales.dtype}, expected {expected}")
+    strides = (columns, 1) if row_major else (1, -(-rows // 4) * 4)
+    if tuple(_arrays.strides(scales)) == strides and (row_major or rows % 4 == 0):
+        return scales, scales
+    flat = _arrays.empty((words,), expected, scales)
+    return (flat.reshape(rows, columns) if row_major else _arrays.column_major(flat, rows, columns)), flat
+
+
+_PERMUTE_NAMES = {"x": "aq", "x_scales": "aq_scale", "out": "aq_out", "group": "block_size", "hidden": "H"}
+_SCATTER_NAMES = {
+    "x": "recv_x",
+    "x_scales": "recv_x_scale",
+    "topk_ids": "recv_topk",
+    "expert_num_tokens": "num_recv_tokens_per_expert",
+    "out": "output_tensor",
+    "scales": "output_tensor_scale",
+    "group": "block_size",
+    "alignment": "align_m",
+    "hidden": "H",
+}
+_GATHER_NAMES = {
+    "rows": "input_tensor",
+    "topk_ids": "recv_topk_ids",
+    "topk_weights": "recv_topk_weight",
+    "inv_perm": "input_index",
+    "out": "output_tensor",
+}
+_UNPERMUTE_NAMES = {"rows": "a", "out": "output"}
+
+
+def _renamed(error: Exception, names: dict[str, str]) -> Exception:
+    """The same error, where it speaks of an argument that has another name here."""
+    rename = lambda match: names.get(match[0], match[0])  # noqa: E731
+    return type(error)(re.sub(r"^\w+|(?<=memory with )\w+|(?<=, as )\w+", rename, str(error)))
+
+
+@dataclass
+class _Lists:
+    """The lists of a layout, as views of one array."""
+
+    psum: Array
+    m_indices: Array
+    inv_perm: Array
+
+
+def _permute(
+    x: Array,
+    x_scale: Array,
+    topk_ids: Array,
+    experts: int,
+    expert_map: Array | None,
+    expert_num_tokens: Array | None,
+    alignment: int,
+    group: int,
+    scale_layout: str,
+    out: Array,
+    scales: Array,
+    names: dict[str, str],
+) -> _Lists:
+    tokens, topk = topk_ids.shape
+    m_sum = out.shape[0]
+    lists = _arrays.empty((_native.layout_len(tokens, topk, experts, alignment, m_sum),), "int32", x)
+    if out.dtype != x.dtype:
+        raise TypeError(f"{names['out']} has dtype {out.dtype}, expected {x.dtype}, as {names['x']}")
+    where = (topk_ids, expert_map, experts, alignment, m_sum, expert_num_tokens)
+    target = _arrays.contiguous(out)
+    try:
+        if x.itemsize == 1:
+            _native.permute_quantized(x, x_scale, *where, group, scale_layout, False, target, scales, lists)
+        else:
+            # Wider rows cannot be e4m3; they are moved as they are, and so are their scales.
+            if scale_layout != "row_major":
+                raise TypeError(f"x has dtype {x.dtype}, expected float8_e4m3fn with uint8 scales")
+            _native.permute_rows(x, *where, False, target, lists)
+            _native.permute_rows(x_scale, *where, True, scales, lists)
+    except (TypeError, ValueError) as error:
+        raise _renamed(error, names) from None
+    if target is not out:
+        out[...] = target
+    return _Lists(
+        psum=lists[2 * experts : 3 * experts],
+        m_indices=lists[3 * experts : 3 * experts + m_sum],
+        inv_perm=lists[3 * experts + m_sum :].reshape(tokens, topk),
+    )
+
+
+# -- unpermute ----------------------------------------------------------------------------------------------------------
+
+
+def ep_gather(
+    input_tensor: Array,
+    recv_topk_ids: Array,
+    recv_topk_weight: Array,
+    input_index: Array,
+    expert_map: Array | None,
+    output_tensor: Array,
+) -> None:
+    """``output_tensor[m] = sum over slots k of recv_topk_weight[m, k] * input_tensor[input_index[m, k]]``.
+
+    input_tensor ``[M_sum, H]`` and output_tensor ``[M, H]``: bfloat16, float16 or float32. The sum is float32, in slot
+    order, cast once. Slots whose id is negative, or of an expert that is not local, are skipped; a token without any
+    gives zeros.
+
+    Raises ValueError or TypeError for what does not fit.
+    """
+    _gather(input_tensor, recv_topk_ids, recv_topk_weight, input_index, expert_map, output_tensor, _GATHER_NAMES)
+
+
+def _gather(
+    rows: Array,
+    topk_ids: Array,
+    topk_weights: Array,
+    inv_perm: Array,
+    expert_map: Array | None,
+    output: Array,
+    names: dict[str, str],
+) -> None:
+    try:
+        _arrays.require_array("topk_weights", topk_weights, 2)
+        _arrays.require_array("out", output, 2)
+        out = _arrays.contiguous(output)
+        _native.unpermute(rows, inv_perm, topk_ids, expert_map, _arrays.as_float32(topk_weights), out)
+    except (TypeError, ValueError) as error:
+        raise _renamed(error, names) from None
+    if out is not output:
+        output[...] = out
+
+
+def deepgemm_unpermute_and_reduce(
+    a: Array,
+    topk_ids: Array,
+    topk_weights: Array,
+    inv_perm: Array,
+    expert_map: Array | None,
+    output: Array,
+) -> None:
+    """:func:`ep_gather` under the name the layer calls: `a` ``[M_sum, H]`` to `output` ``[M, H]``, written in place."""
+    _gather(a, topk_ids, topk_weights, inv_perm, expert_map, output, _UNPERMUTE_NAMES)

@@ -1,0 +1,371 @@
+//! Arrays from Python (torch tensors, NumPy arrays) as checked views of their memory.
+//!
+//! The only module with `unsafe`: it turns a pointer that Python vouches for into slices, after checking the element
+//! type, the strides, the alignment and, for what will be written, that nothing else overlaps it.
+
+use bytemuck::Pod;
+use expertile::{E4m3, MatrixRef};
+use half::{bf16, f16};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::conversion::FromPyObjectOwned;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyTuple;
+use std::borrow::Cow;
+use std::ops::Range;
+
+/// What an array is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Element {
+    E4m3,
+    Bf16,
+    F16,
+    F32,
+    I32,
+    I64,
+    U8,
+    I8,
+    /// Anything else: no operation takes it, and its error says its name.
+    Other,
+}
+
+impl Element {
+    /// Names as torch and NumPy (with ml_dtypes) spell them.
+    const NAMED: [(&'static str, Self); 8] = [
+        ("float8_e4m3fn", Self::E4m3),
+        ("bfloat16", Self::Bf16),
+        ("float16", Self::F16),
+        ("float32", Self::F32),
+        ("int32", Self::I32),
+        ("int64", Self::I64),
+        ("uint8", Self::U8),
+        ("int8", Self::I8),
+    ];
+
+    /// Its size; `None` if that has to be asked.
+    fn bytes(self) -> Option<usize> {
+        match self {
+            Self::E4m3 | Self::U8 | Self::I8 => Some(1),
+            Self::Bf16 | Self::F16 => Some(2),
+            Self::F32 | Self::I32 => Some(4),
+            Self::I64 => Some(8),
+            Self::Other => None,
+        }
+    }
+
+    fn named(name: &str) -> Self {
+        Self::NAMED.iter().find(|(known, _)| *known == name).map_or(Self::Other, |&(_, element)| element)
+    }
+}
+
+/// A Rust type that arrays of some elements may be read and written as.
+pub(crate) trait Native: Pod {
+    /// Whether an array of `element` is made of these.
+    fn is(element: Element) -> bool;
+}
+
+macro_rules! native {
+    ($($type:ty: $($element:ident)|+;)+) => {
+        $(impl Native for $type {
+            fn is(element: Element) -> bool {
+                matches!(element, $(Element::$element)|+)
+            }
+        })+
+    };
+}
+
+native! {
+    // NumPy has no e4m3 of its own: bytes are taken for it.
+    E4m3: E4m3 | U8 | I8;
+    u8: U8 | I8 | E4m3;
+    bf16: Bf16;
+    f16: F16;
+    f32: F32;
+    i32: I32;
+    i64: I64;
+}
+
+/// An array: who owns it, where it is and how it is laid out.
+pub(crate) struct Array<'py> {
+    argument: &'static str,
+    /// Keeps the memory alive.
+    object: Bound<'py, PyAny>,
+    pointer: usize,
+    shape: Vec<usize>,
+    strides: Vec<isize>,
+    element: Element,
+    item_bytes: usize,
+    writable: bool,
+}
+
+/// The promise that what will be written overlaps nothing else; only [`Apart::check`] makes one.
+#[derive(Clone, Copy)]
+pub(crate) struct Apart(());
+
+impl Apart {
+    /// # Errors
+    /// `ValueError` if one of `outputs` shares memory with another one or with one of `inputs`.
+    pub(crate) fn check(outputs: &[&Array<'_>], inputs: &[Option<&Array<'_>>]) -> PyResult<Self> {
+        for (index, output) in outputs.iter().enumerate() {
+            let others = outputs[index + 1..].iter().copied().chain(inputs.iter().copied().flatten());
+            let written = output.bytes()?;
+            for other in others {
+                let read = other.bytes()?;
+                if written.start < read.end && read.start < written.end {
+                    let (output, other) = (output.argument, other.argument);
+                    return Err(PyValueError::new_err(format!(
+                        "{output} shares memory with {other}, expected memory of its own"
+                    )));
+                }
+            }
+        }
+        Ok(Self(()))
+    }
+}
+
+impl<'py> Array<'py> {
+    /// # Errors
+    /// `TypeError` for anything but a dense torch tensor or a NumPy array, `ValueError` for one that is not on the CPU.
+    pub(crate) fn new(argument: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let py = object.py();
+        if let Some(data_ptr) = object.getattr_opt(intern!(py, "data_ptr"))? {
+            Self::from_torch(argument, object, &data_ptr)
+        } else if object.hasattr(intern!(py, "__array_interface__"))? {
+            Self::from_numpy(argument, object)
+        } else {
+            let found = object.get_type().fully_qualified_name()?;
+            Err(PyTypeError::new_err(format!("{argument} is a {found}, expected a torch tensor or a NumPy array")))
+        }
+    }
+
+    /// The same, where `None` may stand for nothing.
+    pub(crate) fn optional(argument: &'static str, object: Option<&Bound<'py, PyAny>>) -> PyResult<Option<Self>> {
+        object.map(|object| Self::new(argument, object)).transpose()
+    }
+
+    fn from_torch(
+        argument: &'static str,
+        object: &Bound<'py, PyAny>,
+        data_ptr: &Bound<'py, PyAny>,
+    ) -> PyResult<Self> {
+        let py = object.py();
+        if !object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+            let device = object.getattr(intern!(py, "device"))?;
+            return Err(PyValueError::new_err(format!("{argument} is on {device}, expected the CPU")));
+        }
+        let opaque = |error: PyErr| {
+            PyTypeError::new_err(format!(
+                "{argument} is a tensor without memory of its own, expected a dense one: {error}"
+            ))
+        };
+        let strides = object.call_method0(intern!(py, "stride")).map_err(opaque)?;
+        let pointer = data_ptr.call0().map_err(opaque)?;
+        let element = torch_element(&object.getattr(intern!(py, "dtype"))?)?;
+        Ok(Self {
+            argument,
+            pointer: pointer.extract()?,
+            shape: numbers(&object.getattr(intern!(py, "shape"))?)?,
+            strides: numbers(&strides)?,
+            element,
+            item_bytes: match element.bytes() {
+                Some(bytes) => bytes,
+                None => object.getattr(intern!(py, "itemsize"))?.extract()?,
+            },
+            writable: true,
+            object: object.clone(),
+        })
+    }
+
+    fn from_numpy(argument: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let py = object.py();
+        let dtype = object.getattr(intern!(py, "dtype"))?;
+        let native = dtype.getattr(intern!(py, "isnative"))?.is_truthy()?;
+        let name: String = dtype.getattr(intern!(py, "name"))?.extract()?;
+        let item_bytes: usize = dtype.getattr(intern!(py, "itemsize"))?.extract()?;
+        let byte_strides: Vec<isize> = object.getattr(intern!(py, "strides"))?.extract()?;
+        let whole = item_bytes as isize;
+        if whole == 0 || byte_strides.iter().any(|stride| stride % whole != 0) {
+            return Err(PyValueError::new_err(format!(
+                "{argument} has strides of {byte_strides:?} bytes, expected multiples of its items' {item_bytes}"
+            )));
+        }
+        let interface = object.getattr(intern!(py, "__array_interface__"))?;
+        let (pointer, readonly): (usize, bool) = interface.get_item(intern!(py, "data"))?.extract()?;
+        Ok(Self {
+            argument,
+            pointer,
+            shape: object.getattr(intern!(py, "shape"))?.extract()?,
+            strides: byte_strides.into_iter().map(|stride| stride / whole).collect(),
+            element: if native { Element::named(&name) } else { Element::Other },
+            item_bytes,
+            writable: !readonly,
+            object: object.clone(),
+        })
+    }
+
+    pub(crate) fn element(&self) -> Element {
+        self.element
+    }
+
+    pub(crate) fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The two sizes of a matrix.
+    pub(crate) fn matrix_shape(&self, expected: &str) -> PyResult<(usize, usize)> {
+        match self.shape[..] {
+            [rows, cols] => Ok((rows, cols)),
+            _ => Err(self.shape_error(expected)),
+        }
+    }
+
+    pub(crate) fn dtype_error(&self, expected: &str) -> PyErr {
+        let dtype = self.object.getattr("dtype").map_or_else(|_| "unknown".into(), |dtype| dtype.to_string());
+        PyTypeError::new_err(format!("{} has dtype {dtype}, expected {expected}", self.argument))
+    }
+
+    pub(crate) fn shape_error(&self, expected: &str) -> PyErr {
+        PyValueError::new_err(format!("{} has shape {:?}, expected {expected}", self.argument, self.shape))
+    }
+
+    fn stride_error(&self, expected: &str) -> PyErr {
+        PyValueError::new_err(format!("{} has strides {:?}, expected {expected}", self.argument, self.strides))
+    }
+
+    pub(crate) fn require_shape(&self, shape: &[usize]) -> PyResult<()> {
+        if self.shape == shape { Ok(()) } else { Err(self.shape_error(&format!("{shape:?}"))) }
+    }
+
+    /// Fails unless an array of this shape has these strides, dimensions of one element apart.
+    pub(crate) fn require_strides(&self, strides: &[usize]) -> PyResult<()> {
+        let differ =
+            |((&size, &actual), &expected): ((&usize, &isize), &usize)| size > 1 && actual != expected as isize;
+        if !self.is_empty() && self.shape.iter().zip(&self.strides).zip(strides).any(differ) {
+            return Err(self.stride_error(&format!("{strides:?}")));
+        }
+        Ok(())
+    }
+
+    fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
+    /// Elements from the first to the last in memory.
+    fn span(&self) -> PyResult<usize> {
+        if self.is_empty() {
+            return Ok(0);
+        }
+        let mut last = 0usize;
+        for (&size, &stride) in self.shape.iter().zip(&self.strides) {
+            let stride = match usize::try_from(stride) {
+                Ok(stride) => stride,
+                Err(_) if size == 1 => 0,
+                Err(_) => return Err(self.stride_error("none of them negative")),
+            };
+            last = (size - 1)
+                .checked_mul(stride)
+                .and_then(|offset| last.checked_add(offset))
+                .ok_or_else(|| self.stride_error("offsets that fit the address space"))?;
+        }
+        Ok(last + 1)
+    }
+
+    /// The memory the array covers, gaps included.
+    fn bytes(&self) -> PyResult<Range<usize>> {
+        Ok(self.pointer..self.pointer + self.span()? * self.item_bytes)
+    }
+
+    /// Checks that a slice of `T` may stand where the array does, and says how long it is.
+    fn check<T: Native>(&self) -> PyResult<usize> {
+        if !T::is(self.element) || size_of::<T>() != self.item_bytes {
+            return Err(self.dtype_error(std::any::type_name::<T>().rsplit("::").next().unwrap_or("another")));
+        }
+        if !self.pointer.is_multiple_of(align_of::<T>()) {
+            return Err(PyValueError::new_err(format!(
+                "{} starts at address {:#x}, expected a multiple of {}",
+                self.argument,
+                self.pointer,
+                align_of::<T>()
+            )));
+        }
+        self.span()
+    }
+
+    /// Everything from the first element to the last, in memory order.
+    pub(crate) fn memory<T: Native>(&self) -> PyResult<&[T]> {
+        let len = self.check::<T>()?;
+        if len == 0 {
+            return Ok(&[]);
+        }
+        #[allow(unsafe_code)]
+        // SAFETY: the owner, which `self` holds, says that elements of this type (plain data, any bits are a value) stand
+        // at these strides from this pointer; `check` found the pointer aligned and the last element at `len - 1`. That
+        // nobody else writes there meanwhile is what `Apart` checks within a call; another thread that writes a tensor
+        // while it is being read is a race in the caller, as with torch's own functions.
+        Ok(unsafe { std::slice::from_raw_parts(self.pointer as *const T, len) })
+    }
+
+    /// The same, to be written.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) fn memory_mut<T: Native>(&self, _apart: Apart) -> PyResult<&mut [T]> {
+        let len = self.check::<T>()?;
+        if !self.writable {
+            return Err(PyValueError::new_err(format!("{} is read-only, expected to write to it", self.argument)));
+        }
+        if len == 0 {
+            return Ok(&mut []);
+        }
+        #[allow(unsafe_code)]
+        // SAFETY: as in `memory`; that no other slice of this call overlaps it is what `_apart` promises, and each
+        // function of this crate asks for an output's memory once.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.pointer as *mut T, len) })
+    }
+
+    /// A contiguous array, to be written.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) fn contiguous_mut<T: Native>(&self, apart: Apart) -> PyResult<&mut [T]> {
+        let mut expected = vec![1; self.shape.len()];
+        for dimension in (1..self.shape.len()).rev() {
+            expected[dimension - 1] = expected[dimension] * self.shape[dimension];
+        }
+        self.require_strides(&expected)?;
+        self.memory_mut(apart)
+    }
+
+    /// A matrix with any (not negative) strides.
+    pub(crate) fn matrix<T: Native>(&self) -> PyResult<MatrixRef<'_, T>> {
+        let (rows, cols) = self.matrix_shape("two dimensions")?;
+        let memory = self.memory()?;
+        let stride = |dimension: usize| usize::try_from(self.strides[dimension]).unwrap_or(0);
+        MatrixRef::with_strides(memory, rows, cols, stride(0), stride(1)).map_err(crate::error::exception)
+    }
+
+    /// A list, gathered if its elements do not stand next to each other.
+    pub(crate) fn vector<T: Native>(&self) -> PyResult<Cow<'_, [T]>> {
+        let [len] = self.shape[..] else { return Err(self.shape_error("one dimension")) };
+        let memory = self.memory()?;
+        Ok(match self.strides[0] {
+            _ if len <= 1 => Cow::Borrowed(memory),
+            1 => Cow::Borrowed(memory),
+            stride => Cow::Owned((0..len).map(|index| memory[index * stride as usize]).collect()),
+        })
+    }
+}
+
+/// The integers of a tuple; quicker than going through the sequence protocol.
+fn numbers<'py, N: FromPyObjectOwned<'py, Error = PyErr>>(tuple: &Bound<'py, PyAny>) -> PyResult<Vec<N>> {
+    tuple.cast::<PyTuple>()?.iter().map(|number| number.extract()).collect()
+}
+
+/// torch's dtypes are objects that live as long as torch: they are told apart by address.
+fn torch_element(dtype: &Bound<'_, PyAny>) -> PyResult<Element> {
+    static DTYPES: PyOnceLock<Vec<(Py<PyAny>, Element)>> = PyOnceLock::new();
+    let py = dtype.py();
+    let known = DTYPES.get_or_try_init(py, || {
+        let torch = py.import("torch")?;
+        let known = Element::NAMED.iter().map(|&(name, element)| Ok((torch.getattr(name)?.unbind(), element)));
+        known.collect::<PyResult<_>>()
+    })?;
+    Ok(known.iter().find(|(known, _)| known.is(dtype)).map_or(Element::Other, |&(_, element)| element))
+}

@@ -1,0 +1,35 @@
+//! `expertile._native`: the library as Python sees it, argument by argument.
+//!
+//! Nothing is decided here. A function turns Python values into the library's (checking what Rust's types would have
+//! checked), releases the interpreter lock, calls the function of the same name and turns its error into an exception.
+
+mod array;
+mod error;
+mod permute;
+mod plan;
+mod pool;
+mod unpermute;
+
+use pyo3::prelude::*;
+
+#[pymodule(gil_used = false)]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<plan::PyPlan>()?;
+    module.add_function(wrap_pyfunction!(plan::round_up, module)?)?;
+    module.add_function(wrap_pyfunction!(plan::expert_num_tokens_round_up_and_sum, module)?)?;
+    module.add_function(wrap_pyfunction!(plan::compute_aligned_m_and_alignment, module)?)?;
+    module.add_function(wrap_pyfunction!(plan::tight_m_sum, module)?)?;
+    module.add_function(wrap_pyfunction!(plan::theoretical_alignment, module)?)?;
+    module.add_function(wrap_pyfunction!(plan::layout_len, module)?)?;
+    module.add_function(wrap_pyfunction!(permute::count_expert_num_tokens, module)?)?;
+    module.add_function(wrap_pyfunction!(permute::build_layout, module)?)?;
+    module.add_function(wrap_pyfunction!(permute::permute_rows, module)?)?;
+    module.add_function(wrap_pyfunction!(permute::permute_quantized, module)?)?;
+    module.add_function(wrap_pyfunction!(permute::quantize_permute, module)?)?;
+    module.add_function(wrap_pyfunction!(permute::scale_words, module)?)?;
+    module.add_function(wrap_pyfunction!(unpermute::unpermute, module)?)?;
+    module.add_function(wrap_pyfunction!(pool::get_num_threads, module)?)?;
+    module.add_function(wrap_pyfunction!(pool::set_num_threads, module)?)?;
+    Ok(())
+}
