@@ -25,9 +25,14 @@ impl Numbers {
         (0..len).map(|_| bf16::from_f32(self.float())).collect()
     }
 
-    /// Every finite byte, subnormals included.
+    /// Every finite byte, but few zeros and subnormals: lines with and without them take different ways.
     fn e4m3s(&mut self, len: usize) -> Vec<E4m3> {
-        (0..len).map(|_| E4m3(self.next() as u8)).map(|x| if x.is_nan() { E4m3(3) } else { x }).collect()
+        let normal = |byte: u8| if byte & 0x78 == 0 { byte | 0x40 } else { byte };
+        let bytes = (0..len).map(|_| match self.next() {
+            number if number >> 8 & 0xff == 0 => number as u8,
+            number => normal(number as u8),
+        });
+        bytes.map(|byte| if byte & 0x7f == 0x7f { E4m3(byte ^ 1) } else { E4m3(byte) }).collect()
     }
 
     fn scales(&mut self, len: usize) -> Vec<f32> {
