@@ -238,6 +238,7 @@ fn the_number_of_threads_does_not_change_a_bit() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "slow there, and nothing that the property does not run")]
 fn a_nan_weight_reaches_its_column_and_no_other() {
     let (n, k, column) = (70, 130, 37);
     for formats in [Formats::Bf16, Formats::E4m3Weights] {
@@ -274,6 +275,7 @@ fn a_nan_or_infinite_activation_stays_in_its_row() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "slow there, and nothing that the property does not run")]
 fn zeros_and_subnormals_among_the_weights_are_exact() {
     let (n, k) = (33, 128);
     let mut case = Case::new(Formats::E4m3Weights, &[2], 1, n, k, 1);
@@ -290,6 +292,7 @@ fn zeros_and_subnormals_among_the_weights_are_exact() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "slow there, and nothing that the property does not run")]
 fn activation_scales_are_found_in_every_layout() {
     let case = Case::new(Formats::E4m3, &[3, 0, 5], 4, 40, 640, 9);
     let cpu = Cpu::new();
@@ -328,6 +331,7 @@ fn activation_scales_are_found_in_every_layout() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "slow there, and nothing that the property does not run")]
 fn weights_in_parts_are_those_packed_whole() {
     let cpu = Cpu::new();
     let (n, k) = (70, 130);
@@ -351,6 +355,7 @@ fn weights_in_parts_are_those_packed_whole() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "slow there, and nothing that the property does not run")]
 fn a_part_keeps_its_own_block_scales() {
     let cpu = Cpu::new();
     // Gate and up of 160 rows: blocks of 128 are counted from row 0 and from row 160.
