@@ -36,6 +36,23 @@ pub enum HiddenStates {
 }
 
 impl LayerInput {
+    /// Hidden states `[M, hidden]` for the router to place.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless `hidden` is positive and divides the number of values.
+    pub fn from_hidden_states(hidden_states: HiddenStates, hidden: usize) -> Result<Self> {
+        let values = hidden_states.len();
+        match values.checked_div(hidden) {
+            Some(tokens) if tokens * hidden == values => Ok(Self { hidden_states, tokens, hidden, routing: None }),
+            _ => Err(Error::shape(
+                Path::new("input"),
+                HIDDEN_STATES,
+                &[values],
+                format!("a multiple of {hidden} values"),
+            )),
+        }
+    }
+
     /// Reads a file.
     ///
     /// # Errors
@@ -115,6 +132,24 @@ impl HiddenStates {
             Dtype::F16 => Ok(Self::F16(little_endian(tensor.bytes, f16::from_le_bytes))),
             Dtype::F32 => Ok(Self::F32(little_endian(tensor.bytes, f32::from_le_bytes))),
             _ => Err(tensor.wrong_dtype("BF16, F16 or F32")),
+        }
+    }
+
+    /// The number of values, `M * H`.
+    fn len(&self) -> usize {
+        match self {
+            Self::Bf16(values) => values.len(),
+            Self::F16(values) => values.len(),
+            Self::F32(values) => values.len(),
+        }
+    }
+
+    /// Bytes of one value.
+    #[must_use]
+    pub fn value_bytes(&self) -> usize {
+        match self {
+            Self::Bf16(_) | Self::F16(_) => 2,
+            Self::F32(_) => 4,
         }
     }
 

@@ -26,6 +26,9 @@ pub(crate) enum Error {
         /// What the operating system says.
         source: std::io::Error,
     },
+    /// A result past its tolerance.
+    #[error("{0}")]
+    Check(String),
 }
 
 impl Error {
@@ -38,6 +41,9 @@ impl Error {
     }
 
     pub(crate) fn exit_code(&self) -> ExitCode {
-        ExitCode::from(2)
+        match self {
+            Self::Check(_) => ExitCode::from(1),
+            _ => ExitCode::from(2),
+        }
     }
 }

@@ -39,6 +39,16 @@ pub(crate) fn flops_per_second(rate: f64) -> String {
     format!("{} GFLOP/s", three_digits(rate / 1e9))
 }
 
+/// Operations in the decimal unit that leaves at least one of it.
+pub(crate) fn flops(count: u64) -> String {
+    match count as f64 {
+        flops if flops < 1e6 => format!("{} K", three_digits(flops / 1e3)),
+        flops if flops < 1e9 => format!("{} M", three_digits(flops / 1e6)),
+        flops if flops < 1e12 => format!("{} G", three_digits(flops / 1e9)),
+        flops => format!("{} T", three_digits(flops / 1e12)),
+    }
+}
+
 /// A time in the unit that leaves at least one of it, down to microseconds.
 pub(crate) fn seconds(time: f64) -> String {
     match time {

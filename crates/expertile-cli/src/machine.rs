@@ -3,8 +3,9 @@
 //! The measurements take a fraction of a second. They set the limit that a stage's time is compared with: memory that
 //! must move at the bandwidth, or operations at the rate, whichever takes longer.
 
-use expertile::cpu::{Activations, Cpu, PackedWeights, grouped_gemm, grouped_gemm_workspace_bytes};
-use expertile::{ActivationFormat, E4m3, Layout, Result, ScaleFormat, Scales, Stage, StageCost, WeightFormat};
+use crate::error::{Error, Result};
+use expertile::cpu::{Activations, Cpu, Isa, PackedWeights, grouped_gemm, grouped_gemm_workspace_bytes};
+use expertile::{ActivationFormat, E4m3, Layout, ScaleFormat, Scales, Stage, StageCost, WeightFormat};
 use half::bf16;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -61,21 +62,29 @@ impl Limits {
 impl Bandwidth {
     /// Best of a few passes over buffers that no cache holds, by all threads of the current pool.
     pub(crate) fn measure() -> Self {
-        const WORDS: usize = 32 << 20;
         const PASSES: usize = 4;
-        let mut words = vec![0u64; WORDS];
+        let len = uncached_bytes() / size_of::<u64>();
+        let mut words = vec![0u64; len];
         // First touch by the threads that use it; a page of zeros that nobody wrote is not memory.
         words.par_chunks_mut(CHUNK_WORDS).for_each(|chunk| chunk.fill(1));
         let read = best(PASSES, || {
             black_box(words.par_chunks(CHUNK_WORDS).map(sum).reduce(|| 0, u64::wrapping_add));
         });
-        let (from, to) = words.split_at_mut(WORDS / 2);
+        let (from, to) = words.split_at_mut(len / 2);
         let copy = best(PASSES, || parallel_copy(from, to));
         Self {
-            read_bytes_per_second: (WORDS * size_of::<u64>()) as f64 / read.as_secs_f64(),
-            copy_bytes_per_second: (WORDS * size_of::<u64>()) as f64 / copy.as_secs_f64(),
+            read_bytes_per_second: (len * size_of::<u64>()) as f64 / read.as_secs_f64(),
+            copy_bytes_per_second: (len * size_of::<u64>()) as f64 / copy.as_secs_f64(),
         }
     }
+}
+
+/// Several times the largest cache, as far as the system says, within reason.
+fn uncached_bytes() -> usize {
+    const LEAST: usize = 128 << 20;
+    let text = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index3/size").unwrap_or_default();
+    let kibibytes: Option<usize> = text.trim().strip_suffix('K').and_then(|number| number.parse().ok());
+    kibibytes.map_or(LEAST, |kibibytes| (kibibytes << 12).clamp(LEAST, 8 * LEAST))
 }
 
 const CHUNK_WORDS: usize = 128 << 10;
@@ -135,6 +144,21 @@ pub(crate) fn gemm_flops_per_second(cpu: &Cpu, weights: WeightFormat, activation
         least = least.min(started.elapsed());
     }
     Ok((2 * ROWS * N * K) as f64 / least.as_secs_f64())
+}
+
+/// The CPU backend with the instruction set of that name, or the best one.
+pub(crate) fn cpu(isa: Option<&str>) -> Result<Cpu> {
+    Ok(Cpu::with_isa(isa.map_or(Ok(Isa::best()), Isa::named)?))
+}
+
+/// A pool of that many threads, or of as many as the machine runs at once.
+pub(crate) fn pool(threads: Option<usize>) -> Result<rayon::ThreadPool> {
+    const MOST: usize = 4096;
+    if threads.is_some_and(|threads| threads == 0 || threads > MOST) {
+        return Err(Error::usage(format!("--threads is {}, expected 1 to {MOST}", threads.unwrap_or_default())));
+    }
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
+    builder.build().map_err(|error| Error::usage(format!("threads cannot be started: {error}")))
 }
 
 /// Bytes of memory that new data may take, if the system says.

@@ -3,13 +3,20 @@
 //! One module per subcommand; this file only parses, dispatches, and turns an error into one line and an exit code:
 //! 2 for bad input, 1 for a check that failed.
 
+mod check;
 mod doctor;
 mod error;
 mod format;
+mod layer;
 mod machine;
 mod output;
 mod plan;
 mod plot;
+mod preset;
+mod progress;
+mod router;
+mod stages;
+mod weights;
 
 use clap::{Parser, Subcommand};
 use error::Error;
@@ -26,6 +33,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Plan(plan::Args),
+    Layer(layer::Args),
     Doctor(doctor::Args),
 }
 
@@ -37,6 +45,7 @@ fn main() -> ExitCode {
     };
     let result = match cli.command {
         Command::Plan(args) => plan::run(&args),
+        Command::Layer(args) => layer::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };
     match result {

@@ -36,6 +36,17 @@ fn hidden_states_keep_their_type() {
 }
 
 #[test]
+fn hidden_states_may_come_from_elsewhere() {
+    let values = || HiddenStates::F32(vec![0.0; 6]);
+    let input = LayerInput::from_hidden_states(values(), 3).unwrap();
+    assert_eq!((input.tokens(), input.hidden(), input.routing()), (2, 3, None));
+    for hidden in [0, 4] {
+        let error = LayerInput::from_hidden_states(values(), hidden).unwrap_err().to_string();
+        assert!(error.contains(&format!("shape [6], expected a multiple of {hidden}")), "{error}");
+    }
+}
+
+#[test]
 fn ids_and_weights_come_together() {
     let ids = || tensor("topk_ids", Dtype::I64, &[2, 1], [7i64, -1].iter().flat_map(|x| x.to_le_bytes()).collect());
     let weights =

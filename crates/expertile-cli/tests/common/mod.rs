@@ -3,6 +3,11 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
+/// Small checkpoints, as the reader's own tests make them.
+#[allow(dead_code)]
+#[path = "../../../expertile-checkpoint/tests/files/made_up.rs"]
+pub(crate) mod made_up;
+
 /// Runs `expertile` with these arguments in `folder`.
 pub(crate) fn expertile(folder: &Path, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_expertile")).current_dir(folder).args(arguments).output().unwrap()

@@ -1,0 +1,381 @@
+//! Layers of known models with made-up weights: the same numbers for the same seed, on every machine.
+//!
+//! Every row of every matrix has its own stream of random numbers, so rows can be made in any order, by any thread, and
+//! again for the check. Only the packed weights are kept; beside them there is one expert's matrix at a time.
+
+use crate::error::{Error, Result};
+use crate::machine;
+use crate::weights::ExpertWeights;
+use clap::ValueEnum;
+use expertile::cpu::{Cpu, PackedWeights, PackedWeightsBuilder};
+use expertile::gemm::WEIGHT_BLOCK;
+use expertile::{E4m3, Float, LayerShape, MatrixRef, Router, WeightFormat};
+use expertile_checkpoint::{HiddenStates, LayerInput};
+use half::bf16;
+use rayon::prelude::*;
+
+/// A known model's layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Preset {
+    /// H 2048, I 768, 128 experts, 8 per token.
+    #[value(name = "qwen3-30b-a3b")]
+    Qwen3,
+    /// H 7168, I 2048, 256 experts, 8 per token.
+    #[value(name = "deepseek-v3")]
+    DeepSeekV3,
+    /// H 4096, I 14336, 8 experts, 2 per token.
+    #[value(name = "mixtral-8x7b")]
+    Mixtral,
+}
+
+impl Preset {
+    /// `H`, `I`, experts, experts per token.
+    fn sizes(self) -> (usize, usize, usize, usize) {
+        match self {
+            Self::Qwen3 => (2048, 768, 128, 8),
+            Self::DeepSeekV3 => (7168, 2048, 256, 8),
+            Self::Mixtral => (4096, 14336, 8, 2),
+        }
+    }
+
+    /// What the model is published in.
+    pub(crate) fn usual_format(self) -> WeightFormat {
+        match self {
+            Self::Qwen3 | Self::Mixtral => WeightFormat::Bf16,
+            Self::DeepSeekV3 => WeightFormat::E4m3,
+        }
+    }
+
+    pub(crate) fn name(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+    }
+
+    /// Experts per token.
+    pub(crate) fn topk(self) -> usize {
+        self.sizes().3
+    }
+
+    fn router(self, experts: usize, seed: u64) -> Router {
+        let topk = self.topk();
+        if self != Self::DeepSeekV3 {
+            return Router::Softmax { topk, renormalize: true };
+        }
+        // Fewer experts than the model has may not be cut into its 8 groups.
+        let grouped = experts.is_multiple_of(8) && experts / 8 * 4 >= topk;
+        let mut random = Random::new(seed, [BIAS, 0, 0]);
+        Router::Sigmoid {
+            topk,
+            correction_bias: (0..experts).map(|_| 0.05 * random.uniform()).collect(),
+            groups: if grouped { 8 } else { 1 },
+            topk_groups: if grouped { 4 } else { 1 },
+            renormalize: true,
+            scaling_factor: 2.5,
+        }
+    }
+}
+
+/// A preset's layer with made-up weights.
+#[derive(Debug)]
+pub(crate) struct MadeUp {
+    shape: LayerShape,
+    format: WeightFormat,
+    router: Router,
+    router_weight: Vec<f32>,
+    seed: u64,
+}
+
+/// Streams of random numbers, apart from those of the weights.
+const ROUTER: u64 = 10;
+const BIAS: u64 = 11;
+const TOKENS: u64 = 12;
+
+/// The three matrices of an expert.
+#[derive(Debug, Clone, Copy)]
+enum Part {
+    Gate,
+    Up,
+    Down,
+}
+
+impl MadeUp {
+    /// The layer, with `experts` of them or as many as the model has; with fewer, and a line on stderr that says so, if
+    /// memory does not hold them.
+    pub(crate) fn new(preset: Preset, experts: Option<usize>, format: WeightFormat, seed: u64) -> Result<Self> {
+        let (hidden, intermediate, usual, topk) = preset.sizes();
+        let asked = experts.unwrap_or(usual);
+        if asked < topk {
+            return Err(Error::usage(format!("--experts is {asked}, expected at least {topk}, the experts per token")));
+        }
+        let expert_bytes = (3 * hidden * intermediate * format.bytes()) as u64;
+        let fit = machine::available_memory().map_or(asked, |bytes| experts_that_fit(bytes, expert_bytes, asked));
+        if fit < topk {
+            return Err(Error::usage(format!(
+                "{} needs {topk} experts of {} in memory, which holds {fit}",
+                preset.name(),
+                crate::format::bytes(expert_bytes)
+            )));
+        }
+        if fit < asked {
+            let bytes = crate::format::bytes(expert_bytes.saturating_mul(asked as u64));
+            eprintln!("note: {asked} experts take {bytes}, more than the memory available; using {fit}");
+        }
+        let mut random = Random::new(seed, [ROUTER, 0, 0]);
+        // Logits of a spread that gives experts unlike, but not wildly unlike, shares.
+        let size = 1.5 * unit_size(hidden);
+        let router_weight = (0..fit * hidden).map(|_| bf16::from_f32(size * random.uniform()).to_f32()).collect();
+        let shape = LayerShape::new(hidden, intermediate, fit)?;
+        Ok(Self { shape, format, router: preset.router(fit, seed), router_weight, seed })
+    }
+
+    /// Made-up hidden states `[tokens, H]` of unit variance, bf16.
+    pub(crate) fn tokens(&self, tokens: usize) -> Result<LayerInput> {
+        let hidden = self.shape.hidden();
+        let available = machine::available_memory().map_or(usize::MAX, |bytes| bytes as usize);
+        let values = tokens.checked_mul(hidden).filter(|&values| values < available / 4).ok_or_else(|| {
+            Error::usage(format!("--tokens is {tokens}, expected fewer: [{tokens}, {hidden}] does not fit in memory"))
+        })?;
+        let mut random = Random::new(self.seed, [TOKENS, 0, 0]);
+        let values = (0..values).map(|_| bf16::from_f32(3f32.sqrt() * random.uniform())).collect();
+        Ok(LayerInput::from_hidden_states(HiddenStates::Bf16(values), hidden)?)
+    }
+
+    fn random(&self, part: Part, expert: usize, row: usize) -> Random {
+        Random::new(self.seed, [part as u64, expert as u64, row as u64])
+    }
+
+    fn bf16_row(&self, part: Part, expert: usize, row: usize, out: &mut [bf16]) {
+        let mut random = self.random(part, expert, row);
+        let size = unit_size(out.len()) / 32768.0;
+        for values in out.chunks_mut(4) {
+            let mut bits = random.draw();
+            for value in values {
+                *value = Float::from_f32(size * f32::from(bits as i16));
+                bits >>= 16;
+            }
+        }
+    }
+
+    fn e4m3_row(&self, part: Part, expert: usize, row: usize, out: &mut [E4m3]) {
+        let mut random = self.random(part, expert, row);
+        for values in out.chunks_mut(8) {
+            let bytes = random.draw().to_le_bytes();
+            for (value, byte) in values.iter_mut().zip(bytes) {
+                *value = EVEN_E4M3[usize::from(byte)];
+            }
+        }
+    }
+
+    /// The scale of a block of 128 x 128.
+    fn scale(&self, part: Part, expert: usize, block_row: usize, block_col: usize, cols: usize) -> f32 {
+        // Rows of weights never get this far, so these streams are the scales' own.
+        let row = 1 << 40 | block_row << 20 | block_col;
+        unit_size(cols) / E4m3::MAX * (1.0 + 0.25 * self.random(part, expert, row).uniform())
+    }
+
+    fn pack_part(
+        &self,
+        cpu: &Cpu,
+        builder: &mut PackedWeightsBuilder,
+        part: Part,
+        expert: usize,
+        space: &mut Space,
+    ) -> Result<()> {
+        let (hidden, intermediate) = (self.shape.hidden(), self.shape.intermediate());
+        let (rows, cols, first_row) = match part {
+            Part::Gate => (intermediate, hidden, 0),
+            Part::Up => (intermediate, hidden, intermediate),
+            Part::Down => (hidden, intermediate, 0),
+        };
+        match self.format {
+            WeightFormat::Bf16 => {
+                space.bf16.resize(rows * cols, bf16::ZERO);
+                let each = space.bf16.par_chunks_mut(cols).enumerate();
+                each.for_each(|(row, out)| self.bf16_row(part, expert, row, out));
+                builder.pack_bf16_rows(cpu, expert, first_row, MatrixRef::new(&space.bf16, rows, cols)?)?;
+            }
+            WeightFormat::E4m3 => {
+                space.e4m3.resize(rows * cols, E4m3(0));
+                let each = space.e4m3.par_chunks_mut(cols).enumerate();
+                each.for_each(|(row, out)| self.e4m3_row(part, expert, row, out));
+                let blocks = [rows, cols].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
+                let scale = |block: usize| self.scale(part, expert, block / blocks[1], block % blocks[1], cols);
+                let scales: Vec<f32> = (0..blocks[0] * blocks[1]).map(scale).collect();
+                let scales = MatrixRef::new(&scales, blocks[0], blocks[1])?;
+                let values = MatrixRef::new(&space.e4m3, rows, cols)?;
+                builder.pack_e4m3_rows(cpu, expert, first_row, values, scales)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn row(&self, part: Part, expert: usize, row: usize, out: &mut [f64]) {
+        match self.format {
+            WeightFormat::Bf16 => {
+                let mut values = vec![bf16::ZERO; out.len()];
+                self.bf16_row(part, expert, row, &mut values);
+                out.iter_mut().zip(values).for_each(|(out, value)| *out = value.to_f64());
+            }
+            WeightFormat::E4m3 => {
+                let mut values = vec![E4m3(0); out.len()];
+                self.e4m3_row(part, expert, row, &mut values);
+                let cols = out.len();
+                for (block, (out, values)) in out.chunks_mut(WEIGHT_BLOCK).zip(values.chunks(WEIGHT_BLOCK)).enumerate()
+                {
+                    let scale = f64::from(self.scale(part, expert, row / WEIGHT_BLOCK, block, cols));
+                    out.iter_mut().zip(values).for_each(|(out, value)| *out = f64::from(value.to_f32()) * scale);
+                }
+            }
+        }
+    }
+}
+
+/// One expert's matrix before it is packed.
+#[derive(Default)]
+struct Space {
+    bf16: Vec<bf16>,
+    e4m3: Vec<E4m3>,
+}
+
+impl ExpertWeights for MadeUp {
+    fn shape(&self) -> LayerShape {
+        self.shape
+    }
+
+    fn format(&self) -> WeightFormat {
+        self.format
+    }
+
+    fn router(&self) -> &Router {
+        &self.router
+    }
+
+    fn router_weight(&self) -> &[f32] {
+        &self.router_weight
+    }
+
+    fn pack(&self, cpu: &Cpu, progress: &mut dyn FnMut(usize)) -> Result<(PackedWeights, PackedWeights)> {
+        let (hidden, intermediate, experts) =
+            (self.shape.hidden(), self.shape.intermediate(), self.shape.local_experts());
+        let mut w13 = PackedWeightsBuilder::new(self.format, experts, 2 * intermediate, hidden)?;
+        let mut w2 = PackedWeightsBuilder::new(self.format, experts, hidden, intermediate)?;
+        let mut space = Space::default();
+        for expert in 0..experts {
+            self.pack_part(cpu, &mut w13, Part::Gate, expert, &mut space)?;
+            self.pack_part(cpu, &mut w13, Part::Up, expert, &mut space)?;
+            self.pack_part(cpu, &mut w2, Part::Down, expert, &mut space)?;
+            progress(expert + 1);
+        }
+        Ok((w13.finish()?, w2.finish()?))
+    }
+
+    fn w13_row(&self, expert: usize, row: usize, out: &mut [f64]) {
+        match row.checked_sub(self.shape.intermediate()) {
+            None => self.row(Part::Gate, expert, row, out),
+            Some(row) => self.row(Part::Up, expert, row, out),
+        }
+    }
+
+    fn w2_row(&self, expert: usize, row: usize, out: &mut [f64]) {
+        self.row(Part::Down, expert, row, out);
+    }
+}
+
+/// How many experts memory holds beside what a run needs: a seventh of it is left alone.
+fn experts_that_fit(available: u64, expert_bytes: u64, asked: usize) -> usize {
+    let usable = available / 7 * 6;
+    usize::try_from(usable / expert_bytes).unwrap_or(usize::MAX).min(asked)
+}
+
+/// The largest magnitude of evenly spread weights that keep a sum of `cols` products at unit variance.
+fn unit_size(cols: usize) -> f32 {
+    (3.0 / cols as f32).sqrt()
+}
+
+/// 256 values evenly spread over e4m3's range.
+static EVEN_E4M3: [E4m3; 256] = even_e4m3();
+
+const fn even_e4m3() -> [E4m3; 256] {
+    // Built in place of 256 roundings at run time: the byte of the largest value not above each magnitude.
+    let mut table = [E4m3(0); 256];
+    let mut index = 0;
+    while index < 256 {
+        let target = (index as f32 - 127.5) * (E4m3::MAX / 127.5);
+        let magnitude = if target < 0.0 { -target } else { target };
+        let mut byte = 0x7e;
+        while E4m3(byte).to_f32() > magnitude {
+            byte -= 1;
+        }
+        table[index] = E4m3(if target < 0.0 { byte | 0x80 } else { byte });
+        index += 1;
+    }
+    table
+}
+
+/// SplitMix64, one stream for every choice of three numbers.
+#[derive(Debug)]
+pub(crate) struct Random(u64);
+
+impl Random {
+    const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+
+    pub(crate) fn new(seed: u64, stream: [u64; 3]) -> Self {
+        let mut random = Self(seed);
+        for number in stream {
+            random.0 = random.draw() ^ number;
+        }
+        Self(random.draw())
+    }
+
+    pub(crate) fn draw(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(Self::STEP);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Evenly spread in [-1, 1).
+    pub(crate) fn uniform(&mut self) -> f32 {
+        (self.draw() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_decides_how_many_experts_there_are() {
+        assert_eq!(experts_that_fit(7 << 30, 1 << 30, 4), 4);
+        assert_eq!(experts_that_fit(7 << 30, 1 << 30, 8), 6);
+        assert_eq!(experts_that_fit(0, 1 << 30, 8), 0);
+    }
+
+    #[test]
+    fn the_even_values_span_the_range_without_nan() {
+        assert_eq!((EVEN_E4M3[0].to_f32(), EVEN_E4M3[255].to_f32()), (-448.0, 448.0));
+        assert!(EVEN_E4M3.windows(2).all(|pair| pair[0].to_f32() <= pair[1].to_f32()));
+        assert!(EVEN_E4M3.iter().all(|value| !value.is_nan()));
+    }
+
+    #[test]
+    fn rows_have_unit_variance_and_depend_on_every_number() {
+        for format in [WeightFormat::Bf16, WeightFormat::E4m3] {
+            let layer = MadeUp::new(Preset::Qwen3, Some(8), format, 3).unwrap();
+            let row = |expert, row| {
+                let mut out = vec![0.0; 2048];
+                layer.w13_row(expert, row, &mut out);
+                out
+            };
+            let variance = |row: &[f64]| row.iter().map(|x| x * x).sum::<f64>();
+            assert!((0.6..1.6).contains(&variance(&row(5, 700))), "{format}: {}", variance(&row(5, 700)));
+            assert_eq!(row(1, 2), row(1, 2));
+            assert_ne!(row(1, 2), row(1, 3));
+            assert_ne!(row(1, 2), row(2, 2));
+            assert_ne!(row(1, 2), row(1, 768 + 2));
+            let other = MadeUp::new(Preset::Qwen3, Some(8), format, 4).unwrap();
+            let mut out = vec![0.0; 2048];
+            other.w13_row(1, 2, &mut out);
+            assert_ne!(row(1, 2), out);
+        }
+    }
+}

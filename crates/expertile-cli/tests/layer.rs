@@ -1,0 +1,307 @@
+//! `expertile layer`, as a user meets it.
+
+mod common;
+
+use common::made_up::{FAMILIES, LAYER, Model, NewTensor, Random, Sizes, serialize};
+use common::{fail, json, succeed};
+use expertile_oracle::gemm::dot;
+use expertile_oracle::routing::{SigmoidRouter, softmax_router};
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
+use std::path::Path;
+
+const SIZES: Sizes = Sizes { hidden: 256, intermediate: 128, experts: 6, topk: 2 };
+const TOKENS: usize = 9;
+
+const STAGES: [&str; 6] = ["routing", "permute", "gemm1", "activation", "gemm2", "unpermute"];
+
+fn bytes<const N: usize, T: Copy>(values: &[T], convert: impl Fn(T) -> [u8; N]) -> Vec<u8> {
+    values.iter().flat_map(|&value| convert(value)).collect()
+}
+
+fn states(tokens: usize, hidden: usize) -> Vec<f32> {
+    let mut random = Random(5);
+    (0..tokens * hidden).map(|_| bf16::from_f32(1.7 * random.next()).to_f32()).collect()
+}
+
+fn tensor(name: &str, dtype: Dtype, shape: &[usize], bytes: Vec<u8>) -> NewTensor {
+    NewTensor { name: name.into(), dtype, shape: shape.to_vec(), bytes }
+}
+
+fn bf16_states(tokens: usize, hidden: usize) -> NewTensor {
+    let values = states(tokens, hidden);
+    tensor("hidden_states", Dtype::BF16, &[tokens, hidden], bytes(&values, |x| bf16::from_f32(x).to_le_bytes()))
+}
+
+fn write(folder: &Path, file: &str, tensors: &[NewTensor]) {
+    std::fs::write(folder.join(file), serialize(tensors)).unwrap();
+}
+
+/// The output file's ids, weights and rows.
+fn read_output(file: &Path, tokens: usize) -> (Vec<i32>, Vec<f32>, Vec<bf16>) {
+    let bytes = std::fs::read(file).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let get = |name: &str, dtype| {
+        let tensor = tensors.tensor(name).unwrap();
+        assert_eq!((tensor.dtype(), tensor.shape()[0]), (dtype, tokens), "{name}");
+        tensor.data().to_vec()
+    };
+    let ids = get("topk_ids", Dtype::I32).as_chunks::<4>().0.iter().map(|&b| i32::from_le_bytes(b)).collect();
+    let weights = get("topk_weights", Dtype::F32).as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    let rows = get("output", Dtype::BF16).as_chunks::<2>().0.iter().map(|&b| bf16::from_le_bytes(b)).collect();
+    (ids, weights, rows)
+}
+
+/// What the oracle's router chooses.
+fn oracle_choice(model: &mut Model, family: &str, x: &[f32]) -> (Vec<i32>, Vec<f64>) {
+    let Sizes { hidden, experts, topk, .. } = SIZES;
+    let weight: Vec<f64> = model
+        .tensor_mut(".gate.weight")
+        .bytes
+        .as_chunks::<2>()
+        .0
+        .iter()
+        .map(|&b| bf16::from_le_bytes(b).to_f64())
+        .collect();
+    let x: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+    let logits: Vec<f32> =
+        x.chunks(hidden).flat_map(|x| weight.chunks(hidden).map(|w| dot(x, w) as f32).collect::<Vec<_>>()).collect();
+    if family != "deepseek_v3" {
+        return softmax_router(&logits, experts, topk, true);
+    }
+    let bias = &model.tensor_mut("e_score_correction_bias").bytes;
+    let bias: Vec<f32> = bias.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    let router = SigmoidRouter {
+        topk,
+        correction_bias: &bias,
+        groups: 2,
+        topk_groups: 2,
+        renormalize: true,
+        scaling_factor: 2.5,
+    };
+    router.route(&logits, experts)
+}
+
+#[test]
+fn every_naming_and_format_gives_the_oracles_numbers() {
+    for family in FAMILIES {
+        for e4m3 in [false, true] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut model = Model::new(family, SIZES, e4m3);
+            model.write(folder.path(), if e4m3 { 3 } else { 1 });
+            write(folder.path(), "in.safetensors", &[bf16_states(TOKENS, SIZES.hidden)]);
+            let asked = [
+                "layer",
+                "--model",
+                ".",
+                "--layer",
+                "1",
+                "--input",
+                "in.safetensors",
+                "--output",
+                "out.safetensors",
+                "--check",
+            ];
+            let report = json(folder.path(), &asked);
+            assert_eq!(report["check"]["passed"], true, "{report:#}");
+            assert_eq!(report["weights"], if e4m3 { "e4m3" } else { "bf16" });
+            assert_eq!(report["activations"], report["weights"]);
+            let stages: Vec<&Value> =
+                report["stages"].as_array().unwrap().iter().map(|stage| &stage["stage"]).collect();
+            assert_eq!(json!(stages), json!([&["router"], &STAGES[..]].concat()));
+            for stage in report["stages"].as_array().unwrap() {
+                assert!(stage["seconds"].as_f64().unwrap() > 0.0 && stage["bytes"].as_u64().unwrap() > 0, "{stage}");
+                let gemm = stage["stage"].as_str().unwrap().starts_with("gemm");
+                assert!(stage["share"].as_f64().unwrap() > 0.0 && (!gemm || stage["flops"].as_u64().unwrap() > 0));
+            }
+            let (ids, weights, rows) = read_output(&folder.path().join("out.safetensors"), TOKENS);
+            let (expected_ids, expected_weights) = oracle_choice(&mut model, family, &states(TOKENS, SIZES.hidden));
+            assert_eq!(ids, expected_ids, "{family}");
+            assert!(weights.iter().zip(expected_weights).all(|(x, y)| (f64::from(*x) - y).abs() < 1e-5));
+            assert_eq!(rows.len(), TOKENS * SIZES.hidden);
+            assert!(rows.iter().any(|value| value.to_f32().abs() > 0.1));
+            if e4m3 {
+                let report = json(folder.path(), &[&asked[..], &["--activations", "bf16"]].concat());
+                assert_eq!((&report["activations"], &report["check"]["passed"]), (&json!("bf16"), &json!(true)));
+            }
+        }
+    }
+}
+
+#[test]
+fn ids_in_the_file_are_used_as_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    Model::new("qwen3_moe", SIZES, false).write(folder.path(), 1);
+    let values = states(3, SIZES.hidden);
+    let f32_states = bytes(&values, f32::to_le_bytes);
+    let f16_states = bytes(&values, |x| f16::from_f32(x).to_le_bytes());
+    let ids = [5i64, -1, 0, 5, -9, -1, 2, 2, 2];
+    let weights = [0.5f32, 9.0, 0.25, 1.0, f32::NAN, 0.0, 0.1, 0.2, 0.3];
+    let asked = [
+        "layer",
+        "--model",
+        ".",
+        "--layer",
+        "1",
+        "--input",
+        "in.safetensors",
+        "--output",
+        "out.safetensors",
+        "--check",
+    ];
+    for (dtype, states) in [(Dtype::F32, f32_states), (Dtype::F16, f16_states)] {
+        let tensors = [
+            tensor("hidden_states", dtype, &[3, SIZES.hidden], states),
+            tensor("topk_ids", Dtype::I64, &[3, 3], bytes(&ids, i64::to_le_bytes)),
+            tensor("topk_weights", Dtype::F32, &[3, 3], bytes(&weights, f32::to_le_bytes)),
+        ];
+        write(folder.path(), "in.safetensors", &tensors);
+        let report = json(folder.path(), &asked);
+        assert_eq!((&report["check"]["passed"], &report["active_experts"]), (&json!(true), &json!(3)), "{report:#}");
+        let stages: Vec<&Value> = report["stages"].as_array().unwrap().iter().map(|stage| &stage["stage"]).collect();
+        assert_eq!(json!(stages), json!(STAGES));
+        let (written, _, rows) = read_output(&folder.path().join("out.safetensors"), 3);
+        assert_eq!(written, [5, -1, 0, 5, -1, -1, 2, 2, 2]);
+        assert!(rows.iter().all(|value| value.is_finite()), "an empty slot's weight reached the output");
+    }
+}
+
+#[test]
+fn no_tokens_and_tokens_without_experts_give_zeros() {
+    let folder = tempfile::tempdir().unwrap();
+    Model::new("mixtral", SIZES, true).write(folder.path(), 1);
+    let asked = [
+        "layer",
+        "--model",
+        ".",
+        "--layer",
+        "1",
+        "--input",
+        "in.safetensors",
+        "--output",
+        "out.safetensors",
+        "--check",
+    ];
+    write(folder.path(), "in.safetensors", &[bf16_states(0, SIZES.hidden)]);
+    assert_eq!(json(folder.path(), &asked)["check"]["passed"], true);
+    assert_eq!(read_output(&folder.path().join("out.safetensors"), 0).2, []);
+    let tensors = [
+        bf16_states(1, SIZES.hidden),
+        tensor("topk_ids", Dtype::I32, &[1, 2], vec![255; 8]),
+        tensor("topk_weights", Dtype::F32, &[1, 2], vec![0; 8]),
+    ];
+    write(folder.path(), "in.safetensors", &tensors);
+    assert_eq!(json(folder.path(), &asked)["check"]["passed"], true);
+    assert!(read_output(&folder.path().join("out.safetensors"), 1).2.iter().all(|value| value.to_f32() == 0.0));
+}
+
+#[test]
+fn threads_do_not_change_a_bit_and_every_instruction_set_passes() {
+    let folder = tempfile::tempdir().unwrap();
+    Model::new("deepseek_v3", SIZES, true).write(folder.path(), 2);
+    write(folder.path(), "in.safetensors", &[bf16_states(TOKENS, SIZES.hidden)]);
+    let asked = ["layer", "--model", ".", "--layer", "1", "--input", "in.safetensors", "--check", "--output"];
+    let output = |more: &[&str]| {
+        succeed(folder.path(), &[&asked[..], &["out.safetensors"], more].concat());
+        std::fs::read(folder.path().join("out.safetensors")).unwrap()
+    };
+    let one = output(&["--threads", "1"]);
+    assert_eq!(output(&["--threads", "3"]), one);
+    output(&["--isa", "portable"]);
+}
+
+#[test]
+fn a_result_past_the_tolerance_is_exit_code_1() {
+    let folder = tempfile::tempdir().unwrap();
+    // One value so large that the rest of its group rounds to nothing, met by weights of zero: all that counts is lost.
+    let mut model = Model::new("qwen3_moe", SIZES, true);
+    for NewTensor { name, shape, bytes, .. } in &mut model.tensors {
+        if name.ends_with("gate_proj.weight") || name.ends_with("up_proj.weight") {
+            bytes.chunks_mut(shape[1]).for_each(|row| (row[0], row[128]) = (0, 0));
+        }
+    }
+    model.write(folder.path(), 1);
+    let mut values = states(TOKENS, SIZES.hidden);
+    values.chunks_mut(128).for_each(|group| group[0] = 1e6);
+    let input = bytes(&values, |x| bf16::from_f32(x).to_le_bytes());
+    write(folder.path(), "in.safetensors", &[tensor("hidden_states", Dtype::BF16, &[TOKENS, SIZES.hidden], input)]);
+    let asked = ["layer", "--model", ".", "--layer", "1", "--input", "in.safetensors", "--check"];
+    let line = fail(folder.path(), &asked, 1);
+    assert!(line.contains("check failed: whole ") && line.contains("(tolerated 2e-3)"), "{line}");
+    succeed(folder.path(), &[&asked[..], &["--activations", "bf16"]].concat());
+}
+
+#[test]
+fn presets_make_up_what_they_need() {
+    let asked = ["layer", "--preset", "qwen3-30b-a3b", "--experts", "8", "--tokens", "3", "--check"];
+    let report = json(Path::new("."), &asked);
+    assert_eq!(report["check"]["passed"], true, "{report:#}");
+    let of = |key: &str| report[key].as_u64().unwrap();
+    assert_eq!((of("tokens"), of("hidden"), of("intermediate"), of("experts"), of("topk")), (3, 2048, 768, 8, 8));
+    let text = succeed(Path::new("."), &[&asked[..], &["--weights", "e4m3"]].concat());
+    for part in
+        STAGES.iter().chain(&["router", "layer", "e4m3 weights", "e4m3 activations", "check passed", "of limit"])
+    {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let output = |seed: &str| {
+        let asked = ["--seed", seed, "--output", "out.safetensors"];
+        succeed(
+            folder.path(),
+            &[&["layer", "--preset", "deepseek-v3", "--experts", "8", "--tokens", "2"], &asked[..]].concat(),
+        );
+        std::fs::read(folder.path().join("out.safetensors")).unwrap()
+    };
+    assert_eq!(output("7"), output("7"));
+    assert_ne!(output("7"), output("8"));
+}
+
+#[test]
+fn bad_input_is_one_line_and_exit_code_2() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::new("deepseek_v3", SIZES, false);
+    model.write(folder.path(), 1);
+    write(folder.path(), "in.safetensors", &[bf16_states(1, SIZES.hidden)]);
+    write(folder.path(), "narrow.safetensors", &[bf16_states(1, 64)]);
+    let ids = tensor("topk_ids", Dtype::I32, &[1, 2], bytes(&[1, 6], i32::to_le_bytes));
+    let weights = tensor("topk_weights", Dtype::F32, &[1, 2], vec![0; 8]);
+    write(folder.path(), "past.safetensors", &[bf16_states(1, SIZES.hidden), ids.clone(), weights]);
+    write(folder.path(), "half.safetensors", &[bf16_states(1, SIZES.hidden), ids]);
+    let refuse = |arguments: &str, part: &str| {
+        let arguments: Vec<&str> = ["layer"].into_iter().chain(arguments.split_whitespace()).collect();
+        let line = fail(folder.path(), &arguments, 2);
+        assert!(line.contains(part), "{arguments:?}: {line}");
+    };
+    refuse("", "--model <DIR>|--preset <NAME>");
+    refuse("--model .", "--layer <N> --input <FILE.safetensors>");
+    refuse("--model . --preset mixtral-8x7b --layer 1 --input in.safetensors", "cannot be used with");
+    refuse("--preset gpt-5", "qwen3-30b-a3b, deepseek-v3, mixtral-8x7b");
+    refuse("--preset qwen3-30b-a3b --experts 4", "--experts is 4, expected at least 8");
+    refuse("--preset qwen3-30b-a3b --experts 8 --tokens 99999999999999999", "--tokens is 99999999999999999");
+    refuse("--preset qwen3-30b-a3b --weights f32", "expected e4m3 or bf16");
+    refuse("--preset qwen3-30b-a3b --activations e4m3", "--activations is e4m3, expected bf16: the weights are bf16");
+    refuse("--preset qwen3-30b-a3b --experts 8 --threads 0", "--threads is 0, expected 1 to 4096");
+    refuse("--preset qwen3-30b-a3b --experts 8 --isa sse9", "isa is \"sse9\", expected one of portable");
+    refuse("--model nowhere --layer 1 --input in.safetensors", "nowhere/config.json cannot be read");
+    refuse("--model . --layer 0 --input in.safetensors", "layer 0 is dense (first_k_dense_replace is 1)");
+    refuse("--model . --layer 7 --input in.safetensors", "layer is 7, expected below 2");
+    refuse("--model . --layer 1 --input none.safetensors", "none.safetensors cannot be read");
+    refuse("--model . --layer 1 --input config.json", "config.json: header length is");
+    refuse("--model . --layer 1 --input narrow.safetensors", "hidden_states has 64 columns, expected 256");
+    refuse("--model . --layer 1 --input past.safetensors", "topk_ids[0, 1] is 6, expected an id below 6");
+    refuse("--model . --layer 1 --input half.safetensors", "half.safetensors: tensor topk_weights is missing");
+    refuse(
+        "--model . --layer 1 --input in.safetensors --output no/out.safetensors",
+        "no/out.safetensors cannot be written",
+    );
+    let mut gelu = model.clone();
+    gelu.config["hidden_act"] = json!("gelu");
+    gelu.write(folder.path(), 1);
+    refuse("--model . --layer 1 --input in.safetensors", "hidden_act is \"gelu\", expected \"silu\"");
+    let odd = Sizes { intermediate: 96, ..SIZES };
+    Model::new("deepseek_v3", odd, true).write(folder.path(), 1);
+    refuse("--model . --layer 1 --input in.safetensors", "intermediate is 96, expected a positive multiple of");
+    assert_eq!(LAYER, 1);
+}
