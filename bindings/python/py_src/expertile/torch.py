@@ -1,0 +1,414 @@
+"""What vLLM's ``deep_gemm_utils`` lacks, as torch operators.
+
+Every function here allocates what is not handed to it and calls one operator of ``torch.ops.expertile``, which writes the
+caller's memory: operators can be compiled (``torch.compile(fullgraph=True)``) and, with buffers handed in, called without
+an allocation. Nothing here is differentiable.
+
+Shapes: ``M`` tokens, ``H`` values each, ``topk`` slots, ``E`` local experts, ``A`` alignment, ``M_sum`` rows.
+
+- ``topk_ids``: int32 or int64 ``[M, topk]``, any strides; a negative id is an empty slot.
+- ``expert_map``: int32 ``[G]``, global id to local, negative for an expert of another rank. Without it ids are local.
+- ``m_sum``: rows of the permuted buffer, a multiple of the alignment; by default the tight bound, the most that any
+  routing can need (with ``distinct=False``: even if a token names an expert twice).
+- ``scale_layout``: ``"row_major"`` (float32 ``[M_sum, H / group]``), ``"mn_major"`` (the same with strides
+  ``(1, round_up(M_sum, 4))``, as TMA loads want it) or ``"packed_ue8m0"`` (int32 ``[M_sum, ceil(H / group / 4)]``, strides
+  as before, byte ``j`` of word ``p`` the exponent of group ``4 p + j``).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError(
+        "expertile.torch needs torch, which is not installed (pip install torch); "
+        "planning and expertile.deep_gemm_utils work without it"
+    ) from error
+
+from torch import Tensor
+
+from . import _native
+
+__all__ = [
+    "Layout",
+    "Permuted",
+    "Sizes",
+    "build_layout",
+    "permute_quantized",
+    "permute_rows",
+    "quantize_permute",
+    "sizes",
+    "unpermute",
+]
+
+
+class Layout(NamedTuple):
+    """Where each row goes: views of one int32 tensor, `space`."""
+
+    expert_num_tokens: Tensor
+    """``[E]``: live rows per local expert."""
+    expert_start: Tensor
+    """``[E]``: first row of each expert, a multiple of the alignment."""
+    psum: Tensor
+    """``[E]``: ``expert_start + expert_num_tokens``; an empty expert stores its start."""
+    m_indices: Tensor
+    """``[M_sum]``: local expert of each row, -1 on padding."""
+    inv_perm: Tensor
+    """``[M, topk]``: row of each slot, -1 for an empty or non-local one."""
+    alignment: int
+    """What each expert's rows are padded to."""
+    space: Tensor
+    """``[3 E + M_sum + M * topk]``: all of the above."""
+
+
+class Permuted(NamedTuple):
+    """Rows in their place."""
+
+    rows: Tensor
+    """``[M_sum, H]``."""
+    scales: Tensor | None
+    """In the layout asked for; None for rows that have none."""
+    layout: Layout
+
+
+class Sizes(NamedTuple):
+    """What a call with these numbers writes."""
+
+    m_sum: int
+    """Rows of ``out``."""
+    layout_len: int
+    """int32 elements of ``layout``."""
+    scale_words: int
+    """4-byte elements of ``scales``."""
+
+
+_library = torch.library.Library("expertile", "DEF")
+
+_WHERE = "Tensor topk_ids, Tensor? expert_map, int local_experts, int alignment, int m_sum"
+_SCHEMAS = {
+    "build_layout": f"({_WHERE}, Tensor(a!) layout) -> ()",
+    "permute_rows": f"(Tensor x, {_WHERE}, bool zero_padding, Tensor(a!) out, Tensor(b!) layout) -> ()",
+    "permute_quantized": (
+        f"(Tensor x, Tensor x_scales, {_WHERE}, int group, str scale_layout, bool zero_padding, "
+        "Tensor(a!) out, Tensor(b!) scales, Tensor(c!) layout) -> ()"
+    ),
+    "quantize_permute": (
+        f"(Tensor x, Tensor? topk_weights, {_WHERE}, int group, str scale_layout, bool power_of_two, bool zero_padding, "
+        "Tensor(a!) out, Tensor(b!) scales, Tensor(c!) layout) -> ()"
+    ),
+    "unpermute": (
+        "(Tensor rows, Tensor inv_perm, Tensor? topk_ids, Tensor? expert_map, Tensor? topk_weights, Tensor(a!) out) -> ()"
+    ),
+}
+
+
+def _build_layout(*arguments):
+    _native.build_layout(*arguments)
+
+
+def _permute_rows(x, topk_ids, expert_map, local_experts, alignment, m_sum, zero_padding, out, layout):
+    _native.permute_rows(x, topk_ids, expert_map, local_experts, alignment, m_sum, None, zero_padding, out, layout)
+
+
+def _permute_quantized(
+    x, x_scales, topk_ids, expert_map, local_experts, alignment, m_sum, group, scale_layout, zero_padding, out, scales, layout
+):
+    where = (topk_ids, expert_map, local_experts, alignment, m_sum, None)
+    _native.permute_quantized(x, x_scales, *where, group, scale_layout, zero_padding, out, scales, layout)
+
+
+_KERNELS = {
+    "build_layout": _build_layout,
+    "permute_rows": _permute_rows,
+    "permute_quantized": _permute_quantized,
+    "quantize_permute": _native.quantize_permute,
+    "unpermute": _native.unpermute,
+}
+
+
+def _register(name: str) -> None:
+    _library.define(name + _SCHEMAS[name])
+    _library.impl(name, _KERNELS[name], "CPU")
+    # Operators only write their arguments: without values there is nothing to do.
+    torch.library.register_fake(f"expertile::{name}", lambda *_: None, lib=_library)
+
+
+for _name in _SCHEMAS:
+    _register(_name)
+
+
+def sizes(
+    tokens: int,
+    topk: int,
+    local_experts: int,
+    hidden: int,
+    *,
+    alignment: int = 128,
+    m_sum: int | None = None,
+    distinct: bool = True,
+    group: int = 128,
+    scale_layout: str = "mn_major",
+) -> Sizes:
+    """Sizes of the buffers that `quantize_permute` and its siblings write, for callers who own them.
+
+    Raises ValueError for numbers that do not go together.
+    """
+    m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
+    return Sizes(
+        m_sum,
+        _native.layout_len(tokens, topk, local_experts, alignment, m_sum),
+        _native.scale_words(m_sum, hidden, scale_layout, group),
+    )
+
+
+def build_layout(
+    topk_ids: Tensor,
+    local_experts: int,
+    *,
+    expert_map: Tensor | None = None,
+    alignment: int = 128,
+    m_sum: int | None = None,
+    distinct: bool = True,
+    layout: Tensor | None = None,
+) -> Layout:
+    """The layout alone. `layout`: int32 of `Sizes.layout_len` elements, written in place.
+
+    Raises ValueError or TypeError for what does not fit.
+    """
+    tokens, topk = _matrix("topk_ids", topk_ids)
+    m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
+    space = _space(topk_ids, tokens, topk, local_experts, m_sum, layout)
+    torch.ops.expertile.build_layout(topk_ids, expert_map, local_experts, alignment, m_sum, space)
+    return _lists(space, tokens, topk, local_experts, alignment, m_sum)
+
+
+def permute_rows(
+    x: Tensor,
+    topk_ids: Tensor,
+    local_experts: int,
+    *,
+    expert_map: Tensor | None = None,
+    alignment: int = 128,
+    m_sum: int | None = None,
+    distinct: bool = True,
+    zero_padding: bool = False,
+    out: Tensor | None = None,
+    layout: Tensor | None = None,
+) -> Permuted:
+    """Moves rows as they are: x ``[M, H]`` of any dtype of 1, 2 or 4 bytes, no scales.
+
+    Rows of padding are zero with `zero_padding`, else untouched.
+
+    Raises ValueError or TypeError for what does not fit.
+    """
+    tokens, topk = _matrix("topk_ids", topk_ids)
+    _, hidden = _matrix("x", x)
+    m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
+    out = x.new_empty((m_sum, hidden)) if out is None else out
+    space = _space(topk_ids, tokens, topk, local_experts, m_sum, layout)
+    torch.ops.expertile.permute_rows(
+        x, topk_ids, expert_map, local_experts, alignment, m_sum, zero_padding, out, space
+    )
+    return Permuted(out, None, _lists(space, tokens, topk, local_experts, alignment, m_sum))
+
+
+def permute_quantized(
+    x: Tensor,
+    x_scales: Tensor,
+    topk_ids: Tensor,
+    local_experts: int,
+    *,
+    expert_map: Tensor | None = None,
+    alignment: int = 128,
+    m_sum: int | None = None,
+    distinct: bool = True,
+    group: int = 128,
+    scale_layout: str = "mn_major",
+    zero_padding: bool = False,
+    out: Tensor | None = None,
+    scales: Tensor | None = None,
+    layout: Tensor | None = None,
+) -> Permuted:
+    """Moves rows that are already quantized, and their scales.
+
+    x: float8_e4m3fn ``[M, H]``. x_scales: float32 ``[M, H / group]``, or uint8 (UE8M0) for ``"packed_ue8m0"``.
+
+    Raises ValueError or TypeError for what does not fit.
+    """
+    tokens, topk = _matrix("topk_ids", topk_ids)
+    _, hidden = _matrix("x", x)
+    m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
+    out = x.new_empty((m_sum, hidden)) if out is None else out
+    words, shaped = _scales(x, m_sum, hidden, group, scale_layout, scales)
+    space = _space(topk_ids, tokens, topk, local_experts, m_sum, layout)
+    torch.ops.expertile.permute_quantized(
+        x,
+        x_scales,
+        topk_ids,
+        expert_map,
+        local_experts,
+        alignment,
+        m_sum,
+        group,
+        scale_layout,
+        zero_padding,
+        out,
+        words,
+        space,
+    )
+    return Permuted(out, shaped, _lists(space, tokens, topk, local_experts, alignment, m_sum))
+
+
+def quantize_permute(
+    x: Tensor,
+    topk_ids: Tensor,
+    local_experts: int,
+    *,
+    expert_map: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    alignment: int = 128,
+    m_sum: int | None = None,
+    distinct: bool = True,
+    group: int = 128,
+    scale_layout: str = "mn_major",
+    power_of_two: bool | None = None,
+    zero_padding: bool = False,
+    out: Tensor | None = None,
+    scales: Tensor | None = None,
+    layout: Tensor | None = None,
+) -> Permuted:
+    """Quantizes rows to e4m3 on their way: one pass, each token read and quantized once.
+
+    x: bfloat16, float16 or float32 ``[M, H]``, any strides. topk_weights: float32 ``[M, 1]``, multiplied into the input
+    first (``apply_router_weight_on_input``; only ``topk = 1``). group: 128 or 32 values per scale. power_of_two: scales
+    rounded up to a power of two; the default is whether `scale_layout` can hold nothing else.
+
+    out: float8_e4m3fn ``[M_sum, H]``; scales: flat, of `Sizes.scale_words` elements, or with the strides of its layout;
+    layout: int32 of `Sizes.layout_len` elements: written in place if handed in.
+
+    Raises ValueError or TypeError for what does not fit.
+    """
+    tokens, topk = _matrix("topk_ids", topk_ids)
+    _, hidden = _matrix("x", x)
+    m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
+    out = x.new_empty((m_sum, hidden), dtype=torch.float8_e4m3fn) if out is None else out
+    words, shaped = _scales(x, m_sum, hidden, group, scale_layout, scales)
+    space = _space(topk_ids, tokens, topk, local_experts, m_sum, layout)
+    torch.ops.expertile.quantize_permute(
+        x,
+        topk_weights,
+        topk_ids,
+        expert_map,
+        local_experts,
+        alignment,
+        m_sum,
+        group,
+        scale_layout,
+        scale_layout == "packed_ue8m0" if power_of_two is None else power_of_two,
+        zero_padding,
+        out,
+        words,
+        space,
+    )
+    return Permuted(out, shaped, _lists(space, tokens, topk, local_experts, alignment, m_sum))
+
+
+def unpermute(
+    rows: Tensor,
+    inv_perm: Tensor,
+    topk_weights: Tensor | None = None,
+    *,
+    topk_ids: Tensor | None = None,
+    expert_map: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``out[m] = sum over slots k of topk_weights[m, k] * rows[inv_perm[m, k]]``, in float32, in slot order, cast once.
+
+    rows: bfloat16, float16 or float32 ``[M_sum, H]``. topk_weights: float32 ``[M, topk]``, ones if absent. Slots whose row
+    is negative are skipped; with `topk_ids` (and `expert_map`) also those of no local expert. `dtype` of the result is
+    that of `rows` unless given.
+
+    Raises ValueError or TypeError for what does not fit.
+    """
+    tokens, _ = _matrix("inv_perm", inv_perm)
+    _, hidden = _matrix("rows", rows)
+    out = rows.new_empty((tokens, hidden), dtype=dtype) if out is None else out
+    torch.ops.expertile.unpermute(rows, inv_perm, topk_ids, expert_map, topk_weights, out)
+    return out
+
+
+def _matrix(argument: str, x: Tensor) -> torch.Size:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{argument} is a {type(x).__qualname__}, expected a torch tensor")
+    if x.dim() != 2:
+        raise ValueError(f"{argument} has shape {list(x.shape)}, expected two dimensions")
+    return x.shape
+
+
+def _m_sum(tokens: int, topk: int, local_experts: int, alignment: int, m_sum: int | None, distinct: bool) -> int:
+    if m_sum is not None:
+        return m_sum
+    if torch.compiler.is_compiling() or isinstance(tokens, torch.SymInt):
+        return _symbolic_tight_m_sum(tokens, topk, local_experts, alignment, distinct)
+    return _native.tight_m_sum(tokens, topk, local_experts, alignment, distinct)
+
+
+def _symbolic_tight_m_sum(tokens: int, topk: int, local_experts: int, alignment: int, distinct: bool) -> int:
+    """`expertile.tight_m_sum` for a number of tokens that is only known when the compiled code runs."""
+    slots = tokens * (min(topk, local_experts) if distinct else topk)
+    active = min(slots, local_experts)
+    more = (slots - active) // alignment
+    if distinct:
+        more = min(more, active * ((tokens + alignment - 1) // alignment - 1))
+    return alignment * (active + more)
+
+
+def _space(like: Tensor, tokens: int, topk: int, local_experts: int, m_sum: int, space: Tensor | None) -> Tensor:
+    if space is not None:
+        return space
+    return torch.empty(3 * local_experts + m_sum + tokens * topk, dtype=torch.int32, device=like.device)
+
+
+def _lists(space: Tensor, tokens: int, topk: int, local_experts: int, alignment: int, m_sum: int) -> Layout:
+    rows = 3 * local_experts
+    return Layout(
+        expert_num_tokens=space[:local_experts],
+        expert_start=space[local_experts : 2 * local_experts],
+        psum=space[2 * local_experts : rows],
+        m_indices=space[rows : rows + m_sum],
+        inv_perm=space[rows + m_sum : rows + m_sum + tokens * topk].view(tokens, topk),
+        alignment=alignment,
+        space=space,
+    )
+
+
+def _scales(
+    x: Tensor, m_sum: int, hidden: int, group: int, scale_layout: str, scales: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The memory of the scales, and the matrix it is read as."""
+    columns, column_major, dtype = _scale_columns(hidden, group, scale_layout)
+    rows = (m_sum + 3) // 4 * 4 if column_major else m_sum
+    if scales is None:
+        scales = torch.empty(columns * rows, dtype=dtype, device=x.device)
+    if scales.dim() != 1:
+        return scales, scales
+    if column_major:
+        return scales, scales[: columns * rows].view(columns, rows).t()[:m_sum]
+    return scales, scales[: columns * rows].view(rows, columns)
+
+
+def _scale_columns(hidden: int, group: int, scale_layout: str) -> tuple[int, bool, torch.dtype]:
+    """How many columns the scales have, whether these are what stands together, and the dtype."""
+    if group not in (32, 128):
+        raise ValueError(f"group is {group}, expected 32 or 128")
+    groups = hidden // group
+    if scale_layout == "row_major":
+        return groups, False, torch.float32
+    if scale_layout == "mn_major":
+        return groups, True, torch.float32
+    if scale_layout == "packed_ue8m0":
+        return (groups + 3) // 4, True, torch.int32
+    raise ValueError(f'scale_layout is "{scale_layout}", expected one of row_major, mn_major, packed_ue8m0')

@@ -1,0 +1,42 @@
+"""What the tests share: where the peer is, whether torch is there, random routings."""
+
+import os
+import sys
+
+import numpy
+import pytest
+
+PEER = os.environ.get("EXPERTILE_PEER")
+if PEER:
+    # Before anything imports triton: its kernels then run on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_report_header():
+    try:
+        import torch
+
+        found = f"torch {torch.__version__}, CUDA {'available' if torch.cuda.is_available() else 'not available'}"
+    except ImportError:
+        found = "torch not installed: NumPy only"
+    return f"expertile: {found}; peer: {PEER or 'none (set EXPERTILE_PEER)'}"
+
+
+@pytest.fixture
+def rng(request):
+    """A generator whose seed is the test's name, so that a failure repeats."""
+    return numpy.random.default_rng(sum(request.node.name.encode()))
+
+
+@pytest.fixture
+def peer():
+    """The real module of vLLM 0.33.0, in Triton's interpreter."""
+    if not PEER:
+        pytest.skip("EXPERTILE_PEER names no folder with vLLM 0.33.0's module")
+    pytest.importorskip("triton")
+    sys.path.insert(0, os.path.join(PEER, "seed"))
+    try:
+        from vllm.model_executor.layers.fused_moe import deep_gemm_utils
+    finally:
+        sys.path.pop(0)
+    return deep_gemm_utils
