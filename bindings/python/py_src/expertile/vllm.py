@@ -1,0 +1,116 @@
+"""Puts :mod:`expertile.deep_gemm_utils` in the place of an installed vLLM's own module.
+
+>>> import expertile.vllm
+>>> expertile.vllm.patch()      # doctest: +SKIP
+>>> expertile.vllm.unpatch()    # doctest: +SKIP
+
+Or set ``EXPERTILE_VLLM=1``: vLLM calls :func:`plugin` in each of its processes (entry point ``vllm.general_plugins``).
+
+The GEMM's alignment stays vLLM's to know: while patched, ``expertile.deep_gemm_utils`` asks vLLM's DeepGEMM for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+from . import deep_gemm_utils
+
+__all__ = ["is_patched", "patch", "plugin", "unpatch"]
+
+_logger = logging.getLogger(__name__)
+
+_FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+_REPLACED = {
+    f"{_FUSED_MOE}.deep_gemm_utils": (
+        "compute_aligned_M",
+        "compute_aligned_M_and_alignment",
+        "deepgemm_moe_permute",
+        "deepgemm_unpermute_and_reduce",
+        "ep_gather",
+        "ep_scatter",
+        "expert_num_tokens_round_up_and_sum",
+    ),
+    f"{_FUSED_MOE}.utils": ("count_expert_num_tokens",),
+}
+
+_undo: list[tuple[ModuleType, str, Any]] = []
+
+
+class _VllmAlignment:
+    """vLLM's DeepGEMM, as the source of the alignment."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+        # vLLM asks for a row tile per call and takes any exception for "no". Asked once, it is a fact, not a surprise.
+        try:
+            self._answers = module.get_theoretical_mk_alignment_for_contiguous_layout(expected_m=1, num_groups=1) > 0
+        except Exception as reason:
+            _logger.info("vLLM's DeepGEMM picks no row tile per call (%s): the alignment is never shrunk", reason)
+            self._answers = False
+
+    def get(self) -> int:
+        return self._module.get_mk_alignment_for_contiguous_layout()[0]
+
+    def set(self, value: int) -> None:
+        self._module.set_mk_alignment_for_contiguous_layout(value)
+
+    def theoretical(self, expected_m: int | None, num_groups: int | None) -> int | None:
+        if not self._answers:
+            return None
+        return self._module.get_theoretical_mk_alignment_for_contiguous_layout(
+            expected_m=expected_m, num_groups=num_groups
+        )
+
+
+def is_patched() -> bool:
+    """Whether :func:`patch` is in force."""
+    return bool(_undo)
+
+
+def patch() -> None:
+    """Replaces vLLM's functions, in their module and in every module that has imported them. Twice does nothing more.
+
+    Raises ImportError if vLLM (or a function of it) is not there; then nothing has been replaced.
+    """
+    if is_patched():
+        return
+    found = []
+    for module_name, names in _REPLACED.items():
+        module = importlib.import_module(module_name)
+        for name in names:
+            if not hasattr(module, name):
+                raise ImportError(f"{module_name} has no {name}, expected vLLM 0.33's module")
+            found.append((name, getattr(module, name)))
+    deep_gemm_utils._alignment = _VllmAlignment(importlib.import_module("vllm.utils.deep_gemm"))
+    for module in list(sys.modules.values()):
+        names_in_module = getattr(module, "__dict__", {})
+        for name, original in found:
+            if names_in_module.get(name) is original:
+                _undo.append((module, name, original))
+                setattr(module, name, getattr(deep_gemm_utils, name))
+    _logger.info("expertile has replaced %d references to vLLM's deep_gemm_utils", len(_undo))
+
+
+def unpatch() -> None:
+    """Puts vLLM's own functions back, also where they were imported while patched."""
+    originals = {getattr(deep_gemm_utils, name): (name, original) for _, name, original in _undo}
+    for module in list(sys.modules.values()):
+        if module is deep_gemm_utils or getattr(module, "__name__", "").startswith("expertile"):
+            continue
+        names_in_module = getattr(module, "__dict__", {})
+        for ours, (name, original) in originals.items():
+            if names_in_module.get(name) is ours:
+                setattr(module, name, original)
+    _undo.clear()
+    deep_gemm_utils._alignment = deep_gemm_utils._own_alignment
+
+
+def plugin() -> None:
+    """What vLLM calls at start: :func:`patch`, if ``EXPERTILE_VLLM`` is ``1``."""
+    if os.environ.get("EXPERTILE_VLLM") == "1":
+        patch()
