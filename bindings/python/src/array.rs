@@ -6,8 +6,8 @@
 use bytemuck::Pod;
 use expertile::{E4m3, MatrixRef};
 use half::{bf16, f16};
-use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::conversion::FromPyObjectOwned;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -144,11 +144,7 @@ impl<'py> Array<'py> {
         object.map(|object| Self::new(argument, object)).transpose()
     }
 
-    fn from_torch(
-        argument: &'static str,
-        object: &Bound<'py, PyAny>,
-        data_ptr: &Bound<'py, PyAny>,
-    ) -> PyResult<Self> {
+    fn from_torch(argument: &'static str, object: &Bound<'py, PyAny>, data_ptr: &Bound<'py, PyAny>) -> PyResult<Self> {
         let py = object.py();
         if !object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
             let device = object.getattr(intern!(py, "device"))?;
@@ -322,15 +318,25 @@ impl<'py> Array<'py> {
         Ok(unsafe { std::slice::from_raw_parts_mut(self.pointer as *mut T, len) })
     }
 
+    /// A contiguous array.
+    pub(crate) fn contiguous<T: Native>(&self) -> PyResult<&[T]> {
+        self.require_contiguous()?;
+        self.memory()
+    }
+
     /// A contiguous array, to be written.
     #[allow(clippy::mut_from_ref)]
     pub(crate) fn contiguous_mut<T: Native>(&self, apart: Apart) -> PyResult<&mut [T]> {
+        self.require_contiguous()?;
+        self.memory_mut(apart)
+    }
+
+    fn require_contiguous(&self) -> PyResult<()> {
         let mut expected = vec![1; self.shape.len()];
         for dimension in (1..self.shape.len()).rev() {
             expected[dimension - 1] = expected[dimension] * self.shape[dimension];
         }
-        self.require_strides(&expected)?;
-        self.memory_mut(apart)
+        self.require_strides(&expected)
     }
 
     /// A matrix with any (not negative) strides.

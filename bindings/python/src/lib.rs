@@ -5,6 +5,7 @@
 
 mod array;
 mod error;
+mod layer;
 mod permute;
 mod plan;
 mod pool;
@@ -16,6 +17,7 @@ use pyo3::prelude::*;
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<plan::PyPlan>()?;
+    module.add_class::<layer::PyLayer>()?;
     module.add_function(wrap_pyfunction!(plan::round_up, module)?)?;
     module.add_function(wrap_pyfunction!(plan::expert_num_tokens_round_up_and_sum, module)?)?;
     module.add_function(wrap_pyfunction!(plan::compute_aligned_m_and_alignment, module)?)?;

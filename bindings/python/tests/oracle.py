@@ -61,7 +61,7 @@ def pack_ue8m0(rows):
     """uint8 [R, groups] to int32 [R, ceil(groups / 4)], byte j of word p = group 4 p + j."""
     padded = np.zeros((rows.shape[0], round_up(rows.shape[1], 4)), dtype=np.uint8)
     padded[:, : rows.shape[1]] = rows
-    return padded.view("<i4").reshape(rows.shape[0], -1)
+    return padded.view("<i4").reshape(rows.shape[0], padded.shape[1] // 4)
 
 
 def e4m3_values():

@@ -219,15 +219,17 @@ def compute_aligned_M_and_alignment(
     Raises ValueError for a zero, a negative count or an overflow.
     """
     counts = None if expert_tokens_meta is None else expert_tokens_meta.expert_num_tokens_cpu
-    if counts is None and _alignment is _own_alignment:
-        rule, arch = _own_alignment.rule or (None, None)
-        return _native.compute_aligned_m_and_alignment(M, num_topk, local_num_experts, alignment, rule, arch)
-    if counts is None:
+    rule, arch = _own_alignment.rule or (None, None)
+    if _alignment is not _own_alignment and counts is None:
         per_call = _alignment.theoretical(M * num_topk, local_num_experts)
         alignment = per_call if per_call and per_call <= alignment else alignment
-    return _native.compute_aligned_m_and_alignment(
-        M, num_topk, local_num_experts, alignment, expert_num_tokens=counts
-    )
+        rule = arch = None
+    try:
+        return _native.compute_aligned_m_and_alignment(
+            M, num_topk, local_num_experts, alignment, rule, arch, counts
+        )
+    except (TypeError, ValueError) as error:
+        raise _renamed(error, _SIZE_NAMES) from None
 
 
 def compute_aligned_M(
@@ -292,18 +294,14 @@ def deepgemm_moe_permute(
     group = block_k if block_size is None else block_size
     tokens, topk = _arrays.require_array("topk_ids", topk_ids, 2)
     _, hidden = _arrays.require_array("aq", aq, 2)
-    _, groups = _arrays.require_array("aq_scale", aq_scale, 2)
+    _arrays.require_array("aq_scale", aq_scale, 2)
     m_sum, alignment = compute_aligned_M_and_alignment(tokens, topk, local_num_experts, block_m, expert_tokens_meta)
     if aq_out is None:
         aq_out = _arrays.empty((m_sum, hidden), aq.dtype, aq)
     elif _arrays.require_array("aq_out", aq_out, 2) != (m_sum, hidden):
         raise ValueError(f"aq_out has shape {list(aq_out.shape)}, expected {[m_sum, hidden]}")
-    packed = _arrays.dtype_name(aq_scale) == "uint8"
-    if packed:
-        flat = _arrays.empty((_native.scale_words(m_sum, hidden, "packed_ue8m0", group),), "int32", aq)
-        scales = _arrays.column_major(flat, m_sum, -(-groups // 4))
-    else:
-        flat = scales = _arrays.empty((m_sum, groups), "float32", aq)
+    scale_layout = "packed_ue8m0" if _arrays.dtype_name(aq_scale) == "uint8" else "row_major"
+    flat, scales = _empty_scales(aq, m_sum, hidden, group, scale_layout)
     lists = _permute(
         aq,
         aq_scale,
@@ -313,7 +311,7 @@ def deepgemm_moe_permute(
         None if expert_tokens_meta is None else expert_tokens_meta.expert_num_tokens,
         alignment,
         group,
-        "packed_ue8m0" if packed else "row_major",
+        scale_layout,
         aq_out,
         flat,
         _PERMUTE_NAMES,
@@ -361,7 +359,7 @@ def ep_scatter(
         if _arrays.dtype_name(array) != "int32":
             raise TypeError(f"{argument} has dtype {array.dtype}, expected int32")
     scale_layout = "packed_ue8m0" if pack_ue8m0 else "row_major"
-    scales, flat = _scale_target(output_tensor_scale, rows, hidden, scale_layout, block_size)
+    flat, scales = _scale_target(output_tensor_scale, rows, hidden, scale_layout, block_size)
     out = _arrays.contiguous(output_tensor)
     lists = _permute(
         recv_x,
@@ -394,23 +392,36 @@ def _where_live(new: Array, old: Array) -> Array:
     return numpy.where(new >= 0, new, old)
 
 
+def _empty_scales(like: Array, rows: int, hidden: int, group: int, scale_layout: str) -> tuple[Array, Array]:
+    """Memory for the scales of ``[rows, hidden]``, and the matrix that it is read as."""
+    try:
+        words = _native.scale_words(rows, hidden, scale_layout, group)
+    except (TypeError, ValueError) as error:
+        raise _renamed(error, _PERMUTE_NAMES) from None
+    groups = hidden // group
+    if scale_layout == "row_major":
+        flat = _arrays.empty((words,), "float32", like)
+        return flat, flat.reshape(rows, groups)
+    flat = _arrays.empty((words,), "int32", like)
+    return flat, _arrays.column_major(flat, rows, -(-groups // 4))
+
+
 def _scale_target(scales: Array, rows: int, hidden: int, scale_layout: str, group: int) -> tuple[Array, Array]:
-    """A matrix of scales and the memory it lies in: the caller's own, if it has the strides of its layout."""
-    words = _native.scale_words(rows, hidden, scale_layout, group)
-    row_major = scale_layout == "row_major"
-    columns = hidden // group if row_major else -(-(hidden // group) // 4)
-    if _arrays.require_array("output_tensor_scale", scales, 2) != (rows, columns):
-        raise ValueError(f"output_tensor_scale has shape {list(scales.shape)}, expected {[rows, columns]}")
-    expected = "float32" if row_major else "int32"
-    if _arrays.dtype_name(scales) != expected:
-        raise TypeError(f"output_tensor_scale has dtype {scales.dtype}, expected {expected}")
-    strides = (columns, 1) if row_major else (1, -(-rows // 4) * 4)
-    if tuple(_arrays.strides(scales)) == strides and (row_major or rows % 4 == 0):
+    """Memory for the scales and the matrix it is read as: the caller's own, if it has the strides of its layout."""
+    _arrays.require_array("output_tensor_scale", scales, 2)
+    flat, matrix = _empty_scales(scales, rows, hidden, group, scale_layout)
+    if scales.shape != matrix.shape:
+        raise ValueError(f"output_tensor_scale has shape {list(scales.shape)}, expected {list(matrix.shape)}")
+    if scales.dtype != matrix.dtype:
+        raise TypeError(f"output_tensor_scale has dtype {scales.dtype}, expected {matrix.dtype}")
+    # A view of fewer rows than its columns' stride does not own the words between them.
+    whole = scale_layout == "row_major" or rows % 4 == 0
+    if whole and _arrays.strides(scales) == _arrays.strides(matrix):
         return scales, scales
-    flat = _arrays.empty((words,), expected, scales)
-    return (flat.reshape(rows, columns) if row_major else _arrays.column_major(flat, rows, columns)), flat
+    return flat, matrix
 
 
+_SIZE_NAMES = {"topk": "num_topk", "local_experts": "local_num_experts"}
 _PERMUTE_NAMES = {"x": "aq", "x_scales": "aq_scale", "out": "aq_out", "group": "block_size", "hidden": "H"}
 _SCATTER_NAMES = {
     "x": "recv_x",

@@ -17,7 +17,10 @@ Shapes: ``M`` tokens, ``H`` values each, ``topk`` slots, ``E`` local experts, ``
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+import weakref
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
 
 try:
     import torch
@@ -32,6 +35,7 @@ from torch import Tensor
 from . import _native
 
 __all__ = [
+    "Layer",
     "Layout",
     "Permuted",
     "Sizes",
@@ -98,6 +102,10 @@ _SCHEMAS = {
         f"(Tensor x, Tensor? topk_weights, {_WHERE}, int group, str scale_layout, bool power_of_two, bool zero_padding, "
         "Tensor(a!) out, Tensor(b!) scales, Tensor(c!) layout) -> ()"
     ),
+    "layer": (
+        "(int layer, Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? expert_map, "
+        "Tensor(a!)? workspace, Tensor(b!) out) -> ()"
+    ),
     "unpermute": (
         "(Tensor rows, Tensor inv_perm, Tensor? topk_ids, Tensor? expert_map, Tensor? topk_weights, Tensor(a!) out) -> ()"
     ),
@@ -119,7 +127,15 @@ def _permute_quantized(
     _native.permute_quantized(x, x_scales, *where, group, scale_layout, zero_padding, out, scales, layout)
 
 
+def _layer(layer, hidden_states, topk_ids, topk_weights, expert_map, workspace, out):
+    native = Layer._alive[layer]._native
+    if workspace is None:
+        workspace = torch.empty(native.workspace_bytes(*topk_ids.shape), dtype=torch.uint8)
+    native.run(hidden_states, topk_ids, topk_weights, expert_map, workspace, out)
+
+
 _KERNELS = {
+    "layer": _layer,
     "build_layout": _build_layout,
     "permute_rows": _permute_rows,
     "permute_quantized": _permute_quantized,
@@ -340,6 +356,87 @@ def unpermute(
     return out
 
 
+class Layer:
+    """The expert half of a layer on the CPU: permute, GEMM 1, activation, GEMM 2, unpermute.
+
+    w13: ``[E, 2 I, H]``, gate rows first; w2: ``[E, H, I]``. Both bfloat16, or both float8_e4m3fn with float32 block
+    scales ``[E, ceil(N / 128), ceil(K / 128)]``. They are packed, once, into memory of the layer's own.
+
+    activations: ``"bf16"``, or ``"e4m3"`` to quantize them (needs e4m3 weights, and 128 to divide H and I).
+    alpha, beta, limit: ``glu = gate * sigmoid(alpha * gate)``, ``(up + beta) * glu``, gate clamped to at most `limit`, up
+    to within it. weight_on_input: router weights multiply the input (``topk = 1`` only).
+
+    Raises ValueError or TypeError for what does not fit.
+    """
+
+    _alive: ClassVar[weakref.WeakValueDictionary[int, Layer]] = weakref.WeakValueDictionary()
+    _numbers: ClassVar[Iterator[int]] = itertools.count()
+
+    def __init__(
+        self,
+        w13: Tensor,
+        w2: Tensor,
+        *,
+        w13_scale: Tensor | None = None,
+        w2_scale: Tensor | None = None,
+        activations: str = "bf16",
+        alignment: int = 1,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        limit: float | None = None,
+        weight_on_input: bool = False,
+    ) -> None:
+        self._native = _native.Layer(
+            w13, w2, w13_scale, w2_scale, activations, alignment, alpha, beta, limit, weight_on_input
+        )
+        # Operators take numbers and tensors: a layer is passed to its operator by number.
+        self._number = next(Layer._numbers)
+        Layer._alive[self._number] = self
+
+    @property
+    def local_experts(self) -> int:
+        """``E``."""
+        return self._native.local_experts
+
+    @property
+    def hidden(self) -> int:
+        """``H``."""
+        return self._native.hidden
+
+    @property
+    def intermediate(self) -> int:
+        """``I``."""
+        return self._native.intermediate
+
+    def workspace_bytes(self, tokens: int, topk: int) -> int:
+        """Bytes of uint8 workspace that a call with ``topk_ids [tokens, topk]`` needs at most."""
+        return self._native.workspace_bytes(tokens, topk)
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        expert_map: Tensor | None = None,
+        workspace: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_states ``[M, H]`` (bfloat16, float16 or float32), topk_weights float32 ``[M, topk]`` to ``[M, H]``.
+
+        `dtype` of the result is that of `hidden_states` unless given. workspace: uint8, contiguous.
+
+        Raises ValueError or TypeError for what does not fit.
+        """
+        _matrix("hidden_states", hidden_states)
+        out = torch.empty_like(hidden_states, dtype=dtype, memory_format=torch.contiguous_format) if out is None else out
+        torch.ops.expertile.layer(
+            self._number, hidden_states, topk_ids, topk_weights, expert_map, workspace, out
+        )
+        return out
+
+
 def _matrix(argument: str, x: Tensor) -> torch.Size:
     if not isinstance(x, Tensor):
         raise TypeError(f"{argument} is a {type(x).__qualname__}, expected a torch tensor")
@@ -367,9 +464,16 @@ def _symbolic_tight_m_sum(tokens: int, topk: int, local_experts: int, alignment:
 
 
 def _space(like: Tensor, tokens: int, topk: int, local_experts: int, m_sum: int, space: Tensor | None) -> Tensor:
-    if space is not None:
-        return space
-    return torch.empty(3 * local_experts + m_sum + tokens * topk, dtype=torch.int32, device=like.device)
+    words = 3 * local_experts + m_sum + tokens * topk
+    if space is None:
+        return torch.empty(words, dtype=torch.int32, device=like.device)
+    _require_len("layout", space, words)
+    return space
+
+
+def _require_len(argument: str, x: Tensor, words: int) -> None:
+    if x.numel() < words:
+        raise ValueError(f"{argument} holds {x.numel()} elements, expected at least {words}")
 
 
 def _lists(space: Tensor, tokens: int, topk: int, local_experts: int, alignment: int, m_sum: int) -> Layout:
@@ -395,6 +499,7 @@ def _scales(
         scales = torch.empty(columns * rows, dtype=dtype, device=x.device)
     if scales.dim() != 1:
         return scales, scales
+    _require_len("scales", scales, columns * rows)
     if column_major:
         return scales, scales[: columns * rows].view(columns, rows).t()[:m_sum]
     return scales, scales[: columns * rows].view(rows, columns)

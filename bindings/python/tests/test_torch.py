@@ -1,0 +1,300 @@
+"""The operators: values against the definitions, and that torch's own checks accept them."""
+
+import threading
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+import expertile  # noqa: E402
+import expertile.torch as et  # noqa: E402
+
+
+def routing(seed, tokens, topk, experts):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(tokens, experts, generator=generator).topk(topk).indices
+    ids[torch.rand(ids.shape, generator=generator) < 0.1] = -1
+    return ids, torch.rand(tokens, topk, generator=generator), generator
+
+
+@given(
+    st.integers(0, 50),
+    st.integers(1, 4),
+    st.sampled_from([4, 9]),
+    st.sampled_from([1, 4, 128]),
+    st.sampled_from([128, 384, 2880]),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.sampled_from(["row_major", "mn_major", "packed_ue8m0"]),
+    st.sampled_from([32, 128]),
+    st.booleans(),
+)
+@settings(max_examples=120, deadline=None)
+def test_quantize_permute_is_the_definition_byte_for_byte(
+    tokens, topk, experts, alignment, hidden, dtype, scale_layout, group, zero_padding
+):
+    ids, _, generator = routing(tokens, tokens, topk, experts)
+    x = (torch.randn(hidden, tokens, generator=generator) * 3).to(dtype).t()
+    options = {"alignment": alignment, "group": group, "scale_layout": scale_layout, "zero_padding": zero_padding}
+    if hidden % group:
+        with pytest.raises(ValueError, match=f"hidden is {hidden}"):
+            et.quantize_permute(x, ids, experts, **options)
+        return
+    m_sum = expertile.tight_m_sum(tokens, topk, experts, alignment)
+    out = torch.full((m_sum, hidden), 0x55, dtype=torch.uint8)
+    rows, scales, layout = et.quantize_permute(x, ids, experts, out=out.view(torch.float8_e4m3fn), **options)
+    counts, starts, ends, m_indices, inv_perm = oracle.layout(ids.numpy(), experts, alignment, m_sum)
+    for mine, expected in zip(layout, (counts, starts, ends, m_indices, inv_perm), strict=False):
+        np.testing.assert_array_equal(mine.numpy(), expected)
+    assert layout.alignment == alignment
+    packed = scale_layout == "packed_ue8m0"
+    quantized, expected_scales = oracle.quantize(x.float().numpy(), group, power_of_two=packed)
+    np.testing.assert_array_equal(
+        rows.view(torch.uint8).numpy(), oracle.permute(quantized, inv_perm, m_sum, 0 if zero_padding else 0x55)
+    )
+    if packed:
+        expected_scales = oracle.pack_ue8m0((expected_scales.view(np.uint32) >> 23).astype(np.uint8))
+    np.testing.assert_array_equal(scales.numpy(), oracle.permute(expected_scales, inv_perm, m_sum, 0))
+    if m_sum > 1 and scales.shape[1] > 1:
+        expected_strides = (scales.shape[1], 1) if scale_layout == "row_major" else (1, (m_sum + 3) // 4 * 4)
+        assert scales.stride() == expected_strides
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.int32])
+def test_rows_of_any_dtype_are_moved_and_summed_back(dtype):
+    ids, weights, generator = routing(3, 37, 3, 8)
+    x = torch.randint(0, 100, (37, 96), generator=generator).to(dtype)
+    rows, scales, layout = et.permute_rows(x, ids, 8, alignment=8, zero_padding=True)
+    assert scales is None
+    live = layout.m_indices >= 0
+    assert not rows.view(torch.uint8)[~live].any()
+    back = et.unpermute(rows.float(), layout.inv_perm, weights)
+    kept = torch.where(ids >= 0, weights, 0.0)
+    torch.testing.assert_close(back, x.float() * kept.sum(1, keepdim=True))
+
+
+def test_router_weights_may_multiply_the_input():
+    ids, weights, generator = routing(4, 20, 1, 4)
+    x = torch.randn(20, 128, generator=generator).to(torch.bfloat16)
+    weighted = et.quantize_permute(x, ids, 4, topk_weights=weights)
+    before = et.quantize_permute((x.float() * weights).to(torch.bfloat16), ids, 4)
+    for mine, expected in zip(weighted[:2], before[:2], strict=True):
+        live = weighted.layout.m_indices >= 0
+        assert torch.equal(mine[live].view(torch.uint8), expected[live].view(torch.uint8))
+    with pytest.raises(ValueError, match="topk is 2"):
+        et.quantize_permute(x[:10], ids.view(10, 2), 4, topk_weights=weights.view(10, 2))
+
+
+def test_callers_buffers_are_written_and_nothing_else_is_allocated():
+    ids, weights, generator = routing(5, 24, 2, 6)
+    x = torch.randn(24, 256, generator=generator)
+    sizes = et.sizes(24, 2, 6, 256, alignment=16)
+    out = torch.empty(sizes.m_sum, 256, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(sizes.scale_words)
+    space = torch.empty(sizes.layout_len, dtype=torch.int32)
+    permuted = et.quantize_permute(x, ids, 6, alignment=16, out=out, scales=scales, layout=space)
+    assert permuted.rows is out and permuted.scales.data_ptr() == scales.data_ptr() and permuted.layout.space is space
+    result = torch.empty(24, 256, dtype=torch.bfloat16)
+    assert et.unpermute(out.float(), permuted.layout.inv_perm, weights, out=result) is result
+    with pytest.raises(ValueError, match="scales holds .* expected at least"):
+        et.quantize_permute(x, ids, 6, alignment=16, out=out, scales=scales[1:], layout=space)
+    with pytest.raises(ValueError, match="layout holds .* expected at least"):
+        et.quantize_permute(x, ids, 6, alignment=16, out=out, scales=scales, layout=space[1:])
+    with pytest.raises(ValueError, match="out shares memory with layout"):
+        shared = torch.empty(sizes.m_sum * 256)
+        et.permute_rows(
+            x, ids, 6, alignment=16, out=shared.view(sizes.m_sum, 256), layout=shared[: sizes.layout_len].view(torch.int32)
+        )
+
+
+def test_a_buffer_too_small_for_repeated_experts_is_an_error_and_distinct_false_is_enough():
+    ids = torch.zeros(4, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="m_sum is 4, expected at least 8"):
+        et.build_layout(ids, 2, alignment=4, m_sum=4)
+    assert et.build_layout(ids, 2, alignment=4, distinct=False).psum.tolist() == [8, 8]
+
+
+# -- torch's own checks -------------------------------------------------------------------------------------------------
+
+
+def cases():
+    """Arguments for every operator. fp8 outputs are given as bytes: opcheck cannot compare fp8 on the CPU."""
+    ids, weights, generator = routing(6, 12, 2, 4)
+    x = torch.randn(12, 256, generator=generator)
+    sizes = et.sizes(12, 2, 4, 256, alignment=8)
+    space = torch.zeros(sizes.layout_len, dtype=torch.int32)
+    where = (ids, None, 4, 8, sizes.m_sum)
+    out, scales = torch.zeros(sizes.m_sum, 256, dtype=torch.uint8), torch.zeros(sizes.scale_words)
+    inv_perm = et.build_layout(ids, 4, alignment=8).inv_perm.clone()
+    layer = small_layer()
+    LAYERS.append(layer)
+    ops = torch.ops.expertile
+    return [
+        (ops.build_layout, (*where, space)),
+        (ops.permute_rows, (x, *where, False, torch.zeros(sizes.m_sum, 256), space)),
+        (
+            ops.permute_quantized,
+            (x.to(torch.uint8), x[:, :2].contiguous(), *where, 128, "mn_major", True, out, scales, space),
+        ),
+        (ops.quantize_permute, (x, None, *where, 128, "mn_major", False, True, out, scales, space)),
+        (ops.unpermute, (torch.randn(sizes.m_sum, 256), inv_perm, ids, None, weights, torch.zeros(12, 256))),
+        (
+            ops.layer,
+            (
+                layer._number,
+                x[:, :128].contiguous(),
+                ids,
+                weights,
+                None,
+                torch.zeros(layer.workspace_bytes(12, 2), dtype=torch.uint8),
+                torch.zeros(12, 128),
+            ),
+        ),
+    ]
+
+
+LAYERS = []
+
+
+def small_layer(**options):
+    generator = torch.Generator().manual_seed(1)
+    w13 = (torch.randn(4, 64, 128, generator=generator) / 8).to(torch.bfloat16)
+    w2 = (torch.randn(4, 128, 32, generator=generator) / 8).to(torch.bfloat16)
+    return et.Layer(w13, w2, **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("index", range(6))
+def test_opcheck_accepts_every_operator(index):
+    operator, arguments = cases()[index]
+    torch.library.opcheck(operator.default, arguments)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_whole_path_compiles_without_a_break_for_any_number_of_tokens(dynamic):
+    layer = small_layer()
+
+    def path(x, ids, weights):
+        rows, scales, layout = et.quantize_permute(x, ids, 4, alignment=16)
+        back = et.unpermute(rows.to(torch.float32), layout.inv_perm, weights)
+        moved = et.permute_rows(x, ids, 4, alignment=16, distinct=False, zero_padding=True)
+        return back, scales, layout.m_indices, moved.rows, layer(x, ids, weights)
+
+    compiled = torch.compile(path, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for tokens in (12, 13, 29):
+        ids, weights, generator = routing(tokens, tokens, 2, 4)
+        x = torch.randn(tokens, 128, generator=generator)
+        for mine, expected in zip(compiled(x, ids, weights), path(x, ids, weights), strict=True):
+            assert torch.equal(mine, expected)
+
+
+def test_the_bound_for_compiled_code_is_the_librarys():
+    for tokens in (0, 1, 2, 5, 127, 128, 129, 4096):
+        for topk in (1, 2, 8):
+            for experts in (1, 4, 256):
+                for alignment in (1, 3, 16, 128):
+                    for distinct in (True, False):
+                        arguments = (tokens, topk, experts, alignment, distinct)
+                        assert et._symbolic_tight_m_sum(*arguments) == expertile.tight_m_sum(*arguments), arguments
+
+
+# -- layer --------------------------------------------------------------------------------------------------------------
+
+
+def layer_by_definition(x, ids, weights, w13, w2):
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for token in range(ids.shape[0]):
+        for slot in range(ids.shape[1]):
+            expert = int(ids[token, slot])
+            if expert >= 0:
+                gate, up = (w13[expert].double() @ x[token].double()).chunk(2)
+                out[token] += weights[token, slot] * (w2[expert].double() @ (torch.nn.functional.silu(gate) * up))
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_is_the_definition_by_row(dtype):
+    ids, weights, generator = routing(8, 21, 2, 4)
+    x = torch.randn(21, 128, generator=generator).to(torch.bfloat16)
+    layer = small_layer()
+    assert (layer.local_experts, layer.hidden, layer.intermediate) == (4, 128, 32)
+    generator = torch.Generator().manual_seed(1)
+    w13 = (torch.randn(4, 64, 128, generator=generator) / 8).to(torch.bfloat16)
+    w2 = (torch.randn(4, 128, 32, generator=generator) / 8).to(torch.bfloat16)
+    expected = layer_by_definition(x, ids, weights, w13, w2)
+    workspace = torch.empty(layer.workspace_bytes(21, 2), dtype=torch.uint8)
+    out = layer(x.to(dtype), ids, weights, workspace=workspace, dtype=torch.float32)
+    assert torch.equal(out, layer(x.to(dtype), ids, weights, dtype=torch.float32))
+    live = (ids >= 0).any(1)
+    assert not out[~live].any()
+    mine, expected = out[live].double(), expected[live]
+    difference = 1 - 2 * (mine * expected).sum(1) / (mine**2 + expected**2).sum(1)
+    assert difference.max() < 1e-4
+
+
+def test_an_e4m3_layer_takes_block_scales_and_a_bf16_layer_none():
+    generator = torch.Generator().manual_seed(2)
+    w13 = (torch.randn(2, 256, 128, generator=generator)).to(torch.float8_e4m3fn)
+    w2 = (torch.randn(2, 128, 128, generator=generator)).to(torch.float8_e4m3fn)
+    s13, s2 = torch.full((2, 2, 1), 0.25), torch.full((2, 1, 1), 0.25)
+    ids, weights, generator = routing(9, 8, 1, 2)
+    x = torch.randn(8, 128, generator=generator).to(torch.bfloat16)
+    expected = layer_by_definition(x, ids, weights, w13.float() / 4, w2.float() / 4)
+    for activations in ("bf16", "e4m3"):
+        layer = et.Layer(w13, w2, w13_scale=s13, w2_scale=s2, activations=activations)
+        out = layer(x, ids, weights, dtype=torch.float32).double()
+        assert 1 - 2 * (out * expected).sum() / (out**2 + expected**2).sum() < 2e-3
+    with pytest.raises(ValueError, match="w13_scale is None"):
+        et.Layer(w13, w2)
+    with pytest.raises(ValueError, match="w13_scale is given"):
+        et.Layer(w13.bfloat16(), w2.bfloat16(), w13_scale=s13)
+    with pytest.raises(ValueError, match="w13 is packed as bf16"):
+        et.Layer(w13.bfloat16(), w2.bfloat16(), activations="e4m3")
+    with pytest.raises(ValueError, match='activations is "fp4"'):
+        et.Layer(w13.bfloat16(), w2.bfloat16(), activations="fp4")
+    with pytest.raises(ValueError, match="w13 has shape"):
+        et.Layer(w13.bfloat16()[0], w2.bfloat16())
+
+
+# -- threads and processes ----------------------------------------------------------------------------------------------
+
+
+def test_threads_at_once_get_the_same_bits():
+    ids, weights, generator = routing(7, 300, 4, 16)
+    x = torch.randn(300, 512, generator=generator).to(torch.bfloat16)
+    first = et.quantize_permute(x, ids, 16)
+    results = [None] * 8
+
+    def run(index):
+        for _ in range(5):
+            results[index] = et.quantize_permute(x, ids, 16)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    live = first.layout.m_indices >= 0
+    for result in results:
+        assert torch.equal(result.rows[live].view(torch.uint8), first.rows[live].view(torch.uint8))
+        assert torch.equal(result.scales, first.scales) and torch.equal(result.layout.space, first.layout.space)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_number_of_threads_changes_no_bit(threads):
+    ids, weights, generator = routing(7, 100, 4, 16)
+    x = torch.randn(100, 256, generator=generator)
+    before = expertile.get_num_threads()
+    first = et.quantize_permute(x, ids, 16, zero_padding=True)
+    try:
+        expertile.set_num_threads(threads)
+        assert expertile.get_num_threads() == threads
+        again = et.quantize_permute(x, ids, 16, zero_padding=True)
+    finally:
+        expertile.set_num_threads(before)
+    assert torch.equal(again.rows.view(torch.uint8), first.rows.view(torch.uint8))
+    assert torch.equal(again.scales, first.scales)
