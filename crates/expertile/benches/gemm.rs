@@ -55,7 +55,8 @@ fn weights(cpu: &Cpu, format: WeightFormat, n: usize, k: usize) -> PackedWeights
     let mut builder = PackedWeightsBuilder::new(format, EXPERTS, n, k).unwrap();
     let values: Vec<f32> = (0..n * k).map(|_| numbers.float()).collect();
     let wide: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
-    let narrow: Vec<E4m3> = values.iter().map(|&x| E4m3::from_f32(x)).collect();
+    // Quantized weights fill e4m3's range.
+    let narrow: Vec<E4m3> = values.iter().map(|&x| E4m3::from_f32(x * E4m3::MAX)).collect();
     let scales = vec![0.01; n.div_ceil(128) * k.div_ceil(128)];
     for expert in 0..EXPERTS {
         match format {

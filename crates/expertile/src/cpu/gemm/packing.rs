@@ -13,6 +13,7 @@ use crate::error::{Error, Result, checked_mul, require_len};
 use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
 use half::bf16;
 use rayon::prelude::*;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Prepacked weights of all experts, `[E, N, K]`; knows its format.
@@ -219,9 +220,13 @@ impl PackedWeightsBuilder {
         self.for_each_panel(cpu, expert, first_row..first_row + rows.rows(), |bytes, columns, row| {
             let lines: &mut [PairLine] = bytemuck::cast_slice_mut(bytes);
             for (column, row) in columns.zip(row..) {
-                let pairs = lines.iter_mut().map(|line| &mut line[column]);
-                for (pair, value) in pairs.zip(pairs_of(rows, row)) {
-                    *pair = value;
+                let row = contiguous(rows, row);
+                let (whole, odd) = row.as_chunks::<2>();
+                for (line, [even, odd]) in lines.iter_mut().zip(whole) {
+                    line[column] = u32::from(even.to_bits()) | u32::from(odd.to_bits()) << 16;
+                }
+                if let &[last] = odd {
+                    lines[whole.len()][column] = u32::from(last.to_bits());
                 }
             }
         });
@@ -248,37 +253,33 @@ impl PackedWeightsBuilder {
         if !first_row.is_multiple_of(PANEL) {
             return Err(Error::value("first_row", first_row, format!("a multiple of {PANEL}")));
         }
-        let shape = self.weights.shape;
-        scales.require_shape("scales", rows.rows().div_ceil(WEIGHT_BLOCK), shape.blocks())?;
+        scales.require_shape("scales", rows.rows().div_ceil(WEIGHT_BLOCK), self.weights.shape.blocks())?;
         self.mark_packed(expert, first_row, rows.rows(), rows.cols())?;
         self.for_each_panel(cpu, expert, first_row..first_row + rows.rows(), |bytes, columns, row| {
-            let lines: &mut [ByteLine] = bytemuck::cast_slice_mut(bytes);
-            for (column, row) in columns.zip(row..) {
-                let positions = [0, 1].map(|parity| e4m3_position(column, parity));
-                for k in 0..rows.cols() {
-                    lines[k / 2][positions[k % 2]] = rows.get(row, k).0;
-                }
-            }
+            pack_e4m3_panel(rows, row..row + columns.len(), bytemuck::cast_slice_mut(bytes));
         });
         let first_panel = first_row / PANEL;
-        for panel in 0..rows.rows().div_ceil(PANEL) {
-            self.note_blocks(expert, first_panel + panel, |block| scales.get(panel * PANEL / WEIGHT_BLOCK, block));
-        }
+        self.note_blocks(cpu, expert, first_panel..first_panel + rows.rows().div_ceil(PANEL), scales);
         Ok(())
     }
 
-    /// Notes the scales of a panel's blocks, and which of their lines hold special bytes.
-    fn note_blocks(&mut self, expert: usize, panel: usize, scale: impl Fn(usize) -> f32) {
+    /// Notes, for the panels of a part, the scales of their blocks and which of their lines hold special bytes.
+    fn note_blocks(&mut self, cpu: &Cpu, expert: usize, panels: Range<usize>, part_scales: MatrixRef<'_, f32>) {
         let PackedWeights { shape, bytes, scales, special } = &mut self.weights;
-        let panel = expert * shape.panels() + panel;
-        let bytes = &bytes.as_slice()[panel * shape.panel_bytes()..][..shape.panel_bytes()];
-        let lines: &[ByteLine] = bytemuck::cast_slice(bytes);
-        for (block, lines) in lines.chunks(BLOCK_PAIRS).enumerate() {
-            let at = panel * shape.blocks() + block;
-            scales[at] = scale(block);
-            let marks = lines.iter().map(|line| u64::from(line.iter().any(|&byte| e4m3_is_special(byte))));
-            special[at] = marks.enumerate().fold(0, |mask, (line, mark)| mask | mark << line);
-        }
+        let (start, blocks) = (expert * shape.panels() + panels.start, shape.blocks());
+        let bytes = bytes.as_slice()[start * shape.panel_bytes()..].par_chunks(shape.panel_bytes());
+        let scales = scales[start * blocks..][..panels.len() * blocks].par_chunks_mut(blocks);
+        let special = special[start * blocks..][..panels.len() * blocks].par_chunks_mut(blocks);
+        cpu.install(|| {
+            bytes.zip(scales).zip(special).enumerate().for_each(|(panel, ((bytes, scales), special))| {
+                let lines: &[ByteLine] = bytemuck::cast_slice(bytes);
+                let blocks = lines.chunks(BLOCK_PAIRS).zip(scales).zip(special);
+                for (block, ((lines, scale), special)) in blocks.enumerate() {
+                    *scale = part_scales.get(panel * PANEL / WEIGHT_BLOCK, block);
+                    *special = lines.iter().rev().fold(0, |mask, line| mask << 1 | u64::from(is_special(line)));
+                }
+            });
+        });
     }
 
     /// The packed weights.
@@ -355,8 +356,35 @@ impl PackedWeightsBuilder {
     }
 }
 
-/// A row of bf16 as pairs, an odd one filled up with zero.
-fn pairs_of(rows: MatrixRef<'_, bf16>, row: usize) -> impl Iterator<Item = u32> {
-    let get = move |k| if k < rows.cols() { u32::from(rows.get(row, k).to_bits()) } else { 0 };
-    (0..rows.cols().div_ceil(2)).map(move |pair| get(2 * pair) | get(2 * pair + 1) << 16)
+/// Packs `part` of the rows as a panel's first columns.
+fn pack_e4m3_panel(rows: MatrixRef<'_, E4m3>, part: Range<usize>, lines: &mut [ByteLine]) {
+    let rows: Vec<_> = part.map(|row| contiguous(rows, row)).collect();
+    // A block of K at a time, so that the lines that the columns take turns to write stay in the L1 cache.
+    for (block, lines) in lines.chunks_mut(BLOCK_PAIRS).enumerate() {
+        for (column, row) in rows.iter().enumerate() {
+            let [even_at, odd_at] = [0, 1].map(|parity| e4m3_position(column, parity));
+            let start = block * WEIGHT_BLOCK;
+            let (whole, odd) = row[start..row.len().min(start + WEIGHT_BLOCK)].as_chunks::<2>();
+            for (line, &[even, odd]) in lines.iter_mut().zip(whole) {
+                line[even_at] = even.0;
+                line[odd_at] = odd.0;
+            }
+            if let &[last] = odd {
+                lines[whole.len()][even_at] = last.0;
+            }
+        }
+    }
+}
+
+/// Whether a line holds a special byte; looks at all of them, which vector code does faster than stopping.
+fn is_special(line: &ByteLine) -> bool {
+    line.iter().fold(false, |any, &byte| any | e4m3_is_special(byte))
+}
+
+/// A row whose elements stand next to each other, copied if they do not.
+fn contiguous<'a, T: Copy>(rows: MatrixRef<'a, T>, row: usize) -> Cow<'a, [T]> {
+    match rows.row(row) {
+        Some(row) => Cow::Borrowed(row),
+        None => Cow::Owned((0..rows.cols()).map(|col| rows.get(row, col)).collect()),
+    }
 }
