@@ -60,7 +60,7 @@ pub(crate) fn check(call: &mut Call<'_>, weights: &dyn ExpertWeights) -> Result<
     let mut oracle = Oracle::new(call, weights);
     let mut by_expert = vec![0.0; weights.shape().local_experts()];
     let active: Vec<usize> = (0..by_expert.len()).filter(|&expert| !oracle.slots_of(expert).is_empty()).collect();
-    let progress = Progress::new("checking", active.len());
+    let progress = Progress::new("checking experts", active.len());
     for (done, experts) in active.chunks(rayon::current_num_threads()).enumerate() {
         let results: Vec<_> = experts.par_iter().map(|&expert| oracle.expert(expert, &rows, &row_of_slot)).collect();
         for (&expert, (difference, slot_rows)) in experts.iter().zip(results) {

@@ -244,7 +244,7 @@ pub(crate) struct Packed {
 impl Packed {
     /// Packs the weights, with a bar on a terminal.
     pub(crate) fn new(cpu: &Cpu, weights: &dyn ExpertWeights, activations: ActivationFormat) -> Result<Self> {
-        let progress = Progress::new("packing weights", weights.shape().local_experts());
+        let progress = Progress::new("packing experts", weights.shape().local_experts());
         let started = Instant::now();
         let (w13, w2) = weights.pack(cpu, &mut |done| progress.set(done))?;
         let (bytes, seconds) = (w13.bytes() + w2.bytes(), started.elapsed().as_secs_f64());
@@ -325,7 +325,7 @@ impl Report {
     }
 }
 
-fn active_experts(routing: &Routing<'_>) -> usize {
+pub(crate) fn active_experts(routing: &Routing<'_>) -> usize {
     let mut active = vec![false; routing.local_experts()];
     for slot in 0..routing.tokens() * routing.topk() {
         if let Some(expert) = routing.local_expert(slot / routing.topk(), slot % routing.topk()) {

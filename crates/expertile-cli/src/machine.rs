@@ -91,8 +91,9 @@ const CHUNK_WORDS: usize = 128 << 10;
 
 /// Copies `from` to `to`, which must be as long, by all threads of the current pool.
 pub(crate) fn parallel_copy(from: &[u64], to: &mut [u64]) {
-    let chunks = from.par_chunks(CHUNK_WORDS);
-    to.par_chunks_mut(CHUNK_WORDS).zip(chunks).for_each(|(to, from)| to.copy_from_slice(from));
+    // A few chunks to each thread, none so small that handing it out costs more than copying it.
+    let chunk = (from.len() / (4 * rayon::current_num_threads())).clamp(CHUNK_WORDS / 32, CHUNK_WORDS);
+    to.par_chunks_mut(chunk).zip(from.par_chunks(chunk)).for_each(|(to, from)| to.copy_from_slice(from));
 }
 
 /// Several sums side by side, so that loads and not additions are what takes time.

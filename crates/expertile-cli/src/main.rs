@@ -3,6 +3,7 @@
 //! One module per subcommand; this file only parses, dispatches, and turns an error into one line and an exit code:
 //! 2 for bad input, 1 for a check that failed.
 
+mod bench;
 mod check;
 mod doctor;
 mod error;
@@ -34,6 +35,7 @@ struct Cli {
 enum Command {
     Plan(plan::Args),
     Layer(layer::Args),
+    Bench(bench::Args),
     Doctor(doctor::Args),
 }
 
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Plan(args) => plan::run(&args),
         Command::Layer(args) => layer::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };
     match result {

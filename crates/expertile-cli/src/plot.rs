@@ -1,5 +1,6 @@
 //! Pictures, as SVG text: drawn from numbers alone, the viewer brings the font.
 
+use crate::bench::Size;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -13,6 +14,7 @@ const LIVE: RGBColor = RGBColor(31, 119, 180);
 const PADDING: RGBColor = RGBColor(247, 182, 120);
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+type Drawn = std::result::Result<(), Box<dyn std::error::Error>>;
 
 /// Pixels of a bar and of its share of the axis: whole numbers, so that all gaps are equally wide.
 struct Bars {
@@ -48,11 +50,7 @@ pub(crate) fn tokens_per_expert(expert_num_tokens: &[i32], alignment: usize) -> 
     svg
 }
 
-fn draw_bars(
-    area: &Area<'_>,
-    bars: &[(i64, i64)],
-    alignment: usize,
-) -> std::result::Result<(), Box<dyn std::error::Error>> {
+fn draw_bars(area: &Area<'_>, bars: &[(i64, i64)], alignment: usize) -> Drawn {
     area.fill(&WHITE)?;
     let live: i64 = bars.iter().map(|bar| bar.0).sum();
     let rows: i64 = bars.iter().map(|bar| bar.1).sum();
@@ -104,7 +102,7 @@ fn draw_bars(
     Ok(())
 }
 
-fn draw_legend(area: &Area<'_>) -> std::result::Result<(), Box<dyn std::error::Error>> {
+fn draw_legend(area: &Area<'_>) -> Drawn {
     let right = area.dim_in_pixel().0 as i32;
     for (name, color, x) in [("tokens", LIVE, right - 200), ("padding", PADDING, right - 100)] {
         area.draw(&Rectangle::new([(x, 20), (x + 14, 34)], color.filled()))?;
@@ -113,14 +111,160 @@ fn draw_legend(area: &Area<'_>) -> std::result::Result<(), Box<dyn std::error::E
     Ok(())
 }
 
-fn write_text(
-    area: &Area<'_>,
-    text: &str,
-    at: (i32, i32),
-    size: i32,
-    color: RGBColor,
-) -> std::result::Result<(), Box<dyn std::error::Error>> {
+fn write_text(area: &Area<'_>, text: &str, at: (i32, i32), size: i32, color: RGBColor) -> Drawn {
     let style = ("sans-serif", size).into_font().color(&color).pos(Pos::new(HPos::Left, VPos::Top));
     area.draw_text(text, &style, at)?;
     Ok(())
+}
+
+/// Colours of the stages, in order.
+const STAGE_COLORS: [RGBColor; 6] = [
+    RGBColor(127, 127, 127),
+    RGBColor(247, 182, 120),
+    RGBColor(31, 119, 180),
+    RGBColor(148, 103, 189),
+    RGBColor(107, 174, 214),
+    RGBColor(44, 160, 44),
+];
+
+/// The layer's time over the number of tokens beside the least it can be, and what part of it each stage takes.
+pub(crate) fn time_by_size(title: &str, sizes: &[Size]) -> String {
+    const WIDTH: u32 = 1080;
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, (WIDTH, HEIGHT)).into_drawing_area();
+        draw_sizes(&area, title, sizes).expect("drawing into memory meets nothing that can fail");
+    }
+    svg
+}
+
+fn draw_sizes(area: &Area<'_>, title: &str, sizes: &[Size]) -> Drawn {
+    area.fill(&WHITE)?;
+    write_text(area, "Time of a layer", (24, 16), 20, INK)?;
+    write_text(area, title, (24, 42), 14, INK)?;
+    let (_, below) = area.split_vertically(64);
+    let (left, right) = below.split_horizontally(500);
+    draw_times(&left, sizes)?;
+    let (bars, legend) = right.split_horizontally(440);
+    draw_parts(&bars, sizes)?;
+    let stages = sizes.first().map_or(&[][..], |size| &size.stages[..]);
+    for (index, (stage, color)) in stages.iter().zip(STAGE_COLORS).rev().enumerate() {
+        let y = 40 + 26 * index as i32;
+        legend.draw(&Rectangle::new([(8, y), (22, y + 14)], color.filled()))?;
+        write_text(&legend, stage.report.stage, (30, y), 14, INK)?;
+    }
+    area.present()?;
+    Ok(())
+}
+
+/// Two lines over the position of each size: time, and the least time, on a logarithmic scale.
+fn draw_times(area: &Area<'_>, sizes: &[Size]) -> Drawn {
+    let measured: Vec<f64> = sizes.iter().map(|size| size.total.seconds * 1e3).collect();
+    let least: Vec<f64> = sizes.iter().map(|size| size.least_seconds * 1e3).collect();
+    // Whole powers of ten around everything; a nanosecond to a day whatever the numbers.
+    let exponents = || measured.iter().chain(&least).map(|value| value.clamp(1e-6, 1e8).log10().floor() as i32);
+    let low = 10f64.powi(exponents().min().unwrap_or(0));
+    let high = 10f64.powi(exponents().max().unwrap_or(0) + 1);
+    let mut chart = ChartBuilder::on(area)
+        .margin(MARGIN)
+        .x_label_area_size(42)
+        .y_label_area_size(Y_LABELS)
+        .build_cartesian_2d(-0.5..sizes.len() as f64 - 0.5, (low..high).log_scale())?;
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(GRID)
+        .axis_style(INK)
+        .label_style(("sans-serif", 13).into_font().color(&INK))
+        .axis_desc_style(("sans-serif", 14).into_font().color(&INK))
+        .x_labels(sizes.len())
+        .x_label_formatter(&|x| size_label(sizes, *x))
+        .y_label_formatter(&|y| format!("{y}"))
+        .x_desc("tokens")
+        .y_desc("milliseconds")
+        .draw()?;
+    for (values, color, name, label_y) in [(&measured, LIVE, "measured", 12), (&least, PADDING, "limit", 34)] {
+        let points: Vec<(f64, f64)> =
+            values.iter().enumerate().map(|(at, &value)| (at as f64, value.max(low))).collect();
+        chart.draw_series([PathElement::new(points.clone(), color.stroke_width(2))])?;
+        chart.draw_series(points.into_iter().map(|point| Circle::new(point, 4, color.filled())))?;
+        area.draw(&PathElement::new([(100, label_y + 8), (120, label_y + 8)], color.stroke_width(2)))?;
+        write_text(area, name, (128, label_y), 14, INK)?;
+    }
+    Ok(())
+}
+
+/// One bar per size, cut into the stages' parts of the time.
+fn draw_parts(area: &Area<'_>, sizes: &[Size]) -> Drawn {
+    let mut chart = ChartBuilder::on(area)
+        .margin(MARGIN)
+        .x_label_area_size(42)
+        .y_label_area_size(Y_LABELS)
+        .build_cartesian_2d(-0.5..sizes.len() as f64 - 0.5, 0.0..100.0)?;
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(GRID)
+        .axis_style(INK)
+        .label_style(("sans-serif", 13).into_font().color(&INK))
+        .axis_desc_style(("sans-serif", 14).into_font().color(&INK))
+        .x_labels(sizes.len())
+        .x_label_formatter(&|x| size_label(sizes, *x))
+        .y_label_formatter(&|y| format!("{y:.0} %"))
+        .x_desc("tokens")
+        .y_desc("part of the time")
+        .draw()?;
+    for (at, size) in sizes.iter().enumerate() {
+        let mut from = 0.0;
+        for (stage, color) in size.stages.iter().zip(STAGE_COLORS) {
+            let to = from + 100.0 * stage.report.seconds / size.total.seconds.max(1e-12);
+            let x = at as f64;
+            chart.draw_series([Rectangle::new([(x - 0.35, from), (x + 0.35, to)], color.filled())])?;
+            from = to;
+        }
+    }
+    Ok(())
+}
+
+fn size_label(sizes: &[Size], x: f64) -> String {
+    if x.fract() != 0.0 || x < 0.0 {
+        return String::new();
+    }
+    sizes.get(x as usize).map_or_else(String::new, |size| size.tokens.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::Row;
+    use crate::machine::Bound;
+    use crate::stages::StageReport;
+
+    fn size(tokens: usize) -> Size {
+        let report =
+            |stage, seconds| StageReport { stage, seconds, bytes: 1, flops: 0, bound: Bound::Memory, share: 1.0 };
+        let row = |stage| Row { report: report(stage, 0.5), memcpy_seconds: None, share_of_memcpy: None };
+        let stages = vec![row("permute"), row("unpermute")];
+        Size { tokens, active_experts: 1, stages, total: report("layer", 1.0), least_seconds: 1e-4 }
+    }
+
+    #[test]
+    fn every_size_has_its_label_on_both_axes() {
+        for count in 1..=12 {
+            let sizes: Vec<Size> = (0..count).map(|at| size(7001 + at)).collect();
+            let svg = time_by_size("title", &sizes);
+            for size in &sizes {
+                assert_eq!(svg.matches(&format!("\n{}\n", size.tokens)).count(), 2, "{count}: {}", size.tokens);
+            }
+        }
+    }
+
+    #[test]
+    fn pictures_of_nothing_can_be_drawn() {
+        assert!(time_by_size("title", &[]).contains("</svg>"));
+        assert!(tokens_per_expert(&[], 8).contains("</svg>"));
+        assert!(tokens_per_expert(&[0, 0], 8).contains("0.0 %"));
+    }
 }

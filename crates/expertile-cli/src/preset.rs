@@ -88,6 +88,7 @@ pub(crate) struct MadeUp {
 const ROUTER: u64 = 10;
 const BIAS: u64 = 11;
 const TOKENS: u64 = 12;
+const ROUTING: u64 = 13;
 
 /// The three matrices of an expert.
 #[derive(Debug, Clone, Copy)]
@@ -137,6 +138,23 @@ impl MadeUp {
         let mut random = Random::new(self.seed, [TOKENS, 0, 0]);
         let values = (0..values).map(|_| bf16::from_f32(3f32.sqrt() * random.uniform())).collect();
         Ok(LayerInput::from_hidden_states(HiddenStates::Bf16(values), hidden)?)
+    }
+
+    /// Made-up `topk_ids` and `topk_weights [tokens, topk]`: every choice of distinct experts equally likely.
+    pub(crate) fn uniform_routing(&self, tokens: usize) -> (Vec<i32>, Vec<f32>) {
+        let (experts, topk) = (self.shape.local_experts(), self.router.topk());
+        let mut random = Random::new(self.seed, [ROUTING, 0, 0]);
+        let mut all: Vec<i32> = (0..experts as i32).collect();
+        let mut ids = Vec::with_capacity(tokens * topk);
+        for _ in 0..tokens {
+            for slot in 0..topk {
+                let other = slot + (random.draw() % (experts - slot) as u64) as usize;
+                all.swap(slot, other);
+            }
+            ids.extend_from_slice(&all[..topk]);
+        }
+        let weights = (0..tokens * topk).map(|_| (1.0 + 0.5 * random.uniform()) / topk as f32).collect();
+        (ids, weights)
     }
 
     fn random(&self, part: Part, expert: usize, row: usize) -> Random {
@@ -348,6 +366,21 @@ mod tests {
         assert_eq!(experts_that_fit(7 << 30, 1 << 30, 4), 4);
         assert_eq!(experts_that_fit(7 << 30, 1 << 30, 8), 6);
         assert_eq!(experts_that_fit(0, 1 << 30, 8), 0);
+    }
+
+    #[test]
+    fn made_up_routing_names_each_expert_at_most_once_per_token() {
+        let layer = MadeUp::new(Preset::Qwen3, Some(11), WeightFormat::E4m3, 3).unwrap();
+        let (ids, weights) = layer.uniform_routing(200);
+        assert_eq!((ids.len(), weights.len()), (1600, 1600));
+        let mut counts = [0; 11];
+        for token in ids.chunks(8) {
+            let mut sorted = token.to_vec();
+            sorted.sort_unstable();
+            assert!(sorted.windows(2).all(|pair| pair[0] < pair[1]), "{token:?}");
+            token.iter().for_each(|&id| counts[id as usize] += 1);
+        }
+        assert!(counts.iter().all(|&count| (120..170).contains(&count)), "{counts:?}");
     }
 
     #[test]

@@ -8,7 +8,7 @@ pub(crate) struct Progress(ProgressBar);
 impl Progress {
     pub(crate) fn new(what: &'static str, total: usize) -> Self {
         let bar = ProgressBar::new(total as u64).with_message(what);
-        let style = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} experts, {elapsed} of about {duration}");
+        let style = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len}, {elapsed} of about {duration}");
         bar.set_style(style.expect("the template is well-formed"));
         Self(bar)
     }

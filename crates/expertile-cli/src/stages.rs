@@ -84,7 +84,7 @@ impl<'a> Call<'a> {
         Ok(medians(&runs))
     }
 
-    fn time_once(&mut self) -> Result<Vec<StageTime>> {
+    pub(crate) fn time_once(&mut self) -> Result<Vec<StageTime>> {
         let mut times = Vec::with_capacity(Stage::ALL.len());
         self.run(&mut |done| {
             let seconds = done.elapsed.as_secs_f64();
@@ -95,7 +95,7 @@ impl<'a> Call<'a> {
 }
 
 /// Stage by stage, the median over runs that all have the same stages.
-fn medians(runs: &[Vec<StageTime>]) -> Vec<StageTime> {
+pub(crate) fn medians(runs: &[Vec<StageTime>]) -> Vec<StageTime> {
     let stages = runs.first().map_or(&[][..], Vec::as_slice);
     let median_of = |(at, time): (usize, &StageTime)| {
         let seconds = median(runs.iter().map(|run| run[at].seconds).collect());

@@ -21,7 +21,7 @@ pub(crate) fn succeed(folder: &Path, arguments: &[&str]) -> String {
     stdout
 }
 
-/// Runs it with `--json` and parses what it printed.
+/// Runs it with `--json` at the end and parses what it printed.
 pub(crate) fn json(folder: &Path, arguments: &[&str]) -> serde_json::Value {
     serde_json::from_str(&succeed(folder, &[arguments, &["--json"]].concat())).unwrap()
 }

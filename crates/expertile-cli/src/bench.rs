@@ -1,0 +1,246 @@
+//! `expertile bench`: every stage timed over a list of sizes, permute and unpermute beside a memcpy of the same bytes.
+
+use crate::error::{Error, Result};
+use crate::layer::{Packed, active_experts, choose_activations, parse_weights};
+use crate::machine::{self, Limits, parallel_copy};
+use crate::preset::{MadeUp, Preset};
+use crate::progress::Progress;
+use crate::stages::{Call, StageReport, StageTime, median, medians, whole};
+use crate::weights::ExpertWeights;
+use crate::{format, output, plot};
+use expertile::cpu::Cpu;
+use expertile::{ActivationFormat, MatrixRef, Routing, Stage, WeightFormat};
+use serde::Serialize;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Time every stage of a known model's layer over a list of sizes.
+///
+/// Weights and tokens are made up, experts are drawn evenly. Each size runs once to warm up and then --repeat times; the
+/// medians are shown. After each run, in the same process and with the same threads, memory is copied: as many bytes
+/// (read and written) as permute, then as unpermute moved.
+#[derive(Debug, clap::Args)]
+#[command(allow_negative_numbers = true)]
+pub(crate) struct Args {
+    /// Numbers of tokens, separated by commas.
+    #[arg(long, value_name = "M,M,...", value_delimiter = ',', default_value = "1,8,64,512")]
+    tokens: Vec<usize>,
+    /// The model whose layer is timed.
+    #[arg(long, value_name = "NAME", default_value = "qwen3-30b-a3b")]
+    preset: Preset,
+    /// Experts, if not the model's own number.
+    #[arg(long, value_name = "N")]
+    experts: Option<usize>,
+    /// What the weights are made of: e4m3 or bf16 (what the model is published in, unless given).
+    #[arg(long, value_name = "FORMAT", value_parser = parse_weights)]
+    weights: Option<WeightFormat>,
+    /// What the GEMMs read: e4m3 or bf16 (the weights' own format, unless given).
+    #[arg(long, value_name = "FORMAT", value_parser = crate::plan::parse_activations)]
+    activations: Option<ActivationFormat>,
+    /// Threads (as many as the machine runs at once, unless given).
+    #[arg(long, value_name = "T")]
+    threads: Option<usize>,
+    /// Instruction set: portable, avx2 or avx512-bf16 (the best there is, unless given).
+    #[arg(long, value_name = "NAME")]
+    isa: Option<String>,
+    /// Timed runs of each size.
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    repeat: usize,
+    /// Seed of everything made up.
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    seed: u64,
+    /// Write JSON to a file; without one, or with "-", print it instead of the table.
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
+    json: Option<PathBuf>,
+    /// Draw time by size, and each stage's part of it, as SVG.
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    source: String,
+    isa: &'static str,
+    threads: usize,
+    hidden: usize,
+    intermediate: usize,
+    experts: usize,
+    topk: usize,
+    weights: &'static str,
+    activations: &'static str,
+    weight_bytes: usize,
+    repeat: usize,
+    limits: Limits,
+    sizes: Vec<Size>,
+}
+
+/// The stages at one number of tokens.
+#[derive(Debug, Serialize)]
+pub(crate) struct Size {
+    pub(crate) tokens: usize,
+    pub(crate) active_experts: usize,
+    pub(crate) stages: Vec<Row>,
+    pub(crate) total: StageReport,
+    /// The least that the whole can take on this machine.
+    pub(crate) least_seconds: f64,
+}
+
+/// A stage, and for those that only move rows a copy of the same bytes.
+#[derive(Debug, Serialize)]
+pub(crate) struct Row {
+    #[serde(flatten)]
+    pub(crate) report: StageReport,
+    pub(crate) memcpy_seconds: Option<f64>,
+    /// The copy's time over the stage's.
+    pub(crate) share_of_memcpy: Option<f64>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    if let Some(tokens) = args.tokens.iter().find(|&&tokens| tokens == 0) {
+        return Err(Error::usage(format!("--tokens holds {tokens}, expected sizes of at least 1")));
+    }
+    if args.repeat == 0 {
+        return Err(Error::usage("--repeat is 0, expected at least 1"));
+    }
+    let cpu = machine::cpu(args.isa.as_deref())?;
+    let report = machine::pool(args.threads)?.install(|| measure(args, &cpu))?;
+    if let Some(file) = &args.plot {
+        output::write_file(file, plot::time_by_size(&report.title(), &report.sizes).as_bytes())?;
+    }
+    match &args.json {
+        Some(file) if file == Path::new("-") => return output::print_json(&report),
+        Some(file) => output::write_file(file, output::json(&report).as_bytes())?,
+        None => {}
+    }
+    output::print(&report.text())
+}
+
+fn measure(args: &Args, cpu: &Cpu) -> Result<Report> {
+    let format = args.weights.unwrap_or_else(|| args.preset.usual_format());
+    let activations = choose_activations(args.activations, format)?;
+    let weights = MadeUp::new(args.preset, args.experts, format, args.seed)?;
+    let packed = Packed::new(cpu, &weights, activations)?;
+    let limits = Limits::measure(cpu, format, activations)?;
+    let progress = Progress::new("timing sizes", args.tokens.len());
+    let mut sizes = Vec::new();
+    for &tokens in &args.tokens {
+        sizes.push(measure_size(cpu, &packed, &weights, &limits, tokens, args.repeat)?);
+        progress.set(sizes.len());
+    }
+    let shape = packed.layer.shape();
+    Ok(Report {
+        source: args.preset.name(),
+        isa: cpu.isa().name(),
+        threads: cpu.threads(),
+        hidden: shape.hidden(),
+        intermediate: shape.intermediate(),
+        experts: shape.local_experts(),
+        topk: weights.router().topk(),
+        weights: format.name(),
+        activations: activations.name(),
+        weight_bytes: packed.bytes,
+        repeat: args.repeat,
+        limits,
+        sizes,
+    })
+}
+
+fn measure_size(
+    cpu: &Cpu,
+    packed: &Packed,
+    weights: &MadeUp,
+    limits: &Limits,
+    tokens: usize,
+    repeat: usize,
+) -> Result<Size> {
+    let input = weights.tokens(tokens)?;
+    let (ids, topk_weights) = weights.uniform_routing(tokens);
+    let ids = MatrixRef::new(&ids, tokens, weights.router().topk())?;
+    let routing = Routing::new(ids, weights.shape().local_experts(), None)?;
+    let mut call = Call::new(cpu, &packed.layer, input.hidden_states(), routing, &topk_weights)?;
+    let mut copies: Vec<Memcpy> = call.time_once()?.iter().filter_map(Memcpy::new).collect();
+    copies.iter_mut().for_each(Memcpy::run);
+    copies.iter_mut().for_each(|copy| copy.seconds.clear());
+    let mut runs = Vec::new();
+    for _ in 0..repeat {
+        runs.push(call.time_once()?);
+        copies.iter_mut().for_each(Memcpy::run);
+    }
+    let times = medians(&runs);
+    let row = |time: &StageTime| {
+        let copy = copies.iter().find(|copy| time.stage == Some(copy.stage));
+        let memcpy_seconds = copy.map(|copy| median(copy.seconds.clone()));
+        let share_of_memcpy = memcpy_seconds.map(|seconds| seconds / time.seconds.max(1e-12));
+        Row { report: StageReport::new(time, limits), memcpy_seconds, share_of_memcpy }
+    };
+    Ok(Size {
+        tokens,
+        active_experts: active_experts(&call.routing),
+        stages: times.iter().map(row).collect(),
+        total: whole(&times, limits),
+        least_seconds: times.iter().map(|time| limits.least_seconds(time.stage, time.cost).0).sum(),
+    })
+}
+
+/// A memcpy that moves as many bytes as a stage, half of them read and half written.
+struct Memcpy {
+    stage: Stage,
+    from: Vec<u64>,
+    to: Vec<u64>,
+    seconds: Vec<f64>,
+}
+
+impl Memcpy {
+    /// For the stages that move rows and do little else.
+    fn new(time: &StageTime) -> Option<Self> {
+        let stage = time.stage.filter(|stage| matches!(stage, Stage::Permute | Stage::Unpermute))?;
+        let words = (time.cost.bytes as usize).div_ceil(2 * size_of::<u64>());
+        Some(Self { stage, from: vec![1; words], to: vec![2; words], seconds: Vec::new() })
+    }
+
+    fn run(&mut self) {
+        let started = Instant::now();
+        parallel_copy(&self.from, &mut self.to);
+        self.seconds.push(started.elapsed().as_secs_f64());
+    }
+}
+
+impl Report {
+    fn title(&self) -> String {
+        format!(
+            "{}: {} experts, {} each, {} weights, {} activations, {} threads of {}",
+            self.source, self.experts, self.topk, self.weights, self.activations, self.threads, self.isa
+        )
+    }
+
+    fn text(&self) -> String {
+        let mut text = self.title();
+        let _ = writeln!(
+            text,
+            "\nmemory reads {}, copies {}; gemm in cache {}; medians of {} runs",
+            format::bytes_per_second(self.limits.bandwidth.read_bytes_per_second),
+            format::bytes_per_second(self.limits.bandwidth.copy_bytes_per_second),
+            format::flops_per_second(self.limits.gemm_flops_per_second),
+            self.repeat
+        );
+        let mut rows = Vec::new();
+        for size in &self.sizes {
+            for stage in &size.stages {
+                let memcpy = stage.share_of_memcpy.map_or_else(|| "-".into(), format::percent);
+                rows.push(table_row(size.tokens, &stage.report, memcpy));
+            }
+            rows.push(table_row(size.tokens, &size.total, "-".into()));
+        }
+        let header = [&["tokens"], &StageReport::HEADER[..], &["of memcpy"]].concat();
+        text.push_str(&format::table(&header, 2, &rows));
+        text
+    }
+}
+
+fn table_row(tokens: usize, report: &StageReport, of_memcpy: String) -> Vec<String> {
+    let mut row = vec![tokens.to_string()];
+    row.extend(report.row());
+    row.push(of_memcpy);
+    row
+}
