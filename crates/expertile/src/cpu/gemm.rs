@@ -22,7 +22,7 @@ use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
 use crate::layout::Layout;
 use crate::quantize::{Group, ScaleFormat, Scales};
 use half::bf16;
-use packing::Panel;
+use packing::{Panel, PanelWeights};
 use rayon::prelude::*;
 use tiles::{BLOCK_ROWS, PackedRows, ROW_BLOCK_WORDS, RowBlock};
 
@@ -115,7 +115,7 @@ pub fn grouped_gemm(
                 let (block, panel) = (&blocks[task / panels], task % panels);
                 let sums = &mut sums[..block.rows().len()];
                 sums.fill([0.0; PANEL]);
-                multiply_block(cpu.isa(), block, rows, weights.panel(block.expert(), panel), sums);
+                multiply_block(cpu.isa(), block, rows, &weights.panel(block.expert(), panel), sums);
                 store(block, panel, weights.n(), sums, &out);
             },
         );
@@ -158,36 +158,44 @@ fn check(
 /// Adds one panel's product with a block's rows to `sums`.
 ///
 /// With several tiles, a block of K at a time: the first tile brings its weights into the cache (and decodes them) for the
-/// others.
-fn multiply_block(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: Panel<'_>, sums: &mut [Sums]) {
-    let run = if block.tile_count() > 1 { 1 } else { rows.k_blocks };
-    match panel {
-        Panel::Bf16(lines) => {
+/// others, and each tile asks for its share of the next block's.
+fn multiply_block(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: &Panel<'_>, sums: &mut [Sums]) {
+    let tiles = block.tile_count();
+    let run = if tiles > 1 { 1 } else { rows.k_blocks };
+    match panel.weights {
+        PanelWeights::Bf16(lines) => {
             for (k_block, lines) in (0..).step_by(run).zip(lines.chunks(run * BLOCK_PAIRS)) {
-                for tile in block.tiles() {
-                    multiply(isa, rows.pairs(block, &tile, k_block, lines.len()), lines, &mut sums[tile]);
+                let next = panel.ahead(k_block, lines.len());
+                for (index, tile) in block.tiles().enumerate() {
+                    let (pairs, ahead) = (rows.pairs(block, &tile, k_block, lines.len()), share(next, index, tiles));
+                    multiply(isa, pairs, lines, &mut sums[tile], ahead);
                 }
             }
         }
-        Panel::E4m3(panel, panel_scales) => {
+        PanelWeights::E4m3(bytes, scales) => {
             let mut kept = [[0; PANEL]; BLOCK_PAIRS];
-            let lines = panel.lines.chunks(run * BLOCK_PAIRS);
-            let blocks = lines.zip(panel.special.chunks(run)).zip(panel_scales.chunks(run));
-            for (k_block, ((lines, special), panel_scales)) in (0..).step_by(run).zip(blocks) {
+            let blocks = bytes.lines.chunks(run * BLOCK_PAIRS).zip(bytes.special.chunks(run)).zip(scales.chunks(run));
+            for (k_block, ((lines, special), scales)) in (0..).step_by(run).zip(blocks) {
                 let kept = if run == 1 { &mut kept[..lines.len()] } else { &mut [] };
-                for tile in block.tiles() {
-                    let pairs = rows.pairs(block, &tile, k_block, lines.len());
-                    let row_scales = rows.scales(block, &tile, k_block, panel_scales.len());
-                    let scales = BlockScales { panel: panel_scales, rows: row_scales };
-                    if tile.start == 0 {
-                        multiply_e4m3(isa, pairs, BytePanel { lines, special }, scales, &mut sums[tile], kept);
+                let next = panel.ahead(k_block, lines.len());
+                for (index, tile) in block.tiles().enumerate() {
+                    let (pairs, ahead) = (rows.pairs(block, &tile, k_block, lines.len()), share(next, index, tiles));
+                    let row_scales = rows.scales(block, &tile, k_block, scales.len());
+                    let scales = BlockScales { panel: scales, rows: row_scales };
+                    if index == 0 {
+                        multiply_e4m3(isa, pairs, BytePanel { lines, special }, scales, &mut sums[tile], kept, ahead);
                     } else {
-                        multiply_decoded(isa, pairs, kept, scales, &mut sums[tile]);
+                        multiply_decoded(isa, pairs, kept, scales, &mut sums[tile], ahead);
                     }
                 }
             }
         }
     }
+}
+
+/// The part of `memory` that falls to one of `count`.
+fn share(memory: &[u8], index: usize, count: usize) -> &[u8] {
+    &memory[index * memory.len() / count..(index + 1) * memory.len() / count]
 }
 
 /// Rounds a block's sums to bf16 and writes them to their rows.

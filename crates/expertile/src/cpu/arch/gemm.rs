@@ -63,15 +63,17 @@ impl BlockScales<'_> {
 }
 
 /// `sums[r][c] += sum_k rows[r, k] * panel[c, k]`.
-pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums]) {
+///
+/// `ahead` here and below is memory that the caller will read next: AVX-512 kernels ask for it bit by bit as they go.
+pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: &[u8]) {
     check_tile(rows, panel.len(), sums);
     #[cfg(target_arch = "x86_64")]
     match isa.level() {
-        Level::Avx512 => return super::x86_64::avx512::multiply(isa, rows, panel, sums),
+        Level::Avx512 => return super::x86_64::avx512::multiply(isa, rows, panel, sums, ahead),
         Level::Avx2 => return super::x86_64::avx2::multiply(isa, rows, panel, sums),
         Level::Portable => {}
     }
-    let _ = isa;
+    let _ = (isa, ahead);
     portable::multiply(rows, panel, sums);
 }
 
@@ -85,14 +87,16 @@ pub(crate) fn multiply_e4m3(
     scales: BlockScales<'_>,
     sums: &mut [Sums],
     decoded: &mut [PairLine],
+    ahead: &[u8],
 ) {
     check_scaled_tile(rows, panel.lines.len(), scales, sums);
     assert!(panel.special.len() == scales.panel.len());
     assert!(decoded.is_empty() || decoded.len() == panel.lines.len());
     #[cfg(target_arch = "x86_64")]
     if isa.level() == Level::Avx512 {
-        return super::x86_64::avx512::multiply_e4m3(isa, rows, panel, scales, sums, decoded);
+        return super::x86_64::avx512::multiply_e4m3(isa, rows, panel, scales, sums, decoded, ahead);
     }
+    let _ = ahead;
     let mut scratch = [[0; PANEL]; BLOCK_PAIRS];
     for (block, lines) in panel.lines.chunks(BLOCK_PAIRS).enumerate() {
         let decoded = match decoded.chunks_mut(BLOCK_PAIRS).nth(block) {
@@ -105,12 +109,20 @@ pub(crate) fn multiply_e4m3(
 }
 
 /// [`multiply_e4m3`] with the weights as it left them.
-pub(crate) fn multiply_decoded(isa: Isa, rows: &[u32], panel: &[PairLine], scales: BlockScales<'_>, sums: &mut [Sums]) {
+pub(crate) fn multiply_decoded(
+    isa: Isa,
+    rows: &[u32],
+    panel: &[PairLine],
+    scales: BlockScales<'_>,
+    sums: &mut [Sums],
+    ahead: &[u8],
+) {
     check_scaled_tile(rows, panel.len(), scales, sums);
     #[cfg(target_arch = "x86_64")]
     if isa.level() == Level::Avx512 {
-        return super::x86_64::avx512::multiply_decoded(isa, rows, panel, scales, sums);
+        return super::x86_64::avx512::multiply_decoded(isa, rows, panel, scales, sums, ahead);
     }
+    let _ = ahead;
     for (block, lines) in panel.chunks(BLOCK_PAIRS).enumerate() {
         promote(isa, rows, lines, scales, block, sums);
     }
@@ -135,7 +147,7 @@ fn check_scaled_tile(rows: &[u32], pairs: usize, scales: BlockScales<'_>, sums: 
 fn promote(isa: Isa, rows: &[u32], lines: &[PairLine], scales: BlockScales<'_>, block: usize, sums: &mut [Sums]) {
     let tile = sums.len();
     let mut fresh = [[0.0; PANEL]; MAX_ROWS];
-    multiply(isa, &rows[block * BLOCK_PAIRS * tile..][..lines.len() * tile], lines, &mut fresh[..tile]);
+    multiply(isa, &rows[block * BLOCK_PAIRS * tile..][..lines.len() * tile], lines, &mut fresh[..tile], &[]);
     for (row, (sums, fresh)) in sums.iter_mut().zip(&fresh).enumerate() {
         let scale = scales.of(block, row, tile);
         for (sum, &fresh) in sums.iter_mut().zip(fresh) {

@@ -152,28 +152,47 @@ impl PackedWeights {
         self.shape.panels()
     }
 
-    /// One panel's weights.
+    /// One panel of an expert.
     pub(super) fn panel(&self, expert: usize, panel: usize) -> Panel<'_> {
         let panel = expert * self.shape.panels() + panel;
         let len = self.shape.panel_bytes();
-        let bytes = &self.bytes.as_slice()[panel * len..][..len];
-        match self.shape.format {
-            WeightFormat::Bf16 => Panel::Bf16(bytemuck::cast_slice(bytes)),
+        let onwards = &self.bytes.as_slice()[panel * len..];
+        let weights = match self.shape.format {
+            WeightFormat::Bf16 => PanelWeights::Bf16(bytemuck::cast_slice(&onwards[..len])),
             WeightFormat::E4m3 => {
                 let blocks = self.shape.blocks();
                 let blocks = panel * blocks..(panel + 1) * blocks;
-                let special = &self.special[blocks.clone()];
-                Panel::E4m3(BytePanel { lines: bytemuck::cast_slice(bytes), special }, &self.scales[blocks])
+                let (lines, special) = (bytemuck::cast_slice(&onwards[..len]), &self.special[blocks.clone()]);
+                PanelWeights::E4m3(BytePanel { lines, special }, &self.scales[blocks])
             }
-        }
+        };
+        Panel { weights, line_bytes: self.shape.line_bytes(), onwards }
     }
 }
 
+/// One panel of an expert.
+pub(super) struct Panel<'a> {
+    pub(super) weights: PanelWeights<'a>,
+    line_bytes: usize,
+    /// All weights from this panel on: what follows it is read next.
+    onwards: &'a [u8],
+}
+
 /// One panel's weights.
-pub(super) enum Panel<'a> {
+#[derive(Clone, Copy)]
+pub(super) enum PanelWeights<'a> {
     Bf16(&'a [PairLine]),
     /// With one scale per block of K.
     E4m3(BytePanel<'a>, &'a [f32]),
+}
+
+impl<'a> Panel<'a> {
+    /// What to ask for while `pairs` pairs from `block` on are multiplied: as many, one block (4 or 8 KiB) further on.
+    pub(super) fn ahead(&self, block: usize, pairs: usize) -> &'a [u8] {
+        let start = ((block + 1) * BLOCK_PAIRS * self.line_bytes).min(self.onwards.len());
+        let end = (start + pairs * self.line_bytes).min(self.onwards.len());
+        &self.onwards[start..end]
+    }
 }
 
 impl std::fmt::Debug for PackedWeights {

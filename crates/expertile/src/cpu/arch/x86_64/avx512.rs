@@ -8,10 +8,6 @@ use crate::cpu::arch::portable::e4m3_as_bf16;
 use crate::cpu::arch::{Isa, Level};
 use std::arch::x86_64::*;
 
-/// How far ahead of its use a weight is asked for: panels stand one after another, so the next one's start is brought
-/// while this one's end is multiplied. (2 to 8 KiB measured alike; without, multiplying full tiles took 15 % longer.)
-const PREFETCH_BYTES: usize = 4096;
-
 /// Calls a kernel compiled for just this number of rows.
 macro_rules! for_rows {
     ($rows:expr, $kernel:ident($($arg:expr),*)) => {
@@ -35,10 +31,10 @@ macro_rules! for_rows {
 
 /// See [`crate::cpu::arch::gemm::multiply`].
 #[allow(unsafe_code)]
-pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums]) {
+pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: &[u8]) {
     assert!(isa.level() == Level::Avx512);
     // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
-    unsafe { for_rows!(sums.len(), multiply_rows(rows, panel, sums)) }
+    unsafe { for_rows!(sums.len(), multiply_rows(rows, panel, sums, ahead)) }
 }
 
 /// See [`crate::cpu::arch::gemm::multiply_e4m3`].
@@ -50,32 +46,40 @@ pub(crate) fn multiply_e4m3(
     scales: BlockScales<'_>,
     sums: &mut [Sums],
     decoded: &mut [PairLine],
+    ahead: &[u8],
 ) {
     assert!(isa.level() == Level::Avx512);
     // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
-    unsafe { for_rows!(sums.len(), promote_e4m3(rows, panel, scales, sums, decoded)) }
+    unsafe { for_rows!(sums.len(), promote_e4m3(rows, panel, scales, sums, decoded, ahead)) }
 }
 
 /// See [`crate::cpu::arch::gemm::multiply_decoded`].
 #[allow(unsafe_code)]
-pub(crate) fn multiply_decoded(isa: Isa, rows: &[u32], panel: &[PairLine], scales: BlockScales<'_>, sums: &mut [Sums]) {
+pub(crate) fn multiply_decoded(
+    isa: Isa,
+    rows: &[u32],
+    panel: &[PairLine],
+    scales: BlockScales<'_>,
+    sums: &mut [Sums],
+    ahead: &[u8],
+) {
     assert!(isa.level() == Level::Avx512);
     // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
-    unsafe { for_rows!(sums.len(), promote_decoded(rows, panel, scales, sums)) }
+    unsafe { for_rows!(sums.len(), promote_decoded(rows, panel, scales, sums, ahead)) }
 }
 
 /// A tile's sums: 32 columns of a row are two registers.
 type Tile<const R: usize> = [[__m512; 2]; R];
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
-fn multiply_rows<const R: usize>(rows: &[u32], panel: &[PairLine], sums: &mut [Sums]) {
+fn multiply_rows<const R: usize>(rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: &[u8]) {
+    let mut ahead = Ahead::new(ahead, panel.len());
     let mut tile = [[_mm512_setzero_ps(); 2]; R];
     for (tile, sums) in tile.iter_mut().zip(sums.iter()) {
         *tile = load_sums(sums);
     }
     for (pair, line) in rows.as_chunks::<R>().0.iter().zip(panel) {
-        prefetch_ahead(line);
-        prefetch_ahead(&line[16..]);
+        ahead.prefetch();
         multiply_pair(&mut tile, pair, load_pairs(line));
     }
     for (tile, sums) in tile.iter().zip(sums.iter_mut()) {
@@ -84,11 +88,19 @@ fn multiply_rows<const R: usize>(rows: &[u32], panel: &[PairLine], sums: &mut [S
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
-fn promote_decoded<const R: usize>(rows: &[u32], panel: &[PairLine], scales: BlockScales<'_>, sums: &mut [Sums]) {
+fn promote_decoded<const R: usize>(
+    rows: &[u32],
+    panel: &[PairLine],
+    scales: BlockScales<'_>,
+    sums: &mut [Sums],
+    ahead: &[u8],
+) {
+    let mut ahead = Ahead::new(ahead, panel.len());
     let blocks = rows.chunks(BLOCK_PAIRS * R).zip(panel.chunks(BLOCK_PAIRS));
     for (block, (rows, lines)) in blocks.enumerate() {
         let mut tile = [[_mm512_setzero_ps(); 2]; R];
         for (pair, line) in rows.as_chunks::<R>().0.iter().zip(lines) {
+            ahead.prefetch();
             multiply_pair(&mut tile, pair, load_pairs(line));
         }
         promote(&tile, scales, block, sums);
@@ -102,7 +114,9 @@ fn promote_e4m3<const R: usize>(
     scales: BlockScales<'_>,
     sums: &mut [Sums],
     decoded: &mut [PairLine],
+    ahead: &[u8],
 ) {
+    let mut ahead = Ahead::new(ahead, panel.lines.len());
     let decoder = Decoder::new();
     let mut decoded = decoded.iter_mut();
     let blocks = rows.chunks(BLOCK_PAIRS * R).zip(panel.lines.chunks(BLOCK_PAIRS)).zip(panel.special);
@@ -110,7 +124,7 @@ fn promote_e4m3<const R: usize>(
         let mut special = special;
         let mut tile = [[_mm512_setzero_ps(); 2]; R];
         for (pair, line) in rows.as_chunks::<R>().0.iter().zip(lines) {
-            prefetch_ahead(line);
+            ahead.prefetch();
             let weights = decoder.pairs(line, special & 1 != 0);
             if let Some(decoded) = decoded.next() {
                 store_pairs(decoded, weights);
@@ -162,12 +176,26 @@ fn load_pairs(line: &PairLine) -> [__m512i; 2] {
     unsafe { [_mm512_loadu_si512(line.as_ptr().cast()), _mm512_loadu_si512(line[16..].as_ptr().cast())] }
 }
 
-/// Asks for what stands [`PREFETCH_BYTES`] after `line`.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn prefetch_ahead<T>(line: &[T]) {
-    // A hint: past the end of the weights it does nothing.
-    _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast::<i8>().wrapping_add(PREFETCH_BYTES));
+/// Memory to be brought into the cache over so many steps, up to two lines with each.
+struct Ahead {
+    next: *const i8,
+    half_step_bytes: usize,
+}
+
+impl Ahead {
+    fn new(ahead: &[u8], steps: usize) -> Self {
+        Self { next: ahead.as_ptr().cast(), half_step_bytes: ahead.len() / (2 * steps) }
+    }
+
+    /// Two requests, whatever the step: asking for the same line again costs less than a branch.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn prefetch(&mut self) {
+        for _ in 0..2 {
+            _mm_prefetch::<_MM_HINT_T0>(self.next);
+            self.next = self.next.wrapping_add(self.half_step_bytes);
+        }
+    }
 }
 
 #[inline]
