@@ -19,6 +19,7 @@ mod router;
 mod stages;
 mod weights;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 use error::Error;
 use std::process::ExitCode;
@@ -39,10 +40,13 @@ enum Command {
     Doctor(doctor::Args),
 }
 
+/// Clap answers this with the whole help, as it should.
+const NO_COMMAND: ErrorKind = ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) if !error.use_stderr() => error.exit(),
+        Err(error) if !error.use_stderr() || error.kind() == NO_COMMAND => error.exit(),
         Err(error) => return report(&Error::Usage(one_line(&error.to_string()))),
     };
     let result = match cli.command {

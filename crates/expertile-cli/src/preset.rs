@@ -298,9 +298,9 @@ impl ExpertWeights for MadeUp {
     }
 }
 
-/// How many experts memory holds beside what a run needs: a seventh of it is left alone.
+/// How many experts memory holds beside what a run needs and what others do: a quarter of it is left alone.
 fn experts_that_fit(available: u64, expert_bytes: u64, asked: usize) -> usize {
-    let usable = available / 7 * 6;
+    let usable = available / 4 * 3;
     usize::try_from(usable / expert_bytes).unwrap_or(usize::MAX).min(asked)
 }
 
@@ -363,8 +363,8 @@ mod tests {
 
     #[test]
     fn memory_decides_how_many_experts_there_are() {
-        assert_eq!(experts_that_fit(7 << 30, 1 << 30, 4), 4);
-        assert_eq!(experts_that_fit(7 << 30, 1 << 30, 8), 6);
+        assert_eq!(experts_that_fit(8 << 30, 1 << 30, 4), 4);
+        assert_eq!(experts_that_fit(8 << 30, 1 << 30, 8), 6);
         assert_eq!(experts_that_fit(0, 1 << 30, 8), 0);
     }
 

@@ -176,6 +176,14 @@ fn bad_input_is_one_line_and_exit_code_2() {
 }
 
 #[test]
+fn no_command_shows_the_commands() {
+    let output = common::expertile(std::path::Path::new("."), &[]);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(["plan", "layer", "bench", "doctor"].iter().all(|name| stderr.contains(name)), "{stderr}");
+}
+
+#[test]
 fn bad_files_of_ids_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);

@@ -98,6 +98,36 @@ fn the_router_is_the_familys() {
 }
 
 #[test]
+fn packing_tells_of_every_expert_and_keeps_the_sizes() {
+    let cpu = expertile::cpu::Cpu::new();
+    for e4m3 in [false, true] {
+        let model = Model::new("mixtral", SIZES, e4m3);
+        let file = serialize(&model.tensors);
+        let checkpoint = Checkpoint::from_bytes(model.config.to_string().as_bytes(), &file).unwrap();
+        let layer = checkpoint.layer(LAYER).unwrap();
+        let mut told = Vec::new();
+        let (w13, w2) = layer.pack(&cpu, &mut |done| told.push(done)).unwrap();
+        assert_eq!(told, [1, 2, 3, 4]);
+        assert_eq!((w13.format(), w2.format()), (layer.weight_format(), layer.weight_format()));
+        assert_eq!((w13.experts(), w13.n(), w13.k()), (4, 2 * 192, 256));
+        assert_eq!((w2.experts(), w2.n(), w2.k()), (4, 256, 192));
+    }
+}
+
+#[test]
+fn an_up_that_starts_within_a_panel_cannot_be_packed_as_e4m3() {
+    let model = Model::new("mixtral", Sizes { intermediate: 40, ..SIZES }, true);
+    let file = serialize(&model.tensors);
+    let checkpoint = Checkpoint::from_bytes(model.config.to_string().as_bytes(), &file).unwrap();
+    let error = checkpoint.layer(LAYER).unwrap().pack(&expertile::cpu::Cpu::new(), &mut |_| {}).unwrap_err();
+    let message = with_causes(&error);
+    assert!(
+        message.contains("up of expert 0 cannot be packed: first_row is 40, expected a multiple of 32"),
+        "{message}"
+    );
+}
+
+#[test]
 fn bytes_and_folders_read_the_same() {
     let model = Model::new("qwen3_moe", SIZES, true);
     let file = serialize(&model.tensors);
