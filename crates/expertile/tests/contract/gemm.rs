@@ -178,7 +178,7 @@ fn small_routings() -> impl Strategy<Value = RoutingCase> {
 }
 
 proptest! {
-    #![proptest_config(config(40))]
+    #![proptest_config(config(60))]
 
     #[test]
     fn bf16_products_are_within_tolerance(

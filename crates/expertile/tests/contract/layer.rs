@@ -180,7 +180,7 @@ fn small_routings() -> impl Strategy<Value = RoutingCase> {
 }
 
 proptest! {
-    #![proptest_config(config(25))]
+    #![proptest_config(config(40))]
 
     #[test]
     fn bf16_tokens_come_out_within_tolerance(case in small_routings(), make in makes(), strides in strides()) {

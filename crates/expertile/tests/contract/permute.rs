@@ -220,7 +220,7 @@ fn check_convert<T: Number, O: Number>(
 }
 
 proptest! {
-    #![proptest_config(config(60))]
+    #![proptest_config(config(100))]
 
     #[test]
     fn bf16_rows_are_quantized_to_the_oracles_bits(case in routings(), choice in choices()) {
