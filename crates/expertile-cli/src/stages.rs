@@ -56,7 +56,7 @@ impl<'a> Call<'a> {
     }
 
     /// Runs the layer once.
-    pub(crate) fn run(&mut self, observe: &mut dyn FnMut(&StageDone<'_>)) -> Result<()> {
+    pub(crate) fn run(&mut self, observe: &mut (dyn FnMut(&StageDone<'_>) + Send)) -> Result<()> {
         let (tokens, topk, hidden) = (self.routing.tokens(), self.routing.topk(), self.layer.shape().hidden());
         let weights = MatrixRef::new(self.topk_weights, tokens, topk)?;
         let (workspace, output) = (&mut self.workspace[..], &mut self.output[..]);

@@ -179,7 +179,21 @@ impl Layer {
         topk_weights: MatrixRef<'_, f32>,
         workspace: &mut [u8],
         output: &mut [O],
-        observe: &mut dyn FnMut(&StageDone<'_>),
+        observe: &mut (dyn FnMut(&StageDone<'_>) + Send),
+    ) -> Result<()> {
+        // Entering a pool costs microseconds: once for the call, not once for every stage.
+        cpu.install(|| self.run_stages(cpu, hidden_states, routing, topk_weights, workspace, output, observe))
+    }
+
+    fn run_stages<T: Float, O: Float>(
+        &self,
+        cpu: &Cpu,
+        hidden_states: MatrixRef<'_, T>,
+        routing: &Routing<'_>,
+        topk_weights: MatrixRef<'_, f32>,
+        workspace: &mut [u8],
+        output: &mut [O],
+        observe: &mut (dyn FnMut(&StageDone<'_>) + Send),
     ) -> Result<()> {
         let (tokens, topk) = (routing.tokens(), routing.topk());
         let hidden = self.shape.hidden();
@@ -261,7 +275,7 @@ impl Layer {
         layout: &'a Layout<'a>,
         input_bytes: usize,
         carver: &mut Carver<'a>,
-        observe: &'a mut dyn FnMut(&StageDone<'_>),
+        observe: &'a mut (dyn FnMut(&StageDone<'_>) + Send),
     ) -> Result<Stages<'a>> {
         let sizes = self.stage_sizes(layout.m_sum())?;
         Ok(Stages {
@@ -291,7 +305,7 @@ struct Stages<'a> {
     cpu: &'a Cpu,
     layout: &'a Layout<'a>,
     input_bytes: usize,
-    observe: &'a mut dyn FnMut(&StageDone<'_>),
+    observe: &'a mut (dyn FnMut(&StageDone<'_>) + Send),
     front: &'a mut [u8],
     scales: &'a mut [f32],
     back: &'a mut [bf16],
