@@ -163,6 +163,28 @@ pub enum Error {
         /// The formats that would fit.
         expected: &'static str,
     },
+    /// A call into the CUDA driver that failed. After some of these (an illegal address, say) the context is lost.
+    #[error("{call} failed with {name} ({code}): {message}")]
+    Cuda {
+        /// The driver's function.
+        call: &'static str,
+        /// Its result.
+        code: u32,
+        /// The result's name.
+        name: String,
+        /// What the driver says about it.
+        message: String,
+    },
+    /// A kernel that could not be compiled or must not be used.
+    #[error("{kernel} for {arch} cannot be used: {detail}")]
+    Kernel {
+        /// The source file.
+        kernel: &'static str,
+        /// The architecture it was compiled for.
+        arch: String,
+        /// What is wrong: the compiler's log, or the resource that it may not use.
+        detail: String,
+    },
 }
 
 impl Error {

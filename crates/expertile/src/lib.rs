@@ -2,6 +2,8 @@
 
 pub mod activation;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod dtype;
 pub mod error;
 pub mod gemm;

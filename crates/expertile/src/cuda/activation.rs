@@ -1,0 +1,154 @@
+//! The activation over live rows, quantized or not.
+
+use super::arguments::{require_aligned, require_int};
+use super::device::{Device, Launch, Stream};
+use super::kernel::{Kernel, Resources, Source};
+use super::permute::scale_definitions;
+use super::route::MAX_EXPERTS;
+use crate::activation::Activation;
+use crate::error::{Error, Result};
+use crate::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding};
+use std::ffi::c_void;
+use std::sync::Arc;
+
+const THREADS: u32 = 256;
+
+/// What the kernel is specialised for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ActivateConfig {
+    /// `I`, a multiple of the group (of 16 without scales).
+    pub intermediate: usize,
+    /// Which activation.
+    pub activation: Activation,
+    /// The scales of an e4m3 result; without them it is bf16.
+    pub format: Option<ScaleFormat>,
+}
+
+impl ActivateConfig {
+    /// The kernel's source for this configuration.
+    ///
+    /// # Errors
+    /// [`Error::Value`] unless the group (16 for a bf16 result) divides `intermediate`.
+    pub fn source(&self) -> Result<Source> {
+        const PER_LANE: usize = 16;
+        if self.intermediate == 0 || !self.intermediate.is_multiple_of(PER_LANE) {
+            return Err(Error::value("intermediate", self.intermediate, "a positive multiple of 16 on a GPU"));
+        }
+        // Without scales the format's definitions still have to compile; any that fits will do.
+        let unused = ScaleFormat::new(Group::G32, ScaleLayout::RowMajor, ScaleRounding::Exact)?;
+        let mut definitions = match self.format {
+            Some(format) => scale_definitions(format, self.intermediate)?,
+            None => scale_definitions(unused, 32)?,
+        };
+        let bits = |value: f32| i64::from(value.to_bits());
+        definitions.extend([
+            ("INTERMEDIATE", i64::from(require_int("intermediate", self.intermediate)?)),
+            ("ALPHA", bits(self.activation.alpha)),
+            ("BETA", bits(self.activation.beta)),
+            ("LIMITED", i64::from(self.activation.limit.is_some())),
+            ("LIMIT", bits(self.activation.limit.unwrap_or(0.0))),
+            ("QUANTIZED", i64::from(self.format.is_some())),
+            ("ALIGNED", 1),
+        ]);
+        Ok(Source::new("activation.cu", include_str!("kernels/activation.cu"), definitions))
+    }
+}
+
+/// What one call works on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct ActivateBuffers {
+    /// `[M_sum, 2 I]` bf16, 16-byte aligned.
+    pub gate_up: u64,
+    /// `[E]` i32; with the alignment it says which rows are live.
+    pub psum: u64,
+    /// `[M_sum, I]` e4m3 or bf16, 16-byte aligned.
+    pub out: u64,
+    /// Scales as their format says, 16-byte aligned; 0 for a bf16 result.
+    pub scales: u64,
+    /// `E`
+    pub local_experts: usize,
+    /// `A`
+    pub alignment: usize,
+    /// `M_sum`
+    pub m_sum: usize,
+}
+
+/// The kernel's `ActivationArgs`.
+#[repr(C)]
+struct Arguments {
+    gate_up: u64,
+    psum: u64,
+    out: u64,
+    scales: u64,
+    experts: i32,
+    alignment: i32,
+    m_sum: i32,
+    reserved: i32,
+}
+
+/// The activation, prepared.
+#[derive(Debug)]
+pub struct Activate {
+    device: Device,
+    config: ActivateConfig,
+    kernel: Arc<Kernel>,
+    blocks: u32,
+}
+
+impl Activate {
+    /// Compiles (or loads) the kernel: the warm-up, after which nothing compiles.
+    ///
+    /// # Errors
+    /// As [`ActivateConfig::source`]; [`Error::Kernel`] if it does not compile, [`Error::Cuda`].
+    pub fn prepare(device: &Device, config: ActivateConfig) -> Result<Self> {
+        let kernel = device.kernel(&config.source()?, c"activation")?;
+        let per_multiprocessor = device.blocks_per_multiprocessor(&kernel, THREADS, 0)?;
+        let blocks = per_multiprocessor.max(1) * device.info().multiprocessors;
+        Ok(Self { device: device.clone(), config, kernel, blocks })
+    }
+
+    /// What the kernel takes of a multiprocessor.
+    #[must_use]
+    pub fn resources(&self) -> Resources {
+        self.kernel.resources()
+    }
+
+    /// Queues the launch: live rows of `out`, their scales, zeros in the padding's scales. Padding rows are untouched.
+    ///
+    /// # Safety
+    /// As [`super::Route::launch`].
+    ///
+    /// # Errors
+    /// [`Error::Value`] and [`Error::Alignment`] for what does not fit the configuration or the kernel; [`Error::Cuda`].
+    #[allow(unsafe_code)]
+    pub unsafe fn launch(&self, stream: Stream, call: &ActivateBuffers) -> Result<()> {
+        if call.local_experts == 0 || call.local_experts > MAX_EXPERTS {
+            return Err(Error::value("local_experts", call.local_experts, format!("1 to {MAX_EXPERTS} on a GPU")));
+        }
+        if call.alignment == 0 {
+            return Err(Error::Alignment { actual: 0, expected: "at least 1".into() });
+        }
+        let m_sum = require_int("m_sum", call.m_sum)?;
+        require_aligned("psum", call.psum, 4)?;
+        require_aligned("gate_up", call.gate_up, 16)?;
+        require_aligned("out", call.out, 16)?;
+        if self.config.format.is_some() {
+            require_aligned("scales", call.scales, 16)?;
+        }
+        let arguments = Arguments {
+            gate_up: call.gate_up,
+            psum: call.psum,
+            out: call.out,
+            scales: call.scales,
+            experts: call.local_experts as i32,
+            alignment: require_int("alignment", call.alignment)?,
+            m_sum,
+            reserved: 0,
+        };
+        let shape = Launch { blocks: self.blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
+        let pointers = [std::ptr::from_ref(&arguments).cast::<c_void>()];
+        // SAFETY: the kernel takes one `ActivationArgs`; the rest is the caller's promise.
+        unsafe { self.device.launch(&self.kernel, shape, stream, &pointers) }
+    }
+}

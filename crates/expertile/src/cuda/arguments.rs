@@ -1,0 +1,228 @@
+//! What callers hand over: device addresses as integers, in plain data. Nothing here owns or touches device memory.
+
+use crate::error::{Error, Result, checked_add, checked_mul};
+use crate::layout::Layout;
+use crate::plan::Plan;
+
+/// A matrix in device memory. Strides are in elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct Tensor2 {
+    /// Address of element `[0, 0]`; 0 where an optional matrix is absent.
+    pub address: u64,
+    /// Elements from one row to the next.
+    pub row_stride: usize,
+    /// Elements from one column to the next.
+    pub col_stride: usize,
+}
+
+/// Where the routing is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct RoutingBuffers {
+    /// `topk_ids [M, topk]`, i32 or i64.
+    pub ids: Tensor2,
+    /// `expert_map [G]` i32; 0 if ids are local.
+    pub expert_map: u64,
+    /// `G`; `E` without a map.
+    pub global_experts: usize,
+}
+
+/// Where the layout's lists go (or, for steps after it, are). All i32, and all of them written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct LayoutBuffers {
+    /// `[E]`
+    pub expert_num_tokens: u64,
+    /// `[E]`
+    pub expert_start: u64,
+    /// `[E]`
+    pub psum: u64,
+    /// `[M_sum]`
+    pub m_indices: u64,
+    /// `[M, topk]`
+    pub inv_perm: u64,
+    /// `[4]`: live rows, rows up to the end of the last segment, entries of the worklist, 0.
+    pub header: u64,
+    /// `[M_sum / row_tile, 2]`: (expert, first row) of every row tile that holds a live row, ascending. A GEMM that walks
+    /// it does no work for padding, however large the buffer.
+    pub worklist: u64,
+}
+
+impl LayoutBuffers {
+    /// Bytes that [`LayoutBuffers::carve`] takes, a multiple of 16.
+    ///
+    /// # Errors
+    /// [`Error::Alignment`] unless `row_tile` divides the plan's alignment, [`Error::Overflow`].
+    pub fn space_bytes(plan: &Plan, row_tile: usize) -> Result<usize> {
+        let what = "bytes of a layout";
+        let words = checked_add(what, Layout::space_len(plan)?, 4 + 2 * worklist_capacity(plan, row_tile)?)?;
+        // Each of the seven lists starts on 16 bytes.
+        checked_add(what, checked_mul(what, words, 4)?, 7 * 16)
+    }
+
+    /// Lists one behind the other from `address` (16-byte aligned), each on 16 bytes.
+    ///
+    /// # Errors
+    /// As [`LayoutBuffers::space_bytes`]; [`Error::Value`] if `address` is not aligned.
+    pub fn carve(address: u64, plan: &Plan, row_tile: usize) -> Result<Self> {
+        Self::space_bytes(plan, row_tile)?;
+        require_aligned("layout", address, 16)?;
+        let mut next = address;
+        let mut list = |words: usize| {
+            let start = next;
+            next += (words as u64 * 4).next_multiple_of(16);
+            start
+        };
+        let experts = plan.local_experts();
+        Ok(Self {
+            expert_num_tokens: list(experts),
+            expert_start: list(experts),
+            psum: list(experts),
+            m_indices: list(plan.m_sum()),
+            inv_perm: list(plan.tokens() * plan.topk()),
+            header: list(4),
+            worklist: list(2 * worklist_capacity(plan, row_tile)?),
+        })
+    }
+}
+
+/// Row tiles that a buffer of `M_sum` rows can hold.
+pub(super) fn worklist_capacity(plan: &Plan, row_tile: usize) -> Result<usize> {
+    if row_tile == 0 || !plan.alignment().is_multiple_of(row_tile) {
+        return Err(Error::Alignment {
+            actual: plan.alignment(),
+            expected: format!("a multiple of the GEMM's row tile, {row_tile}"),
+        });
+    }
+    Ok(plan.m_sum() / row_tile)
+}
+
+/// Rows on their way to their places.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct RowsBuffers {
+    /// `[M, H]`; its columns stand next to each other.
+    pub x: Tensor2,
+    /// Scales of rows that come quantized, `[M, H / group]`: f32, or UE8M0 bytes for the packed layout.
+    pub x_scales: Tensor2,
+    /// `topk_weights [M, 1]` f32, where they multiply the input.
+    pub weights: Tensor2,
+    /// `[M_sum, H]`, 16-byte aligned.
+    pub out: u64,
+    /// Scales as their format says, 16-byte aligned.
+    pub scales: u64,
+}
+
+/// Fails unless an address is there and a multiple of `alignment`.
+pub(super) fn require_aligned(argument: &'static str, address: u64, alignment: u64) -> Result<()> {
+    if address == 0 || !address.is_multiple_of(alignment) {
+        return Err(Error::Value {
+            argument,
+            actual: i128::from(address),
+            expected: format!("a device address that is a multiple of {alignment}"),
+        });
+    }
+    Ok(())
+}
+
+/// Fails unless a number fits the kernels' `int`.
+pub(super) fn require_int(argument: &'static str, value: usize) -> Result<i32> {
+    i32::try_from(value).map_err(|_| Error::value(argument, value, format!("at most {}", i32::MAX)))
+}
+
+/// The kernels' `RouteArgs`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct RouteArgs {
+    pub(super) ids: u64,
+    pub(super) expert_map: u64,
+    pub(super) ids_row_stride: i64,
+    pub(super) ids_col_stride: i64,
+    pub(super) layout: LayoutBuffers,
+    pub(super) status: u64,
+    pub(super) barrier: u64,
+    pub(super) chunk_counts: u64,
+    pub(super) tokens: i32,
+    pub(super) experts: i32,
+    pub(super) ids_limit: i32,
+    pub(super) alignment: i32,
+    pub(super) m_sum: i32,
+    pub(super) row_tile: i32,
+    pub(super) worklist_capacity: i32,
+    pub(super) reserved: i32,
+}
+
+/// The kernels' `RowsArgs`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct RowsArgs {
+    pub(super) x: u64,
+    pub(super) x_row_stride: i64,
+    pub(super) x_scales: u64,
+    pub(super) x_scales_row_stride: i64,
+    pub(super) x_scales_col_stride: i64,
+    pub(super) weights: u64,
+    pub(super) weights_row_stride: i64,
+    pub(super) out: u64,
+    pub(super) scales: u64,
+    pub(super) m_indices: u64,
+    pub(super) inv_perm: u64,
+    pub(super) tokens: i32,
+    pub(super) m_sum: i32,
+}
+
+impl RowsArgs {
+    pub(super) fn new(rows: &RowsBuffers, layout: &LayoutBuffers, plan: &Plan) -> Result<Self> {
+        Ok(Self {
+            x: rows.x.address,
+            x_row_stride: rows.x.row_stride as i64,
+            x_scales: rows.x_scales.address,
+            x_scales_row_stride: rows.x_scales.row_stride as i64,
+            x_scales_col_stride: rows.x_scales.col_stride as i64,
+            weights: rows.weights.address,
+            weights_row_stride: rows.weights.row_stride as i64,
+            out: rows.out,
+            scales: rows.scales,
+            m_indices: layout.m_indices,
+            inv_perm: layout.inv_perm,
+            tokens: require_int("tokens", plan.tokens())?,
+            m_sum: require_int("m_sum", plan.m_sum())?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::TokenExperts;
+
+    #[test]
+    fn lists_are_carved_inside_their_space_without_overlap() {
+        for (tokens, topk, experts, alignment, tile) in [(1, 1, 1, 1, 1), (7, 3, 5, 12, 4), (64, 8, 256, 128, 64)] {
+            let plan = Plan::tight(tokens, topk, experts, alignment, TokenExperts::Distinct).unwrap();
+            let lists = LayoutBuffers::carve(4096, &plan, tile).unwrap();
+            let end = 4096 + LayoutBuffers::space_bytes(&plan, tile).unwrap() as u64;
+            let spans = [
+                (lists.expert_num_tokens, experts),
+                (lists.expert_start, experts),
+                (lists.psum, experts),
+                (lists.m_indices, plan.m_sum()),
+                (lists.inv_perm, tokens * topk),
+                (lists.header, 4),
+                (lists.worklist, 2 * plan.m_sum() / tile),
+            ];
+            for (index, &(start, words)) in spans.iter().enumerate() {
+                let next = spans.get(index + 1).map_or(end, |&(next, _)| next);
+                assert!(start % 16 == 0 && start + 4 * words as u64 <= next, "list {index} of {spans:?} up to {end}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_tile_that_does_not_divide_the_alignment_and_an_odd_address_are_refused() {
+        let plan = Plan::tight(4, 2, 4, 128, TokenExperts::Distinct).unwrap();
+        assert!(matches!(LayoutBuffers::space_bytes(&plan, 96), Err(Error::Alignment { actual: 128, .. })));
+        assert!(matches!(LayoutBuffers::carve(8, &plan, 128), Err(Error::Value { argument: "layout", actual: 8, .. })));
+    }
+}

@@ -1,0 +1,49 @@
+// Words, loads, and the order between launches. Written without any header of the toolkit: the compiler alone is enough.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+constexpr u32 WARP = 0xffffffffu;
+
+// Waits until the launches before this one in the stream have finished and their writes are seen. Every thread of every
+// kernel calls it before touching global memory: whoever waits for this kernel has then waited for those before it too.
+__device__ __forceinline__ void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next launch occupy multiprocessors as they become free; it still waits for this one's writes.
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// 16 bytes that this kernel reads once and nobody writes meanwhile.
+__device__ __forceinline__ uint4 load_once(const void* address) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address));
+    return v;
+}
+
+__device__ __forceinline__ int lane_of_thread() { return threadIdx.x & 31; }
+
+// The largest index whose entry is <= value, in a list that ascends from 0 and may repeat.
+// Of experts that share a start, only the last can hold rows: it is the one found.
+__device__ __forceinline__ int last_not_above(const int* list, int length, int value) {
+    int low = 0;
+    int high = length;
+    while (high - low > 1) {
+        const int middle = (low + high) >> 1;
+        if (list[middle] <= value) low = middle;
+        else high = middle;
+    }
+    return low;
+}

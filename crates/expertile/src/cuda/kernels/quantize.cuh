@@ -1,0 +1,148 @@
+// What an e4m3 value and its scale are: the same IEEE f32 operations, one rounding each, as quantize.rs.
+// A warp takes a slab of 512 consecutive values of a row, 16 to a lane; a group's lanes stand next to each other.
+#pragma once
+#include "access.cuh"
+
+constexpr int SLAB = 512;
+constexpr int PER_LANE = 16;
+
+// 1 / d, correctly rounded, for d in [2^-43, 2^126): one Newton step on the hardware's approximation.
+// cuda/arithmetic.rs compares it with the IEEE division for every such d.
+__device__ __forceinline__ float reciprocal(float d) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+    return __fmaf_rn(r, __fmaf_rn(-d, r, 1.0f), r);
+}
+
+// Two values to e4m3: nearest, ties to even, saturating at 448; NaN of either sign to 0x7f.
+__device__ __forceinline__ u32 e4m3_byte(float x) {
+    const u32 bits = __float_as_uint(x);
+    const u32 magnitude = bits & 0x7fffffffu;
+    const u32 clamped = magnitude > 0x43e00000u ? 0x43e00000u : magnitude;
+    const u32 normal = (clamped - (120u << 23) + 0x7ffffu + ((clamped >> 20) & 1u)) >> 20;
+    const u32 subnormal = __float_as_uint(__fadd_rn(__uint_as_float(clamped), 16384.0f)) & 0xfu;
+    const u32 finite = (clamped < 0x3c800000u ? subnormal : normal) | ((bits >> 24) & 0x80u);
+    return magnitude > 0x7f800000u ? 0x7fu : finite;
+}
+
+__device__ __forceinline__ u32 e4m3_pair(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+    u16 pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return e4m3_byte(low) | e4m3_byte(high) << 8;
+#endif
+}
+
+// The scale of a group whose largest magnitude is amax; NaN (a group of nothing but NaN) counts as zero.
+__device__ __forceinline__ float scale_of(float amax, bool power_of_two) {
+    const float floored = amax > 1e-10f ? amax : 1e-10f;
+    const float scale = __fmul_rn(floored, 1.0f / 448.0f);
+    const u32 mantissa = (1u << 23) - 1u;
+    return power_of_two ? __uint_as_float((__float_as_uint(scale) + mantissa) & ~mantissa) : scale;
+}
+
+// Division by one scale: multiply by the rounded inverse, then add back the remainder. CORRECTIONS = 2 is the IEEE quotient
+// (after one step the quotient is within one unit, and the second step's error is below half the distance that a quotient
+// of two 24-bit numbers keeps from a rounding boundary). CORRECTIONS = 1 is enough where the dividend is a bf16 or f16 and
+// the quotient is rounded to e4m3: cuda/arithmetic.rs tries every pair of mantissas.
+template <bool POWER, int CORRECTIONS>
+struct Divisor {
+    float inverse;
+    float scale;  // zero where the remainder would be meaningless: see below
+
+    __device__ __forceinline__ explicit Divisor(float s) {
+        const bool finite = s < __uint_as_float(0x7f800000u);
+        // A power of two has an exact inverse, and multiplying by it rounds once, like the division.
+        const float inexact = reciprocal(s);
+        const float exact = __uint_as_float((254u << 23) - (__float_as_uint(s) & 0x7f800000u));
+        // An infinite scale takes finite values to zero and infinities to NaN: x * 0 does, and adds x * 0 once more.
+        inverse = finite ? (POWER ? exact : inexact) : 0.0f;
+        scale = finite ? s : 0.0f;
+    }
+
+    __device__ __forceinline__ float quotient(float x) const {
+        float q = __fmul_rn(x, inverse);
+        if constexpr (!POWER) {
+#pragma unroll
+            for (int i = 0; i < CORRECTIONS; ++i) q = __fmaf_rn(__fmaf_rn(-q, scale, x), inverse, q);
+        }
+        return q;
+    }
+};
+
+// Halves of a packed pair, exactly, as f32.
+template <int TYPE>
+__device__ __forceinline__ float low_half(u32 pair) {
+    if (TYPE == 0) return __uint_as_float(pair << 16);
+    float x;
+    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(x) : "r"(pair));
+    return x;
+}
+
+template <int TYPE>
+__device__ __forceinline__ float high_half(u32 pair) {
+    if (TYPE == 0) return __uint_as_float(pair & 0xffff0000u);
+    float x;
+    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(x) : "r"(pair));
+    return x;
+}
+
+// Two f32 rounded to nearest even.
+template <int TYPE>
+__device__ __forceinline__ u32 pack_halves(float low, float high) {
+    u32 pair;
+    if (TYPE == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// The larger of each half; a NaN loses to a number.
+template <int TYPE>
+__device__ __forceinline__ u32 larger_halves(u32 a, u32 b) {
+    u32 c;
+    if (TYPE == 0) asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    else asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+
+// The largest magnitude over the lanes of a group; every lane of the warp calls.
+template <int GROUP_SIZE>
+__device__ __forceinline__ float group_max(float x) {
+#pragma unroll
+    for (int distance = GROUP_SIZE / PER_LANE / 2; distance > 0; distance /= 2)
+        x = fmaxf(x, __shfl_xor_sync(WARP, x, distance));
+    return x;
+}
+
+// 16 f32 in units of their scale, as e4m3.
+template <bool POWER, int CORRECTIONS>
+__device__ __forceinline__ uint4 quantize_values(const float (&x)[PER_LANE], float scale) {
+    const Divisor<POWER, CORRECTIONS> divisor(scale);
+    u32 word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float* v = x + 4 * i;
+        const u32 low = e4m3_pair(divisor.quotient(v[0]), divisor.quotient(v[1]));
+        const u32 high = e4m3_pair(divisor.quotient(v[2]), divisor.quotient(v[3]));
+        word[i] = low | high << 16;
+    }
+    return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+// 16 bf16 or f16 of each lane to e4m3, and the scale of the lane's group. Every lane of the warp calls.
+template <int TYPE, int GROUP_SIZE, bool POWER>
+__device__ __forceinline__ uint4 quantize_slab(const u32 (&pairs)[PER_LANE / 2], float& scale) {
+    u32 largest = 0;
+#pragma unroll
+    for (int i = 0; i < PER_LANE / 2; ++i) largest = larger_halves<TYPE>(largest, pairs[i] & 0x7fff7fffu);
+    scale = scale_of(group_max<GROUP_SIZE>(fmaxf(low_half<TYPE>(largest), high_half<TYPE>(largest))), POWER);
+    float x[PER_LANE];
+#pragma unroll
+    for (int i = 0; i < PER_LANE / 2; ++i) {
+        x[2 * i] = low_half<TYPE>(pairs[i]);
+        x[2 * i + 1] = high_half<TYPE>(pairs[i]);
+    }
+    return quantize_values<POWER, 1>(x, scale);
+}

@@ -1,0 +1,179 @@
+// Where each slot goes: a stable counting sort by expert, done by one block. Set by whoever compiles: TOPK, IDS_I64.
+#pragma once
+#include "access.cuh"
+
+constexpr int MAX_EXPERTS = 1024;
+
+// What was wrong with a call's ids, kept until the host asks; all zero means nothing. Of several offenders the first is
+// kept, as the largest complement of its place, so that it does not depend on which block was first.
+struct Status {
+    u64 id;           // ~(token * TOPK + k) of the first id past the limit, above the id (held within 32 bits)
+    u64 map_entry;    // ~(global id) of the first map entry past the local experts, above the entry
+    u32 rows_needed;  // rows the routing needs, where they exceed m_sum
+    u32 reserved;
+};
+
+struct Barrier {
+    u32 arrived;
+    u32 generation;
+};
+
+struct RouteArgs {
+    const void* ids;        // [tokens, TOPK] i32 or i64
+    const int* expert_map;  // [ids_limit], or null
+    i64 ids_row_stride;
+    i64 ids_col_stride;
+    int* expert_num_tokens;
+    int* expert_start;
+    int* psum;
+    int* m_indices;
+    int* inv_perm;
+    int* header;      // live rows, rows up to the end of the last segment, tiles, 0
+    int2* worklist;   // (expert, first row) of every row tile that holds a live row
+    Status* status;
+    Barrier* barrier;
+    int* chunk_counts;  // [chunks, experts rounded up to 4]
+    int tokens;
+    int experts;
+    int ids_limit;
+    int alignment;
+    int m_sum;
+    int row_tile;
+    int worklist_capacity;
+    int reserved;
+};
+
+// The experts' totals, and where their segments and tiles start; in shared memory.
+struct Experts {
+    int total[MAX_EXPERTS];
+    int start[MAX_EXPERTS];
+    int tile[MAX_EXPERTS];
+    u64 warp_sums[32];
+    int live;
+    int rows;
+    int tiles;
+};
+
+// The local expert of a slot; -1 for an empty or non-local one, and for one that `status` is told about.
+__device__ __forceinline__ int local_expert(const RouteArgs& a, int slot, Status* status) {
+    const i64 at = (i64)(slot / TOPK) * a.ids_row_stride + (i64)(slot % TOPK) * a.ids_col_stride;
+#if IDS_I64
+    const i64 id = static_cast<const i64*>(a.ids)[at];
+#else
+    const i64 id = static_cast<const int*>(a.ids)[at];
+#endif
+    if (id < 0) return -1;
+    if (id >= a.ids_limit) {
+        if (status != nullptr) atomicMax(&status->id, (u64)~(u32)slot << 32 | (u32)min(id, (i64)0xffffffff));
+        return -1;
+    }
+    if (a.expert_map == nullptr) return (int)id;
+    const int expert = a.expert_map[id];
+    if (expert >= a.experts) {
+        if (status != nullptr) atomicMax(&status->map_entry, (u64)~(u32)id << 32 | (u32)expert);
+        return -1;
+    }
+    return expert < 0 ? -1 : expert;
+}
+
+// How many slots this warp has seen of the lane's expert before it: in earlier calls (`seen`, the warp's own counters,
+// which it brings up to date) and in lower lanes. Every lane of the warp calls.
+__device__ __forceinline__ int rank_in_warp(int expert, u16* seen) {
+    const u32 peers = __match_any_sync(WARP, expert);
+    const int before = expert >= 0 ? seen[expert] : 0;
+    __syncwarp();
+    const int lane = lane_of_thread();
+    if (expert >= 0 && (peers >> lane) == 1u) seen[expert] = (u16)(before + __popc(peers));
+    __syncwarp();
+    return before + __popc(peers & ((1u << lane) - 1u));
+}
+
+// From the experts' totals to the starts of their segments (multiples of `alignment`) and tiles, by a scan over all of
+// them. The block's threads take EACH consecutive experts; all of them call, and all may read the result afterwards.
+template <int THREADS>
+__device__ void plan_experts(Experts& s, int experts, int alignment, int row_tile) {
+    constexpr int EACH = MAX_EXPERTS / THREADS;
+    const int first = threadIdx.x * EACH;
+    const int lane = lane_of_thread();
+    const int warp = threadIdx.x >> 5;
+    // Rows in the low word, tiles in the high one: the host has made sure that neither can carry.
+    u64 sum = 0;
+    u32 live = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        if (first + i >= experts) break;
+        const u32 total = s.total[first + i];
+        const u32 tiles = (total + row_tile - 1) / row_tile;
+        sum += (u64)tiles << 32 | (total + alignment - 1) / alignment * alignment;
+        live += total;
+    }
+    u64 scanned = sum;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const u64 below = __shfl_up_sync(WARP, scanned, distance);
+        if (lane >= distance) scanned += below;
+    }
+    live = __reduce_add_sync(WARP, live);
+    if (lane == 0 && live != 0) atomicAdd(&s.live, (int)live);
+    if (lane == 31) s.warp_sums[warp] = scanned;
+    __syncthreads();
+    u64 before = scanned - sum;
+    u64 all = 0;
+    {
+        u64 warps = lane < THREADS / 32 ? s.warp_sums[lane] : 0;
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const u64 below = __shfl_up_sync(WARP, warps, distance);
+            if (lane >= distance) warps += below;
+        }
+        all = __shfl_sync(WARP, warps, 31);
+        const u64 earlier = __shfl_sync(WARP, warps, (warp + 31) & 31);
+        if (warp > 0) before += earlier;
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        if (first + i >= experts) break;
+        const u32 total = s.total[first + i];
+        s.start[first + i] = (int)(u32)before;
+        s.tile[first + i] = (int)(before >> 32);
+        const u32 tiles = (total + row_tile - 1) / row_tile;
+        before += (u64)tiles << 32 | (total + alignment - 1) / alignment * alignment;
+    }
+    if (threadIdx.x == 0) {
+        s.rows = (int)(u32)all;
+        s.tiles = (int)(all >> 32);
+    }
+    __syncthreads();
+}
+
+// The lists of experts and the header: one block writes them. Ends are held within m_sum, so that whoever walks the lists
+// after a routing that does not fit stays inside the buffer.
+__device__ __forceinline__ void write_experts(const RouteArgs& a, const Experts& s) {
+    for (int expert = threadIdx.x; expert < a.experts; expert += blockDim.x) {
+        const int start = min(s.start[expert], a.m_sum);
+        const int end = min(s.start[expert] + s.total[expert], a.m_sum);
+        a.expert_num_tokens[expert] = end - start;
+        a.expert_start[expert] = start;
+        a.psum[expert] = end;
+    }
+    if (threadIdx.x == 0) {
+        a.header[0] = s.live;
+        a.header[1] = min(s.rows, a.m_sum);
+        a.header[2] = min(s.tiles, a.worklist_capacity);
+        a.header[3] = 0;
+        if (s.rows > a.m_sum) atomicMax(&a.status->rows_needed, (u32)s.rows);
+    }
+}
+
+// Lists by row and by tile: threads of the whole grid share them; `thread` of `threads`.
+__device__ __forceinline__ void write_rows(const RouteArgs& a, const Experts& s, int thread, int threads) {
+    for (int row = thread; row < a.m_sum; row += threads) {
+        const int expert = last_not_above(s.start, a.experts, row);
+        a.m_indices[row] = row < s.start[expert] + s.total[expert] ? expert : -1;
+    }
+    const int tiles = min(s.tiles, a.worklist_capacity);
+    for (int tile = thread; tile < tiles; tile += threads) {
+        const int expert = last_not_above(s.tile, a.experts, tile);
+        a.worklist[tile] = make_int2(expert, s.start[expert] + (tile - s.tile[expert]) * a.row_tile);
+    }
+}

@@ -1,0 +1,118 @@
+// Routing and plan in one launch, for any number of tokens: each block counts and ranks one chunk of the slots, the blocks
+// meet once, and each then knows where its chunk's rows go. All blocks must be resident: launch it cooperatively.
+//
+// Set by whoever compiles: TOPK, IDS_I64.
+#include "route.cuh"
+
+constexpr int THREADS = 512;
+constexpr int WARPS = THREADS / 32;
+
+// Reset by whoever arrives last, so that any number of blocks may meet at it next time.
+__device__ __forceinline__ void meet(Barrier* barrier) {
+    __syncthreads();
+    if (threadIdx.x == 0 && gridDim.x > 1) {
+        volatile u32* generation = &barrier->generation;
+        const u32 mine = *generation;
+        __threadfence();
+        if (atomicAdd(&barrier->arrived, 1u) == gridDim.x - 1) {
+            barrier->arrived = 0;
+            __threadfence();
+            *generation = mine + 1;
+        } else {
+            while (*generation == mine) {
+            }
+        }
+        __threadfence();
+    }
+    __syncthreads();
+}
+
+// Adds up the chunks' counts: all of them into s.total, those before this block's into `before`.
+__device__ __forceinline__ void sum_chunks(const RouteArgs& a, int padded, Experts& s, int* before) {
+    const int quads = padded / 4;
+    const int rows_at_once = THREADS / quads;
+    const int quad = threadIdx.x % quads;
+    if (threadIdx.x / quads >= rows_at_once) return;
+    int4 all = make_int4(0, 0, 0, 0);
+    int4 earlier = all;
+#pragma unroll 4
+    for (int chunk = threadIdx.x / quads; chunk < gridDim.x; chunk += rows_at_once) {
+        const int4 c = __ldcg(reinterpret_cast<const int4*>(a.chunk_counts + (i64)chunk * padded) + quad);
+        all = make_int4(all.x + c.x, all.y + c.y, all.z + c.z, all.w + c.w);
+        if (chunk < blockIdx.x) earlier = make_int4(earlier.x + c.x, earlier.y + c.y, earlier.z + c.z, earlier.w + c.w);
+    }
+    const int sums[4] = {all.x, all.y, all.z, all.w};
+    const int starts[4] = {earlier.x, earlier.y, earlier.z, earlier.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (4 * quad + i >= a.experts) break;
+        if (sums[i] != 0) atomicAdd(&s.total[4 * quad + i], sums[i]);
+        if (starts[i] != 0) atomicAdd(&before[4 * quad + i], starts[i]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) route_plan(const __grid_constant__ RouteArgs a) {
+    __shared__ Experts s;
+    __shared__ int before[MAX_EXPERTS];
+    extern __shared__ u16 seen[];  // [WARPS, experts]
+    wait_for_previous_launch();
+
+    const int warp = threadIdx.x >> 5;
+    const int lane = lane_of_thread();
+    const int slots = a.tokens * TOPK;
+    const int rounds = (slots + gridDim.x * THREADS - 1) / (gridDim.x * THREADS);
+    const int first = (blockIdx.x * WARPS + warp) * rounds * 32 + lane;
+    for (int i = threadIdx.x; i < WARPS * a.experts; i += THREADS) seen[i] = 0;
+    for (int i = threadIdx.x; i < MAX_EXPERTS; i += THREADS) s.total[i] = before[i] = 0;
+    if (threadIdx.x == 0) s.live = 0;
+    __syncthreads();
+
+    // Ranks within the warp's part of the chunk wait in inv_perm, written and read by the same thread.
+    constexpr int AT_ONCE = 4;
+    for (int round = 0; round < rounds; round += AT_ONCE) {
+        int expert[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int slot = first + (round + i) * 32;
+            expert[i] = round + i < rounds && slot < slots ? local_expert(a, slot, a.status) : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            if (round + i >= rounds) break;
+            const int slot = first + (round + i) * 32;
+            const int rank = rank_in_warp(expert[i], seen + warp * a.experts);
+            if (slot < slots) a.inv_perm[slot] = rank;
+        }
+    }
+    __syncthreads();
+
+    const int padded = (a.experts + 3) & ~3;
+    for (int expert = threadIdx.x; expert < padded; expert += THREADS) {
+        int sum = 0;
+        if (expert < a.experts) {
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+                const int count = seen[w * a.experts + expert];
+                seen[w * a.experts + expert] = (u16)sum;
+                sum += count;
+            }
+        }
+        a.chunk_counts[(i64)blockIdx.x * padded + expert] = sum;
+    }
+    meet(a.barrier);
+    let_next_launch_start();
+    sum_chunks(a, padded, s, before);
+    __syncthreads();
+    plan_experts<THREADS>(s, a.experts, a.alignment, a.row_tile);
+
+    for (int round = 0; round < rounds; ++round) {
+        const int slot = first + round * 32;
+        if (slot >= slots) break;
+        const int expert = local_expert(a, slot, nullptr);
+        int row = -1;
+        if (expert >= 0) row = s.start[expert] + before[expert] + seen[warp * a.experts + expert] + a.inv_perm[slot];
+        a.inv_perm[slot] = row < a.m_sum ? row : -1;
+    }
+    write_rows(a, s, blockIdx.x * THREADS + threadIdx.x, gridDim.x * THREADS);
+    if (blockIdx.x == 0) write_experts(a, s);
+}

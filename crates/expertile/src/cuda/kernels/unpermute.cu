@@ -1,0 +1,111 @@
+// Rows back to their tokens: out[m, :] = sum over k of weights[m, k] * rows[inv_perm[m, k], :], in f32 and in the order of
+// k, each product and each sum rounded once. Empty slots are skipped.
+//
+// Set by whoever compiles: HIDDEN, TOPK, INPUT (0 bf16, 1 f16, 2 f32), OUTPUT (the same), WEIGHTED, VECTOR (elements a lane
+// takes at a time: 16 bytes of them, or 1 where H or an address does not allow it).
+#include "quantize.cuh"
+
+struct UnpermuteArgs {
+    const void* rows;  // [m_sum, HIDDEN]
+    const int* inv_perm;
+    const float* weights;  // [tokens, TOPK]
+    i64 weights_row_stride;
+    void* out;  // [tokens, HIDDEN]
+    int tokens;
+    int m_sum;
+};
+
+constexpr int THREADS = 256;
+constexpr int STEPS = (HIDDEN + 32 * VECTOR - 1) / (32 * VECTOR);
+constexpr int BYTES_IN = INPUT == 2 ? 4 : 2;
+constexpr int BYTES_OUT = OUTPUT == 2 ? 4 : 2;
+// Slots whose rows are loaded before the first is added.
+constexpr int AT_ONCE = TOPK < 8 ? TOPK : 8;
+
+// A lane's VECTOR elements, as they stand in memory.
+struct Elements {
+    u32 word[4];
+};
+
+__device__ __forceinline__ Elements load_elements(const u8* from) {
+    Elements e;
+    if (VECTOR == 1) {
+        e.word[0] = BYTES_IN == 4 ? *reinterpret_cast<const u32*>(from) : *reinterpret_cast<const u16*>(from);
+    } else {
+        const uint4 v = load_once(from);
+        e.word[0] = v.x, e.word[1] = v.y, e.word[2] = v.z, e.word[3] = v.w;
+    }
+    return e;
+}
+
+__device__ __forceinline__ float element(const Elements& e, int i) {
+    if (INPUT == 2) return __uint_as_float(e.word[i]);
+    return i % 2 == 0 ? low_half<INPUT>(e.word[i / 2]) : high_half<INPUT>(e.word[i / 2]);
+}
+
+__device__ __forceinline__ void store_sums(u8* to, const float (&sum)[VECTOR]) {
+    if (VECTOR == 1) {
+        if (OUTPUT == 2) *reinterpret_cast<float*>(to) = sum[0];
+        else *reinterpret_cast<u16*>(to) = (u16)pack_halves<OUTPUT>(sum[0], 0.0f);
+        return;
+    }
+    constexpr int WORDS = VECTOR * BYTES_OUT / 4;
+    u32 word[WORDS > 0 ? WORDS : 1];
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+        if (OUTPUT == 2) word[i] = __float_as_uint(sum[i]);
+        else word[i] = pack_halves<OUTPUT>(sum[2 * i], sum[(2 * i + 1) % VECTOR]);
+    }
+    if (WORDS == 2) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(word[0], word[1 % (WORDS > 0 ? WORDS : 1)]);
+    } else {
+#pragma unroll
+        for (int i = 0; i + 3 < WORDS; i += 4)
+            *reinterpret_cast<uint4*>(to + 4 * i) = make_uint4(word[i], word[i + 1], word[i + 2], word[i + 3]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 3) unpermute(const __grid_constant__ UnpermuteArgs a) {
+    wait_for_previous_launch();
+    let_next_launch_start();
+    const int lane = lane_of_thread();
+    const int warp = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
+    const int warps = gridDim.x * (THREADS / 32);
+    for (i64 unit = warp; unit < (i64)a.tokens * STEPS; unit += warps) {
+        const int token = (int)(unit / STEPS);
+        const int column = ((int)(unit % STEPS) * 32 + lane) * VECTOR;
+        const bool active = column < HIDDEN;
+        int mine = -1;
+        float weight = 1.0f;
+        if (lane < TOPK) {
+            mine = a.inv_perm[(i64)token * TOPK + lane];
+            if (mine >= a.m_sum) mine = -1;
+            if (WEIGHTED) weight = a.weights[token * a.weights_row_stride + lane];
+        }
+        float sum[VECTOR];
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) sum[i] = 0.0f;
+#pragma unroll
+        for (int first = 0; first < TOPK; first += AT_ONCE) {
+            Elements e[AT_ONCE];
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k) {
+                const int row = __shfl_sync(WARP, mine, (first + k) & 31);
+                if (first + k < TOPK && row >= 0 && active)
+                    e[k] = load_elements(static_cast<const u8*>(a.rows) + ((i64)row * HIDDEN + column) * BYTES_IN);
+            }
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k) {
+                const int row = __shfl_sync(WARP, mine, (first + k) & 31);
+                const float w = __shfl_sync(WARP, weight, (first + k) & 31);
+                if (first + k >= TOPK || row < 0) continue;
+#pragma unroll
+                for (int i = 0; i < VECTOR; ++i) {
+                    const float v = element(e[k], i);
+                    sum[i] = __fadd_rn(sum[i], WEIGHTED ? __fmul_rn(w, v) : v);
+                }
+            }
+        }
+        if (active) store_sums(static_cast<u8*>(a.out) + ((i64)token * HIDDEN + column) * BYTES_OUT, sum);
+    }
+}

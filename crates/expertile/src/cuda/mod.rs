@@ -1,0 +1,39 @@
+//! The CUDA backend: everything of a token's path but the GEMMs, on the caller's stream and in the caller's memory.
+//!
+//! | step | here | kernel |
+//! |---|---|---|
+//! | routing, plan, layout | [`Route`] | `route_plan.cu` |
+//! | routing to quantized rows in place, one launch where the slots are few | [`QuantizePermute`] | `quantize_permute.cu` |
+//! | permute of rows as they are | [`Permute`] | `permute.cu` |
+//! | activation, quantized or not | [`Activate`] | `activation.cu` |
+//! | unpermute | [`Unpermute`] | `unpermute.cu` |
+//!
+//! Building needs nothing of CUDA. [`Device::open`] looks for the driver and says what is missing; kernels are compiled by
+//! NVRTC (see [`compiler`]) when a step is *prepared*, never when it runs, and kept as cubins on disk.
+//!
+//! A prepared step takes a [`Plan`](crate::Plan), raw device addresses and a raw [`Stream`]. It checks what the host can
+//! see, launches, and returns: it allocates nothing, never waits, and can be captured in a graph. What only a kernel can
+//! see (an expert id past the limit) is kept in the workspace and comes back from [`Route::check`] or
+//! [`QuantizePermute::check`]; until then nothing was read or written outside the buffers. Results are the CPU backend's,
+//! bit for bit (where a result is NaN, a NaN).
+
+mod activation;
+#[cfg(test)]
+mod arithmetic;
+mod arguments;
+mod cache;
+pub mod compiler;
+mod device;
+pub mod kernel;
+mod permute;
+mod route;
+mod unpermute;
+
+pub use activation::{Activate, ActivateBuffers, ActivateConfig};
+pub use arguments::{LayoutBuffers, RoutingBuffers, RowsBuffers, Tensor2};
+pub use cache::CubinCache;
+pub use device::{Buffer, Device, Info, Stream, availability};
+pub use kernel::Resources;
+pub use permute::{Permute, PermuteConfig, QuantizePermute, QuantizePermuteConfig};
+pub use route::{Route, RouteConfig};
+pub use unpermute::{Unpermute, UnpermuteBuffers, UnpermuteConfig};

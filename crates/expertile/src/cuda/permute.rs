@@ -1,0 +1,409 @@
+//! Rows to their places: quantized on the way, with the routing in the same launch where the slots are few; or as they are.
+
+use super::arguments::{LayoutBuffers, RoutingBuffers, RowsArgs, RowsBuffers, require_aligned, require_int};
+use super::device::{Device, Launch, Stream};
+use super::kernel::{Kernel, Resources, Source};
+use super::route::{self, Route, RouteConfig};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result, checked_mul};
+use crate::layout::Padding;
+use crate::plan::Plan;
+use crate::quantize::{ScaleFormat, ScaleLayout, ScaleRounding};
+use std::ffi::c_void;
+use std::sync::Arc;
+
+const THREADS: u32 = 256;
+/// The single launch: one block to a multiprocessor, each of which works the routing out for itself.
+const FEW_THREADS: u32 = 1024;
+const FEW_SLOTS: usize = 4096;
+
+/// What quantize + permute is specialised for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QuantizePermuteConfig {
+    /// The routing's part.
+    pub route: RouteConfig,
+    /// `H`, a multiple of the group.
+    pub hidden: usize,
+    /// Type of the rows: [`Dtype::Bf16`] or [`Dtype::F16`].
+    pub input: Dtype,
+    /// The scales.
+    pub format: ScaleFormat,
+    /// What becomes of padding rows.
+    pub padding: Padding,
+    /// Whether router weights multiply the input (`topk` 1 only).
+    pub weighted: bool,
+    /// Whether `x` and each of its rows start on 16 bytes, which lets them be read 16 bytes at a time.
+    pub aligned: bool,
+}
+
+/// Definitions that describe scales.
+pub(super) fn scale_definitions(format: ScaleFormat, width: usize) -> Result<Vec<(&'static str, i64)>> {
+    format.groups(width)?;
+    let layout = match format.layout() {
+        ScaleLayout::RowMajor => 0,
+        ScaleLayout::MnMajor => 1,
+        ScaleLayout::PackedUe8m0 => 2,
+    };
+    Ok(vec![
+        ("WIDTH", i64::from(require_int("hidden", width)?)),
+        ("GROUP", format.group().size() as i64),
+        ("SCALE_LAYOUT", layout),
+        ("POWER_OF_TWO", i64::from(format.rounding() == ScaleRounding::PowerOfTwo)),
+    ])
+}
+
+/// The kernels' number for a type that has a 16- or 32-bit float.
+pub(super) fn float_number(argument: &'static str, dtype: Dtype, expected: &'static str) -> Result<i64> {
+    match dtype {
+        Dtype::Bf16 => Ok(0),
+        Dtype::F16 => Ok(1),
+        Dtype::F32 if expected.contains("f32") => Ok(2),
+        actual => Err(Error::Dtype { argument, actual, expected }),
+    }
+}
+
+impl QuantizePermuteConfig {
+    /// The kernels' source for this configuration.
+    ///
+    /// # Errors
+    /// As [`RouteConfig::source`]; [`Error::Dtype`] unless rows are bf16 or f16, [`Error::Value`] unless the group divides
+    /// `hidden` and, with weights, `topk` is 1.
+    pub fn source(&self) -> Result<Source> {
+        if self.weighted && self.route.topk != 1 {
+            return Err(Error::value("topk", self.route.topk, "1, where router weights multiply the input"));
+        }
+        let mut definitions = self.route.definitions()?;
+        definitions.extend(scale_definitions(self.format, self.hidden)?);
+        definitions.extend([
+            ("HIDDEN", self.hidden as i64),
+            ("INPUT", float_number("x", self.input, "bf16 or f16")?),
+            ("WEIGHTED", i64::from(self.weighted)),
+            ("ZERO_ROWS", i64::from(self.padding == Padding::Zero)),
+            ("ALIGNED", i64::from(self.aligned)),
+        ]);
+        Ok(Source::new("quantize_permute.cu", include_str!("kernels/quantize_permute.cu"), definitions))
+    }
+
+    fn check(&self, rows: &RowsBuffers, plan: &Plan) -> Result<()> {
+        let m_sum = plan.m_sum();
+        if plan.tokens() > 0 {
+            require_columns("x", rows.x.col_stride, self.hidden)?;
+            require_aligned("x", rows.x.address, if self.aligned { 16 } else { 2 })?;
+            if self.aligned && !(rows.x.row_stride * 2).is_multiple_of(16) {
+                return Err(Error::Stride {
+                    argument: "x",
+                    actual: vec![rows.x.row_stride, rows.x.col_stride],
+                    expected: "rows 16 bytes apart, as prepared".into(),
+                });
+            }
+            if self.weighted {
+                require_aligned("topk_weights", rows.weights.address, 4)?;
+            }
+        }
+        if m_sum > 0 {
+            require_aligned("out", rows.out, 16)?;
+            require_aligned("scales", rows.scales, 16)?;
+        }
+        Ok(())
+    }
+}
+
+fn require_columns(argument: &'static str, col_stride: usize, cols: usize) -> Result<()> {
+    if col_stride != 1 && cols > 1 {
+        return Err(Error::Stride {
+            argument,
+            actual: vec![col_stride],
+            expected: "columns next to each other on a GPU".into(),
+        });
+    }
+    Ok(())
+}
+
+/// From routing to quantized rows in their places, prepared.
+///
+/// Up to 4096 slots (256 tokens of 16) take one launch; more take two, the second set up while the first runs.
+#[derive(Debug)]
+pub struct QuantizePermute {
+    device: Device,
+    config: QuantizePermuteConfig,
+    route: Route,
+    few: Arc<Kernel>,
+    many: Arc<Kernel>,
+    many_blocks: u32,
+    single_launch_slots: usize,
+}
+
+impl QuantizePermute {
+    /// Compiles (or loads) the kernels: the warm-up, after which nothing compiles.
+    ///
+    /// # Errors
+    /// As [`QuantizePermuteConfig::source`]; [`Error::Kernel`] if one does not compile, [`Error::Cuda`].
+    pub fn prepare(device: &Device, config: QuantizePermuteConfig) -> Result<Self> {
+        let source = config.source()?;
+        let few = device.kernel(&source, c"route_quantize_permute")?;
+        few.allow_shared_bytes(few_shared_bytes(route::MAX_EXPERTS, FEW_SLOTS))?;
+        let many = device.kernel(&source, c"quantize_permute")?;
+        let per_multiprocessor = device.blocks_per_multiprocessor(&many, THREADS, 0)?;
+        Ok(Self {
+            device: device.clone(),
+            config,
+            route: Route::prepare(device, config.route)?,
+            few,
+            many,
+            many_blocks: per_multiprocessor.max(1) * device.info().multiprocessors,
+            single_launch_slots: FEW_SLOTS,
+        })
+    }
+
+    /// Takes two launches for more than `slots` (at most 4096, the default).
+    #[must_use]
+    pub fn with_single_launch_slots(self, slots: usize) -> Self {
+        Self { single_launch_slots: slots.min(FEW_SLOTS), ..self }
+    }
+
+    /// What the kernels take of a multiprocessor: the single launch's, then the row kernel's of two.
+    #[must_use]
+    pub fn resources(&self) -> [Resources; 2] {
+        [self.few.resources(), self.many.resources()]
+    }
+
+    /// As [`Route::workspace_bytes`].
+    ///
+    /// # Errors
+    /// As [`Route::workspace_bytes`].
+    pub fn workspace_bytes(&self, local_experts: usize) -> Result<usize> {
+        self.route.workspace_bytes(local_experts)
+    }
+
+    /// As [`Route::initialise_workspace`].
+    ///
+    /// # Safety
+    /// As [`Route::initialise_workspace`].
+    ///
+    /// # Errors
+    /// As [`Route::initialise_workspace`].
+    #[allow(unsafe_code)]
+    pub unsafe fn initialise_workspace(&self, stream: Stream, workspace: u64) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.route.initialise_workspace(stream, workspace) }
+    }
+
+    /// Queues it all: the layout's lists, the rows, their scales, zeros in the padding's scales.
+    ///
+    /// # Safety
+    /// As [`Route::launch`].
+    ///
+    /// # Errors
+    /// As [`Route::launch`]; [`Error::Stride`] for rows that the configuration did not promise.
+    #[allow(unsafe_code)]
+    pub unsafe fn launch(
+        &self,
+        stream: Stream,
+        plan: &Plan,
+        routing: &RoutingBuffers,
+        rows: &RowsBuffers,
+        layout: &LayoutBuffers,
+        workspace: u64,
+    ) -> Result<()> {
+        self.config.check(rows, plan)?;
+        let route = self.config.route.arguments(plan, routing, layout, workspace)?;
+        let arguments = RowsArgs::new(rows, layout, plan)?;
+        let slots = plan.tokens() * plan.topk();
+        if slots > self.single_launch_slots {
+            // SAFETY: the caller's promise.
+            unsafe {
+                self.route.queue(stream, &route)?;
+                return self.queue_rows(stream, &arguments);
+            }
+        }
+        let shape = Launch {
+            blocks: self.device.info().multiprocessors,
+            threads: FEW_THREADS,
+            shared_bytes: few_shared_bytes(plan.local_experts(), slots),
+            cooperative: false,
+            overlap: true,
+        };
+        let pointers = [std::ptr::from_ref(&route).cast::<c_void>(), std::ptr::from_ref(&arguments).cast()];
+        // SAFETY: the kernel takes a `RouteArgs` and a `RowsArgs`; the rest is the caller's promise.
+        unsafe { self.device.launch(&self.few, shape, stream, &pointers) }
+    }
+
+    /// Queues the rows alone, for a layout that is already there: [`Route`]'s, or one made earlier for the same routing.
+    ///
+    /// # Safety
+    /// As [`Route::launch`]; the lists hold a layout of this plan.
+    ///
+    /// # Errors
+    /// As [`QuantizePermute::launch`].
+    #[allow(unsafe_code)]
+    pub unsafe fn launch_rows(&self, stream: Stream, plan: &Plan, rows: &RowsBuffers, layout: &LayoutBuffers) -> Result<()> {
+        self.config.check(rows, plan)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.queue_rows(stream, &RowsArgs::new(rows, layout, plan)?) }
+    }
+
+    #[allow(unsafe_code)]
+    unsafe fn queue_rows(&self, stream: Stream, arguments: &RowsArgs) -> Result<()> {
+        let shape =
+            Launch { blocks: self.many_blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
+        let pointers = [std::ptr::from_ref(arguments).cast::<c_void>()];
+        // SAFETY: the kernel takes one `RowsArgs`; the rest is the caller's promise.
+        unsafe { self.device.launch(&self.many, shape, stream, &pointers) }
+    }
+
+    /// As [`Route::check`].
+    ///
+    /// # Safety
+    /// As [`Route::check`].
+    ///
+    /// # Errors
+    /// As [`Route::check`].
+    #[allow(unsafe_code)]
+    pub unsafe fn check(&self, stream: Stream, plan: &Plan, routing: &RoutingBuffers, workspace: u64) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.route.check(stream, plan, routing, workspace) }
+    }
+}
+
+/// Dynamic shared memory of the single launch: a 16-bit counter for each expert and each warp that has slots.
+fn few_shared_bytes(experts: usize, slots: usize) -> u32 {
+    let rounds = slots.div_ceil(FEW_THREADS as usize).max(1);
+    (slots.div_ceil(32 * rounds) * experts * 2) as u32
+}
+
+/// What permuting rows as they are is specialised for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PermuteConfig {
+    /// Slots per token.
+    pub topk: usize,
+    /// `H`.
+    pub hidden: usize,
+    /// Type of the rows; nothing looks at the values.
+    pub dtype: Dtype,
+    /// Scales that travel with the rows.
+    pub scales: Option<ScaleFormat>,
+    /// What becomes of padding rows.
+    pub padding: Padding,
+    /// Bytes that `x`, each of its rows and `out` start on: 1, 2, 4, 8 or 16.
+    pub alignment_bytes: usize,
+}
+
+impl PermuteConfig {
+    fn element_bytes(&self) -> usize {
+        match self.dtype {
+            Dtype::E4m3 | Dtype::U8 => 1,
+            Dtype::Bf16 | Dtype::F16 => 2,
+            Dtype::F32 | Dtype::I32 => 4,
+            Dtype::I64 => 8,
+        }
+    }
+
+    /// Bytes moved at a time: what the addresses and a row's length allow.
+    fn vector_bytes(&self) -> Result<usize> {
+        let row = checked_mul("bytes of a row", self.hidden, self.element_bytes())?;
+        if !self.alignment_bytes.is_power_of_two() {
+            return Err(Error::value("alignment_bytes", self.alignment_bytes, "1, 2, 4, 8 or 16"));
+        }
+        Ok([16, 8, 4, 2, 1].into_iter().find(|&v| self.alignment_bytes >= v && row.is_multiple_of(v)).unwrap_or(1))
+    }
+
+    /// The kernel's source for this configuration.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a `topk` outside 1 to 32, `hidden` 0 or, with scales, one that the group does not divide;
+    /// [`Error::Dtype`] for scales of rows that are not e4m3.
+    pub fn source(&self) -> Result<Source> {
+        if self.topk == 0 || self.topk > route::MAX_TOPK {
+            return Err(Error::value("topk", self.topk, format!("1 to {} on a GPU", route::MAX_TOPK)));
+        }
+        if self.hidden == 0 {
+            return Err(Error::value("hidden", 0, "at least 1"));
+        }
+        let mut definitions = match self.scales {
+            Some(_) if self.dtype != Dtype::E4m3 => {
+                return Err(Error::Dtype { argument: "x", actual: self.dtype, expected: "e4m3 for rows with scales" });
+            }
+            Some(format) => scale_definitions(format, self.hidden)?,
+            None => Vec::new(),
+        };
+        let row = checked_mul("bytes of a row", self.hidden, self.element_bytes())?;
+        definitions.extend([
+            ("TOPK", self.topk as i64),
+            ("ROW_BYTES", i64::from(require_int("bytes of a row", row)?)),
+            ("VECTOR", self.vector_bytes()? as i64),
+            ("ZERO_ROWS", i64::from(self.padding == Padding::Zero)),
+            ("SCALED", i64::from(self.scales.is_some())),
+        ]);
+        Ok(Source::new("permute.cu", include_str!("kernels/permute.cu"), definitions))
+    }
+}
+
+/// Permuting rows as they are, prepared.
+#[derive(Debug)]
+pub struct Permute {
+    device: Device,
+    config: PermuteConfig,
+    kernel: Arc<Kernel>,
+    blocks: u32,
+}
+
+impl Permute {
+    /// Compiles (or loads) the kernel: the warm-up, after which nothing compiles.
+    ///
+    /// # Errors
+    /// As [`PermuteConfig::source`]; [`Error::Kernel`] if it does not compile, [`Error::Cuda`].
+    pub fn prepare(device: &Device, config: PermuteConfig) -> Result<Self> {
+        let kernel = device.kernel(&config.source()?, c"permute")?;
+        let per_multiprocessor = device.blocks_per_multiprocessor(&kernel, THREADS, 0)?;
+        let blocks = per_multiprocessor.max(1) * device.info().multiprocessors;
+        Ok(Self { device: device.clone(), config, kernel, blocks })
+    }
+
+    /// What the kernel takes of a multiprocessor.
+    #[must_use]
+    pub fn resources(&self) -> Resources {
+        self.kernel.resources()
+    }
+
+    /// Queues the launch: rows, their scales if there are any, zeros in the padding's scales.
+    ///
+    /// # Safety
+    /// As [`Route::launch`]; the lists hold a layout of this plan.
+    ///
+    /// # Errors
+    /// [`Error::Value`] and [`Error::Stride`] for what does not fit the configuration; [`Error::Cuda`].
+    #[allow(unsafe_code)]
+    pub unsafe fn launch(&self, stream: Stream, plan: &Plan, rows: &RowsBuffers, layout: &LayoutBuffers) -> Result<()> {
+        if plan.topk() != self.config.topk {
+            return Err(Error::value("topk", plan.topk(), format!("{}, as prepared", self.config.topk)));
+        }
+        let vector = self.config.vector_bytes()?;
+        if plan.tokens() > 0 {
+            require_columns("x", rows.x.col_stride, self.config.hidden)?;
+            require_aligned("x", rows.x.address, vector as u64)?;
+            if self.config.scales.is_some() {
+                require_aligned("x_scales", rows.x_scales.address, 1)?;
+            }
+        }
+        if plan.m_sum() > 0 {
+            require_aligned("out", rows.out, vector as u64)?;
+            if self.config.scales.is_some() {
+                require_aligned("scales", rows.scales, 16)?;
+            }
+        }
+        let mut arguments = RowsArgs::new(rows, layout, plan)?;
+        let row_bytes = checked_mul("bytes of a row", rows.x.row_stride, self.config.element_bytes())?;
+        if plan.tokens() > 1 && !row_bytes.is_multiple_of(vector) {
+            return Err(Error::Stride {
+                argument: "x",
+                actual: vec![rows.x.row_stride, rows.x.col_stride],
+                expected: format!("rows {vector} bytes apart, as prepared"),
+            });
+        }
+        arguments.x_row_stride = row_bytes as i64;
+        let shape = Launch { blocks: self.blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
+        let pointers = [std::ptr::from_ref(&arguments).cast::<c_void>()];
+        // SAFETY: the kernel takes one `RowsArgs`; the rest is the caller's promise.
+        unsafe { self.device.launch(&self.kernel, shape, stream, &pointers) }
+    }
+}

@@ -1,0 +1,163 @@
+//! Rows back to their tokens: a weighted sum in slot order.
+
+use super::arguments::{Tensor2, require_aligned, require_int};
+use super::device::{Device, Launch, Stream};
+use super::kernel::{Kernel, Resources, Source};
+use super::permute::float_number;
+use super::route::MAX_TOPK;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use std::ffi::c_void;
+use std::sync::Arc;
+
+const THREADS: u32 = 256;
+
+/// What the kernel is specialised for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UnpermuteConfig {
+    /// `H`
+    pub hidden: usize,
+    /// Slots per token.
+    pub topk: usize,
+    /// Type of the rows: [`Dtype::Bf16`], [`Dtype::F16`] or [`Dtype::F32`].
+    pub input: Dtype,
+    /// Type of the result: the same.
+    pub output: Dtype,
+    /// Whether router weights multiply the rows.
+    pub weighted: bool,
+    /// Whether `rows` and `out` start on 16 bytes.
+    pub aligned: bool,
+}
+
+impl UnpermuteConfig {
+    /// Elements a lane takes at a time: 16 bytes of rows where they and the result allow it.
+    fn vector(&self) -> usize {
+        let elements = if self.input == Dtype::F32 { 4 } else { 8 };
+        if self.aligned && self.hidden.is_multiple_of(elements) { elements } else { 1 }
+    }
+
+    /// The kernel's source for this configuration.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a `topk` outside 1 to 32 or `hidden` 0, [`Error::Dtype`] for types that are not floats.
+    pub fn source(&self) -> Result<Source> {
+        if self.topk == 0 || self.topk > MAX_TOPK {
+            return Err(Error::value("topk", self.topk, format!("1 to {MAX_TOPK} on a GPU")));
+        }
+        if self.hidden == 0 {
+            return Err(Error::value("hidden", 0, "at least 1"));
+        }
+        let definitions = vec![
+            ("HIDDEN", i64::from(require_int("hidden", self.hidden)?)),
+            ("TOPK", self.topk as i64),
+            ("INPUT", float_number("rows", self.input, "bf16, f16 or f32")?),
+            ("OUTPUT", float_number("out", self.output, "bf16, f16 or f32")?),
+            ("WEIGHTED", i64::from(self.weighted)),
+            ("VECTOR", self.vector() as i64),
+        ];
+        Ok(Source::new("unpermute.cu", include_str!("kernels/unpermute.cu"), definitions))
+    }
+}
+
+/// What one call works on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct UnpermuteBuffers {
+    /// `[M_sum, H]`, row-major.
+    pub rows: u64,
+    /// `[M, topk]` i32: row of each slot, -1 for none.
+    pub inv_perm: u64,
+    /// `topk_weights [M, topk]` f32; its columns stand next to each other.
+    pub weights: Tensor2,
+    /// `[M, H]`, row-major.
+    pub out: u64,
+    /// `M`
+    pub tokens: usize,
+    /// `M_sum`
+    pub m_sum: usize,
+}
+
+/// The kernel's `UnpermuteArgs`.
+#[repr(C)]
+struct Arguments {
+    rows: u64,
+    inv_perm: u64,
+    weights: u64,
+    weights_row_stride: i64,
+    out: u64,
+    tokens: i32,
+    m_sum: i32,
+}
+
+/// Unpermute + reduce, prepared.
+#[derive(Debug)]
+pub struct Unpermute {
+    device: Device,
+    config: UnpermuteConfig,
+    kernel: Arc<Kernel>,
+    blocks: u32,
+}
+
+impl Unpermute {
+    /// Compiles (or loads) the kernel: the warm-up, after which nothing compiles.
+    ///
+    /// # Errors
+    /// As [`UnpermuteConfig::source`]; [`Error::Kernel`] if it does not compile, [`Error::Cuda`].
+    pub fn prepare(device: &Device, config: UnpermuteConfig) -> Result<Self> {
+        let kernel = device.kernel(&config.source()?, c"unpermute")?;
+        let per_multiprocessor = device.blocks_per_multiprocessor(&kernel, THREADS, 0)?;
+        let blocks = per_multiprocessor.max(1) * device.info().multiprocessors;
+        Ok(Self { device: device.clone(), config, kernel, blocks })
+    }
+
+    /// What the kernel takes of a multiprocessor.
+    #[must_use]
+    pub fn resources(&self) -> Resources {
+        self.kernel.resources()
+    }
+
+    /// Queues the launch.
+    ///
+    /// # Safety
+    /// As [`super::Route::launch`].
+    ///
+    /// # Errors
+    /// [`Error::Value`] and [`Error::Stride`] for what does not fit the configuration or the kernel; [`Error::Cuda`].
+    #[allow(unsafe_code)]
+    pub unsafe fn launch(&self, stream: Stream, call: &UnpermuteBuffers) -> Result<()> {
+        let tokens = require_int("tokens", call.tokens)?;
+        let m_sum = require_int("m_sum", call.m_sum)?;
+        if tokens == 0 {
+            return Ok(());
+        }
+        let bytes = if self.config.vector() > 1 { 16 } else { 2 };
+        require_aligned("inv_perm", call.inv_perm, 4)?;
+        require_aligned("out", call.out, bytes)?;
+        if m_sum > 0 {
+            require_aligned("rows", call.rows, bytes)?;
+        }
+        if self.config.weighted {
+            require_aligned("topk_weights", call.weights.address, 4)?;
+            if call.weights.col_stride != 1 && self.config.topk > 1 {
+                return Err(Error::Stride {
+                    argument: "topk_weights",
+                    actual: vec![call.weights.row_stride, call.weights.col_stride],
+                    expected: "columns next to each other on a GPU".into(),
+                });
+            }
+        }
+        let arguments = Arguments {
+            rows: call.rows,
+            inv_perm: call.inv_perm,
+            weights: call.weights.address,
+            weights_row_stride: call.weights.row_stride as i64,
+            out: call.out,
+            tokens,
+            m_sum,
+        };
+        let shape = Launch { blocks: self.blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
+        let pointers = [std::ptr::from_ref(&arguments).cast::<c_void>()];
+        // SAFETY: the kernel takes one `UnpermuteArgs`; the rest is the caller's promise.
+        unsafe { self.device.launch(&self.kernel, shape, stream, &pointers) }
+    }
+}

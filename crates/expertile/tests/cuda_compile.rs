@@ -1,0 +1,173 @@
+//! Every kernel compiles for every architecture, without a GPU, and uses no local memory. Skips, and says so, where NVRTC is
+//! not found: `pip install nvidia-cuda-nvrtc` and `EXPERTILE_NVRTC=<its lib folder>` is all it takes.
+#![cfg(feature = "cuda")]
+
+use expertile::cuda::compiler::Compiler;
+use expertile::cuda::kernel::Source;
+use expertile::cuda::{ActivateConfig, PermuteConfig, QuantizePermuteConfig, RouteConfig, UnpermuteConfig};
+use expertile::{Activation, Dtype, Error, Group, Padding, ScaleFormat, ScaleLayout, ScaleRounding};
+
+const ARCHITECTURES: [&str; 5] = ["sm_90a", "sm_80", "sm_89", "sm_100a", "sm_120a"];
+
+fn compiler() -> Option<Compiler> {
+    match Compiler::find() {
+        Ok(compiler) => Some(compiler),
+        Err(error) => {
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+/// Every scale format.
+fn formats() -> Vec<ScaleFormat> {
+    let mut formats = Vec::new();
+    for group in [Group::G32, Group::G128] {
+        for layout in [ScaleLayout::RowMajor, ScaleLayout::MnMajor, ScaleLayout::PackedUe8m0] {
+            for rounding in [ScaleRounding::Exact, ScaleRounding::PowerOfTwo] {
+                formats.extend(ScaleFormat::new(group, layout, rounding));
+            }
+        }
+    }
+    formats
+}
+
+/// Configurations that together take every branch of every kernel.
+fn sources() -> Vec<Source> {
+    let mut sources = Vec::new();
+    for (topk, ids) in [(1, Dtype::I32), (8, Dtype::I64), (16, Dtype::I32), (32, Dtype::I64)] {
+        let route = RouteConfig { topk, ids, row_tile: 64 };
+        sources.push(route.source());
+        for (hidden, input, aligned) in [(128, Dtype::F16, false), (7168, Dtype::Bf16, true)] {
+            let config = QuantizePermuteConfig {
+                route,
+                hidden,
+                input,
+                format: ScaleFormat::HOPPER,
+                padding: Padding::Zero,
+                weighted: topk == 1,
+                aligned,
+            };
+            sources.push(config.source());
+        }
+        for (input, output) in [(Dtype::Bf16, Dtype::Bf16), (Dtype::F32, Dtype::Bf16), (Dtype::F16, Dtype::F32)] {
+            for (hidden, aligned, weighted) in [(7168, true, true), (2881, false, false)] {
+                sources.push(UnpermuteConfig { hidden, topk, input, output, weighted, aligned }.source());
+            }
+        }
+        for (hidden, dtype, alignment_bytes) in [(7168, Dtype::Bf16, 16), (3, Dtype::U8, 1), (5, Dtype::F32, 4)] {
+            let padding = Padding::Zero;
+            sources.push(PermuteConfig { topk, hidden, dtype, scales: None, padding, alignment_bytes }.source());
+        }
+    }
+    for format in formats() {
+        for (hidden, topk) in [(2880 / 128 * 128, 8), (3584, 2), (128, 1)] {
+            let route = RouteConfig { topk, ids: Dtype::I32, row_tile: 128 };
+            let padding = Padding::Untouched;
+            let (input, weighted, aligned) = (Dtype::Bf16, false, true);
+            let config = QuantizePermuteConfig { route, hidden, input, format, padding, weighted, aligned };
+            sources.push(config.source());
+            let scales = Some(format);
+            let config = PermuteConfig { topk, hidden, dtype: Dtype::E4m3, scales, padding, alignment_bytes: 16 };
+            sources.push(config.source());
+        }
+        let activation = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+        sources.push(ActivateConfig { intermediate: 1536, activation, format: Some(format) }.source());
+    }
+    for format in [None, Some(ScaleFormat::HOPPER)] {
+        sources.push(ActivateConfig { intermediate: 2048, activation: Activation::default(), format }.source());
+    }
+    sources.into_iter().map(|source| source.unwrap()).collect()
+}
+
+/// Lines of the assembler's report that speak of spills, and how many of them there are in all.
+fn spills(log: &str) -> (Vec<&str>, usize) {
+    let lines: Vec<_> = log.lines().filter(|line| line.contains("spill stores")).collect();
+    let clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads";
+    (lines.iter().filter(|line| !line.trim_end().ends_with(clean)).copied().collect(), lines.len())
+}
+
+fn compile_all(arch: &str) {
+    let Some(compiler) = compiler() else { return };
+    let sources = sources();
+    for source in &sources {
+        let (cubin, log) = compiler.compile_logged(source, arch).unwrap();
+        assert_eq!(cubin[..4], *b"\x7fELF", "{source:?} gave no cubin for {arch}");
+        let (spilled, kernels) = spills(&log);
+        assert!(kernels > 0, "the assembler said nothing about {source:?}:\n{log}");
+        assert!(spilled.is_empty(), "{source:?} spills on {arch}: {spilled:?}");
+        assert!(!log.contains("warning"), "{source:?} for {arch}:\n{log}");
+    }
+    println!("{} sources compiled for {arch} by NVRTC {:?}", sources.len(), compiler.version());
+}
+
+#[test]
+fn every_kernel_compiles_for_hopper_without_spills() {
+    compile_all(ARCHITECTURES[0]);
+}
+
+#[test]
+fn every_kernel_compiles_for_ampere_without_spills() {
+    compile_all(ARCHITECTURES[1]);
+}
+
+#[test]
+fn every_kernel_compiles_for_ada_without_spills() {
+    compile_all(ARCHITECTURES[2]);
+}
+
+#[test]
+fn every_kernel_compiles_for_blackwell_without_spills() {
+    compile_all(ARCHITECTURES[3]);
+    compile_all(ARCHITECTURES[4]);
+}
+
+#[test]
+fn an_architecture_that_does_not_exist_is_an_error_with_the_compilers_words() {
+    let Some(compiler) = compiler() else { return };
+    let source = RouteConfig { topk: 2, ids: Dtype::I32, row_tile: 1 }.source().unwrap();
+    let error = compiler.compile(&source, "sm_1").unwrap_err();
+    assert!(matches!(error, Error::Kernel { kernel: "route_plan.cu", .. }), "{error}");
+    assert!(error.to_string().contains("sm_1"), "{error}");
+}
+
+#[test]
+fn a_library_that_is_not_there_is_an_error_that_names_it() {
+    let error = Compiler::load("/nowhere/libnvrtc.so".as_ref()).unwrap_err();
+    assert!(matches!(error, Error::Device { argument: "nvrtc", .. }), "{error}");
+    assert!(error.to_string().contains("/nowhere/libnvrtc.so"), "{error}");
+}
+
+#[test]
+fn a_machine_without_a_driver_says_so() {
+    match expertile::cuda::availability() {
+        Ok(info) => println!("not tried: this machine has {info:?}"),
+        Err(error) => assert!(matches!(error, Error::Device { argument: "cuda", .. }), "{error}"),
+    }
+}
+
+#[test]
+fn configurations_that_cannot_be_are_errors() {
+    let route = RouteConfig { topk: 2, ids: Dtype::I32, row_tile: 128 };
+    let zero = RouteConfig { topk: 0, ..route }.source().unwrap_err();
+    assert!(zero.to_string().starts_with("topk is 0"), "{zero}");
+    let floats = RouteConfig { ids: Dtype::F32, ..route }.source().unwrap_err();
+    assert!(matches!(floats, Error::Dtype { argument: "topk_ids", .. }), "{floats}");
+    let quantize = QuantizePermuteConfig {
+        route,
+        hidden: 192,
+        input: Dtype::Bf16,
+        format: ScaleFormat::HOPPER,
+        padding: Padding::Untouched,
+        weighted: false,
+        aligned: true,
+    };
+    let group = quantize.source().unwrap_err();
+    assert!(group.to_string().starts_with("hidden is 192"), "{group}");
+    let weighted = QuantizePermuteConfig { hidden: 128, weighted: true, ..quantize }.source().unwrap_err();
+    assert!(weighted.to_string().starts_with("topk is 2"), "{weighted}");
+    let input = QuantizePermuteConfig { hidden: 128, input: Dtype::E4m3, ..quantize }.source().unwrap_err();
+    assert!(matches!(input, Error::Dtype { argument: "x", .. }), "{input}");
+    let odd = ActivateConfig { intermediate: 8, activation: Activation::default(), format: None }.source().unwrap_err();
+    assert!(odd.to_string().starts_with("intermediate is 8"), "{odd}");
+}
