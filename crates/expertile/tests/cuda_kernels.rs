@@ -365,6 +365,12 @@ fn check_lists(device: &OnDevice, case: &Case, plan: &Plan, expected: &Expected)
     let counts = &expected.lists[..case.experts];
     let used = starts[case.experts - 1] as usize + (counts[case.experts - 1] as usize).next_multiple_of(case.alignment);
     assert_eq!(header, [expected.live_rows as i32, used as i32, tiles as i32, 0], "header of {case:?}");
+    let inv_perm = &expected.lists[expected.lists.len() - plan.tokens() * plan.topk()..];
+    let mut row_tokens = vec![-1; plan.m_sum()];
+    for (slot, &row) in inv_perm.iter().enumerate().filter(|(_, row)| **row >= 0) {
+        row_tokens[row as usize] = (slot / plan.topk()) as i32;
+    }
+    assert_same("row_tokens", case, &space[start(device.layout.row_tokens)..][..plan.m_sum()], &row_tokens);
     let worklist: Vec<[i32; 2]> =
         space[start(device.layout.worklist)..][..2 * tiles].chunks(2).map(|pair| [pair[0], pair[1]]).collect();
     assert_same("worklist", case, &worklist, &expected.worklist);
@@ -398,7 +404,7 @@ fn check_quantize_permute(device: &Device, case: &Case) {
             continue;
         }
         let step = QuantizePermute::prepare(device, config(case)).unwrap().with_single_launch_slots(single_launch_slots);
-        let on = OnDevice::new(device, case, &inputs, step.workspace_bytes(case.experts).unwrap());
+        let on = OnDevice::new(device, case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
         let stream = Stream(0);
         unsafe {
             step.initialise_workspace(stream, on.workspace.address()).unwrap();
@@ -498,7 +504,7 @@ fn a_permuted_buffer_of_more_than_4_gib_is_the_cpus() {
     let inputs = Inputs::new(&case);
     let expected = expected(&case, &inputs);
     let step = QuantizePermute::prepare(device, config(&case)).unwrap();
-    let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(case.experts).unwrap());
+    let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
     unsafe {
         step.initialise_workspace(Stream(0), on.workspace.address()).unwrap();
         step.launch(Stream(0), &inputs.plan, &on.routing, &on.rows, &on.layout, on.workspace.address()).unwrap();
@@ -515,7 +521,7 @@ fn fifty_repeats_give_the_same_bits() {
         let inputs = Inputs::new(&case);
         let expected = expected(&case, &inputs);
         let step = QuantizePermute::prepare(device, config(&case)).unwrap();
-        let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(case.experts).unwrap());
+        let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
         unsafe { step.initialise_workspace(Stream(0), on.workspace.address()).unwrap() };
         for _ in 0..50 {
             on.poison();
@@ -573,7 +579,7 @@ fn check_permute_quantized(device: &Device, case: &Case) {
         PermuteConfig { topk: case.topk, hidden: case.hidden, dtype: Dtype::E4m3, scales: Some(case.format), padding: case.padding, alignment_bytes: 16 },
     )
     .unwrap();
-    let on = OnDevice::new(device, case, &inputs, route.workspace_bytes(case.experts).unwrap());
+    let on = OnDevice::new(device, case, &inputs, route.workspace_bytes(&inputs.plan).unwrap());
     let x = upload(device, &rows);
     let scales = if packed { upload(device, &bytes) } else { upload(device, &f32_scales) };
     let buffers = RowsBuffers {
@@ -606,7 +612,7 @@ fn rows_without_scales_are_permuted_whatever_their_type_and_length() {
             let route = Route::prepare(device, config(&case).route).unwrap();
             let config = PermuteConfig { topk, hidden, dtype: Dtype::Bf16, scales: None, padding, alignment_bytes };
             let permute = Permute::prepare(device, config).unwrap();
-            let on = OnDevice::new(device, &case, &inputs, route.workspace_bytes(case.experts).unwrap());
+            let on = OnDevice::new(device, &case, &inputs, route.workspace_bytes(&inputs.plan).unwrap());
             let to = poisoned(device, out.len() * 2);
             let rows = RowsBuffers {
                 x: Tensor2 { address: on.x.address(), row_stride: hidden, col_stride: 1 },
@@ -755,7 +761,7 @@ fn ids_past_the_limit_write_nothing_outside_and_are_reported_at_the_next_wait() 
         emptied.ids[5 * 8 + 2] = -1;
         let expected_bad = expected(&case, &emptied);
         let step = QuantizePermute::prepare(device, config(&case)).unwrap();
-        let on = OnDevice::new(device, &case, &bad, step.workspace_bytes(16).unwrap());
+        let on = OnDevice::new(device, &case, &bad, step.workspace_bytes(&bad.plan).unwrap());
         let workspace = on.workspace.address();
         unsafe {
             step.initialise_workspace(Stream(0), workspace).unwrap();
@@ -782,7 +788,7 @@ fn a_map_entry_past_the_experts_is_reported() {
     let used = inputs.ids[11] as usize;
     map[used] = 10;
     let step = QuantizePermute::prepare(device, config(&case)).unwrap();
-    let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(10).unwrap());
+    let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
     assert!(on.map.is_some());
     unsafe {
         step.initialise_workspace(Stream(0), on.workspace.address()).unwrap();
@@ -805,7 +811,7 @@ fn a_routing_that_needs_more_rows_than_planned_stays_inside_and_is_reported() {
         let small = needed / 2 / 16 * 16;
         inputs.plan = Plan::with_m_sum(tokens, 4, 8, 16, small).unwrap();
         let step = QuantizePermute::prepare(device, config(&case)).unwrap();
-        let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(8).unwrap());
+        let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
         // Whatever stands behind the rows must not change.
         let guarded = poisoned(device, needed * 256 * 2);
         let rows = RowsBuffers { out: guarded.address(), ..on.rows };
@@ -872,7 +878,7 @@ fn a_captured_chain_replays_right_with_changed_inputs_in_a_worst_case_buffer() {
         let case = Case { tokens, experts: 32, global: 256, hidden: 1024, seed: 1402, pattern: Pattern::Skewed, ..BASE };
         let first = Inputs::new(&case);
         let step = QuantizePermute::prepare(device, config(&case)).unwrap().with_single_launch_slots(single_launch_slots);
-        let on = OnDevice::new(device, &case, &first, step.workspace_bytes(32).unwrap());
+        let on = OnDevice::new(device, &case, &first, step.workspace_bytes(&first.plan).unwrap());
         let workspace = on.workspace.address();
         let config = UnpermuteConfig { hidden: 1024, topk: 8, input: Dtype::Bf16, output: Dtype::Bf16, weighted: true, aligned: true };
         let unpermute = Unpermute::prepare(device, config).unwrap();
@@ -928,4 +934,21 @@ fn no_kernel_uses_local_memory_and_every_one_says_its_registers() {
         println!("quantize_permute: {resources:?}");
         assert!(resources.local_bytes == 0 && resources.registers > 0);
     }
+}
+
+/// Small cases that take every kernel and both paths: what a run under compute-sanitizer can afford.
+#[test]
+fn sanitizer_runs_every_kernel_once() {
+    let Some(device) = device() else { return };
+    let packed = format(Group::G32, ScaleLayout::PackedUe8m0, ScaleRounding::PowerOfTwo);
+    let row_major = format(Group::G128, ScaleLayout::RowMajor, ScaleRounding::Exact);
+    for (tokens, format, padding, seed) in [(40, BASE.format, Padding::Zero, 1501), (300, packed, Padding::Untouched, 1502), (33, row_major, Padding::Zero, 1503)] {
+        let case = Case { tokens, format, padding, hidden: 640, experts: 37, alignment: 12, row_tile: 6, pattern: Pattern::Skewed, seed, ..BASE };
+        check_quantize_permute(device, &case);
+        check_permute_quantized(device, &case);
+        check_unpermute(device, &case, true, true);
+        check_activation(device, &Case { topk: 2, ..case }, Activation::default(), Some(format));
+        check_activation(device, &Case { topk: 2, ..case }, Activation::default(), None);
+    }
+    check_quantize_permute(device, &Case { tokens: 1200, hidden: 256, global: 90, experts: 30, seed: 1504, ..BASE });
 }

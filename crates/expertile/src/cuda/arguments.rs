@@ -40,6 +40,8 @@ pub struct LayoutBuffers {
     pub psum: u64,
     /// `[M_sum]`
     pub m_indices: u64,
+    /// `[M_sum]`: the token of each row, -1 on padding: what a GEMM that gathers its own rows reads.
+    pub row_tokens: u64,
     /// `[M, topk]`
     pub inv_perm: u64,
     /// `[4]`: live rows, rows up to the end of the last segment, entries of the worklist, 0.
@@ -56,9 +58,9 @@ impl LayoutBuffers {
     /// [`Error::Alignment`] unless `row_tile` divides the plan's alignment, [`Error::Overflow`].
     pub fn space_bytes(plan: &Plan, row_tile: usize) -> Result<usize> {
         let what = "bytes of a layout";
-        let words = checked_add(what, Layout::space_len(plan)?, 4 + 2 * worklist_capacity(plan, row_tile)?)?;
-        // Each of the seven lists starts on 16 bytes.
-        checked_add(what, checked_mul(what, words, 4)?, 7 * 16)
+        let words = checked_add(what, Layout::space_len(plan)?, 4 + plan.m_sum() + 2 * worklist_capacity(plan, row_tile)?)?;
+        // Each of the eight lists starts on 16 bytes.
+        checked_add(what, checked_mul(what, words, 4)?, 8 * 16)
     }
 
     /// Lists one behind the other from `address` (16-byte aligned), each on 16 bytes.
@@ -80,6 +82,7 @@ impl LayoutBuffers {
             expert_start: list(experts),
             psum: list(experts),
             m_indices: list(plan.m_sum()),
+            row_tokens: list(plan.m_sum()),
             inv_perm: list(plan.tokens() * plan.topk()),
             header: list(4),
             worklist: list(2 * worklist_capacity(plan, row_tile)?),
@@ -166,7 +169,8 @@ pub(super) struct RowsArgs {
     pub(super) weights_row_stride: i64,
     pub(super) out: u64,
     pub(super) scales: u64,
-    pub(super) m_indices: u64,
+    pub(super) token_scales: u64,
+    pub(super) row_tokens: u64,
     pub(super) inv_perm: u64,
     pub(super) tokens: i32,
     pub(super) m_sum: i32,
@@ -184,7 +188,8 @@ impl RowsArgs {
             weights_row_stride: rows.weights.row_stride as i64,
             out: rows.out,
             scales: rows.scales,
-            m_indices: layout.m_indices,
+            token_scales: 0,
+            row_tokens: layout.row_tokens,
             inv_perm: layout.inv_perm,
             tokens: require_int("tokens", plan.tokens())?,
             m_sum: require_int("m_sum", plan.m_sum())?,
@@ -208,6 +213,7 @@ mod tests {
                 (lists.expert_start, experts),
                 (lists.psum, experts),
                 (lists.m_indices, plan.m_sum()),
+                (lists.row_tokens, plan.m_sum()),
                 (lists.inv_perm, tokens * topk),
                 (lists.header, 4),
                 (lists.worklist, 2 * plan.m_sum() / tile),

@@ -5,7 +5,7 @@ use super::device::{Device, Launch, Stream};
 use super::kernel::{Kernel, Resources, Source};
 use super::route::{self, Route, RouteConfig};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result, checked_mul};
+use crate::error::{Error, Result, checked_add, checked_mul};
 use crate::layout::Padding;
 use crate::plan::Plan;
 use crate::quantize::{ScaleFormat, ScaleLayout, ScaleRounding};
@@ -121,7 +121,8 @@ fn require_columns(argument: &'static str, col_stride: usize, cols: usize) -> Re
 
 /// From routing to quantized rows in their places, prepared.
 ///
-/// Up to 4096 slots (256 tokens of 16) take one launch; more take two, the second set up while the first runs.
+/// Up to 4096 slots (256 tokens of 16) take one launch. More take three, each set up while the one before runs: layout, rows,
+/// and scales, which are cheaper to write row by row once every token has its own.
 #[derive(Debug)]
 pub struct QuantizePermute {
     device: Device,
@@ -130,6 +131,7 @@ pub struct QuantizePermute {
     few: Arc<Kernel>,
     many: Arc<Kernel>,
     many_blocks: u32,
+    spread: Arc<Kernel>,
     single_launch_slots: usize,
 }
 
@@ -144,6 +146,7 @@ impl QuantizePermute {
         few.allow_shared_bytes(few_shared_bytes(route::MAX_EXPERTS, FEW_SLOTS))?;
         let many = device.kernel(&source, c"quantize_permute")?;
         let per_multiprocessor = device.blocks_per_multiprocessor(&many, THREADS, 0)?;
+        let spread = device.kernel(&source, c"spread_token_scales")?;
         Ok(Self {
             device: device.clone(),
             config,
@@ -151,6 +154,7 @@ impl QuantizePermute {
             few,
             many,
             many_blocks: per_multiprocessor.max(1) * device.info().multiprocessors,
+            spread,
             single_launch_slots: FEW_SLOTS,
         })
     }
@@ -161,18 +165,21 @@ impl QuantizePermute {
         Self { single_launch_slots: slots.min(FEW_SLOTS), ..self }
     }
 
-    /// What the kernels take of a multiprocessor: the single launch's, then the row kernel's of two.
+    /// What the kernels take of a multiprocessor: the single launch's, the rows' and the scales'.
     #[must_use]
-    pub fn resources(&self) -> [Resources; 2] {
-        [self.few.resources(), self.many.resources()]
+    pub fn resources(&self) -> [Resources; 3] {
+        [self.few.resources(), self.many.resources(), self.spread.resources()]
     }
 
-    /// As [`Route::workspace_bytes`].
+    /// As [`Route::workspace_bytes`]: the routing's, and the tokens' scales on their way to their rows.
     ///
     /// # Errors
-    /// As [`Route::workspace_bytes`].
-    pub fn workspace_bytes(&self, local_experts: usize) -> Result<usize> {
-        self.route.workspace_bytes(local_experts)
+    /// As [`Route::workspace_bytes`]; [`Error::Overflow`].
+    pub fn workspace_bytes(&self, plan: &Plan) -> Result<usize> {
+        let words_of_a_row = self.config.format.words(4, self.config.hidden)? / 4;
+        let row = words_of_a_row.next_multiple_of(4) * 4;
+        let scales = checked_mul("bytes of the tokens' scales", plan.tokens(), row)?;
+        checked_add("bytes of workspace", self.route.workspace_bytes(plan)?, scales)
     }
 
     /// As [`Route::initialise_workspace`].
@@ -207,7 +214,8 @@ impl QuantizePermute {
     ) -> Result<()> {
         self.config.check(rows, plan)?;
         let route = self.config.route.arguments(plan, routing, layout, workspace)?;
-        let arguments = RowsArgs::new(rows, layout, plan)?;
+        let token_scales = workspace + self.route.workspace_bytes(plan)? as u64;
+        let arguments = RowsArgs { token_scales, ..RowsArgs::new(rows, layout, plan)? };
         let slots = plan.tokens() * plan.topk();
         if slots > self.single_launch_slots {
             // SAFETY: the caller's promise.
@@ -228,27 +236,18 @@ impl QuantizePermute {
         unsafe { self.device.launch(&self.few, shape, stream, &pointers) }
     }
 
-    /// Queues the rows alone, for a layout that is already there: [`Route`]'s, or one made earlier for the same routing.
-    ///
-    /// # Safety
-    /// As [`Route::launch`]; the lists hold a layout of this plan.
-    ///
-    /// # Errors
-    /// As [`QuantizePermute::launch`].
-    #[allow(unsafe_code)]
-    pub unsafe fn launch_rows(&self, stream: Stream, plan: &Plan, rows: &RowsBuffers, layout: &LayoutBuffers) -> Result<()> {
-        self.config.check(rows, plan)?;
-        // SAFETY: the caller's promise.
-        unsafe { self.queue_rows(stream, &RowsArgs::new(rows, layout, plan)?) }
-    }
-
     #[allow(unsafe_code)]
     unsafe fn queue_rows(&self, stream: Stream, arguments: &RowsArgs) -> Result<()> {
-        let shape =
+        const BLOCKS_PER_MULTIPROCESSOR: u32 = 8;
+        let rows =
             Launch { blocks: self.many_blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
+        let scales = Launch { blocks: BLOCKS_PER_MULTIPROCESSOR * self.device.info().multiprocessors, ..rows };
         let pointers = [std::ptr::from_ref(arguments).cast::<c_void>()];
-        // SAFETY: the kernel takes one `RowsArgs`; the rest is the caller's promise.
-        unsafe { self.device.launch(&self.many, shape, stream, &pointers) }
+        // SAFETY: both kernels take one `RowsArgs`; the rest is the caller's promise.
+        unsafe {
+            self.device.launch(&self.many, rows, stream, &pointers)?;
+            self.device.launch(&self.spread, scales, stream, &pointers)
+        }
     }
 
     /// As [`Route::check`].

@@ -79,6 +79,7 @@ impl RouteConfig {
             ("expert_start", layout.expert_start),
             ("psum", layout.psum),
             ("m_indices", layout.m_indices),
+            ("row_tokens", layout.row_tokens),
             ("inv_perm", layout.inv_perm),
             ("header", layout.header),
         ] {
@@ -138,14 +139,14 @@ impl Route {
         self.kernel.resources()
     }
 
-    /// Bytes of workspace that any call of this plan's experts needs; contents must survive from call to call.
+    /// Bytes of workspace that a call of this plan needs, a multiple of 16; the first 64 must survive from call to call.
     ///
     /// # Errors
     /// [`Error::Value`] for more experts than the kernels take.
-    pub fn workspace_bytes(&self, local_experts: usize) -> Result<usize> {
-        require_experts(local_experts)?;
+    pub fn workspace_bytes(&self, plan: &Plan) -> Result<usize> {
+        require_experts(plan.local_experts())?;
         let most_blocks = self.device.info().multiprocessors as usize;
-        Ok(STATE_BYTES + most_blocks * local_experts.next_multiple_of(4) * 4)
+        Ok(STATE_BYTES + most_blocks * plan.local_experts().next_multiple_of(4) * 4)
     }
 
     /// Readies a workspace; once, before its first call.

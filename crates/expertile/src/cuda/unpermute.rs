@@ -11,6 +11,8 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 const THREADS: u32 = 256;
+/// Up to this many slots there are not enough long pieces to keep every multiprocessor busy.
+const FEW_SLOTS: usize = 1024;
 
 /// What the kernel is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,7 +96,9 @@ struct Arguments {
 pub struct Unpermute {
     device: Device,
     config: UnpermuteConfig,
-    kernel: Arc<Kernel>,
+    many: Arc<Kernel>,
+    few: Arc<Kernel>,
+    /// Blocks that are resident at once, of either.
     blocks: u32,
 }
 
@@ -104,16 +108,18 @@ impl Unpermute {
     /// # Errors
     /// As [`UnpermuteConfig::source`]; [`Error::Kernel`] if it does not compile, [`Error::Cuda`].
     pub fn prepare(device: &Device, config: UnpermuteConfig) -> Result<Self> {
-        let kernel = device.kernel(&config.source()?, c"unpermute")?;
-        let per_multiprocessor = device.blocks_per_multiprocessor(&kernel, THREADS, 0)?;
+        let source = config.source()?;
+        let many = device.kernel(&source, c"unpermute")?;
+        let few = device.kernel(&source, c"unpermute_few")?;
+        let per_multiprocessor = device.blocks_per_multiprocessor(&many, THREADS, 0)?;
         let blocks = per_multiprocessor.max(1) * device.info().multiprocessors;
-        Ok(Self { device: device.clone(), config, kernel, blocks })
+        Ok(Self { device: device.clone(), config, many, few, blocks })
     }
 
-    /// What the kernel takes of a multiprocessor.
+    /// What the kernels take of a multiprocessor: the one for many tokens, then the one for few.
     #[must_use]
-    pub fn resources(&self) -> Resources {
-        self.kernel.resources()
+    pub fn resources(&self) -> [Resources; 2] {
+        [self.many.resources(), self.few.resources()]
     }
 
     /// Queues the launch.
@@ -155,9 +161,10 @@ impl Unpermute {
             tokens,
             m_sum,
         };
+        let kernel = if call.tokens * self.config.topk <= FEW_SLOTS { &self.few } else { &self.many };
         let shape = Launch { blocks: self.blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
         let pointers = [std::ptr::from_ref(&arguments).cast::<c_void>()];
         // SAFETY: the kernel takes one `UnpermuteArgs`; the rest is the caller's promise.
-        unsafe { self.device.launch(&self.kernel, shape, stream, &pointers) }
+        unsafe { self.device.launch(kernel, shape, stream, &pointers) }
     }
 }

@@ -57,6 +57,7 @@ struct LiveRows {
     int end[MAX_EXPERTS];
     int warp_sums[THREADS / 32];
     int all;
+    int used;  // the end of the last segment
 };
 
 // Finds each expert's rows in psum; a psum that runs backwards or past the buffer counts as no rows.
@@ -78,6 +79,8 @@ __device__ __forceinline__ void find_live_rows(const ActivationArgs& a, LiveRows
         count[i] = end > start ? end - start : 0;
         s.start[expert] = start;
         s.end[expert] = start + count[i];
+        if (expert == a.experts - 1)
+            s.used = min((start + count[i] + a.alignment - 1) / a.alignment * a.alignment, (u32)a.m_sum);
         sum += count[i];
     }
     int scanned = sum;
@@ -169,9 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) activation(const __grid
         activate_slab(a, s.start[expert] + live - s.before[expert], (int)(unit % SLABS));
     }
 #if QUANTIZED
-    zero_padding_scales(a.scales, a.m_sum, warp, warps, [&](int row) {
-        const int expert = last_not_above(s.start, a.experts, row);
-        return row < s.end[expert];
-    });
+    zero_padding_scales(
+        a.scales, a.m_sum, a.experts, s.used, warp, warps, [&](int e) { return s.start[e]; }, [&](int e) { return s.end[e]; });
 #endif
 }

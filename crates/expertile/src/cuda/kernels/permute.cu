@@ -24,27 +24,16 @@ constexpr int UNITS = (STEPS + 7) / 8;
 constexpr int STEPS_PER_UNIT = (STEPS + UNITS - 1) / UNITS;
 
 #if SCALED
-// A row's scales, four bytes to a word where they are packed.
-__device__ __forceinline__ u32 scale_word_of_row(const RowsArgs& a, int token, int word) {
+// A word of a token's scales, four bytes to a word where they are packed.
+__device__ __forceinline__ u32 word_of_token(const RowsArgs& a, int token, int word) {
     const i64 row = token * a.x_scales_row_stride;
     if (!IS_PACKED) return static_cast<const u32*>(a.x_scales)[row + word * a.x_scales_col_stride];
     u32 packed = 0;
+#pragma unroll
     for (int i = 0; i < 4; ++i)
         if (4 * word + i < GROUPS)
             packed |= (u32)static_cast<const u8*>(a.x_scales)[row + (4 * word + i) * a.x_scales_col_stride] << (8 * i);
     return packed;
-}
-
-__device__ __forceinline__ void permute_scales(const RowsArgs& a, int token, int rows) {
-    for (int base = 0; base < WORDS_PER_ROW; base += 32) {
-        const int word = base + lane_of_thread();
-        const u32 value = word < WORDS_PER_ROW ? scale_word_of_row(a, token, word) : 0;
-#pragma unroll
-        for (int copy = 0; copy < TOPK; ++copy) {
-            const int row = __shfl_sync(WARP, rows, copy);
-            if (row >= 0 && word < WORDS_PER_ROW) a.scales[scale_word(row, word, a.m_sum)] = value;
-        }
-    }
 }
 #endif
 
@@ -66,13 +55,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) permute(const __grid_co
 #pragma unroll
         for (int i = 0; i < STEPS_PER_UNIT; ++i)
             store_copies<Vector>(a.out, v[i], ROW_BYTES, (i64)(first + 32 * i) * VECTOR, first + 32 * i < VECTORS, rows);
-#if SCALED
-        if (unit % UNITS == 0) permute_scales(a, token, rows);
-#endif
     }
-    const auto is_live = [&](int row) { return a.m_indices[row] >= 0; };
 #if SCALED
-    zero_padding_scales(a.scales, a.m_sum, warp, warps, is_live);
+    spread_scales(a.scales, a.row_tokens, a.m_sum, warp, warps, [&](int token, int first, u32(&words)[8]) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (first + i < WORDS_PER_ROW) words[i] = word_of_token(a, token, first + i);
+    });
 #endif
-    if (ZERO_ROWS) zero_padding_rows<Vector>(a.out, ROW_BYTES, a.m_sum, warp, warps, is_live);
+    if (ZERO_ROWS)
+        zero_padding_rows<Vector>(a.out, ROW_BYTES, a.m_sum, warp, warps, [&](int row) { return a.row_tokens[row] >= 0; });
 }

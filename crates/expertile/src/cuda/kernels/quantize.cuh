@@ -66,7 +66,11 @@ struct Divisor {
         float q = __fmul_rn(x, inverse);
         if constexpr (!POWER) {
 #pragma unroll
-            for (int i = 0; i < CORRECTIONS; ++i) q = __fmaf_rn(__fmaf_rn(-q, scale, x), inverse, q);
+            for (int i = 0; i < CORRECTIONS; ++i) {
+                // The negated remainder: a remainder of zero is then +0, and adding -(+0) leaves the sign of a zero alone.
+                const float excess = __fmaf_rn(q, scale, -x);
+                q = __fmaf_rn(-excess, inverse, q);
+            }
         }
         return q;
     }

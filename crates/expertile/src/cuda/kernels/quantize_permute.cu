@@ -1,6 +1,7 @@
 // Rows quantized and brought to their places: read once, scaled once, written once per live slot.
 //
-//   quantize_permute        any number of tokens, after route_plan
+//   quantize_permute        any number of tokens, after route_plan; then
+//   spread_token_scales     the tokens' scales to their rows
 //   route_quantize_permute  up to 4096 slots, routing and plan included, in one launch: every block works the routing out
 //                           for itself, which at this size takes less time than telling the others would
 //
@@ -48,26 +49,49 @@ __device__ __forceinline__ void apply_weight(const RowsArgs& a, int token, Slab&
 #endif
 }
 
-// Quantizes a slab of a token and writes it to the rows that the lanes below TOPK hold.
-__device__ __forceinline__ void emit_slab(const RowsArgs& a, Slab s, int token, int slab, int rows) {
-    apply_weight(a, token, s);
-    const int column = slab * SLAB + lane_of_thread() * PER_LANE;
-    const bool active = column < HIDDEN;
-    float scale;
-    const uint4 bytes = quantize_slab<INPUT, GROUP, POWER_OF_TWO != 0>(s.pairs, scale);
-    store_copies<uint4>(a.out, bytes, HIDDEN, column, active, rows);
-    store_slab_scales<TOPK>(a.scales, active ? scale : 0.0f, slab, rows, a.m_sum);
-}
-
-// A row is cut into units of at most 7 slabs, whose loads are all in flight at once.
-constexpr int UNITS = (SLABS + 6) / 7;
+// A row is cut into units of at most 2 slabs, whose loads are all in flight at once.
+constexpr int UNITS = (SLABS + 1) / 2;
 constexpr int SLABS_PER_UNIT = (SLABS + UNITS - 1) / UNITS;
 constexpr int MANY_THREADS = 256;
+constexpr int TOKEN_SCALES_STRIDE = (WORDS_PER_ROW + 3) & ~3;
 
-extern "C" __global__ void __launch_bounds__(MANY_THREADS, 2) quantize_permute(const __grid_constant__ RowsArgs a) {
+// Copies `bytes` (a multiple of 16) from a warp's part of shared memory to every row that the lanes below TOPK hold: by the
+// bulk copy engine, one instruction to a copy, where there is one.
+__device__ __forceinline__ void store_copies_of_unit(const RowsArgs& a, const u8* part, int at, int bytes, int rows) {
+    const int lane = lane_of_thread();
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
+    if (lane < TOPK && rows >= 0)
+        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(a.out + (i64)rows * HIDDEN + at),
+                     "r"((u32)__cvta_generic_to_shared(part)), "r"(bytes)
+                     : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#else
+    __syncwarp();
+    for (int copy = 0; copy < TOPK; ++copy) {
+        const int row = __shfl_sync(WARP, rows, copy);
+        if (row < 0) continue;
+        for (int byte = lane * 16; byte < bytes; byte += 512)
+            *reinterpret_cast<uint4*>(a.out + (i64)row * HIDDEN + at + byte) = *reinterpret_cast<const uint4*>(part + byte);
+    }
+#endif
+}
+
+// Waits until the warp's part of shared memory may be written again.
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+    __syncwarp();
+}
+
+extern "C" __global__ void __launch_bounds__(MANY_THREADS, 4) quantize_permute(const __grid_constant__ RowsArgs a) {
+    __shared__ alignas(128) u8 parts[MANY_THREADS / 32][SLABS_PER_UNIT * SLAB];
     wait_for_previous_launch();
     let_next_launch_start();
     const int lane = lane_of_thread();
+    u8* part = parts[threadIdx.x >> 5];
     // Neighbouring units go to different multiprocessors at about the same time: rows that are neighbours in the output
     // are then written together, and their scales, which share sectors, meet in the cache.
     const int warp = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
@@ -85,30 +109,63 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, 2) quantize_permute(c
         Slab s[SLABS_PER_UNIT];
 #pragma unroll
         for (int i = 0; i < SLABS_PER_UNIT; ++i) s[i] = load_slab(a, token, first + i);
+        wait_for_copies();
 #pragma unroll
-        for (int i = 0; i < SLABS_PER_UNIT; ++i)
-            if (first + i < SLABS) emit_slab(a, s[i], token, first + i, mine);
+        for (int i = 0; i < SLABS_PER_UNIT; ++i) {
+            if (first + i >= SLABS) break;
+            apply_weight(a, token, s[i]);
+            const bool active = (first + i) * SLAB + lane * PER_LANE < HIDDEN;
+            float scale;
+            const uint4 bytes = quantize_slab<INPUT, GROUP, POWER_OF_TWO != 0>(s[i].pairs, scale);
+            *reinterpret_cast<uint4*>(part + i * SLAB + lane * PER_LANE) = bytes;
+            const u32 word = word_of_scale(active ? scale : 0.0f);
+            const int column = (first + i) * WORDS_PER_SLAB + lane / LANES_PER_WORD;
+            if (lane % LANES_PER_WORD == 0 && column < WORDS_PER_ROW)
+                a.token_scales[(i64)token * TOKEN_SCALES_STRIDE + column] = word;
+        }
+        store_copies_of_unit(a, part, first * SLAB, min(SLABS_PER_UNIT * SLAB, HIDDEN - first * SLAB), mine);
     }
-    const auto is_live = [&](int row) { return a.m_indices[row] >= 0; };
-    zero_padding_scales(a.scales, a.m_sum, warp, warps, is_live);
-    if (ZERO_ROWS) zero_padding_rows<uint4>(a.out, HIDDEN, a.m_sum, warp, warps, is_live);
+    if (ZERO_ROWS)
+        zero_padding_rows<uint4>(a.out, HIDDEN, a.m_sum, warp, warps, [&](int row) { return a.row_tokens[row] >= 0; });
+    wait_for_copies();
+}
+
+// The tokens' scales to their rows, once quantize_permute has them all.
+extern "C" __global__ void __launch_bounds__(MANY_THREADS) spread_token_scales(const __grid_constant__ RowsArgs a) {
+    wait_for_previous_launch();
+    let_next_launch_start();
+    const int warp = blockIdx.x * (MANY_THREADS / 32) + (threadIdx.x >> 5);
+    const int warps = gridDim.x * (MANY_THREADS / 32);
+    spread_scales(a.scales, a.row_tokens, a.m_sum, warp, warps, [&](int token, int first, u32(&words)[8]) {
+        const uint4* from = reinterpret_cast<const uint4*>(a.token_scales + (i64)token * TOKEN_SCALES_STRIDE + first);
+        const uint4 low = from[0];
+        words[0] = low.x, words[1] = low.y, words[2] = low.z, words[3] = low.w;
+        if (first + 4 >= WORDS_PER_ROW) return;
+        const uint4 high = from[1];
+        words[4] = high.x, words[5] = high.y, words[6] = high.z, words[7] = high.w;
+    });
 }
 
 constexpr int FEW_THREADS = 1024;
 constexpr int FEW_WARPS = FEW_THREADS / 32;
-constexpr int MAX_ROUNDS = 4;
-constexpr int MAX_SLOTS = FEW_THREADS * MAX_ROUNDS;
+constexpr int MAX_SLOTS = 4096;
+constexpr int MAX_ROUNDS = MAX_SLOTS / FEW_THREADS;
 
 extern "C" __global__ void __launch_bounds__(FEW_THREADS, 1)
     route_quantize_permute(const __grid_constant__ RouteArgs r, const __grid_constant__ RowsArgs a) {
     __shared__ Experts s;
-    __shared__ int row_of_slot[MAX_SLOTS];
-    extern __shared__ u16 seen[];  // [warps that have slots, experts]
+    __shared__ u32 expert_and_rank[MAX_SLOTS];  // 0xffff for no expert, below the rank among the warp's slots
+    extern __shared__ u16 seen[];               // [warps that have slots, experts]
     const int warp = threadIdx.x >> 5;
     const int lane = lane_of_thread();
+    // Rows are taken by warps from the first on, routing and plan by warps from the last on: where there are few of either,
+    // they go on side by side.
+    const int planner = FEW_WARPS - 1 - warp;
+    const int planner_thread = planner * 32 + lane;
     const int slots = r.tokens * TOPK;
     const int rounds = (slots + FEW_THREADS - 1) / FEW_THREADS;
-    const int ranking_warps = (slots + rounds * 32 - 1) / max(rounds * 32, 1);
+    const int per_warp = max(rounds * 32, 1);
+    const int ranking_warps = (slots + per_warp - 1) / per_warp;
     for (int i = threadIdx.x; i < ranking_warps * r.experts; i += FEW_THREADS) seen[i] = 0;
     if (threadIdx.x == 0) s.live = 0;
     wait_for_previous_launch();
@@ -116,29 +173,31 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, 1)
 
     // The warp's first unit: its row is on its way while the routing is worked out.
     const int unit_stride = gridDim.x * FEW_WARPS;
+    const int grid_warp = warp * gridDim.x + blockIdx.x;
     const int units = r.tokens * SLABS;
-    int unit = warp * gridDim.x + blockIdx.x;
-    int unit_expert = unit < units && lane < TOPK ? local_expert(r, unit / SLABS * TOPK + lane, nullptr) : -1;
-
+    const int unit_expert = grid_warp < units && lane < TOPK ? local_expert(r, grid_warp / SLABS * TOPK + lane, nullptr) : -1;
     int expert[MAX_ROUNDS];
-    int rank[MAX_ROUNDS];
-    const int first = warp * rounds * 32 + lane;
+    const int first = planner * per_warp + lane;
 #pragma unroll
     for (int i = 0; i < MAX_ROUNDS; ++i) {
+        if (i >= rounds) break;
         const int slot = first + i * 32;
-        expert[i] = i < rounds && slot < slots ? local_expert(r, slot, blockIdx.x == 0 ? r.status : nullptr) : -1;
+        expert[i] = slot < slots ? local_expert(r, slot, blockIdx.x == 0 ? r.status : nullptr) : -1;
     }
-    const bool unit_is_live = __any_sync(WARP, unit_expert >= 0);
+    const bool have_unit = __any_sync(WARP, unit_expert >= 0);
     Slab slab;
-    if (unit_is_live) slab = load_slab(a, unit / SLABS, unit % SLABS);
+    if (have_unit) slab = load_slab(a, grid_warp / SLABS, grid_warp % SLABS);
     __syncthreads();
-    if (warp < ranking_warps) {
+    if (planner < ranking_warps) {
 #pragma unroll
-        for (int i = 0; i < MAX_ROUNDS; ++i)
-            rank[i] = i < rounds ? rank_in_warp(expert[i], seen + warp * r.experts) : 0;
+        for (int i = 0; i < MAX_ROUNDS; ++i) {
+            if (i >= rounds) break;
+            const int rank = rank_in_warp(expert[i], seen + planner * r.experts);
+            if (first + i * 32 < slots) expert_and_rank[first + i * 32] = (u32)expert[i] << 16 | rank;
+        }
     }
     __syncthreads();
-    for (int e = threadIdx.x; e < r.experts; e += FEW_THREADS) {
+    for (int e = planner_thread; e < r.experts; e += FEW_THREADS) {
         int sum = 0;
 #pragma unroll 4
         for (int w = 0; w < ranking_warps; ++w) {
@@ -148,40 +207,55 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, 1)
         }
         s.total[e] = sum;
     }
-    // Thread e wrote what it now reads: no barrier in between.
-    plan_experts<FEW_THREADS>(s, r.experts, r.alignment, r.row_tile);
-    if (warp < ranking_warps) {
-#pragma unroll
-        for (int i = 0; i < MAX_ROUNDS; ++i) {
-            const int slot = first + i * 32;
-            if (i >= rounds || slot >= slots) break;
-            int row = -1;
-            if (expert[i] >= 0) row = s.start[expert[i]] + seen[warp * r.experts + expert[i]] + rank[i];
-            row_of_slot[slot] = row < r.m_sum ? row : -1;
-        }
+    uint4 bytes;
+    float scale;
+    if (have_unit) {
+        apply_weight(a, grid_warp / SLABS, slab);
+        bytes = quantize_slab<INPUT, GROUP, POWER_OF_TWO != 0>(slab.pairs, scale);
     }
-    __syncthreads();
-
-    bool have_slab = unit_is_live;
-    for (; unit < units; unit += unit_stride) {
-        const int token = unit / SLABS;
-        const int rows = lane < TOPK ? row_of_slot[token * TOPK + lane] : -1;
-        const bool live = __any_sync(WARP, rows >= 0);
-        if (live) {
-            if (!have_slab) slab = load_slab(a, token, unit % SLABS);
-            emit_slab(a, slab, token, unit % SLABS, rows);
-        }
-        have_slab = false;
-    }
-    const auto is_live = [&](int row) {
-        const int e = last_not_above(s.start, r.experts, row);
-        return row < s.start[e] + s.total[e];
+    // Each thread reads the totals that it has written: no barrier before the one inside.
+    plan_experts<FEW_THREADS, u32>(s, planner_thread, r.experts, r.alignment, r.row_tile);
+    const auto row_of_slot = [&](int slot) {
+        const u32 packed = expert_and_rank[slot];
+        const u32 e = packed >> 16;
+        if (e == 0xffffu) return -1;
+        const int row = s.start[e] + seen[slot / per_warp * r.experts + e] + (int)(packed & 0xffffu);
+        return row < r.m_sum ? row : -1;
     };
-    const int grid_warp = warp * gridDim.x + blockIdx.x;
-    zero_padding_scales(a.scales, a.m_sum, grid_warp, unit_stride, is_live);
-    if (ZERO_ROWS) zero_padding_rows<uint4>(a.out, HIDDEN, a.m_sum, grid_warp, unit_stride, is_live);
-    const int thread = grid_warp * 32 + lane;
-    write_rows(r, s, thread, gridDim.x * FEW_THREADS);
-    for (int slot = thread; slot < slots; slot += gridDim.x * FEW_THREADS) r.inv_perm[slot] = row_of_slot[slot];
-    if (blockIdx.x == 0) write_experts(r, s);
+
+    for (int unit = grid_warp; unit < units; unit += unit_stride) {
+        const int token = unit / SLABS;
+        const int index = unit % SLABS;
+        const int rows = lane < TOPK ? row_of_slot(token * TOPK + lane) : -1;
+        if (!__any_sync(WARP, rows >= 0)) continue;
+        if (unit != grid_warp) {
+            slab = load_slab(a, token, index);
+            apply_weight(a, token, slab);
+            bytes = quantize_slab<INPUT, GROUP, POWER_OF_TWO != 0>(slab.pairs, scale);
+        }
+        const int column = index * SLAB + lane * PER_LANE;
+        store_copies<uint4>(a.out, bytes, HIDDEN, column, column < HIDDEN, rows);
+        store_slab_scales<TOPK>(a.scales, column < HIDDEN ? scale : 0.0f, index, rows, a.m_sum);
+    }
+    // What is left is shared out by kind, so that no warp goes through all of it.
+    constexpr int LISTING_WARPS = FEW_WARPS / 4;
+    if (planner < LISTING_WARPS / 2) {
+        const int thread = (planner * gridDim.x + blockIdx.x) * 32 + lane;
+        const int threads = LISTING_WARPS / 2 * 32 * gridDim.x;
+        for (int slot = thread; slot < slots; slot += threads) write_slot(r, slot, row_of_slot(slot));
+        write_experts(r, s, thread, threads);
+        write_worklist(r, s, thread, threads);
+    } else if (planner < LISTING_WARPS) {
+        const int thread = ((planner - LISTING_WARPS / 2) * gridDim.x + blockIdx.x) * 32 + lane;
+        write_m_indices(r, s, thread, LISTING_WARPS / 2 * 32 * gridDim.x);
+    } else {
+        zero_padding_scales(
+            a.scales, a.m_sum, r.experts, min(s.rows, r.m_sum), grid_warp, (FEW_WARPS - LISTING_WARPS) * gridDim.x,
+            [&](int e) { return min(s.start[e], r.m_sum); }, [&](int e) { return min(s.start[e] + s.total[e], r.m_sum); });
+    }
+    if (ZERO_ROWS)
+        zero_padding_rows<uint4>(a.out, HIDDEN, a.m_sum, grid_warp, unit_stride, [&](int row) {
+            const int e = last_not_above(s.start, r.experts, row);
+            return row < s.start[e] + s.total[e];
+        });
 }

@@ -27,6 +27,7 @@ struct RouteArgs {
     int* expert_start;
     int* psum;
     int* m_indices;
+    int* row_tokens;  // token of each row, -1 on padding
     int* inv_perm;
     int* header;      // live rows, rows up to the end of the last segment, tiles, 0
     int2* worklist;   // (expert, first row) of every row tile that holds a live row
@@ -52,6 +53,17 @@ struct Experts {
     int live;
     int rows;
     int tiles;
+};
+
+// n / d rounded up; by a shift where d is a power of two, as alignments mostly are.
+struct CeilDiv {
+    int divisor;
+    int shift;
+
+    __device__ __forceinline__ explicit CeilDiv(int d) : divisor(d), shift((d & (d - 1)) == 0 ? __ffs(d) - 1 : -1) {}
+    __device__ __forceinline__ u32 operator()(u32 n) const {
+        return shift >= 0 ? (n + divisor - 1) >> shift : (n + divisor - 1) / divisor;
+    }
 };
 
 // The local expert of a slot; -1 for an empty or non-local one, and for one that `status` is told about.
@@ -88,75 +100,91 @@ __device__ __forceinline__ int rank_in_warp(int expert, u16* seen) {
     return before + __popc(peers & ((1u << lane) - 1u));
 }
 
-// From the experts' totals to the starts of their segments (multiples of `alignment`) and tiles, by a scan over all of
-// them. The block's threads take EACH consecutive experts; all of them call, and all may read the result afterwards.
-template <int THREADS>
-__device__ void plan_experts(Experts& s, int experts, int alignment, int row_tile) {
-    constexpr int EACH = MAX_EXPERTS / THREADS;
-    const int first = threadIdx.x * EACH;
+__device__ __forceinline__ u64 scan_warp(u64 x) {
     const int lane = lane_of_thread();
-    const int warp = threadIdx.x >> 5;
-    // Rows in the low word, tiles in the high one: the host has made sure that neither can carry.
-    u64 sum = 0;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const u64 below = __shfl_up_sync(WARP, x, distance);
+        if (lane >= distance) x += below;
+    }
+    return x;
+}
+
+__device__ __forceinline__ u32 scan_warp(u32 x) {
+    const int lane = lane_of_thread();
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+        const u32 below = __shfl_up_sync(WARP, x, distance);
+        if (lane >= distance) x += below;
+    }
+    return x;
+}
+
+// From the experts' totals to the starts of their segments (multiples of `alignment`) and tiles, by a scan over all of
+// them. Pair holds alignments in its low half and tiles in its high one: u32 where neither can pass 65535, else u64. The
+// block's threads take EACH consecutive experts, in the order of `thread` (threadIdx.x, or its warps backwards); all of them
+// call, and all may read the result afterwards.
+template <int THREADS, typename Pair>
+__device__ __forceinline__ void plan_experts(Experts& s, int thread, int experts, int alignment, int row_tile) {
+    constexpr int EACH = (MAX_EXPERTS + THREADS - 1) / THREADS;
+    constexpr int HALF = sizeof(Pair) * 4;
+    const CeilDiv segments(alignment);
+    const CeilDiv tiles(row_tile);
+    const int first = thread * EACH;
+    const int lane = lane_of_thread();
+    const int warp = thread >> 5;
+    Pair pair[EACH];
+    Pair sum = 0;
     u32 live = 0;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-        if (first + i >= experts) break;
-        const u32 total = s.total[first + i];
-        const u32 tiles = (total + row_tile - 1) / row_tile;
-        sum += (u64)tiles << 32 | (total + alignment - 1) / alignment * alignment;
+        const u32 total = first + i < experts ? s.total[first + i] : 0;
+        pair[i] = (Pair)tiles(total) << HALF | segments(total);
+        sum += pair[i];
         live += total;
     }
-    u64 scanned = sum;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const u64 below = __shfl_up_sync(WARP, scanned, distance);
-        if (lane >= distance) scanned += below;
+    // Warps without experts take part in the barriers only.
+    const bool has_experts = warp * 32 * EACH < experts;
+    Pair scanned = 0;
+    if (has_experts) {
+        scanned = scan_warp(sum);
+        live = __reduce_add_sync(WARP, live);
+        if (lane == 0) atomicAdd(&s.live, (int)live);
+        if (lane == 31) s.warp_sums[warp] = scanned;
     }
-    live = __reduce_add_sync(WARP, live);
-    if (lane == 0 && live != 0) atomicAdd(&s.live, (int)live);
-    if (lane == 31) s.warp_sums[warp] = scanned;
     __syncthreads();
-    u64 before = scanned - sum;
-    u64 all = 0;
-    {
-        u64 warps = lane < THREADS / 32 ? s.warp_sums[lane] : 0;
+    if (has_experts) {
+        const int warps = (experts + 32 * EACH - 1) / (32 * EACH);
+        const Pair sums = scan_warp(lane < warps ? (Pair)s.warp_sums[lane] : (Pair)0);
+        const Pair earlier = __shfl_sync(WARP, sums, (warp + 31) & 31);
+        Pair before = scanned - sum + (warp > 0 ? earlier : 0);
 #pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const u64 below = __shfl_up_sync(WARP, warps, distance);
-            if (lane >= distance) warps += below;
+        for (int i = 0; i < EACH; ++i) {
+            if (first + i < experts) {
+                s.start[first + i] = (int)(u32)(before & (((Pair)1 << HALF) - 1)) * alignment;
+                s.tile[first + i] = (int)(before >> HALF);
+            }
+            before += pair[i];
         }
-        all = __shfl_sync(WARP, warps, 31);
-        const u64 earlier = __shfl_sync(WARP, warps, (warp + 31) & 31);
-        if (warp > 0) before += earlier;
-    }
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        if (first + i >= experts) break;
-        const u32 total = s.total[first + i];
-        s.start[first + i] = (int)(u32)before;
-        s.tile[first + i] = (int)(before >> 32);
-        const u32 tiles = (total + row_tile - 1) / row_tile;
-        before += (u64)tiles << 32 | (total + alignment - 1) / alignment * alignment;
-    }
-    if (threadIdx.x == 0) {
-        s.rows = (int)(u32)all;
-        s.tiles = (int)(all >> 32);
+        if (first < experts && first + EACH >= experts) {
+            s.rows = (int)(u32)(before & (((Pair)1 << HALF) - 1)) * alignment;
+            s.tiles = (int)(before >> HALF);
+        }
     }
     __syncthreads();
 }
 
-// The lists of experts and the header: one block writes them. Ends are held within m_sum, so that whoever walks the lists
+// The lists of experts and the header; `thread` of `threads`. Ends are held within m_sum, so that whoever walks the lists
 // after a routing that does not fit stays inside the buffer.
-__device__ __forceinline__ void write_experts(const RouteArgs& a, const Experts& s) {
-    for (int expert = threadIdx.x; expert < a.experts; expert += blockDim.x) {
+__device__ __forceinline__ void write_experts(const RouteArgs& a, const Experts& s, int thread, int threads) {
+    for (int expert = thread; expert < a.experts; expert += threads) {
         const int start = min(s.start[expert], a.m_sum);
         const int end = min(s.start[expert] + s.total[expert], a.m_sum);
         a.expert_num_tokens[expert] = end - start;
         a.expert_start[expert] = start;
         a.psum[expert] = end;
     }
-    if (threadIdx.x == 0) {
+    if (thread == 0) {
         a.header[0] = s.live;
         a.header[1] = min(s.rows, a.m_sum);
         a.header[2] = min(s.tiles, a.worklist_capacity);
@@ -165,15 +193,31 @@ __device__ __forceinline__ void write_experts(const RouteArgs& a, const Experts&
     }
 }
 
-// Lists by row and by tile: threads of the whole grid share them; `thread` of `threads`.
-__device__ __forceinline__ void write_rows(const RouteArgs& a, const Experts& s, int thread, int threads) {
-    for (int row = thread; row < a.m_sum; row += threads) {
-        const int expert = last_not_above(s.start, a.experts, row);
-        a.m_indices[row] = row < s.start[expert] + s.total[expert] ? expert : -1;
-    }
+// The list by tile: threads of the whole grid share it; `thread` of `threads`.
+__device__ __forceinline__ void write_worklist(const RouteArgs& a, const Experts& s, int thread, int threads) {
     const int tiles = min(s.tiles, a.worklist_capacity);
     for (int tile = thread; tile < tiles; tile += threads) {
         const int expert = last_not_above(s.tile, a.experts, tile);
         a.worklist[tile] = make_int2(expert, s.start[expert] + (tile - s.tile[expert]) * a.row_tile);
+    }
+}
+
+// The row of a slot, and the slot's token at that row.
+__device__ __forceinline__ void write_slot(const RouteArgs& a, int slot, int row) {
+    a.inv_perm[slot] = row;
+    if (row >= 0) a.row_tokens[row] = slot / TOPK;
+}
+
+// The lists by row, found row by row: as fast for one long segment as for many short ones. Tokens of live rows are
+// write_slot's.
+__device__ __forceinline__ void write_m_indices(const RouteArgs& a, const Experts& s, int thread, int threads) {
+    for (int row = thread; row < a.m_sum; row += threads) {
+        int value = -1;
+        if (row < s.rows) {
+            const int expert = last_not_above(s.start, a.experts, row);
+            if (row < s.start[expert] + s.total[expert]) value = expert;
+        }
+        a.m_indices[row] = value;
+        if (value < 0) a.row_tokens[row] = -1;
     }
 }

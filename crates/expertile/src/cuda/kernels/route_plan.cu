@@ -67,10 +67,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) route_plan(const __grid
     if (threadIdx.x == 0) s.live = 0;
     __syncthreads();
 
-    // Ranks within the warp's part of the chunk wait in inv_perm, written and read by the same thread.
+    // Few rounds stay in registers. Where there are more, ranks within the warp's part of the chunk wait in inv_perm, written
+    // and read by the same thread.
     constexpr int AT_ONCE = 4;
+    int expert[AT_ONCE];
+    int rank[AT_ONCE];
     for (int round = 0; round < rounds; round += AT_ONCE) {
-        int expert[AT_ONCE];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
             const int slot = first + (round + i) * 32;
@@ -80,8 +82,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) route_plan(const __grid
         for (int i = 0; i < AT_ONCE; ++i) {
             if (round + i >= rounds) break;
             const int slot = first + (round + i) * 32;
-            const int rank = rank_in_warp(expert[i], seen + warp * a.experts);
-            if (slot < slots) a.inv_perm[slot] = rank;
+            rank[i] = rank_in_warp(expert[i], seen + warp * a.experts);
+            if (rounds > AT_ONCE && slot < slots) a.inv_perm[slot] = rank[i];
         }
     }
     __syncthreads();
@@ -103,16 +105,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) route_plan(const __grid
     let_next_launch_start();
     sum_chunks(a, padded, s, before);
     __syncthreads();
-    plan_experts<THREADS>(s, a.experts, a.alignment, a.row_tile);
+    plan_experts<THREADS, u64>(s, threadIdx.x, a.experts, a.alignment, a.row_tile);
 
-    for (int round = 0; round < rounds; ++round) {
-        const int slot = first + round * 32;
-        if (slot >= slots) break;
-        const int expert = local_expert(a, slot, nullptr);
-        int row = -1;
-        if (expert >= 0) row = s.start[expert] + before[expert] + seen[warp * a.experts + expert] + a.inv_perm[slot];
-        a.inv_perm[slot] = row < a.m_sum ? row : -1;
+    const auto row_of = [&](int e, int r) {
+        const int row = e < 0 ? -1 : s.start[e] + before[e] + seen[warp * a.experts + e] + r;
+        return row < a.m_sum ? row : -1;
+    };
+    if (rounds <= AT_ONCE) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int slot = first + i * 32;
+            if (i < rounds && slot < slots) write_slot(a, slot, row_of(expert[i], rank[i]));
+        }
+    } else {
+        for (int round = 0; round < rounds; ++round) {
+            const int slot = first + round * 32;
+            if (slot < slots) write_slot(a, slot, row_of(local_expert(a, slot, nullptr), a.inv_perm[slot]));
+        }
     }
-    write_rows(a, s, blockIdx.x * THREADS + threadIdx.x, gridDim.x * THREADS);
-    if (blockIdx.x == 0) write_experts(a, s);
+    if (blockIdx.x == 0) write_experts(a, s, threadIdx.x, THREADS);
+    const int thread = blockIdx.x * THREADS + threadIdx.x;
+    write_worklist(a, s, thread, gridDim.x * THREADS);
+    write_m_indices(a, s, thread, gridDim.x * THREADS);
 }

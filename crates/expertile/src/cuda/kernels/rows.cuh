@@ -12,7 +12,8 @@ struct RowsArgs {
     i64 weights_row_stride;
     u8* out;      // [m_sum, row]
     u32* scales;  // of [m_sum, groups], as SCALE_LAYOUT says
-    const int* m_indices;
+    u32* token_scales;  // words of each token's scales, on their way to the token's rows: [tokens, words up to 4]
+    const int* row_tokens;
     const int* inv_perm;
     int tokens;
     int m_sum;

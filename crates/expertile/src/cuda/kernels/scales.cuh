@@ -47,49 +47,72 @@ __device__ __forceinline__ void store_slab_scales(u32* scales, float scale, int 
     }
 }
 
-// Zeros in the scales of every row that `is_live(row)` denies, the few words past m_sum that round the stride up included.
-// Warps of the whole grid share the work; `warp` of `warps`.
-template <typename IsLive>
-__device__ __forceinline__ void zero_padding_scales(u32* scales, int m_sum, int warp, int warps, IsLive is_live) {
+// Zeros in rows [begin, end) of one column of scales. Every lane of the warp calls.
+__device__ __forceinline__ void zero_column(u32* column, int begin, int end) {
     const int lane = lane_of_thread();
-    if (SCALE_LAYOUT == ROW_MAJOR) {
-        for (int first = warp * 32; first < m_sum; first += warps * 32) {
-            const bool padding = first + lane < m_sum && !is_live(first + lane);
-            u32 rows = __ballot_sync(WARP, padding);
-            while (rows != 0) {
-                const int row = first + __ffs(rows) - 1;
-                rows &= rows - 1;
-                for (int word = lane; word < WORDS_PER_ROW; word += 32) scales[scale_word(row, word, m_sum)] = 0;
-            }
+    const int head = min((begin + 3) & ~3, end);
+    const int tail = max(end & ~3, head);
+    if (lane < head - begin) column[begin + lane] = 0;
+    if (lane < end - tail) column[tail + lane] = 0;
+    for (int row = head + 4 * lane; row < tail; row += 128) *reinterpret_cast<uint4*>(column + row) = make_uint4(0, 0, 0, 0);
+}
+
+// Zeros in the scales of padding: behind each expert's rows up to the next one's, and behind the last one's up to m_sum and
+// the few words that round the stride up. `start` and `end` are the experts' lists, `used` the end of the last segment.
+// Warps of the whole grid share the work; `warp` of `warps`.
+template <typename Start, typename End>
+__device__ __forceinline__ void zero_padding_scales(u32* scales, int m_sum, int experts, int used, int warp, int warps, Start start, End end) {
+    const int lane = lane_of_thread();
+    // Parts of an expert's run: one column (or a share of its words) to a warp while there are warps.
+    const int parts = max(1, min(WORDS_PER_ROW, warps / experts));
+    const int stride = SCALE_LAYOUT == ROW_MAJOR ? m_sum : (m_sum + 3) & ~3;
+    for (int unit = warp; unit < experts * parts; unit += warps) {
+        const int expert = unit % experts;
+        const int part = unit / experts;
+        const int from = end(expert);
+        const int to = expert + 1 < experts ? start(expert + 1) : used;
+        if (SCALE_LAYOUT == ROW_MAJOR) {
+            for (i64 word = (i64)from * WORDS_PER_ROW + part * 32 + lane; word < (i64)to * WORDS_PER_ROW; word += parts * 32)
+                scales[word] = 0;
+        } else {
+            for (int column = part; column < WORDS_PER_ROW; column += parts) zero_column(scales + (i64)column * stride, from, to);
         }
-        return;
     }
-    // Columns of rows: four rows (16 bytes) to a lane, 128 to a warp, COLUMNS columns at a time.
+    // What is left of the buffer may be most of it: cut by rows too.
+    constexpr int ROWS = 1024;
+    const int chunks = (stride - used + ROWS - 1) / ROWS;
+    for (int unit = warp; unit < chunks * WORDS_PER_ROW; unit += warps) {
+        const int from = used + unit / WORDS_PER_ROW * ROWS;
+        const int to = min(from + ROWS, stride);
+        const int column = unit % WORDS_PER_ROW;
+        if (SCALE_LAYOUT == ROW_MAJOR) {
+            for (int row = from + lane; row < to; row += 32) scales[(i64)row * WORDS_PER_ROW + column] = 0;
+        } else {
+            zero_column(scales + (i64)column * stride, from, to);
+        }
+    }
+}
+
+// Writes every word of the scales once, row by row, so that neighbouring rows of a column are written together: scales of one
+// token go to rows far apart, and a store of 4 bytes to each costs the cache as much as one of 32. Padding rows get zeros.
+// `words_of(token, first, words)` gives eight consecutive words of a token's scales. Warps of the whole grid share the work.
+template <typename WordsOf>
+__device__ __forceinline__ void spread_scales(u32* scales, const int* row_tokens, int m_sum, int warp, int warps, WordsOf words_of) {
     constexpr int COLUMNS = 8;
     constexpr int CHUNKS = (WORDS_PER_ROW + COLUMNS - 1) / COLUMNS;
-    const int stride = (m_sum + 3) & ~3;
-    const int blocks = (stride + 127) / 128;
-    for (int unit = warp; unit < blocks * CHUNKS; unit += warps) {
-        const int row = unit / CHUNKS * 128 + lane * 4;
+    const int stride = SCALE_LAYOUT == ROW_MAJOR ? m_sum : (m_sum + 3) & ~3;
+    const i64 units = (i64)((stride + 31) / 32) * CHUNKS;
+    for (i64 unit = warp; unit < units; unit += warps) {
+        const int row = (int)(unit / CHUNKS) * 32 + lane_of_thread();
+        const int first = (int)(unit % CHUNKS) * COLUMNS;
         if (row >= stride) continue;
-        const int first_column = unit % CHUNKS * COLUMNS;
-        bool padding[4];
+        const int token = row < m_sum ? row_tokens[row] : -1;
+        u32 words[COLUMNS];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) padding[i] = row + i >= m_sum || !is_live(row + i);
-        const bool all = padding[0] && padding[1] && padding[2] && padding[3];
-        const bool any = padding[0] || padding[1] || padding[2] || padding[3];
-        if (!any) continue;
+        for (int i = 0; i < COLUMNS; ++i) words[i] = 0;
+        if (token >= 0) words_of(token, first, words);
 #pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) {
-            if (first_column + c >= WORDS_PER_ROW) break;
-            u32* word = scales + row + (i64)(first_column + c) * stride;
-            if (all) {
-                *reinterpret_cast<uint4*>(word) = make_uint4(0, 0, 0, 0);
-            } else {
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    if (padding[i]) word[i] = 0;
-            }
-        }
+        for (int i = 0; i < COLUMNS; ++i)
+            if (first + i < WORDS_PER_ROW) scales[scale_word(row, first + i, m_sum)] = words[i];
     }
 }

@@ -19,9 +19,6 @@ constexpr int THREADS = 256;
 constexpr int STEPS = (HIDDEN + 32 * VECTOR - 1) / (32 * VECTOR);
 constexpr int BYTES_IN = INPUT == 2 ? 4 : 2;
 constexpr int BYTES_OUT = OUTPUT == 2 ? 4 : 2;
-// Slots whose rows are loaded before the first is added.
-constexpr int AT_ONCE = TOPK < 8 ? TOPK : 8;
-
 // A lane's VECTOR elements, as they stand in memory.
 struct Elements {
     u32 word[4];
@@ -65,47 +62,88 @@ __device__ __forceinline__ void store_sums(u8* to, const float (&sum)[VECTOR]) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3) unpermute(const __grid_constant__ UnpermuteArgs a) {
-    wait_for_previous_launch();
-    let_next_launch_start();
+struct Slots {
+    int row;  // lane k holds the k-th slot's, -1 for none
+    float weight;
+};
+
+__device__ __forceinline__ Slots load_slots(const UnpermuteArgs& a, i64 token) {
+    Slots s = {-1, 1.0f};
+    const int lane = lane_of_thread();
+    if (lane < TOPK && token < a.tokens) {
+        s.row = a.inv_perm[token * TOPK + lane];
+        if (s.row >= a.m_sum) s.row = -1;
+        if (WEIGHTED) s.weight = a.weights[token * a.weights_row_stride + lane];
+    }
+    return s;
+}
+
+// A warp's unit is UNIT steps of a token's row; the rows of AT_ONCE live slots are loaded before the first is added.
+template <int UNIT, int AT_ONCE>
+__device__ __forceinline__ void unpermute_units(const UnpermuteArgs& a) {
+    constexpr int UNITS = (STEPS + UNIT - 1) / UNIT;
+    constexpr int STRIDE = 32 * VECTOR;
     const int lane = lane_of_thread();
     const int warp = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
     const int warps = gridDim.x * (THREADS / 32);
-    for (i64 unit = warp; unit < (i64)a.tokens * STEPS; unit += warps) {
-        const int token = (int)(unit / STEPS);
-        const int column = ((int)(unit % STEPS) * 32 + lane) * VECTOR;
-        const bool active = column < HIDDEN;
-        int mine = -1;
-        float weight = 1.0f;
-        if (lane < TOPK) {
-            mine = a.inv_perm[(i64)token * TOPK + lane];
-            if (mine >= a.m_sum) mine = -1;
-            if (WEIGHTED) weight = a.weights[token * a.weights_row_stride + lane];
-        }
-        float sum[VECTOR];
+    Slots next = load_slots(a, warp / UNITS);
+    for (i64 unit = warp; unit < (i64)a.tokens * UNITS; unit += warps) {
+        const Slots slots = next;
+        next = load_slots(a, (unit + warps) / UNITS);
+        const int column = (int)(unit % UNITS) * UNIT * STRIDE + lane * VECTOR;
+        float sum[UNIT][VECTOR];
 #pragma unroll
-        for (int i = 0; i < VECTOR; ++i) sum[i] = 0.0f;
+        for (int step = 0; step < UNIT; ++step)
 #pragma unroll
-        for (int first = 0; first < TOPK; first += AT_ONCE) {
-            Elements e[AT_ONCE];
+            for (int i = 0; i < VECTOR; ++i) sum[step][i] = 0.0f;
+        // Live slots only, lowest first.
+        u32 live = __ballot_sync(WARP, slots.row >= 0);
+        while (live != 0) {
+            Elements e[AT_ONCE][UNIT];
+            float weight[AT_ONCE];
+            const int count = __popc(live);
 #pragma unroll
             for (int k = 0; k < AT_ONCE; ++k) {
-                const int row = __shfl_sync(WARP, mine, (first + k) & 31);
-                if (first + k < TOPK && row >= 0 && active)
-                    e[k] = load_elements(static_cast<const u8*>(a.rows) + ((i64)row * HIDDEN + column) * BYTES_IN);
+                if (k >= count) break;
+                const int slot = __ffs(live) - 1;
+                live &= live - 1;
+                const int row = __shfl_sync(WARP, slots.row, slot);
+                weight[k] = __shfl_sync(WARP, slots.weight, slot);
+                const u8* from = static_cast<const u8*>(a.rows) + ((i64)row * HIDDEN + column) * BYTES_IN;
+#pragma unroll
+                for (int step = 0; step < UNIT; ++step)
+                    if (column + step * STRIDE < HIDDEN) e[k][step] = load_elements(from + step * STRIDE * BYTES_IN);
             }
 #pragma unroll
             for (int k = 0; k < AT_ONCE; ++k) {
-                const int row = __shfl_sync(WARP, mine, (first + k) & 31);
-                const float w = __shfl_sync(WARP, weight, (first + k) & 31);
-                if (first + k >= TOPK || row < 0) continue;
+                if (k >= count) break;
 #pragma unroll
-                for (int i = 0; i < VECTOR; ++i) {
-                    const float v = element(e[k], i);
-                    sum[i] = __fadd_rn(sum[i], WEIGHTED ? __fmul_rn(w, v) : v);
+                for (int step = 0; step < UNIT; ++step) {
+#pragma unroll
+                    for (int i = 0; i < VECTOR; ++i) {
+                        const float v = element(e[k][step], i);
+                        sum[step][i] = __fadd_rn(sum[step][i], WEIGHTED ? __fmul_rn(weight[k], v) : v);
+                    }
                 }
             }
         }
-        if (active) store_sums(static_cast<u8*>(a.out) + ((i64)token * HIDDEN + column) * BYTES_OUT, sum);
+        u8* to = static_cast<u8*>(a.out) + ((unit / UNITS) * HIDDEN + column) * BYTES_OUT;
+#pragma unroll
+        for (int step = 0; step < UNIT; ++step)
+            if (column + step * STRIDE < HIDDEN) store_sums(to + step * STRIDE * BYTES_OUT, sum[step]);
     }
+}
+
+// Many tokens: long pieces of each row, which device memory likes.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) unpermute(const __grid_constant__ UnpermuteArgs a) {
+    wait_for_previous_launch();
+    let_next_launch_start();
+    unpermute_units<(STEPS < 4 ? STEPS : 4), (TOPK < 4 ? TOPK : 4)>(a);
+}
+
+// Few tokens: as many warps as there are, and every row of a token on its way at once.
+extern "C" __global__ void __launch_bounds__(THREADS, 2) unpermute_few(const __grid_constant__ UnpermuteArgs a) {
+    wait_for_previous_launch();
+    let_next_launch_start();
+    unpermute_units<1, (TOPK < 8 ? TOPK : 8)>(a);
 }

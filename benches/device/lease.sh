@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# What one lease of a GPU machine runs: tests, sanitizers, timings; each part under its own time limit, logs under $OUT.
+#
+#   lease.sh FOLDER PART...
+#
+# FOLDER holds the test binaries (unit, cuda_kernels), libexpertile_vllm_gpu.so and the Python files of
+# benches/peers/vllm_gpu; a part is one of: arithmetic, kernels, sanitize, alone, compare. PEER_DIR names vLLM's pieces.
+set -uo pipefail
+folder=$(cd "$1" && pwd)
+shift
+out=${OUT:-.}
+export EXPERTILE_CACHE=/tmp/expertile-cache RUST_BACKTRACE=0 PYTHONUNBUFFERED=1
+nvrtc=$(python3 -c 'import glob, sys; print((glob.glob(sys.prefix + "/lib/python3*/site-packages/nvidia/cu13/lib") or [""])[0])')
+[ -n "$nvrtc" ] && export EXPERTILE_NVRTC=$nvrtc
+
+part() {
+    local name=$1 limit=$2
+    shift 2
+    echo "== $name"
+    local start=$SECONDS
+    timeout "$limit" "$@" >"$out/$name.log" 2>&1
+    local code=$?
+    echo "exit $code after $((SECONDS - start)) s"
+    return $code
+}
+
+for name in "$@"; do
+    case $name in
+    arithmetic)
+        part arithmetic 120 "$folder/unit" cuda --nocapture
+        grep -E "^test |panicked|skipped|disagree|first is" "$out/arithmetic.log" ;;
+    kernels)
+        part kernels 300 "$folder/cuda_kernels" --nocapture --test-threads 6
+        grep -E "^test |panicked|skipped| is .*, expected|Resources" "$out/kernels.log" | cut -c1-400 ;;
+    sanitize)
+        for tool in memcheck racecheck initcheck synccheck; do
+            part "$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/cuda_kernels" --test-threads 1 sanitizer
+            tail -n 3 "$out/$tool.log"
+        done ;;
+    alone)
+        part alone 240 python3 "$folder/compare.py" --alone --out "$out" ${ALONE:-}
+        tail -n 40 "$out/alone.log" ;;
+    compare)
+        part compare 500 python3 "$folder/compare.py" --out "$out" ${COMPARE:-}
+        tail -n 40 "$out/compare.log" ;;
+    esac
+done

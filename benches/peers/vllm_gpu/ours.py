@@ -1,0 +1,104 @@
+"""Expertile's GPU steps from Python: a step is prepared, bound to tensors, and launched on the current stream."""
+
+import ctypes
+import os
+
+import torch
+
+_lib = ctypes.CDLL(os.environ.get("EXPERTILE_LIB", os.path.join(os.path.dirname(__file__), "libexpertile_vllm_gpu.so")))
+_word = ctypes.c_uint64
+_size = ctypes.c_size_t
+_lib.expertile_error.restype = ctypes.c_char_p
+_lib.expertile_permutation.restype = _size
+_lib.expertile_permutation.argtypes = [_size] * 5 + [ctypes.c_bool, ctypes.c_bool, _size]
+_lib.expertile_permutation_sizes.argtypes = [_size, _size, ctypes.POINTER(_size)]
+_lib.expertile_layout_offsets.argtypes = [_size, ctypes.POINTER(_word)]
+_lib.expertile_bind_permutation.restype = _size
+_lib.expertile_bind_permutation.argtypes = [_size, _word, _word, _size, _word, _size, _word, _word, _word, _word]
+_lib.expertile_bind_activation.restype = _size
+_lib.expertile_bind_activation.argtypes = [_size, _word, _word, _word, _word, _size, _size, _size]
+_lib.expertile_bind_unpermute.restype = _size
+_lib.expertile_bind_unpermute.argtypes = [_size] * 4 + [_word] * 4
+_lib.expertile_launch.argtypes = [_size, _word]
+_lib.expertile_check.argtypes = [_size, _word]
+
+LISTS = ("expert_num_tokens", "expert_start", "psum", "m_indices", "row_tokens", "inv_perm", "header", "worklist")
+
+
+def _checked(value):
+    if not value:
+        raise RuntimeError(_lib.expertile_error().decode())
+    return value
+
+
+class Bound:
+    """A step bound to tensors; call it to queue it on the current stream."""
+
+    def __init__(self, handle, keep):
+        self._handle = _checked(handle)
+        self._keep = keep
+
+    def __call__(self):
+        _checked(_lib.expertile_launch(self._handle, torch._C._cuda_getCurrentRawStream(0)))
+
+    def check(self):
+        _checked(_lib.expertile_check(self._handle, torch._C._cuda_getCurrentRawStream(0)))
+
+
+class Permutation:
+    """Quantize + permute for one shape."""
+
+    def __init__(self, tokens, topk, experts, hidden, alignment=128, reference_size=True, wide_ids=False, single_launch_slots=4096):
+        self._handle = _checked(_lib.expertile_permutation(
+            tokens, topk, experts, hidden, alignment, reference_size, wide_ids, single_launch_slots))
+        self.experts, self.hidden, self.tokens, self.topk = experts, hidden, tokens, topk
+        sizes = (_size * 4)()
+        _checked(_lib.expertile_permutation_sizes(self._handle, hidden, sizes))
+        self.m_sum, self.scale_words, self.layout_bytes, self.workspace_bytes = sizes
+        self._offsets = (_word * 8)()
+        _checked(_lib.expertile_layout_offsets(self._handle, self._offsets))
+
+    def bind(self, x, ids, expert_map=None):
+        """-> a Bound with its output tensors as attributes, poisoned."""
+        empty = lambda n, dtype: torch.empty(max(n, 16), device="cuda", dtype=dtype)
+        out = empty(self.m_sum * self.hidden, torch.uint8).fill_(0xA5)
+        scales = empty(self.scale_words, torch.float32).fill_(float("nan"))
+        layout = empty(self.layout_bytes, torch.uint8).fill_(0xA5)
+        workspace = empty(self.workspace_bytes, torch.uint8)
+        bound = Bound(
+            _lib.expertile_bind_permutation(
+                self._handle, ids.data_ptr(), 0 if expert_map is None else expert_map.data_ptr(),
+                self.experts if expert_map is None else expert_map.numel(), x.data_ptr(), self.hidden,
+                out.data_ptr(), scales.data_ptr(), layout.data_ptr(), workspace.data_ptr()),
+            (x, ids, expert_map, out, scales, layout, workspace))
+        torch.cuda.synchronize()
+        bound.rows = out[: self.m_sum * self.hidden].view(self.m_sum, self.hidden).view(torch.float8_e4m3fn)
+        stride = -(-self.m_sum // 4) * 4
+        bound.scales = scales[: self.scale_words].view(self.hidden // 128, stride).t()[: self.m_sum]
+        lengths = dict(zip(LISTS, (self.experts, self.experts, self.experts, self.m_sum, self.m_sum, self.tokens * self.topk, 4, 0)))
+        for name, offset in zip(LISTS, self._offsets):
+            setattr(bound, name, layout[offset : offset + 4 * lengths[name]].view(torch.int32))
+        return bound
+
+
+def bind_activation(mid, psum, alignment):
+    """mid [M_sum, 2 I] bf16 -> a Bound with e4m3 `rows` [M_sum, I] and MN-major `scales`."""
+    m_sum, intermediate = mid.shape[0], mid.shape[1] // 2
+    rows = torch.empty((m_sum, intermediate), device="cuda", dtype=torch.uint8).fill_(0xA5)
+    stride = -(-m_sum // 4) * 4
+    scales = torch.empty((intermediate // 128, stride), device="cuda", dtype=torch.float32).fill_(float("nan"))
+    bound = Bound(
+        _lib.expertile_bind_activation(intermediate, mid.data_ptr(), psum.data_ptr(), rows.data_ptr(), scales.data_ptr(),
+                                       psum.numel(), alignment, m_sum),
+        (mid, psum, rows, scales))
+    bound.rows, bound.scales = rows.view(torch.float8_e4m3fn), scales.t()[:m_sum]
+    return bound
+
+
+def bind_unpermute(rows, inv_perm, weights, out):
+    """rows [M_sum, H] bf16, inv_perm [M, topk] i32, weights [M, topk] f32, out [M, H] bf16."""
+    (tokens, topk), (m_sum, hidden) = weights.shape, rows.shape
+    return Bound(
+        _lib.expertile_bind_unpermute(hidden, topk, tokens, m_sum, rows.data_ptr(), inv_perm.data_ptr(),
+                                      weights.data_ptr(), out.data_ptr()),
+        (rows, inv_perm, weights, out))

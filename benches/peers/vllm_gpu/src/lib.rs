@@ -1,0 +1,290 @@
+//! Expertile's GPU steps behind a C interface, for `compare.py`: one Python process times them beside vLLM's kernels, on the
+//! same tensors and the same stream.
+//!
+//! A step is made once (which compiles), bound to addresses once per set of buffers, and launched many times: what a serving
+//! loop does. Functions return 0 or null on failure, and `expertile_error` then says what was wrong.
+
+use expertile::cuda::{
+    Activate, ActivateBuffers, ActivateConfig, Device, LayoutBuffers, QuantizePermute, QuantizePermuteConfig, RouteConfig,
+    RoutingBuffers, RowsBuffers, Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig,
+};
+use expertile::{Activation, Dtype, Error, Padding, Plan, Result, ScaleFormat, TokenExperts};
+use std::cell::RefCell;
+use std::ffi::{CString, c_char};
+use std::sync::{Arc, OnceLock};
+
+thread_local! {
+    static LAST_ERROR: RefCell<CString> = RefCell::default();
+}
+
+fn device() -> Result<Device> {
+    static DEVICE: OnceLock<Result<Device>> = OnceLock::new();
+    DEVICE.get_or_init(|| Device::open(0)).clone()
+}
+
+fn report(error: &Error) {
+    let text = CString::new(error.to_string().replace('\0', " ")).unwrap_or_default();
+    LAST_ERROR.with(|last| *last.borrow_mut() = text);
+}
+
+/// Hands a value to the caller as an address; 0 on failure.
+fn hand_over<T>(value: Result<T>) -> usize {
+    match value {
+        Ok(value) => Box::into_raw(Box::new(value)) as usize,
+        Err(error) => {
+            report(&error);
+            0
+        }
+    }
+}
+
+/// What the last failure on this thread was.
+#[unsafe(no_mangle)]
+pub extern "C" fn expertile_error() -> *const c_char {
+    LAST_ERROR.with(|last| last.borrow().as_ptr())
+}
+
+/// A step bound to addresses.
+enum Bound {
+    QuantizePermute {
+        step: Arc<QuantizePermute>,
+        plan: Plan,
+        routing: RoutingBuffers,
+        rows: RowsBuffers,
+        layout: LayoutBuffers,
+        workspace: u64,
+    },
+    Activate { step: Arc<Activate>, call: ActivateBuffers },
+    Unpermute { step: Arc<Unpermute>, call: UnpermuteBuffers },
+}
+
+/// Quantize + permute for one shape, and the sizes of its buffers.
+pub struct Permutation {
+    step: Arc<QuantizePermute>,
+    plan: Plan,
+}
+
+/// Prepares quantize + permute; rows are bf16, scales MN-major f32 over 128 values, ids i32 (or i64).
+#[unsafe(no_mangle)]
+pub extern "C" fn expertile_permutation(
+    tokens: usize,
+    topk: usize,
+    experts: usize,
+    hidden: usize,
+    alignment: usize,
+    reference_size: bool,
+    wide_ids: bool,
+    single_launch_slots: usize,
+) -> usize {
+    let make = || {
+        let config = QuantizePermuteConfig {
+            route: RouteConfig { topk, ids: if wide_ids { Dtype::I64 } else { Dtype::I32 }, row_tile: alignment },
+            hidden,
+            input: Dtype::Bf16,
+            format: ScaleFormat::HOPPER,
+            padding: Padding::Untouched,
+            weighted: false,
+            aligned: true,
+        };
+        let plan = if reference_size {
+            Plan::reference(tokens, topk, experts, alignment, None)?
+        } else {
+            Plan::tight(tokens, topk, experts, alignment, TokenExperts::Distinct)?
+        };
+        let step = QuantizePermute::prepare(&device()?, config)?.with_single_launch_slots(single_launch_slots);
+        Ok(Permutation { step: Arc::new(step), plan })
+    };
+    hand_over(make())
+}
+
+/// Writes M_sum, the words of the scales, and the bytes of layout and workspace; 1, or 0 on failure.
+///
+/// # Safety
+/// `permutation` came from `expertile_permutation`, `sizes` holds four.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_permutation_sizes(permutation: *const Permutation, hidden: usize, sizes: *mut usize) -> i32 {
+    // SAFETY: the caller's promise.
+    let (permutation, sizes) = unsafe { (&*permutation, std::slice::from_raw_parts_mut(sizes, 4)) };
+    let plan = &permutation.plan;
+    let compute = || {
+        Ok([
+            plan.m_sum(),
+            ScaleFormat::HOPPER.words(plan.m_sum(), hidden)?,
+            LayoutBuffers::space_bytes(plan, plan.alignment())?,
+            permutation.step.workspace_bytes(plan)?,
+        ])
+    };
+    match compute() {
+        Ok(values) => {
+            sizes.copy_from_slice(&values);
+            1
+        }
+        Err(error) => {
+            report(&error);
+            0
+        }
+    }
+}
+
+/// Writes the byte offsets of a layout's eight lists; 1, or 0 on failure.
+///
+/// # Safety
+/// As [`expertile_permutation_sizes`]; `offsets` holds eight.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_layout_offsets(permutation: *const Permutation, offsets: *mut u64) -> i32 {
+    // SAFETY: the caller's promise.
+    let (permutation, offsets) = unsafe { (&*permutation, std::slice::from_raw_parts_mut(offsets, 8)) };
+    let base = 1 << 20;
+    match LayoutBuffers::carve(base, &permutation.plan, permutation.plan.alignment()) {
+        Ok(l) => {
+            let lists =
+                [l.expert_num_tokens, l.expert_start, l.psum, l.m_indices, l.row_tokens, l.inv_perm, l.header, l.worklist];
+            for (offset, list) in offsets.iter_mut().zip(lists) {
+                *offset = list - base;
+            }
+            1
+        }
+        Err(error) => {
+            report(&error);
+            0
+        }
+    }
+}
+
+/// Binds quantize + permute to addresses and readies its workspace.
+///
+/// # Safety
+/// As [`expertile_permutation_sizes`]; the addresses are device memory of the sizes given there.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_bind_permutation(
+    permutation: *const Permutation,
+    ids: u64,
+    expert_map: u64,
+    global_experts: usize,
+    x: u64,
+    hidden: usize,
+    out: u64,
+    scales: u64,
+    layout: u64,
+    workspace: u64,
+) -> usize {
+    // SAFETY: the caller's promise.
+    let permutation = unsafe { &*permutation };
+    let plan = permutation.plan;
+    let make = || {
+        // SAFETY: the caller's promise.
+        unsafe { permutation.step.initialise_workspace(Stream(0), workspace)? };
+        Ok(Bound::QuantizePermute {
+            step: permutation.step.clone(),
+            plan,
+            routing: RoutingBuffers {
+                ids: Tensor2 { address: ids, row_stride: plan.topk(), col_stride: 1 },
+                expert_map,
+                global_experts,
+            },
+            rows: RowsBuffers {
+                x: Tensor2 { address: x, row_stride: hidden, col_stride: 1 },
+                out,
+                scales,
+                ..RowsBuffers::default()
+            },
+            layout: LayoutBuffers::carve(layout, &plan, plan.alignment())?,
+            workspace,
+        })
+    };
+    hand_over(make())
+}
+
+/// Prepares and binds the activation: SwiGLU of bf16 to e4m3 with MN-major f32 scales over 128 values.
+#[unsafe(no_mangle)]
+pub extern "C" fn expertile_bind_activation(
+    intermediate: usize,
+    gate_up: u64,
+    psum: u64,
+    out: u64,
+    scales: u64,
+    local_experts: usize,
+    alignment: usize,
+    m_sum: usize,
+) -> usize {
+    let make = || {
+        let config =
+            ActivateConfig { intermediate, activation: Activation::default(), format: Some(ScaleFormat::HOPPER) };
+        let step = Arc::new(Activate::prepare(&device()?, config)?);
+        let call = ActivateBuffers { gate_up, psum, out, scales, local_experts, alignment, m_sum };
+        Ok(Bound::Activate { step, call })
+    };
+    hand_over(make())
+}
+
+/// Prepares and binds unpermute + reduce of bf16 rows with f32 weights.
+#[unsafe(no_mangle)]
+pub extern "C" fn expertile_bind_unpermute(
+    hidden: usize,
+    topk: usize,
+    tokens: usize,
+    m_sum: usize,
+    rows: u64,
+    inv_perm: u64,
+    weights: u64,
+    out: u64,
+) -> usize {
+    let make = || {
+        let (input, output) = (Dtype::Bf16, Dtype::Bf16);
+        let config = UnpermuteConfig { hidden, topk, input, output, weighted: true, aligned: true };
+        let step = Arc::new(Unpermute::prepare(&device()?, config)?);
+        let weights = Tensor2 { address: weights, row_stride: topk, col_stride: 1 };
+        Ok(Bound::Unpermute { step, call: UnpermuteBuffers { rows, inv_perm, weights, out, tokens, m_sum } })
+    };
+    hand_over(make())
+}
+
+/// Queues a bound step on a stream; 1, or 0 on failure.
+///
+/// # Safety
+/// `bound` came from one of the functions above, its memory is live, and `stream` is a stream of the device.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_launch(bound: *const Bound, stream: u64) -> i32 {
+    let stream = Stream(stream);
+    // SAFETY: the caller's promise.
+    let queued = unsafe {
+        match &*bound {
+            Bound::QuantizePermute { step, plan, routing, rows, layout, workspace } => {
+                step.launch(stream, plan, routing, rows, layout, *workspace)
+            }
+            Bound::Activate { step, call } => step.launch(stream, call),
+            Bound::Unpermute { step, call } => step.launch(stream, call),
+        }
+    };
+    match queued {
+        Ok(()) => 1,
+        Err(error) => {
+            report(&error);
+            0
+        }
+    }
+}
+
+/// Waits, and says what was wrong with the ids of a bound quantize + permute; 1 if nothing.
+///
+/// # Safety
+/// As [`expertile_launch`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_check(bound: *const Bound, stream: u64) -> i32 {
+    // SAFETY: the caller's promise.
+    let checked = unsafe {
+        match &*bound {
+            Bound::QuantizePermute { step, plan, routing, workspace, .. } => {
+                step.check(Stream(stream), plan, routing, *workspace)
+            }
+            _ => Ok(()),
+        }
+    };
+    match checked {
+        Ok(()) => 1,
+        Err(error) => {
+            report(&error);
+            0
+        }
+    }
+}
