@@ -1,5 +1,7 @@
 //! `expertile bench`: every stage timed over a list of sizes, permute and unpermute beside a memcpy of the same bytes.
 
+mod gpu;
+
 use crate::error::{Error, Result};
 use crate::layer::{Packed, active_experts, choose_activations, parse_weights};
 use crate::machine::{self, Limits, parallel_copy};
@@ -44,6 +46,9 @@ pub(crate) struct Args {
     /// Instruction set: portable, avx2 or avx512-bf16 (the best there is, unless given).
     #[arg(long, value_name = "NAME")]
     isa: Option<String>,
+    /// cpu, or cuda:N: a GPU runs every step but the GEMMs, timed inside a graph and eager.
+    #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = gpu::parse_device)]
+    device: Device,
     /// Timed runs of each size.
     #[arg(long, value_name = "N", default_value_t = 5)]
     repeat: usize,
@@ -57,6 +62,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
 }
+
+/// A GPU's number, `None` for the CPU. (Clap takes a bare `Option` for an argument that may be missing.)
+type Device = std::option::Option<usize>;
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -103,6 +111,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.repeat == 0 {
         return Err(Error::usage("--repeat is 0, expected at least 1"));
     }
+    if let Some(ordinal) = args.device {
+        return run_on_gpu(args, ordinal);
+    }
     let cpu = machine::cpu(args.isa.as_deref())?;
     let report = machine::pool(args.threads)?.install(|| measure(args, &cpu))?;
     if let Some(file) = &args.plot {
@@ -114,6 +125,22 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         None => {}
     }
     output::print(&report.text())
+}
+
+fn run_on_gpu(args: &Args, ordinal: usize) -> Result<()> {
+    for (option, given) in [
+        ("--weights bf16", args.weights == Some(WeightFormat::Bf16)),
+        ("--activations bf16", args.activations == Some(ActivationFormat::Bf16)),
+        ("--threads", args.threads.is_some()),
+        ("--isa", args.isa.is_some()),
+        ("--plot", args.plot.is_some()),
+    ] {
+        if given {
+            return Err(Error::usage(format!("{option} goes with --device cpu only")));
+        }
+    }
+    let weights = MadeUp::new(args.preset, args.experts, WeightFormat::E4m3, args.seed)?;
+    gpu::run(ordinal, &weights, args.preset.name(), &args.tokens, args.json.as_ref())
 }
 
 fn measure(args: &Args, cpu: &Cpu) -> Result<Report> {

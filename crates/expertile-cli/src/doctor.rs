@@ -4,6 +4,8 @@ use crate::error::Result;
 use crate::machine::{self, Bandwidth};
 use crate::{format, output};
 use expertile::cpu::{Cpu, Isa};
+use expertile::cuda::Device;
+use expertile::cuda::measure::copy_bytes_per_second;
 use expertile::{ActivationFormat, WeightFormat};
 use serde::Serialize;
 
@@ -26,9 +28,19 @@ struct Report {
     #[serde(flatten)]
     bandwidth: Bandwidth,
     gemm_flops_per_second: Vec<Rate>,
-    gpu: Option<String>,
-    /// Why there is no GPU.
-    gpu_reason: Option<&'static str>,
+    gpu: Option<Gpu>,
+    /// Why there is no GPU to use.
+    gpu_reason: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Gpu {
+    name: String,
+    compute_capability: String,
+    multiprocessors: u32,
+    memory_bytes: u64,
+    driver_version: i32,
+    copy_bytes_per_second: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -41,6 +53,34 @@ struct Rate {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let report = Report::new()?;
     if args.json { output::print_json(&report) } else { output::print(&report.text()) }
+}
+
+impl Gpu {
+    /// The first device, its kernels' compiler found and its copy bandwidth measured.
+    fn measure() -> expertile::Result<Self> {
+        let device = Device::open(0)?;
+        let info = device.info();
+        Ok(Self {
+            name: info.name.clone(),
+            compute_capability: format!("{}.{}", info.capability.0, info.capability.1),
+            multiprocessors: info.multiprocessors,
+            memory_bytes: info.memory_bytes,
+            driver_version: info.driver_version,
+            copy_bytes_per_second: copy_bytes_per_second(&device)?,
+        })
+    }
+
+    fn text(&self) -> String {
+        format!(
+            "{}, compute capability {}, {} multiprocessors, {}, driver for CUDA {}; copies {}",
+            self.name,
+            self.compute_capability,
+            self.multiprocessors,
+            format::bytes(self.memory_bytes),
+            self.driver_version,
+            format::bytes_per_second(self.copy_bytes_per_second)
+        )
+    }
 }
 
 impl Report {
@@ -59,6 +99,10 @@ impl Report {
                 flops_per_second: machine::gemm_flops_per_second(&cpu, weights, activations)?,
             });
         }
+        let (gpu, gpu_reason) = match Gpu::measure() {
+            Ok(gpu) => (Some(gpu), None),
+            Err(reason) => (None, Some(reason.to_string())),
+        };
         Ok(Self {
             processor: machine::processor(),
             isa_available: Isa::available().into_iter().map(Isa::name).collect(),
@@ -68,8 +112,8 @@ impl Report {
             memory_available_bytes: machine::available_memory(),
             bandwidth: Bandwidth::measure(),
             gemm_flops_per_second: rates,
-            gpu: None,
-            gpu_reason: Some("this build has no CUDA backend"),
+            gpu,
+            gpu_reason,
         })
     }
 
@@ -94,9 +138,9 @@ impl Report {
             let formats = format!("{} weights, {} activations, in cache", rate.weights, rate.activations);
             lines.push(("gemm", format!("{} ({formats})", format::flops_per_second(rate.flops_per_second))));
         }
-        let gpu = match (&self.gpu, self.gpu_reason) {
-            (Some(gpu), _) => gpu.clone(),
-            (None, reason) => format!("none: {}", reason.unwrap_or("unknown")),
+        let gpu = match (&self.gpu, &self.gpu_reason) {
+            (Some(gpu), _) => gpu.text(),
+            (None, reason) => format!("none: {}", reason.as_deref().unwrap_or("unknown")),
         };
         lines.push(("gpu", gpu));
         lines.into_iter().map(|(name, value)| format!("{name:<18}{value}\n")).collect()

@@ -7,8 +7,8 @@ use cudarc::driver::sys;
 use expertile::cpu::{self, Cpu, RowScales};
 use expertile::cuda::{
     Activate, ActivateBuffers, ActivateConfig, Buffer, Device, LayoutBuffers, Permute, PermuteConfig, QuantizePermute,
-    QuantizePermuteConfig, Route, RouteConfig, RoutingBuffers, RowsBuffers, Stream, Tensor2, Unpermute, UnpermuteBuffers,
-    UnpermuteConfig,
+    QuantizePermuteConfig, Route, RouteConfig, RoutingBuffers, RowsBuffers, Stream, Tensor2, Unpermute,
+    UnpermuteBuffers, UnpermuteConfig,
 };
 use expertile::{
     Activation, Dtype, E4m3, Error, Group, Layout, MatrixRef, Padding, Plan, Routing, ScaleFormat, ScaleLayout,
@@ -21,11 +21,7 @@ const POISON: u8 = 0xa5;
 
 fn device() -> Option<&'static Device> {
     static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
-    DEVICE
-        .get_or_init(|| {
-            Device::open(0).map_err(|error| println!("skipped: {error}")).ok()
-        })
-        .as_ref()
+    DEVICE.get_or_init(|| Device::open(0).map_err(|error| println!("skipped: {error}")).ok()).as_ref()
 }
 
 /// Random numbers by xorshift, the same on every run.
@@ -217,7 +213,9 @@ fn word<T: bytemuck::Pod>() -> T {
 fn assert_same<T: PartialEq + std::fmt::Debug>(what: &str, case: &dyn std::fmt::Debug, actual: &[T], expected: &[T]) {
     assert_eq!(actual.len(), expected.len(), "{what} of {case:?}");
     let differs = |&at: &usize| actual[at] != expected[at];
-    if actual != expected && let Some(at) = (0..actual.len()).find(differs) {
+    if actual != expected
+        && let Some(at) = (0..actual.len()).find(differs)
+    {
         let count = (0..actual.len()).filter(differs).count();
         panic!("{what}[{at}] is {:?}, expected {:?} ({count} differ) in {case:?}", actual[at], expected[at]);
     }
@@ -315,7 +313,8 @@ fn expected(case: &Case, inputs: &Inputs) -> Expected {
                 cpu::quantize_permute(&cpu, x, weights, layout, case.format, case.padding, &mut out, scales).unwrap();
             }
         }
-        let lists = [layout.expert_num_tokens(), layout.expert_start(), layout.psum(), layout.m_indices(), layout.inv_perm()];
+        let lists =
+            [layout.expert_num_tokens(), layout.expert_start(), layout.psum(), layout.m_indices(), layout.inv_perm()];
         let tiles = |expert: usize| {
             layout.expert_rows(expert).step_by(case.row_tile).map(move |row| [expert as i32, row as i32])
         };
@@ -403,7 +402,8 @@ fn check_quantize_permute(device: &Device, case: &Case) {
         if case.tokens * case.topk > 4096 && single_launch_slots > 0 {
             continue;
         }
-        let step = QuantizePermute::prepare(device, config(case)).unwrap().with_single_launch_slots(single_launch_slots);
+        let step =
+            QuantizePermute::prepare(device, config(case)).unwrap().with_single_launch_slots(single_launch_slots);
         let on = OnDevice::new(device, case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
         let stream = Stream(0);
         unsafe {
@@ -444,10 +444,22 @@ fn quantize_permute_is_the_cpus_in_every_format() {
         for layout in [ScaleLayout::RowMajor, ScaleLayout::MnMajor, ScaleLayout::PackedUe8m0] {
             for rounding in [ScaleRounding::Exact, ScaleRounding::PowerOfTwo] {
                 let Ok(format) = ScaleFormat::new(group, layout, rounding) else { continue };
-                for (hidden, tokens, input) in [(128, 40, Dtype::F16), (3584, 70, Dtype::Bf16), (640, 300, Dtype::F16)] {
+                for (hidden, tokens, input) in [(128, 40, Dtype::F16), (3584, 70, Dtype::Bf16), (640, 300, Dtype::F16)]
+                {
                     seed += 1;
                     let padding = if seed % 2 == 0 { Padding::Zero } else { Padding::Untouched };
-                    let case = Case { tokens, hidden, input, format, padding, seed, experts: 13, alignment: 10, row_tile: 5, ..BASE };
+                    let case = Case {
+                        tokens,
+                        hidden,
+                        input,
+                        format,
+                        padding,
+                        seed,
+                        experts: 13,
+                        alignment: 10,
+                        row_tile: 5,
+                        ..BASE
+                    };
                     check_quantize_permute(device, &case);
                 }
             }
@@ -460,12 +472,16 @@ fn quantize_permute_is_the_cpus_over_hidden_sizes_slots_and_maps() {
     let Some(device) = device() else { return };
     let mxfp8 = format(Group::G32, ScaleLayout::PackedUe8m0, ScaleRounding::PowerOfTwo);
     let mut seed = 200;
-    for (hidden, format) in [(128, BASE.format), (2880, mxfp8), (3584, BASE.format), (4096, mxfp8), (7168, BASE.format)] {
-        for (topk, experts, global, wide_ids) in [(1, 3, 0, true), (3, 32, 256, false), (8, 5, 40, true), (16, 64, 0, true)] {
+    for (hidden, format) in [(128, BASE.format), (2880, mxfp8), (3584, BASE.format), (4096, mxfp8), (7168, BASE.format)]
+    {
+        for (topk, experts, global, wide_ids) in
+            [(1, 3, 0, true), (3, 32, 256, false), (8, 5, 40, true), (16, 64, 0, true)]
+        {
             for (tokens, pattern) in [(17, Pattern::Skewed), (600, Pattern::Even)] {
                 seed += 1;
                 let weighted = topk == 1;
-                let case = Case { tokens, topk, experts, global, hidden, format, pattern, wide_ids, weighted, seed, ..BASE };
+                let case =
+                    Case { tokens, topk, experts, global, hidden, format, pattern, wide_ids, weighted, seed, ..BASE };
                 check_quantize_permute(device, &case);
             }
         }
@@ -482,7 +498,16 @@ fn quantize_permute_is_the_cpus_when_all_tokens_go_one_way_or_none() {
         (Pattern::Empty, 50, 128),
         (Pattern::Empty, 2000, 128),
     ] {
-        let case = Case { pattern, tokens, alignment, row_tile: alignment, topk: 4, hidden: 512, seed: 300 + tokens as u64, ..BASE };
+        let case = Case {
+            pattern,
+            tokens,
+            alignment,
+            row_tile: alignment,
+            topk: 4,
+            hidden: 512,
+            seed: 300 + tokens as u64,
+            ..BASE
+        };
         check_quantize_permute(device, &case);
     }
 }
@@ -526,7 +551,8 @@ fn fifty_repeats_give_the_same_bits() {
         for _ in 0..50 {
             on.poison();
             unsafe {
-                step.launch(Stream(0), &inputs.plan, &on.routing, &on.rows, &on.layout, on.workspace.address()).unwrap();
+                step.launch(Stream(0), &inputs.plan, &on.routing, &on.rows, &on.layout, on.workspace.address())
+                    .unwrap();
             }
             check_outputs(&on, &case, &inputs.plan, &expected);
         }
@@ -546,7 +572,10 @@ fn ready_rows_are_permuted_with_their_scales() {
         ] {
             seed += 1;
             let padding = if seed % 2 == 0 { Padding::Zero } else { Padding::Untouched };
-            check_permute_quantized(device, &Case { tokens, topk, hidden, format, padding, seed, experts: 16, alignment: 24, row_tile: 8, ..BASE });
+            check_permute_quantized(
+                device,
+                &Case { tokens, topk, hidden, format, padding, seed, experts: 16, alignment: 24, row_tile: 8, ..BASE },
+            );
         }
     }
 }
@@ -576,7 +605,14 @@ fn check_permute_quantized(device: &Device, case: &Case) {
     let route = Route::prepare(device, config(case).route).unwrap();
     let permute = Permute::prepare(
         device,
-        PermuteConfig { topk: case.topk, hidden: case.hidden, dtype: Dtype::E4m3, scales: Some(case.format), padding: case.padding, alignment_bytes: 16 },
+        PermuteConfig {
+            topk: case.topk,
+            hidden: case.hidden,
+            dtype: Dtype::E4m3,
+            scales: Some(case.format),
+            padding: case.padding,
+            alignment_bytes: 16,
+        },
     )
     .unwrap();
     let on = OnDevice::new(device, case, &inputs, route.workspace_bytes(&inputs.plan).unwrap());
@@ -600,9 +636,11 @@ fn check_permute_quantized(device: &Device, case: &Case) {
 #[test]
 fn rows_without_scales_are_permuted_whatever_their_type_and_length() {
     let Some(device) = device() else { return };
-    for (hidden, alignment_bytes, seed) in [(1, 2, 801), (3, 2, 802), (2880, 16, 803), (2884, 8, 804), (7168, 16, 805)] {
+    for (hidden, alignment_bytes, seed) in [(1, 2, 801), (3, 2, 802), (2880, 16, 803), (2884, 8, 804), (7168, 16, 805)]
+    {
         for (tokens, topk, padding) in [(9, 3, Padding::Zero), (500, 8, Padding::Untouched)] {
-            let case = Case { tokens, topk, hidden: hidden * 128, experts: 7, alignment: 16, row_tile: 16, seed, ..BASE };
+            let case =
+                Case { tokens, topk, hidden: hidden * 128, experts: 7, alignment: 16, row_tile: 16, seed, ..BASE };
             let inputs = Inputs::new(&Case { hidden, ..case });
             let mut out = vec![word::<bf16>(); inputs.plan.m_sum() * hidden];
             with_layout(&inputs, topk, case.experts, |layout| {
@@ -639,12 +677,25 @@ fn number_bits(values: &[bf16]) -> Vec<u16> {
 fn unpermute_is_the_cpus() {
     let Some(device) = device() else { return };
     let mut seed = 900;
-    for (hidden, topk, aligned) in [(128, 1, true), (2880, 8, true), (7168, 8, true), (4096, 16, true), (1003, 3, false)] {
+    for (hidden, topk, aligned) in
+        [(128, 1, true), (2880, 8, true), (7168, 8, true), (4096, 16, true), (1003, 3, false)]
+    {
         for (tokens, pattern) in [(1, Pattern::Even), (70, Pattern::Skewed), (1100, Pattern::Even)] {
             for weighted in [true, false] {
                 seed += 1;
                 let global = if seed % 3 == 0 { 96 } else { 0 };
-                let case = Case { tokens, topk, hidden, pattern, experts: 32, global, seed, alignment: 8, row_tile: 8, ..BASE };
+                let case = Case {
+                    tokens,
+                    topk,
+                    hidden,
+                    pattern,
+                    experts: 32,
+                    global,
+                    seed,
+                    alignment: 8,
+                    row_tile: 8,
+                    ..BASE
+                };
                 check_unpermute(device, &case, aligned, weighted);
             }
         }
@@ -663,7 +714,14 @@ fn check_unpermute(device: &Device, case: &Case, aligned: bool, weighted: bool) 
         cpu::unpermute(&Cpu::new(), x, layout, weighted.then_some(weights), &mut out).unwrap();
         layout.inv_perm().to_vec()
     });
-    let config = UnpermuteConfig { hidden: case.hidden, topk: case.topk, input: Dtype::Bf16, output: Dtype::Bf16, weighted, aligned };
+    let config = UnpermuteConfig {
+        hidden: case.hidden,
+        topk: case.topk,
+        input: Dtype::Bf16,
+        output: Dtype::Bf16,
+        weighted,
+        aligned,
+    };
     let step = Unpermute::prepare(device, config).unwrap();
     let (from, places, weights) = (upload(device, &rows), upload(device, &inv_perm), upload(device, &inputs.weights));
     let to = poisoned(device, out.len() * 2);
@@ -695,9 +753,22 @@ fn activation_is_the_cpus_quantized_and_not() {
         (2048, clamped, None),
         (48, swiglu, None),
     ] {
-        for (tokens, pattern, experts) in [(1, Pattern::Even, 1024), (60, Pattern::Skewed, 32), (700, Pattern::One, 9), (40, Pattern::Empty, 3)] {
+        for (tokens, pattern, experts) in
+            [(1, Pattern::Even, 1024), (60, Pattern::Skewed, 32), (700, Pattern::One, 9), (40, Pattern::Empty, 3)]
+        {
             seed += 1;
-            let case = Case { tokens, pattern, experts, topk: 2, alignment: 20, row_tile: 20, hidden: intermediate, format: format.unwrap_or(BASE.format), seed, ..BASE };
+            let case = Case {
+                tokens,
+                pattern,
+                experts,
+                topk: 2,
+                alignment: 20,
+                row_tile: 20,
+                hidden: intermediate,
+                format: format.unwrap_or(BASE.format),
+                seed,
+                ..BASE
+            };
             check_activation(device, &case, activation, format);
         }
     }
@@ -719,8 +790,10 @@ fn check_activation(device: &Device, case: &Case, activation: Activation, format
         let cpu = Cpu::new();
         match format {
             Some(format) => {
-                let scales = if packed { ScalesMut::Ue8m0(&mut packed_scales) } else { ScalesMut::F32(&mut f32_scales) };
-                cpu::activate_quantize(&cpu, layout, intermediate, values, &activation, format, &mut bytes, scales).unwrap();
+                let scales =
+                    if packed { ScalesMut::Ue8m0(&mut packed_scales) } else { ScalesMut::F32(&mut f32_scales) };
+                cpu::activate_quantize(&cpu, layout, intermediate, values, &activation, format, &mut bytes, scales)
+                    .unwrap();
             }
             None => cpu::activate(&cpu, layout, intermediate, values, &activation, &mut halves).unwrap(),
         }
@@ -804,10 +877,7 @@ fn a_routing_that_needs_more_rows_than_planned_stays_inside_and_is_reported() {
     for tokens in [100, 1000] {
         let case = Case { tokens, topk: 4, experts: 8, hidden: 256, seed: 1301, alignment: 16, row_tile: 16, ..BASE };
         let mut inputs = Inputs::new(&case);
-        let needed = with_layout(&inputs, 4, 8, |layout| {
-            layout.psum()[7].max(0) as usize
-        })
-        .next_multiple_of(16);
+        let needed = with_layout(&inputs, 4, 8, |layout| layout.psum()[7].max(0) as usize).next_multiple_of(16);
         let small = needed / 2 / 16 * 16;
         inputs.plan = Plan::with_m_sum(tokens, 4, 8, 16, small).unwrap();
         let step = QuantizePermute::prepare(device, config(&case)).unwrap();
@@ -875,12 +945,21 @@ fn a_captured_chain_replays_right_with_changed_inputs_in_a_worst_case_buffer() {
     adopt_primary_context();
     for (tokens, single_launch_slots) in [(64, 4096), (64, 0), (700, 4096)] {
         // Twice in one graph: the second launch meets the first one's barrier and counters.
-        let case = Case { tokens, experts: 32, global: 256, hidden: 1024, seed: 1402, pattern: Pattern::Skewed, ..BASE };
+        let case =
+            Case { tokens, experts: 32, global: 256, hidden: 1024, seed: 1402, pattern: Pattern::Skewed, ..BASE };
         let first = Inputs::new(&case);
-        let step = QuantizePermute::prepare(device, config(&case)).unwrap().with_single_launch_slots(single_launch_slots);
+        let step =
+            QuantizePermute::prepare(device, config(&case)).unwrap().with_single_launch_slots(single_launch_slots);
         let on = OnDevice::new(device, &case, &first, step.workspace_bytes(&first.plan).unwrap());
         let workspace = on.workspace.address();
-        let config = UnpermuteConfig { hidden: 1024, topk: 8, input: Dtype::Bf16, output: Dtype::Bf16, weighted: true, aligned: true };
+        let config = UnpermuteConfig {
+            hidden: 1024,
+            topk: 8,
+            input: Dtype::Bf16,
+            output: Dtype::Bf16,
+            weighted: true,
+            aligned: true,
+        };
         let unpermute = Unpermute::prepare(device, config).unwrap();
         let m_sum = first.plan.m_sum();
         let mut random = Random::new(5);
@@ -942,8 +1021,23 @@ fn sanitizer_runs_every_kernel_once() {
     let Some(device) = device() else { return };
     let packed = format(Group::G32, ScaleLayout::PackedUe8m0, ScaleRounding::PowerOfTwo);
     let row_major = format(Group::G128, ScaleLayout::RowMajor, ScaleRounding::Exact);
-    for (tokens, format, padding, seed) in [(40, BASE.format, Padding::Zero, 1501), (300, packed, Padding::Untouched, 1502), (33, row_major, Padding::Zero, 1503)] {
-        let case = Case { tokens, format, padding, hidden: 640, experts: 37, alignment: 12, row_tile: 6, pattern: Pattern::Skewed, seed, ..BASE };
+    for (tokens, format, padding, seed) in [
+        (40, BASE.format, Padding::Zero, 1501),
+        (300, packed, Padding::Untouched, 1502),
+        (33, row_major, Padding::Zero, 1503),
+    ] {
+        let case = Case {
+            tokens,
+            format,
+            padding,
+            hidden: 640,
+            experts: 37,
+            alignment: 12,
+            row_tile: 6,
+            pattern: Pattern::Skewed,
+            seed,
+            ..BASE
+        };
         check_quantize_permute(device, &case);
         check_permute_quantized(device, &case);
         check_unpermute(device, &case, true, true);

@@ -146,7 +146,8 @@ impl Activate {
             m_sum,
             reserved: 0,
         };
-        let shape = Launch { blocks: self.blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
+        let shape =
+            Launch { blocks: self.blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
         let pointers = [std::ptr::from_ref(&arguments).cast::<c_void>()];
         // SAFETY: the kernel takes one `ActivationArgs`; the rest is the caller's promise.
         unsafe { self.device.launch(&self.kernel, shape, stream, &pointers) }

@@ -58,7 +58,8 @@ impl LayoutBuffers {
     /// [`Error::Alignment`] unless `row_tile` divides the plan's alignment, [`Error::Overflow`].
     pub fn space_bytes(plan: &Plan, row_tile: usize) -> Result<usize> {
         let what = "bytes of a layout";
-        let words = checked_add(what, Layout::space_len(plan)?, 4 + plan.m_sum() + 2 * worklist_capacity(plan, row_tile)?)?;
+        let words =
+            checked_add(what, Layout::space_len(plan)?, 4 + plan.m_sum() + 2 * worklist_capacity(plan, row_tile)?)?;
         // Each of the eight lists starts on 16 bytes.
         checked_add(what, checked_mul(what, words, 4)?, 8 * 16)
     }

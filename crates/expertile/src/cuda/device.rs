@@ -124,7 +124,10 @@ fn describe_device(ordinal: usize) -> Result<(Info, sys::CUdevice)> {
         check_call("cuDeviceGetCount", sys::cuDeviceGetCount(&mut count))?;
         let number = i32::try_from(ordinal).unwrap_or(i32::MAX);
         if number >= count {
-            return Err(missing(&format!("device {ordinal}"), format!("one of the {count} devices here, counted from 0")));
+            return Err(missing(
+                &format!("device {ordinal}"),
+                format!("one of the {count} devices here, counted from 0"),
+            ));
         }
         check_call("cuDeviceGet", sys::cuDeviceGet(&mut device, number))?;
         check_call("cuDeviceGetName", sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32, device))?;
@@ -233,7 +236,7 @@ impl Device {
     }
 
     /// Makes this device's context current until the value is dropped.
-    fn current(&self) -> Result<Current> {
+    pub(super) fn current(&self) -> Result<Current> {
         Current::of(self.inner.context)
     }
 
@@ -275,14 +278,17 @@ impl Device {
     /// `arguments` points to the values that the kernel's parameters take, and the addresses among them to memory that
     /// the kernel may use when the stream comes to it.
     #[allow(unsafe_code)]
-    pub(super) unsafe fn launch(&self, kernel: &Kernel, shape: Launch, stream: Stream, arguments: &[*const c_void]) -> Result<()> {
+    pub(super) unsafe fn launch(
+        &self,
+        kernel: &Kernel,
+        shape: Launch,
+        stream: Stream,
+        arguments: &[*const c_void],
+    ) -> Result<()> {
         use sys::CUlaunchAttributeID as Id;
         let attribute = |id, value| {
-            let mut attribute = sys::CUlaunchAttribute {
-                id,
-                pad: [0; 4],
-                value: sys::CUlaunchAttributeValue { pad: [0; 64] },
-            };
+            let mut attribute =
+                sys::CUlaunchAttribute { id, pad: [0; 4], value: sys::CUlaunchAttributeValue { pad: [0; 64] } };
             // Both attributes used are an int.
             attribute.value.cooperative = value;
             attribute
@@ -308,7 +314,12 @@ impl Device {
         // SAFETY: the driver copies the arguments and attributes before it returns and does not write to them; the rest
         // is the caller's promise.
         let result = unsafe {
-            sys::cuLaunchKernelEx(&config, kernel.function(), arguments.as_ptr().cast_mut().cast(), std::ptr::null_mut())
+            sys::cuLaunchKernelEx(
+                &config,
+                kernel.function(),
+                arguments.as_ptr().cast_mut().cast(),
+                std::ptr::null_mut(),
+            )
         };
         check_call("cuLaunchKernelEx", result)
     }
@@ -374,6 +385,19 @@ impl Device {
         }
     }
 
+    /// Queues a copy of the whole of `from` to the start of `to`.
+    ///
+    /// # Errors
+    /// [`Error::BufferTooSmall`], [`Error::Cuda`].
+    #[allow(unsafe_code)]
+    pub(super) fn copy(&self, stream: Stream, from: &Buffer, to: &Buffer) -> Result<()> {
+        crate::error::require_len("to", to.bytes, from.bytes)?;
+        let _current = self.current()?;
+        // SAFETY: both buffers hold that many bytes; the driver keeps freed memory until queued work is done with it.
+        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to.address, from.address, from.bytes, stream.raw()) };
+        check_call("cuMemcpyDtoDAsync", result)
+    }
+
     /// Device memory of its own, for programs that have none yet (benchmarks, tests). The steps never allocate.
     ///
     /// # Errors
@@ -401,7 +425,7 @@ pub(super) struct Launch {
 }
 
 /// A context that is current on this thread.
-struct Current {
+pub(super) struct Current {
     pushed: bool,
 }
 
@@ -502,4 +526,3 @@ impl Drop for Buffer {
         }
     }
 }
-

@@ -18,13 +18,14 @@
 //! bit for bit (where a result is NaN, a NaN).
 
 mod activation;
+mod arguments;
 #[cfg(test)]
 mod arithmetic;
-mod arguments;
 mod cache;
 pub mod compiler;
 mod device;
 pub mod kernel;
+pub mod measure;
 mod permute;
 mod route;
 mod unpermute;

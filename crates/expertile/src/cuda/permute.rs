@@ -400,7 +400,8 @@ impl Permute {
             });
         }
         arguments.x_row_stride = row_bytes as i64;
-        let shape = Launch { blocks: self.blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
+        let shape =
+            Launch { blocks: self.blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
         let pointers = [std::ptr::from_ref(&arguments).cast::<c_void>()];
         // SAFETY: the kernel takes one `RowsArgs`; the rest is the caller's promise.
         unsafe { self.device.launch(&self.kernel, shape, stream, &pointers) }

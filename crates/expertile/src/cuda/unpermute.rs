@@ -162,7 +162,8 @@ impl Unpermute {
             m_sum,
         };
         let kernel = if call.tokens * self.config.topk <= FEW_SLOTS { &self.few } else { &self.many };
-        let shape = Launch { blocks: self.blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
+        let shape =
+            Launch { blocks: self.blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
         let pointers = [std::ptr::from_ref(&arguments).cast::<c_void>()];
         // SAFETY: the kernel takes one `UnpermuteArgs`; the rest is the caller's promise.
         unsafe { self.device.launch(kernel, shape, stream, &pointers) }

@@ -1,0 +1,176 @@
+//! `expertile bench --device cuda:N`: the steps that run on a GPU, inside a graph and eager, beside its copy bandwidth.
+
+use crate::error::{Error, Result};
+use crate::preset::MadeUp;
+use crate::progress::Progress;
+use crate::{format, output};
+use expertile::cuda::measure::{Inputs, StageTime, copy_bytes_per_second, stage_times};
+use expertile::cuda::{Device, Info};
+use expertile::layer::stage_cost;
+use expertile::{ActivationFormat, Layout, MatrixRef, Plan, Routing, TokenExperts, WeightFormat};
+use expertile_checkpoint::HiddenStates;
+use serde::Serialize;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+/// What DeepGEMM's tiles on Hopper are, and so what layouts for it are aligned to.
+const ALIGNMENT: usize = 128;
+
+#[derive(Debug, Serialize)]
+struct Report {
+    source: String,
+    device: String,
+    compute_capability: String,
+    driver_version: i32,
+    hidden: usize,
+    intermediate: usize,
+    experts: usize,
+    topk: usize,
+    alignment: usize,
+    copy_bytes_per_second: f64,
+    sizes: Vec<Size>,
+}
+
+#[derive(Debug, Serialize)]
+struct Size {
+    tokens: usize,
+    m_sum: usize,
+    live_rows: usize,
+    stages: Vec<Row>,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    stage: &'static str,
+    graph_seconds: f64,
+    eager_seconds: f64,
+    bytes: u64,
+    /// Bytes over the time inside a graph, as a share of the copy bandwidth; small sizes live in the cache.
+    share_of_copy: f64,
+}
+
+/// The number of `cuda:N`, `None` for `cpu`.
+pub(super) fn parse_device(name: &str) -> std::result::Result<Option<usize>, String> {
+    let number = || name.strip_prefix("cuda:")?.parse().ok().map(Some);
+    if name == "cpu" { Ok(None) } else { number().ok_or_else(|| "expected cpu or cuda:N".into()) }
+}
+
+pub(super) fn run(
+    ordinal: usize,
+    weights: &MadeUp,
+    source: String,
+    tokens: &[usize],
+    json: Option<&PathBuf>,
+) -> Result<()> {
+    let device = Device::open(ordinal)?;
+    let report = measure(&device, weights, source, tokens)?;
+    match json {
+        Some(file) if file == Path::new("-") => return output::print_json(&report),
+        Some(file) => output::write_file(file, output::json(&report).as_bytes())?,
+        None => {}
+    }
+    output::print(&report.text())
+}
+
+fn measure(device: &Device, weights: &MadeUp, source: String, tokens: &[usize]) -> Result<Report> {
+    use crate::weights::ExpertWeights;
+    let copy_bytes_per_second = copy_bytes_per_second(device)?;
+    let progress = Progress::new("timing sizes", tokens.len());
+    let mut sizes = Vec::new();
+    for &tokens in tokens {
+        sizes.push(measure_size(device, weights, tokens, copy_bytes_per_second)?);
+        progress.set(sizes.len());
+    }
+    let Info { name, capability, driver_version, .. } = device.info().clone();
+    let shape = weights.shape();
+    Ok(Report {
+        source,
+        device: name,
+        compute_capability: format!("{}.{}", capability.0, capability.1),
+        driver_version,
+        hidden: shape.hidden(),
+        intermediate: shape.intermediate(),
+        experts: shape.local_experts(),
+        topk: weights.router().topk(),
+        alignment: ALIGNMENT,
+        copy_bytes_per_second,
+        sizes,
+    })
+}
+
+fn measure_size(device: &Device, weights: &MadeUp, tokens: usize, copy: f64) -> Result<Size> {
+    use crate::weights::ExpertWeights;
+    let (shape, topk) = (weights.shape(), weights.router().topk());
+    let input = weights.tokens(tokens)?;
+    let HiddenStates::Bf16(hidden_states) = input.hidden_states() else {
+        return Err(Error::usage("made-up hidden states are bf16"));
+    };
+    let (topk_ids, _) = weights.uniform_routing(tokens);
+    let plan = Plan::tight(tokens, topk, shape.local_experts(), ALIGNMENT, TokenExperts::Distinct)?;
+    let times = stage_times(device, &Inputs { shape, plan, topk_ids: &topk_ids, hidden_states })?;
+
+    let routing = Routing::new(MatrixRef::new(&topk_ids, tokens, topk)?, shape.local_experts(), None)?;
+    let mut space = vec![0; Layout::space_len(&plan)?];
+    let layout = Layout::build(&plan, &routing, &mut space)?;
+    let row = |time: &StageTime| {
+        let cost = stage_cost(time.stage, &shape, &layout, WeightFormat::E4m3, ActivationFormat::E4m3, 2);
+        Row {
+            stage: time.stage.name(),
+            graph_seconds: time.graph_seconds,
+            eager_seconds: time.eager_seconds,
+            bytes: cost.bytes,
+            share_of_copy: cost.bytes as f64 / time.graph_seconds / copy,
+        }
+    };
+    let stages = times.iter().map(row).collect();
+    Ok(Size { tokens, m_sum: plan.m_sum(), live_rows: layout.live_rows(), stages })
+}
+
+impl Report {
+    fn text(&self) -> String {
+        let mut text = String::new();
+        let _ = writeln!(
+            text,
+            "{}: {} experts, {} each, rows aligned to {}\n{} (compute capability {}, driver {}), copies {}",
+            self.source,
+            self.experts,
+            self.topk,
+            self.alignment,
+            self.device,
+            self.compute_capability,
+            self.driver_version,
+            format::bytes_per_second(self.copy_bytes_per_second)
+        );
+        let header = ["tokens", "stage", "in a graph", "eager", "bytes", "TB/s", "of copy"];
+        let row = |size: &Size, stage: &Row| {
+            vec![
+                size.tokens.to_string(),
+                stage.stage.to_owned(),
+                format::seconds(stage.graph_seconds),
+                format::seconds(stage.eager_seconds),
+                format::bytes(stage.bytes),
+                format!("{:.2}", stage.bytes as f64 / stage.graph_seconds / 1e12),
+                format::percent(stage.share_of_copy),
+            ]
+        };
+        let rows: Vec<_> =
+            self.sizes.iter().flat_map(|size| size.stages.iter().map(move |stage| row(size, stage))).collect();
+        text.push_str(&format::table(&header, 2, &rows));
+        text.push_str("permute includes routing and plan: one call\n");
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_go_by_name_and_number() {
+        assert_eq!(parse_device("cpu"), Ok(None));
+        assert_eq!(parse_device("cuda:3"), Ok(Some(3)));
+        for name in ["cuda", "cuda:", "cuda:x", "gpu", ""] {
+            assert!(parse_device(name).is_err(), "{name}");
+        }
+    }
+}

@@ -1,0 +1,366 @@
+//! Times the steps on a device: what a benchmark needs and a serving program does not.
+//!
+//! A step's time inside a graph is that of one of many calls captured together and replayed, so neither the launch nor
+//! the clock's resolution is in it; its eager time is that of one call between two events, launches included.
+
+use super::device::check_call;
+use super::{
+    Activate, ActivateBuffers, ActivateConfig, Buffer, Device, LayoutBuffers, QuantizePermute, QuantizePermuteConfig,
+    Route, RouteConfig, RoutingBuffers, RowsBuffers, Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig,
+};
+use crate::activation::Activation;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result, checked_mul, require_len};
+use crate::layer::{LayerShape, Stage};
+use crate::layout::Padding;
+use crate::plan::Plan;
+use crate::quantize::ScaleFormat;
+use cudarc::driver::sys;
+use half::bf16;
+use std::ptr::null_mut;
+
+/// Calls captured into one graph.
+const CALLS: usize = 20;
+/// Replays (and eager calls) of which the median counts.
+const REPEATS: usize = 9;
+
+/// How long one call of a step takes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StageTime {
+    /// The step; [`Stage::Permute`] includes routing and plan, as one call does it all.
+    pub stage: Stage,
+    /// Seconds inside a graph.
+    pub graph_seconds: f64,
+    /// Seconds when launched from the host.
+    pub eager_seconds: f64,
+}
+
+/// One layer call's inputs on the host.
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a> {
+    /// The layer.
+    pub shape: LayerShape,
+    /// `M`, `topk`, `E`, the alignment and `M_sum`.
+    pub plan: Plan,
+    /// `[M, topk]`, local ids.
+    pub topk_ids: &'a [i32],
+    /// `[M, H]`
+    pub hidden_states: &'a [bf16],
+}
+
+/// Bytes per second (read and written together) of a device-to-device copy of 1 GiB: the ceiling for steps that move rows.
+///
+/// # Errors
+/// [`Error::Cuda`].
+pub fn copy_bytes_per_second(device: &Device) -> Result<f64> {
+    const BYTES: usize = 1 << 30;
+    let (from, to) = (device.allocate(BYTES)?, device.allocate(BYTES)?);
+    from.fill(1)?;
+    let clock = Clock::new(device)?;
+    let seconds = clock.median(1, |stream| device.copy(stream, &from, &to))?;
+    Ok(2.0 * BYTES as f64 / seconds)
+}
+
+/// Times routing, quantize + permute (with routing), activation + quantize and unpermute. The values that the activation
+/// and the unpermute read are not a GEMM's, which does not matter for their time.
+///
+/// # Errors
+/// [`Error::BufferTooSmall`] for inputs shorter than the plan says, and whatever preparing and launching the steps may
+/// refuse.
+#[allow(unsafe_code)]
+pub fn stage_times(device: &Device, inputs: &Inputs<'_>) -> Result<Vec<StageTime>> {
+    let call = Call::new(device, inputs)?;
+    let clock = Clock::new(device)?;
+    // SAFETY: `call` owns every buffer, each as large as its step asks, and outlives the clock's waits.
+    unsafe {
+        let permute = clock.time(Stage::Permute, |stream| call.permute(stream))?;
+        call.quantize_permute.check(Stream(0), &call.plan, &call.routing, call.workspace.address())?;
+        Ok(vec![
+            clock.time(Stage::Routing, |stream| call.route(stream))?,
+            permute,
+            clock.time(Stage::Activation, |stream| call.activate(stream))?,
+            clock.time(Stage::Unpermute, |stream| call.unpermute(stream))?,
+        ])
+    }
+}
+
+/// Prepared steps and the device memory of one call.
+struct Call {
+    plan: Plan,
+    route: Route,
+    quantize_permute: QuantizePermute,
+    activate: Activate,
+    unpermute: Unpermute,
+    routing: RoutingBuffers,
+    rows: RowsBuffers,
+    layout: LayoutBuffers,
+    activate_buffers: ActivateBuffers,
+    unpermute_buffers: UnpermuteBuffers,
+    workspace: Buffer,
+    /// What the addresses above point into.
+    _memory: Vec<Buffer>,
+}
+
+impl Call {
+    #[allow(unsafe_code)]
+    fn new(device: &Device, inputs: &Inputs<'_>) -> Result<Self> {
+        let Inputs { shape, plan, topk_ids, hidden_states } = *inputs;
+        let (hidden, intermediate) = (shape.hidden(), shape.intermediate());
+        let (tokens, topk, m_sum) = (plan.tokens(), plan.topk(), plan.m_sum());
+        require_len("topk_ids", topk_ids.len(), tokens * topk)?;
+        require_len("hidden_states", hidden_states.len(), checked_mul("M * H", tokens, hidden)?)?;
+        if plan.local_experts() != shape.local_experts() {
+            return Err(Error::value("local_experts", plan.local_experts(), shape.local_experts().to_string()));
+        }
+        let route = RouteConfig { topk, ids: Dtype::I32, row_tile: plan.alignment() };
+        let (format, row_tile) = (ScaleFormat::HOPPER, plan.alignment());
+        let quantize_permute = QuantizePermuteConfig {
+            route,
+            hidden,
+            input: Dtype::Bf16,
+            format,
+            padding: Padding::Untouched,
+            weighted: false,
+            aligned: true,
+        };
+        let activate = ActivateConfig { intermediate, activation: Activation::default(), format: Some(format) };
+        let unpermute =
+            UnpermuteConfig { hidden, topk, input: Dtype::Bf16, output: Dtype::Bf16, weighted: true, aligned: true };
+        let quantize_permute = QuantizePermute::prepare(device, quantize_permute)?;
+
+        let mut memory = Vec::new();
+        let mut allocate = |bytes: usize| {
+            let buffer = device.allocate(bytes)?;
+            buffer.fill(0)?;
+            let address = buffer.address();
+            memory.push(buffer);
+            Ok::<u64, Error>(address)
+        };
+        let layout = LayoutBuffers::carve(allocate(LayoutBuffers::space_bytes(&plan, row_tile)?)?, &plan, row_tile)?;
+        let widest = hidden.max(2 * intermediate);
+        let (front, back) = (allocate(m_sum * hidden.max(intermediate))?, allocate(2 * m_sum * widest)?);
+        let scales = allocate(4 * format.words(m_sum, hidden)?.max(format.words(m_sum, intermediate)?))?;
+        let out = allocate(2 * tokens * hidden)?;
+        let (ids, x, weights) = (device.allocate(4 * tokens * topk)?, device.allocate(2 * tokens * hidden)?, {
+            let weights = device.allocate(4 * tokens * topk)?;
+            weights.upload(&vec![1.0 / topk as f32; tokens * topk])?;
+            weights
+        });
+        ids.upload(&topk_ids[..tokens * topk])?;
+        x.upload(bytemuck::must_cast_slice::<bf16, u16>(&hidden_states[..tokens * hidden]))?;
+        let workspace = device.allocate(quantize_permute.workspace_bytes(&plan)?)?;
+        // SAFETY: the workspace is this call's own and as large as the step says; stream 0 always lives.
+        unsafe {
+            quantize_permute.initialise_workspace(Stream(0), workspace.address())?;
+            device.synchronize(Stream(0))?;
+        }
+
+        let matrix = |address, row_stride| Tensor2 { address, row_stride, col_stride: 1 };
+        let routing =
+            RoutingBuffers { ids: matrix(ids.address(), topk), expert_map: 0, global_experts: shape.local_experts() };
+        let rows = RowsBuffers { x: matrix(x.address(), hidden), out: front, scales, ..RowsBuffers::default() };
+        let activate_buffers = ActivateBuffers {
+            gate_up: back,
+            psum: layout.psum,
+            out: front,
+            scales,
+            local_experts: shape.local_experts(),
+            alignment: plan.alignment(),
+            m_sum,
+        };
+        let weights_matrix = matrix(weights.address(), topk);
+        let unpermute_buffers =
+            UnpermuteBuffers { rows: back, inv_perm: layout.inv_perm, weights: weights_matrix, out, tokens, m_sum };
+        memory.extend([ids, x, weights]);
+        Ok(Self {
+            plan,
+            route: Route::prepare(device, route)?,
+            quantize_permute,
+            activate: Activate::prepare(device, activate)?,
+            unpermute: Unpermute::prepare(device, unpermute)?,
+            routing,
+            rows,
+            layout,
+            activate_buffers,
+            unpermute_buffers,
+            workspace,
+            _memory: memory,
+        })
+    }
+
+    /// # Safety
+    /// The call outlives the launch.
+    #[allow(unsafe_code)]
+    unsafe fn route(&self, stream: Stream) -> Result<()> {
+        // SAFETY: the buffers are this call's own, sized by the plan.
+        unsafe { self.route.launch(stream, &self.plan, &self.routing, &self.layout, self.workspace.address()) }
+    }
+
+    /// # Safety
+    /// The call outlives the launch.
+    #[allow(unsafe_code)]
+    unsafe fn permute(&self, stream: Stream) -> Result<()> {
+        let workspace = self.workspace.address();
+        // SAFETY: the buffers are this call's own, sized by the plan.
+        unsafe { self.quantize_permute.launch(stream, &self.plan, &self.routing, &self.rows, &self.layout, workspace) }
+    }
+
+    /// # Safety
+    /// The call outlives the launch, and its layout was written before.
+    #[allow(unsafe_code)]
+    unsafe fn activate(&self, stream: Stream) -> Result<()> {
+        // SAFETY: the buffers are this call's own, sized by the plan.
+        unsafe { self.activate.launch(stream, &self.activate_buffers) }
+    }
+
+    /// # Safety
+    /// The call outlives the launch, and its layout was written before.
+    #[allow(unsafe_code)]
+    unsafe fn unpermute(&self, stream: Stream) -> Result<()> {
+        // SAFETY: the buffers are this call's own, sized by the plan.
+        unsafe { self.unpermute.launch(stream, &self.unpermute_buffers) }
+    }
+}
+
+/// A stream of its own and two events on it.
+struct Clock<'a> {
+    device: &'a Device,
+    stream: sys::CUstream,
+    events: [sys::CUevent; 2],
+}
+
+impl<'a> Clock<'a> {
+    #[allow(unsafe_code)]
+    fn new(device: &'a Device) -> Result<Self> {
+        // The oldest driver that has the reading of events this is built with.
+        const OLDEST_DRIVER: i32 = 12_080;
+        let version = device.info().driver_version;
+        if version < OLDEST_DRIVER {
+            return Err(Error::Device {
+                argument: "cuda",
+                actual: format!("a driver for CUDA {version}"),
+                expected: format!("at least {OLDEST_DRIVER}, to time steps"),
+            });
+        }
+        let _current = device.current()?;
+        let mut clock = Self { device, stream: null_mut(), events: [null_mut(); 2] };
+        // SAFETY: every pointer is valid for its call; what was made is destroyed with the clock.
+        unsafe {
+            check_call(
+                "cuStreamCreate",
+                sys::cuStreamCreate(&mut clock.stream, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32),
+            )?;
+            for event in &mut clock.events {
+                check_call("cuEventCreate", sys::cuEventCreate(event, 0))?;
+            }
+        }
+        Ok(clock)
+    }
+
+    fn stream(&self) -> Stream {
+        Stream(self.stream as u64)
+    }
+
+    fn time(&self, stage: Stage, launch: impl Fn(Stream) -> Result<()>) -> Result<StageTime> {
+        let eager_seconds = self.median(1, &launch)?;
+        let graph = self.capture(|stream| (0..CALLS).try_for_each(|_| launch(stream)))?;
+        let graph_seconds = self.median(CALLS, |_| graph.replay(self.stream))?;
+        Ok(StageTime { stage, graph_seconds, eager_seconds })
+    }
+
+    /// Median seconds of `work`, which is `calls` calls, after two that do not count.
+    fn median(&self, calls: usize, work: impl Fn(Stream) -> Result<()>) -> Result<f64> {
+        let mut seconds = Vec::with_capacity(REPEATS);
+        for repeat in 0..REPEATS + 2 {
+            let elapsed = self.elapsed(&work)?;
+            if repeat >= 2 {
+                seconds.push(elapsed / calls as f64);
+            }
+        }
+        seconds.sort_by(f64::total_cmp);
+        Ok(seconds[REPEATS / 2])
+    }
+
+    #[allow(unsafe_code)]
+    fn elapsed(&self, work: impl Fn(Stream) -> Result<()>) -> Result<f64> {
+        let _current = self.device.current()?;
+        let mut milliseconds = 0.0;
+        // SAFETY: stream and events are the clock's own and live; the pointer is valid for the call.
+        unsafe {
+            check_call("cuEventRecord", sys::cuEventRecord(self.events[0], self.stream))?;
+            work(self.stream())?;
+            check_call("cuEventRecord", sys::cuEventRecord(self.events[1], self.stream))?;
+            check_call("cuEventSynchronize", sys::cuEventSynchronize(self.events[1]))?;
+            let result = sys::cuEventElapsedTime_v2(&mut milliseconds, self.events[0], self.events[1]);
+            check_call("cuEventElapsedTime", result)?;
+        }
+        Ok(f64::from(milliseconds) / 1e3)
+    }
+
+    #[allow(unsafe_code)]
+    fn capture(&self, work: impl FnOnce(Stream) -> Result<()>) -> Result<Graph<'a>> {
+        let _current = self.device.current()?;
+        let mut graph = Graph { device: self.device, graph: null_mut(), executable: null_mut() };
+        let relaxed = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream is the clock's own; pointers are valid for their calls; `Graph` destroys what was made.
+        unsafe {
+            check_call("cuStreamBeginCapture", sys::cuStreamBeginCapture_v2(self.stream, relaxed))?;
+            let queued = work(self.stream());
+            // The capture has to end even if the work failed.
+            let ended = check_call("cuStreamEndCapture", sys::cuStreamEndCapture(self.stream, &mut graph.graph));
+            queued.and(ended)?;
+            let result = sys::cuGraphInstantiateWithFlags(&mut graph.executable, graph.graph, 0);
+            check_call("cuGraphInstantiate", result)?;
+        }
+        Ok(graph)
+    }
+}
+
+impl Drop for Clock<'_> {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        let Ok(_current) = self.device.current() else { return };
+        // SAFETY: made once, destroyed once, after their work is done. Failures were reported where they happened.
+        unsafe {
+            sys::cuStreamSynchronize(self.stream);
+            for event in self.events.into_iter().filter(|event| !event.is_null()) {
+                sys::cuEventDestroy_v2(event);
+            }
+            if !self.stream.is_null() {
+                sys::cuStreamDestroy_v2(self.stream);
+            }
+        }
+    }
+}
+
+/// Launches captured together.
+struct Graph<'a> {
+    device: &'a Device,
+    graph: sys::CUgraph,
+    executable: sys::CUgraphExec,
+}
+
+impl Graph<'_> {
+    #[allow(unsafe_code)]
+    fn replay(&self, stream: sys::CUstream) -> Result<()> {
+        let _current = self.device.current()?;
+        // SAFETY: the graph is instantiated, and the stream that of the clock which captured it.
+        check_call("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.executable, stream) })
+    }
+}
+
+impl Drop for Graph<'_> {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        let Ok(_current) = self.device.current() else { return };
+        // SAFETY: made once, destroyed once; the driver keeps a running graph alive until it is done.
+        unsafe {
+            if !self.executable.is_null() {
+                sys::cuGraphExecDestroy(self.executable);
+            }
+            if !self.graph.is_null() {
+                sys::cuGraphDestroy(self.graph);
+            }
+        }
+    }
+}
