@@ -22,6 +22,12 @@ pub(crate) type Sums = [f32; PANEL];
 /// Decoded e4m3 are in units of this: an exponent that `|` can put in place, where a true one would take an addition.
 pub(crate) const DECODED_UNIT: f32 = 256.0;
 
+/// What a byte shifted into a bf16 keeps: its sign, four bits of exponent and three of mantissa.
+pub(super) const SHIFTED_BITS: u16 = 0x87f0;
+/// What is then set to turn e4m3's exponent (bias 7) into bf16's (bias 127) in units of [`DECODED_UNIT`] (2^8).
+pub(super) const REBIAS: u16 = (127 - 7 - 8) << 7;
+const _: () = assert!(DECODED_UNIT == 256.0 && REBIAS & SHIFTED_BITS == 0);
+
 /// Where a line keeps column `column`, parity `parity` of K.
 ///
 /// Seen as 16-bit words, the low bytes are columns 0..16 and the high bytes columns 16..32, in the order of a
@@ -103,8 +109,20 @@ pub(crate) fn multiply_e4m3(
             Some(decoded) => decoded,
             None => &mut scratch[..lines.len()],
         };
-        portable::decode(isa, lines, decoded);
+        decode(isa, BytePanel { lines, special: &panel.special[block..=block] }, decoded);
         promote(isa, rows, decoded, scales, block, sums);
+    }
+}
+
+/// Every byte as bf16, in units of [`DECODED_UNIT`].
+fn decode(isa: Isa, panel: BytePanel<'_>, pairs: &mut [PairLine]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa.level() == Level::Avx2 {
+        return super::x86_64::avx2::decode(isa, panel, pairs);
+    }
+    let _ = isa;
+    for (line, pairs) in panel.lines.iter().zip(pairs) {
+        portable::decode_line(line, pairs);
     }
 }
 

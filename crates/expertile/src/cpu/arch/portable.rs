@@ -1,7 +1,6 @@
 //! GEMM kernels in plain Rust, written so that the compiler can use whatever vectors the target has.
 
-use super::gemm::{ByteLine, DECODED_UNIT, PANEL, PairLine, Sums, e4m3_position};
-use super::multiversion;
+use super::gemm::{ByteLine, DECODED_UNIT, PANEL, PairLine, Sums};
 use crate::dtype::E4M3_VALUES;
 
 /// Columns and rows whose sums stay in registers: 4 by 8 f32 are eight 128-bit registers.
@@ -63,20 +62,15 @@ pub(super) const fn e4m3_as_bf16(unit: f32) -> [u16; 256] {
     table
 }
 
-multiversion! {
-/// See [`super::gemm::decode`]: arithmetic rather than a table, so that it becomes vector code.
-pub(super) fn decode(isa: Isa, lines: &[ByteLine], pairs: &mut [PairLine]) {
-    for (line, pairs) in lines.iter().zip(pairs) {
-        let mut values = [0u16; 2 * PANEL];
-        for (value, &byte) in values.iter_mut().zip(line) {
-            *value = bf16_bits(byte);
-        }
-        for (column, pair) in pairs.iter_mut().enumerate() {
-            let [even, odd] = [0, 1].map(|parity| values[e4m3_position(column, parity)]);
-            *pair = u32::from(even) | u32::from(odd) << 16;
-        }
+/// Every byte of a line as bf16, in units of [`DECODED_UNIT`]: arithmetic rather than a table, so that it becomes vector
+/// code.
+pub(super) fn decode_line(line: &ByteLine, pairs: &mut PairLine) {
+    let (first, second) = pairs.split_at_mut(PANEL / 2);
+    for ((bytes, first), second) in line.as_chunks::<4>().0.iter().zip(first).zip(second) {
+        // A chunk is a pair of a column of the first half beside one of the second: see `e4m3_position`.
+        let [a, b, c, d] = bytes.map(|byte| u32::from(bf16_bits(byte)));
+        (*first, *second) = (a | c << 16, b | d << 16);
     }
-}
 }
 
 /// The bf16 of an e4m3 byte, in units of [`DECODED_UNIT`].
@@ -94,6 +88,23 @@ fn bf16_bits(byte: u8) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::arch::gemm::e4m3_position;
+
+    #[test]
+    fn a_line_is_decoded_in_the_order_it_is_packed() {
+        let mut line = [0; 2 * PANEL];
+        for column in 0..PANEL {
+            for parity in 0..2 {
+                line[e4m3_position(column, parity)] = (1 + column + PANEL * parity) as u8;
+            }
+        }
+        let mut pairs = [0; PANEL];
+        decode_line(&line, &mut pairs);
+        for (column, pair) in pairs.into_iter().enumerate() {
+            let [even, odd] = [1 + column, 1 + column + PANEL].map(|byte| u32::from(bf16_bits(byte as u8)));
+            assert_eq!(pair, even | odd << 16, "column {column}");
+        }
+    }
 
     #[test]
     fn arithmetic_and_table_agree_on_every_byte() {

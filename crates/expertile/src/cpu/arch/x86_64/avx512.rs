@@ -3,7 +3,9 @@
 //! `vdpbf16ps` multiplies two bf16 pairs into an f32 with its own rounding, and takes bf16 subnormals for zero. No e4m3
 //! value is subnormal in bf16.
 
-use crate::cpu::arch::gemm::{BLOCK_PAIRS, BlockScales, ByteLine, BytePanel, DECODED_UNIT, PairLine, Sums};
+use crate::cpu::arch::gemm::{
+    BLOCK_PAIRS, BlockScales, ByteLine, BytePanel, DECODED_UNIT, PairLine, REBIAS, SHIFTED_BITS, Sums,
+};
 use crate::cpu::arch::portable::e4m3_as_bf16;
 use crate::cpu::arch::{Isa, Level};
 use std::arch::x86_64::*;
@@ -239,12 +241,6 @@ struct Decoder {
     low: [__m512i; 2],
     high: [__m512i; 2],
 }
-
-/// Sign, the exponent's low four bits and three bits of mantissa of a bf16.
-const SHIFTED_BITS: u16 = 0x87f0;
-/// What turns e4m3's exponent (bias 7) into bf16's (bias 127) in units of [`DECODED_UNIT`] (2^8).
-const REBIAS: u16 = (127 - 7 - 8) << 7;
-const _: () = assert!(DECODED_UNIT == 256.0 && REBIAS & SHIFTED_BITS == 0);
 
 /// The low bytes, then the high bytes, of the bf16 of e4m3 bytes 0..128.
 static DECODED_BYTES: [[u8; 128]; 2] = decoded_bytes();
