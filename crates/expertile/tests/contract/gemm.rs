@@ -357,3 +357,42 @@ fn every_block_of_k_has_its_own_scales() {
     })
     .unwrap();
 }
+
+/// One-hot rows bring out the weights themselves: every e4m3 byte has its value, and a NaN is its column's alone.
+#[test]
+fn every_e4m3_byte_is_the_weight_it_stands_for() {
+    let (n, k) = (4, 128);
+    let mut bytes: Vec<u8> = (0..=255).collect();
+    bytes.retain(|byte| byte & 0x7f != 0x7f);
+    bytes.resize(3 * k, 0x38);
+    bytes.extend([0x08; 128]);
+    bytes[3 * k + 5] = 0xff;
+    let stored: Vec<E4m3> = bytes.iter().map(|&byte| E4m3(byte)).collect();
+    let case = RoutingCase { topk: 1, local_experts: 1, alignment: 1, ids: vec![0; k], expert_map: None, slack: 0 };
+    let one_hot: Vec<bool> = (0..k * k).map(|i| i / k == i % k).collect();
+    let bf16_rows: Vec<bf16> = one_hot.iter().map(|&hot| if hot { bf16::ONE } else { bf16::ZERO }).collect();
+    let e4m3_rows: Vec<E4m3> = one_hot.iter().map(|&hot| E4m3(if hot { 0x38 } else { 0 })).collect();
+    case.with_layout(|layout, _| {
+        for cpu in machines() {
+            let weights = PackedWeights::pack_e4m3(&cpu, &stored, &[0.5], 1, n, k).unwrap();
+            let scales = Scales::F32(&[1.0; 128]);
+            let format = ScaleFormat::HOPPER;
+            for activations in [Activations::Bf16(&bf16_rows), Activations::E4m3 { rows: &e4m3_rows, scales, format }] {
+                let bytes_needed = grouped_gemm_workspace_bytes(k, k, activations.format()).unwrap();
+                let mut out = vec![POISON; k * n];
+                grouped_gemm(&cpu, layout, activations, &weights, &mut vec![0xff; bytes_needed], &mut out).unwrap();
+                for (i, out) in out.iter().enumerate() {
+                    let (row, column) = (i / n, i % n);
+                    let expected = 0.5 * oracle::quantize::e4m3_value(bytes[column * k + row]);
+                    if column == 3 {
+                        prop_assert!(out.is_nan(), "{}: NaN times anything is NaN", cpu.isa());
+                    } else {
+                        prop_assert_eq!(out.to_f64(), expected, "{}: byte {}", cpu.isa(), bytes[column * k + row]);
+                    }
+                }
+            }
+        }
+        Ok(())
+    })
+    .unwrap();
+}
