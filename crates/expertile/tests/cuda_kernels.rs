@@ -750,6 +750,8 @@ fn activation_is_the_cpus_quantized_and_not() {
         (1536, clamped, Some(packed)),
         (768, swiglu, Some(row_major)),
         (14336, swiglu, Some(BASE.format)),
+        (14336, clamped, Some(packed)),
+        (512, Activation { alpha: 0.0, ..swiglu }, None),
         (2048, clamped, None),
         (48, swiglu, None),
     ] {

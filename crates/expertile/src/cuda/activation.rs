@@ -11,7 +11,7 @@ use crate::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding};
 use std::ffi::c_void;
 use std::sync::Arc;
 
-const THREADS: u32 = 256;
+const THREADS: u32 = 768;
 
 /// What the kernel is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq)]

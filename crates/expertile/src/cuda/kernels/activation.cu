@@ -7,7 +7,8 @@
 #include "scales.cuh"
 
 constexpr int MAX_EXPERTS = 1024;
-constexpr int THREADS = 256;
+constexpr int THREADS = 768;
+constexpr int WARPS = THREADS / 32;
 constexpr int SLABS = (INTERMEDIATE + SLAB - 1) / SLAB;
 
 struct ActivationArgs {
@@ -23,8 +24,15 @@ struct ActivationArgs {
 
 // exp(x), |x| held within 87: two-part range reduction and a degree-6 polynomial, without contraction.
 __device__ __forceinline__ float exp_held(float x) {
-    x = x > 87.0f ? 87.0f : x;
-    x = x < -87.0f ? -87.0f : x;
+    // fminf would turn a NaN into 87. Unless alpha is zero or not finite, only a gate that is NaN makes one, and then the
+    // product with the gate is NaN all the same.
+    constexpr u32 ALPHA_MAGNITUDE = ALPHA & 0x7fffffffu;
+    if (ALPHA_MAGNITUDE > 0 && ALPHA_MAGNITUDE < 0x7f800000u) {
+        x = fmaxf(fminf(x, 87.0f), -87.0f);
+    } else {
+        x = x > 87.0f ? 87.0f : x;
+        x = x < -87.0f ? -87.0f : x;
+    }
     const float shifted = __fadd_rn(__fmul_rn(x, 1.44269504088896340736f), 12582912.0f);
     const float n = __fsub_rn(shifted, 12582912.0f);
     float r = __fsub_rn(x, __fmul_rn(n, 0.693359375f));
@@ -39,30 +47,56 @@ __device__ __forceinline__ float exp_held(float x) {
     return __fmul_rn(p, __uint_as_float((__float_as_uint(shifted) << 23) + (127u << 23)));
 }
 
-__device__ __forceinline__ float activate(float gate, float up) {
+// gate * sigmoid(alpha * gate), the gate clamped from above.
+__device__ __forceinline__ float gated(float gate) {
 #if LIMITED
     const float limit = __uint_as_float(LIMIT);
     gate = gate > limit ? limit : gate;
+#endif
+    const float x = __fmul_rn(__uint_as_float(ALPHA), gate);
+    return __fmul_rn(gate, reciprocal(__fadd_rn(1.0f, exp_held(-x))));
+}
+
+__device__ __forceinline__ float times_up(float up, float glu) {
+#if LIMITED
+    const float limit = __uint_as_float(LIMIT);
     up = up > limit ? limit : up;
     up = up < -limit ? -limit : up;
 #endif
-    const float x = __fmul_rn(__uint_as_float(ALPHA), gate);
-    const float sigmoid = reciprocal(__fadd_rn(1.0f, exp_held(-x)));
-    return __fmul_rn(__fadd_rn(up, __uint_as_float(BETA)), __fmul_rn(gate, sigmoid));
+    return __fmul_rn(__fadd_rn(up, __uint_as_float(BETA)), glu);
+}
+
+// A bf16 gate has few values: those from 2^-25 to below 2^7 in magnitude, of either sign, fit a table. Where there are many
+// rows, looking them up leaves time for memory, which the arithmetic alone would not.
+constexpr u32 TABLE_FIRST = (127 - 25) << 7;
+constexpr u32 TABLE_OF_SIGN = 32 << 7;
+
+__device__ __forceinline__ void fill_table(float* table) {
+    for (u32 i = threadIdx.x; i < 2 * TABLE_OF_SIGN; i += THREADS) {
+        const u32 sign = i / TABLE_OF_SIGN;
+        table[i] = gated(__uint_as_float(sign << 31 | (i % TABLE_OF_SIGN + TABLE_FIRST) << 16));
+    }
+    __syncthreads();
+}
+
+// A gate's place in the table, in 16 bits; at least 2 * TABLE_OF_SIGN if it has none.
+__device__ __forceinline__ u32 table_place(u32 gate) {
+    const u32 magnitude = (gate & 0x7fffu) - TABLE_FIRST;
+    return magnitude < TABLE_OF_SIGN ? magnitude + (gate >> 15) * TABLE_OF_SIGN : 2 * TABLE_OF_SIGN;
 }
 
 struct LiveRows {
     int start[MAX_EXPERTS];   // of each expert's segment
     int before[MAX_EXPERTS];  // live rows of the experts before it
     int end[MAX_EXPERTS];
-    int warp_sums[THREADS / 32];
+    int warp_sums[WARPS];
     int all;
     int used;  // the end of the last segment
 };
 
 // Finds each expert's rows in psum; a psum that runs backwards or past the buffer counts as no rows.
 __device__ __forceinline__ void find_live_rows(const ActivationArgs& a, LiveRows& s) {
-    constexpr int EACH = MAX_EXPERTS / THREADS;
+    constexpr int EACH = (MAX_EXPERTS + THREADS - 1) / THREADS;
     const int first = threadIdx.x * EACH;
     const int lane = lane_of_thread();
     const int warp = threadIdx.x >> 5;
@@ -94,7 +128,7 @@ __device__ __forceinline__ void find_live_rows(const ActivationArgs& a, LiveRows
     int before = scanned - sum;
     int all = 0;
 #pragma unroll
-    for (int w = 0; w < THREADS / 32; ++w) {
+    for (int w = 0; w < WARPS; ++w) {
         if (w < warp) before += s.warp_sums[w];
         all += s.warp_sums[w];
     }
@@ -120,8 +154,9 @@ __device__ __forceinline__ void load_values(const u16* from, u32 (&pairs)[PER_LA
 #endif
 }
 
-// One slab of one row. Every lane of the warp calls.
-__device__ __forceinline__ void activate_slab(const ActivationArgs& a, int row, int slab) {
+// One slab of one row, and the word of its scales that the lane shares; `table` is null where it has not been filled. Every
+// lane of the warp calls.
+__device__ __forceinline__ u32 activate_slab(const ActivationArgs& a, const float* table, int row, int slab) {
     const int lane = lane_of_thread();
     const int column = slab * SLAB + lane * PER_LANE;
     const bool active = column < INTERMEDIATE;
@@ -133,11 +168,24 @@ __device__ __forceinline__ void activate_slab(const ActivationArgs& a, int row, 
         const u16* from = a.gate_up + (i64)row * (2 * INTERMEDIATE) + column;
         load_values(from, gate);
         load_values(from + INTERMEDIATE, up);
+        bool in_table = table != nullptr;
+        u32 place[PER_LANE];
 #pragma unroll
-        for (int i = 0; i < PER_LANE / 2; ++i) {
-            y[2 * i] = activate(low_half<0>(gate[i]), low_half<0>(up[i]));
-            y[2 * i + 1] = activate(high_half<0>(gate[i]), high_half<0>(up[i]));
-            largest = fmaxf(largest, fmaxf(fabsf(y[2 * i]), fabsf(y[2 * i + 1])));
+        for (int i = 0; i < PER_LANE; ++i) {
+            place[i] = table_place(i % 2 == 0 ? gate[i / 2] & 0xffffu : gate[i / 2] >> 16);
+            in_table = in_table && place[i] < 2 * TABLE_OF_SIGN;
+        }
+        if (in_table) {
+#pragma unroll
+            for (int i = 0; i < PER_LANE; ++i) y[i] = table[place[i]];
+        } else {
+#pragma unroll
+            for (int i = 0; i < PER_LANE; ++i) y[i] = gated(i % 2 == 0 ? low_half<0>(gate[i / 2]) : high_half<0>(gate[i / 2]));
+        }
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) {
+            y[i] = times_up(i % 2 == 0 ? low_half<0>(up[i / 2]) : high_half<0>(up[i / 2]), y[i]);
+            largest = fmaxf(largest, fabsf(y[i]));
         }
     } else {
 #pragma unroll
@@ -147,29 +195,62 @@ __device__ __forceinline__ void activate_slab(const ActivationArgs& a, int row, 
     const float scale = scale_of(group_max<GROUP>(largest), POWER_OF_TWO != 0);
     const uint4 bytes = quantize_values<POWER_OF_TWO != 0, 2>(y, scale);
     if (active) *reinterpret_cast<uint4*>(static_cast<u8*>(a.out) + (i64)row * INTERMEDIATE + column) = bytes;
-    store_slab_scales<1>(a.scales, active ? scale : 0.0f, slab, lane == 0 ? row : -1, a.m_sum);
+    return word_of_scale(active ? scale : 0.0f);
 #else
-    if (!active) return;
+    if (!active) return 0;
     uint4* out = reinterpret_cast<uint4*>(static_cast<u16*>(a.out) + (i64)row * INTERMEDIATE + column);
     u32 pairs[PER_LANE / 2];
 #pragma unroll
     for (int i = 0; i < PER_LANE / 2; ++i) pairs[i] = pack_halves<0>(y[2 * i], y[2 * i + 1]);
     out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     out[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+    return 0;
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3) activation(const __grid_constant__ ActivationArgs a) {
+// The same slab of ROWS consecutive live rows, from `live` on. Of the lanes that share a word of scales, the j-th keeps the
+// j-th row's, so that the words of neighbouring rows, which are neighbours in memory, are stored together.
+template <int ROWS>
+__device__ __forceinline__ void activate_rows(const ActivationArgs& a, const LiveRows& s, const float* table, int live, int slab) {
+    const int mine = lane_of_thread() % LANES_PER_WORD;
+    const int column = slab * WORDS_PER_SLAB + lane_of_thread() / LANES_PER_WORD;
+    int expert = last_not_above(s.before, a.experts, live);
+    int kept_row = -1;
+    u32 kept_word = 0;
+#pragma unroll 1
+    for (int j = 0; j < ROWS && live + j < s.all; ++j) {
+        while (expert + 1 < a.experts && s.before[expert + 1] <= live + j) ++expert;
+        const int row = s.start[expert] + live + j - s.before[expert];
+        const u32 word = activate_slab(a, table, row, slab);
+        if (mine == j) {
+            kept_row = row;
+            kept_word = word;
+        }
+    }
+#if QUANTIZED
+    if (kept_row >= 0 && column < WORDS_PER_ROW) a.scales[scale_word(kept_row, column, a.m_sum)] = kept_word;
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) activation(const __grid_constant__ ActivationArgs a) {
     __shared__ LiveRows s;
+    __shared__ float table[2 * TABLE_OF_SIGN];
     wait_for_previous_launch();
     let_next_launch_start();
     find_live_rows(a, s);
     const int warp = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
-    const int warps = gridDim.x * (THREADS / 32);
-    for (i64 unit = warp; unit < (i64)s.all * SLABS; unit += warps) {
-        const int live = (int)(unit / SLABS);
-        const int expert = last_not_above(s.before, a.experts, live);
-        activate_slab(a, s.start[expert] + live - s.before[expert], (int)(unit % SLABS));
+    const int warps = gridDim.x * WARPS;
+    // Filling the table costs each thread about as much as four slabs do.
+    constexpr int WORTH_IT = 8;
+    if ((i64)s.all * SLABS > (i64)WORTH_IT * warps) {
+        constexpr int ROWS = LANES_PER_WORD < 8 ? LANES_PER_WORD : 8;
+        fill_table(table);
+        const i64 units = (i64)((s.all + ROWS - 1) / ROWS) * SLABS;
+        for (i64 unit = warp; unit < units; unit += warps)
+            activate_rows<ROWS>(a, s, table, (int)(unit / SLABS) * ROWS, (int)(unit % SLABS));
+    } else {
+        for (i64 unit = warp; unit < (i64)s.all * SLABS; unit += warps)
+            activate_rows<1>(a, s, nullptr, (int)(unit / SLABS), (int)(unit % SLABS));
     }
 #if QUANTIZED
     zero_padding_scales(
