@@ -97,6 +97,8 @@ pub(crate) struct Array<'py> {
     element: Element,
     item_bytes: usize,
     writable: bool,
+    /// The CUDA device it is on, or the CPU.
+    device: Option<usize>,
 }
 
 /// The promise that what will be written overlaps nothing else; only [`Apart::check`] makes one.
@@ -146,10 +148,14 @@ impl<'py> Array<'py> {
 
     fn from_torch(argument: &'static str, object: &Bound<'py, PyAny>, data_ptr: &Bound<'py, PyAny>) -> PyResult<Self> {
         let py = object.py();
-        if !object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+        let device = if object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+            None
+        } else if object.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
+            Some(object.call_method0(intern!(py, "get_device"))?.extract()?)
+        } else {
             let device = object.getattr(intern!(py, "device"))?;
-            return Err(PyValueError::new_err(format!("{argument} is on {device}, expected the CPU")));
-        }
+            return Err(PyValueError::new_err(format!("{argument} is on {device}, expected the CPU or a CUDA device")));
+        };
         let opaque = |error: PyErr| {
             PyTypeError::new_err(format!(
                 "{argument} is a tensor without memory of its own, expected a dense one: {error}"
@@ -169,6 +175,7 @@ impl<'py> Array<'py> {
                 None => object.getattr(intern!(py, "itemsize"))?.extract()?,
             },
             writable: true,
+            device,
             object: object.clone(),
         })
     }
@@ -196,8 +203,70 @@ impl<'py> Array<'py> {
             element: if native { Element::named(&name) } else { Element::Other },
             item_bytes,
             writable: !readonly,
+            device: None,
             object: object.clone(),
         })
+    }
+
+    /// The CUDA device that all arrays are on, or `None` for the CPU.
+    ///
+    /// # Errors
+    /// `ValueError` if they are not all in one place.
+    pub(crate) fn common_device(arrays: &[Option<&Self>]) -> PyResult<Option<usize>> {
+        let mut arrays = arrays.iter().flatten();
+        let Some(first) = arrays.next() else { return Ok(None) };
+        for array in arrays {
+            if array.device != first.device {
+                return Err(PyValueError::new_err(format!(
+                    "{} is on {}, expected {}, as {}",
+                    array.argument,
+                    place(array.device),
+                    place(first.device),
+                    first.argument
+                )));
+            }
+        }
+        Ok(first.device)
+    }
+
+    /// Where the first element is.
+    pub(crate) fn address(&self) -> u64 {
+        self.pointer as u64
+    }
+
+    pub(crate) fn item_bytes(&self) -> usize {
+        self.item_bytes
+    }
+
+    /// Row and column stride of a matrix, in elements.
+    pub(crate) fn matrix_strides(&self) -> PyResult<(usize, usize)> {
+        self.matrix_shape("two dimensions")?;
+        self.span()?;
+        Ok((self.strides[0].unsigned_abs(), self.strides[1].unsigned_abs()))
+    }
+
+    /// Fails unless the array covers at least `len` elements of memory.
+    pub(crate) fn require_span(&self, len: usize) -> PyResult<()> {
+        let held = self.span()?;
+        if held < len {
+            let argument = self.argument;
+            return Err(PyValueError::new_err(format!("{argument} holds {held} elements, expected at least {len}")));
+        }
+        Ok(())
+    }
+
+    /// The address of at least `len` contiguous `T` on a device, aligned to `alignment` bytes.
+    pub(crate) fn require_device_memory<T: Native>(&self, len: usize, alignment: usize) -> PyResult<u64> {
+        self.require_contiguous()?;
+        self.check::<T>()?;
+        self.require_span(len)?;
+        if !self.pointer.is_multiple_of(alignment) {
+            return Err(PyValueError::new_err(format!(
+                "{} starts at address {:#x}, expected a multiple of {alignment}",
+                self.argument, self.pointer
+            )));
+        }
+        Ok(self.address())
     }
 
     pub(crate) fn element(&self) -> Element {
@@ -288,9 +357,20 @@ impl<'py> Array<'py> {
         self.span()
     }
 
+    fn check_on_cpu<T: Native>(&self) -> PyResult<usize> {
+        if self.device.is_some() {
+            return Err(PyValueError::new_err(format!(
+                "{} is on {}, expected the CPU",
+                self.argument,
+                place(self.device)
+            )));
+        }
+        self.check::<T>()
+    }
+
     /// Everything from the first element to the last, in memory order.
     pub(crate) fn memory<T: Native>(&self) -> PyResult<&[T]> {
-        let len = self.check::<T>()?;
+        let len = self.check_on_cpu::<T>()?;
         if len == 0 {
             return Ok(&[]);
         }
@@ -305,7 +385,7 @@ impl<'py> Array<'py> {
     /// The same, to be written.
     #[allow(clippy::mut_from_ref)]
     pub(crate) fn memory_mut<T: Native>(&self, _apart: Apart) -> PyResult<&mut [T]> {
-        let len = self.check::<T>()?;
+        let len = self.check_on_cpu::<T>()?;
         if !self.writable {
             return Err(PyValueError::new_err(format!("{} is read-only, expected to write to it", self.argument)));
         }
@@ -331,7 +411,7 @@ impl<'py> Array<'py> {
         self.memory_mut(apart)
     }
 
-    fn require_contiguous(&self) -> PyResult<()> {
+    pub(crate) fn require_contiguous(&self) -> PyResult<()> {
         let mut expected = vec![1; self.shape.len()];
         for dimension in (1..self.shape.len()).rev() {
             expected[dimension - 1] = expected[dimension] * self.shape[dimension];
@@ -357,6 +437,10 @@ impl<'py> Array<'py> {
             stride => Cow::Owned((0..len).map(|index| memory[index * stride as usize]).collect()),
         })
     }
+}
+
+fn place(device: Option<usize>) -> String {
+    device.map_or_else(|| "the CPU".into(), |ordinal| format!("cuda:{ordinal}"))
 }
 
 /// The integers of a tuple; quicker than going through the sequence protocol.

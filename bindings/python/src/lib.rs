@@ -3,7 +3,11 @@
 //! Nothing is decided here. A function turns Python values into the library's (checking what Rust's types would have
 //! checked), releases the interpreter lock, calls the function of the same name and turns its error into an exception.
 
+#![cfg_attr(not(feature = "cuda"), allow(dead_code))] // What only CUDA tensors need.
+
 mod array;
+#[cfg_attr(not(feature = "cuda"), path = "no_cuda.rs")]
+mod cuda;
 mod error;
 mod layer;
 mod permute;
@@ -31,6 +35,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(permute::quantize_permute, module)?)?;
     module.add_function(wrap_pyfunction!(permute::scale_words, module)?)?;
     module.add_function(wrap_pyfunction!(unpermute::unpermute, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda::cuda_unavailable, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda::cuda_workspace_bytes, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda::cuda_check, module)?)?;
     module.add_function(wrap_pyfunction!(pool::get_num_threads, module)?)?;
     module.add_function(wrap_pyfunction!(pool::set_num_threads, module)?)?;
     Ok(())

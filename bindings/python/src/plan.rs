@@ -122,10 +122,10 @@ impl PyPlan {
         self.0.m_sum()
     }
 
-    /// How many int32 the lists of a layout take.
+    /// How many int32 a layout takes.
     #[getter]
     fn layout_len(&self) -> PyResult<usize> {
-        Layout::space_len(&self.0).map_err(exception)
+        layout_words(&self.0)
     }
 
     fn __reduce__<'py>(&self, py: Python<'py>) -> (Bound<'py, PyAny>, (usize, usize, usize, usize, usize)) {
@@ -222,7 +222,14 @@ pub(crate) fn theoretical_alignment(
         .map_err(exception)
 }
 
-/// How many int32 the lists of a layout take: `3 E + M_sum + M * topk`.
+/// The lists, then what a GPU adds: a word to reach 8 bytes, a header of 4 and 2 for each tile of `alignment` rows.
+pub(crate) fn layout_words(plan: &Plan) -> PyResult<usize> {
+    const HEADER: usize = 4;
+    let lists = Layout::space_len(plan).map_err(exception)?;
+    Ok(lists + 1 + HEADER + 2 * (plan.m_sum() / plan.alignment()))
+}
+
+/// How many int32 a layout takes, the GPU's part included.
 #[pyfunction]
 pub(crate) fn layout_len(
     tokens: &Bound<'_, PyAny>,

@@ -1,6 +1,7 @@
 //! Rows back to their tokens.
 
 use crate::array::{Apart, Array, Element, Native};
+use crate::cuda;
 use crate::error::exception;
 use crate::permute::Ids;
 use crate::pool::cpu;
@@ -30,6 +31,18 @@ pub(crate) fn unpermute(
     let (_, hidden) = call.rows.matrix_shape("[M_sum, H]")?;
     let (tokens, _) = call.inv_perm.matrix_shape("[M, topk]")?;
     call.out.require_shape(&[tokens, hidden])?;
+    let all = [Some(&call.rows), Some(&call.inv_perm), call.weights.as_ref(), Some(&call.out)];
+    if let Some(ordinal) = Array::common_device(&all)? {
+        call.apart(&[])?;
+        call.rows.require_contiguous()?;
+        call.out.require_contiguous()?;
+        if topk_ids.is_some() {
+            return Err(PyValueError::new_err(
+                "topk_ids is given, expected None on a GPU, where a negative inv_perm says that a slot is empty",
+            ));
+        }
+        return cuda::unpermute(py, ordinal, &call.rows, &call.inv_perm, call.weights.as_ref(), &call.out);
+    }
     match topk_ids {
         Some(ids) => {
             // How many experts are local does not matter here: a map's negative entries say which are not.

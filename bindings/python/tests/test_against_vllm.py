@@ -48,9 +48,9 @@ def test_sizes_are_theirs_number_for_number(peer, rng):
         for dtype in (torch.int32, torch.int64):
             counts = torch.from_numpy(rng.integers(0, 300, experts)).to(dtype)
             meta = SimpleNamespace(expert_num_tokens=None, expert_num_tokens_cpu=counts)
-            assert ours.compute_aligned_M_and_alignment(
+            assert ours.compute_aligned_M_and_alignment(*arguments, meta) == peer.compute_aligned_M_and_alignment(
                 *arguments, meta
-            ) == peer.compute_aligned_M_and_alignment(*arguments, meta)
+            )
             assert ours.expert_num_tokens_round_up_and_sum(
                 counts, alignment
             ) == peer.expert_num_tokens_round_up_and_sum(counts, alignment)
@@ -96,7 +96,9 @@ def test_permute_and_unpermute_are_theirs(peer, rng, case, meta, scale, psum):
         metadata = SimpleNamespace(expert_num_tokens=None, expert_num_tokens_cpu=None)
     arguments = (aq, aq_scale, ids, experts, expert_map, metadata)
     options = {"block_size": group, "use_psum_layout": psum}
-    their_rows, their_scales, their_layout, their_inv, their_alignment = peer.deepgemm_moe_permute(*arguments, **options)
+    their_rows, their_scales, their_layout, their_inv, their_alignment = peer.deepgemm_moe_permute(
+        *arguments, **options
+    )
     rows, scales, layout, inv_perm, alignment = ours.deepgemm_moe_permute(*arguments, **options)
 
     assert alignment == their_alignment

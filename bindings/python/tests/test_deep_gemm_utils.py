@@ -3,11 +3,11 @@
 import itertools
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import oracle
 from expertile import deep_gemm_utils
 
 try:
@@ -179,7 +179,7 @@ def test_strides_of_outputs_are_honoured_and_what_lies_between_is_left_alone():
 def test_the_alignment_rule_is_chosen_by_name():
     try:
         theoretical = deep_gemm_utils.get_theoretical_mk_alignment_for_contiguous_layout
-        assert theoretical() == 128 or torch and torch.cuda.is_available()
+        assert theoretical() == 128 or (torch and torch.cuda.is_available())
         deep_gemm_utils.set_alignment_rule("deepgemm-2026-06", "sm100")
         assert theoretical(expected_m=33) == 64 and theoretical() == 224
         assert deep_gemm_utils.compute_aligned_M_and_alignment(4, 8, 16, 128, None) == (544, 32)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from . import _native
+
 Array = Any
 """A torch tensor or a NumPy array."""
 
@@ -52,6 +54,31 @@ def contiguous(x: Array) -> Array:
     import numpy
 
     return numpy.ascontiguousarray(x)
+
+
+def on_gpu(x: Array) -> bool:
+    """Whether `x` is a tensor in the memory of a CUDA device."""
+    return getattr(x, "is_cuda", False)
+
+
+def captured_workspace(x: Array) -> Array | None:
+    """A workspace for a call on a GPU that is being captured into a graph: it belongs to the graph. Else None."""
+    if not on_gpu(x):
+        return None
+    torch = sys.modules["torch"]
+    if not torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.empty(_native.cuda_workspace_bytes(x.get_device()), dtype=torch.uint8, device=x.device)
+
+
+def without_empty_slots(inv_perm: Array, topk_ids: Array, expert_map: Array | None) -> Array:
+    """`inv_perm` with -1 wherever `topk_ids` names no local expert; tensors only, and nothing waits."""
+    torch = sys.modules["torch"]
+    live = topk_ids >= 0
+    if expert_map is not None:
+        known = live & (topk_ids < expert_map.shape[0])
+        live = known & (expert_map[torch.where(known, topk_ids, 0).long()] >= 0)
+    return torch.where(live, inv_perm, -1)
 
 
 def column_major(flat: Array, rows: int, columns: int) -> Array:

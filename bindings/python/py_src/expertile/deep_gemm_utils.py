@@ -7,7 +7,9 @@ creates are of the kind of its first argument. What differs is what the original
 - ``inv_perm`` of an empty or non-local slot is -1 (the original leaves it unwritten);
 - scale padding is always zero, packed scales included;
 - ids are checked against the map's length, and strides of every input are honoured;
-- counts that are handed over must agree with the ids.
+- counts that are handed over must agree with the ids (checked where both are on the CPU).
+
+On a GPU an id past the experts (or the map) is treated as an empty slot, and :func:`check` raises for it.
 
 Shapes: ``M`` tokens, ``H`` values each, ``topk`` slots, ``E`` local experts, ``M_sum`` rows after alignment.
 """
@@ -28,6 +30,7 @@ from ._arrays import Array
 
 __all__ = [
     "ExpertTokensMetadata",
+    "check",
     "compute_aligned_M",
     "compute_aligned_M_and_alignment",
     "count_expert_num_tokens",
@@ -186,11 +189,11 @@ class ExpertTokensMetadata:
 
             counts = numpy.array(expert_num_tokens_list, dtype=numpy.int32)
             return ExpertTokensMetadata(expert_num_tokens=counts, expert_num_tokens_cpu=counts)
-        counts = torch.tensor(
+        pinned = torch.tensor(
             expert_num_tokens_list, device="cpu", dtype=torch.int32, pin_memory=torch.cuda.is_available()
         )
         return ExpertTokensMetadata(
-            expert_num_tokens=counts.to(device, non_blocking=True), expert_num_tokens_cpu=counts
+            expert_num_tokens=pinned.to(device, non_blocking=True), expert_num_tokens_cpu=pinned
         )
 
 
@@ -225,9 +228,7 @@ def compute_aligned_M_and_alignment(
         alignment = per_call if per_call and per_call <= alignment else alignment
         rule = arch = None
     try:
-        return _native.compute_aligned_m_and_alignment(
-            M, num_topk, local_num_experts, alignment, rule, arch, counts
-        )
+        return _native.compute_aligned_m_and_alignment(M, num_topk, local_num_experts, alignment, rule, arch, counts)
     except (TypeError, ValueError) as error:
         raise _renamed(error, _SIZE_NAMES) from None
 
@@ -254,6 +255,13 @@ def count_expert_num_tokens(topk_ids: Array, num_local_experts: int, expert_map:
         topk_ids = topk_ids[:, None]
     _arrays.require_array("topk_ids", topk_ids, 2)
     _native.round_up(num_local_experts, 1)
+    if _arrays.on_gpu(topk_ids):
+        # A layout without padding has the counts in front.
+        tokens, topk = topk_ids.shape
+        where = (num_local_experts, 1, tokens * topk)
+        lists = _arrays.empty((_native.layout_len(tokens, topk, *where),), "int32", topk_ids)
+        _native.build_layout(topk_ids, expert_map, *where, lists, _arrays.captured_workspace(topk_ids))
+        return lists[:num_local_experts]
     counts = _arrays.empty((num_local_experts,), "int32", topk_ids)
     _native.count_expert_num_tokens(topk_ids, expert_map, num_local_experts, counts)
     return counts
@@ -446,7 +454,10 @@ _UNPERMUTE_NAMES = {"rows": "a", "out": "output"}
 
 def _renamed(error: Exception, names: dict[str, str]) -> Exception:
     """The same error, where it speaks of an argument that has another name here."""
-    rename = lambda match: names.get(match[0], match[0])  # noqa: E731
+
+    def rename(match: re.Match[str]) -> str:
+        return names.get(match[0], match[0])
+
     return type(error)(re.sub(r"^\w+|(?<=memory with )\w+|(?<=, as )\w+", rename, str(error)))
 
 
@@ -454,9 +465,27 @@ def _renamed(error: Exception, names: dict[str, str]) -> Exception:
 class _Lists:
     """The lists of a layout, as views of one array."""
 
-    psum: Array
-    m_indices: Array
-    inv_perm: Array
+    memory: Array
+    tokens: int
+    topk: int
+    experts: int
+    m_sum: int
+
+    @property
+    def psum(self) -> Array:
+        return self.memory[2 * self.experts : 3 * self.experts]
+
+    @property
+    def m_indices(self) -> Array:
+        return self.memory[3 * self.experts : 3 * self.experts + self.m_sum]
+
+    @property
+    def inv_perm(self) -> Array:
+        start = 3 * self.experts + self.m_sum
+        inv_perm = self.memory[start : start + self.tokens * self.topk].reshape(self.tokens, self.topk)
+        if _arrays.on_gpu(inv_perm):
+            inv_perm._expertile_complete = True
+        return inv_perm
 
 
 def _permute(
@@ -480,24 +509,30 @@ def _permute(
         raise TypeError(f"{names['out']} has dtype {out.dtype}, expected {x.dtype}, as {names['x']}")
     where = (topk_ids, expert_map, experts, alignment, m_sum, expert_num_tokens)
     target = _arrays.contiguous(out)
+    workspace = _arrays.captured_workspace(x)
     try:
         if x.itemsize == 1:
-            _native.permute_quantized(x, x_scale, *where, group, scale_layout, False, target, scales, lists)
+            _native.permute_quantized(x, x_scale, *where, group, scale_layout, False, target, scales, lists, workspace)
         else:
             # Wider rows cannot be e4m3; they are moved as they are, and so are their scales.
             if scale_layout != "row_major":
                 raise TypeError(f"x has dtype {x.dtype}, expected float8_e4m3fn with uint8 scales")
-            _native.permute_rows(x, *where, False, target, lists)
-            _native.permute_rows(x_scale, *where, True, scales, lists)
+            _native.permute_rows(x, *where, False, target, lists, workspace)
+            _native.permute_rows(x_scale, *where, True, scales, lists, workspace)
     except (TypeError, ValueError) as error:
         raise _renamed(error, names) from None
     if target is not out:
         out[...] = target
-    return _Lists(
-        psum=lists[2 * experts : 3 * experts],
-        m_indices=lists[3 * experts : 3 * experts + m_sum],
-        inv_perm=lists[3 * experts + m_sum :].reshape(tokens, topk),
-    )
+    return _Lists(lists, tokens, topk, experts, m_sum)
+
+
+def check(device: Any = None) -> None:
+    """Waits for the current stream of a CUDA device, and raises ValueError for ids that its kernels had to refuse.
+
+    Only for calls that were not captured into a graph. On the CPU every call raises by itself.
+    """
+    torch = sys.modules["torch"]
+    _native.cuda_check(torch.cuda.current_device() if device is None else torch.device(device).index or 0)
 
 
 # -- unpermute ----------------------------------------------------------------------------------------------------------
@@ -535,7 +570,14 @@ def _gather(
         _arrays.require_array("topk_weights", topk_weights, 2)
         _arrays.require_array("out", output, 2)
         out = _arrays.contiguous(output)
-        _native.unpermute(rows, inv_perm, topk_ids, expert_map, _arrays.as_float32(topk_weights), out)
+        weights = _arrays.as_float32(topk_weights)
+        if _arrays.on_gpu(rows):
+            # Ours says -1 for an empty slot; others leave such slots unwritten, and the kernel does not look at ids.
+            if not getattr(inv_perm, "_expertile_complete", False):
+                inv_perm = _arrays.without_empty_slots(inv_perm, topk_ids, expert_map)
+            rows, inv_perm = _arrays.contiguous(rows), _arrays.contiguous(inv_perm)
+            topk_ids = expert_map = None
+        _native.unpermute(rows, inv_perm, topk_ids, expert_map, weights, out)
     except (TypeError, ValueError) as error:
         raise _renamed(error, names) from None
     if out is not output:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 try:
     import torch
@@ -32,7 +32,8 @@ except ImportError as error:
 
 from torch import Tensor
 
-from . import _native
+from . import _arrays, _native
+from .deep_gemm_utils import check
 
 __all__ = [
     "Layer",
@@ -40,6 +41,7 @@ __all__ = [
     "Permuted",
     "Sizes",
     "build_layout",
+    "check",
     "permute_quantized",
     "permute_rows",
     "quantize_permute",
@@ -48,23 +50,52 @@ __all__ = [
 ]
 
 
-class Layout(NamedTuple):
-    """Where each row goes: views of one int32 tensor, `space`."""
+class Layout:
+    """Where each row goes: int32 lists, each a view of `space` that is made when it is asked for."""
 
-    expert_num_tokens: Tensor
-    """``[E]``: live rows per local expert."""
-    expert_start: Tensor
-    """``[E]``: first row of each expert, a multiple of the alignment."""
-    psum: Tensor
-    """``[E]``: ``expert_start + expert_num_tokens``; an empty expert stores its start."""
-    m_indices: Tensor
-    """``[M_sum]``: local expert of each row, -1 on padding."""
-    inv_perm: Tensor
-    """``[M, topk]``: row of each slot, -1 for an empty or non-local one."""
-    alignment: int
-    """What each expert's rows are padded to."""
-    space: Tensor
-    """``[3 E + M_sum + M * topk]``: all of the above."""
+    def __init__(self, space: Tensor, tokens: int, topk: int, local_experts: int, alignment: int, m_sum: int) -> None:
+        self.space = space
+        """`Sizes.layout_len` elements: all of the lists, then what a GPU's GEMM walks."""
+        self.tokens = tokens
+        """``M``."""
+        self.topk = topk
+        """Slots per token."""
+        self.local_experts = local_experts
+        """``E``."""
+        self.alignment = alignment
+        """What each expert's rows are padded to."""
+        self.m_sum = m_sum
+        """Rows of the permuted buffer."""
+
+    @property
+    def expert_num_tokens(self) -> Tensor:
+        """``[E]``: live rows per local expert."""
+        return self.space[: self.local_experts]
+
+    @property
+    def expert_start(self) -> Tensor:
+        """``[E]``: first row of each expert, a multiple of the alignment."""
+        return self.space[self.local_experts : 2 * self.local_experts]
+
+    @property
+    def psum(self) -> Tensor:
+        """``[E]``: ``expert_start + expert_num_tokens``; an empty expert stores its start."""
+        return self.space[2 * self.local_experts : 3 * self.local_experts]
+
+    @property
+    def m_indices(self) -> Tensor:
+        """``[M_sum]``: local expert of each row, -1 on padding."""
+        return self.space[3 * self.local_experts : 3 * self.local_experts + self.m_sum]
+
+    @property
+    def inv_perm(self) -> Tensor:
+        """``[M, topk]``: row of each slot, -1 for an empty or non-local one."""
+        start = 3 * self.local_experts + self.m_sum
+        return self.space[start : start + self.tokens * self.topk].view(self.tokens, self.topk)
+
+    def lists(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The five lists, in the order above."""
+        return self.expert_num_tokens, self.expert_start, self.psum, self.m_indices, self.inv_perm
 
 
 class Permuted(NamedTuple):
@@ -112,47 +143,101 @@ _SCHEMAS = {
 }
 
 
-def _build_layout(*arguments):
-    _native.build_layout(*arguments)
+# Operators take what torch can see. A workspace, which only calls captured into a CUDA graph need, is not among it.
 
 
-def _permute_rows(x, topk_ids, expert_map, local_experts, alignment, m_sum, zero_padding, out, layout):
-    _native.permute_rows(x, topk_ids, expert_map, local_experts, alignment, m_sum, None, zero_padding, out, layout)
+_untyped: Any = _native  # The schemas have said what the arguments are.
+
+
+def _build_layout(topk_ids: Tensor, *arguments: Any) -> None:
+    _untyped.build_layout(topk_ids, *arguments, workspace=_arrays.captured_workspace(topk_ids))
+
+
+def _permute_rows(
+    x: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    local_experts: int,
+    alignment: int,
+    m_sum: int,
+    *arguments: Any,
+) -> None:
+    where = (topk_ids, expert_map, local_experts, alignment, m_sum, None)
+    _untyped.permute_rows(x, *where, *arguments, workspace=_arrays.captured_workspace(x))
 
 
 def _permute_quantized(
-    x, x_scales, topk_ids, expert_map, local_experts, alignment, m_sum, group, scale_layout, zero_padding, out, scales, layout
-):
+    x: Tensor,
+    x_scales: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    local_experts: int,
+    alignment: int,
+    m_sum: int,
+    *arguments: Any,
+) -> None:
     where = (topk_ids, expert_map, local_experts, alignment, m_sum, None)
-    _native.permute_quantized(x, x_scales, *where, group, scale_layout, zero_padding, out, scales, layout)
+    _untyped.permute_quantized(x, x_scales, *where, *arguments, workspace=_arrays.captured_workspace(x))
 
 
-def _layer(layer, hidden_states, topk_ids, topk_weights, expert_map, workspace, out):
+def _quantize_permute(x: Tensor, *arguments: Any) -> None:
+    _untyped.quantize_permute(x, *arguments, workspace=_arrays.captured_workspace(x))
+
+
+def _unpermute(
+    rows: Tensor,
+    inv_perm: Tensor,
+    topk_ids: Tensor | None,
+    expert_map: Tensor | None,
+    topk_weights: Tensor | None,
+    out: Tensor,
+) -> None:
+    if topk_ids is not None and rows.is_cuda:
+        inv_perm = _arrays.without_empty_slots(inv_perm, topk_ids, expert_map)
+        topk_ids = expert_map = None
+    _untyped.unpermute(rows, inv_perm, topk_ids, expert_map, topk_weights, out)
+
+
+def _layer(
+    layer: int,
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    expert_map: Tensor | None,
+    workspace: Tensor | None,
+    out: Tensor,
+) -> None:
     native = Layer._alive[layer]._native
     if workspace is None:
-        workspace = torch.empty(native.workspace_bytes(*topk_ids.shape), dtype=torch.uint8)
+        tokens, topk = topk_ids.shape
+        workspace = torch.empty(native.workspace_bytes(tokens, topk), dtype=torch.uint8)
     native.run(hidden_states, topk_ids, topk_weights, expert_map, workspace, out)
 
 
-_KERNELS = {
-    "layer": _layer,
-    "build_layout": _build_layout,
-    "permute_rows": _permute_rows,
-    "permute_quantized": _permute_quantized,
-    "quantize_permute": _native.quantize_permute,
-    "unpermute": _native.unpermute,
+_KERNELS: dict[str, tuple[Any, ...]] = {
+    "build_layout": (_build_layout, "CPU", "CUDA"),
+    "layer": (_layer, "CPU"),
+    "permute_quantized": (_permute_quantized, "CPU", "CUDA"),
+    "permute_rows": (_permute_rows, "CPU", "CUDA"),
+    "quantize_permute": (_quantize_permute, "CPU", "CUDA"),
+    "unpermute": (_unpermute, "CPU", "CUDA"),
 }
 
 
 def _register(name: str) -> None:
+    kernel, *keys = _KERNELS[name]
     _library.define(name + _SCHEMAS[name])
-    _library.impl(name, _KERNELS[name], "CPU")
+    for key in keys:
+        _library.impl(name, kernel, key)
     # Operators only write their arguments: without values there is nothing to do.
     torch.library.register_fake(f"expertile::{name}", lambda *_: None, lib=_library)
 
 
 for _name in _SCHEMAS:
     _register(_name)
+
+# Looked up once: a call by attribute finds its overload anew each time.
+_ops = {name: getattr(torch.ops.expertile, name).default for name in _SCHEMAS}
 
 
 def sizes(
@@ -195,9 +280,9 @@ def build_layout(
     """
     tokens, topk = _matrix("topk_ids", topk_ids)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
-    space = _space(topk_ids, tokens, topk, local_experts, m_sum, layout)
-    torch.ops.expertile.build_layout(topk_ids, expert_map, local_experts, alignment, m_sum, space)
-    return _lists(space, tokens, topk, local_experts, alignment, m_sum)
+    space = _space(topk_ids, tokens, topk, local_experts, alignment, m_sum, layout)
+    _ops["build_layout"](topk_ids, expert_map, local_experts, alignment, m_sum, space)
+    return Layout(space, tokens, topk, local_experts, alignment, m_sum)
 
 
 def permute_rows(
@@ -223,11 +308,9 @@ def permute_rows(
     _, hidden = _matrix("x", x)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
     out = x.new_empty((m_sum, hidden)) if out is None else out
-    space = _space(topk_ids, tokens, topk, local_experts, m_sum, layout)
-    torch.ops.expertile.permute_rows(
-        x, topk_ids, expert_map, local_experts, alignment, m_sum, zero_padding, out, space
-    )
-    return Permuted(out, None, _lists(space, tokens, topk, local_experts, alignment, m_sum))
+    space = _space(topk_ids, tokens, topk, local_experts, alignment, m_sum, layout)
+    _ops["permute_rows"](x, topk_ids, expert_map, local_experts, alignment, m_sum, zero_padding, out, space)
+    return Permuted(out, None, Layout(space, tokens, topk, local_experts, alignment, m_sum))
 
 
 def permute_quantized(
@@ -258,8 +341,8 @@ def permute_quantized(
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
     out = x.new_empty((m_sum, hidden)) if out is None else out
     words, shaped = _scales(x, m_sum, hidden, group, scale_layout, scales)
-    space = _space(topk_ids, tokens, topk, local_experts, m_sum, layout)
-    torch.ops.expertile.permute_quantized(
+    space = _space(topk_ids, tokens, topk, local_experts, alignment, m_sum, layout)
+    _ops["permute_quantized"](
         x,
         x_scales,
         topk_ids,
@@ -274,7 +357,7 @@ def permute_quantized(
         words,
         space,
     )
-    return Permuted(out, shaped, _lists(space, tokens, topk, local_experts, alignment, m_sum))
+    return Permuted(out, shaped, Layout(space, tokens, topk, local_experts, alignment, m_sum))
 
 
 def quantize_permute(
@@ -311,8 +394,8 @@ def quantize_permute(
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
     out = x.new_empty((m_sum, hidden), dtype=torch.float8_e4m3fn) if out is None else out
     words, shaped = _scales(x, m_sum, hidden, group, scale_layout, scales)
-    space = _space(topk_ids, tokens, topk, local_experts, m_sum, layout)
-    torch.ops.expertile.quantize_permute(
+    space = _space(topk_ids, tokens, topk, local_experts, alignment, m_sum, layout)
+    _ops["quantize_permute"](
         x,
         topk_weights,
         topk_ids,
@@ -328,7 +411,7 @@ def quantize_permute(
         words,
         space,
     )
-    return Permuted(out, shaped, _lists(space, tokens, topk, local_experts, alignment, m_sum))
+    return Permuted(out, shaped, Layout(space, tokens, topk, local_experts, alignment, m_sum))
 
 
 def unpermute(
@@ -352,7 +435,7 @@ def unpermute(
     tokens, _ = _matrix("inv_perm", inv_perm)
     _, hidden = _matrix("rows", rows)
     out = rows.new_empty((tokens, hidden), dtype=dtype) if out is None else out
-    torch.ops.expertile.unpermute(rows, inv_perm, topk_ids, expert_map, topk_weights, out)
+    _ops["unpermute"](rows, inv_perm, topk_ids, expert_map, topk_weights, out)
     return out
 
 
@@ -430,10 +513,10 @@ class Layer:
         Raises ValueError or TypeError for what does not fit.
         """
         _matrix("hidden_states", hidden_states)
-        out = torch.empty_like(hidden_states, dtype=dtype, memory_format=torch.contiguous_format) if out is None else out
-        torch.ops.expertile.layer(
-            self._number, hidden_states, topk_ids, topk_weights, expert_map, workspace, out
+        out = (
+            torch.empty_like(hidden_states, dtype=dtype, memory_format=torch.contiguous_format) if out is None else out
         )
+        _ops["layer"](self._number, hidden_states, topk_ids, topk_weights, expert_map, workspace, out)
         return out
 
 
@@ -463,8 +546,11 @@ def _symbolic_tight_m_sum(tokens: int, topk: int, local_experts: int, alignment:
     return alignment * (active + more)
 
 
-def _space(like: Tensor, tokens: int, topk: int, local_experts: int, m_sum: int, space: Tensor | None) -> Tensor:
-    words = 3 * local_experts + m_sum + tokens * topk
+def _space(
+    like: Tensor, tokens: int, topk: int, local_experts: int, alignment: int, m_sum: int, space: Tensor | None
+) -> Tensor:
+    # The lists, then room for a GPU's header and worklist.
+    words = 3 * local_experts + m_sum + tokens * topk + 5 + 2 * (m_sum // max(alignment, 1))
     if space is None:
         return torch.empty(words, dtype=torch.int32, device=like.device)
     _require_len("layout", space, words)
@@ -474,19 +560,6 @@ def _space(like: Tensor, tokens: int, topk: int, local_experts: int, m_sum: int,
 def _require_len(argument: str, x: Tensor, words: int) -> None:
     if x.numel() < words:
         raise ValueError(f"{argument} holds {x.numel()} elements, expected at least {words}")
-
-
-def _lists(space: Tensor, tokens: int, topk: int, local_experts: int, alignment: int, m_sum: int) -> Layout:
-    rows = 3 * local_experts
-    return Layout(
-        expert_num_tokens=space[:local_experts],
-        expert_start=space[local_experts : 2 * local_experts],
-        psum=space[2 * local_experts : rows],
-        m_indices=space[rows : rows + m_sum],
-        inv_perm=space[rows + m_sum : rows + m_sum + tokens * topk].view(tokens, topk),
-        alignment=alignment,
-        space=space,
-    )
 
 
 def _scales(
@@ -500,9 +573,7 @@ def _scales(
     if scales.dim() != 1:
         return scales, scales
     _require_len("scales", scales, columns * rows)
-    if column_major:
-        return scales, scales[: columns * rows].view(columns, rows).t()[:m_sum]
-    return scales, scales[: columns * rows].view(rows, columns)
+    return scales, scales.as_strided((m_sum, columns), (1, rows) if column_major else (columns, 1))
 
 
 def _scale_columns(hidden: int, group: int, scale_layout: str) -> tuple[int, bool, torch.dtype]:

@@ -18,7 +18,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from . import deep_gemm_utils
+from . import _native, deep_gemm_utils
 
 __all__ = ["is_patched", "patch", "plugin", "unpatch"]
 
@@ -54,7 +54,7 @@ class _VllmAlignment:
             self._answers = False
 
     def get(self) -> int:
-        return self._module.get_mk_alignment_for_contiguous_layout()[0]
+        return int(self._module.get_mk_alignment_for_contiguous_layout()[0])
 
     def set(self, value: int) -> None:
         self._module.set_mk_alignment_for_contiguous_layout(value)
@@ -62,9 +62,8 @@ class _VllmAlignment:
     def theoretical(self, expected_m: int | None, num_groups: int | None) -> int | None:
         if not self._answers:
             return None
-        return self._module.get_theoretical_mk_alignment_for_contiguous_layout(
-            expected_m=expected_m, num_groups=num_groups
-        )
+        theoretical = self._module.get_theoretical_mk_alignment_for_contiguous_layout
+        return int(theoretical(expected_m=expected_m, num_groups=num_groups))
 
 
 def is_patched() -> bool:
@@ -75,10 +74,16 @@ def is_patched() -> bool:
 def patch() -> None:
     """Replaces vLLM's functions, in their module and in every module that has imported them. Twice does nothing more.
 
-    Raises ImportError if vLLM (or a function of it) is not there; then nothing has been replaced.
+    Raises ImportError if vLLM (or a function of it) is not there, RuntimeError if torch sees a GPU that this package
+    cannot use (and says why); then nothing has been replaced.
     """
     if is_patched():
         return
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        reason = _native.cuda_unavailable()
+        if reason is not None:
+            raise RuntimeError(f"vLLM keeps its own functions: {reason}")
     found = []
     for module_name, names in _REPLACED.items():
         module = importlib.import_module(module_name)

@@ -1,0 +1,224 @@
+"""The extension. What users call is in the package's other modules."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+__all__ = [
+    "Layer",
+    "Plan",
+    "__version__",
+    "build_layout",
+    "compute_aligned_m_and_alignment",
+    "count_expert_num_tokens",
+    "cuda_check",
+    "cuda_unavailable",
+    "cuda_workspace_bytes",
+    "expert_num_tokens_round_up_and_sum",
+    "get_num_threads",
+    "layout_len",
+    "permute_quantized",
+    "permute_rows",
+    "quantize_permute",
+    "round_up",
+    "scale_words",
+    "set_num_threads",
+    "theoretical_alignment",
+    "tight_m_sum",
+    "unpermute",
+]
+
+__version__: str
+
+@final
+class Plan:
+    """A sized layout: how many tokens, slots, experts, which alignment, how many rows.
+
+    A value: equal plans compare and hash equal, and plans can be pickled. Raises ValueError for a zero, for an `m_sum`
+    that is no multiple of the alignment, and for numbers that do not fit.
+    """
+
+    def __new__(cls, tokens: int, topk: int, local_experts: int, alignment: int, m_sum: int) -> Plan: ...
+    @staticmethod
+    def tight(
+        tokens: int, topk: int, local_experts: int, alignment: int | None = None, *, distinct: bool = True
+    ) -> Plan:
+        """Sized by the most rows that any routing can need; `distinct`: a token names an expert at most once."""
+
+    @staticmethod
+    def reference(
+        tokens: int,
+        topk: int,
+        local_experts: int,
+        alignment: int | None = None,
+        *,
+        rule: str | None = None,
+        arch: str | None = None,
+    ) -> Plan:
+        """Sized by vLLM's bound; a rule (with an arch) may shrink the alignment."""
+
+    @staticmethod
+    def exact(tokens: int, topk: int, expert_num_tokens: Any, alignment: int | None = None) -> Plan:
+        """Sized by counts: an int32 or int64 array ``[E]``, or a list."""
+
+    @property
+    def tokens(self) -> int:
+        """``M``."""
+
+    @property
+    def topk(self) -> int:
+        """Slots per token."""
+
+    @property
+    def local_experts(self) -> int:
+        """``E``."""
+
+    @property
+    def alignment(self) -> int:
+        """What each expert's rows are padded to; 128 unless given."""
+
+    @property
+    def m_sum(self) -> int:
+        """Rows of the permuted buffer."""
+
+    @property
+    def layout_len(self) -> int:
+        """int32 elements that a layout takes."""
+
+    def __hash__(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __ne__(self, other: object, /) -> bool: ...
+    def __reduce__(self) -> tuple[type[Plan], tuple[int, int, int, int, int]]: ...
+
+@final
+class Layer:
+    """Packed weights of one layer on the CPU: see `expertile.torch.Layer`."""
+
+    def __new__(
+        cls,
+        w13: Any,
+        w2: Any,
+        w13_scale: Any | None,
+        w2_scale: Any | None,
+        activations: str,
+        alignment: int,
+        alpha: float,
+        beta: float,
+        limit: float | None,
+        weight_on_input: bool,
+    ) -> Layer: ...
+    @property
+    def local_experts(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    def workspace_bytes(self, tokens: int, topk: int) -> int: ...
+    def run(
+        self,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        expert_map: Any | None,
+        workspace: Any,
+        out: Any,
+    ) -> None: ...
+
+def round_up(rows: int, alignment: int) -> int:
+    """The smallest multiple of `alignment` that is at least `rows`."""
+
+def expert_num_tokens_round_up_and_sum(expert_num_tokens: Any | Sequence[int], alignment: int) -> int:
+    """``sum_e round_up(expert_num_tokens[e], alignment)``."""
+
+def compute_aligned_m_and_alignment(
+    m: int,
+    topk: int,
+    local_experts: int,
+    alignment: int,
+    rule: str | None = None,
+    arch: str | None = None,
+    expert_num_tokens: Any | Sequence[int] | None = None,
+) -> tuple[int, int]:
+    """vLLM's ``(M_sum, alignment_used)``."""
+
+def tight_m_sum(m: int, topk: int, local_experts: int, alignment: int, distinct: bool = True) -> int:
+    """The most rows that any routing can need."""
+
+def theoretical_alignment(rule: str, arch: str, expected_m: int | None = None, num_groups: int | None = None) -> int:
+    """The row tile that a rule picks: ``deepgemm-2026-06``, ``vllm-fork`` or ``deepgemm-2.8``."""
+
+def layout_len(tokens: int, topk: int, local_experts: int, alignment: int, m_sum: int) -> int: ...
+def scale_words(m_sum: int, hidden: int, scale_layout: str, group: int) -> int: ...
+def get_num_threads() -> int:
+    """Threads that CPU work is spread over."""
+
+def set_num_threads(threads: int) -> None:
+    """Spreads CPU work over `threads` threads from now on. Raises ValueError outside 1 to 65536."""
+
+def count_expert_num_tokens(topk_ids: Any, expert_map: Any | None, local_experts: int, out: Any) -> None: ...
+def build_layout(
+    topk_ids: Any,
+    expert_map: Any | None,
+    local_experts: int,
+    alignment: int,
+    m_sum: int,
+    layout: Any,
+    workspace: Any | None = None,
+) -> None: ...
+def permute_rows(
+    x: Any,
+    topk_ids: Any,
+    expert_map: Any | None,
+    local_experts: int,
+    alignment: int,
+    m_sum: int,
+    expert_num_tokens: Any | None,
+    zero_padding: bool,
+    out: Any,
+    layout: Any,
+    workspace: Any | None = None,
+) -> None: ...
+def permute_quantized(
+    x: Any,
+    x_scales: Any,
+    topk_ids: Any,
+    expert_map: Any | None,
+    local_experts: int,
+    alignment: int,
+    m_sum: int,
+    expert_num_tokens: Any | None,
+    group: int,
+    scale_layout: str,
+    zero_padding: bool,
+    out: Any,
+    scales: Any,
+    layout: Any,
+    workspace: Any | None = None,
+) -> None: ...
+def quantize_permute(
+    x: Any,
+    topk_weights: Any | None,
+    topk_ids: Any,
+    expert_map: Any | None,
+    local_experts: int,
+    alignment: int,
+    m_sum: int,
+    group: int,
+    scale_layout: str,
+    power_of_two: bool,
+    zero_padding: bool,
+    out: Any,
+    scales: Any,
+    layout: Any,
+    workspace: Any | None = None,
+) -> None: ...
+def unpermute(
+    rows: Any,
+    inv_perm: Any,
+    topk_ids: Any | None,
+    expert_map: Any | None,
+    topk_weights: Any | None,
+    out: Any,
+) -> None: ...
+def cuda_unavailable() -> str | None: ...
+def cuda_workspace_bytes(ordinal: int) -> int: ...
+def cuda_check(ordinal: int) -> None: ...
