@@ -4,7 +4,7 @@
 //! it), and a workspace for each stream. A call that is being captured into a graph brings a workspace of its own.
 
 use crate::array::{Array, Element};
-use crate::error::exception;
+use crate::error::{exception, size};
 use crate::permute::{Ids, Place};
 use expertile::cuda::compiler::Compiler;
 use expertile::cuda::{
@@ -18,9 +18,6 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-/// The most local experts that a workspace is made for: the most the kernels take.
-const MOST_EXPERTS: usize = 1024;
 
 /// Steps by configuration.
 struct Prepared<C, S>(Mutex<Vec<(C, Arc<S>)>>);
@@ -50,6 +47,20 @@ struct Workspace {
     stream: Stream,
     buffer: Buffer,
     last: Option<(Arc<Route>, Plan, RoutingBuffers)>,
+}
+
+impl Workspace {
+    /// Waits for the stream and raises what kernels found wrong with ids since the last time.
+    fn check(&self) -> PyResult<()> {
+        let Some((route, plan, routing)) = &self.last else { return Ok(()) };
+        #[allow(unsafe_code)]
+        // SAFETY: the stream is torch's, and the workspace was initialised when it was made.
+        let checked = unsafe { route.check(self.stream, plan, routing, self.buffer.address()) };
+        checked.map_err(|error| match error {
+            error @ expertile::Error::Cuda { .. } => exception(error),
+            error => PyValueError::new_err(format!("{error} (found by a kernel; the slot was treated as empty)")),
+        })
+    }
 }
 
 /// A device and what is kept for it.
@@ -114,9 +125,15 @@ fn current_stream(py: Python<'_>, ordinal: usize) -> PyResult<Stream> {
 }
 
 impl Gpu {
-    /// The address of the workspace for a call: the caller's own, made ready on the stream, or the stream's.
-    fn workspace(&self, stream: Stream, own: Option<&Array<'_>>, route: &Arc<Route>, call: &Routed) -> PyResult<u64> {
-        let bytes = route.workspace_bytes(MOST_EXPERTS).map_err(exception)?;
+    /// The address of `bytes` of workspace for a call: the caller's own, made ready on the stream, or the stream's.
+    fn workspace(
+        &self,
+        stream: Stream,
+        own: Option<&Array<'_>>,
+        bytes: usize,
+        route: &Arc<Route>,
+        call: &Routed,
+    ) -> PyResult<u64> {
         if let Some(own) = own {
             let address = own.require_device_memory::<u8>(bytes, 16)?;
             #[allow(unsafe_code)]
@@ -125,12 +142,17 @@ impl Gpu {
             return Ok(address);
         }
         let mut workspaces = lock(&self.workspaces);
-        let index = match workspaces.iter().position(|workspace| workspace.stream == stream) {
-            Some(index) => index,
-            None => {
-                let buffer = self.device.allocate(bytes).map_err(exception)?;
+        let found = workspaces.iter().position(|workspace| workspace.stream == stream);
+        let index = match found {
+            Some(index) if workspaces[index].buffer.bytes() >= bytes => index,
+            _ => {
+                if let Some(small) = found.map(|index| workspaces.swap_remove(index)) {
+                    // Freeing waits for the device, so this is where what its kernels found is told.
+                    small.check()?;
+                }
+                let buffer = self.device.allocate(bytes.next_power_of_two()).map_err(exception)?;
                 #[allow(unsafe_code)]
-                // SAFETY: the buffer is new and lives as long as the process.
+                // SAFETY: the buffer is new and lives until it is replaced here, which waits for its last use.
                 unsafe { route.initialise_workspace(stream, buffer.address()) }.map_err(exception)?;
                 workspaces.push(Workspace { stream, buffer, last: None });
                 workspaces.len() - 1
@@ -189,7 +211,7 @@ fn matrix(array: &Array<'_>) -> PyResult<Tensor2> {
     Ok(Tensor2 { address: array.address(), row_stride, col_stride })
 }
 
-/// The lists as the CPU has them, then (on 8 bytes) the header and the worklist.
+/// The lists as the CPU has them, then (on 8 bytes) the header, the worklist and each row's token.
 fn layout(place: &Place<'_>, plan: &Plan) -> PyResult<LayoutBuffers> {
     let words = crate::plan::layout_words(plan)?;
     let mut next = place.lists.require_device_memory::<i32>(words, 4)?;
@@ -202,38 +224,43 @@ fn layout(place: &Place<'_>, plan: &Plan) -> PyResult<LayoutBuffers> {
     let (expert_num_tokens, expert_start, psum) = (list(experts), list(experts), list(experts));
     let (m_indices, inv_perm) = (list(plan.m_sum()), list(plan.tokens() * plan.topk()));
     let header = next.next_multiple_of(8);
-    Ok(LayoutBuffers { expert_num_tokens, expert_start, psum, m_indices, inv_perm, header, worklist: header + 16 })
+    let worklist = header + 16;
+    let row_tokens = worklist + 8 * (plan.m_sum() / plan.alignment()) as u64;
+    Ok(LayoutBuffers { expert_num_tokens, expert_start, psum, m_indices, row_tokens, inv_perm, header, worklist })
 }
 
 fn padding(zero_padding: bool) -> Padding {
     if zero_padding { Padding::Zero } else { Padding::Untouched }
 }
 
-/// A call on its way: the device, the stream, the routing and the workspace.
+/// A call on its way: the device, the stream, the routing.
 struct Call {
     gpu: Arc<Gpu>,
     stream: Stream,
     routed: Routed,
     route: Arc<Route>,
-    workspace: u64,
 }
 
 impl Call {
-    fn new(py: Python<'_>, ordinal: usize, place: &Place<'_>, workspace: Option<&Array<'_>>) -> PyResult<Self> {
+    fn new(py: Python<'_>, ordinal: usize, place: &Place<'_>) -> PyResult<Self> {
         let gpu = gpu(py, ordinal)?;
         let stream = current_stream(py, ordinal)?;
         let routed = Routed::new(place)?;
         let route = gpu.route(routed.config)?;
-        let workspace = gpu.workspace(stream, workspace, &route, &routed)?;
-        Ok(Self { gpu, stream, routed, route, workspace })
+        Ok(Self { gpu, stream, routed, route })
     }
 
-    fn launch_route(&self) -> PyResult<()> {
+    fn workspace(&self, own: Option<&Array<'_>>, bytes: expertile::Result<usize>) -> PyResult<u64> {
+        self.gpu.workspace(self.stream, own, bytes.map_err(exception)?, &self.route, &self.routed)
+    }
+
+    fn launch_route(&self, workspace: Option<&Array<'_>>) -> PyResult<()> {
         let Routed { plan, routing, layout, .. } = &self.routed;
+        let workspace = self.workspace(workspace, self.route.workspace_bytes(plan))?;
         #[allow(unsafe_code)]
         // SAFETY: every address is a live tensor's, of the size and type that was checked, and `Apart` has seen that what
         // is written overlaps nothing else. torch hands memory on in stream order, and the workspace is this stream's.
-        unsafe { self.route.launch(self.stream, plan, routing, layout, self.workspace) }.map_err(exception)
+        unsafe { self.route.launch(self.stream, plan, routing, layout, workspace) }.map_err(exception)
     }
 }
 
@@ -243,7 +270,7 @@ pub(crate) fn build_layout(
     place: &Place<'_>,
     workspace: Option<&Array<'_>>,
 ) -> PyResult<()> {
-    Call::new(py, ordinal, place, workspace)?.launch_route()
+    Call::new(py, ordinal, place)?.launch_route(workspace)
 }
 
 /// Rows as they are, with their scales if there are any.
@@ -270,7 +297,7 @@ pub(crate) fn permute(
     };
     let (tokens, hidden) = x.matrix_shape("[M, H]")?;
     let rows_x = matrix(x)?;
-    let call = Call::new(py, ordinal, place, workspace)?;
+    let call = Call::new(py, ordinal, place)?;
     let row_bytes = if tokens > 1 { rows_x.row_stride * x.item_bytes() } else { 16 };
     let common = x.address() | out.address() | row_bytes as u64 | 16;
     let config = PermuteConfig {
@@ -287,7 +314,7 @@ pub(crate) fn permute(
     };
     let step = call.gpu.permutes.get(config, |config| Permute::prepare(&call.gpu.device, config))?;
     let rows = RowsBuffers { x: rows_x, x_scales, weights: Tensor2::default(), out: out.address(), scales };
-    call.launch_route()?;
+    call.launch_route(workspace)?;
     #[allow(unsafe_code)]
     // SAFETY: as in `launch_route`; shapes and strides were checked against the configuration.
     unsafe { step.launch(call.stream, &call.routed.plan, &rows, &call.routed.layout) }.map_err(exception)
@@ -310,7 +337,7 @@ pub(crate) fn quantize_permute(
     };
     let (tokens, hidden) = x.matrix_shape("[M, H]")?;
     let rows_x = matrix(x)?;
-    let call = Call::new(py, ordinal, place, workspace)?;
+    let call = Call::new(py, ordinal, place)?;
     if let Some(weights) = weights {
         weights.require_shape(&[tokens, 1])?;
     }
@@ -332,9 +359,10 @@ pub(crate) fn quantize_permute(
         scales: scales.address(),
     };
     let Routed { plan, routing, layout, .. } = &call.routed;
+    let workspace = call.workspace(workspace, step.workspace_bytes(plan))?;
     #[allow(unsafe_code)]
     // SAFETY: as in `launch_route`; shapes and strides were checked against the configuration.
-    unsafe { step.launch(call.stream, plan, routing, &rows, layout, call.workspace) }.map_err(exception)
+    unsafe { step.launch(call.stream, plan, routing, &rows, layout, workspace) }.map_err(exception)
 }
 
 /// The weighted sum; every array's shape and type has been checked, rows, inv_perm and out are contiguous.
@@ -389,11 +417,22 @@ pub(crate) fn cuda_unavailable(py: Python<'_>) -> Option<String> {
     found.err().map(|error| error.value(py).to_string())
 }
 
-/// Bytes of a workspace that a call brings when it is captured.
+/// Bytes of a workspace that suffice for a call of these sizes, whatever it does: what it brings when it is captured.
 #[pyfunction]
-pub(crate) fn cuda_workspace_bytes(py: Python<'_>, ordinal: usize) -> PyResult<usize> {
+pub(crate) fn cuda_workspace_bytes(
+    py: Python<'_>,
+    ordinal: usize,
+    tokens: &Bound<'_, PyAny>,
+    local_experts: &Bound<'_, PyAny>,
+    hidden: &Bound<'_, PyAny>,
+) -> PyResult<usize> {
+    const SMALLEST_GROUP: usize = 32;
+    let (tokens, experts, hidden) =
+        (size("tokens", tokens)?, size("local_num_experts", local_experts)?, size("hidden", hidden)?);
     let route = gpu(py, ordinal)?.route(RouteConfig { topk: 1, ids: Dtype::I64, row_tile: 1 })?;
-    route.workspace_bytes(MOST_EXPERTS).map_err(exception)
+    let plan = Plan::with_m_sum(0, 1, experts, 1, 0).map_err(exception)?;
+    let scales_of_a_token = hidden.div_ceil(SMALLEST_GROUP).next_multiple_of(4) * 4;
+    Ok(route.workspace_bytes(&plan).map_err(exception)? + tokens * scales_of_a_token)
 }
 
 /// Waits for the current stream and raises what its kernels found wrong with ids since the last time.
@@ -402,13 +441,5 @@ pub(crate) fn cuda_check(py: Python<'_>, ordinal: usize) -> PyResult<()> {
     let gpu = gpu(py, ordinal)?;
     let stream = current_stream(py, ordinal)?;
     let workspaces = lock(&gpu.workspaces);
-    let Some(workspace) = workspaces.iter().find(|workspace| workspace.stream == stream) else { return Ok(()) };
-    let Some((route, plan, routing)) = &workspace.last else { return Ok(()) };
-    #[allow(unsafe_code)]
-    // SAFETY: the stream is torch's current one, and the workspace was initialised when it was made.
-    let checked = unsafe { route.check(stream, plan, routing, workspace.buffer.address()) };
-    checked.map_err(|error| match error {
-        error @ expertile::Error::Cuda { .. } => exception(error),
-        error => PyValueError::new_err(format!("{error} (found by a kernel; the slot was treated as empty)")),
-    })
+    workspaces.iter().find(|workspace| workspace.stream == stream).map_or(Ok(()), Workspace::check)
 }

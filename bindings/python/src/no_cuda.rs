@@ -59,8 +59,13 @@ pub(crate) fn cuda_unavailable() -> Option<String> {
 
 /// No workspace.
 #[pyfunction]
-pub(crate) fn cuda_workspace_bytes(ordinal: usize) -> PyResult<usize> {
-    let _ = ordinal;
+pub(crate) fn cuda_workspace_bytes(
+    ordinal: usize,
+    tokens: usize,
+    local_experts: usize,
+    hidden: usize,
+) -> PyResult<usize> {
+    let _ = (ordinal, tokens, local_experts, hidden);
     missing()
 }
 

@@ -222,11 +222,11 @@ pub(crate) fn theoretical_alignment(
         .map_err(exception)
 }
 
-/// The lists, then what a GPU adds: a word to reach 8 bytes, a header of 4 and 2 for each tile of `alignment` rows.
+/// The lists, then what a GPU adds: a word to reach 8 bytes, a header of 4, 2 for each tile of `alignment` rows, 1 a row.
 pub(crate) fn layout_words(plan: &Plan) -> PyResult<usize> {
     const HEADER: usize = 4;
     let lists = Layout::space_len(plan).map_err(exception)?;
-    Ok(lists + 1 + HEADER + 2 * (plan.m_sum() / plan.alignment()))
+    Ok(lists + 1 + HEADER + 2 * (plan.m_sum() / plan.alignment()) + plan.m_sum())
 }
 
 /// How many int32 a layout takes, the GPU's part included.

@@ -26,7 +26,7 @@ def test_plans_are_values():
     assert plan != expertile.Plan(3, 2, 4, 16, plan.m_sum + 16)
     assert repr(plan) == "Plan(tokens=3, topk=2, local_experts=4, alignment=16, m_sum=64)"
     assert eval(repr(plan), {"Plan": expertile.Plan}) == plan
-    assert plan.layout_len == 3 * 4 + 64 + 6 + 5 + 2 * 64 // 16
+    assert plan.layout_len == 3 * 4 + 64 + 6 + 5 + 2 * 64 // 16 + 64
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         assert pickle.loads(pickle.dumps(plan, protocol)) == plan
     with pytest.raises(AttributeError):

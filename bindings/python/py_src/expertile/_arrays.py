@@ -61,14 +61,15 @@ def on_gpu(x: Array) -> bool:
     return getattr(x, "is_cuda", False)
 
 
-def captured_workspace(x: Array) -> Array | None:
+def captured_workspace(x: Array, local_experts: int) -> Array | None:
     """A workspace for a call on a GPU that is being captured into a graph: it belongs to the graph. Else None."""
     if not on_gpu(x):
         return None
     torch = sys.modules["torch"]
     if not torch.cuda.is_current_stream_capturing():
         return None
-    return torch.empty(_native.cuda_workspace_bytes(x.get_device()), dtype=torch.uint8, device=x.device)
+    size = _native.cuda_workspace_bytes(x.get_device(), x.shape[0], local_experts, x.shape[1])
+    return torch.empty(size, dtype=torch.uint8, device=x.device)
 
 
 def without_empty_slots(inv_perm: Array, topk_ids: Array, expert_map: Array | None) -> Array:

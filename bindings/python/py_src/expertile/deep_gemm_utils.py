@@ -260,7 +260,8 @@ def count_expert_num_tokens(topk_ids: Array, num_local_experts: int, expert_map:
         tokens, topk = topk_ids.shape
         where = (num_local_experts, 1, tokens * topk)
         lists = _arrays.empty((_native.layout_len(tokens, topk, *where),), "int32", topk_ids)
-        _native.build_layout(topk_ids, expert_map, *where, lists, _arrays.captured_workspace(topk_ids))
+        workspace = _arrays.captured_workspace(topk_ids, num_local_experts)
+        _native.build_layout(topk_ids, expert_map, *where, lists, workspace)
         return lists[:num_local_experts]
     counts = _arrays.empty((num_local_experts,), "int32", topk_ids)
     _native.count_expert_num_tokens(topk_ids, expert_map, num_local_experts, counts)
@@ -509,7 +510,7 @@ def _permute(
         raise TypeError(f"{names['out']} has dtype {out.dtype}, expected {x.dtype}, as {names['x']}")
     where = (topk_ids, expert_map, experts, alignment, m_sum, expert_num_tokens)
     target = _arrays.contiguous(out)
-    workspace = _arrays.captured_workspace(x)
+    workspace = _arrays.captured_workspace(x, experts)
     try:
         if x.itemsize == 1:
             _native.permute_quantized(x, x_scale, *where, group, scale_layout, False, target, scales, lists, workspace)

@@ -149,8 +149,9 @@ _SCHEMAS = {
 _untyped: Any = _native  # The schemas have said what the arguments are.
 
 
-def _build_layout(topk_ids: Tensor, *arguments: Any) -> None:
-    _untyped.build_layout(topk_ids, *arguments, workspace=_arrays.captured_workspace(topk_ids))
+def _build_layout(topk_ids: Tensor, expert_map: Tensor | None, local_experts: int, *arguments: Any) -> None:
+    workspace = _arrays.captured_workspace(topk_ids, local_experts)
+    _untyped.build_layout(topk_ids, expert_map, local_experts, *arguments, workspace=workspace)
 
 
 def _permute_rows(
@@ -163,7 +164,7 @@ def _permute_rows(
     *arguments: Any,
 ) -> None:
     where = (topk_ids, expert_map, local_experts, alignment, m_sum, None)
-    _untyped.permute_rows(x, *where, *arguments, workspace=_arrays.captured_workspace(x))
+    _untyped.permute_rows(x, *where, *arguments, workspace=_arrays.captured_workspace(x, local_experts))
 
 
 def _permute_quantized(
@@ -177,11 +178,19 @@ def _permute_quantized(
     *arguments: Any,
 ) -> None:
     where = (topk_ids, expert_map, local_experts, alignment, m_sum, None)
-    _untyped.permute_quantized(x, x_scales, *where, *arguments, workspace=_arrays.captured_workspace(x))
+    _untyped.permute_quantized(x, x_scales, *where, *arguments, workspace=_arrays.captured_workspace(x, local_experts))
 
 
-def _quantize_permute(x: Tensor, *arguments: Any) -> None:
-    _untyped.quantize_permute(x, *arguments, workspace=_arrays.captured_workspace(x))
+def _quantize_permute(
+    x: Tensor,
+    topk_weights: Tensor | None,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    local_experts: int,
+    *arguments: Any,
+) -> None:
+    where = (topk_weights, topk_ids, expert_map, local_experts)
+    _untyped.quantize_permute(x, *where, *arguments, workspace=_arrays.captured_workspace(x, local_experts))
 
 
 def _unpermute(
@@ -549,8 +558,8 @@ def _symbolic_tight_m_sum(tokens: int, topk: int, local_experts: int, alignment:
 def _space(
     like: Tensor, tokens: int, topk: int, local_experts: int, alignment: int, m_sum: int, space: Tensor | None
 ) -> Tensor:
-    # The lists, then room for a GPU's header and worklist.
-    words = 3 * local_experts + m_sum + tokens * topk + 5 + 2 * (m_sum // max(alignment, 1))
+    # The lists, then room for a GPU's header, worklist and row numbers.
+    words = 3 * local_experts + m_sum + tokens * topk + 5 + 2 * (m_sum // max(alignment, 1)) + m_sum
     if space is None:
         return torch.empty(words, dtype=torch.int32, device=like.device)
     _require_len("layout", space, words)
