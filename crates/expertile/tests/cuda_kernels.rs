@@ -1049,5 +1049,8 @@ fn sanitizer_runs_every_kernel_once() {
         check_activation(device, &Case { topk: 2, ..case }, Activation::default(), Some(format));
         check_activation(device, &Case { topk: 2, ..case }, Activation::default(), None);
     }
+    // Rows enough for the activation to use its table.
+    let many = Case { tokens: 520, topk: 2, experts: 5, hidden: 14336, seed: 1505, ..BASE };
+    check_activation(device, &many, Activation::default(), Some(BASE.format));
     check_quantize_permute(device, &Case { tokens: 1200, hidden: 256, global: 90, experts: 30, seed: 1504, ..BASE });
 }

@@ -5,8 +5,8 @@
 //! loop does. Functions return 0 or null on failure, and `expertile_error` then says what was wrong.
 
 use expertile::cuda::{
-    Activate, ActivateBuffers, ActivateConfig, Device, LayoutBuffers, QuantizePermute, QuantizePermuteConfig, RouteConfig,
-    RoutingBuffers, RowsBuffers, Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig,
+    Activate, ActivateBuffers, ActivateConfig, Device, LayoutBuffers, QuantizePermute, QuantizePermuteConfig,
+    RouteConfig, RoutingBuffers, RowsBuffers, Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig,
 };
 use expertile::{Activation, Dtype, Error, Padding, Plan, Result, ScaleFormat, TokenExperts};
 use std::cell::RefCell;
@@ -45,7 +45,7 @@ pub extern "C" fn expertile_error() -> *const c_char {
 }
 
 /// A step bound to addresses.
-enum Bound {
+pub enum Bound {
     QuantizePermute {
         step: Arc<QuantizePermute>,
         plan: Plan,
@@ -54,8 +54,14 @@ enum Bound {
         layout: LayoutBuffers,
         workspace: u64,
     },
-    Activate { step: Arc<Activate>, call: ActivateBuffers },
-    Unpermute { step: Arc<Unpermute>, call: UnpermuteBuffers },
+    Activate {
+        step: Arc<Activate>,
+        call: ActivateBuffers,
+    },
+    Unpermute {
+        step: Arc<Unpermute>,
+        call: UnpermuteBuffers,
+    },
 }
 
 /// Quantize + permute for one shape, and the sizes of its buffers.
@@ -102,7 +108,11 @@ pub extern "C" fn expertile_permutation(
 /// # Safety
 /// `permutation` came from `expertile_permutation`, `sizes` holds four.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn expertile_permutation_sizes(permutation: *const Permutation, hidden: usize, sizes: *mut usize) -> i32 {
+pub unsafe extern "C" fn expertile_permutation_sizes(
+    permutation: *const Permutation,
+    hidden: usize,
+    sizes: *mut usize,
+) -> i32 {
     // SAFETY: the caller's promise.
     let (permutation, sizes) = unsafe { (&*permutation, std::slice::from_raw_parts_mut(sizes, 4)) };
     let plan = &permutation.plan;
@@ -137,8 +147,16 @@ pub unsafe extern "C" fn expertile_layout_offsets(permutation: *const Permutatio
     let base = 1 << 20;
     match LayoutBuffers::carve(base, &permutation.plan, permutation.plan.alignment()) {
         Ok(l) => {
-            let lists =
-                [l.expert_num_tokens, l.expert_start, l.psum, l.m_indices, l.row_tokens, l.inv_perm, l.header, l.worklist];
+            let lists = [
+                l.expert_num_tokens,
+                l.expert_start,
+                l.psum,
+                l.m_indices,
+                l.row_tokens,
+                l.inv_perm,
+                l.header,
+                l.worklist,
+            ];
             for (offset, list) in offsets.iter_mut().zip(lists) {
                 *offset = list - base;
             }
