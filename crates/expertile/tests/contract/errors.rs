@@ -570,6 +570,8 @@ fn variant(error: &Error) -> &'static str {
         Error::Overflow { .. } => "Overflow",
         Error::BufferTooSmall { .. } => "BufferTooSmall",
         Error::WeightFormat { .. } => "WeightFormat",
+        Error::Cuda { .. } => "Cuda",
+        Error::Kernel { .. } => "Kernel",
         _ => "a variant this test does not know",
     }
 }
@@ -630,7 +632,16 @@ fn every_variant_is_refused_somewhere() {
         .collect();
     assert!(variants.contains("ExpertId"), "{variants:?}");
     let mut refused: BTreeSet<&str> = tables().iter().map(|(kind, ..)| *kind).collect();
-    // Asked for on machines that lack something only: the test above, and `tests/miri.rs`.
-    refused.insert("Device");
+    // What only another machine refuses: one that lacks an instruction set, one that compiles for a GPU.
+    let elsewhere = [("Device", include_str!("../miri.rs")), ("Kernel", include_str!("../cuda_compile.rs"))];
+    for (variant, tests) in elsewhere {
+        assert!(tests.contains(&format!("Error::{variant} ")), "no test names {variant}");
+        refused.insert(variant);
+    }
+    // No argument makes a driver fail. That its message is whole is all that can be said without one.
+    let (call, name, message) = ("cuLaunchKernel", "CUDA_ERROR_LAUNCH_FAILED".into(), "unspecified".into());
+    let error = Error::Cuda { call, code: 719, name, message };
+    assert_eq!(error.to_string(), "cuLaunchKernel failed with CUDA_ERROR_LAUNCH_FAILED (719): unspecified");
+    refused.insert(variant(&error));
     assert_eq!(variants, refused);
 }
