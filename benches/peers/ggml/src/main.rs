@@ -157,8 +157,29 @@ struct Weights {
     w2: *mut ggml::ggml_tensor,
 }
 
+/// ggml's threads, kept from one run to the next.
+struct Threads {
+    pool: ggml::ggml_threadpool_t,
+    count: i32,
+}
+
+impl Threads {
+    fn new(count: i32) -> Self {
+        // SAFETY: the parameters are ggml's own defaults.
+        let pool = unsafe { ggml::ggml_threadpool_new(&mut ggml::ggml_threadpool_params_default(count)) };
+        Self { pool, count }
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        // SAFETY: made by `ggml_threadpool_new`, and freed once.
+        unsafe { ggml::ggml_threadpool_free(self.pool) }
+    }
+}
+
 /// Runs the layer `repeat` times: the times in seconds, and the output `[tokens, HIDDEN]`.
-fn run(weights: &Weights, input: &Input, pool: ggml::ggml_threadpool_t, repeat: usize) -> (Vec<f64>, Vec<f32>) {
+fn run(weights: &Weights, input: &Input, threads: &Threads, repeat: usize) -> (Vec<f64>, Vec<f32>) {
     let tokens = input.ids.len() / TOPK;
     let rows = tokens * TOPK;
     let context = Context::new((64 << 20) + rows * 4 * (4 * INTERMEDIATE + 4 * HIDDEN));
@@ -175,12 +196,12 @@ fn run(weights: &Weights, input: &Input, pool: ggml::ggml_threadpool_t, repeat: 
         let gate_up = ggml::ggml_mul_mat_id(c, weights.w13, x, ids);
         let rows = ggml::ggml_mul_mat_id(c, weights.w2, ggml::ggml_swiglu(c, gate_up), ids);
         let rows = ggml::ggml_mul(c, rows, topk_weights);
-        let slot = |slot| ggml::ggml_view_2d(c, rows, HIDDEN as i64, tokens as i64, (*rows).nb[2], slot * (*rows).nb[1]);
+        let slot =
+            |slot| ggml::ggml_view_2d(c, rows, HIDDEN as i64, tokens as i64, (*rows).nb[2], slot * (*rows).nb[1]);
         let sum = (1..TOPK).fold(slot(0), |sum, at| ggml::ggml_add(c, sum, slot(at)));
         let graph = ggml::ggml_new_graph(c);
         ggml::ggml_build_forward_expand(graph, sum);
-        let threads = ggml::ggml_threadpool_get_n_threads(pool);
-        let mut plan = ggml::ggml_graph_plan(graph, threads, pool);
+        let mut plan = ggml::ggml_graph_plan(graph, threads.count, threads.pool);
         let mut work = vec![0u8; plan.work_size];
         plan.work_data = work.as_mut_ptr();
         let mut times = Vec::new();
@@ -217,29 +238,21 @@ fn median_milliseconds(mut times: Vec<f64>) -> f64 {
 
 fn main() {
     let arguments = arguments();
-    // SAFETY: the parameters are ggml's own defaults; the pool is freed after its last use.
-    let pool = unsafe {
-        let mut params = ggml::ggml_threadpool_params_default(arguments.threads as i32);
-        ggml::ggml_threadpool_new(&mut params)
-    };
+    let threads = Threads::new(arguments.threads as i32);
     let (w13, w2) = (random_matrix(2 * INTERMEDIATE, HIDDEN, 1), random_matrix(HIDDEN, INTERMEDIATE, 2));
     let mut sizes: Vec<String> = arguments.tokens.iter().map(|tokens| format!("\"tokens\": {tokens}")).collect();
     for (name, kind, tolerance) in [("bf16", ggml::GGML_TYPE_BF16, 0.03), ("q8_0", ggml::GGML_TYPE_Q8_0, 0.06)] {
         let context = Context::new((64 << 20) + EXPERTS * 2 * (w13.len() + w2.len()));
-        let packed = Weights {
-            w13: weights(&context, kind, &w13, 2 * INTERMEDIATE),
-            w2: weights(&context, kind, &w2, HIDDEN),
-        };
+        let packed =
+            Weights { w13: weights(&context, kind, &w13, 2 * INTERMEDIATE), w2: weights(&context, kind, &w2, HIDDEN) };
         for (size, &tokens) in sizes.iter_mut().zip(&arguments.tokens) {
             let input = Input::new(tokens);
-            let (_, output) = run(&packed, &input, pool, 2);
+            let (_, output) = run(&packed, &input, &threads, 2);
             check(&w13, &w2, &input, &output, tolerance);
-            let (times, _) = run(&packed, &input, pool, arguments.repeat);
+            let (times, _) = run(&packed, &input, &threads, arguments.repeat);
             size.push_str(&format!(", \"{name}_ms\": {:.3}", median_milliseconds(times)));
         }
     }
-    // SAFETY: nothing uses the pool any more.
-    unsafe { ggml::ggml_threadpool_free(pool) };
     let sizes: Vec<String> = sizes.iter().map(|size| format!("    {{{size}}}")).collect();
     println!("{{\n  \"threads\": {},\n  \"sizes\": [\n{}\n  ]\n}}", arguments.threads, sizes.join(",\n"));
 }
