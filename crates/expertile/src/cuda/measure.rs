@@ -61,8 +61,8 @@ pub fn copy_bytes_per_second(device: &Device) -> Result<f64> {
     Ok(2.0 * BYTES as f64 / seconds)
 }
 
-/// Times routing, quantize + permute (with routing), activation + quantize and unpermute. The values that the activation
-/// and the unpermute read are not a GEMM's, which does not matter for their time.
+/// Times routing, quantize + permute (with routing), activation + quantize and unpermute. In place of a GEMM's results, the
+/// activation and the unpermute read the hidden states over and over.
 ///
 /// # Errors
 /// [`Error::BufferTooSmall`] for inputs shorter than the plan says, and whatever preparing and launching the steps may
@@ -138,7 +138,8 @@ impl Call {
         };
         let layout = LayoutBuffers::carve(allocate(LayoutBuffers::space_bytes(&plan, row_tile)?)?, &plan, row_tile)?;
         let widest = hidden.max(2 * intermediate);
-        let (front, back) = (allocate(m_sum * hidden.max(intermediate))?, allocate(2 * m_sum * widest)?);
+        let front = allocate(m_sum * hidden.max(intermediate))?;
+        let back = allocate(2 * m_sum * widest)?;
         let scales = allocate(4 * format.words(m_sum, hidden)?.max(format.words(m_sum, intermediate)?))?;
         let out = allocate(2 * tokens * hidden)?;
         let (ids, x, weights) = (device.allocate(4 * tokens * topk)?, device.allocate(2 * tokens * hidden)?, {
@@ -148,6 +149,7 @@ impl Call {
         });
         ids.upload(&topk_ids[..tokens * topk])?;
         x.upload(bytemuck::must_cast_slice::<bf16, u16>(&hidden_states[..tokens * hidden]))?;
+        repeat(device, x.address(), x.bytes(), back, 2 * m_sum * widest)?;
         let workspace = device.allocate(quantize_permute.workspace_bytes(&plan)?)?;
         // SAFETY: the workspace is this call's own and as large as the step says; stream 0 always lives.
         unsafe {
@@ -220,6 +222,22 @@ impl Call {
         // SAFETY: the buffers are this call's own, sized by the plan.
         unsafe { self.unpermute.launch(stream, &self.unpermute_buffers) }
     }
+}
+
+/// Fills `bytes` at `to` with the `period` bytes at `from`, over and over.
+#[allow(unsafe_code)]
+fn repeat(device: &Device, from: u64, period: usize, to: u64, bytes: usize) -> Result<()> {
+    let _current = device.current()?;
+    let mut done = 0;
+    while done < bytes {
+        // What is there already doubles with every copy.
+        let (source, len) = if done == 0 { (from, period) } else { (to, done) };
+        let len = len.min(bytes - done);
+        // SAFETY: both ranges lie within buffers that the caller owns, and they do not overlap.
+        check_call("cuMemcpyDtoD", unsafe { sys::cuMemcpyDtoD_v2(to + done as u64, source, len) })?;
+        done += len;
+    }
+    Ok(())
 }
 
 /// A stream of its own and two events on it.

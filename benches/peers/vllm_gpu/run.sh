@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What one lease of a GPU machine runs: tests, sanitizers, timings; each part under its own time limit, logs under $OUT.
+# Everything there is to run on a machine with a GPU: tests, sanitizers, timings; each part under its own time limit, logs
+# under $OUT.
 #
-#   lease.sh FOLDER PART...
+#   run.sh FOLDER PART...
 #
 # FOLDER holds the test binaries (unit, cuda_kernels), libexpertile_vllm_gpu.so and the Python files of
 # benches/peers/vllm_gpu; a part is one of: arithmetic, kernels, sanitize, alone, compare. PEER_DIR names vLLM's pieces.
