@@ -165,9 +165,9 @@ fn multiply_block(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: &Pane
     match panel.weights {
         PanelWeights::Bf16(lines) => {
             for (k_block, lines) in (0..).step_by(run).zip(lines.chunks(run * BLOCK_PAIRS)) {
-                let next = panel.ahead(k_block, lines.len());
                 for (index, tile) in block.tiles().enumerate() {
-                    let (pairs, ahead) = (rows.pairs(block, &tile, k_block, lines.len()), share(next, index, tiles));
+                    let pairs = rows.pairs(block, &tile, k_block, lines.len());
+                    let ahead = panel.ahead(k_block, lines.len(), index, tiles);
                     multiply(isa, pairs, lines, &mut sums[tile], ahead);
                 }
             }
@@ -177,9 +177,9 @@ fn multiply_block(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: &Pane
             let blocks = bytes.lines.chunks(run * BLOCK_PAIRS).zip(bytes.special.chunks(run)).zip(scales.chunks(run));
             for (k_block, ((lines, special), scales)) in (0..).step_by(run).zip(blocks) {
                 let kept = if run == 1 { &mut kept[..lines.len()] } else { &mut [] };
-                let next = panel.ahead(k_block, lines.len());
                 for (index, tile) in block.tiles().enumerate() {
-                    let (pairs, ahead) = (rows.pairs(block, &tile, k_block, lines.len()), share(next, index, tiles));
+                    let pairs = rows.pairs(block, &tile, k_block, lines.len());
+                    let ahead = panel.ahead(k_block, lines.len(), index, tiles);
                     let row_scales = rows.scales(block, &tile, k_block, scales.len());
                     let scales = BlockScales { panel: scales, rows: row_scales };
                     if index == 0 {
@@ -191,11 +191,6 @@ fn multiply_block(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: &Pane
             }
         }
     }
-}
-
-/// The part of `memory` that falls to one of `count`.
-fn share(memory: &[u8], index: usize, count: usize) -> &[u8] {
-    &memory[index * memory.len() / count..(index + 1) * memory.len() / count]
 }
 
 /// Rounds a block's sums to bf16 and writes them to their rows.

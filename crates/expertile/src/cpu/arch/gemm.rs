@@ -68,10 +68,22 @@ impl BlockScales<'_> {
     }
 }
 
+/// Memory that the caller will read, to be brought into a cache meanwhile.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead<'a> {
+    pub(crate) bytes: &'a [u8],
+    /// Read by the next calls, so that it belongs into the L1 cache; else L2 will do.
+    pub(crate) soon: bool,
+}
+
+impl Ahead<'_> {
+    const NOTHING: Self = Self { bytes: &[], soon: true };
+}
+
 /// `sums[r][c] += sum_k rows[r, k] * panel[c, k]`.
 ///
-/// `ahead` here and below is memory that the caller will read next: AVX-512 kernels ask for it bit by bit as they go.
-pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: &[u8]) {
+/// `ahead`, here and below, is asked for bit by bit as the kernel goes, by those for AVX-512.
+pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: Ahead<'_>) {
     check_tile(rows, panel.len(), sums);
     #[cfg(target_arch = "x86_64")]
     match isa.level() {
@@ -93,7 +105,7 @@ pub(crate) fn multiply_e4m3(
     scales: BlockScales<'_>,
     sums: &mut [Sums],
     decoded: &mut [PairLine],
-    ahead: &[u8],
+    ahead: Ahead<'_>,
 ) {
     check_scaled_tile(rows, panel.lines.len(), scales, sums);
     assert!(panel.special.len() == scales.panel.len());
@@ -133,7 +145,7 @@ pub(crate) fn multiply_decoded(
     panel: &[PairLine],
     scales: BlockScales<'_>,
     sums: &mut [Sums],
-    ahead: &[u8],
+    ahead: Ahead<'_>,
 ) {
     check_scaled_tile(rows, panel.len(), scales, sums);
     #[cfg(target_arch = "x86_64")]
@@ -165,7 +177,7 @@ fn check_scaled_tile(rows: &[u32], pairs: usize, scales: BlockScales<'_>, sums: 
 fn promote(isa: Isa, rows: &[u32], lines: &[PairLine], scales: BlockScales<'_>, block: usize, sums: &mut [Sums]) {
     let tile = sums.len();
     let mut fresh = [[0.0; PANEL]; MAX_ROWS];
-    multiply(isa, &rows[block * BLOCK_PAIRS * tile..][..lines.len() * tile], lines, &mut fresh[..tile], &[]);
+    multiply(isa, &rows[block * BLOCK_PAIRS * tile..][..lines.len() * tile], lines, &mut fresh[..tile], Ahead::NOTHING);
     for (row, (sums, fresh)) in sums.iter_mut().zip(&fresh).enumerate() {
         let scale = scales.of(block, row, tile);
         for (sum, &fresh) in sums.iter_mut().zip(fresh) {

@@ -4,7 +4,7 @@
 //! value is subnormal in bf16.
 
 use crate::cpu::arch::gemm::{
-    BLOCK_PAIRS, BlockScales, ByteLine, BytePanel, DECODED_UNIT, PairLine, REBIAS, SHIFTED_BITS, Sums,
+    Ahead, BLOCK_PAIRS, BlockScales, ByteLine, BytePanel, DECODED_UNIT, PairLine, REBIAS, SHIFTED_BITS, Sums,
 };
 use crate::cpu::arch::portable::e4m3_as_bf16;
 use crate::cpu::arch::{Isa, Level};
@@ -33,7 +33,7 @@ macro_rules! for_rows {
 
 /// See [`crate::cpu::arch::gemm::multiply`].
 #[allow(unsafe_code)]
-pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: &[u8]) {
+pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: Ahead<'_>) {
     assert!(isa.level() == Level::Avx512);
     // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
     unsafe { for_rows!(sums.len(), multiply_rows(rows, panel, sums, ahead)) }
@@ -48,7 +48,7 @@ pub(crate) fn multiply_e4m3(
     scales: BlockScales<'_>,
     sums: &mut [Sums],
     decoded: &mut [PairLine],
-    ahead: &[u8],
+    ahead: Ahead<'_>,
 ) {
     assert!(isa.level() == Level::Avx512);
     // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
@@ -63,7 +63,7 @@ pub(crate) fn multiply_decoded(
     panel: &[PairLine],
     scales: BlockScales<'_>,
     sums: &mut [Sums],
-    ahead: &[u8],
+    ahead: Ahead<'_>,
 ) {
     assert!(isa.level() == Level::Avx512);
     // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
@@ -74,14 +74,14 @@ pub(crate) fn multiply_decoded(
 type Tile<const R: usize> = [[__m512; 2]; R];
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
-fn multiply_rows<const R: usize>(rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: &[u8]) {
-    let mut ahead = Ahead::new(ahead, panel.len());
+fn multiply_rows<const R: usize>(rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: Ahead<'_>) {
+    let mut prefetch = Prefetch::new(ahead, panel.len());
     let mut tile = [[_mm512_setzero_ps(); 2]; R];
     for (tile, sums) in tile.iter_mut().zip(sums.iter()) {
         *tile = load_sums(sums);
     }
     for (pair, line) in rows.as_chunks::<R>().0.iter().zip(panel) {
-        ahead.prefetch();
+        prefetch.step();
         multiply_pair(&mut tile, pair, load_pairs(line));
     }
     for (tile, sums) in tile.iter().zip(sums.iter_mut()) {
@@ -95,14 +95,14 @@ fn promote_decoded<const R: usize>(
     panel: &[PairLine],
     scales: BlockScales<'_>,
     sums: &mut [Sums],
-    ahead: &[u8],
+    ahead: Ahead<'_>,
 ) {
-    let mut ahead = Ahead::new(ahead, panel.len());
+    let mut prefetch = Prefetch::new(ahead, panel.len());
     let blocks = rows.chunks(BLOCK_PAIRS * R).zip(panel.chunks(BLOCK_PAIRS));
     for (block, (rows, lines)) in blocks.enumerate() {
         let mut tile = [[_mm512_setzero_ps(); 2]; R];
         for (pair, line) in rows.as_chunks::<R>().0.iter().zip(lines) {
-            ahead.prefetch();
+            prefetch.step();
             multiply_pair(&mut tile, pair, load_pairs(line));
         }
         promote(&tile, scales, block, sums);
@@ -116,9 +116,9 @@ fn promote_e4m3<const R: usize>(
     scales: BlockScales<'_>,
     sums: &mut [Sums],
     decoded: &mut [PairLine],
-    ahead: &[u8],
+    ahead: Ahead<'_>,
 ) {
-    let mut ahead = Ahead::new(ahead, panel.lines.len());
+    let mut prefetch = Prefetch::new(ahead, panel.lines.len());
     let decoder = Decoder::new();
     let mut decoded = decoded.iter_mut();
     let blocks = rows.chunks(BLOCK_PAIRS * R).zip(panel.lines.chunks(BLOCK_PAIRS)).zip(panel.special);
@@ -126,7 +126,7 @@ fn promote_e4m3<const R: usize>(
         let mut special = special;
         let mut tile = [[_mm512_setzero_ps(); 2]; R];
         for (pair, line) in rows.as_chunks::<R>().0.iter().zip(lines) {
-            ahead.prefetch();
+            prefetch.step();
             let weights = decoder.pairs(line, special & 1 != 0);
             if let Some(decoded) = decoded.next() {
                 store_pairs(decoded, weights);
@@ -178,23 +178,29 @@ fn load_pairs(line: &PairLine) -> [__m512i; 2] {
     unsafe { [_mm512_loadu_si512(line.as_ptr().cast()), _mm512_loadu_si512(line[16..].as_ptr().cast())] }
 }
 
-/// Memory to be brought into the cache over so many steps, up to two lines with each.
-struct Ahead {
+/// Requests for memory, spread over so many steps.
+struct Prefetch {
     next: *const i8,
     half_step_bytes: usize,
+    soon: bool,
 }
 
-impl Ahead {
-    fn new(ahead: &[u8], steps: usize) -> Self {
-        Self { next: ahead.as_ptr().cast(), half_step_bytes: ahead.len() / (2 * steps) }
+impl Prefetch {
+    fn new(ahead: Ahead<'_>, steps: usize) -> Self {
+        let Ahead { bytes, soon } = ahead;
+        Self { next: bytes.as_ptr().cast(), half_step_bytes: bytes.len() / (2 * steps), soon }
     }
 
-    /// Two requests, whatever the step: asking for the same line again costs less than a branch.
+    /// Two requests, for up to two lines: asking for the same line again costs less than finding out.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn prefetch(&mut self) {
+    fn step(&mut self) {
         for _ in 0..2 {
-            _mm_prefetch::<_MM_HINT_T0>(self.next);
+            if self.soon {
+                _mm_prefetch::<_MM_HINT_T0>(self.next);
+            } else {
+                _mm_prefetch::<_MM_HINT_T1>(self.next);
+            }
             self.next = self.next.wrapping_add(self.half_step_bytes);
         }
     }
