@@ -52,7 +52,7 @@ impl Router {
 
     /// Chooses experts: `logits [M, G]` to `topk_ids [M, topk]` and `topk_weights [M, topk]`, best first.
     ///
-    /// NaN logits sort below everything else.
+    /// A NaN score sorts below every other; under softmax one NaN logit makes all of its token's scores NaN.
     ///
     /// # Errors
     /// [`Error::Value`] if `topk` is 0 or above `G` (or above what the allowed groups hold), or if the groups do not cut
