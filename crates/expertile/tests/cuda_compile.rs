@@ -4,8 +4,10 @@
 
 use expertile::cuda::compiler::Compiler;
 use expertile::cuda::kernel::Source;
-use expertile::cuda::{ActivateConfig, PermuteConfig, QuantizePermuteConfig, RouteConfig, UnpermuteConfig};
-use expertile::{Activation, Dtype, Error, Group, Padding, ScaleFormat, ScaleLayout, ScaleRounding};
+use expertile::cuda::{
+    ActivateConfig, GemmConfig, GemmTile, PermuteConfig, QuantizePermuteConfig, ROW_TILES, RouteConfig, UnpermuteConfig,
+};
+use expertile::{Activation, Dtype, Error, Group, Padding, ScaleFormat, ScaleLayout, ScaleRounding, WeightFormat};
 
 const ARCHITECTURES: [&str; 5] = ["sm_90a", "sm_80", "sm_89", "sm_100a", "sm_120a"];
 
@@ -80,6 +82,21 @@ fn sources() -> Vec<Source> {
     sources.into_iter().map(|source| source.unwrap()).collect()
 }
 
+/// Every tile of the grouped GEMM, which needs Hopper.
+fn gemm_sources() -> Vec<Source> {
+    let mut sources = Vec::new();
+    for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+        for row_tile in ROW_TILES {
+            for (shared, splits) in [(1, 1), (2, 1), (1, 2), (1, 4), (1, 8)] {
+                if splits == 1 || row_tile <= 64 {
+                    sources.push(GemmConfig { format, tile: GemmTile { row_tile, shared, splits } }.source());
+                }
+            }
+        }
+    }
+    sources.into_iter().map(|source| source.unwrap()).collect()
+}
+
 /// Lines of the assembler's report that speak of spills, and how many of them there are in all.
 fn spills(log: &str) -> (Vec<&str>, usize) {
     let lines: Vec<_> = log.lines().filter(|line| line.contains("spill stores")).collect();
@@ -89,8 +106,11 @@ fn spills(log: &str) -> (Vec<&str>, usize) {
 
 /// Compiles every `step`-th source: all of them for the architecture that is measured, a sample for the others.
 fn compile_all(arch: &str, step: usize) {
+    compile_sources(arch, sources().into_iter().step_by(step).collect());
+}
+
+fn compile_sources(arch: &str, sources: Vec<Source>) {
     let Some(compiler) = compiler() else { return };
-    let sources: Vec<_> = sources().into_iter().step_by(step).collect();
     for source in &sources {
         let (cubin, log) = compiler.compile_logged(source, arch).unwrap();
         assert_eq!(cubin[..4], *b"\x7fELF", "{source:?} gave no cubin for {arch}");
@@ -105,6 +125,11 @@ fn compile_all(arch: &str, step: usize) {
 #[test]
 fn every_kernel_compiles_for_hopper_without_spills() {
     compile_all(ARCHITECTURES[0], 1);
+}
+
+#[test]
+fn every_tile_of_the_grouped_gemm_compiles_for_hopper_without_spills() {
+    compile_sources(ARCHITECTURES[0], gemm_sources());
 }
 
 #[test]

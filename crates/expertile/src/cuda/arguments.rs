@@ -46,8 +46,8 @@ pub struct LayoutBuffers {
     pub inv_perm: u64,
     /// `[4]`: live rows, rows up to the end of the last segment, entries of the worklist, 0.
     pub header: u64,
-    /// `[M_sum / row_tile, 2]`: (expert, first row) of every row tile that holds a live row, ascending. A GEMM that walks
-    /// it does no work for padding, however large the buffer.
+    /// `[tiles, 2]`: (expert, first row) of every row tile that holds a live row, ascending. A GEMM that walks it does no
+    /// work for padding, however large the buffer. Room for as many tiles as any routing of the plan can have.
     pub worklist: u64,
 }
 
@@ -55,7 +55,7 @@ impl LayoutBuffers {
     /// Bytes that [`LayoutBuffers::carve`] takes, a multiple of 16.
     ///
     /// # Errors
-    /// [`Error::Alignment`] unless `row_tile` divides the plan's alignment, [`Error::Overflow`].
+    /// [`Error::Value`] if `row_tile` is zero, [`Error::Overflow`].
     pub fn space_bytes(plan: &Plan, row_tile: usize) -> Result<usize> {
         let what = "bytes of a layout";
         let words =
@@ -91,15 +91,16 @@ impl LayoutBuffers {
     }
 }
 
-/// Row tiles that a buffer of `M_sum` rows can hold.
+/// Row tiles that any routing of a plan can have: each holds a live row, and all but the last of an expert are full.
 pub(super) fn worklist_capacity(plan: &Plan, row_tile: usize) -> Result<usize> {
-    if row_tile == 0 || !plan.alignment().is_multiple_of(row_tile) {
-        return Err(Error::Alignment {
-            actual: plan.alignment(),
-            expected: format!("a multiple of the GEMM's row tile, {row_tile}"),
-        });
+    if row_tile == 0 {
+        return Err(Error::value("row_tile", 0, "at least 1"));
     }
-    Ok(plan.m_sum() / row_tile)
+    let slots = checked_mul("M * topk", plan.tokens(), plan.topk())?;
+    let of_slots = checked_add("row tiles", slots.min(plan.local_experts()), slots / row_tile)?;
+    // A tile that divides the alignment has its own part of the buffer.
+    let fits = plan.alignment().is_multiple_of(row_tile);
+    Ok(if fits { of_slots.min(plan.m_sum() / row_tile) } else { of_slots })
 }
 
 /// Rows on their way to their places.
@@ -205,7 +206,9 @@ mod tests {
 
     #[test]
     fn lists_are_carved_inside_their_space_without_overlap() {
-        for (tokens, topk, experts, alignment, tile) in [(1, 1, 1, 1, 1), (7, 3, 5, 12, 4), (64, 8, 256, 128, 64)] {
+        for (tokens, topk, experts, alignment, tile) in
+            [(1, 1, 1, 1, 1), (7, 3, 5, 12, 4), (64, 8, 256, 128, 64), (33, 4, 16, 8, 192)]
+        {
             let plan = Plan::tight(tokens, topk, experts, alignment, TokenExperts::Distinct).unwrap();
             let lists = LayoutBuffers::carve(4096, &plan, tile).unwrap();
             let end = 4096 + LayoutBuffers::space_bytes(&plan, tile).unwrap() as u64;
@@ -217,7 +220,7 @@ mod tests {
                 (lists.row_tokens, plan.m_sum()),
                 (lists.inv_perm, tokens * topk),
                 (lists.header, 4),
-                (lists.worklist, 2 * plan.m_sum() / tile),
+                (lists.worklist, 2 * worklist_capacity(&plan, tile).unwrap()),
             ];
             for (index, &(start, words)) in spans.iter().enumerate() {
                 let next = spans.get(index + 1).map_or(end, |&(next, _)| next);
@@ -227,9 +230,31 @@ mod tests {
     }
 
     #[test]
-    fn a_row_tile_that_does_not_divide_the_alignment_and_an_odd_address_are_refused() {
+    fn the_worklist_has_room_for_every_routing_whatever_the_row_tile() {
+        for (tokens, topk, experts, alignment, tile) in
+            [(9, 2, 3, 8, 16), (40, 1, 4, 16, 8), (12, 3, 5, 8, 64), (1, 1, 1, 8, 3)]
+        {
+            let plan = Plan::tight(tokens, topk, experts, alignment, TokenExperts::MayRepeat).unwrap();
+            let slots = tokens * topk;
+            // As many experts as possible with one row past a whole number of tiles, the rest on the first.
+            let worst = (0..=slots.min(experts))
+                .map(|spread| {
+                    let first = slots - spread;
+                    first.div_ceil(tile) + if first == 0 { spread } else { spread.min(experts - 1) }
+                })
+                .max()
+                .unwrap();
+            assert!(
+                worklist_capacity(&plan, tile).unwrap() >= worst,
+                "{slots} slots, {experts} experts, tiles of {tile}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_row_tile_of_zero_and_an_odd_address_are_refused() {
         let plan = Plan::tight(4, 2, 4, 128, TokenExperts::Distinct).unwrap();
-        assert!(matches!(LayoutBuffers::space_bytes(&plan, 96), Err(Error::Alignment { actual: 128, .. })));
+        assert!(matches!(LayoutBuffers::space_bytes(&plan, 0), Err(Error::Value { argument: "row_tile", .. })));
         assert!(matches!(LayoutBuffers::carve(8, &plan, 128), Err(Error::Value { argument: "layout", actual: 8, .. })));
     }
 }

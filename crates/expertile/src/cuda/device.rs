@@ -342,6 +342,40 @@ impl Device {
         Ok(blocks.max(0) as u32)
     }
 
+    /// How many clusters of this many blocks of a kernel the device holds at once.
+    #[allow(unsafe_code)]
+    pub(super) fn resident_clusters(
+        &self,
+        kernel: &Kernel,
+        threads: u32,
+        shared_bytes: u32,
+        cluster: u32,
+    ) -> Result<u32> {
+        if cluster == 1 {
+            return Ok(
+                self.blocks_per_multiprocessor(kernel, threads, shared_bytes)?.max(1) * self.info().multiprocessors
+            );
+        }
+        let config = sys::CUlaunchConfig {
+            gridDimX: cluster * self.info().multiprocessors,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes,
+            hStream: std::ptr::null_mut(),
+            attrs: std::ptr::null_mut(),
+            numAttrs: 0,
+        };
+        let mut clusters = 0;
+        let _current = self.current()?;
+        // SAFETY: the kernel, whose cluster has a size of its own, is loaded in this context; pointers are valid for the call.
+        let result = unsafe { sys::cuOccupancyMaxActiveClusters(&mut clusters, kernel.function(), &config) };
+        check_call("cuOccupancyMaxActiveClusters", result)?;
+        Ok(clusters.max(1) as u32)
+    }
+
     /// Queues zeros.
     ///
     /// # Safety

@@ -7,12 +7,14 @@ use std::ffi::CStr;
 use std::fmt::Write as _;
 
 /// Headers, in memory: compiling reads no file.
-pub(super) const HEADERS: [(&CStr, &str); 5] = [
+pub(super) const HEADERS: [(&CStr, &str); 7] = [
     (c"access.cuh", include_str!("kernels/access.cuh")),
+    (c"hopper.cuh", include_str!("kernels/hopper.cuh")),
     (c"quantize.cuh", include_str!("kernels/quantize.cuh")),
     (c"route.cuh", include_str!("kernels/route.cuh")),
     (c"rows.cuh", include_str!("kernels/rows.cuh")),
     (c"scales.cuh", include_str!("kernels/scales.cuh")),
+    (c"wgmma.cuh", include_str!("kernels/wgmma.cuh")),
 ];
 
 /// A kernel's source file and the values it is specialised for.

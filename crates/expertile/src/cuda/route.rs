@@ -27,7 +27,7 @@ pub struct RouteConfig {
     pub topk: usize,
     /// Type of the ids: [`Dtype::I32`] or [`Dtype::I64`].
     pub ids: Dtype,
-    /// Rows of a worklist entry: the GEMM's row tile. Divides the plan's alignment.
+    /// Rows of a worklist entry: the GEMM's row tile, which need not divide the plan's alignment.
     pub row_tile: usize,
 }
 

@@ -1,0 +1,354 @@
+//! The grouped GEMM on Hopper: `D[r, n] = sum_k A[r, k] * B[expert of r, n, k]`, live rows only.
+//!
+//! It walks the worklist that the plan left on the device: no count is needed on the host, padding costs nothing, and the
+//! layout's alignment and the GEMM's row tile know nothing of each other.
+
+use super::arguments::{require_aligned, require_int};
+use super::device::{Device, Launch, Stream};
+use super::kernel::{Kernel, Resources, Source};
+use super::tensor_map::TensorMap;
+use super::weights::Weights;
+use crate::error::{Error, Result, checked_mul};
+use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
+use std::ffi::c_void;
+use std::fmt;
+use std::sync::Arc;
+
+/// Weight rows (outputs) of a tile.
+const OUTPUTS: usize = 128;
+const THREADS: u32 = 384;
+/// Shared memory that a block of Hopper may have, and the most stages that are worth their barriers.
+const SHARED_BYTES: usize = 227 * 1024;
+const MOST_STAGES: usize = 12;
+/// Row tiles there are kernels for, ascending.
+pub const ROW_TILES: [usize; 5] = [16, 32, 64, 128, 192];
+const MOST_PATHS: usize = 6;
+
+/// How the GEMM cuts its work. Plain data: choosing one is a pure function of the shape and the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GemmTile {
+    /// Most rows of one tile; one of [`ROW_TILES`]. An expert's last tile costs what its rows cost. It is the row tile of
+    /// the worklist: [`super::RouteConfig::row_tile`].
+    pub row_tile: usize,
+    /// Blocks of a cluster that share a tile's rows, each with 128 outputs of its own: 1 or 2.
+    pub shared: usize,
+    /// Blocks of a cluster that each take a part of K of one tile: 1, 2, 4 or 8. Only where `shared` is 1.
+    pub splits: usize,
+}
+
+/// What a choice of tile depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GemmShape {
+    /// Outputs.
+    pub n: usize,
+    /// Inputs.
+    pub k: usize,
+    /// What both operands are made of.
+    pub format: WeightFormat,
+    /// Local experts.
+    pub experts: usize,
+    /// Live rows that are expected in all.
+    pub rows: usize,
+}
+
+impl GemmTile {
+    /// The row tile for about `rows` live rows spread over `experts` experts: the smallest that holds almost every
+    /// expert's rows, so that its weights are read once; the largest where no tile does.
+    #[must_use]
+    pub fn row_tile_for(rows: usize, experts: usize) -> usize {
+        let mean = rows as f64 / active_experts(rows, experts).max(1.0);
+        // Two standard deviations of a count whose mean this is.
+        let most = mean + 2.0 * mean.sqrt();
+        ROW_TILES.into_iter().find(|&tile| tile as f64 >= most).unwrap_or(ROW_TILES[ROW_TILES.len() - 1])
+    }
+
+    /// The tile for a GEMM whose worklist has tiles of `row_tile` rows.
+    #[must_use]
+    pub fn choose(shape: &GemmShape, row_tile: usize, multiprocessors: usize) -> Self {
+        if row_tile > 64 {
+            return Self { row_tile, shared: if shape.n > OUTPUTS { 2 } else { 1 }, splits: 1 };
+        }
+        let row_tiles = active_experts(shape.rows, shape.experts).max(1.0);
+        let tiles = row_tiles * shape.n.div_ceil(OUTPUTS) as f64;
+        let blocks_of_k = shape.k.div_ceil(values_of_block(shape.format));
+        // A part shorter than this spends its time on starting and meeting the others.
+        const SHORTEST_PART: usize = 4;
+        let splits = [8, 4, 2]
+            .into_iter()
+            .find(|&splits| splits as f64 * tiles <= multiprocessors as f64 && blocks_of_k >= splits * SHORTEST_PART);
+        Self { row_tile, shared: 1, splits: splits.unwrap_or(1) }
+    }
+
+    fn cluster(&self) -> usize {
+        self.shared * self.splits
+    }
+
+    /// Rows by which a tile's cost grows.
+    #[must_use]
+    pub fn row_step(&self) -> usize {
+        if self.row_tile > 64 { 32 } else { 16 }
+    }
+
+    fn paths(&self) -> usize {
+        self.row_tile / self.row_step()
+    }
+
+    fn check(&self) -> Result<()> {
+        if !ROW_TILES.contains(&self.row_tile) {
+            return Err(Error::value("row_tile", self.row_tile, format!("one of {ROW_TILES:?}")));
+        }
+        if !matches!(self.shared, 1 | 2) {
+            return Err(Error::value("shared", self.shared, "1 or 2"));
+        }
+        if !matches!(self.splits, 1 | 2 | 4 | 8) || (self.shared > 1 && self.splits > 1) {
+            return Err(Error::value("splits", self.splits, "1, 2, 4 or 8, and 1 where rows are shared"));
+        }
+        Ok(())
+    }
+
+    /// Bytes of shared memory for a number of stages; `BARRIERS` and all before it in gemm.cu, and the barriers.
+    fn shared_bytes(&self, stages: usize) -> usize {
+        let operands = 128 * (OUTPUTS + self.row_tile);
+        let staging = if self.splits > 1 { self.row_tile * (OUTPUTS * 4 + 16) } else { 2 * self.row_tile * (128 + 16) };
+        let scales = stages * self.row_tile * 4 + (stages * 4).next_multiple_of(16);
+        stages * operands + staging + scales + stages * 16 + (2 * stages + 2) * 8
+    }
+
+    /// Blocks of K that are on their way at once.
+    #[must_use]
+    pub fn stages(&self) -> usize {
+        (1..=MOST_STAGES).rev().find(|&stages| self.shared_bytes(stages) <= SHARED_BYTES).unwrap_or(1)
+    }
+}
+
+impl fmt::Display for GemmTile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{OUTPUTS}x{} rows, {} stages", self.row_tile, self.stages())?;
+        if self.shared > 1 {
+            write!(f, ", {} blocks share rows", self.shared)?;
+        }
+        if self.splits > 1 {
+            write!(f, ", K in {} parts", self.splits)?;
+        }
+        Ok(())
+    }
+}
+
+/// How many of `experts` experts `rows` rows that fall evenly are expected to meet.
+fn active_experts(rows: usize, experts: usize) -> f64 {
+    let (rows, experts) = (rows as f64, experts.max(1) as f64);
+    experts * (1.0 - (1.0 - 1.0 / experts).powf(rows))
+}
+
+/// Values in the 128 bytes that a block of K has of each row.
+fn values_of_block(format: WeightFormat) -> usize {
+    128 / format.bytes()
+}
+
+/// What the GEMM is specialised for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GemmConfig {
+    /// What both operands are made of: e4m3 with scales, or bf16.
+    pub format: WeightFormat,
+    /// How the work is cut.
+    pub tile: GemmTile,
+}
+
+impl GemmConfig {
+    /// The kernel's source for this configuration.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a tile that there is no kernel for.
+    pub fn source(&self) -> Result<Source> {
+        self.tile.check()?;
+        let definitions = vec![
+            ("BF16", i64::from(self.format == WeightFormat::Bf16)),
+            ("TOKENS", self.tile.row_tile as i64),
+            ("STEP", self.tile.row_step() as i64),
+            ("SHARED", self.tile.shared as i64),
+            ("SPLITS", self.tile.splits as i64),
+            ("STAGES", self.tile.stages() as i64),
+        ];
+        Ok(Source::new("gemm.cu", include_str!("kernels/gemm.cu"), definitions))
+    }
+}
+
+/// What one call works on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct GemmBuffers {
+    /// `[M_sum, K]`, e4m3 or bf16, 16-byte aligned.
+    pub rows: u64,
+    /// Scales of e4m3 rows: f32, one to 128 values, MN-major ([`crate::ScaleFormat::HOPPER`]), 16-byte aligned; else 0.
+    pub scales: u64,
+    /// `[M_sum, N]` bf16, 16-byte aligned. Only live rows are written.
+    pub out: u64,
+    /// [`super::LayoutBuffers::header`].
+    pub header: u64,
+    /// [`super::LayoutBuffers::worklist`], of the tile's row tile.
+    pub worklist: u64,
+    /// [`super::LayoutBuffers::psum`].
+    pub psum: u64,
+    /// `M_sum`
+    pub m_sum: usize,
+    /// `A`: for e4m3 a multiple of 4, so that a segment's scales start on 16 bytes.
+    pub alignment: usize,
+}
+
+/// The kernel's `GemmArgs`, with as many maps of rows as any kernel has.
+#[repr(C)]
+struct Arguments<const PATHS: usize> {
+    weights: TensorMap,
+    rows: [TensorMap; PATHS],
+    row_scales: u64,
+    weight_scales: u64,
+    out: u64,
+    header: u64,
+    worklist: u64,
+    psum: u64,
+    n: i32,
+    k: i32,
+    m_sum: i32,
+    reserved: i32,
+}
+
+/// The grouped GEMM, prepared.
+#[derive(Debug)]
+pub struct Gemm {
+    device: Device,
+    config: GemmConfig,
+    kernel: Arc<Kernel>,
+    blocks: u32,
+}
+
+impl Gemm {
+    /// Compiles (or loads) the kernel: the warm-up, after which nothing compiles.
+    ///
+    /// # Errors
+    /// [`Error::Device`] unless the device is a Hopper; as [`GemmConfig::source`]; [`Error::Kernel`] if the kernel does
+    /// not compile, [`Error::Cuda`].
+    pub fn prepare(device: &Device, config: GemmConfig) -> Result<Self> {
+        let source = config.source()?;
+        let info = device.info();
+        if info.capability != (9, 0) {
+            let (major, minor) = info.capability;
+            return Err(Error::Device {
+                argument: "device",
+                actual: format!("{}, compute capability {major}.{minor}", info.name),
+                expected: "compute capability 9.0 (Hopper) for the grouped GEMM".into(),
+            });
+        }
+        let kernel = device.kernel(&source, c"gemm")?;
+        let shared_bytes = config.tile.shared_bytes(config.tile.stages()) as u32;
+        kernel.allow_shared_bytes(shared_bytes)?;
+        let cluster = config.tile.cluster() as u32;
+        let blocks = device.resident_clusters(&kernel, THREADS, shared_bytes, cluster)? * cluster;
+        Ok(Self { device: device.clone(), config, kernel, blocks })
+    }
+
+    /// What the kernel is specialised for.
+    #[must_use]
+    pub fn config(&self) -> &GemmConfig {
+        &self.config
+    }
+
+    /// What the kernel takes of a multiprocessor.
+    #[must_use]
+    pub fn resources(&self) -> Resources {
+        self.kernel.resources()
+    }
+
+    /// Queues the launch: live rows of `out`; nothing else is written.
+    ///
+    /// # Safety
+    /// As [`super::Route::launch`]; the weights' memory outlives the launch.
+    ///
+    /// # Errors
+    /// [`Error::WeightFormat`] for weights of another format; [`Error::Value`] and [`Error::Alignment`] for what does not
+    /// fit the kernel; [`Error::Cuda`].
+    #[allow(unsafe_code)]
+    pub unsafe fn launch(&self, stream: Stream, weights: &Weights, call: &GemmBuffers) -> Result<()> {
+        self.check(weights, call)?;
+        if call.m_sum == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.config.tile.paths() {
+                1 => self.queue::<1>(stream, weights, call),
+                2 => self.queue::<2>(stream, weights, call),
+                4 => self.queue::<4>(stream, weights, call),
+                _ => self.queue::<MOST_PATHS>(stream, weights, call),
+            }
+        }
+    }
+
+    fn check(&self, weights: &Weights, call: &GemmBuffers) -> Result<()> {
+        let format = self.config.format;
+        if weights.format() != format {
+            return Err(Error::WeightFormat {
+                argument: "weights",
+                actual: weights.format().name(),
+                expected: format.name(),
+            });
+        }
+        let blocks_of_k = weights.k().div_ceil(values_of_block(format));
+        if blocks_of_k < self.config.tile.splits {
+            let expected = format!("at least {} for a K in so many parts", self.config.tile.splits);
+            return Err(Error::value("blocks of k", blocks_of_k, expected));
+        }
+        require_int("m_sum", call.m_sum)?;
+        require_aligned("rows", call.rows, 16)?;
+        require_aligned("out", call.out, 16)?;
+        require_aligned("header", call.header, 4)?;
+        require_aligned("worklist", call.worklist, 8)?;
+        require_aligned("psum", call.psum, 4)?;
+        if format == WeightFormat::E4m3 {
+            require_aligned("scales", call.scales, 16)?;
+            if call.alignment == 0 || !call.alignment.is_multiple_of(4) {
+                let expected = "a multiple of 4 for e4m3 rows on a GPU".into();
+                return Err(Error::Alignment { actual: call.alignment, expected });
+            }
+            let words = checked_mul("scales", call.m_sum.next_multiple_of(4), weights.k().div_ceil(WEIGHT_BLOCK))?;
+            require_int("scales", words)?;
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`Gemm::launch`]; `PATHS` is the tile's.
+    #[allow(unsafe_code)]
+    unsafe fn queue<const PATHS: usize>(&self, stream: Stream, weights: &Weights, call: &GemmBuffers) -> Result<()> {
+        let tile = &self.config.tile;
+        let (bytes, n, k) = (self.config.format.bytes(), weights.n(), weights.k());
+        let mut rows = [TensorMap::EMPTY; PATHS];
+        for (path, map) in rows.iter_mut().enumerate() {
+            let box_rows = (path + 1) * tile.row_step() / tile.shared;
+            *map = TensorMap::encode(call.rows, bytes, 2, (1, call.m_sum, k), box_rows)?;
+        }
+        let arguments = Arguments {
+            weights: TensorMap::encode(weights.values(), bytes, 3, (weights.experts(), n, k), OUTPUTS)?,
+            rows,
+            row_scales: call.scales,
+            weight_scales: weights.scales(),
+            out: call.out,
+            header: call.header,
+            worklist: call.worklist,
+            psum: call.psum,
+            n: require_int("n", n)?,
+            k: require_int("k", k)?,
+            m_sum: require_int("m_sum", call.m_sum)?,
+            reserved: 0,
+        };
+        let shape = Launch {
+            blocks: self.blocks,
+            threads: THREADS,
+            shared_bytes: tile.shared_bytes(tile.stages()) as u32,
+            cooperative: false,
+            overlap: true,
+        };
+        let pointers = [std::ptr::from_ref(&arguments).cast::<c_void>()];
+        // SAFETY: the kernel takes one `GemmArgs` with as many maps; the rest is the caller's promise.
+        unsafe { self.device.launch(&self.kernel, shape, stream, &pointers) }
+    }
+}

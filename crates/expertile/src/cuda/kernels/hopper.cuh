@@ -1,0 +1,173 @@
+// Hopper's own: barriers in shared memory, the tensor copy engine, clusters, and the matrix unit's operands. sm_90a only.
+#pragma once
+#include "access.cuh"
+
+// A tensor map, as the driver encodes it.
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// The same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ u32 address_in_block(u32 address, u32 rank) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+__device__ __forceinline__ u32 rank_in_cluster() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Every thread of every block of the cluster calls.
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ void init_barrier(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers known to the copy engine and to the cluster; before the threads meet.
+__device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+#define TRY_WAIT(SCOPE)                                                     \
+    "{\n.reg .pred p;\n"                                                    \
+    "mbarrier.try_wait.parity.acquire." SCOPE ".shared::cta.b64 p, [%1], %2;\n" \
+    "selp.u32 %0, 1, 0, p;\n}"
+
+// Until the phase of that parity is over; what this block (or the copy engine) wrote before it is then seen.
+__device__ __forceinline__ void wait_for_phase(u32 barrier, u32 parity) {
+    u32 over;
+    do asm volatile(TRY_WAIT("cta") : "=r"(over) : "r"(barrier), "r"(parity) : "memory");
+    while (over == 0);
+}
+
+// The same; what the whole cluster wrote is seen.
+__device__ __forceinline__ void wait_for_cluster(u32 barrier, u32 parity) {
+    u32 over;
+    do asm volatile(TRY_WAIT("cluster") : "=r"(over) : "r"(barrier), "r"(parity) : "memory");
+    while (over == 0);
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// On a barrier of any block of the cluster (an address from address_in_block): says that reading is done, and publishes
+// nothing beyond this block.
+__device__ __forceinline__ void arrive_elsewhere(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// The same, publishing what this thread (and whoever it met) wrote to the whole cluster.
+__device__ __forceinline__ void arrive_in_cluster(u32 barrier) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void arrive_expecting(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrives once the thread's earlier cp.async have landed.
+__device__ __forceinline__ void arrive_after_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void copy_word(u32 to, const float* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
+// Consecutive bytes, a multiple of 16.
+__device__ __forceinline__ void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// How long the cache keeps what a copy reads.
+enum class Keep : u64 {
+    NORMALLY = 0x1000000000000000ull,
+    BRIEFLY = 0x12F0000000000000ull,
+    LONG = 0x14F0000000000000ull,
+};
+
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// One box of a matrix, its first element at (column, row).
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, u32 barrier, Keep keep) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "l"(keep)
+        : "memory");
+}
+
+// The same, to the same place of every block of the cluster named in `blocks`; each one's own barrier is told.
+__device__ __forceinline__ void share_box(u32 to, const TensorMap& map, int column, int row, u32 barrier, u16 blocks, Keep keep) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(blocks), "l"(keep)
+        : "memory");
+}
+
+// One box of a matrix among several.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, Keep keep) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(matrix), "l"(keep)
+        : "memory");
+}
+
+// Consecutive bytes of shared memory to global memory, a multiple of 16.
+__device__ __forceinline__ void store_bytes(void* to, u32 from, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until shared memory that this thread's stores read may be written again.
+__device__ __forceinline__ void wait_for_stores_to_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Orders this thread's ordinary writes to shared memory before the copy engine's and the matrix unit's reads of it.
+__device__ __forceinline__ void publish_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The threads of one of two warpgroups meet.
+__device__ __forceinline__ void meet(int group) {
+    if (group == 0)
+        asm volatile("bar.sync 1, 128;" ::: "memory");
+    else
+        asm volatile("bar.sync 2, 128;" ::: "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit values, each transposed on its way to shared memory; lane i has the address of row i % 8 of
+// matrix i / 8.
+__device__ __forceinline__ void store_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+__device__ __forceinline__ float4 load_from_cluster(u32 address) {
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+    return v;
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
