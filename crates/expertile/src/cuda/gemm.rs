@@ -97,8 +97,8 @@ impl GemmTile {
         if !ROW_TILES.contains(&self.row_tile) {
             return Err(Error::value("row_tile", self.row_tile, format!("one of {ROW_TILES:?}")));
         }
-        if !matches!(self.shared, 1 | 2) {
-            return Err(Error::value("shared", self.shared, "1 or 2"));
+        if !matches!(self.shared, 1 | 2 | 4) || (self.shared == 4 && self.row_step() < 32) {
+            return Err(Error::value("shared", self.shared, "1, 2 or, for more than 64 rows, 4"));
         }
         if !matches!(self.splits, 1 | 2 | 4 | 8) || (self.shared > 1 && self.splits > 1) {
             return Err(Error::value("splits", self.splits, "1, 2, 4 or 8, and 1 where rows are shared"));
@@ -111,7 +111,8 @@ impl GemmTile {
         let operands = 128 * (OUTPUTS + self.row_tile);
         let staging = if self.splits > 1 { self.row_tile * (OUTPUTS * 4 + 16) } else { 2 * self.row_tile * (128 + 16) };
         let scales = stages * self.row_tile * 4 + (stages * 4).next_multiple_of(16);
-        stages * operands + staging + scales + stages * 16 + (2 * stages + 2) * 8
+        let products = stages * 4 * (self.row_tile / 4 + 4) * 4;
+        stages * operands + staging + scales + stages * 16 + products + (3 * stages + 2) * 8
     }
 
     /// Blocks of K that are on their way at once.
@@ -319,6 +320,8 @@ impl Gemm {
     /// As [`Gemm::launch`]; `PATHS` is the tile's.
     #[allow(unsafe_code)]
     unsafe fn queue<const PATHS: usize>(&self, stream: Stream, weights: &Weights, call: &GemmBuffers) -> Result<()> {
+        // The driver encodes maps in a context only.
+        let _current = self.device.current()?;
         let tile = &self.config.tile;
         let (bytes, n, k) = (self.config.format.bytes(), weights.n(), weights.k());
         let mut rows = [TensorMap::EMPTY; PATHS];

@@ -25,6 +25,9 @@ constexpr int ROW_BYTES = 128;  // of a block of K
 constexpr int VALUES = BF16 ? ROW_BYTES / 2 : ROW_BYTES;
 constexpr int SCALE_BLOCK = 128;
 constexpr int INSTRUCTIONS = ROW_BYTES / 32;
+// Where scaling the sums takes about as long as making them, the warpgroups take turns at the matrix unit, so that one
+// scales while the other multiplies.
+constexpr bool IN_TURNS = false;
 
 // Shared memory, in bytes from its start; operands stand on 1024. host: shared_bytes in gemm.rs.
 constexpr int WEIGHTS_BYTES = OUTPUTS * ROW_BYTES;
@@ -37,7 +40,13 @@ constexpr int STAGING = STAGES * STAGE_BYTES;
 constexpr int ROW_SCALES = STAGING + STAGING_BYTES;
 constexpr int WEIGHT_SCALES = ROW_SCALES + STAGES * TOKENS * 4;
 constexpr int TILES = (WEIGHT_SCALES + STAGES * 4 + 15) / 16 * 16;
-constexpr int BARRIERS = TILES + STAGES * 16;
+// The products of both, in the order of their readers: a lane's neighbours in the sum have theirs TOKENS / 4 apart, and four
+// more, so that they stand on different banks.
+constexpr int SCALES_OF_LANE = TOKENS / 4 + 4;
+constexpr int SCALES = TILES + STAGES * 16;
+constexpr int BARRIERS = SCALES + STAGES * 4 * SCALES_OF_LANE * 4;
+constexpr int SCALING_WARPS = (TOKENS / 2 + 31) / 32;
+static_assert(SCALING_WARPS <= 3, "the producer's warpgroup has three warps to spare");
 
 static_assert(TOKENS % STEP == 0 && STEP % 16 == 0, "a path takes whole matrices, and whole patterns of the swizzle from each block that shares");
 
@@ -80,7 +89,8 @@ struct Schedule {
         const int before = item / (TOGETHER * columns) * TOGETHER;
         const int together = min(TOGETHER, tiles - before);
         const int place = item - before * columns;
-        const int2 entry = a.worklist[before + place % together];
+        // Turned by one for each column: a block that always met the same place would always meet an expert's short last tile.
+        const int2 entry = a.worklist[before + (place + place / together) % together];
         const int rows = min(a.psum[entry.x] - entry.y, TOKENS);
         const int column = place / together * SHARED + (SHARED > 1 ? rank : 0);
         return Tile{entry.x, entry.y, max(rows, 1), column * OUTPUTS};
@@ -108,6 +118,8 @@ struct Ring {
     __device__ __forceinline__ explicit Ring(u32 shared) : memory(shared), stage(0), parity(0) {}
     __device__ __forceinline__ u32 full() const { return memory + BARRIERS + stage * 8; }
     __device__ __forceinline__ u32 empty() const { return memory + BARRIERS + (STAGES + stage) * 8; }
+    __device__ __forceinline__ u32 scaled() const { return memory + BARRIERS + (2 * STAGES + stage) * 8; }
+    __device__ __forceinline__ u32 scales() const { return memory + SCALES + stage * 4 * SCALES_OF_LANE * 4; }
     __device__ __forceinline__ u32 weights() const { return memory + stage * STAGE_BYTES; }
     __device__ __forceinline__ u32 rows() const { return memory + stage * STAGE_BYTES + WEIGHTS_BYTES; }
     __device__ __forceinline__ u32 row_scales() const { return memory + ROW_SCALES + stage * TOKENS * 4; }
@@ -122,8 +134,8 @@ struct Ring {
     }
 };
 
-__device__ __forceinline__ u32 partials_ready(u32 memory) { return memory + BARRIERS + 2 * STAGES * 8; }
-__device__ __forceinline__ u32 partials_read(u32 memory) { return memory + BARRIERS + (2 * STAGES + 1) * 8; }
+__device__ __forceinline__ u32 partials_ready(u32 memory) { return memory + BARRIERS + 3 * STAGES * 8; }
+__device__ __forceinline__ u32 partials_read(u32 memory) { return memory + BARRIERS + (3 * STAGES + 1) * 8; }
 
 __device__ __forceinline__ void store_tile(u32 to, const Tile& tile) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(tile.expert), "r"(tile.first), "r"(tile.rows), "r"(tile.column)
@@ -196,6 +208,48 @@ __device__ __forceinline__ float2 load_shared_pair(u32 address) {
     return v;
 }
 
+__device__ __forceinline__ float4 load_shared_quad(u32 address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+    return v;
+}
+
+// Multiplies the rows' scales by the weights' once for all warps that use them; `thread` of the scaling warps has two rows.
+__device__ __forceinline__ void multiply_scales(Ring ring, int blocks, int thread) {
+    const u32 mine = (thread % 4 * SCALES_OF_LANE + thread / 4 * 2) * 4;
+    while (true) {
+        wait_for_phase(ring.full(), ring.parity);
+        if (load_tile(ring.tile()).rows == 0) break;
+        for (int block = 0; block < blocks; ++block) {
+            wait_for_phase(ring.full(), ring.parity);
+            if (thread < TOKENS / 2) {
+                const float weight_scale = load_shared(ring.weight_scale());
+                const float2 row_scale = load_shared_pair(ring.row_scales() + thread * 8);
+                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(ring.scales() + mine), "f"(__fmul_rn(row_scale.x, weight_scale)),
+                             "f"(__fmul_rn(row_scale.y, weight_scale))
+                             : "memory");
+            }
+            __syncwarp();
+            if (thread % 32 == 0) arrive(ring.scaled());
+            ring.advance();
+        }
+    }
+}
+
+__device__ __forceinline__ void wait_for_turn(int group) {
+    if (group == 0)
+        asm volatile("bar.sync 3, 256;" ::: "memory");
+    else
+        asm volatile("bar.sync 4, 256;" ::: "memory");
+}
+
+__device__ __forceinline__ void pass_turn(int group) {
+    if (group == 0)
+        asm volatile("bar.arrive 4, 256;" ::: "memory");
+    else
+        asm volatile("bar.arrive 3, 256;" ::: "memory");
+}
+
 // Tells the producers, of every block that writes here, that this warp is done with a stage.
 __device__ __forceinline__ void release(u32 empty) {
     const int lane = lane_of_thread();
@@ -233,30 +287,38 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int grou
     hold(sum);
     if (blocks > 0) release(previous);
 #else
-    const u32 my_scales = lane_of_thread() % 4 * 8;
+    const u32 my_scales = lane_of_thread() % 4 * SCALES_OF_LANE * 4;
     float part[N / 2];
     for (int block = 0; block < blocks; ++block) {
         wait_for_phase(ring.full(), ring.parity);
         const u64 w = operand(ring.weights() + group * OUTPUTS_OF_GROUP * ROW_BYTES);
         const u64 x = operand(ring.rows());
         hold(part);
+        if (IN_TURNS) wait_for_turn(group);
         begin_products();
 #pragma unroll
-        for (int i = 0; i < INSTRUCTIONS; ++i) multiply<N>(part, w + 2 * i, x + 2 * i, i > 0);
+        for (int i = 0; i < INSTRUCTIONS; ++i) {
+            multiply<N>(part, w + 2 * i, x + 2 * i, i > 0);
+            if (IN_TURNS && i == INSTRUCTIONS - 2) commit_products();
+        }
         commit_products();
         hold(part);
-        const float weight_scale = load_shared(ring.weight_scale());
+        if (IN_TURNS) {
+            // The last instruction still runs while the other group's first ones queue up behind it.
+            wait_for_products<1>();
+            pass_turn(group);
+        }
+        wait_for_phase(ring.scaled(), ring.parity);
         wait_for_products<0>();
         hold(part);
 #pragma unroll
-        for (int i = 0; i < N / 8; ++i) {
-            const float2 row_scale = load_shared_pair(ring.row_scales() + i * 32 + my_scales);
-            const float low = __fmul_rn(row_scale.x, weight_scale);
-            const float high = __fmul_rn(row_scale.y, weight_scale);
-            sum[4 * i] = __fmaf_rn(part[4 * i], low, sum[4 * i]);
-            sum[4 * i + 1] = __fmaf_rn(part[4 * i + 1], high, sum[4 * i + 1]);
-            sum[4 * i + 2] = __fmaf_rn(part[4 * i + 2], low, sum[4 * i + 2]);
-            sum[4 * i + 3] = __fmaf_rn(part[4 * i + 3], high, sum[4 * i + 3]);
+        for (int i = 0; i < N / 16; ++i) {
+            const float4 scale = load_shared_quad(ring.scales() + my_scales + i * 16);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                const float mine = j % 2 == 0 ? (j < 4 ? scale.x : scale.z) : (j < 4 ? scale.y : scale.w);
+                sum[8 * i + j] = __fmaf_rn(part[8 * i + j], mine, sum[8 * i + j]);
+            }
         }
         __syncwarp();
         release(ring.empty());
@@ -363,6 +425,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             // The producer, and for e4m3 its copy of the weights' scale.
             init_barrier(memory + BARRIERS + stage * 8, BF16 ? 1 : 2);
             init_barrier(memory + BARRIERS + (STAGES + stage) * 8, CONSUMER_WARPS * SHARED);
+            init_barrier(memory + BARRIERS + (2 * STAGES + stage) * 8, SCALING_WARPS);
         }
         if (SPLITS > 1) {
             init_barrier(partials_ready(memory), CONSUMER_WARPS * SPLITS);
@@ -379,11 +442,18 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     let_next_launch_start();
     if (group < 0) {
         give_registers<56>();
-        if (threadIdx.x == 0) produce(a, ring, cluster, clusters, rank);
+        const int warp = threadIdx.x / 32;
+        if (warp == 0) {
+            if (threadIdx.x == 0) produce(a, ring, cluster, clusters, rank);
+        } else if (!BF16 && warp <= SCALING_WARPS) {
+            const Depth depth(a.k, rank);
+            multiply_scales(ring, depth.end - depth.begin, threadIdx.x - 32);
+        }
     } else {
         take_registers<224>();
         const Depth depth(a.k, rank);
         u32 parity = 0;
+        if (IN_TURNS && group == 1) pass_turn(group);
         while (true) {
             wait_for_phase(ring.full(), ring.parity);
             const Tile tile = load_tile(ring.tile());
@@ -391,6 +461,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             take_path<0>(a, tile, ring, depth.end - depth.begin, group, rank, parity);
             parity ^= 1;
         }
+        // Takes the last turn, which nobody needs.
+        if (IN_TURNS && group == 0) wait_for_turn(group);
         wait_for_stores_to_read();
     }
     // Blocks of a cluster write to each other's memory: none goes before the others are done.

@@ -1,0 +1,423 @@
+//! The grouped GEMM on a Hopper GPU against sums in f64 over the same operands: every live row, poisoned outputs, gaps that
+//! stay as they were. Padding rows and their scales hold NaN. Skips, and says so, on a machine without such a device.
+#![cfg(feature = "cuda")]
+#![allow(unsafe_code)]
+// Every unsafe block here hands a step the addresses of buffers that live until after the next wait and are as large as the
+// step's own functions ask.
+#![allow(clippy::undocumented_unsafe_blocks)]
+
+use expertile::cuda::{
+    Buffer, Device, Gemm, GemmBuffers, GemmConfig, GemmTile, LayoutBuffers, ROW_TILES, Route, RouteConfig,
+    RoutingBuffers, Stream, Tensor2, Weights,
+};
+use expertile::{Dtype, E4m3, Error, Plan, WeightFormat};
+use half::bf16;
+use std::sync::OnceLock;
+
+const POISON: u8 = 0xa5;
+const BLOCK: usize = 128;
+
+fn device() -> Option<&'static Device> {
+    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    let found = || match Device::open(0) {
+        Ok(device) if device.info().capability == (9, 0) => Some(device),
+        Ok(device) => {
+            println!("skipped: {} is no Hopper", device.info().name);
+            None
+        }
+        Err(error) => {
+            println!("skipped: {error}");
+            None
+        }
+    };
+    DEVICE.get_or_init(found).as_ref()
+}
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 >> 11
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        (self.next() % limit as u64) as usize
+    }
+
+    /// About ±1.
+    fn float(&mut self) -> f32 {
+        (self.next() as f64 / (1u64 << 52) as f64 - 1.0) as f32
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Case {
+    /// Live rows of each expert.
+    counts: Vec<usize>,
+    alignment: usize,
+    n: usize,
+    k: usize,
+    format: WeightFormat,
+    tile: GemmTile,
+    seed: u64,
+}
+
+/// A case's operands, as they stand in memory; bf16 as its bits.
+struct Operands {
+    plan: Plan,
+    starts: Vec<usize>,
+    ids: Vec<i32>,
+    rows: Vec<u8>,
+    row_scales: Vec<f32>,
+    weights: Vec<u8>,
+    weight_scales: Vec<f32>,
+}
+
+/// Bytes of a bf16 or e4m3 value of about ±1.
+fn push_value(bytes: &mut Vec<u8>, format: WeightFormat, value: f32) {
+    match format {
+        WeightFormat::Bf16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
+        WeightFormat::E4m3 => bytes.push(E4m3::from_f32(value).0),
+    }
+}
+
+fn value(bytes: &[u8], format: WeightFormat, index: usize) -> f64 {
+    match format {
+        WeightFormat::Bf16 => bf16::from_le_bytes([bytes[2 * index], bytes[2 * index + 1]]).to_f64(),
+        WeightFormat::E4m3 => f64::from(E4m3(bytes[index]).to_f32()),
+    }
+}
+
+impl Operands {
+    fn new(case: &Case) -> Self {
+        let mut random = Random(case.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        let Case { alignment, n, k, format, .. } = *case;
+        let counts: Vec<i32> = case.counts.iter().map(|&count| count as i32).collect();
+        let live: usize = case.counts.iter().sum();
+        let plan = Plan::exact(live, 1, &counts, alignment).unwrap();
+        let mut starts = Vec::new();
+        let mut next = 0;
+        for &count in &case.counts {
+            starts.push(next);
+            next += count.next_multiple_of(alignment);
+        }
+        let ids = case.counts.iter().enumerate().flat_map(|(expert, &count)| vec![expert as i32; count]).collect();
+        let (m_sum, stride) = (plan.m_sum(), plan.m_sum().next_multiple_of(4));
+        let mut rows = Vec::with_capacity(m_sum * k * format.bytes());
+        let mut row_scales = vec![f32::NAN; stride * k.div_ceil(BLOCK)];
+        for (start, &count) in starts.iter().zip(&case.counts) {
+            for row in 0..count.next_multiple_of(alignment) {
+                for _ in 0..k {
+                    push_value(&mut rows, format, if row < count { random.float() * 4.0 } else { f32::NAN });
+                }
+                if row < count {
+                    for block in 0..k.div_ceil(BLOCK) {
+                        row_scales[block * stride + start + row] = 0.5 + random.float().abs();
+                    }
+                }
+            }
+        }
+        let mut weights = Vec::new();
+        for _ in 0..case.counts.len() * n * k {
+            push_value(&mut weights, format, random.float() * 4.0);
+        }
+        let blocks = case.counts.len() * n.div_ceil(BLOCK) * k.div_ceil(BLOCK);
+        let weight_scales = (0..blocks).map(|_| 0.5 + random.float().abs()).collect();
+        Self { plan, starts, ids, rows, row_scales, weights, weight_scales }
+    }
+
+    /// `(sum, sum of magnitudes)` for one live row and output.
+    fn product(&self, case: &Case, expert: usize, row: usize, output: usize) -> (f64, f64) {
+        let Case { n, k, format, .. } = *case;
+        let stride = self.plan.m_sum().next_multiple_of(4);
+        let (mut sum, mut magnitude) = (0.0, 0.0);
+        for block in 0..k.div_ceil(BLOCK) {
+            let mut part = 0.0;
+            let mut part_magnitude = 0.0;
+            for i in block * BLOCK..k.min((block + 1) * BLOCK) {
+                let product = value(&self.rows, format, row * k + i)
+                    * value(&self.weights, format, (expert * n + output) * k + i);
+                part += product;
+                part_magnitude += product.abs();
+            }
+            let scale = match format {
+                WeightFormat::Bf16 => 1.0,
+                WeightFormat::E4m3 => {
+                    let of_weights = (expert * n.div_ceil(BLOCK) + output / BLOCK) * k.div_ceil(BLOCK) + block;
+                    f64::from(self.row_scales[block * stride + row]) * f64::from(self.weight_scales[of_weights])
+                }
+            };
+            sum += part * scale;
+            magnitude += part_magnitude * scale;
+        }
+        (sum, magnitude)
+    }
+}
+
+fn upload<T: bytemuck::NoUninit>(device: &Device, values: &[T]) -> Buffer {
+    let buffer = device.allocate(size_of_val(values).max(16)).unwrap();
+    buffer.upload(values).unwrap();
+    buffer
+}
+
+/// Device memory of one case, with its layout in place.
+struct Call {
+    gemm: Gemm,
+    weights: Weights,
+    buffers: GemmBuffers,
+    out: Buffer,
+    _memory: Vec<Buffer>,
+}
+
+impl Call {
+    fn new(device: &Device, case: &Case, operands: &Operands) -> Self {
+        let plan = &operands.plan;
+        let row_tile = case.tile.row_tile;
+        let route = Route::prepare(device, RouteConfig { topk: 1, ids: Dtype::I32, row_tile }).unwrap();
+        let lists = device.allocate(LayoutBuffers::space_bytes(plan, row_tile).unwrap()).unwrap();
+        lists.fill(POISON).unwrap();
+        let layout = LayoutBuffers::carve(lists.address(), plan, row_tile).unwrap();
+        let workspace = device.allocate(route.workspace_bytes(plan).unwrap()).unwrap();
+        let ids = upload(device, &operands.ids);
+        let matrix = Tensor2 { address: ids.address(), row_stride: 1, col_stride: 1 };
+        let routing = RoutingBuffers { ids: matrix, expert_map: 0, global_experts: case.counts.len() };
+        unsafe {
+            route.initialise_workspace(Stream(0), workspace.address()).unwrap();
+            route.launch(Stream(0), plan, &routing, &layout, workspace.address()).unwrap();
+            route.check(Stream(0), plan, &routing, workspace.address()).unwrap();
+        }
+        let sizes = (case.counts.len(), case.n, case.k);
+        let weights = match case.format {
+            WeightFormat::Bf16 => {
+                let values: Vec<_> =
+                    operands.weights.chunks_exact(2).map(|bytes| bf16::from_le_bytes([bytes[0], bytes[1]])).collect();
+                Weights::upload_bf16(device, &values, sizes).unwrap()
+            }
+            WeightFormat::E4m3 => {
+                let values: Vec<_> = operands.weights.iter().map(|&byte| E4m3(byte)).collect();
+                Weights::upload_e4m3(device, &values, &operands.weight_scales, sizes).unwrap()
+            }
+        };
+        let rows = upload(device, &operands.rows);
+        let scales = upload(device, &operands.row_scales);
+        let out = device.allocate((2 * plan.m_sum() * case.n).max(16)).unwrap();
+        let buffers = GemmBuffers {
+            rows: rows.address(),
+            scales: if case.format == WeightFormat::E4m3 { scales.address() } else { 0 },
+            out: out.address(),
+            header: layout.header,
+            worklist: layout.worklist,
+            psum: layout.psum,
+            m_sum: plan.m_sum(),
+            alignment: plan.alignment(),
+        };
+        let gemm = Gemm::prepare(device, GemmConfig { format: case.format, tile: case.tile }).unwrap();
+        Self { gemm, weights, buffers, out, _memory: vec![lists, workspace, ids, rows, scales] }
+    }
+
+    fn run(&self, m_sum: usize, n: usize) -> Vec<u16> {
+        self.out.fill(POISON).unwrap();
+        unsafe { self.gemm.launch(Stream(0), &self.weights, &self.buffers).unwrap() };
+        let mut out = vec![0; m_sum * n];
+        self.out.download(&mut out).unwrap();
+        out
+    }
+}
+
+/// Compares every live row, and that nothing else was written; then once more, bit for bit.
+fn check(device: &Device, case: &Case) {
+    let operands = Operands::new(case);
+    let call = Call::new(device, case, &operands);
+    let (m_sum, n) = (operands.plan.m_sum(), case.n);
+    let out = call.run(m_sum, n);
+    let live: Vec<(usize, usize)> = (0..case.counts.len())
+        .flat_map(|expert| (0..case.counts[expert]).map(move |row| (expert, row)))
+        .map(|(expert, row)| (expert, operands.starts[expert] + row))
+        .collect();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for part in live.chunks(live.len().div_ceil(threads).max(1)) {
+            let (operands, out) = (&operands, &out);
+            scope.spawn(move || {
+                for &(expert, row) in part {
+                    check_row(case, operands, expert, row, &out[row * n..(row + 1) * n]);
+                }
+            });
+        }
+    });
+    let mut is_live = vec![false; m_sum];
+    for &(_, row) in &live {
+        is_live[row] = true;
+    }
+    for row in (0..m_sum).filter(|&row| !is_live[row]) {
+        assert!(
+            out[row * n..(row + 1) * n].iter().all(|&v| v == 0xa5a5),
+            "row {row} is a gap and was written: {case:?}"
+        );
+    }
+    assert!(call.run(m_sum, n) == out, "a second run gave other bits: {case:?}");
+}
+
+fn check_row(case: &Case, operands: &Operands, expert: usize, row: usize, out: &[u16]) {
+    let (mut difference, mut squares) = (0.0, 0.0);
+    for (output, &bits) in out.iter().enumerate() {
+        let actual = bf16::from_bits(bits).to_f64();
+        let (expected, magnitude) = operands.product(case, expert, row, output);
+        // Half a unit of bf16, and the matrix unit's sums, which keep at least 13 bits below the largest product.
+        let bound = expected.abs() / 256.0 + magnitude / 4096.0;
+        assert!(
+            (actual - expected).abs() <= bound,
+            "row {row} of expert {expert}, output {output}: {actual}, expected {expected} within {bound}: {case:?}"
+        );
+        difference += (actual - expected).powi(2);
+        squares += actual.powi(2) + expected.powi(2);
+    }
+    // 1 - 2 xy / (x^2 + y^2), the contract's measure, without its cancellation.
+    let measure = difference / squares.max(f64::MIN_POSITIVE);
+    assert!(measure < 1e-5, "row {row} of expert {expert} differs by {measure}: {case:?}");
+}
+
+const FORMATS: [WeightFormat; 2] = [WeightFormat::E4m3, WeightFormat::Bf16];
+
+fn plain(row_tile: usize) -> GemmTile {
+    GemmTile { row_tile, shared: 1, splits: 1 }
+}
+
+#[test]
+fn every_row_tile_multiplies_hostile_layouts() {
+    let Some(device) = device() else { return };
+    // Empty experts, one row, whole tiles, tails of one and of one less than the alignment.
+    let counts = vec![0, 1, 16, 17, 0, 64, 63, 193, 128, 5, 0, 31];
+    for format in FORMATS {
+        for row_tile in ROW_TILES {
+            for (shared, alignment) in [(1, 8), (2, 16)] {
+                let tile = GemmTile { shared, ..plain(row_tile) };
+                let case = Case { counts: counts.clone(), alignment, n: 256, k: 384, format, tile, seed: 1 };
+                check(device, &case);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_alignment_runs_with_every_row_tile() {
+    let Some(device) = device() else { return };
+    for alignment in [4, 8, 16, 32, 64, 128] {
+        for (row_tile, shared) in [(32, 1), (64, 2), (192, 2), (192, 4)] {
+            let tile = GemmTile { shared, ..plain(row_tile) };
+            let counts = vec![alignment - 1, 1, alignment, 0, alignment + 1, 200];
+            let case = Case { counts, alignment, n: 128, k: 256, format: WeightFormat::E4m3, tile, seed: 2 };
+            check(device, &case);
+        }
+    }
+}
+
+#[test]
+fn partial_n_and_k_are_right_to_the_last_column() {
+    let Some(device) = device() else { return };
+    for format in FORMATS {
+        for (n, k) in [(8, 16), (136, 144), (264, 2880), (120, 400), (384, 3584)] {
+            for (row_tile, shared) in [(16, 1), (64, 2), (192, 2), (192, 4)] {
+                let tile = GemmTile { shared, ..plain(row_tile) };
+                check(device, &Case { counts: vec![3, 0, 33, 70], alignment: 8, n, k, format, tile, seed: 3 });
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_of_k_add_up() {
+    let Some(device) = device() else { return };
+    for format in FORMATS {
+        for splits in [2, 4, 8] {
+            for row_tile in [16, 32, 64] {
+                let tile = GemmTile { row_tile, shared: 1, splits };
+                let counts = vec![1, 0, row_tile, 7, 2 * row_tile + 1];
+                check(device, &Case { counts, alignment: 8, n: 200, k: 1168, format, tile, seed: 4 });
+            }
+        }
+    }
+}
+
+#[test]
+fn all_rows_on_one_expert_and_none_at_all() {
+    let Some(device) = device() else { return };
+    for format in FORMATS {
+        for counts in [vec![0, 0, 700, 0], vec![0, 0, 0], vec![1000]] {
+            let tile = GemmTile { shared: 2, ..plain(192) };
+            check(device, &Case { counts, alignment: 128, n: 512, k: 512, format, tile, seed: 5 });
+        }
+    }
+}
+
+#[test]
+fn many_tiles_go_round_the_ring_and_fifty_runs_give_the_same_bits() {
+    let Some(device) = device() else { return };
+    for format in FORMATS {
+        for (tile, most) in [
+            (GemmTile { shared: 2, ..plain(192) }, 400),
+            (GemmTile { shared: 2, ..plain(128) }, 400),
+            (plain(64), 100),
+            (GemmTile { splits: 4, ..plain(16) }, 20),
+        ] {
+            let mut random = Random(77);
+            let counts: Vec<usize> = (0..24).map(|_| random.below(most)).collect();
+            let case = Case { counts, alignment: 16, n: 1024, k: 640, format, tile, seed: 6 };
+            let operands = Operands::new(&case);
+            let call = Call::new(device, &case, &operands);
+            let first = call.run(operands.plan.m_sum(), case.n);
+            for run in 1..50 {
+                assert!(call.run(operands.plan.m_sum(), case.n) == first, "run {run} gave other bits: {case:?}");
+            }
+            for expert in (0..24).filter(|&expert| case.counts[expert] > 0).step_by(5) {
+                let row = operands.starts[expert];
+                check_row(&case, &operands, expert, row, &first[row * case.n..(row + 1) * case.n]);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_an_error_and_writes_nothing() {
+    let Some(device) = device() else { return };
+    let case =
+        Case { counts: vec![3, 4], alignment: 8, n: 64, k: 128, format: WeightFormat::E4m3, tile: plain(16), seed: 7 };
+    let operands = Operands::new(&case);
+    let call = Call::new(device, &case, &operands);
+    call.out.fill(POISON).unwrap();
+    let launch = |gemm: &Gemm, buffers: GemmBuffers| unsafe { gemm.launch(Stream(0), &call.weights, &buffers) };
+    let error = launch(&call.gemm, GemmBuffers { rows: call.buffers.rows + 8, ..call.buffers }).unwrap_err();
+    assert!(matches!(error, Error::Value { argument: "rows", .. }), "{error}");
+    let error = launch(&call.gemm, GemmBuffers { alignment: 6, ..call.buffers }).unwrap_err();
+    assert!(matches!(error, Error::Alignment { actual: 6, .. }), "{error}");
+    let wide = Gemm::prepare(device, GemmConfig { format: WeightFormat::Bf16, tile: plain(16) }).unwrap();
+    let error = launch(&wide, call.buffers).unwrap_err();
+    assert!(matches!(error, Error::WeightFormat { argument: "weights", .. }), "{error}");
+    let tile = GemmTile { splits: 2, ..plain(16) };
+    let split = Gemm::prepare(device, GemmConfig { format: WeightFormat::E4m3, tile }).unwrap();
+    let error = launch(&split, call.buffers).unwrap_err();
+    assert!(matches!(error, Error::Value { argument: "blocks of k", actual: 1, .. }), "{error}");
+    let mut out = vec![0u8; call.out.bytes()];
+    call.out.download(&mut out).unwrap();
+    assert!(out.iter().all(|&byte| byte == POISON));
+}
+
+/// Small, but takes every branch; for the sanitizer, which is slow.
+#[test]
+fn sanitizer_runs_the_grouped_gemm() {
+    let Some(device) = device() else { return };
+    for format in FORMATS {
+        for tile in [
+            plain(16),
+            GemmTile { splits: 2, ..plain(32) },
+            GemmTile { splits: 8, ..plain(16) },
+            GemmTile { shared: 2, ..plain(64) },
+            GemmTile { shared: 2, ..plain(192) },
+        ] {
+            check(device, &Case { counts: vec![3, 0, 41, 100], alignment: 8, n: 200, k: 1040, format, tile, seed: 8 });
+        }
+    }
+}
