@@ -5,7 +5,8 @@
 use expertile::cuda::compiler::Compiler;
 use expertile::cuda::kernel::Source;
 use expertile::cuda::{
-    ActivateConfig, GemmConfig, GemmTile, PermuteConfig, QuantizePermuteConfig, ROW_TILES, RouteConfig, UnpermuteConfig,
+    ActivateConfig, GemmConfig, GemmTile, PermuteConfig, QuantizePermuteConfig, ROW_TILES, RouteConfig,
+    UnpermuteConfig, WIDE_ROW_TILE,
 };
 use expertile::{Activation, Dtype, Error, Group, Padding, ScaleFormat, ScaleLayout, ScaleRounding, WeightFormat};
 
@@ -86,10 +87,15 @@ fn sources() -> Vec<Source> {
 fn gemm_sources() -> Vec<Source> {
     let mut sources = Vec::new();
     for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+        for shared in [1, 2] {
+            let tile = GemmTile { row_tile: WIDE_ROW_TILE, shared, splits: 1, wide: true };
+            sources.push(GemmConfig { format, tile }.source());
+        }
         for row_tile in ROW_TILES {
             for (shared, splits) in [(1, 1), (2, 1), (1, 2), (1, 4), (1, 8)] {
                 if splits == 1 || row_tile <= 64 {
-                    sources.push(GemmConfig { format, tile: GemmTile { row_tile, shared, splits } }.source());
+                    let tile = GemmTile { row_tile, shared, splits, wide: false };
+                    sources.push(GemmConfig { format, tile }.source());
                 }
             }
         }

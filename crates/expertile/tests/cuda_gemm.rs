@@ -8,7 +8,7 @@
 
 use expertile::cuda::{
     Buffer, Device, Gemm, GemmBuffers, GemmConfig, GemmTile, LayoutBuffers, ROW_TILES, Route, RouteConfig,
-    RoutingBuffers, Stream, Tensor2, Weights,
+    RoutingBuffers, Stream, Tensor2, WIDE_ROW_TILE, Weights,
 };
 use expertile::{Dtype, E4m3, Error, Plan, WeightFormat};
 use half::bf16;
@@ -283,7 +283,17 @@ fn check_row(case: &Case, operands: &Operands, expert: usize, row: usize, out: &
 const FORMATS: [WeightFormat; 2] = [WeightFormat::E4m3, WeightFormat::Bf16];
 
 fn plain(row_tile: usize) -> GemmTile {
-    GemmTile { row_tile, shared: 1, splits: 1 }
+    GemmTile { row_tile, shared: 1, splits: 1, wide: false }
+}
+
+fn wide(shared: usize) -> GemmTile {
+    GemmTile { row_tile: WIDE_ROW_TILE, shared, splits: 1, wide: true }
+}
+
+/// Every way to hold rows, sharing or not.
+fn tiles() -> Vec<GemmTile> {
+    let narrow = ROW_TILES.into_iter().flat_map(|row_tile| [1, 2].map(|shared| GemmTile { shared, ..plain(row_tile) }));
+    narrow.chain([wide(1), wide(2)]).collect()
 }
 
 #[test]
@@ -292,12 +302,9 @@ fn every_row_tile_multiplies_hostile_layouts() {
     // Empty experts, one row, whole tiles, tails of one and of one less than the alignment.
     let counts = vec![0, 1, 16, 17, 0, 64, 63, 193, 128, 5, 0, 31];
     for format in FORMATS {
-        for row_tile in ROW_TILES {
-            for (shared, alignment) in [(1, 8), (2, 16)] {
-                let tile = GemmTile { shared, ..plain(row_tile) };
-                let case = Case { counts: counts.clone(), alignment, n: 256, k: 384, format, tile, seed: 1 };
-                check(device, &case);
-            }
+        for tile in tiles() {
+            let alignment = 8 * tile.shared;
+            check(device, &Case { counts: counts.clone(), alignment, n: 256, k: 384, format, tile, seed: 1 });
         }
     }
 }
@@ -306,8 +313,7 @@ fn every_row_tile_multiplies_hostile_layouts() {
 fn every_alignment_runs_with_every_row_tile() {
     let Some(device) = device() else { return };
     for alignment in [4, 8, 16, 32, 64, 128] {
-        for (row_tile, shared) in [(32, 1), (64, 2), (192, 2), (192, 4)] {
-            let tile = GemmTile { shared, ..plain(row_tile) };
+        for tile in [plain(32), GemmTile { shared: 2, ..plain(64) }, GemmTile { shared: 2, ..plain(192) }, wide(2)] {
             let counts = vec![alignment - 1, 1, alignment, 0, alignment + 1, 200];
             let case = Case { counts, alignment, n: 128, k: 256, format: WeightFormat::E4m3, tile, seed: 2 };
             check(device, &case);
@@ -320,8 +326,8 @@ fn partial_n_and_k_are_right_to_the_last_column() {
     let Some(device) = device() else { return };
     for format in FORMATS {
         for (n, k) in [(8, 16), (136, 144), (264, 2880), (120, 400), (384, 3584)] {
-            for (row_tile, shared) in [(16, 1), (64, 2), (192, 2), (192, 4)] {
-                let tile = GemmTile { shared, ..plain(row_tile) };
+            for tile in [plain(16), GemmTile { shared: 2, ..plain(64) }, GemmTile { shared: 2, ..plain(192) }, wide(2)]
+            {
                 check(device, &Case { counts: vec![3, 0, 33, 70], alignment: 8, n, k, format, tile, seed: 3 });
             }
         }
@@ -334,7 +340,7 @@ fn parts_of_k_add_up() {
     for format in FORMATS {
         for splits in [2, 4, 8] {
             for row_tile in [16, 32, 64] {
-                let tile = GemmTile { row_tile, shared: 1, splits };
+                let tile = GemmTile { splits, ..plain(row_tile) };
                 let counts = vec![1, 0, row_tile, 7, 2 * row_tile + 1];
                 check(device, &Case { counts, alignment: 8, n: 200, k: 1168, format, tile, seed: 4 });
             }
@@ -347,7 +353,7 @@ fn all_rows_on_one_expert_and_none_at_all() {
     let Some(device) = device() else { return };
     for format in FORMATS {
         for counts in [vec![0, 0, 700, 0], vec![0, 0, 0], vec![1000]] {
-            let tile = GemmTile { shared: 2, ..plain(192) };
+            let tile = wide(2);
             check(device, &Case { counts, alignment: 128, n: 512, k: 512, format, tile, seed: 5 });
         }
     }
@@ -358,7 +364,7 @@ fn many_tiles_go_round_the_ring_and_fifty_runs_give_the_same_bits() {
     let Some(device) = device() else { return };
     for format in FORMATS {
         for (tile, most) in [
-            (GemmTile { shared: 2, ..plain(192) }, 400),
+            (wide(2), 400),
             (GemmTile { shared: 2, ..plain(128) }, 400),
             (plain(64), 100),
             (GemmTile { splits: 4, ..plain(16) }, 20),
@@ -416,6 +422,8 @@ fn sanitizer_runs_the_grouped_gemm() {
             GemmTile { splits: 8, ..plain(16) },
             GemmTile { shared: 2, ..plain(64) },
             GemmTile { shared: 2, ..plain(192) },
+            wide(1),
+            wide(2),
         ] {
             check(device, &Case { counts: vec![3, 0, 41, 100], alignment: 8, n: 200, k: 1040, format, tile, seed: 8 });
         }

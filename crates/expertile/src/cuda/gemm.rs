@@ -16,13 +16,13 @@ use std::sync::Arc;
 
 /// Weight rows (outputs) of a tile.
 const OUTPUTS: usize = 128;
-const THREADS: u32 = 384;
 /// Shared memory that a block of Hopper may have, and the most stages that are worth their barriers.
 const SHARED_BYTES: usize = 227 * 1024;
 const MOST_STAGES: usize = 12;
 /// Row tiles there are kernels for, ascending.
 pub const ROW_TILES: [usize; 5] = [16, 32, 64, 128, 192];
-const MOST_PATHS: usize = 6;
+/// The row tile of the wide kernel.
+pub const WIDE_ROW_TILE: usize = 192;
 
 /// How the GEMM cuts its work. Plain data: choosing one is a pure function of the shape and the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -34,6 +34,9 @@ pub struct GemmTile {
     pub shared: usize,
     /// Blocks of a cluster that each take a part of K of one tile: 1, 2, 4 or 8. Only where `shared` is 1.
     pub splits: usize,
+    /// Which operand's rows stand on the matrix unit's M side, in 64s: the weights' (for few rows; a tile's cost then grows
+    /// by 16 or 32 rows) or, where `wide`, the tokens' (for many; by 64, and `row_tile` is [`WIDE_ROW_TILE`]).
+    pub wide: bool,
 }
 
 /// What a choice of tile depends on.
@@ -66,7 +69,8 @@ impl GemmTile {
     #[must_use]
     pub fn choose(shape: &GemmShape, row_tile: usize, multiprocessors: usize) -> Self {
         if row_tile > 64 {
-            return Self { row_tile, shared: if shape.n > OUTPUTS { 2 } else { 1 }, splits: 1 };
+            let shared = if shape.n > OUTPUTS { 2 } else { 1 };
+            return Self { row_tile, shared, splits: 1, wide: row_tile == WIDE_ROW_TILE };
         }
         let row_tiles = active_experts(shape.rows, shape.experts).max(1.0);
         let tiles = row_tiles * shape.n.div_ceil(OUTPUTS) as f64;
@@ -76,7 +80,7 @@ impl GemmTile {
         let splits = [8, 4, 2]
             .into_iter()
             .find(|&splits| splits as f64 * tiles <= multiprocessors as f64 && blocks_of_k >= splits * SHORTEST_PART);
-        Self { row_tile, shared: 1, splits: splits.unwrap_or(1) }
+        Self { row_tile, shared: 1, splits: splits.unwrap_or(1), wide: false }
     }
 
     fn cluster(&self) -> usize {
@@ -86,7 +90,20 @@ impl GemmTile {
     /// Rows by which a tile's cost grows.
     #[must_use]
     pub fn row_step(&self) -> usize {
-        if self.row_tile > 64 { 32 } else { 16 }
+        match self.row_tile {
+            _ if self.wide => 64,
+            ..=64 => 16,
+            _ => 32,
+        }
+    }
+
+    /// Warpgroups of a block: one that copies, and those that multiply.
+    fn warpgroups(&self) -> usize {
+        if self.wide { 4 } else { 3 }
+    }
+
+    fn threads(&self) -> u32 {
+        128 * self.warpgroups() as u32
     }
 
     fn paths(&self) -> usize {
@@ -97,21 +114,29 @@ impl GemmTile {
         if !ROW_TILES.contains(&self.row_tile) {
             return Err(Error::value("row_tile", self.row_tile, format!("one of {ROW_TILES:?}")));
         }
-        if !matches!(self.shared, 1 | 2 | 4) || (self.shared == 4 && self.row_step() < 32) {
-            return Err(Error::value("shared", self.shared, "1, 2 or, for more than 64 rows, 4"));
+        if !matches!(self.shared, 1 | 2) {
+            return Err(Error::value("shared", self.shared, "1 or 2"));
         }
         if !matches!(self.splits, 1 | 2 | 4 | 8) || (self.shared > 1 && self.splits > 1) {
             return Err(Error::value("splits", self.splits, "1, 2, 4 or 8, and 1 where rows are shared"));
         }
+        if self.wide && (self.row_tile != WIDE_ROW_TILE || self.splits > 1) {
+            let expected = format!("{WIDE_ROW_TILE}, with K in one part, for the wide kernel");
+            return Err(Error::value("row_tile", self.row_tile, expected));
+        }
         Ok(())
     }
 
-    /// Bytes of shared memory for a number of stages; `BARRIERS` and all before it in gemm.cu, and the barriers.
+    /// Bytes of shared memory for a number of stages; `BARRIERS` and all before it in gemm.cuh, and the barriers.
     fn shared_bytes(&self, stages: usize) -> usize {
         let operands = 128 * (OUTPUTS + self.row_tile);
-        let staging = if self.splits > 1 { self.row_tile * (OUTPUTS * 4 + 16) } else { 2 * self.row_tile * (128 + 16) };
+        let staging = match self {
+            Self { wide: true, .. } => self.row_tile * (OUTPUTS * 2 + 16),
+            Self { splits: 2.., .. } => self.row_tile * (OUTPUTS * 4 + 16),
+            _ => 2 * self.row_tile * (OUTPUTS + 16),
+        };
         let scales = stages * self.row_tile * 4 + (stages * 4).next_multiple_of(16);
-        let products = stages * 4 * (self.row_tile / 4 + 4) * 4;
+        let products = if self.wide { 0 } else { stages * 4 * (self.row_tile / 4 + 4) * 4 };
         stages * operands + staging + scales + stages * 16 + products + (3 * stages + 2) * 8
     }
 
@@ -124,7 +149,8 @@ impl GemmTile {
 
 impl fmt::Display for GemmTile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{OUTPUTS}x{} rows, {} stages", self.row_tile, self.stages())?;
+        let side = if self.wide { "tokens" } else { "weights" };
+        write!(f, "{OUTPUTS} outputs x {} rows ({side} on M), {} stages", self.row_tile, self.stages())?;
         if self.shared > 1 {
             write!(f, ", {} blocks share rows", self.shared)?;
         }
@@ -170,7 +196,11 @@ impl GemmConfig {
             ("SPLITS", self.tile.splits as i64),
             ("STAGES", self.tile.stages() as i64),
         ];
-        Ok(Source::new("gemm.cu", include_str!("kernels/gemm.cu"), definitions))
+        Ok(if self.tile.wide {
+            Source::new("gemm_wide.cu", include_str!("kernels/gemm_wide.cu"), definitions)
+        } else {
+            Source::new("gemm.cu", include_str!("kernels/gemm.cu"), definitions)
+        })
     }
 }
 
@@ -243,7 +273,7 @@ impl Gemm {
         let shared_bytes = config.tile.shared_bytes(config.tile.stages()) as u32;
         kernel.allow_shared_bytes(shared_bytes)?;
         let cluster = config.tile.cluster() as u32;
-        let blocks = device.resident_clusters(&kernel, THREADS, shared_bytes, cluster)? * cluster;
+        let blocks = device.resident_clusters(&kernel, config.tile.threads(), shared_bytes, cluster)? * cluster;
         Ok(Self { device: device.clone(), config, kernel, blocks })
     }
 
@@ -278,8 +308,9 @@ impl Gemm {
             match self.config.tile.paths() {
                 1 => self.queue::<1>(stream, weights, call),
                 2 => self.queue::<2>(stream, weights, call),
+                3 => self.queue::<3>(stream, weights, call),
                 4 => self.queue::<4>(stream, weights, call),
-                _ => self.queue::<MOST_PATHS>(stream, weights, call),
+                _ => self.queue::<6>(stream, weights, call),
             }
         }
     }
@@ -345,7 +376,7 @@ impl Gemm {
         };
         let shape = Launch {
             blocks: self.blocks,
-            threads: THREADS,
+            threads: tile.threads(),
             shared_bytes: tile.shared_bytes(tile.stages()) as u32,
             cooperative: false,
             overlap: true,

@@ -7,8 +7,9 @@ use std::ffi::CStr;
 use std::fmt::Write as _;
 
 /// Headers, in memory: compiling reads no file.
-pub(super) const HEADERS: [(&CStr, &str); 7] = [
+pub(super) const HEADERS: [(&CStr, &str); 8] = [
     (c"access.cuh", include_str!("kernels/access.cuh")),
+    (c"gemm.cuh", include_str!("kernels/gemm.cuh")),
     (c"hopper.cuh", include_str!("kernels/hopper.cuh")),
     (c"quantize.cuh", include_str!("kernels/quantize.cuh")),
     (c"route.cuh", include_str!("kernels/route.cuh")),

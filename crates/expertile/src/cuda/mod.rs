@@ -37,7 +37,7 @@ pub use activation::{Activate, ActivateBuffers, ActivateConfig};
 pub use arguments::{LayoutBuffers, RoutingBuffers, RowsBuffers, Tensor2};
 pub use cache::CubinCache;
 pub use device::{Buffer, Device, Info, Stream, availability};
-pub use gemm::{Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, ROW_TILES};
+pub use gemm::{Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, ROW_TILES, WIDE_ROW_TILE};
 pub use kernel::Resources;
 pub use permute::{Permute, PermuteConfig, QuantizePermute, QuantizePermuteConfig};
 pub use route::{Route, RouteConfig};

@@ -1,0 +1,235 @@
+// What both grouped GEMMs share: the tiles of the worklist, the ring of stages in shared memory, and the thread that keeps the
+// copy engine ahead.
+//
+// Set by whoever compiles: BF16 (operands; else e4m3), TOKENS (most rows of a tile), STEP (a divisor of it: copies of rows
+// come in its multiples), SHARED (blocks of a cluster that share rows), SPLITS (blocks of a cluster that each take a part of
+// K), STAGES. Set by the kernel: GROUPS (warpgroups that multiply), STAGING_BYTES and SCALING_WARPS (0 where the sums take
+// the scales one by one).
+#pragma once
+#include "wgmma.cuh"
+
+constexpr int OUTPUTS = 128;
+constexpr int CLUSTER = SHARED * SPLITS;
+constexpr int PATHS = TOKENS / STEP;
+constexpr int WARPGROUP = 128;
+constexpr int THREADS = (1 + GROUPS) * WARPGROUP;
+constexpr int CONSUMER_WARPS = GROUPS * 4;
+
+constexpr int ROW_BYTES = 128;  // of a block of K
+constexpr int VALUES = BF16 ? ROW_BYTES / 2 : ROW_BYTES;
+constexpr int SCALE_BLOCK = 128;
+constexpr int INSTRUCTIONS = ROW_BYTES / 32;
+
+// Shared memory, in bytes from its start; operands stand on 1024. host: shared_bytes in gemm.rs.
+constexpr int WEIGHTS_BYTES = OUTPUTS * ROW_BYTES;
+constexpr int STAGE_BYTES = WEIGHTS_BYTES + TOKENS * ROW_BYTES;
+constexpr int STAGING = STAGES * STAGE_BYTES;
+constexpr int ROW_SCALES = STAGING + STAGING_BYTES;
+constexpr int WEIGHT_SCALES = ROW_SCALES + STAGES * TOKENS * 4;
+constexpr int TILES = (WEIGHT_SCALES + STAGES * 4 + 15) / 16 * 16;
+// Where there are scaling warps, the products of both, in the order of their readers: a lane's neighbours in the sum have
+// theirs TOKENS / 4 apart, and four more, so that they stand on different banks.
+constexpr int SCALES_OF_LANE = TOKENS / 4 + 4;
+constexpr int SCALES = TILES + STAGES * 16;
+constexpr int BARRIERS = SCALES + (SCALING_WARPS > 0 ? STAGES * 4 * SCALES_OF_LANE * 4 : 0);
+
+static_assert(TOKENS % STEP == 0 && STEP % 16 == 0, "a path takes whole matrices, and whole patterns of the swizzle from each block that shares");
+
+struct GemmArgs {
+    TensorMap weights;      // [experts, n, k], a box is OUTPUTS rows of a block of K
+    TensorMap rows[PATHS];  // [m_sum, k], a box is a path's rows over SHARED
+    const float* row_scales;     // [k / 128, m_sum rounded up to 4]
+    const float* weight_scales;  // [experts, n / 128, k / 128], rounded up
+    u16* out;                    // [m_sum, n] bf16
+    const int* header;
+    const int2* worklist;
+    const int* psum;
+    int n;
+    int k;
+    int m_sum;
+    int reserved;
+};
+
+struct alignas(16) Tile {
+    int expert;
+    int first;   // row
+    int rows;    // live
+    int column;  // first output
+};
+
+// Items of work in the order they are taken: a few row tiles at a time, all their outputs, rows first, so that blocks
+// that run together share rows and, where they belong to one expert, weights in the cache.
+struct Schedule {
+    int tiles;
+    int columns;
+
+    __device__ __forceinline__ explicit Schedule(const GemmArgs& a)
+        : tiles(a.header[2]), columns((a.n + OUTPUTS * SHARED - 1) / (OUTPUTS * SHARED)) {}
+
+    __device__ __forceinline__ int items() const { return tiles * columns; }
+
+    __device__ __forceinline__ Tile tile(const GemmArgs& a, int item, int rank) const {
+        constexpr int TOGETHER = 8;
+        const int before = item / (TOGETHER * columns) * TOGETHER;
+        const int together = min(TOGETHER, tiles - before);
+        const int place = item - before * columns;
+        // Turned by one for each column: a block that always met the same place would always meet an expert's short last tile.
+        const int2 entry = a.worklist[before + (place + place / together) % together];
+        const int rows = min(a.psum[entry.x] - entry.y, TOKENS);
+        const int column = place / together * SHARED + (SHARED > 1 ? rank : 0);
+        return Tile{entry.x, entry.y, max(rows, 1), column * OUTPUTS};
+    }
+};
+
+// The blocks of K that this block multiplies: at least one, as there are no more parts than blocks.
+struct Depth {
+    int begin;
+    int end;
+
+    __device__ __forceinline__ Depth(int k, int rank) {
+        const int blocks = (k + VALUES - 1) / VALUES;
+        begin = SPLITS > 1 ? blocks * rank / SPLITS : 0;
+        end = SPLITS > 1 ? blocks * (rank + 1) / SPLITS : blocks;
+    }
+};
+
+// The ring of stages. Producer and consumers each go round it on their own.
+struct Ring {
+    u32 memory;
+    int stage;
+    u32 parity;
+
+    __device__ __forceinline__ explicit Ring(u32 shared) : memory(shared), stage(0), parity(0) {}
+    __device__ __forceinline__ u32 full() const { return memory + BARRIERS + stage * 8; }
+    __device__ __forceinline__ u32 empty() const { return memory + BARRIERS + (STAGES + stage) * 8; }
+    __device__ __forceinline__ u32 scaled() const { return memory + BARRIERS + (2 * STAGES + stage) * 8; }
+    __device__ __forceinline__ u32 scales() const { return memory + SCALES + stage * 4 * SCALES_OF_LANE * 4; }
+    __device__ __forceinline__ u32 weights() const { return memory + stage * STAGE_BYTES; }
+    __device__ __forceinline__ u32 rows() const { return memory + stage * STAGE_BYTES + WEIGHTS_BYTES; }
+    __device__ __forceinline__ u32 row_scales() const { return memory + ROW_SCALES + stage * TOKENS * 4; }
+    __device__ __forceinline__ u32 weight_scale() const { return memory + WEIGHT_SCALES + stage * 4; }
+    // With the first block of a tile's K: which tile it is.
+    __device__ __forceinline__ u32 tile() const { return memory + TILES + stage * 16; }
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+__device__ __forceinline__ u32 partials_ready(u32 memory) { return memory + BARRIERS + 3 * STAGES * 8; }
+__device__ __forceinline__ u32 partials_read(u32 memory) { return memory + BARRIERS + (3 * STAGES + 1) * 8; }
+
+__device__ __forceinline__ void store_tile(u32 to, const Tile& tile) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(tile.expert), "r"(tile.first), "r"(tile.rows), "r"(tile.column)
+                 : "memory");
+}
+
+__device__ __forceinline__ Tile load_tile(u32 from) {
+    Tile tile;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(tile.expert), "=r"(tile.first), "=r"(tile.rows), "=r"(tile.column)
+                 : "r"(from)
+                 : "memory");
+    return tile;
+}
+
+__device__ __forceinline__ void produce(const GemmArgs& a, Ring ring, int cluster, int clusters, int rank) {
+    const Schedule schedule(a);
+    const Depth depth(a.k, rank);
+    const int stride = (a.m_sum + 3) & ~3;
+    const int scale_rows = (a.n + SCALE_BLOCK - 1) / SCALE_BLOCK;
+    const int scale_columns = (a.k + SCALE_BLOCK - 1) / SCALE_BLOCK;
+    for (int item = cluster; item < schedule.items(); item += clusters) {
+        const Tile tile = schedule.tile(a, item, rank);
+        const int path = (tile.rows - 1) / STEP;
+        const int rows = (path + 1) * STEP;
+        const int share = rows / SHARED;
+        const TensorMap& rows_map = a.rows[path];
+        const int scaled_rows = min(rows, stride - tile.first);
+        // Scales are fewer than 2^31: the host has checked.
+        u32 row_scales = (u32)depth.begin * stride + tile.first;
+        u32 weight_scale = (tile.expert * scale_rows + min(tile.column / SCALE_BLOCK, scale_rows - 1)) * scale_columns + depth.begin;
+        for (int block = depth.begin; block < depth.end; ++block) {
+            wait_for_phase(ring.empty(), ring.parity ^ 1);
+            if (block == depth.begin) store_tile(ring.tile(), tile);
+            arrive_expecting(ring.full(), WEIGHTS_BYTES + rows * ROW_BYTES + (BF16 ? 0 : scaled_rows * 4));
+            copy_box(ring.weights(), a.weights, block * VALUES, tile.column, tile.expert, ring.full(), Keep::NORMALLY);
+            if (SHARED > 1)
+                share_box(ring.rows() + rank * share * ROW_BYTES, rows_map, block * VALUES, tile.first + rank * share, ring.full(),
+                          (1 << SHARED) - 1, Keep::NORMALLY);
+            else
+                copy_box(ring.rows(), rows_map, block * VALUES, tile.first, ring.full(), Keep::NORMALLY);
+            if (!BF16) {
+                copy_bytes(ring.row_scales(), a.row_scales + row_scales, scaled_rows * 4, ring.full());
+                copy_word(ring.weight_scale(), a.weight_scales + weight_scale);
+                arrive_after_copies(ring.full());
+                row_scales += stride;
+                ++weight_scale;
+            }
+            ring.advance();
+        }
+    }
+    // A tile without rows comes last.
+    wait_for_phase(ring.empty(), ring.parity ^ 1);
+    store_tile(ring.tile(), Tile{0, 0, 0, 0});
+    arrive(ring.full());
+    if (!BF16) arrive(ring.full());
+}
+
+__device__ __forceinline__ float load_shared(u32 address) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float2 load_shared_pair(u32 address) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float4 load_shared_quad(u32 address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+    return v;
+}
+
+// Tells the producers, of every block that writes here, that this warp is done with a stage.
+__device__ __forceinline__ void release(u32 empty) {
+    const int lane = lane_of_thread();
+    if (SHARED > 1) {
+        if (lane < SHARED) arrive_elsewhere(address_in_block(empty, lane));
+    } else if (lane == 0) {
+        arrive(empty);
+    }
+}
+
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// Barriers of the ring; every thread of the cluster calls.
+__device__ __forceinline__ void set_up(const GemmArgs& a, u32 memory) {
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            // The producer, and for e4m3 its copy of the weights' scale.
+            init_barrier(memory + BARRIERS + stage * 8, BF16 ? 1 : 2);
+            init_barrier(memory + BARRIERS + (STAGES + stage) * 8, CONSUMER_WARPS * SHARED);
+            if (SCALING_WARPS > 0) init_barrier(memory + BARRIERS + (2 * STAGES + stage) * 8, SCALING_WARPS);
+        }
+        if (SPLITS > 1) {
+            init_barrier(partials_ready(memory), CONSUMER_WARPS * SPLITS);
+            init_barrier(partials_read(memory), CONSUMER_WARPS * SPLITS);
+        }
+        publish_barriers();
+        prefetch_map(a.weights);
+    }
+    if (CLUSTER > 1)
+        meet_cluster();
+    else
+        __syncthreads();
+}

@@ -1,0 +1,136 @@
+// The grouped GEMM on Hopper for many rows: out[r, :] = weights[expert of r] * rows[r, :], live rows only, f32 sums, bf16 out.
+//
+// Tokens stand on the matrix unit's M side: a tile is up to 192 rows of one expert, 64 to a warpgroup, and 128 outputs, so
+// that a block of K has one scale for all of a tile's weights and two for a thread's rows. A warpgroup without rows
+// multiplies nothing. The rest is as in gemm.cu, for few rows.
+//
+// Set by whoever compiles: as gemm.cuh says; TOKENS is 192, STEP 64, SPLITS 1.
+constexpr int GROUPS = 3;
+constexpr int ROWS_OF_GROUP = 64;
+// A row of results: padded, so that eight of them start on different banks.
+constexpr int STAGING_ROW = 128 * 2 + 16;
+constexpr int STAGING_BYTES = TOKENS * STAGING_ROW;
+constexpr int SCALING_WARPS = 0;
+#include "gemm.cuh"
+
+static_assert(TOKENS == GROUPS * ROWS_OF_GROUP && STEP == ROWS_OF_GROUP && SPLITS == 1, "a warpgroup has 64 rows");
+
+constexpr int SUMS = OUTPUTS / 2;
+
+// Goes through a tile's stages without a share in them.
+__device__ __forceinline__ void pass_blocks(Ring& ring, int blocks) {
+    for (int block = 0; block < blocks; ++block) {
+        wait_for_phase(ring.full(), ring.parity);
+        release(ring.empty());
+        ring.advance();
+    }
+}
+
+// 64 rows by 128 outputs.
+__device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int group, float (&sum)[SUMS]) {
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) sum[i] = 0.0f;
+#if BF16
+    u32 previous = 0;
+    for (int block = 0; block < blocks; ++block) {
+        wait_for_phase(ring.full(), ring.parity);
+        const u64 x = operand(ring.rows() + group * ROWS_OF_GROUP * ROW_BYTES);
+        const u64 w = operand(ring.weights());
+        hold(sum);
+        begin_products();
+#pragma unroll
+        for (int i = 0; i < INSTRUCTIONS; ++i) multiply<OUTPUTS>(sum, x + 2 * i, w + 2 * i, 1);
+        commit_products();
+        hold(sum);
+        // The products before these are done: their operands may go.
+        wait_for_products<1>();
+        if (block > 0) release(previous);
+        previous = ring.empty();
+        ring.advance();
+    }
+    wait_for_products<0>();
+    hold(sum);
+    release(previous);
+#else
+    const u32 my_scales = (threadIdx.x - WARPGROUP) / 32 * 64 + lane_of_thread() / 4 * 4;
+    float part[SUMS];
+    for (int block = 0; block < blocks; ++block) {
+        wait_for_phase(ring.full(), ring.parity);
+        const u64 x = operand(ring.rows() + group * ROWS_OF_GROUP * ROW_BYTES);
+        const u64 w = operand(ring.weights());
+        hold(part);
+        begin_products();
+#pragma unroll
+        for (int i = 0; i < INSTRUCTIONS; ++i) multiply<OUTPUTS>(part, x + 2 * i, w + 2 * i, i > 0);
+        commit_products();
+        hold(part);
+        const float weight_scale = load_shared(ring.weight_scale());
+        const float upper = __fmul_rn(load_shared(ring.row_scales() + my_scales), weight_scale);
+        const float lower = __fmul_rn(load_shared(ring.row_scales() + my_scales + 32), weight_scale);
+        wait_for_products<0>();
+        hold(part);
+        release(ring.empty());
+        ring.advance();
+#pragma unroll
+        for (int i = 0; i < SUMS; i += 4) {
+            sum[i] = __fmaf_rn(part[i], upper, sum[i]);
+            sum[i + 1] = __fmaf_rn(part[i + 1], upper, sum[i + 1]);
+            sum[i + 2] = __fmaf_rn(part[i + 2], lower, sum[i + 2]);
+            sum[i + 3] = __fmaf_rn(part[i + 3], lower, sum[i + 3]);
+        }
+    }
+#endif
+}
+
+// Live rows to their places, by way of shared memory: a warp has 16 of its own.
+__device__ __forceinline__ void store_rows(const GemmArgs& a, const Tile& tile, u32 memory, const float (&sum)[SUMS]) {
+    const int lane = lane_of_thread();
+    const int first = (threadIdx.x - WARPGROUP) / 32 * 16;
+    const u32 staging = memory + STAGING + first * STAGING_ROW;
+    wait_for_stores_to_read();
+    __syncwarp();
+    const u32 mine = staging + lane % 16 * STAGING_ROW + lane / 16 * 16;
+#pragma unroll
+    for (int i = 0; i < SUMS; i += 8)
+        store_matrices(mine + i * 4, pack_bf16(sum[i], sum[i + 1]), pack_bf16(sum[i + 2], sum[i + 3]), pack_bf16(sum[i + 4], sum[i + 5]),
+                       pack_bf16(sum[i + 6], sum[i + 7]));
+    publish_shared_writes();
+    __syncwarp();
+    const int outputs = min(a.n - tile.column, OUTPUTS);
+    if (lane < 16 && first + lane < tile.rows && outputs > 0)
+        store_bytes(a.out + (i64)(tile.first + first + lane) * a.n + tile.column, staging + lane * STAGING_ROW, outputs * 2);
+    commit_stores();
+}
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ GemmArgs a) {
+    extern __shared__ __align__(1024) u8 shared[];
+    const u32 memory = shared_address(shared);
+    const int rank = CLUSTER > 1 ? (int)rank_in_cluster() : 0;
+    const int group = (int)threadIdx.x / WARPGROUP - 1;
+    Ring ring(memory);
+    set_up(a, memory);
+    wait_for_previous_launch();
+    let_next_launch_start();
+    if (group < 0) {
+        give_registers<56>();
+        if (threadIdx.x == 0) produce(a, ring, blockIdx.x / CLUSTER, gridDim.x / CLUSTER, rank);
+    } else {
+        take_registers<152>();
+        const Depth depth(a.k, rank);
+        while (true) {
+            wait_for_phase(ring.full(), ring.parity);
+            const Tile tile = load_tile(ring.tile());
+            if (tile.rows == 0) break;
+            if (tile.rows <= group * ROWS_OF_GROUP) {
+                pass_blocks(ring, depth.end);
+                continue;
+            }
+            float sum[SUMS];
+            multiply_blocks(ring, depth.end, group, sum);
+            store_rows(a, tile, memory, sum);
+        }
+        wait_for_stores_to_read();
+    }
+    // Blocks of a cluster write to each other's memory: none goes before the others are done.
+    if (CLUSTER > 1) meet_cluster();
+}
