@@ -17,6 +17,7 @@ constexpr int STAGING_ROW = OUTPUTS_OF_GROUP * 2 + 16;
 constexpr int PARTIAL_ROW = 128 * 4 + 16;
 constexpr int STAGING_BYTES = SPLITS > 1 ? TOKENS * PARTIAL_ROW : 2 * TOKENS * STAGING_ROW;
 constexpr int SCALING_WARPS = BF16 ? 0 : (TOKENS / 2 + 31) / 32;
+constexpr bool FIRST_STAGE_FIRST = false;
 #include "gemm.cuh"
 
 static_assert(SCALING_WARPS <= 3, "the producer's warpgroup has three warps to spare");
@@ -25,10 +26,10 @@ static_assert(SCALING_WARPS <= 3, "the producer's warpgroup has three warps to s
 __device__ __forceinline__ void multiply_scales(Ring ring, int blocks, int thread) {
     const u32 mine = (thread % 4 * SCALES_OF_LANE + thread / 4 * 2) * 4;
     while (true) {
-        wait_for_phase(ring.full(), ring.parity);
+        wait_for_phase(ring.full(), ring.parity());
         if (load_tile(ring.tile()).rows == 0) break;
         for (int block = 0; block < blocks; ++block) {
-            wait_for_phase(ring.full(), ring.parity);
+            wait_for_phase(ring.full(), ring.parity());
             if (thread < TOKENS / 2) {
                 const float weight_scale = load_shared(ring.weight_scale());
                 const float2 row_scale = load_shared_pair(ring.row_scales() + thread * 8);
@@ -51,7 +52,7 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int grou
 #if BF16
     u32 previous = 0;
     for (int block = 0; block < blocks; ++block) {
-        wait_for_phase(ring.full(), ring.parity);
+        wait_for_phase(ring.full(), ring.parity());
         const u64 w = operand(ring.weights() + group * OUTPUTS_OF_GROUP * ROW_BYTES);
         const u64 x = operand(ring.rows());
         hold(sum);
@@ -73,7 +74,7 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int grou
     const u32 my_scales = lane_of_thread() % 4 * SCALES_OF_LANE * 4;
     float part[N / 2];
     for (int block = 0; block < blocks; ++block) {
-        wait_for_phase(ring.full(), ring.parity);
+        wait_for_phase(ring.full(), ring.parity());
         const u64 w = operand(ring.weights() + group * OUTPUTS_OF_GROUP * ROW_BYTES);
         const u64 x = operand(ring.rows());
         hold(part);
@@ -82,7 +83,7 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int grou
         for (int i = 0; i < INSTRUCTIONS; ++i) multiply<N>(part, w + 2 * i, x + 2 * i, i > 0);
         commit_products();
         hold(part);
-        wait_for_phase(ring.scaled(), ring.parity);
+        wait_for_phase(ring.scaled(), ring.parity());
         wait_for_products<0>();
         hold(part);
 #pragma unroll
@@ -205,7 +206,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         const Depth depth(a.k, rank);
         u32 parity = 0;
         while (true) {
-            wait_for_phase(ring.full(), ring.parity);
+            wait_for_phase(ring.full(), ring.parity());
             const Tile tile = load_tile(ring.tile());
             if (tile.rows == 0) break;
             take_path<0>(a, tile, ring, depth.end - depth.begin, group, rank, parity);

@@ -3,8 +3,8 @@
 //
 // Set by whoever compiles: BF16 (operands; else e4m3), TOKENS (most rows of a tile), STEP (a divisor of it: copies of rows
 // come in its multiples), SHARED (blocks of a cluster that share rows), SPLITS (blocks of a cluster that each take a part of
-// K), STAGES. Set by the kernel: GROUPS (warpgroups that multiply), STAGING_BYTES and SCALING_WARPS (0 where the sums take
-// the scales one by one).
+// K), STAGES. Set by the kernel: GROUPS (warpgroups that multiply), STAGING_BYTES, SCALING_WARPS (0 where the sums take
+// the scales one by one) and FIRST_STAGE_FIRST.
 #pragma once
 #include "wgmma.cuh"
 
@@ -97,9 +97,10 @@ struct Depth {
 struct Ring {
     u32 memory;
     int stage;
-    u32 parity;
+    u32 parities;  // a bit for each stage: the phase that is next
 
-    __device__ __forceinline__ explicit Ring(u32 shared) : memory(shared), stage(0), parity(0) {}
+    __device__ __forceinline__ explicit Ring(u32 shared) : memory(shared), stage(0), parities(0) {}
+    __device__ __forceinline__ u32 parity() const { return parities >> stage & 1; }
     __device__ __forceinline__ u32 full() const { return memory + BARRIERS + stage * 8; }
     __device__ __forceinline__ u32 empty() const { return memory + BARRIERS + (STAGES + stage) * 8; }
     __device__ __forceinline__ u32 scaled() const { return memory + BARRIERS + (2 * STAGES + stage) * 8; }
@@ -111,10 +112,12 @@ struct Ring {
     // With the first block of a tile's K: which tile it is.
     __device__ __forceinline__ u32 tile() const { return memory + TILES + stage * 16; }
     __device__ __forceinline__ void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
+        parities ^= 1u << stage;
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+    // Where the consumers know a block's stage when they are compiled, every tile starts at the first one.
+    __device__ __forceinline__ void end_tile() {
+        if (FIRST_STAGE_FIRST) stage = 0;
     }
 };
 
@@ -152,7 +155,7 @@ __device__ __forceinline__ void produce(const GemmArgs& a, Ring ring, int cluste
         u32 row_scales = (u32)depth.begin * stride + tile.first;
         u32 weight_scale = (tile.expert * scale_rows + min(tile.column / SCALE_BLOCK, scale_rows - 1)) * scale_columns + depth.begin;
         for (int block = depth.begin; block < depth.end; ++block) {
-            wait_for_phase(ring.empty(), ring.parity ^ 1);
+            wait_for_phase(ring.empty(), ring.parity() ^ 1);
             if (block == depth.begin) store_tile(ring.tile(), tile);
             arrive_expecting(ring.full(), WEIGHTS_BYTES + rows * ROW_BYTES + (BF16 ? 0 : scaled_rows * 4));
             copy_box(ring.weights(), a.weights, block * VALUES, tile.column, tile.expert, ring.full(), Keep::NORMALLY);
@@ -170,9 +173,10 @@ __device__ __forceinline__ void produce(const GemmArgs& a, Ring ring, int cluste
             }
             ring.advance();
         }
+        ring.end_tile();
     }
     // A tile without rows comes last.
-    wait_for_phase(ring.empty(), ring.parity ^ 1);
+    wait_for_phase(ring.empty(), ring.parity() ^ 1);
     store_tile(ring.tile(), Tile{0, 0, 0, 0});
     arrive(ring.full());
     if (!BF16) arrive(ring.full());

@@ -11,6 +11,7 @@ constexpr int ROWS_OF_GROUP = 64;
 constexpr int STAGING_ROW = 128 * 2 + 16;
 constexpr int STAGING_BYTES = TOKENS * STAGING_ROW;
 constexpr int SCALING_WARPS = 0;
+constexpr bool FIRST_STAGE_FIRST = true;
 #include "gemm.cuh"
 
 static_assert(TOKENS == GROUPS * ROWS_OF_GROUP && STEP == ROWS_OF_GROUP && SPLITS == 1, "a warpgroup has 64 rows");
@@ -20,66 +21,86 @@ constexpr int SUMS = OUTPUTS / 2;
 // Goes through a tile's stages without a share in them.
 __device__ __forceinline__ void pass_blocks(Ring& ring, int blocks) {
     for (int block = 0; block < blocks; ++block) {
-        wait_for_phase(ring.full(), ring.parity);
+        wait_for_phase(ring.full(), ring.parity());
         release(ring.empty());
         ring.advance();
     }
+    ring.end_tile();
 }
+
+__device__ __forceinline__ void start_products(const Ring& ring, int group, float (&sum)[SUMS], bool add) {
+    const u64 x = operand(ring.rows() + group * ROWS_OF_GROUP * ROW_BYTES);
+    const u64 w = operand(ring.weights());
+    hold(sum);
+    begin_products();
+#pragma unroll
+    for (int i = 0; i < INSTRUCTIONS; ++i) multiply<OUTPUTS>(sum, x + 2 * i, w + 2 * i, add || i > 0);
+    commit_products();
+    hold(sum);
+}
+
+#if BF16
+__device__ __forceinline__ void multiply_block(Ring& ring, int group, bool first, float (&sum)[SUMS]) {
+    wait_for_phase(ring.full(), ring.parity());
+    start_products(ring, group, sum, true);
+    // The products before these are done: their operands may go.
+    wait_for_products<1>();
+    if (!first) {
+        Ring previous = ring;
+        previous.stage = ring.stage > 0 ? ring.stage - 1 : STAGES - 1;
+        release(previous.empty());
+    }
+}
+#else
+__device__ __forceinline__ void multiply_block(Ring& ring, int group, u32 my_scales, float (&part)[SUMS], float (&sum)[SUMS]) {
+    wait_for_phase(ring.full(), ring.parity());
+    const float weight_scale = load_shared(ring.weight_scale());
+    const float upper_scale = load_shared(ring.row_scales() + my_scales);
+    const float lower_scale = load_shared(ring.row_scales() + my_scales + 32);
+    start_products(ring, group, part, false);
+    wait_for_products<0>();
+    hold(part);
+    release(ring.empty());
+    const float upper = __fmul_rn(upper_scale, weight_scale);
+    const float lower = __fmul_rn(lower_scale, weight_scale);
+#pragma unroll
+    for (int i = 0; i < SUMS; i += 4) {
+        sum[i] = __fmaf_rn(part[i], upper, sum[i]);
+        sum[i + 1] = __fmaf_rn(part[i + 1], upper, sum[i + 1]);
+        sum[i + 2] = __fmaf_rn(part[i + 2], lower, sum[i + 2]);
+        sum[i + 3] = __fmaf_rn(part[i + 3], lower, sum[i + 3]);
+    }
+}
+#endif
 
 // 64 rows by 128 outputs.
 __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int group, float (&sum)[SUMS]) {
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) sum[i] = 0.0f;
-#if BF16
-    u32 previous = 0;
-    for (int block = 0; block < blocks; ++block) {
-        wait_for_phase(ring.full(), ring.parity);
-        const u64 x = operand(ring.rows() + group * ROWS_OF_GROUP * ROW_BYTES);
-        const u64 w = operand(ring.weights());
-        hold(sum);
-        begin_products();
-#pragma unroll
-        for (int i = 0; i < INSTRUCTIONS; ++i) multiply<OUTPUTS>(sum, x + 2 * i, w + 2 * i, 1);
-        commit_products();
-        hold(sum);
-        // The products before these are done: their operands may go.
-        wait_for_products<1>();
-        if (block > 0) release(previous);
-        previous = ring.empty();
-        ring.advance();
-    }
-    wait_for_products<0>();
-    hold(sum);
-    release(previous);
-#else
+#if !BF16
     const u32 my_scales = (threadIdx.x - WARPGROUP) / 32 * 64 + lane_of_thread() / 4 * 4;
     float part[SUMS];
-    for (int block = 0; block < blocks; ++block) {
-        wait_for_phase(ring.full(), ring.parity);
-        const u64 x = operand(ring.rows() + group * ROWS_OF_GROUP * ROW_BYTES);
-        const u64 w = operand(ring.weights());
-        hold(part);
-        begin_products();
+#endif
+    for (int first = 0; first < blocks; first += STAGES) {
 #pragma unroll
-        for (int i = 0; i < INSTRUCTIONS; ++i) multiply<OUTPUTS>(part, x + 2 * i, w + 2 * i, i > 0);
-        commit_products();
-        hold(part);
-        const float weight_scale = load_shared(ring.weight_scale());
-        const float upper = __fmul_rn(load_shared(ring.row_scales() + my_scales), weight_scale);
-        const float lower = __fmul_rn(load_shared(ring.row_scales() + my_scales + 32), weight_scale);
-        wait_for_products<0>();
-        hold(part);
-        release(ring.empty());
-        ring.advance();
-#pragma unroll
-        for (int i = 0; i < SUMS; i += 4) {
-            sum[i] = __fmaf_rn(part[i], upper, sum[i]);
-            sum[i + 1] = __fmaf_rn(part[i + 1], upper, sum[i + 1]);
-            sum[i + 2] = __fmaf_rn(part[i + 2], lower, sum[i + 2]);
-            sum[i + 3] = __fmaf_rn(part[i + 3], lower, sum[i + 3]);
+        for (int stage = 0; stage < STAGES; ++stage) {
+            if (first + stage >= blocks) break;
+            ring.stage = stage;
+#if BF16
+            multiply_block(ring, group, first + stage == 0, sum);
+#else
+            multiply_block(ring, group, my_scales, part, sum);
+#endif
+            ring.advance();
         }
     }
+#if BF16
+    wait_for_products<0>();
+    hold(sum);
+    ring.stage = (blocks - 1) % STAGES;
+    release(ring.empty());
 #endif
+    ring.end_tile();
 }
 
 // Live rows to their places, by way of shared memory: a warp has 16 of its own.
@@ -106,7 +127,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     extern __shared__ __align__(1024) u8 shared[];
     const u32 memory = shared_address(shared);
     const int rank = CLUSTER > 1 ? (int)rank_in_cluster() : 0;
-    const int group = (int)threadIdx.x / WARPGROUP - 1;
+    // From one lane, so that the compiler knows it to be the same in all.
+    const int group = __shfl_sync(WARP, (int)threadIdx.x / WARPGROUP, 0) - 1;
     Ring ring(memory);
     set_up(a, memory);
     wait_for_previous_launch();
@@ -118,7 +140,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         take_registers<152>();
         const Depth depth(a.k, rank);
         while (true) {
-            wait_for_phase(ring.full(), ring.parity);
+            wait_for_phase(ring.full(), ring.parity());
             const Tile tile = load_tile(ring.tile());
             if (tile.rows == 0) break;
             if (tile.rows <= group * ROWS_OF_GROUP) {

@@ -6,11 +6,11 @@
 #pragma once
 #include "hopper.cuh"
 
-// Rows of 128 bytes, eight of which make the swizzle's pattern.
+// Rows of 128 bytes, eight of which make the swizzle's pattern. The next 32 bytes of K are 2 further.
 __device__ __forceinline__ u64 operand(u32 address) {
     constexpr u64 SWIZZLE_128_BYTES = 1ull << 62;
     constexpr u64 NEXT_EIGHT_ROWS = (u64)(1024 >> 4) << 32;
-    return SWIZZLE_128_BYTES | NEXT_EIGHT_ROWS | 1ull << 16 | (address & 0x3ffffu) >> 4;
+    return SWIZZLE_128_BYTES | NEXT_EIGHT_ROWS | ((1u << 16) + (address >> 4));
 }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
