@@ -89,16 +89,21 @@ fn gemm_sources() -> Vec<Source> {
     for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
         for shared in [1, 2] {
             let tile = GemmTile { row_tile: WIDE_ROW_TILE, shared, splits: 1, wide: true };
-            sources.push(GemmConfig { format, tile }.source());
+            sources.push(GemmConfig { format, tile, activation: None }.source());
         }
         for row_tile in ROW_TILES {
             for (shared, splits) in [(1, 1), (2, 1), (1, 2), (1, 4), (1, 8)] {
                 if splits == 1 || row_tile <= 64 {
                     let tile = GemmTile { row_tile, shared, splits, wide: false };
-                    sources.push(GemmConfig { format, tile }.source());
+                    sources.push(GemmConfig { format, tile, activation: None }.source());
                 }
             }
         }
+    }
+    for activation in [Activation::default(), Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) }] {
+        let tile = GemmTile { row_tile: WIDE_ROW_TILE, shared: 2, splits: 1, wide: true };
+        let config = GemmConfig { format: WeightFormat::E4m3, tile, activation: Some(activation) };
+        sources.push(config.source());
     }
     sources.into_iter().map(|source| source.unwrap()).collect()
 }

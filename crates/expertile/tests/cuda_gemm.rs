@@ -7,10 +7,10 @@
 #![allow(clippy::undocumented_unsafe_blocks)]
 
 use expertile::cuda::{
-    Buffer, Device, Gemm, GemmBuffers, GemmConfig, GemmTile, LayoutBuffers, ROW_TILES, Route, RouteConfig,
-    RoutingBuffers, Stream, Tensor2, WIDE_ROW_TILE, Weights,
+    Activate, ActivateBuffers, ActivateConfig, Buffer, Device, Gemm, GemmBuffers, GemmConfig, GemmTile, LayoutBuffers,
+    ROW_TILES, Route, RouteConfig, RoutingBuffers, Stream, Tensor2, WIDE_ROW_TILE, Weights,
 };
-use expertile::{Dtype, E4m3, Error, Plan, WeightFormat};
+use expertile::{Activation, Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat};
 use half::bf16;
 use std::sync::OnceLock;
 
@@ -208,13 +208,15 @@ impl Call {
             rows: rows.address(),
             scales: if case.format == WeightFormat::E4m3 { scales.address() } else { 0 },
             out: out.address(),
+            out_scales: 0,
             header: layout.header,
             worklist: layout.worklist,
             psum: layout.psum,
             m_sum: plan.m_sum(),
             alignment: plan.alignment(),
         };
-        let gemm = Gemm::prepare(device, GemmConfig { format: case.format, tile: case.tile }).unwrap();
+        let gemm =
+            Gemm::prepare(device, GemmConfig { format: case.format, tile: case.tile, activation: None }).unwrap();
         Self { gemm, weights, buffers, out, _memory: vec![lists, workspace, ids, rows, scales] }
     }
 
@@ -399,16 +401,89 @@ fn what_does_not_fit_is_an_error_and_writes_nothing() {
     assert!(matches!(error, Error::Value { argument: "rows", .. }), "{error}");
     let error = launch(&call.gemm, GemmBuffers { alignment: 6, ..call.buffers }).unwrap_err();
     assert!(matches!(error, Error::Alignment { actual: 6, .. }), "{error}");
-    let wide = Gemm::prepare(device, GemmConfig { format: WeightFormat::Bf16, tile: plain(16) }).unwrap();
+    let wide =
+        Gemm::prepare(device, GemmConfig { format: WeightFormat::Bf16, tile: plain(16), activation: None }).unwrap();
     let error = launch(&wide, call.buffers).unwrap_err();
     assert!(matches!(error, Error::WeightFormat { argument: "weights", .. }), "{error}");
     let tile = GemmTile { splits: 2, ..plain(16) };
-    let split = Gemm::prepare(device, GemmConfig { format: WeightFormat::E4m3, tile }).unwrap();
+    let split = Gemm::prepare(device, GemmConfig { format: WeightFormat::E4m3, tile, activation: None }).unwrap();
     let error = launch(&split, call.buffers).unwrap_err();
     assert!(matches!(error, Error::Value { argument: "blocks of k", actual: 1, .. }), "{error}");
     let mut out = vec![0u8; call.out.bytes()];
     call.out.download(&mut out).unwrap();
     assert!(out.iter().all(|&byte| byte == POISON));
+}
+
+/// With an activation in the GEMM: the bits of the GEMM, then the activation.
+fn check_activation(device: &Device, case: &Case, activation: Activation) {
+    let operands = Operands::new(case);
+    let call = Call::new(device, case, &operands);
+    let (m_sum, intermediate) = (operands.plan.m_sum(), case.n / 2);
+    let stride = m_sum.next_multiple_of(4);
+    let scale_words = intermediate / BLOCK * stride;
+    let new = |bytes: usize| {
+        let buffer = device.allocate(bytes.max(16)).unwrap();
+        buffer.fill(POISON).unwrap();
+        buffer
+    };
+    let read = |buffer: &Buffer| {
+        let mut bytes = vec![0u8; buffer.bytes()];
+        buffer.download(&mut bytes).unwrap();
+        bytes
+    };
+    let (apart, apart_scales) = (new(m_sum * intermediate), new(4 * scale_words));
+    call.run(m_sum, case.n);
+    let config = ActivateConfig { intermediate, activation, format: Some(ScaleFormat::HOPPER) };
+    let buffers = ActivateBuffers {
+        gate_up: call.out.address(),
+        psum: call.buffers.psum,
+        out: apart.address(),
+        scales: apart_scales.address(),
+        local_experts: case.counts.len(),
+        alignment: case.alignment,
+        m_sum,
+    };
+    unsafe { Activate::prepare(device, config).unwrap().launch(Stream(0), &buffers).unwrap() };
+    let config = GemmConfig { format: case.format, tile: case.tile, activation: Some(activation) };
+    let gemm = Gemm::prepare(device, config).unwrap();
+    let (expected, expected_scales) = (read(&apart), read(&apart_scales));
+    for run in 0..3 {
+        let (out, scales) = (new(m_sum * intermediate), new(4 * scale_words));
+        let buffers = GemmBuffers { out: out.address(), out_scales: scales.address(), ..call.buffers };
+        unsafe { gemm.launch(Stream(0), &call.weights, &buffers).unwrap() };
+        assert!(read(&out) == expected, "run {run}: rows differ: {case:?}");
+        let scales = read(&scales);
+        for (expert, &count) in case.counts.iter().enumerate() {
+            for row in operands.starts[expert]..operands.starts[expert] + count {
+                for group in 0..intermediate / BLOCK {
+                    let at = 4 * (group * stride + row);
+                    let (actual, expected) = (&scales[at..at + 4], &expected_scales[at..at + 4]);
+                    assert_eq!(actual, expected, "run {run}: scale of row {row}, group {group}: {case:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_activation_in_the_gemm_gives_the_bits_of_one_after_it() {
+    let Some(device) = device() else { return };
+    let tile = wide(2);
+    let limited = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+    for (counts, alignment, n, k) in [
+        (vec![0, 1, 16, 64, 65, 0, 193, 130, 500, 7], 8, 512, 640),
+        (vec![33, 200], 64, 256, 128),
+        (vec![70; 24], 16, 768, 400),
+    ] {
+        for activation in [Activation::default(), limited] {
+            let format = WeightFormat::E4m3;
+            check_activation(
+                device,
+                &Case { counts: counts.clone(), alignment, n, k, format, tile, seed: 9 },
+                activation,
+            );
+        }
+    }
 }
 
 /// Small, but takes every branch; for the sanitizer, which is slow.
@@ -428,4 +503,7 @@ fn sanitizer_runs_the_grouped_gemm() {
             check(device, &Case { counts: vec![3, 0, 41, 100], alignment: 8, n: 200, k: 1040, format, tile, seed: 8 });
         }
     }
+    let (format, tile) = (WeightFormat::E4m3, wide(2));
+    let case = Case { counts: vec![3, 0, 41, 200], alignment: 8, n: 512, k: 272, format, tile, seed: 8 };
+    check_activation(device, &case, Activation::default());
 }

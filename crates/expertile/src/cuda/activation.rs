@@ -40,18 +40,25 @@ impl ActivateConfig {
             Some(format) => scale_definitions(format, self.intermediate)?,
             None => scale_definitions(unused, 32)?,
         };
-        let bits = |value: f32| i64::from(value.to_bits());
+        definitions.extend(activation_definitions(&self.activation));
         definitions.extend([
             ("INTERMEDIATE", i64::from(require_int("intermediate", self.intermediate)?)),
-            ("ALPHA", bits(self.activation.alpha)),
-            ("BETA", bits(self.activation.beta)),
-            ("LIMITED", i64::from(self.activation.limit.is_some())),
-            ("LIMIT", bits(self.activation.limit.unwrap_or(0.0))),
             ("QUANTIZED", i64::from(self.format.is_some())),
             ("ALIGNED", 1),
         ]);
         Ok(Source::new("activation.cu", include_str!("kernels/activation.cu"), definitions))
     }
+}
+
+/// Definitions that describe an activation.
+pub(super) fn activation_definitions(activation: &Activation) -> [(&'static str, i64); 4] {
+    let bits = |value: f32| i64::from(value.to_bits());
+    [
+        ("ALPHA", bits(activation.alpha)),
+        ("BETA", bits(activation.beta)),
+        ("LIMITED", i64::from(activation.limit.is_some())),
+        ("LIMIT", bits(activation.limit.unwrap_or(0.0))),
+    ]
 }
 
 /// What one call works on.

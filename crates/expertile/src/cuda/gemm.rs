@@ -3,11 +3,13 @@
 //! It walks the worklist that the plan left on the device: no count is needed on the host, padding costs nothing, and the
 //! layout's alignment and the GEMM's row tile know nothing of each other.
 
+use super::activation::activation_definitions;
 use super::arguments::{require_aligned, require_int};
 use super::device::{Device, Launch, Stream};
 use super::kernel::{Kernel, Resources, Source};
 use super::tensor_map::TensorMap;
 use super::weights::Weights;
+use crate::activation::Activation;
 use crate::error::{Error, Result, checked_mul};
 use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
 use std::ffi::c_void;
@@ -128,29 +130,25 @@ impl GemmTile {
     }
 
     /// Bytes of shared memory for a number of stages; `BARRIERS` and all before it in gemm.cuh, and the barriers.
-    fn shared_bytes(&self, stages: usize) -> usize {
+    fn shared_bytes(&self, stages: usize, activated: bool) -> usize {
         let operands = 128 * (OUTPUTS + self.row_tile);
         let staging = match self {
+            Self { wide: true, .. } if activated => self.row_tile * (OUTPUTS / 2 + 16 + 8) + 128,
             Self { wide: true, .. } => self.row_tile * (OUTPUTS * 2 + 16),
             Self { splits: 2.., .. } => self.row_tile * (OUTPUTS * 4 + 16),
             _ => 2 * self.row_tile * (OUTPUTS + 16),
         };
-        let scales = stages * self.row_tile * 4 + (stages * 4).next_multiple_of(16);
+        let weight_scales = if activated { 8 } else { 4 };
+        let scales = stages * self.row_tile * 4 + (stages * weight_scales).next_multiple_of(16);
         let products = if self.wide { 0 } else { stages * 4 * (self.row_tile / 4 + 4) * 4 };
         stages * operands + staging + scales + stages * 16 + products + (3 * stages + 2) * 8
-    }
-
-    /// Blocks of K that are on their way at once.
-    #[must_use]
-    pub fn stages(&self) -> usize {
-        (1..=MOST_STAGES).rev().find(|&stages| self.shared_bytes(stages) <= SHARED_BYTES).unwrap_or(1)
     }
 }
 
 impl fmt::Display for GemmTile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let side = if self.wide { "tokens" } else { "weights" };
-        write!(f, "{OUTPUTS} outputs x {} rows ({side} on M), {} stages", self.row_tile, self.stages())?;
+        write!(f, "{OUTPUTS} outputs x {} rows ({side} on M)", self.row_tile)?;
         if self.shared > 1 {
             write!(f, ", {} blocks share rows", self.shared)?;
         }
@@ -173,29 +171,55 @@ fn values_of_block(format: WeightFormat) -> usize {
 }
 
 /// What the GEMM is specialised for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GemmConfig {
     /// What both operands are made of: e4m3 with scales, or bf16.
     pub format: WeightFormat,
     /// How the work is cut.
     pub tile: GemmTile,
+    /// The activation that turns `[gate | up]` into the next GEMM's e4m3 rows before anything is stored. Only for e4m3 with a
+    /// wide tile whose rows are shared, and an `N / 2` that 128 divides; the results are those of [`super::Activate`].
+    pub activation: Option<Activation>,
 }
 
 impl GemmConfig {
+    /// Blocks of K that are on their way at once.
+    #[must_use]
+    pub fn stages(&self) -> usize {
+        let activated = self.activation.is_some();
+        let fits = |&stages: &usize| self.tile.shared_bytes(stages, activated) <= SHARED_BYTES;
+        (1..=MOST_STAGES).rev().find(fits).unwrap_or(1)
+    }
+
+    fn shared_bytes(&self) -> u32 {
+        self.tile.shared_bytes(self.stages(), self.activation.is_some()) as u32
+    }
+
     /// The kernel's source for this configuration.
     ///
     /// # Errors
     /// [`Error::Value`] for a tile that there is no kernel for.
     pub fn source(&self) -> Result<Source> {
         self.tile.check()?;
-        let definitions = vec![
+        if self.activation.is_some() && (self.format != WeightFormat::E4m3 || !self.tile.wide || self.tile.shared != 2)
+        {
+            let expected = "2, with a wide tile of e4m3 operands, for a GEMM with an activation";
+            return Err(Error::value("shared", self.tile.shared, expected));
+        }
+        let mut definitions = vec![
             ("BF16", i64::from(self.format == WeightFormat::Bf16)),
             ("TOKENS", self.tile.row_tile as i64),
             ("STEP", self.tile.row_step() as i64),
             ("SHARED", self.tile.shared as i64),
             ("SPLITS", self.tile.splits as i64),
-            ("STAGES", self.tile.stages() as i64),
+            ("STAGES", self.stages() as i64),
         ];
+        if self.tile.wide {
+            definitions.push(("ACTIVATION", i64::from(self.activation.is_some())));
+        }
+        if let Some(activation) = &self.activation {
+            definitions.extend(activation_definitions(activation));
+        }
         Ok(if self.tile.wide {
             Source::new("gemm_wide.cu", include_str!("kernels/gemm_wide.cu"), definitions)
         } else {
@@ -212,8 +236,10 @@ pub struct GemmBuffers {
     pub rows: u64,
     /// Scales of e4m3 rows: f32, one to 128 values, MN-major ([`crate::ScaleFormat::HOPPER`]), 16-byte aligned; else 0.
     pub scales: u64,
-    /// `[M_sum, N]` bf16, 16-byte aligned. Only live rows are written.
+    /// `[M_sum, N]` bf16, 16-byte aligned; with an activation `[M_sum, N / 2]` e4m3. Only live rows are written.
     pub out: u64,
+    /// With an activation, the results' scales as `scales` has its own; only those of live rows are written. Else 0.
+    pub out_scales: u64,
     /// [`super::LayoutBuffers::header`].
     pub header: u64,
     /// [`super::LayoutBuffers::worklist`], of the tile's row tile.
@@ -234,6 +260,7 @@ struct Arguments<const PATHS: usize> {
     row_scales: u64,
     weight_scales: u64,
     out: u64,
+    out_scales: u64,
     header: u64,
     worklist: u64,
     psum: u64,
@@ -270,7 +297,7 @@ impl Gemm {
             });
         }
         let kernel = device.kernel(&source, c"gemm")?;
-        let shared_bytes = config.tile.shared_bytes(config.tile.stages()) as u32;
+        let shared_bytes = config.shared_bytes();
         kernel.allow_shared_bytes(shared_bytes)?;
         let cluster = config.tile.cluster() as u32;
         let blocks = device.resident_clusters(&kernel, config.tile.threads(), shared_bytes, cluster)? * cluster;
@@ -335,6 +362,12 @@ impl Gemm {
         require_aligned("header", call.header, 4)?;
         require_aligned("worklist", call.worklist, 8)?;
         require_aligned("psum", call.psum, 4)?;
+        if self.config.activation.is_some() {
+            require_aligned("out_scales", call.out_scales, 4)?;
+            if !weights.n().is_multiple_of(2 * WEIGHT_BLOCK) {
+                return Err(Error::value("n", weights.n(), "a multiple of 256 for a GEMM with an activation"));
+            }
+        }
         if format == WeightFormat::E4m3 {
             require_aligned("scales", call.scales, 16)?;
             if call.alignment == 0 || !call.alignment.is_multiple_of(4) {
@@ -360,12 +393,14 @@ impl Gemm {
             let box_rows = (path + 1) * tile.row_step() / tile.shared;
             *map = TensorMap::encode(call.rows, bytes, 2, (1, call.m_sum, k), box_rows)?;
         }
+        let box_rows = if self.config.activation.is_some() { OUTPUTS / 2 } else { OUTPUTS };
         let arguments = Arguments {
-            weights: TensorMap::encode(weights.values(), bytes, 3, (weights.experts(), n, k), OUTPUTS)?,
+            weights: TensorMap::encode(weights.values(), bytes, 3, (weights.experts(), n, k), box_rows)?,
             rows,
             row_scales: call.scales,
             weight_scales: weights.scales(),
             out: call.out,
+            out_scales: call.out_scales,
             header: call.header,
             worklist: call.worklist,
             psum: call.psum,
@@ -377,7 +412,7 @@ impl Gemm {
         let shape = Launch {
             blocks: self.blocks,
             threads: tile.threads(),
-            shared_bytes: tile.shared_bytes(tile.stages()) as u32,
+            shared_bytes: self.config.shared_bytes(),
             cooperative: false,
             overlap: true,
         };

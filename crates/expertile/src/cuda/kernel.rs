@@ -7,8 +7,9 @@ use std::ffi::CStr;
 use std::fmt::Write as _;
 
 /// Headers, in memory: compiling reads no file.
-pub(super) const HEADERS: [(&CStr, &str); 8] = [
+pub(super) const HEADERS: [(&CStr, &str); 9] = [
     (c"access.cuh", include_str!("kernels/access.cuh")),
+    (c"activation.cuh", include_str!("kernels/activation.cuh")),
     (c"gemm.cuh", include_str!("kernels/gemm.cuh")),
     (c"hopper.cuh", include_str!("kernels/hopper.cuh")),
     (c"quantize.cuh", include_str!("kernels/quantize.cuh")),

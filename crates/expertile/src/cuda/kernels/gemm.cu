@@ -18,6 +18,7 @@ constexpr int PARTIAL_ROW = 128 * 4 + 16;
 constexpr int STAGING_BYTES = SPLITS > 1 ? TOKENS * PARTIAL_ROW : 2 * TOKENS * STAGING_ROW;
 constexpr int SCALING_WARPS = BF16 ? 0 : (TOKENS / 2 + 31) / 32;
 constexpr bool FIRST_STAGE_FIRST = false;
+constexpr int PARTS = 1;
 #include "gemm.cuh"
 
 static_assert(SCALING_WARPS <= 3, "the producer's warpgroup has three warps to spare");
@@ -121,7 +122,7 @@ __device__ __forceinline__ void store_rows(const GemmArgs& a, const Tile& tile, 
     const int outputs = min(a.n - column, OUTPUTS_OF_GROUP);
     if (outputs > 0)
         for (int row = thread; row < tile.rows; row += WARPGROUP)
-            store_bytes(a.out + (i64)(tile.first + row) * a.n + column, staging + row * STAGING_ROW, outputs * 2);
+            store_bytes(static_cast<u16*>(a.out) + (i64)(tile.first + row) * a.n + column, staging + row * STAGING_ROW, outputs * 2);
     commit_stores();
 }
 
@@ -156,7 +157,7 @@ __device__ __forceinline__ void add_and_store_rows(const GemmArgs& a, const Tile
         }
         const int column = tile.column + quad * 4;
         if (row < tile.rows && column < a.n)
-            *reinterpret_cast<uint2*>(a.out + (i64)(tile.first + row) * a.n + column) =
+            *reinterpret_cast<uint2*>(static_cast<u16*>(a.out) + (i64)(tile.first + row) * a.n + column) =
                 make_uint2(pack_bf16(total.x, total.y), pack_bf16(total.z, total.w));
     }
     __syncwarp();

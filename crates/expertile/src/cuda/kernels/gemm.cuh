@@ -4,7 +4,8 @@
 // Set by whoever compiles: BF16 (operands; else e4m3), TOKENS (most rows of a tile), STEP (a divisor of it: copies of rows
 // come in its multiples), SHARED (blocks of a cluster that share rows), SPLITS (blocks of a cluster that each take a part of
 // K), STAGES. Set by the kernel: GROUPS (warpgroups that multiply), STAGING_BYTES, SCALING_WARPS (0 where the sums take
-// the scales one by one) and FIRST_STAGE_FIRST.
+// the scales one by one), FIRST_STAGE_FIRST and PARTS (2 where a tile's weights come from two places, half an N apart: gate
+// and up; else 1).
 #pragma once
 #include "wgmma.cuh"
 
@@ -26,7 +27,7 @@ constexpr int STAGE_BYTES = WEIGHTS_BYTES + TOKENS * ROW_BYTES;
 constexpr int STAGING = STAGES * STAGE_BYTES;
 constexpr int ROW_SCALES = STAGING + STAGING_BYTES;
 constexpr int WEIGHT_SCALES = ROW_SCALES + STAGES * TOKENS * 4;
-constexpr int TILES = (WEIGHT_SCALES + STAGES * 4 + 15) / 16 * 16;
+constexpr int TILES = (WEIGHT_SCALES + STAGES * PARTS * 4 + 15) / 16 * 16;
 // Where there are scaling warps, the products of both, in the order of their readers: a lane's neighbours in the sum have
 // theirs TOKENS / 4 apart, and four more, so that they stand on different banks.
 constexpr int SCALES_OF_LANE = TOKENS / 4 + 4;
@@ -36,11 +37,12 @@ constexpr int BARRIERS = SCALES + (SCALING_WARPS > 0 ? STAGES * 4 * SCALES_OF_LA
 static_assert(TOKENS % STEP == 0 && STEP % 16 == 0, "a path takes whole matrices, and whole patterns of the swizzle from each block that shares");
 
 struct GemmArgs {
-    TensorMap weights;      // [experts, n, k], a box is OUTPUTS rows of a block of K
+    TensorMap weights;      // [experts, n, k], a box is OUTPUTS / PARTS rows of a block of K
     TensorMap rows[PATHS];  // [m_sum, k], a box is a path's rows over SHARED
     const float* row_scales;     // [k / 128, m_sum rounded up to 4]
     const float* weight_scales;  // [experts, n / 128, k / 128], rounded up
-    u16* out;                    // [m_sum, n] bf16
+    void* out;                   // [m_sum, n] bf16; with an activation [m_sum, n / 2] e4m3
+    float* out_scales;           // with an activation [n / 256, m_sum rounded up to 4]
     const int* header;
     const int2* worklist;
     const int* psum;
@@ -77,7 +79,7 @@ struct Schedule {
         const int2 entry = a.worklist[before + (place + place / together) % together];
         const int rows = min(a.psum[entry.x] - entry.y, TOKENS);
         const int column = place / together * SHARED + (SHARED > 1 ? rank : 0);
-        return Tile{entry.x, entry.y, max(rows, 1), column * OUTPUTS};
+        return Tile{entry.x, entry.y, max(rows, 1), column * (OUTPUTS / PARTS)};
     }
 };
 
@@ -108,7 +110,7 @@ struct Ring {
     __device__ __forceinline__ u32 weights() const { return memory + stage * STAGE_BYTES; }
     __device__ __forceinline__ u32 rows() const { return memory + stage * STAGE_BYTES + WEIGHTS_BYTES; }
     __device__ __forceinline__ u32 row_scales() const { return memory + ROW_SCALES + stage * TOKENS * 4; }
-    __device__ __forceinline__ u32 weight_scale() const { return memory + WEIGHT_SCALES + stage * 4; }
+    __device__ __forceinline__ u32 weight_scale() const { return memory + WEIGHT_SCALES + stage * PARTS * 4; }
     // With the first block of a tile's K: which tile it is.
     __device__ __forceinline__ u32 tile() const { return memory + TILES + stage * 16; }
     __device__ __forceinline__ void advance() {
@@ -158,7 +160,10 @@ __device__ __forceinline__ void produce(const GemmArgs& a, Ring ring, int cluste
             wait_for_phase(ring.empty(), ring.parity() ^ 1);
             if (block == depth.begin) store_tile(ring.tile(), tile);
             arrive_expecting(ring.full(), WEIGHTS_BYTES + rows * ROW_BYTES + (BF16 ? 0 : scaled_rows * 4));
-            copy_box(ring.weights(), a.weights, block * VALUES, tile.column, tile.expert, ring.full(), Keep::NORMALLY);
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part)
+                copy_box(ring.weights() + part * (WEIGHTS_BYTES / PARTS), a.weights, block * VALUES, tile.column + part * (a.n / 2), tile.expert,
+                         ring.full(), Keep::NORMALLY);
             if (SHARED > 1)
                 share_box(ring.rows() + rank * share * ROW_BYTES, rows_map, block * VALUES, tile.first + rank * share, ring.full(),
                           (1 << SHARED) - 1, Keep::NORMALLY);
@@ -166,7 +171,9 @@ __device__ __forceinline__ void produce(const GemmArgs& a, Ring ring, int cluste
                 copy_box(ring.rows(), rows_map, block * VALUES, tile.first, ring.full(), Keep::NORMALLY);
             if (!BF16) {
                 copy_bytes(ring.row_scales(), a.row_scales + row_scales, scaled_rows * 4, ring.full());
-                copy_word(ring.weight_scale(), a.weight_scales + weight_scale);
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part)
+                    copy_word(ring.weight_scale() + part * 4, a.weight_scales + weight_scale + part * (a.n / 2 / SCALE_BLOCK) * scale_columns);
                 arrive_after_copies(ring.full());
                 row_scales += stride;
                 ++weight_scale;

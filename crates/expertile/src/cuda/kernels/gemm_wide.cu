@@ -4,15 +4,28 @@
 // that a block of K has one scale for all of a tile's weights and two for a thread's rows. A warpgroup without rows
 // multiplies nothing. The rest is as in gemm.cu, for few rows.
 //
-// Set by whoever compiles: as gemm.cuh says; TOKENS is 192, STEP 64, SPLITS 1.
+// With an activation, a tile's outputs are 64 of the gate and the 64 of up that belong to them: a thread then has both in its
+// registers, and a cluster of two blocks has the 128 results that share a scale. gate and up are rounded to bf16 on the way,
+// as they would be had they been stored, so that the results are those of activation.cu.
+//
+// Set by whoever compiles: as gemm.cuh says; TOKENS is 192, STEP 64, SPLITS 1; ACTIVATION (1: SHARED is 2, operands are e4m3,
+// and activation.cuh's).
 constexpr int GROUPS = 3;
 constexpr int ROWS_OF_GROUP = 64;
 // A row of results: padded, so that eight of them start on different banks.
-constexpr int STAGING_ROW = 128 * 2 + 16;
-constexpr int STAGING_BYTES = TOKENS * STAGING_ROW;
+constexpr int STAGING_ROW = (ACTIVATION ? 64 : 128 * 2) + 16;
+// With an activation, also the largest magnitudes of each row that the other block sends, of two tiles in turn, and a
+// barrier for each warp.
+constexpr int STAGING_BYTES = TOKENS * STAGING_ROW + (ACTIVATION ? 2 * TOKENS * 4 + 128 : 0);
 constexpr int SCALING_WARPS = 0;
 constexpr bool FIRST_STAGE_FIRST = true;
+constexpr int PARTS = ACTIVATION ? 2 : 1;
+#if ACTIVATION
+#include "activation.cuh"
+#endif
 #include "gemm.cuh"
+
+static_assert(!ACTIVATION || (SHARED == 2 && !BF16), "128 results that share a scale come from two blocks");
 
 static_assert(TOKENS == GROUPS * ROWS_OF_GROUP && STEP == ROWS_OF_GROUP && SPLITS == 1, "a warpgroup has 64 rows");
 
@@ -54,21 +67,26 @@ __device__ __forceinline__ void multiply_block(Ring& ring, int group, bool first
 #else
 __device__ __forceinline__ void multiply_block(Ring& ring, int group, u32 my_scales, float (&part)[SUMS], float (&sum)[SUMS]) {
     wait_for_phase(ring.full(), ring.parity());
-    const float weight_scale = load_shared(ring.weight_scale());
+    float weight_scale[PARTS];
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) weight_scale[i] = load_shared(ring.weight_scale() + i * 4);
     const float upper_scale = load_shared(ring.row_scales() + my_scales);
     const float lower_scale = load_shared(ring.row_scales() + my_scales + 32);
     start_products(ring, group, part, false);
     wait_for_products<0>();
     hold(part);
     release(ring.empty());
-    const float upper = __fmul_rn(upper_scale, weight_scale);
-    const float lower = __fmul_rn(lower_scale, weight_scale);
 #pragma unroll
-    for (int i = 0; i < SUMS; i += 4) {
-        sum[i] = __fmaf_rn(part[i], upper, sum[i]);
-        sum[i + 1] = __fmaf_rn(part[i + 1], upper, sum[i + 1]);
-        sum[i + 2] = __fmaf_rn(part[i + 2], lower, sum[i + 2]);
-        sum[i + 3] = __fmaf_rn(part[i + 3], lower, sum[i + 3]);
+    for (int i = 0; i < PARTS; ++i) {
+        const float upper = __fmul_rn(upper_scale, weight_scale[i]);
+        const float lower = __fmul_rn(lower_scale, weight_scale[i]);
+#pragma unroll
+        for (int j = i * (SUMS / PARTS); j < (i + 1) * (SUMS / PARTS); j += 4) {
+            sum[j] = __fmaf_rn(part[j], upper, sum[j]);
+            sum[j + 1] = __fmaf_rn(part[j + 1], upper, sum[j + 1]);
+            sum[j + 2] = __fmaf_rn(part[j + 2], lower, sum[j + 2]);
+            sum[j + 3] = __fmaf_rn(part[j + 3], lower, sum[j + 3]);
+        }
     }
 }
 #endif
@@ -103,6 +121,70 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int grou
     ring.end_tile();
 }
 
+#if ACTIVATION
+__device__ __forceinline__ u32 magnitudes(u32 memory, u32 parity, int row) {
+    return memory + STAGING + TOKENS * STAGING_ROW + (parity * TOKENS + row) * 4;
+}
+__device__ __forceinline__ u32 magnitudes_ready(u32 memory, int warp) {
+    return memory + STAGING + TOKENS * STAGING_ROW + 2 * TOKENS * 4 + warp * 8;
+}
+
+// The value as it would be read back from memory.
+__device__ __forceinline__ float through_bf16(float x) { return __uint_as_float(pack_bf16(x, 0.0f) << 16); }
+
+// gate and up to results, those to e4m3 with the scale that both blocks agree on, and live rows to their places. `parity` is
+// that of the tiles that this warp has had.
+__device__ __forceinline__ void activate_and_store_rows(const GemmArgs& a, const Tile& tile, u32 memory, int rank, u32 parity,
+                                                        const float (&sum)[SUMS]) {
+    const int lane = lane_of_thread();
+    const int warp = (threadIdx.x - WARPGROUP) / 32;
+    const int first = warp * 16;
+    const u32 staging = memory + STAGING + first * STAGING_ROW;
+    const u32 ready = magnitudes_ready(memory, warp);
+    // Before the other block can know that it may send for the next tile.
+    if (lane == 0) arrive_expecting(ready, 16 * 4);
+    __syncwarp();
+    float y[2][16];
+    float largest[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            const int at = i / 2 * 4 + half * 2 + i % 2;
+            y[half][i] = times_up(through_bf16(sum[SUMS / 2 + at]), gated(through_bf16(sum[at])));
+            largest[half] = fmaxf(largest[half], fabsf(y[half][i]));
+        }
+        largest[half] = fmaxf(largest[half], __shfl_xor_sync(WARP, largest[half], 1));
+        largest[half] = fmaxf(largest[half], __shfl_xor_sync(WARP, largest[half], 2));
+        if (lane % 4 == 0)
+            send_word(address_in_block(magnitudes(memory, parity, first + half * 8 + lane / 4), rank ^ 1), largest[half],
+                      address_in_block(ready, rank ^ 1));
+    }
+    wait_for_stores_to_read();
+    wait_for_cluster(ready, parity);
+    __syncwarp();
+    const int stride = (a.m_sum + 3) & ~3;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = half * 8 + lane / 4;
+        const float scale = scale_of(fmaxf(largest[half], load_shared(magnitudes(memory, parity, first + row))), false);
+        const uint4 bytes = quantize_values<false, 2>(y[half], scale);
+        const u32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            asm volatile("st.shared.u16 [%0], %1;" ::"r"(staging + row * STAGING_ROW + i * 8 + lane % 4 * 2),
+                         "h"((u16)(words[i / 2] >> i % 2 * 16))
+                         : "memory");
+        if (rank == 0 && lane % 4 == 0 && first + row < tile.rows)
+            a.out_scales[(i64)(tile.column / SCALE_BLOCK) * stride + tile.first + first + row] = scale;
+    }
+    publish_shared_writes();
+    __syncwarp();
+    if (lane < 16 && first + lane < tile.rows)
+        store_bytes(static_cast<u8*>(a.out) + (i64)(tile.first + first + lane) * (a.n / 2) + tile.column, staging + lane * STAGING_ROW, 64);
+    commit_stores();
+}
+#else
 // Live rows to their places, by way of shared memory: a warp has 16 of its own.
 __device__ __forceinline__ void store_rows(const GemmArgs& a, const Tile& tile, u32 memory, const float (&sum)[SUMS]) {
     const int lane = lane_of_thread();
@@ -119,9 +201,11 @@ __device__ __forceinline__ void store_rows(const GemmArgs& a, const Tile& tile, 
     __syncwarp();
     const int outputs = min(a.n - tile.column, OUTPUTS);
     if (lane < 16 && first + lane < tile.rows && outputs > 0)
-        store_bytes(a.out + (i64)(tile.first + first + lane) * a.n + tile.column, staging + lane * STAGING_ROW, outputs * 2);
+        store_bytes(static_cast<u16*>(a.out) + (i64)(tile.first + first + lane) * a.n + tile.column, staging + lane * STAGING_ROW,
+                    outputs * 2);
     commit_stores();
 }
+#endif
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ GemmArgs a) {
     extern __shared__ __align__(1024) u8 shared[];
@@ -130,6 +214,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     // From one lane, so that the compiler knows it to be the same in all.
     const int group = __shfl_sync(WARP, (int)threadIdx.x / WARPGROUP, 0) - 1;
     Ring ring(memory);
+#if ACTIVATION
+    if (threadIdx.x < CONSUMER_WARPS) {
+        init_barrier(magnitudes_ready(memory, threadIdx.x), 1);
+        publish_barriers();
+    }
+#endif
     set_up(a, memory);
     wait_for_previous_launch();
     let_next_launch_start();
@@ -139,6 +229,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     } else {
         take_registers<152>();
         const Depth depth(a.k, rank);
+        [[maybe_unused]] u32 parity = 0;
         while (true) {
             wait_for_phase(ring.full(), ring.parity());
             const Tile tile = load_tile(ring.tile());
@@ -149,7 +240,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             }
             float sum[SUMS];
             multiply_blocks(ring, depth.end, group, sum);
+#if ACTIVATION
+            activate_and_store_rows(a, tile, memory, rank, parity, sum);
+            parity ^= 1;
+#else
             store_rows(a, tile, memory, sum);
+#endif
         }
         wait_for_stores_to_read();
     }

@@ -168,6 +168,13 @@ __device__ __forceinline__ float4 load_from_cluster(u32 address) {
     return v;
 }
 
+// A word to another block of the cluster; the barrier there counts its bytes.
+__device__ __forceinline__ void send_word(u32 to, float value, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to), "r"(__float_as_uint(value)),
+                 "r"(barrier)
+                 : "memory");
+}
+
 template <int REGISTERS>
 __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
