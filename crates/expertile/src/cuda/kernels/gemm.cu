@@ -96,7 +96,6 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int grou
                 sum[8 * i + j] = __fmaf_rn(part[8 * i + j], mine, sum[8 * i + j]);
             }
         }
-        __syncwarp();
         release(ring.empty());
         ring.advance();
     }
@@ -126,6 +125,15 @@ __device__ __forceinline__ void store_rows(const GemmArgs& a, const Tile& tile, 
     commit_stores();
 }
 
+// A barrier of every block that has a part hears of this warp.
+__device__ __forceinline__ void tell_all_parts(u32 barrier, int rank) {
+    const int lane = lane_of_thread();
+    if (lane == rank)
+        arrive(barrier);
+    else if (lane < SPLITS)
+        arrive_in_cluster(address_in_block(barrier, lane));
+}
+
 // The parts of K meet: every block leaves its part where all can read it, and adds up a share of the rows.
 template <int N>
 __device__ __forceinline__ void add_and_store_rows(const GemmArgs& a, const Tile& tile, u32 memory, int group, int rank, u32 parity,
@@ -142,7 +150,7 @@ __device__ __forceinline__ void add_and_store_rows(const GemmArgs& a, const Tile
         asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(sum[i]) : "memory");
     }
     __syncwarp();
-    if (lane < SPLITS) arrive_in_cluster(address_in_block(partials_ready(memory), lane));
+    tell_all_parts(partials_ready(memory), rank);
     wait_for_cluster(partials_ready(memory), parity);
     constexpr int QUADS = OUTPUTS / 4;
     constexpr int SHARE = N * QUADS / SPLITS;
@@ -161,7 +169,7 @@ __device__ __forceinline__ void add_and_store_rows(const GemmArgs& a, const Tile
                 make_uint2(pack_bf16(total.x, total.y), pack_bf16(total.z, total.w));
     }
     __syncwarp();
-    if (lane < SPLITS) arrive_in_cluster(address_in_block(partials_read(memory), lane));
+    tell_all_parts(partials_read(memory), rank);
 }
 
 template <int N>

@@ -210,11 +210,9 @@ __device__ __forceinline__ float4 load_shared_quad(u32 address) {
 // Tells the producers, of every block that writes here, that this warp is done with a stage.
 __device__ __forceinline__ void release(u32 empty) {
     const int lane = lane_of_thread();
-    if (SHARED > 1) {
-        if (lane < SHARED) arrive_elsewhere(address_in_block(empty, lane));
-    } else if (lane == 0) {
-        arrive(empty);
-    }
+    __syncwarp();
+    if (lane == 0) arrive(empty);
+    if (SHARED > 1 && lane == 1) arrive_elsewhere(address_in_block(empty, rank_in_cluster() ^ 1));
 }
 
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
