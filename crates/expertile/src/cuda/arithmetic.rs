@@ -48,6 +48,12 @@ fn quotients_of_f16_round_to_the_same_e4m3_for_every_pair_of_mantissas() {
 }
 
 #[test]
+fn quotients_of_f32_round_to_the_same_e4m3_next_to_every_boundary_of_every_scale() {
+    let Some([count, first]) = disagreements(c"every_quotient_near_a_boundary", 0) else { return };
+    assert_eq!(count, 0, "the first is {:#x} by mantissa {:#x}", first >> 32, first as u32);
+}
+
+#[test]
 fn conversion_to_e4m3_is_the_definition_for_every_f32() {
     let Some([count, first]) = disagreements(c"every_conversion", 0) else { return };
     assert_eq!(count, 0, "the first is {:#x}", first);

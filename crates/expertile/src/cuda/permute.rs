@@ -121,8 +121,8 @@ fn require_columns(argument: &'static str, col_stride: usize, cols: usize) -> Re
 
 /// From routing to quantized rows in their places, prepared.
 ///
-/// Up to 4096 slots (256 tokens of 16) take one launch. More take three, each set up while the one before runs: layout, rows,
-/// and scales, which are cheaper to write row by row once every token has its own.
+/// Up to 4096 slots (256 tokens of 16) take one launch. More take two, the second set up while the first runs: the layout; then
+/// the rows, and their scales, which are cheaper to write row by row once every token has its own.
 #[derive(Debug)]
 pub struct QuantizePermute {
     device: Device,
@@ -131,7 +131,6 @@ pub struct QuantizePermute {
     few: Arc<Kernel>,
     many: Arc<Kernel>,
     many_blocks: u32,
-    spread: Arc<Kernel>,
     single_launch_slots: usize,
 }
 
@@ -144,9 +143,8 @@ impl QuantizePermute {
         let source = config.source()?;
         let few = device.kernel(&source, c"route_quantize_permute")?;
         few.allow_shared_bytes(few_shared_bytes(route::MAX_EXPERTS, FEW_SLOTS))?;
-        let many = device.kernel(&source, c"quantize_permute")?;
+        let many = device.kernel(&source, c"permute_rows")?;
         let per_multiprocessor = device.blocks_per_multiprocessor(&many, THREADS, 0)?;
-        let spread = device.kernel(&source, c"spread_token_scales")?;
         Ok(Self {
             device: device.clone(),
             config,
@@ -154,7 +152,6 @@ impl QuantizePermute {
             few,
             many,
             many_blocks: per_multiprocessor.max(1) * device.info().multiprocessors,
-            spread,
             single_launch_slots: FEW_SLOTS,
         })
     }
@@ -165,10 +162,10 @@ impl QuantizePermute {
         Self { single_launch_slots: slots.min(FEW_SLOTS), ..self }
     }
 
-    /// What the kernels take of a multiprocessor: the single launch's, the rows' and the scales'.
+    /// What the kernels take of a multiprocessor: the single launch's, and the two launches'.
     #[must_use]
     pub fn resources(&self) -> [Resources; 3] {
-        [self.few.resources(), self.many.resources(), self.spread.resources()]
+        [self.few.resources(), self.route.resources(), self.many.resources()]
     }
 
     /// As [`Route::workspace_bytes`]: the routing's, and the tokens' scales on their way to their rows.
@@ -215,7 +212,8 @@ impl QuantizePermute {
         self.config.check(rows, plan)?;
         let route = self.config.route.arguments(plan, routing, layout, workspace)?;
         let token_scales = workspace + self.route.workspace_bytes(plan)? as u64;
-        let arguments = RowsArgs { token_scales, ..RowsArgs::new(rows, layout, plan)? };
+        let queue = workspace + route::QUEUE_OFFSET;
+        let arguments = RowsArgs { token_scales, queue, ..RowsArgs::new(rows, layout, plan)? };
         let slots = plan.tokens() * plan.topk();
         if slots > self.single_launch_slots {
             // SAFETY: the caller's promise.
@@ -236,18 +234,15 @@ impl QuantizePermute {
         unsafe { self.device.launch(&self.few, shape, stream, &pointers) }
     }
 
+    /// # Safety
+    /// As [`Route::launch`].
     #[allow(unsafe_code)]
     unsafe fn queue_rows(&self, stream: Stream, arguments: &RowsArgs) -> Result<()> {
-        const BLOCKS_PER_MULTIPROCESSOR: u32 = 8;
-        let rows =
+        let shape =
             Launch { blocks: self.many_blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
-        let scales = Launch { blocks: BLOCKS_PER_MULTIPROCESSOR * self.device.info().multiprocessors, ..rows };
         let pointers = [std::ptr::from_ref(arguments).cast::<c_void>()];
-        // SAFETY: both kernels take one `RowsArgs`; the rest is the caller's promise.
-        unsafe {
-            self.device.launch(&self.many, rows, stream, &pointers)?;
-            self.device.launch(&self.spread, scales, stream, &pointers)
-        }
+        // SAFETY: the kernel takes one `RowsArgs`; the rest is the caller's promise.
+        unsafe { self.device.launch(&self.many, shape, stream, &pointers) }
     }
 
     /// As [`Route::check`].

@@ -16,8 +16,9 @@ pub(super) const MAX_TOPK: usize = 32;
 
 const THREADS: u32 = 512;
 const WARPS: u32 = THREADS / 32;
-/// Status, then barrier, each in a part of its own; the chunks' counts follow.
+/// Status, barrier and the queue of the rows' kernel, each in a part of its own; the chunks' counts follow.
 const STATUS_BYTES: usize = 32;
+pub(super) const QUEUE_OFFSET: u64 = 48;
 const STATE_BYTES: usize = 64;
 
 /// What the kernel is specialised for.

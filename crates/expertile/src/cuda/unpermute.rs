@@ -6,13 +6,14 @@ use super::kernel::{Kernel, Resources, Source};
 use super::permute::float_number;
 use super::route::MAX_TOPK;
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, checked_mul};
 use std::ffi::c_void;
 use std::sync::Arc;
 
-const THREADS: u32 = 256;
-/// Up to this many slots there are not enough long pieces to keep every multiprocessor busy.
-const FEW_SLOTS: usize = 1024;
+const THREADS: u32 = 128;
+/// Up to this many slots, of tokens with more than `SHORT_TOPK` each, a warp takes the shortest piece of a row that there is.
+const FEW_SLOTS: usize = 2048;
+const SHORT_TOPK: usize = 4;
 
 /// What the kernel is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,8 +99,6 @@ pub struct Unpermute {
     config: UnpermuteConfig,
     many: Arc<Kernel>,
     few: Arc<Kernel>,
-    /// Blocks that are resident at once, of either.
-    blocks: u32,
 }
 
 impl Unpermute {
@@ -111,9 +110,7 @@ impl Unpermute {
         let source = config.source()?;
         let many = device.kernel(&source, c"unpermute")?;
         let few = device.kernel(&source, c"unpermute_few")?;
-        let per_multiprocessor = device.blocks_per_multiprocessor(&many, THREADS, 0)?;
-        let blocks = per_multiprocessor.max(1) * device.info().multiprocessors;
-        Ok(Self { device: device.clone(), config, many, few, blocks })
+        Ok(Self { device: device.clone(), config, many, few })
     }
 
     /// What the kernels take of a multiprocessor: the one for many tokens, then the one for few.
@@ -161,9 +158,12 @@ impl Unpermute {
             tokens,
             m_sum,
         };
-        let kernel = if call.tokens * self.config.topk <= FEW_SLOTS { &self.few } else { &self.many };
-        let shape =
-            Launch { blocks: self.blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
+        let few = self.config.topk > SHORT_TOPK && call.tokens.saturating_mul(self.config.topk) <= FEW_SLOTS;
+        let (kernel, steps_of_a_warp) = if few { (&self.few, 1) } else { (&self.many, 2) };
+        let steps = self.config.hidden.div_ceil(32 * self.config.vector());
+        let warps = checked_mul("warps of a launch", call.tokens, steps.div_ceil(steps_of_a_warp))?;
+        let blocks = require_int("blocks of a launch", warps.div_ceil(THREADS as usize / 32))? as u32;
+        let shape = Launch { blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
         let pointers = [std::ptr::from_ref(&arguments).cast::<c_void>()];
         // SAFETY: the kernel takes one `UnpermuteArgs`; the rest is the caller's promise.
         unsafe { self.device.launch(kernel, shape, stream, &pointers) }

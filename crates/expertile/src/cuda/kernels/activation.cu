@@ -23,25 +23,6 @@ struct ActivationArgs {
     int reserved;
 };
 
-// A bf16 gate has few values: those from 2^-25 to below 2^7 in magnitude, of either sign, fit a table. Where there are many
-// rows, looking them up leaves time for memory, which the arithmetic alone would not.
-constexpr u32 TABLE_FIRST = (127 - 25) << 7;
-constexpr u32 TABLE_OF_SIGN = 32 << 7;
-
-__device__ __forceinline__ void fill_table(float* table) {
-    for (u32 i = threadIdx.x; i < 2 * TABLE_OF_SIGN; i += THREADS) {
-        const u32 sign = i / TABLE_OF_SIGN;
-        table[i] = gated(__uint_as_float(sign << 31 | (i % TABLE_OF_SIGN + TABLE_FIRST) << 16));
-    }
-    __syncthreads();
-}
-
-// A gate's place in the table, in 16 bits; at least 2 * TABLE_OF_SIGN if it has none.
-__device__ __forceinline__ u32 table_place(u32 gate) {
-    const u32 magnitude = (gate & 0x7fffu) - TABLE_FIRST;
-    return magnitude < TABLE_OF_SIGN ? magnitude + (gate >> 15) * TABLE_OF_SIGN : 2 * TABLE_OF_SIGN;
-}
-
 struct LiveRows {
     int start[MAX_EXPERTS];   // of each expert's segment
     int before[MAX_EXPERTS];  // live rows of the experts before it
@@ -111,46 +92,40 @@ __device__ __forceinline__ void load_values(const u16* from, u32 (&pairs)[PER_LA
 #endif
 }
 
-// One slab of one row, and the word of its scales that the lane shares; `table` is null where it has not been filled. Every
-// lane of the warp calls.
-__device__ __forceinline__ u32 activate_slab(const ActivationArgs& a, const float* table, int row, int slab) {
-    const int lane = lane_of_thread();
-    const int column = slab * SLAB + lane * PER_LANE;
+// A lane's values of one slab of one row, as they stand in memory.
+struct Raw {
+    u32 gate[PER_LANE / 2];
+    u32 up[PER_LANE / 2];
+};
+
+__device__ __forceinline__ void load_slab(const ActivationArgs& a, int row, int slab, Raw& raw) {
+    const int column = slab * SLAB + lane_of_thread() * PER_LANE;
+    if (column >= INTERMEDIATE) {
+#pragma unroll
+        for (int i = 0; i < PER_LANE / 2; ++i) raw.gate[i] = raw.up[i] = 0;
+        return;
+    }
+    const u16* from = a.gate_up + (i64)row * (2 * INTERMEDIATE) + column;
+    load_values(from, raw.gate);
+    load_values(from + INTERMEDIATE, raw.up);
+}
+
+// One slab of one row, and the word of its scales that the lane shares. Every lane of the warp calls.
+__device__ __forceinline__ u32 activate_slab(const ActivationArgs& a, const Raw& raw, int row, int slab) {
+    const int column = slab * SLAB + lane_of_thread() * PER_LANE;
     const bool active = column < INTERMEDIATE;
     float y[PER_LANE];
     float largest = 0.0f;
-    if (active) {
-        u32 gate[PER_LANE / 2];
-        u32 up[PER_LANE / 2];
-        const u16* from = a.gate_up + (i64)row * (2 * INTERMEDIATE) + column;
-        load_values(from, gate);
-        load_values(from + INTERMEDIATE, up);
-        bool in_table = table != nullptr;
-        u32 place[PER_LANE];
 #pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) {
-            place[i] = table_place(i % 2 == 0 ? gate[i / 2] & 0xffffu : gate[i / 2] >> 16);
-            in_table = in_table && place[i] < 2 * TABLE_OF_SIGN;
-        }
-        if (in_table) {
-#pragma unroll
-            for (int i = 0; i < PER_LANE; ++i) y[i] = table[place[i]];
-        } else {
-#pragma unroll
-            for (int i = 0; i < PER_LANE; ++i) y[i] = gated(i % 2 == 0 ? low_half<0>(gate[i / 2]) : high_half<0>(gate[i / 2]));
-        }
-#pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) {
-            y[i] = times_up(i % 2 == 0 ? low_half<0>(up[i / 2]) : high_half<0>(up[i / 2]), y[i]);
-            largest = fmaxf(largest, fabsf(y[i]));
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) y[i] = 0.0f;
+    for (int i = 0; i < PER_LANE; ++i) {
+        const float gate = i % 2 == 0 ? low_half<0>(raw.gate[i / 2]) : high_half<0>(raw.gate[i / 2]);
+        const float up = i % 2 == 0 ? low_half<0>(raw.up[i / 2]) : high_half<0>(raw.up[i / 2]);
+        y[i] = times_up(up, gated(gate));
+        largest = fmaxf(largest, fabsf(y[i]));
     }
 #if QUANTIZED
     const float scale = scale_of(group_max<GROUP>(largest), POWER_OF_TWO != 0);
-    const uint4 bytes = quantize_values<POWER_OF_TWO != 0, 2>(y, scale);
+    const uint4 bytes = quantize_values<POWER_OF_TWO != 0>(y, scale);
     if (active) *reinterpret_cast<uint4*>(static_cast<u8*>(a.out) + (i64)row * INTERMEDIATE + column) = bytes;
     return word_of_scale(active ? scale : 0.0f);
 #else
@@ -165,50 +140,64 @@ __device__ __forceinline__ u32 activate_slab(const ActivationArgs& a, const floa
 #endif
 }
 
-// The same slab of ROWS consecutive live rows, from `live` on. Of the lanes that share a word of scales, the j-th keeps the
-// j-th row's, so that the words of neighbouring rows, which are neighbours in memory, are stored together.
+// All live rows, a slab of ROWS of them at a time; the next slab is on its way while one is worked on. Of the lanes that share
+// a word of scales, the j-th keeps the j-th row's, so that the words of neighbouring rows, which are neighbours in memory,
+// are stored together. Warps of the whole grid share the work; `warp` of `warps`.
 template <int ROWS>
-__device__ __forceinline__ void activate_rows(const ActivationArgs& a, const LiveRows& s, const float* table, int live, int slab) {
+__device__ __forceinline__ void activate_rows(const ActivationArgs& a, const LiveRows& s, int warp, int warps) {
     const int mine = lane_of_thread() % LANES_PER_WORD;
-    const int column = slab * WORDS_PER_SLAB + lane_of_thread() / LANES_PER_WORD;
+    const i64 units = (i64)((s.all + ROWS - 1) / ROWS) * SLABS;
+    i64 unit = warp;
+    if (unit >= units) return;
+    int live = (int)(unit / SLABS) * ROWS;
     int expert = last_not_above(s.before, a.experts, live);
+    int row = s.start[expert] + live - s.before[expert];
+    Raw next;
+    load_slab(a, row, (int)(unit % SLABS), next);
     int kept_row = -1;
     u32 kept_word = 0;
-#pragma unroll 1
-    for (int j = 0; j < ROWS && live + j < s.all; ++j) {
-        while (expert + 1 < a.experts && s.before[expert + 1] <= live + j) ++expert;
-        const int row = s.start[expert] + live + j - s.before[expert];
-        const u32 word = activate_slab(a, table, row, slab);
+    while (true) {
+        const Raw raw = next;
+        const int this_row = row;
+        const int this_slab = (int)(unit % SLABS);
+        const int j = live % ROWS;
+        ++live;
+        const bool unit_ends = j + 1 == ROWS || live == s.all;
+        if (unit_ends) {
+            unit += warps;
+            live = (int)(unit / SLABS) * ROWS;
+        }
+        if (unit < units) {
+            if (unit_ends) expert = last_not_above(s.before, a.experts, live);
+            while (expert + 1 < a.experts && s.before[expert + 1] <= live) ++expert;
+            row = s.start[expert] + live - s.before[expert];
+            load_slab(a, row, (int)(unit % SLABS), next);
+        }
+        const u32 word = activate_slab(a, raw, this_row, this_slab);
         if (mine == j) {
-            kept_row = row;
+            kept_row = this_row;
             kept_word = word;
         }
-    }
+        if (!unit_ends) continue;
 #if QUANTIZED
-    if (kept_row >= 0 && column < WORDS_PER_ROW) a.scales[scale_word(kept_row, column, a.m_sum)] = kept_word;
+        const int column = this_slab * WORDS_PER_SLAB + lane_of_thread() / LANES_PER_WORD;
+        if (kept_row >= 0 && column < WORDS_PER_ROW) a.scales[scale_word(kept_row, column, a.m_sum)] = kept_word;
 #endif
+        kept_row = -1;
+        if (unit >= units) break;
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) activation(const __grid_constant__ ActivationArgs a) {
     __shared__ LiveRows s;
-    __shared__ float table[2 * TABLE_OF_SIGN];
     wait_for_previous_launch();
     let_next_launch_start();
     find_live_rows(a, s);
     const int warp = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
     const int warps = gridDim.x * WARPS;
-    // Filling the table costs each thread about as much as four slabs do.
-    constexpr int WORTH_IT = 8;
-    if ((i64)s.all * SLABS > (i64)WORTH_IT * warps) {
-        constexpr int ROWS = LANES_PER_WORD < 8 ? LANES_PER_WORD : 8;
-        fill_table(table);
-        const i64 units = (i64)((s.all + ROWS - 1) / ROWS) * SLABS;
-        for (i64 unit = warp; unit < units; unit += warps)
-            activate_rows<ROWS>(a, s, table, (int)(unit / SLABS) * ROWS, (int)(unit % SLABS));
-    } else {
-        for (i64 unit = warp; unit < (i64)s.all * SLABS; unit += warps)
-            activate_rows<1>(a, s, nullptr, (int)(unit / SLABS), (int)(unit % SLABS));
-    }
+    constexpr int ROWS = LANES_PER_WORD < 8 ? LANES_PER_WORD : 8;
+    if ((i64)s.all * SLABS > (i64)ROWS * warps) activate_rows<ROWS>(a, s, warp, warps);
+    else activate_rows<1>(a, s, warp, warps);
 #if QUANTIZED
     zero_padding_scales(
         a.scales, a.m_sum, a.experts, s.used, warp, warps, [&](int e) { return s.start[e]; }, [&](int e) { return s.end[e]; });

@@ -4,8 +4,8 @@
 #pragma once
 #include "quantize.cuh"
 
-// exp(x), |x| held within 87: two-part range reduction and a degree-6 polynomial, without contraction.
-__device__ __forceinline__ float exp_held(float x) {
+// 1 + exp(x), |x| held within 87: one step of range reduction and a degree-5 polynomial, all fused.
+__device__ __forceinline__ float one_plus_exp(float x) {
     // fminf would turn a NaN into 87. Unless alpha is zero or not finite, only a gate that is NaN makes one, and then the
     // product with the gate is NaN all the same.
     constexpr u32 ALPHA_MAGNITUDE = ALPHA & 0x7fffffffu;
@@ -15,18 +15,17 @@ __device__ __forceinline__ float exp_held(float x) {
         x = x > 87.0f ? 87.0f : x;
         x = x < -87.0f ? -87.0f : x;
     }
-    const float shifted = __fadd_rn(__fmul_rn(x, 1.44269504088896340736f), 12582912.0f);
+    const float shifted = __fmaf_rn(x, 1.44269504088896340736f, 12582912.0f);
     const float n = __fsub_rn(shifted, 12582912.0f);
-    float r = __fsub_rn(x, __fmul_rn(n, 0.693359375f));
-    r = __fsub_rn(r, __fmul_rn(n, -2.12194440e-4f));
-    float p = 1.0f / 720.0f;
-    p = __fadd_rn(__fmul_rn(p, r), 1.0f / 120.0f);
-    p = __fadd_rn(__fmul_rn(p, r), 1.0f / 24.0f);
-    p = __fadd_rn(__fmul_rn(p, r), 1.0f / 6.0f);
-    p = __fadd_rn(__fmul_rn(p, r), 0.5f);
-    p = __fadd_rn(__fmul_rn(p, r), 1.0f);
-    p = __fadd_rn(__fmul_rn(p, r), 1.0f);
-    return __fmul_rn(p, __uint_as_float((__float_as_uint(shifted) << 23) + (127u << 23)));
+    const float r = __fmaf_rn(n, -0.693147180559945309f, x);
+    float p = 0.0083125f;
+    p = __fmaf_rn(p, r, 0.04189033f);
+    p = __fmaf_rn(p, r, 0.16667115f);
+    p = __fmaf_rn(p, r, 0.4999923f);
+    p = __fmaf_rn(p, r, 1.0f);
+    p = __fmaf_rn(p, r, 1.0f);
+    // The integer n stands in the low bits of `shifted`. Scaling by 2^n is exact, so fusing it changes nothing.
+    return __fmaf_rn(p, __uint_as_float((__float_as_uint(shifted) << 23) + (127u << 23)), 1.0f);
 }
 
 // gate * sigmoid(alpha * gate), the gate clamped from above.
@@ -36,7 +35,7 @@ __device__ __forceinline__ float gated(float gate) {
     gate = gate > limit ? limit : gate;
 #endif
     const float x = __fmul_rn(__uint_as_float(ALPHA), gate);
-    return __fmul_rn(gate, reciprocal(__fadd_rn(1.0f, exp_held(-x))));
+    return __fmul_rn(gate, reciprocal(one_plus_exp(-x)));
 }
 
 __device__ __forceinline__ float times_up(float up, float glu) {
@@ -45,5 +44,6 @@ __device__ __forceinline__ float times_up(float up, float glu) {
     up = up > limit ? limit : up;
     up = up < -limit ? -limit : up;
 #endif
-    return __fmul_rn(__fadd_rn(up, __uint_as_float(BETA)), glu);
+    // Adding zero would change the sign of a zero only; it is not added.
+    return __fmul_rn((BETA & 0x7fffffffu) == 0 ? up : __fadd_rn(up, __uint_as_float(BETA)), glu);
 }

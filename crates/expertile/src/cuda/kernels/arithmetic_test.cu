@@ -28,12 +28,32 @@ extern "C" __global__ void every_quotient(u64* result) {
         const u32 x_mantissa = (u32)(pair >> 23) << (23 - BITS);
         const u32 s_mantissa = (u32)pair & 0x7fffff;
         const float s = __uint_as_float(127u << 23 | s_mantissa);
-        const Divisor<false, 1> divisor(s);
+        const Divisor<false> divisor(s);
         const int exponents[] = {-11, -10, -9, -8, -7, -6, -5, -1, 0, 3, 8, 9};
         for (int exponent : exponents) {
             const float x = __uint_as_float((u32)(127 + exponent) << 23 | x_mantissa);
             if (e4m3_byte(divisor.quotient(x)) != e4m3_byte(__fdiv_rn(x, s)))
                 disagree(result, (u64)x_mantissa << 32 | s_mantissa);
+        }
+    }
+}
+
+// x / s for every mantissa of s, where x is one of the f32 next to s times a number with five significant bits: every place
+// where e4m3 rounds one way on one side and another way on the other is s times such a number.
+extern "C" __global__ void every_quotient_near_a_boundary(u64* result) {
+    for (u64 mantissa = thread_of_grid(); mantissa < (u64)1 << 23; mantissa += threads_of_grid()) {
+        const float s = __uint_as_float(127u << 23 | (u32)mantissa);
+        const Divisor<false> divisor(s);
+        for (int sixteenths = 16; sixteenths < 32; ++sixteenths) {
+            const u32 middle = __float_as_uint(__fmul_rn(s, (float)sixteenths / 16.0f));
+            for (int distance = -3; distance <= 3; ++distance) {
+                const u32 bits = middle + distance;
+                // To the binades of e4m3's normal numbers, its subnormal ones, and its end.
+                for (int exponent = -11; exponent <= 9; exponent += exponent < -5 ? 1 : 7) {
+                    const float x = __uint_as_float(bits + ((u32)exponent << 23));
+                    if (e4m3_byte(divisor.quotient(x)) != e4m3_byte(__fdiv_rn(x, s))) disagree(result, (u64)bits << 32 | mantissa);
+                }
+            }
         }
     }
 }

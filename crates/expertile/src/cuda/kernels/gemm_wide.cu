@@ -168,7 +168,7 @@ __device__ __forceinline__ void activate_and_store_rows(const GemmArgs& a, const
     for (int half = 0; half < 2; ++half) {
         const int row = half * 8 + lane / 4;
         const float scale = scale_of(fmaxf(largest[half], load_shared(magnitudes(memory, parity, first + row))), false);
-        const uint4 bytes = quantize_values<false, 2>(y[half], scale);
+        const uint4 bytes = quantize_values<false>(y[half], scale);
         const u32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
         for (int i = 0; i < 8; ++i)

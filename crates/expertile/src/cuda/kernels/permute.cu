@@ -57,10 +57,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) permute(const __grid_co
             store_copies<Vector>(a.out, v[i], ROW_BYTES, (i64)(first + 32 * i) * VECTOR, first + 32 * i < VECTORS, rows);
     }
 #if SCALED
-    spread_scales(a.scales, a.row_tokens, a.m_sum, warp, warps, [&](int token, int first, u32(&words)[8]) {
+    const auto token_of = [&](int row) { return row < a.m_sum ? a.row_tokens[row] : -1; };
+    zero_padding_groups(a.scales, a.m_sum, warp, warps, token_of);
+    spread_scales(a.scales, a.m_sum, warp, warps, token_of, [&](int token, int quad) {
+        u32 words[4];
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            if (first + i < WORDS_PER_ROW) words[i] = word_of_token(a, token, first + i);
+        for (int i = 0; i < 4; ++i) words[i] = 4 * quad + i < WORDS_PER_ROW ? word_of_token(a, token, 4 * quad + i) : 0;
+        return make_uint4(words[0], words[1], words[2], words[3]);
     });
 #endif
     if (ZERO_ROWS)

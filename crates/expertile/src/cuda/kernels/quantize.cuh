@@ -43,11 +43,11 @@ __device__ __forceinline__ float scale_of(float amax, bool power_of_two) {
     return power_of_two ? __uint_as_float((__float_as_uint(scale) + mantissa) & ~mantissa) : scale;
 }
 
-// Division by one scale: multiply by the rounded inverse, then add back the remainder. CORRECTIONS = 2 is the IEEE quotient
-// (after one step the quotient is within one unit, and the second step's error is below half the distance that a quotient
-// of two 24-bit numbers keeps from a rounding boundary). CORRECTIONS = 1 is enough where the dividend is a bf16 or f16 and
-// the quotient is rounded to e4m3: cuda/arithmetic.rs tries every pair of mantissas.
-template <bool POWER, int CORRECTIONS>
+// Division by one scale: multiply by the rounded inverse, then add back the remainder. The result is the rounding of a number
+// within 2^-47 of the quotient, and so, but for quotients that near the middle between two f32, the IEEE one. Rounded to e4m3
+// it is the same without exception: cuda/arithmetic.rs tries every scale with the dividends on both sides of every place where
+// e4m3 rounds up rather than down, and away from there one unit of f32 makes no difference.
+template <bool POWER>
 struct Divisor {
     float inverse;
     float scale;  // zero where the remainder would be meaningless: see below
@@ -63,16 +63,11 @@ struct Divisor {
     }
 
     __device__ __forceinline__ float quotient(float x) const {
-        float q = __fmul_rn(x, inverse);
-        if constexpr (!POWER) {
-#pragma unroll
-            for (int i = 0; i < CORRECTIONS; ++i) {
-                // The negated remainder: a remainder of zero is then +0, and adding -(+0) leaves the sign of a zero alone.
-                const float excess = __fmaf_rn(q, scale, -x);
-                q = __fmaf_rn(-excess, inverse, q);
-            }
-        }
-        return q;
+        const float q = __fmul_rn(x, inverse);
+        if constexpr (POWER) return q;
+        // The negated remainder: a remainder of zero is then +0, and adding -(+0) leaves the sign of a zero alone.
+        const float excess = __fmaf_rn(q, scale, -x);
+        return __fmaf_rn(-excess, inverse, q);
     }
 };
 
@@ -121,9 +116,9 @@ __device__ __forceinline__ float group_max(float x) {
 }
 
 // 16 f32 in units of their scale, as e4m3.
-template <bool POWER, int CORRECTIONS>
+template <bool POWER>
 __device__ __forceinline__ uint4 quantize_values(const float (&x)[PER_LANE], float scale) {
-    const Divisor<POWER, CORRECTIONS> divisor(scale);
+    const Divisor<POWER> divisor(scale);
     u32 word[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -148,5 +143,5 @@ __device__ __forceinline__ uint4 quantize_slab(const u32 (&pairs)[PER_LANE / 2],
         x[2 * i] = low_half<TYPE>(pairs[i]);
         x[2 * i + 1] = high_half<TYPE>(pairs[i]);
     }
-    return quantize_values<POWER, 1>(x, scale);
+    return quantize_values<POWER>(x, scale);
 }

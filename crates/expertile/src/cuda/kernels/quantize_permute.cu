@@ -1,7 +1,6 @@
 // Rows quantized and brought to their places: read once, scaled once, written once per live slot.
 //
-//   quantize_permute        any number of tokens, after route_plan; then
-//   spread_token_scales     the tokens' scales to their rows
+//   permute_rows            any number of tokens, after route_plan
 //   route_quantize_permute  up to 4096 slots, routing and plan included, in one launch: every block works the routing out
 //                           for itself, which at this size takes less time than telling the others would
 //
@@ -53,6 +52,7 @@ __device__ __forceinline__ void apply_weight(const RowsArgs& a, int token, Slab&
 constexpr int UNITS = (SLABS + 1) / 2;
 constexpr int SLABS_PER_UNIT = (SLABS + UNITS - 1) / UNITS;
 constexpr int MANY_THREADS = 256;
+constexpr int MANY_WARPS = MANY_THREADS / 32;
 constexpr int TOKEN_SCALES_STRIDE = (WORDS_PER_ROW + 3) & ~3;
 
 // Copies `bytes` (a multiple of 16) from a warp's part of shared memory to every row that the lanes below TOPK hold: by the
@@ -86,16 +86,13 @@ __device__ __forceinline__ void wait_for_copies() {
     __syncwarp();
 }
 
-extern "C" __global__ void __launch_bounds__(MANY_THREADS, 4) quantize_permute(const __grid_constant__ RowsArgs a) {
-    __shared__ alignas(128) u8 parts[MANY_THREADS / 32][SLABS_PER_UNIT * SLAB];
-    wait_for_previous_launch();
-    let_next_launch_start();
+// A share of the units, that of block number `share`: rows quantized and sent to their places, scales kept by token.
+__device__ __forceinline__ void permute_share(const RowsArgs& a, u8* part, int share) {
     const int lane = lane_of_thread();
-    u8* part = parts[threadIdx.x >> 5];
-    // Neighbouring units go to different multiprocessors at about the same time: rows that are neighbours in the output
-    // are then written together, and their scales, which share sectors, meet in the cache.
-    const int warp = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
-    const int warps = gridDim.x * (MANY_THREADS / 32);
+    // Neighbouring units go to different multiprocessors at about the same time: rows that are neighbours in the output are
+    // then written together.
+    const int warp = (threadIdx.x >> 5) * gridDim.x + share;
+    const int warps = gridDim.x * MANY_WARPS;
     const int units = a.tokens * UNITS;
     const int* slots = a.inv_perm + lane;
     int rows = warp < units && lane < TOPK ? slots[(i64)(warp / UNITS) * TOPK] : -1;
@@ -125,25 +122,45 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, 4) quantize_permute(c
         }
         store_copies_of_unit(a, part, first * SLAB, min(SLABS_PER_UNIT * SLAB, HIDDEN - first * SLAB), mine);
     }
-    if (ZERO_ROWS)
-        zero_padding_rows<uint4>(a.out, HIDDEN, a.m_sum, warp, warps, [&](int row) { return a.row_tokens[row] >= 0; });
-    wait_for_copies();
 }
 
-// The tokens' scales to their rows, once quantize_permute has them all.
-extern "C" __global__ void __launch_bounds__(MANY_THREADS) spread_token_scales(const __grid_constant__ RowsArgs a) {
+// Rows first; then the scales, once every block's rows are done. Shares are claimed, not given: what a block waits for at the
+// end is always in the hands of one that runs, even if this launch has to share the device with one that waits likewise.
+extern "C" __global__ void __launch_bounds__(MANY_THREADS, 4) permute_rows(const __grid_constant__ RowsArgs a) {
+    __shared__ alignas(128) u8 parts[MANY_WARPS][SLABS_PER_UNIT * SLAB];
+    __shared__ u32 share;
     wait_for_previous_launch();
     let_next_launch_start();
-    const int warp = blockIdx.x * (MANY_THREADS / 32) + (threadIdx.x >> 5);
-    const int warps = gridDim.x * (MANY_THREADS / 32);
-    spread_scales(a.scales, a.row_tokens, a.m_sum, warp, warps, [&](int token, int first, u32(&words)[8]) {
-        const uint4* from = reinterpret_cast<const uint4*>(a.token_scales + (i64)token * TOKEN_SCALES_STRIDE + first);
-        const uint4 low = from[0];
-        words[0] = low.x, words[1] = low.y, words[2] = low.z, words[3] = low.w;
-        if (first + 4 >= WORDS_PER_ROW) return;
-        const uint4 high = from[1];
-        words[4] = high.x, words[5] = high.y, words[6] = high.z, words[7] = high.w;
+    if (threadIdx.x == 0) share = atomicAdd(&a.queue->claimed, 1u);
+    __syncthreads();
+    while (share < gridDim.x) {
+        permute_share(a, parts[threadIdx.x >> 5], (int)share);
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            __threadfence();
+            atomicAdd(&a.queue->done, 1u);
+            share = atomicAdd(&a.queue->claimed, 1u);
+        }
+        __syncthreads();
+    }
+    const int warp = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
+    const int warps = gridDim.x * MANY_WARPS;
+    const auto token_of = [&](int row) { return row < a.m_sum ? a.row_tokens[row] : -1; };
+    // Some multiprocessors are slower at memory than others: those that are done zero what is all padding meanwhile.
+    zero_padding_groups(a.scales, a.m_sum, warp, warps, token_of);
+    if (ZERO_ROWS) zero_padding_rows<uint4>(a.out, HIDDEN, a.m_sum, warp, warps, [&](int row) { return a.row_tokens[row] >= 0; });
+    if (threadIdx.x == 0) {
+        while (*reinterpret_cast<volatile u32*>(&a.queue->done) < gridDim.x) {
+        }
+        __threadfence();
+        // The last to get here leaves the queue as it found it.
+        if (atomicAdd(&a.queue->left, 1u) == gridDim.x - 1) a.queue->claimed = a.queue->done = a.queue->left = 0;
+    }
+    __syncthreads();
+    spread_scales(a.scales, a.m_sum, warp, warps, token_of, [&](int token, int quad) {
+        return __ldcg(reinterpret_cast<const uint4*>(a.token_scales + (i64)token * TOKEN_SCALES_STRIDE) + quad);
     });
+    wait_for_copies();
 }
 
 constexpr int FEW_THREADS = 1024;
@@ -192,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, 1)
 #pragma unroll
         for (int i = 0; i < MAX_ROUNDS; ++i) {
             if (i >= rounds) break;
-            const int rank = rank_in_warp(expert[i], seen + planner * r.experts);
+            const int rank = rank_in_warp(expert[i], r.experts, seen + planner * r.experts);
             if (first + i * 32 < slots) expert_and_rank[first + i * 32] = (u32)expert[i] << 16 | rank;
         }
     }

@@ -88,10 +88,29 @@ __device__ __forceinline__ int local_expert(const RouteArgs& a, int slot, Status
     return expert < 0 ? -1 : expert;
 }
 
+// The lanes of the warp that hold the same expert (or none, -1) as this one. match.any takes time for every distinct value;
+// where most lanes differ, a vote for each bit is faster.
+__device__ __forceinline__ u32 peers_of(int expert, int experts) {
+    constexpr int FEW_EXPERTS = 64;
+    if (experts <= FEW_EXPERTS) return __match_any_sync(WARP, expert);
+    // A lane without an expert counts as one more of them, which has a bit pattern of its own.
+    const int value = expert < 0 ? experts : expert;
+    u32 peers = WARP;
+    for (int bits = 0; experts >> bits != 0; bits += 4) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const bool set = (value >> (bits + i) & 1) != 0;
+            const u32 vote = __ballot_sync(WARP, set);
+            peers &= set ? vote : ~vote;
+        }
+    }
+    return peers;
+}
+
 // How many slots this warp has seen of the lane's expert before it: in earlier calls (`seen`, the warp's own counters,
 // which it brings up to date) and in lower lanes. Every lane of the warp calls.
-__device__ __forceinline__ int rank_in_warp(int expert, u16* seen) {
-    const u32 peers = __match_any_sync(WARP, expert);
+__device__ __forceinline__ int rank_in_warp(int expert, int experts, u16* seen) {
+    const u32 peers = peers_of(expert, experts);
     const int before = expert >= 0 ? seen[expert] : 0;
     __syncwarp();
     const int lane = lane_of_thread();

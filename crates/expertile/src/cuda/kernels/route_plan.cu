@@ -35,7 +35,7 @@ __device__ __forceinline__ void sum_chunks(const RouteArgs& a, int padded, Exper
     if (threadIdx.x / quads >= rows_at_once) return;
     int4 all = make_int4(0, 0, 0, 0);
     int4 earlier = all;
-#pragma unroll 4
+#pragma unroll 8
     for (int chunk = threadIdx.x / quads; chunk < gridDim.x; chunk += rows_at_once) {
         const int4 c = __ldcg(reinterpret_cast<const int4*>(a.chunk_counts + (i64)chunk * padded) + quad);
         all = make_int4(all.x + c.x, all.y + c.y, all.z + c.z, all.w + c.w);
@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) route_plan(const __grid
         for (int i = 0; i < AT_ONCE; ++i) {
             if (round + i >= rounds) break;
             const int slot = first + (round + i) * 32;
-            rank[i] = rank_in_warp(expert[i], seen + warp * a.experts);
+            rank[i] = rank_in_warp(expert[i], a.experts, seen + warp * a.experts);
             if (rounds > AT_ONCE && slot < slots) a.inv_perm[slot] = rank[i];
         }
     }

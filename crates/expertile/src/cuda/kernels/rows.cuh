@@ -2,6 +2,14 @@
 #pragma once
 #include "access.cuh"
 
+// What the blocks of permute_rows agree by. Zero between calls.
+struct Queue {
+    u32 claimed;  // shares of the rows that blocks have taken on
+    u32 done;     // shares whose rows are done
+    u32 left;     // blocks past their wait for all shares
+    u32 reserved;
+};
+
 struct RowsArgs {
     const void* x;  // [tokens, row]
     i64 x_row_stride;
@@ -13,6 +21,7 @@ struct RowsArgs {
     u8* out;      // [m_sum, row]
     u32* scales;  // of [m_sum, groups], as SCALE_LAYOUT says
     u32* token_scales;  // words of each token's scales, on their way to the token's rows: [tokens, words up to 4]
+    Queue* queue;
     const int* row_tokens;
     const int* inv_perm;
     int tokens;

@@ -93,26 +93,44 @@ __device__ __forceinline__ void zero_padding_scales(u32* scales, int m_sum, int 
     }
 }
 
-// Writes every word of the scales once, row by row, so that neighbouring rows of a column are written together: scales of one
-// token go to rows far apart, and a store of 4 bytes to each costs the cache as much as one of 32. Padding rows get zeros.
-// `words_of(token, first, words)` gives eight consecutive words of a token's scales. Warps of the whole grid share the work.
-template <typename WordsOf>
-__device__ __forceinline__ void spread_scales(u32* scales, const int* row_tokens, int m_sum, int warp, int warps, WordsOf words_of) {
-    constexpr int COLUMNS = 8;
-    constexpr int CHUNKS = (WORDS_PER_ROW + COLUMNS - 1) / COLUMNS;
-    const int stride = SCALE_LAYOUT == ROW_MAJOR ? m_sum : (m_sum + 3) & ~3;
-    const i64 units = (i64)((stride + 31) / 32) * CHUNKS;
+// Zeros in the scales of every 32 rows that are all padding, and in the words that round the stride up. `token_of(row)` is -1 on
+// padding. Warps of the whole grid share the work; `warp` of `warps`.
+template <typename TokenOf>
+__device__ __forceinline__ void zero_padding_groups(u32* scales, int m_sum, int warp, int warps, TokenOf token_of) {
+    const int rows = SCALE_LAYOUT == ROW_MAJOR ? m_sum : (m_sum + 3) & ~3;
+    for (int first = warp * 32; first < rows; first += warps * 32) {
+        const int row = first + lane_of_thread();
+        if (__any_sync(WARP, token_of(row) >= 0) || row >= rows) continue;
+#pragma unroll 4
+        for (int word = 0; word < WORDS_PER_ROW; ++word) scales[scale_word(row, word, m_sum)] = 0;
+    }
+}
+
+// The tokens' scales to their rows, 32 neighbours at a time, so that a column's words, which are neighbours in memory, are
+// written together: scales of one token go to rows far apart, and a store of 4 bytes to each costs memory more than one of 32.
+// Padding among the 32 gets zeros. `quad_of(token, i)` gives words 4i..4i+3 of a token's scales.
+template <typename TokenOf, typename QuadOf>
+__device__ __forceinline__ void spread_scales(u32* scales, int m_sum, int warp, int warps, TokenOf token_of, QuadOf quad_of) {
+    // Columns to a unit: at most 32, all of them on their way at once.
+    constexpr int UNITS_PER_ROW = (WORDS_PER_ROW + 31) / 32;
+    constexpr int QUADS = ((WORDS_PER_ROW + UNITS_PER_ROW - 1) / UNITS_PER_ROW + 3) / 4;
+    const int rows = SCALE_LAYOUT == ROW_MAJOR ? m_sum : (m_sum + 3) & ~3;
+    const i64 units = (i64)((rows + 31) / 32) * UNITS_PER_ROW;
     for (i64 unit = warp; unit < units; unit += warps) {
-        const int row = (int)(unit / CHUNKS) * 32 + lane_of_thread();
-        const int first = (int)(unit % CHUNKS) * COLUMNS;
-        if (row >= stride) continue;
-        const int token = row < m_sum ? row_tokens[row] : -1;
-        u32 words[COLUMNS];
+        const int row = (int)(unit / UNITS_PER_ROW) * 32 + lane_of_thread();
+        const int first = (int)(unit % UNITS_PER_ROW) * QUADS;
+        const int token = token_of(row);
+        if (!__any_sync(WARP, token >= 0) || row >= rows) continue;
+        uint4 quads[QUADS];
 #pragma unroll
-        for (int i = 0; i < COLUMNS; ++i) words[i] = 0;
-        if (token >= 0) words_of(token, first, words);
+        for (int i = 0; i < QUADS; ++i)
+            quads[i] = token >= 0 && 4 * (first + i) < WORDS_PER_ROW ? quad_of(token, first + i) : make_uint4(0, 0, 0, 0);
 #pragma unroll
-        for (int i = 0; i < COLUMNS; ++i)
-            if (first + i < WORDS_PER_ROW) scales[scale_word(row, first + i, m_sum)] = words[i];
+        for (int i = 0; i < QUADS; ++i) {
+            const u32 words[4] = {quads[i].x, quads[i].y, quads[i].z, quads[i].w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (4 * (first + i) + j < WORDS_PER_ROW) scales[scale_word(row, 4 * (first + i) + j, m_sum)] = words[j];
+        }
     }
 }

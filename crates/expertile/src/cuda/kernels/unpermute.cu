@@ -15,7 +15,7 @@ struct UnpermuteArgs {
     int m_sum;
 };
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 128;
 constexpr int STEPS = (HIDDEN + 32 * VECTOR - 1) / (32 * VECTOR);
 constexpr int BYTES_IN = INPUT == 2 ? 4 : 2;
 constexpr int BYTES_OUT = OUTPUT == 2 ? 4 : 2;
@@ -78,72 +78,80 @@ __device__ __forceinline__ Slots load_slots(const UnpermuteArgs& a, i64 token) {
     return s;
 }
 
-// A warp's unit is UNIT steps of a token's row; the rows of AT_ONCE live slots are loaded before the first is added.
-template <int UNIT, int AT_ONCE>
-__device__ __forceinline__ void unpermute_units(const UnpermuteArgs& a) {
-    constexpr int UNITS = (STEPS + UNIT - 1) / UNIT;
+// Adds STEPS_AT_ONCE steps of a token's row, from `column` on, of all live slots, lowest first; the rows of AT_ONCE slots are
+// on their way before the first is added.
+template <int STEPS_AT_ONCE, int AT_ONCE>
+__device__ __forceinline__ void sum_steps(const UnpermuteArgs& a, const Slots& slots, u32 live, i64 token, int column) {
     constexpr int STRIDE = 32 * VECTOR;
-    const int lane = lane_of_thread();
-    const int warp = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
-    const int warps = gridDim.x * (THREADS / 32);
-    Slots next = load_slots(a, warp / UNITS);
-    for (i64 unit = warp; unit < (i64)a.tokens * UNITS; unit += warps) {
-        const Slots slots = next;
-        next = load_slots(a, (unit + warps) / UNITS);
-        const int column = (int)(unit % UNITS) * UNIT * STRIDE + lane * VECTOR;
-        float sum[UNIT][VECTOR];
+    float sum[STEPS_AT_ONCE][VECTOR];
 #pragma unroll
-        for (int step = 0; step < UNIT; ++step)
+    for (int step = 0; step < STEPS_AT_ONCE; ++step)
 #pragma unroll
-            for (int i = 0; i < VECTOR; ++i) sum[step][i] = 0.0f;
-        // Live slots only, lowest first.
-        u32 live = __ballot_sync(WARP, slots.row >= 0);
-        while (live != 0) {
-            Elements e[AT_ONCE][UNIT];
-            float weight[AT_ONCE];
-            const int count = __popc(live);
+        for (int i = 0; i < VECTOR; ++i) sum[step][i] = 0.0f;
+    while (live != 0) {
+        Elements e[AT_ONCE][STEPS_AT_ONCE];
+        float weight[AT_ONCE];
+        const int count = __popc(live);
 #pragma unroll
-            for (int k = 0; k < AT_ONCE; ++k) {
-                if (k >= count) break;
-                const int slot = __ffs(live) - 1;
-                live &= live - 1;
-                const int row = __shfl_sync(WARP, slots.row, slot);
-                weight[k] = __shfl_sync(WARP, slots.weight, slot);
-                const u8* from = static_cast<const u8*>(a.rows) + ((i64)row * HIDDEN + column) * BYTES_IN;
+        for (int k = 0; k < AT_ONCE; ++k) {
+            if (k >= count) break;
+            const int slot = __ffs(live) - 1;
+            live &= live - 1;
+            const int row = __shfl_sync(WARP, slots.row, slot);
+            weight[k] = __shfl_sync(WARP, slots.weight, slot);
+            const u8* from = static_cast<const u8*>(a.rows) + ((i64)row * HIDDEN + column) * BYTES_IN;
 #pragma unroll
-                for (int step = 0; step < UNIT; ++step)
-                    if (column + step * STRIDE < HIDDEN) e[k][step] = load_elements(from + step * STRIDE * BYTES_IN);
-            }
+            for (int step = 0; step < STEPS_AT_ONCE; ++step)
+                if (column + step * STRIDE < HIDDEN) e[k][step] = load_elements(from + step * STRIDE * BYTES_IN);
+        }
 #pragma unroll
-            for (int k = 0; k < AT_ONCE; ++k) {
-                if (k >= count) break;
+        for (int k = 0; k < AT_ONCE; ++k) {
+            if (k >= count) break;
 #pragma unroll
-                for (int step = 0; step < UNIT; ++step) {
+            for (int step = 0; step < STEPS_AT_ONCE; ++step) {
 #pragma unroll
-                    for (int i = 0; i < VECTOR; ++i) {
-                        const float v = element(e[k][step], i);
-                        sum[step][i] = __fadd_rn(sum[step][i], WEIGHTED ? __fmul_rn(weight[k], v) : v);
-                    }
+                for (int i = 0; i < VECTOR; ++i) {
+                    const float v = element(e[k][step], i);
+                    sum[step][i] = __fadd_rn(sum[step][i], WEIGHTED ? __fmul_rn(weight[k], v) : v);
                 }
             }
         }
-        u8* to = static_cast<u8*>(a.out) + ((unit / UNITS) * HIDDEN + column) * BYTES_OUT;
+    }
+    u8* to = static_cast<u8*>(a.out) + (token * HIDDEN + column) * BYTES_OUT;
 #pragma unroll
-        for (int step = 0; step < UNIT; ++step)
-            if (column + step * STRIDE < HIDDEN) store_sums(to + step * STRIDE * BYTES_OUT, sum[step]);
+    for (int step = 0; step < STEPS_AT_ONCE; ++step)
+        if (column + step * STRIDE < HIDDEN) store_sums(to + step * STRIDE * BYTES_OUT, sum[step]);
+}
+
+// A warp takes UNIT steps of one token's row, and leaves: what comes next is up to the hardware, which evens out that some
+// multiprocessors are slower at memory than others. Where few of the slots are live, more steps are on their way at once.
+template <int UNIT>
+__device__ __forceinline__ void unpermute_unit(const UnpermuteArgs& a) {
+    constexpr int UNITS = (STEPS + UNIT - 1) / UNIT;
+    constexpr int STRIDE = 32 * VECTOR;
+    const i64 unit = (i64)blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5);
+    const i64 token = unit / UNITS;
+    if (token >= a.tokens) return;
+    const Slots slots = load_slots(a, token);
+    const u32 live = __ballot_sync(WARP, slots.row >= 0);
+    const int column = (int)(unit % UNITS) * UNIT * STRIDE + lane_of_thread() * VECTOR;
+    if (UNIT == 2 && (TOPK <= 4 || __popc(live) <= 4)) {
+        sum_steps<2, TOPK < 4 ? TOPK : 4>(a, slots, live, token, column);
+    } else {
+#pragma unroll 1
+        for (int step = 0; step < UNIT; ++step) sum_steps<1, TOPK < 8 ? TOPK : 8>(a, slots, live, token, column + step * STRIDE);
     }
 }
 
-// Many tokens: long pieces of each row, which device memory likes.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) unpermute(const __grid_constant__ UnpermuteArgs a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 8) unpermute(const __grid_constant__ UnpermuteArgs a) {
     wait_for_previous_launch();
     let_next_launch_start();
-    unpermute_units<(STEPS < 4 ? STEPS : 4), (TOPK < 4 ? TOPK : 4)>(a);
+    unpermute_unit<2>(a);
 }
 
-// Few tokens: as many warps as there are, and every row of a token on its way at once.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) unpermute_few(const __grid_constant__ UnpermuteArgs a) {
+// Few tokens of many slots: as many warps as there are steps.
+extern "C" __global__ void __launch_bounds__(THREADS, 8) unpermute_few(const __grid_constant__ UnpermuteArgs a) {
     wait_for_previous_launch();
     let_next_launch_start();
-    unpermute_units<1, (TOPK < 8 ? TOPK : 8)>(a);
+    unpermute_unit<1>(a);
 }
