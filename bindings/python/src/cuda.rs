@@ -5,6 +5,7 @@
 
 use crate::array::{Array, Element};
 use crate::error::{exception, size};
+use crate::exchange;
 use crate::permute::{Ids, Place};
 use expertile::cuda::compiler::Compiler;
 use expertile::cuda::{
@@ -111,6 +112,9 @@ fn compiler(py: Python<'_>) -> PyResult<Compiler> {
 
 /// The stream that torch's own operators would use now.
 fn current_stream(py: Python<'_>, ordinal: usize) -> PyResult<Stream> {
+    if let Some(stream) = exchange::current_stream(py, ordinal) {
+        return Ok(Stream(stream));
+    }
     static CURRENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let current = CURRENT.get_or_try_init(py, || {
         let torch = py.import("torch")?;

@@ -9,6 +9,7 @@ mod array;
 #[cfg_attr(not(feature = "cuda"), path = "no_cuda.rs")]
 mod cuda;
 mod error;
+mod exchange;
 mod layer;
 mod permute;
 mod plan;
