@@ -107,28 +107,27 @@ native! {
     i64: I64;
 }
 
-const FEW: usize = 4;
+const FEW: usize = 3;
 
 /// Sizes or strides. A few are kept in place: a call looks at many arrays, and none should cost an allocation.
 #[derive(Debug)]
 struct Dims<N> {
     few: [N; FEW],
     len: usize,
-    many: Vec<N>,
+    /// All of them, if they are not a few.
+    many: Option<Box<[N]>>,
 }
 
 impl<N: Copy + Default> FromIterator<N> for Dims<N> {
     fn from_iter<I: IntoIterator<Item = N>>(numbers: I) -> Self {
-        let mut dims = Self { few: [N::default(); FEW], len: 0, many: Vec::new() };
-        for number in numbers {
-            if dims.len < FEW {
-                dims.few[dims.len] = number;
-            } else {
-                if dims.len == FEW {
-                    dims.many.extend_from_slice(&dims.few);
-                }
-                dims.many.push(number);
+        let mut dims = Self { few: [N::default(); FEW], len: 0, many: None };
+        let mut numbers = numbers.into_iter();
+        while let Some(number) = numbers.next() {
+            if dims.len == FEW {
+                dims.many = Some(dims.few.into_iter().chain([number]).chain(numbers).collect());
+                break;
             }
+            dims.few[dims.len] = number;
             dims.len += 1;
         }
         dims
@@ -139,7 +138,7 @@ impl<N> Deref for Dims<N> {
     type Target = [N];
 
     fn deref(&self) -> &[N] {
-        if self.len <= FEW { &self.few[..self.len] } else { &self.many }
+        self.many.as_deref().unwrap_or(&self.few[..self.len])
     }
 }
 
@@ -322,6 +321,16 @@ impl<'py> Array<'py> {
         Ok(first.device)
     }
 
+    /// The CUDA device it is on, or `None` for the CPU.
+    pub(crate) fn device(&self) -> Option<usize> {
+        self.device
+    }
+
+    /// The tensor or NumPy array itself.
+    pub(crate) fn into_object(self) -> Bound<'py, PyAny> {
+        self.object
+    }
+
     /// Where the first element is.
     pub(crate) fn address(&self) -> u64 {
         self.pointer as u64
@@ -422,11 +431,17 @@ impl<'py> Array<'py> {
         Ok(self.pointer..self.pointer + self.span()? * self.item_bytes)
     }
 
-    /// Checks that a slice of `T` may stand where the array does, and says how long it is.
-    fn check<T: Native>(&self) -> PyResult<usize> {
+    /// Fails unless the array is made of `T`.
+    pub(crate) fn require_dtype<T: Native>(&self) -> PyResult<()> {
         if !T::is(self.element) || size_of::<T>() != self.item_bytes {
             return Err(self.dtype_error(std::any::type_name::<T>().rsplit("::").next().unwrap_or("another")));
         }
+        Ok(())
+    }
+
+    /// Checks that a slice of `T` may stand where the array does, and says how long it is.
+    fn check<T: Native>(&self) -> PyResult<usize> {
+        self.require_dtype::<T>()?;
         if !self.pointer.is_multiple_of(align_of::<T>()) {
             return Err(PyValueError::new_err(format!(
                 "{} starts at address {:#x}, expected a multiple of {}",
@@ -553,13 +568,24 @@ fn dims<'py, N: FromPyObjectOwned<'py, Error = PyErr> + Copy + Default>(
 }
 
 /// torch's dtypes are objects that live as long as torch: they are told apart by address.
-fn torch_element(dtype: &Bound<'_, PyAny>) -> PyResult<Element> {
+fn torch_dtypes(py: Python<'_>) -> PyResult<&'static [(Py<PyAny>, Element)]> {
     static DTYPES: PyOnceLock<Vec<(Py<PyAny>, Element)>> = PyOnceLock::new();
-    let py = dtype.py();
     let known = DTYPES.get_or_try_init(py, || {
         let torch = py.import("torch")?;
         let known = Element::NAMED.iter().map(|&(name, element)| Ok((torch.getattr(name)?.unbind(), element)));
         known.collect::<PyResult<_>>()
     })?;
+    Ok(known)
+}
+
+fn torch_element(dtype: &Bound<'_, PyAny>) -> PyResult<Element> {
+    let known = torch_dtypes(dtype.py())?;
     Ok(known.iter().find(|(known, _)| known.is(dtype)).map_or(Element::Other, |&(_, element)| element))
+}
+
+/// torch's dtype for an element.
+pub(crate) fn torch_dtype(py: Python<'_>, element: Element) -> PyResult<Bound<'_, PyAny>> {
+    let known = torch_dtypes(py)?.iter().find(|&&(_, known)| known == element);
+    let (dtype, _) = known.ok_or_else(|| PyTypeError::new_err("no dtype of torch stands for the elements"))?;
+    Ok(dtype.bind(py).clone())
 }

@@ -1,8 +1,8 @@
 //! In the place of `cuda.rs` where the extension is built without its feature `cuda`: every call says so.
 
 use crate::array::Array;
-use crate::permute::Place;
-use expertile::ScaleFormat;
+use crate::permute::{Ids, Place};
+use expertile::{Plan, ScaleFormat};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
@@ -16,14 +16,32 @@ pub(crate) fn build_layout(_: Python<'_>, _: usize, _: &Place<'_>, _: Option<&Ar
     missing()
 }
 
-pub(crate) fn permute(
+/// Never made: there are no arrays on a GPU.
+pub(crate) struct Rows<'a> {
+    pub(crate) x: &'a Array<'a>,
+    pub(crate) out: &'a Array<'a>,
+    pub(crate) scales: Option<(&'a Array<'a>, &'a Array<'a>, ScaleFormat)>,
+    pub(crate) zero_padding: bool,
+}
+
+/// As above.
+pub(crate) struct Lists<'a> {
+    pub(crate) psum: Option<&'a Array<'a>>,
+    pub(crate) m_indices: Option<&'a Array<'a>>,
+    pub(crate) inv_perm: &'a Array<'a>,
+}
+
+pub(crate) fn permute(_: Python<'_>, _: usize, _: &Place<'_>, _: &Rows<'_>, _: Option<&Array<'_>>) -> PyResult<()> {
+    missing()
+}
+
+pub(crate) fn permute_to_lists(
     _: Python<'_>,
     _: usize,
-    _: &Place<'_>,
-    _: (&Array<'_>, &Array<'_>),
-    _: Option<(&Array<'_>, &Array<'_>, ScaleFormat)>,
-    _: bool,
-    _: Option<&Array<'_>>,
+    _: &Ids<'_>,
+    _: Plan,
+    _: &Rows<'_>,
+    _: &Lists<'_>,
 ) -> PyResult<()> {
     missing()
 }

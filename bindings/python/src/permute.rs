@@ -1,16 +1,18 @@
 //! Rows to their place.
 
 use crate::array::{Apart, Array, Element};
-use crate::cuda;
-use crate::error::{exception, size};
-use crate::plan::counts;
+use crate::cuda::{self, Lists, Rows};
+use crate::error::{exception, optional_size, size};
+use crate::plan::{counts, token_experts};
 use crate::pool::cpu;
+use crate::tensor;
 use expertile::cpu::{self, RowScales};
 use expertile::{
     Group, Layout, MatrixRef, Padding, Plan, Routing, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut, TopkIds,
 };
 use half::{bf16, f16};
 use pyo3::exceptions::PyValueError;
+use pyo3::intern;
 use pyo3::prelude::*;
 
 /// `topk_ids` and what they are read with.
@@ -52,37 +54,40 @@ impl<'py> Ids<'py> {
 /// Where a layout's lists go, and how many rows it may have.
 pub(crate) struct Place<'py> {
     pub(crate) ids: Ids<'py>,
-    alignment: usize,
-    m_sum: usize,
+    pub(crate) plan: Plan,
     pub(crate) lists: Array<'py>,
 }
 
 impl<'py> Place<'py> {
+    /// Without `m_sum`, as many rows as any routing can need.
     fn new(
         ids: Ids<'py>,
         alignment: &Bound<'py, PyAny>,
-        m_sum: &Bound<'py, PyAny>,
+        m_sum: Option<&Bound<'py, PyAny>>,
+        distinct: bool,
         lists: &Bound<'py, PyAny>,
     ) -> PyResult<Self> {
-        Ok(Self {
-            ids,
-            alignment: size("alignment", alignment)?,
-            m_sum: size("m_sum", m_sum)?,
-            lists: Array::new("layout", lists)?,
-        })
+        let (tokens, topk) = ids.ids.matrix_shape("two dimensions")?;
+        let (experts, alignment) = (ids.local_experts, size("alignment", alignment)?);
+        let plan = match optional_size("m_sum", m_sum)? {
+            Some(m_sum) => Plan::with_m_sum(tokens, topk, experts, alignment, m_sum),
+            None => Plan::tight(tokens, topk, experts, alignment, token_experts(distinct)),
+        };
+        Ok(Self { ids, plan: plan.map_err(exception)?, lists: Array::new("layout", lists)? })
     }
 
-    /// The plan of this call.
-    pub(crate) fn plan(&self) -> PyResult<Plan> {
-        let (tokens, topk) = self.ids.ids.matrix_shape("[M, topk]")?;
-        Plan::with_m_sum(tokens, topk, self.ids.local_experts, self.alignment, self.m_sum).map_err(exception)
+    fn m_sum(&self) -> usize {
+        self.plan.m_sum()
+    }
+
+    fn made(&self) -> Made {
+        (self.plan.tokens(), self.plan.topk(), self.plan.m_sum())
     }
 
     /// `H`, of rows that are one to a token.
     fn hidden(&self, x: &Array<'_>) -> PyResult<usize> {
-        let (tokens, _) = self.ids.ids.matrix_shape("[M, topk]")?;
-        let (_, hidden) = x.matrix_shape("[M, H]")?;
-        x.require_shape(&[tokens, hidden])?;
+        let (_, hidden) = x.matrix_shape("two dimensions")?;
+        x.require_shape(&[self.plan.tokens(), hidden])?;
         Ok(hidden)
     }
 
@@ -94,11 +99,8 @@ impl<'py> Place<'py> {
         work: impl FnOnce(&Layout<'_>) -> PyResult<R>,
     ) -> PyResult<R> {
         self.ids.routing(|routing| {
-            let plan =
-                Plan::with_m_sum(routing.tokens(), routing.topk(), routing.local_experts(), self.alignment, self.m_sum)
-                    .map_err(exception)?;
             let space = self.lists.contiguous_mut(apart)?;
-            let layout = Layout::build(&plan, &routing, space).map_err(exception)?;
+            let layout = Layout::build(&self.plan, &routing, space).map_err(exception)?;
             if let Some(expected) = expected_counts {
                 require_counts(expected, layout.expert_num_tokens())?;
             }
@@ -106,6 +108,12 @@ impl<'py> Place<'py> {
         })
     }
 }
+
+/// What a call that makes a layout says about it: tokens, slots per token, rows.
+type Made = (usize, usize, usize);
+
+/// Shape and strides of the matrix that a flat array of scales is read as.
+type ScaleMatrix = ((usize, usize), (usize, usize));
 
 fn require_counts(given: &[i32], counted: &[i32]) -> PyResult<()> {
     if given.len() != counted.len() {
@@ -128,8 +136,8 @@ fn padding(zero_padding: bool) -> Padding {
     if zero_padding { Padding::Zero } else { Padding::Untouched }
 }
 
-/// The format of that name, group and rounding.
-fn scale_format(layout: &str, group: &Bound<'_, PyAny>, power_of_two: bool) -> PyResult<ScaleFormat> {
+/// The format of that name, group and rounding; by default a power of two only where the layout holds nothing else.
+fn scale_format(layout: &str, group: &Bound<'_, PyAny>, power_of_two: Option<bool>) -> PyResult<ScaleFormat> {
     const LAYOUTS: [(&str, ScaleLayout); 3] = [
         ("row_major", ScaleLayout::RowMajor),
         ("mn_major", ScaleLayout::MnMajor),
@@ -141,30 +149,39 @@ fn scale_format(layout: &str, group: &Bound<'_, PyAny>, power_of_two: bool) -> P
             "scale_layout is \"{layout}\", expected one of row_major, mn_major, packed_ue8m0"
         )));
     };
+    let power_of_two = power_of_two.unwrap_or(layout == ScaleLayout::PackedUe8m0);
     let rounding = if power_of_two { ScaleRounding::PowerOfTwo } else { ScaleRounding::Exact };
     ScaleFormat::new(group, layout, rounding).map_err(exception)
 }
 
-/// Fails unless a scale array is flat, or a matrix with the strides that its format asks for, and large enough.
-fn require_scales(scales: &Array<'_>, format: ScaleFormat, m_sum: usize, hidden: usize) -> PyResult<()> {
+/// Fails unless a scale array is flat, or a matrix with the strides that its format asks for, and large enough. The matrix
+/// of a flat one.
+fn require_scales(
+    scales: &Array<'_>,
+    format: ScaleFormat,
+    m_sum: usize,
+    hidden: usize,
+) -> PyResult<Option<ScaleMatrix>> {
     let groups = format.groups(hidden).map_err(exception)?;
     let column = m_sum.next_multiple_of(4);
     let packed = format.layout() == ScaleLayout::PackedUe8m0;
     if scales.element() != if packed { Element::I32 } else { Element::F32 } {
         return Err(scales.dtype_error(if packed { "int32 for packed UE8M0 scales" } else { "float32" }));
     }
-    if scales.shape().len() == 1 {
+    let (columns, (of_row, of_column)) = match format.layout() {
+        ScaleLayout::RowMajor => (groups, (groups, 1)),
+        ScaleLayout::MnMajor => (groups, (1, column)),
+        ScaleLayout::PackedUe8m0 => (groups.div_ceil(4), (1, column)),
+    };
+    let flat = scales.shape().len() == 1;
+    if flat {
         scales.require_strides(&[1])?;
     } else {
-        let (columns, strides) = match format.layout() {
-            ScaleLayout::RowMajor => (groups, [groups, 1]),
-            ScaleLayout::MnMajor => (groups, [1, column]),
-            ScaleLayout::PackedUe8m0 => (groups.div_ceil(4), [1, column]),
-        };
         scales.require_shape(&[m_sum, columns])?;
-        scales.require_strides(&strides)?;
+        scales.require_strides(&[of_row, of_column])?;
     }
-    scales.require_span(format.words(m_sum, hidden).map_err(exception)?)
+    scales.require_span(format.words(m_sum, hidden).map_err(exception)?)?;
+    Ok(flat.then_some(((m_sum, columns), (of_row, of_column))))
 }
 
 /// The words of a scale array that fits its format.
@@ -207,7 +224,7 @@ pub(crate) fn scale_words(
     scale_layout: &str,
     group: &Bound<'_, PyAny>,
 ) -> PyResult<usize> {
-    let format = scale_format(scale_layout, group, true)?;
+    let format = scale_format(scale_layout, group, None)?;
     format.words(size("m_sum", m_sum)?, size("hidden", hidden)?).map_err(exception)
 }
 
@@ -229,30 +246,32 @@ pub(crate) fn count_expert_num_tokens(
 
 /// Writes a layout's lists.
 #[pyfunction]
-#[pyo3(signature = (topk_ids, expert_map, local_experts, alignment, m_sum, layout, workspace=None))]
+#[pyo3(signature = (topk_ids, expert_map, local_experts, alignment, m_sum, layout, workspace=None, *, distinct=true))]
 pub(crate) fn build_layout(
     py: Python<'_>,
     topk_ids: &Bound<'_, PyAny>,
     expert_map: Option<&Bound<'_, PyAny>>,
     local_experts: &Bound<'_, PyAny>,
     alignment: &Bound<'_, PyAny>,
-    m_sum: &Bound<'_, PyAny>,
+    m_sum: Option<&Bound<'_, PyAny>>,
     layout: &Bound<'_, PyAny>,
     workspace: Option<&Bound<'_, PyAny>>,
-) -> PyResult<()> {
-    let place = Place::new(Ids::new(topk_ids, expert_map, local_experts)?, alignment, m_sum, layout)?;
+    distinct: bool,
+) -> PyResult<Made> {
+    let place = Place::new(Ids::new(topk_ids, expert_map, local_experts)?, alignment, m_sum, distinct, layout)?;
     let workspace = Array::optional("workspace", workspace)?;
     let [ids, map] = place.ids.arrays();
     let apart = Apart::check(&[&place.lists], &[ids, map, workspace.as_ref()])?;
     match Array::common_device(&[ids, map, Some(&place.lists), workspace.as_ref()])? {
-        Some(ordinal) => cuda::build_layout(py, ordinal, &place, workspace.as_ref()),
-        None => place.layout(apart, None, |_| Ok(())),
+        Some(ordinal) => cuda::build_layout(py, ordinal, &place, workspace.as_ref())?,
+        None => place.layout(apart, None, |_| Ok(()))?,
     }
+    Ok(place.made())
 }
 
 /// `x [M, H]` to `out [M_sum, H]`, any element of 1, 2 or 4 bytes.
 #[pyfunction]
-#[pyo3(signature = (x, topk_ids, expert_map, local_experts, alignment, m_sum, expert_num_tokens, zero_padding, out, layout, workspace=None))]
+#[pyo3(signature = (x, topk_ids, expert_map, local_experts, alignment, m_sum, expert_num_tokens, zero_padding, out, layout, workspace=None, *, distinct=true))]
 pub(crate) fn permute_rows(
     py: Python<'_>,
     x: &Bound<'_, PyAny>,
@@ -260,23 +279,26 @@ pub(crate) fn permute_rows(
     expert_map: Option<&Bound<'_, PyAny>>,
     local_experts: &Bound<'_, PyAny>,
     alignment: &Bound<'_, PyAny>,
-    m_sum: &Bound<'_, PyAny>,
+    m_sum: Option<&Bound<'_, PyAny>>,
     expert_num_tokens: Option<&Bound<'_, PyAny>>,
     zero_padding: bool,
     out: &Bound<'_, PyAny>,
     layout: &Bound<'_, PyAny>,
     workspace: Option<&Bound<'_, PyAny>>,
-) -> PyResult<()> {
+    distinct: bool,
+) -> PyResult<Made> {
     let (x, out) = (Array::new("x", x)?, Array::new("out", out)?);
-    let place = Place::new(Ids::new(topk_ids, expert_map, local_experts)?, alignment, m_sum, layout)?;
+    let place = Place::new(Ids::new(topk_ids, expert_map, local_experts)?, alignment, m_sum, distinct, layout)?;
     let [ids, map] = place.ids.arrays();
     let workspace = Array::optional("workspace", workspace)?;
     let apart = Apart::check(&[&out, &place.lists], &[Some(&x), ids, map, workspace.as_ref()])?;
     let hidden = place.hidden(&x)?;
-    require_rows_out(&out, place.m_sum, hidden, Some(&x))?;
+    require_rows_out(&out, place.m_sum(), hidden, Some(&x))?;
     let all = [Some(&x), ids, map, Some(&out), Some(&place.lists), workspace.as_ref()];
     if let Some(ordinal) = Array::common_device(&all)? {
-        return cuda::permute(py, ordinal, &place, (&x, &out), None, zero_padding, workspace.as_ref());
+        let rows = Rows { x: &x, out: &out, scales: None, zero_padding };
+        cuda::permute(py, ordinal, &place, &rows, workspace.as_ref())?;
+        return Ok(place.made());
     }
     let given = expert_num_tokens.map(counts).transpose()?;
     let cpu = cpu()?;
@@ -297,12 +319,13 @@ pub(crate) fn permute_rows(
         Element::I64 | Element::Other => {
             Err(x.dtype_error("float8_e4m3fn, bfloat16, float16, float32, int32 or uint8"))
         }
-    }
+    }?;
+    Ok(place.made())
 }
 
 /// e4m3 `x [M, H]` and its scales `[M, H / group]` to `out [M_sum, H]` and `scales`.
 #[pyfunction]
-#[pyo3(signature = (x, x_scales, topk_ids, expert_map, local_experts, alignment, m_sum, expert_num_tokens, group, scale_layout, zero_padding, out, scales, layout, workspace=None))]
+#[pyo3(signature = (x, x_scales, topk_ids, expert_map, local_experts, alignment, m_sum, expert_num_tokens, group, scale_layout, zero_padding, out, scales, layout, workspace=None, *, distinct=true))]
 pub(crate) fn permute_quantized(
     py: Python<'_>,
     x: &Bound<'_, PyAny>,
@@ -311,7 +334,7 @@ pub(crate) fn permute_quantized(
     expert_map: Option<&Bound<'_, PyAny>>,
     local_experts: &Bound<'_, PyAny>,
     alignment: &Bound<'_, PyAny>,
-    m_sum: &Bound<'_, PyAny>,
+    m_sum: Option<&Bound<'_, PyAny>>,
     expert_num_tokens: Option<&Bound<'_, PyAny>>,
     group: &Bound<'_, PyAny>,
     scale_layout: &str,
@@ -320,23 +343,25 @@ pub(crate) fn permute_quantized(
     scales: &Bound<'_, PyAny>,
     layout: &Bound<'_, PyAny>,
     workspace: Option<&Bound<'_, PyAny>>,
-) -> PyResult<()> {
+    distinct: bool,
+) -> PyResult<(Made, Option<ScaleMatrix>)> {
     let (x, x_scales) = (Array::new("x", x)?, Array::new("x_scales", x_scales)?);
     let (out, scales) = (Array::new("out", out)?, Array::new("scales", scales)?);
-    let place = Place::new(Ids::new(topk_ids, expert_map, local_experts)?, alignment, m_sum, layout)?;
+    let place = Place::new(Ids::new(topk_ids, expert_map, local_experts)?, alignment, m_sum, distinct, layout)?;
     let [ids, map] = place.ids.arrays();
     let workspace = Array::optional("workspace", workspace)?;
     let inputs = [Some(&x), Some(&x_scales), ids, map, workspace.as_ref()];
     let apart = Apart::check(&[&out, &scales, &place.lists], &inputs)?;
     let hidden = place.hidden(&x)?;
-    let format = scale_format(scale_layout, group, scale_layout == "packed_ue8m0")?;
+    let format = scale_format(scale_layout, group, None)?;
     require_row_scales(&x, &x_scales, format)?;
-    require_rows_out(&out, place.m_sum, hidden, None)?;
-    require_scales(&scales, format, place.m_sum, hidden)?;
+    require_rows_out(&out, place.m_sum(), hidden, None)?;
+    let matrix = require_scales(&scales, format, place.m_sum(), hidden)?;
     let all = [Some(&x), Some(&x_scales), ids, map, Some(&out), Some(&scales), Some(&place.lists), workspace.as_ref()];
     if let Some(ordinal) = Array::common_device(&all)? {
-        let quantized = Some((&x_scales, &scales, format));
-        return cuda::permute(py, ordinal, &place, (&x, &out), quantized, zero_padding, workspace.as_ref());
+        let rows = Rows { x: &x, out: &out, scales: Some((&x_scales, &scales, format)), zero_padding };
+        cuda::permute(py, ordinal, &place, &rows, workspace.as_ref())?;
+        return Ok((place.made(), matrix));
     }
     let given = expert_num_tokens.map(counts).transpose()?;
     let words = scale_memory(&scales, apart)?;
@@ -350,12 +375,79 @@ pub(crate) fn permute_quantized(
     place.layout(apart, given.as_deref(), |layout| {
         py.detach(|| cpu::permute_quantized(&cpu, rows, row_scales, layout, format, padding(zero_padding), out, words))
             .map_err(exception)
-    })
+    })?;
+    Ok((place.made(), matrix))
+}
+
+/// What `expertile.deep_gemm_utils.deepgemm_moe_permute` returns: rows, scales, grouped layout, inv_perm, alignment.
+type DeepGemm<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, usize);
+
+/// `permute_quantized` on a GPU, with the scales' layout that their type asks for, into tensors made here: `out` (unless
+/// it is given), scales, the grouped layout, inv_perm. None, and nothing done, for what `permute_quantized` has to be asked.
+#[pyfunction]
+pub(crate) fn deep_gemm_permute<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    x_scales: &Bound<'py, PyAny>,
+    topk_ids: &Bound<'py, PyAny>,
+    expert_map: Option<&Bound<'py, PyAny>>,
+    local_experts: &Bound<'py, PyAny>,
+    alignment: &Bound<'py, PyAny>,
+    m_sum: &Bound<'py, PyAny>,
+    group: &Bound<'py, PyAny>,
+    use_psum_layout: bool,
+    out: Option<&Bound<'py, PyAny>>,
+) -> PyResult<Option<DeepGemm<'py>>> {
+    let x = Array::new("x", x)?;
+    let Some(ordinal) = x.device() else { return Ok(None) };
+    let (x_scales, ids) = (Array::new("x_scales", x_scales)?, Ids::new(topk_ids, expert_map, local_experts)?);
+    let out = Array::optional("out", out)?;
+    let m_sum = size("m_sum", m_sum)?;
+    let packed = x_scales.element() == Element::U8;
+    let as_it_is =
+        |out: &Array<'_>| out.element() == x.element() && out.require_contiguous().is_ok() && out.shape().len() == 2;
+    // Packed columns end on four rows, which a matrix of fewer does not own.
+    if x.item_bytes() != 1 || (packed && !m_sum.is_multiple_of(4)) || !out.as_ref().is_none_or(as_it_is) {
+        return Ok(None);
+    }
+    let (tokens, topk) = ids.ids.matrix_shape("two dimensions")?;
+    let (_, hidden) = x.matrix_shape("two dimensions")?;
+    x.require_shape(&[tokens, hidden])?;
+    let alignment = size("alignment", alignment)?;
+    let plan = Plan::with_m_sum(tokens, topk, ids.local_experts, alignment, m_sum).map_err(exception)?;
+    let format = scale_format(if packed { "packed_ue8m0" } else { "row_major" }, group, None)?;
+    require_row_scales(&x, &x_scales, format)?;
+    let [id_list, map] = ids.arrays();
+    let inputs = [Some(&x), Some(&x_scales), id_list, map];
+    Array::common_device(&[inputs[0], inputs[1], id_list, map, out.as_ref()])?;
+    let new = |element, shape: &[usize], strides: &[usize]| tensor::empty(py, ordinal, element, shape, strides);
+    let out = match out {
+        Some(out) => {
+            require_rows_out(&out, m_sum, hidden, None)?;
+            Apart::check(&[&out], &inputs)?;
+            out
+        }
+        None => new(x.element(), &[m_sum, hidden], &[hidden, 1])?,
+    };
+    let groups = format.groups(hidden).map_err(exception)?;
+    let scales = match packed {
+        true => new(Element::I32, &[m_sum, groups.div_ceil(4)], &[1, m_sum])?,
+        false => new(Element::F32, &[m_sum, groups], &[groups, 1])?,
+    };
+    let grouped = new(Element::I32, &[if use_psum_layout { ids.local_experts } else { m_sum }], &[1])?;
+    let inv_perm = new(Element::I32, &[tokens, topk], &[topk, 1])?;
+    let rows = Rows { x: &x, out: &out, scales: Some((&x_scales, &scales, format)), zero_padding: false };
+    let (psum, m_indices) = if use_psum_layout { (Some(&grouped), None) } else { (None, Some(&grouped)) };
+    cuda::permute_to_lists(py, ordinal, &ids, plan, &rows, &Lists { psum, m_indices, inv_perm: &inv_perm })?;
+    let inv_perm = inv_perm.into_object();
+    // For the way back: a negative entry says all there is to know about an empty slot.
+    inv_perm.setattr(intern!(py, "_expertile_complete"), true)?;
+    Ok(Some((out.into_object(), scales.into_object(), grouped.into_object(), inv_perm, alignment)))
 }
 
 /// bf16, f16 or f32 `x [M, H]` (times `topk_weights [M, 1]`, if given) to e4m3 `out [M_sum, H]` and `scales`.
 #[pyfunction]
-#[pyo3(signature = (x, topk_weights, topk_ids, expert_map, local_experts, alignment, m_sum, group, scale_layout, power_of_two, zero_padding, out, scales, layout, workspace=None))]
+#[pyo3(signature = (x, topk_weights, topk_ids, expert_map, local_experts, alignment, m_sum, group, scale_layout, power_of_two, zero_padding, out, scales, layout, workspace=None, *, distinct=true))]
 pub(crate) fn quantize_permute(
     py: Python<'_>,
     x: &Bound<'_, PyAny>,
@@ -364,31 +456,33 @@ pub(crate) fn quantize_permute(
     expert_map: Option<&Bound<'_, PyAny>>,
     local_experts: &Bound<'_, PyAny>,
     alignment: &Bound<'_, PyAny>,
-    m_sum: &Bound<'_, PyAny>,
+    m_sum: Option<&Bound<'_, PyAny>>,
     group: &Bound<'_, PyAny>,
     scale_layout: &str,
-    power_of_two: bool,
+    power_of_two: Option<bool>,
     zero_padding: bool,
     out: &Bound<'_, PyAny>,
     scales: &Bound<'_, PyAny>,
     layout: &Bound<'_, PyAny>,
     workspace: Option<&Bound<'_, PyAny>>,
-) -> PyResult<()> {
+    distinct: bool,
+) -> PyResult<(Made, Option<ScaleMatrix>)> {
     let (x, weights) = (Array::new("x", x)?, Array::optional("topk_weights", topk_weights)?);
     let (out, scales) = (Array::new("out", out)?, Array::new("scales", scales)?);
-    let place = Place::new(Ids::new(topk_ids, expert_map, local_experts)?, alignment, m_sum, layout)?;
+    let place = Place::new(Ids::new(topk_ids, expert_map, local_experts)?, alignment, m_sum, distinct, layout)?;
     let [ids, map] = place.ids.arrays();
     let workspace = Array::optional("workspace", workspace)?;
     let inputs = [Some(&x), weights.as_ref(), ids, map, workspace.as_ref()];
     let apart = Apart::check(&[&out, &scales, &place.lists], &inputs)?;
     let hidden = place.hidden(&x)?;
     let format = scale_format(scale_layout, group, power_of_two)?;
-    require_rows_out(&out, place.m_sum, hidden, None)?;
-    require_scales(&scales, format, place.m_sum, hidden)?;
+    require_rows_out(&out, place.m_sum(), hidden, None)?;
+    let matrix = require_scales(&scales, format, place.m_sum(), hidden)?;
     let all = [Some(&x), weights.as_ref(), ids, map, Some(&out), Some(&scales), Some(&place.lists), workspace.as_ref()];
     if let Some(ordinal) = Array::common_device(&all)? {
         let rows = (&x, weights.as_ref(), &out, &scales);
-        return cuda::quantize_permute(py, ordinal, &place, rows, format, zero_padding, workspace.as_ref());
+        cuda::quantize_permute(py, ordinal, &place, rows, format, zero_padding, workspace.as_ref())?;
+        return Ok((place.made(), matrix));
     }
     let words = scale_memory(&scales, apart)?;
     let weights: Option<MatrixRef<'_, f32>> = weights.as_ref().map(Array::matrix).transpose()?;
@@ -410,5 +504,6 @@ pub(crate) fn quantize_permute(
         Element::F16 => rows_of!(f16),
         Element::F32 => rows_of!(f32),
         _ => Err(x.dtype_error("bfloat16, float16 or float32")),
-    }
+    }?;
+    Ok((place.made(), matrix))
 }

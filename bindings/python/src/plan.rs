@@ -241,7 +241,7 @@ pub(crate) fn layout_len(
     PyPlan::new(tokens, topk, local_experts, alignment, m_sum)?.layout_len()
 }
 
-fn token_experts(distinct: bool) -> TokenExperts {
+pub(crate) fn token_experts(distinct: bool) -> TokenExperts {
     if distinct { TokenExperts::Distinct } else { TokenExperts::MayRepeat }
 }
 

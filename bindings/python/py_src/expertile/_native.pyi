@@ -13,6 +13,8 @@ __all__ = [
     "cuda_check",
     "cuda_unavailable",
     "cuda_workspace_bytes",
+    "deep_gemm_permute",
+    "deep_gemm_unpermute",
     "expert_num_tokens_round_up_and_sum",
     "get_num_threads",
     "layout_len",

@@ -31,6 +31,7 @@ except ImportError as error:
     ) from error
 
 from torch import Tensor
+from torch.autograd import profiler as _profiler
 
 from . import _arrays, _native
 from .deep_gemm_utils import check
@@ -143,54 +144,25 @@ _SCHEMAS = {
 }
 
 
-# Operators take what torch can see. A workspace, which only calls captured into a CUDA graph need, is not among it.
-
-
 _untyped: Any = _native  # The schemas have said what the arguments are.
 
 
-def _build_layout(topk_ids: Tensor, expert_map: Tensor | None, local_experts: int, *arguments: Any) -> None:
-    workspace = _arrays.captured_workspace(topk_ids, local_experts)
-    _untyped.build_layout(topk_ids, expert_map, local_experts, *arguments, workspace=workspace)
+def _build_layout(*arguments: Any) -> None:
+    _untyped.build_layout(*arguments)
 
 
-def _permute_rows(
-    x: Tensor,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    local_experts: int,
-    alignment: int,
-    m_sum: int,
-    *arguments: Any,
-) -> None:
-    where = (topk_ids, expert_map, local_experts, alignment, m_sum, None)
-    _untyped.permute_rows(x, *where, *arguments, workspace=_arrays.captured_workspace(x, local_experts))
+def _permute_rows(x: Tensor, *arguments: Any) -> None:
+    *where, zero_padding, out, layout = arguments
+    _untyped.permute_rows(x, *where, None, zero_padding, out, layout)
 
 
-def _permute_quantized(
-    x: Tensor,
-    x_scales: Tensor,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    local_experts: int,
-    alignment: int,
-    m_sum: int,
-    *arguments: Any,
-) -> None:
-    where = (topk_ids, expert_map, local_experts, alignment, m_sum, None)
-    _untyped.permute_quantized(x, x_scales, *where, *arguments, workspace=_arrays.captured_workspace(x, local_experts))
+def _permute_quantized(x: Tensor, x_scales: Tensor, *arguments: Any) -> None:
+    *where, group, scale_layout, zero_padding, out, scales, layout = arguments
+    _untyped.permute_quantized(x, x_scales, *where, None, group, scale_layout, zero_padding, out, scales, layout)
 
 
-def _quantize_permute(
-    x: Tensor,
-    topk_weights: Tensor | None,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    local_experts: int,
-    *arguments: Any,
-) -> None:
-    where = (topk_weights, topk_ids, expert_map, local_experts)
-    _untyped.quantize_permute(x, *where, *arguments, workspace=_arrays.captured_workspace(x, local_experts))
+def _quantize_permute(*arguments: Any) -> None:
+    _untyped.quantize_permute(*arguments)
 
 
 def _unpermute(
@@ -249,6 +221,32 @@ for _name in _SCHEMAS:
 _ops = {name: getattr(torch.ops.expertile, name).default for name in _SCHEMAS}
 
 
+# An operator's way through torch's dispatcher takes longer than the call. It is for those who want to see the call: torch's
+# compiler, its modes and transforms, its profiler, and autograd, which warns that nothing here is differentiable.
+
+try:
+    from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack, _len_torch_function_stack
+except ImportError:
+    _ALWAYS_DISPATCH = True
+else:
+    _ALWAYS_DISPATCH = False
+
+
+def _unwatched(x: Any) -> bool:
+    """Whether a call on `x` (and tensors with it) may go past the dispatcher: a CUDA tensor that nobody watches."""
+    return not (
+        torch.compiler.is_dynamo_compiling()
+        or _ALWAYS_DISPATCH
+        or type(x) is not Tensor
+        or not x.is_cuda
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or (torch.is_grad_enabled() and x.requires_grad)
+        or _profiler._is_profiler_enabled
+    )
+
+
 def sizes(
     tokens: int,
     topk: int,
@@ -287,6 +285,11 @@ def build_layout(
 
     Raises ValueError or TypeError for what does not fit.
     """
+    if layout is not None and _unwatched(topk_ids):
+        tokens, topk, m_sum = _native.build_layout(
+            topk_ids, expert_map, local_experts, alignment, m_sum, layout, distinct=distinct
+        )
+        return Layout(layout, tokens, topk, local_experts, alignment, m_sum)
     tokens, topk = _matrix("topk_ids", topk_ids)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
     space = _space(topk_ids, tokens, topk, local_experts, alignment, m_sum, layout)
@@ -313,6 +316,10 @@ def permute_rows(
 
     Raises ValueError or TypeError for what does not fit.
     """
+    if out is not None and layout is not None and _unwatched(x):
+        where = (topk_ids, expert_map, local_experts, alignment, m_sum)
+        tokens, topk, m_sum = _native.permute_rows(x, *where, None, zero_padding, out, layout, distinct=distinct)
+        return Permuted(out, None, Layout(layout, tokens, topk, local_experts, alignment, m_sum))
     tokens, topk = _matrix("topk_ids", topk_ids)
     _, hidden = _matrix("x", x)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
@@ -345,6 +352,13 @@ def permute_quantized(
 
     Raises ValueError or TypeError for what does not fit.
     """
+    if out is not None and scales is not None and layout is not None and _unwatched(x):
+        where = (topk_ids, expert_map, local_experts, alignment, m_sum)
+        (tokens, topk, m_sum), matrix = _native.permute_quantized(
+            x, x_scales, *where, None, group, scale_layout, zero_padding, out, scales, layout, distinct=distinct
+        )
+        shaped = scales if matrix is None else scales.as_strided(*matrix)
+        return Permuted(out, shaped, Layout(layout, tokens, topk, local_experts, alignment, m_sum))
     tokens, topk = _matrix("topk_ids", topk_ids)
     _, hidden = _matrix("x", x)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
@@ -398,6 +412,26 @@ def quantize_permute(
 
     Raises ValueError or TypeError for what does not fit.
     """
+    if out is not None and scales is not None and layout is not None and _unwatched(x):
+        (tokens, topk, m_sum), matrix = _native.quantize_permute(
+            x,
+            topk_weights,
+            topk_ids,
+            expert_map,
+            local_experts,
+            alignment,
+            m_sum,
+            group,
+            scale_layout,
+            power_of_two,
+            zero_padding,
+            out,
+            scales,
+            layout,
+            distinct=distinct,
+        )
+        shaped = scales if matrix is None else scales.as_strided(*matrix)
+        return Permuted(out, shaped, Layout(layout, tokens, topk, local_experts, alignment, m_sum))
     tokens, topk = _matrix("topk_ids", topk_ids)
     _, hidden = _matrix("x", x)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
@@ -441,6 +475,9 @@ def unpermute(
 
     Raises ValueError or TypeError for what does not fit.
     """
+    if out is not None and topk_ids is None and _unwatched(rows):
+        _native.unpermute(rows, inv_perm, None, expert_map, topk_weights, out)
+        return out
     tokens, _ = _matrix("inv_perm", inv_perm)
     _, hidden = _matrix("rows", rows)
     out = rows.new_empty((tokens, hidden), dtype=dtype) if out is None else out
