@@ -1,10 +1,10 @@
 //! The CUDA backend on tensors: their addresses, the current stream, and what is kept between calls.
 //!
 //! Kept, for the life of the process: a device and its prepared steps (a kernel is compiled by the first call that needs
-//! it), and a workspace for each stream. A call that is being captured into a graph brings a workspace of its own.
+//! it), and a workspace for each stream. A call that is being captured into a graph has a workspace of its own.
 
 use crate::array::{Array, Element};
-use crate::error::{exception, size};
+use crate::error::exception;
 use crate::exchange;
 use crate::permute::{Ids, Place};
 use crate::tensor;
@@ -212,18 +212,19 @@ impl<'py> Call<'py> {
         Ok(Self { py, gpu, stream, plan, routing: routing(ids)?, route_config: config, route })
     }
 
-    /// `bytes` of workspace: the caller's own, a new tensor where the call is being captured into a graph (to which it then
-    /// belongs), else the stream's.
-    fn workspace(&self, own: Option<&Array<'_>>, bytes: expertile::Result<usize>) -> PyResult<Space<'py>> {
+    /// `bytes` of workspace: the stream's, or a new tensor where the call is being captured into a graph, to which it then
+    /// belongs.
+    fn workspace(&self, bytes: expertile::Result<usize>) -> PyResult<Space<'py>> {
         let bytes = bytes.map_err(exception)?;
-        if let Some(own) = own {
-            return Ok(Space { address: self.ready(own, bytes)?, _tensor: None });
-        }
         #[allow(unsafe_code)]
         // SAFETY: the stream is torch's current one.
         if unsafe { self.gpu.device.is_capturing(self.stream) }.map_err(exception)? {
             let tensor = tensor::empty(self.py, self.gpu.ordinal, Element::U8, &[bytes], &[1])?;
-            return Ok(Space { address: self.ready(&tensor, bytes)?, _tensor: Some(tensor) });
+            let address = tensor.require_device_memory::<u8>(bytes, 16)?;
+            #[allow(unsafe_code)]
+            // SAFETY: the tensor is alive during the call, and its allocator hands its memory on in stream order.
+            unsafe { self.route.initialise_workspace(self.stream, address) }.map_err(exception)?;
+            return Ok(Space { address, _tensor: Some(tensor) });
         }
         let mut workspaces = lock(&self.gpu.workspaces);
         let found = workspaces.iter().position(|workspace| workspace.stream == self.stream);
@@ -246,15 +247,6 @@ impl<'py> Call<'py> {
         Ok(Space { address: workspaces[index].buffer.address(), _tensor: None })
     }
 
-    /// The address of a tensor that is this call's workspace, made ready on the stream.
-    fn ready(&self, tensor: &Array<'_>, bytes: usize) -> PyResult<u64> {
-        let address = tensor.require_device_memory::<u8>(bytes, 16)?;
-        #[allow(unsafe_code)]
-        // SAFETY: the tensor is alive during the call, and its allocator hands its memory on in stream order.
-        unsafe { self.route.initialise_workspace(self.stream, address) }.map_err(exception)?;
-        Ok(address)
-    }
-
     fn launch_route(&self, layout: &LayoutBuffers, workspace: &Space<'_>) -> PyResult<()> {
         #[allow(unsafe_code)]
         // SAFETY: every address is a live tensor's, of the size and type that was checked, and `Apart` has seen that what
@@ -274,15 +266,10 @@ impl<'py> Call<'py> {
     }
 }
 
-pub(crate) fn build_layout(
-    py: Python<'_>,
-    ordinal: usize,
-    place: &Place<'_>,
-    workspace: Option<&Array<'_>>,
-) -> PyResult<()> {
+pub(crate) fn build_layout(py: Python<'_>, ordinal: usize, place: &Place<'_>) -> PyResult<()> {
     let call = Call::new(py, ordinal, &place.ids, place.plan)?;
     let layout = layout(place)?;
-    let workspace = call.workspace(workspace, call.route.workspace_bytes(&call.plan))?;
+    let workspace = call.workspace(call.route.workspace_bytes(&call.plan))?;
     call.launch_route(&layout, &workspace)
 }
 
@@ -331,16 +318,10 @@ impl Rows<'_> {
     }
 }
 
-pub(crate) fn permute(
-    py: Python<'_>,
-    ordinal: usize,
-    place: &Place<'_>,
-    rows: &Rows<'_>,
-    workspace: Option<&Array<'_>>,
-) -> PyResult<()> {
+pub(crate) fn permute(py: Python<'_>, ordinal: usize, place: &Place<'_>, rows: &Rows<'_>) -> PyResult<()> {
     let call = Call::new(py, ordinal, &place.ids, place.plan)?;
     let layout = layout(place)?;
-    let workspace = call.workspace(workspace, call.route.workspace_bytes(&call.plan))?;
+    let workspace = call.workspace(call.route.workspace_bytes(&call.plan))?;
     call.launch_permute(rows, &layout, &workspace)
 }
 
@@ -363,7 +344,7 @@ pub(crate) fn permute_to_lists(
     let call = Call::new(py, ordinal, ids, plan)?;
     let bytes = call.route.workspace_bytes(&plan).map_err(exception)?;
     let all = LayoutBuffers::space_bytes(&plan, plan.alignment()).map_err(exception)?;
-    let workspace = call.workspace(None, Ok(bytes + all))?;
+    let workspace = call.workspace(Ok(bytes + all))?;
     let scratch = LayoutBuffers::carve(workspace.address + bytes as u64, &plan, plan.alignment());
     let mut layout = scratch.map_err(exception)?;
     layout.inv_perm = lists.inv_perm.address();
@@ -380,7 +361,6 @@ pub(crate) fn quantize_permute(
     (x, weights, out, scales): (&Array<'_>, Option<&Array<'_>>, &Array<'_>, &Array<'_>),
     format: ScaleFormat,
     zero_padding: bool,
-    workspace: Option<&Array<'_>>,
 ) -> PyResult<()> {
     let input = match x.element() {
         Element::Bf16 => Dtype::Bf16,
@@ -412,7 +392,7 @@ pub(crate) fn quantize_permute(
         out: out.address(),
         scales: scales.address(),
     };
-    let workspace = call.workspace(workspace, step.workspace_bytes(&call.plan))?;
+    let workspace = call.workspace(step.workspace_bytes(&call.plan))?;
     #[allow(unsafe_code)]
     // SAFETY: as in `launch_route`; shapes and strides were checked against the configuration.
     unsafe { step.launch(call.stream, &call.plan, &call.routing, &rows, &layout, workspace.address) }.map_err(exception)
@@ -469,24 +449,6 @@ pub(crate) fn unpermute(
 pub(crate) fn cuda_unavailable(py: Python<'_>) -> Option<String> {
     let found = expertile::cuda::availability().map_err(exception).and_then(|_| compiler(py));
     found.err().map(|error| error.value(py).to_string())
-}
-
-/// Bytes of a workspace that suffice for a call of these sizes, whatever it does: what it brings when it is captured.
-#[pyfunction]
-pub(crate) fn cuda_workspace_bytes(
-    py: Python<'_>,
-    ordinal: usize,
-    tokens: &Bound<'_, PyAny>,
-    local_experts: &Bound<'_, PyAny>,
-    hidden: &Bound<'_, PyAny>,
-) -> PyResult<usize> {
-    const SMALLEST_GROUP: usize = 32;
-    let (tokens, experts, hidden) =
-        (size("tokens", tokens)?, size("local_num_experts", local_experts)?, size("hidden", hidden)?);
-    let route = gpu(py, ordinal)?.route(RouteConfig { topk: 1, ids: Dtype::I64, row_tile: 1 })?;
-    let plan = Plan::with_m_sum(0, 1, experts, 1, 0).map_err(exception)?;
-    let scales_of_a_token = hidden.div_ceil(SMALLEST_GROUP).next_multiple_of(4) * 4;
-    Ok(route.workspace_bytes(&plan).map_err(exception)? + tokens * scales_of_a_token)
 }
 
 /// Waits for the current stream and raises what its kernels found wrong with ids since the last time.

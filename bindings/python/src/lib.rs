@@ -40,7 +40,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(unpermute::deep_gemm_unpermute, module)?)?;
     module.add_function(wrap_pyfunction!(unpermute::unpermute, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::cuda_unavailable, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::cuda_workspace_bytes, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::cuda_check, module)?)?;
     module.add_function(wrap_pyfunction!(pool::get_num_threads, module)?)?;
     module.add_function(wrap_pyfunction!(pool::set_num_threads, module)?)?;

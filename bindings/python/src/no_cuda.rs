@@ -12,7 +12,7 @@ fn missing<T>() -> PyResult<T> {
     Err(PyRuntimeError::new_err(MISSING))
 }
 
-pub(crate) fn build_layout(_: Python<'_>, _: usize, _: &Place<'_>, _: Option<&Array<'_>>) -> PyResult<()> {
+pub(crate) fn build_layout(_: Python<'_>, _: usize, _: &Place<'_>) -> PyResult<()> {
     missing()
 }
 
@@ -53,7 +53,6 @@ pub(crate) fn quantize_permute(
     _: (&Array<'_>, Option<&Array<'_>>, &Array<'_>, &Array<'_>),
     _: ScaleFormat,
     _: bool,
-    _: Option<&Array<'_>>,
 ) -> PyResult<()> {
     missing()
 }
@@ -73,18 +72,6 @@ pub(crate) fn unpermute(
 #[pyfunction]
 pub(crate) fn cuda_unavailable() -> Option<String> {
     Some(MISSING.into())
-}
-
-/// No workspace.
-#[pyfunction]
-pub(crate) fn cuda_workspace_bytes(
-    ordinal: usize,
-    tokens: usize,
-    local_experts: usize,
-    hidden: usize,
-) -> PyResult<usize> {
-    let _ = (ordinal, tokens, local_experts, hidden);
-    missing()
 }
 
 /// Nothing to check.

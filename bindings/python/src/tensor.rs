@@ -33,3 +33,18 @@ pub(crate) fn empty<'py>(
     options.set_item("device", format!("cuda:{ordinal}"))?;
     Array::new(ARGUMENT, &py.import("torch")?.call_method("empty_strided", (shape, strides), Some(&options))?)
 }
+
+/// An array that a caller has handed over, or else one made on its device; on the CPU nothing is made.
+pub(crate) fn given_or_made<'py>(
+    py: Python<'py>,
+    argument: &'static str,
+    given: Option<&Bound<'py, PyAny>>,
+    device: Option<usize>,
+    make: impl FnOnce(usize) -> PyResult<Array<'py>>,
+) -> PyResult<Array<'py>> {
+    match (given, device) {
+        (Some(array), _) => Array::new(argument, array),
+        (None, Some(ordinal)) => make(ordinal),
+        (None, None) => Array::new(argument, &py.None().into_bound(py)),
+    }
+}

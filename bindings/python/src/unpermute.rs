@@ -22,6 +22,9 @@ pub(crate) fn unpermute(
     topk_weights: Option<&Bound<'_, PyAny>>,
     out: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
+    if topk_ids.is_none() && expert_map.is_some() {
+        return Err(PyValueError::new_err("topk_ids is None, expected ids for the expert_map to translate"));
+    }
     let call = Call {
         rows: Array::new("rows", rows)?,
         inv_perm: Array::new("inv_perm", inv_perm)?,
@@ -43,9 +46,6 @@ pub(crate) fn unpermute(
             let ids = Ids::new(ids, expert_map, &most)?;
             let apart = call.apart(&ids.arrays())?;
             ids.routing(|routing| call.from(py, Some(&routing), apart))
-        }
-        None if expert_map.is_some() => {
-            Err(PyValueError::new_err("topk_ids is None, expected ids for the expert_map to translate"))
         }
         None => call.from(py, None, call.apart(&[None, None])?),
     }

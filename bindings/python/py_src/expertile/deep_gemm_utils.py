@@ -300,7 +300,10 @@ def deepgemm_moe_permute(
     """
     block = _alignment.get()
     group = block if block_size is None else block_size
-    tokens, topk = _arrays.require_array("topk_ids", topk_ids, 2)
+    try:
+        tokens, topk = topk_ids.shape
+    except (AttributeError, ValueError):
+        tokens, topk = _arrays.require_array("topk_ids", topk_ids, 2)
     m_sum, alignment = compute_aligned_M_and_alignment(tokens, topk, local_num_experts, block, expert_tokens_meta)
     if _arrays.on_gpu(aq):
         try:

@@ -285,11 +285,11 @@ def build_layout(
 
     Raises ValueError or TypeError for what does not fit.
     """
-    if layout is not None and _unwatched(topk_ids):
-        tokens, topk, m_sum = _native.build_layout(
+    if _unwatched(topk_ids):
+        (tokens, topk, m_sum), space = _native.build_layout(
             topk_ids, expert_map, local_experts, alignment, m_sum, layout, distinct=distinct
         )
-        return Layout(layout, tokens, topk, local_experts, alignment, m_sum)
+        return Layout(space, tokens, topk, local_experts, alignment, m_sum)
     tokens, topk = _matrix("topk_ids", topk_ids)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
     space = _space(topk_ids, tokens, topk, local_experts, alignment, m_sum, layout)
@@ -316,10 +316,11 @@ def permute_rows(
 
     Raises ValueError or TypeError for what does not fit.
     """
-    if out is not None and layout is not None and _unwatched(x):
+    if _unwatched(x):
         where = (topk_ids, expert_map, local_experts, alignment, m_sum)
-        tokens, topk, m_sum = _native.permute_rows(x, *where, None, zero_padding, out, layout, distinct=distinct)
-        return Permuted(out, None, Layout(layout, tokens, topk, local_experts, alignment, m_sum))
+        rows, made = _native.permute_rows(x, *where, None, zero_padding, out, layout, distinct=distinct)
+        (tokens, topk, m_sum), space = made
+        return Permuted(rows, None, Layout(space, tokens, topk, local_experts, alignment, m_sum))
     tokens, topk = _matrix("topk_ids", topk_ids)
     _, hidden = _matrix("x", x)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
@@ -352,13 +353,14 @@ def permute_quantized(
 
     Raises ValueError or TypeError for what does not fit.
     """
-    if out is not None and scales is not None and layout is not None and _unwatched(x):
+    if _unwatched(x):
         where = (topk_ids, expert_map, local_experts, alignment, m_sum)
-        (tokens, topk, m_sum), matrix = _native.permute_quantized(
+        rows, words, matrix, made = _native.permute_quantized(
             x, x_scales, *where, None, group, scale_layout, zero_padding, out, scales, layout, distinct=distinct
         )
-        shaped = scales if matrix is None else scales.as_strided(*matrix)
-        return Permuted(out, shaped, Layout(layout, tokens, topk, local_experts, alignment, m_sum))
+        (tokens, topk, m_sum), space = made
+        shaped = words if matrix is None else words.as_strided(*matrix)
+        return Permuted(rows, shaped, Layout(space, tokens, topk, local_experts, alignment, m_sum))
     tokens, topk = _matrix("topk_ids", topk_ids)
     _, hidden = _matrix("x", x)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
@@ -412,8 +414,8 @@ def quantize_permute(
 
     Raises ValueError or TypeError for what does not fit.
     """
-    if out is not None and scales is not None and layout is not None and _unwatched(x):
-        (tokens, topk, m_sum), matrix = _native.quantize_permute(
+    if _unwatched(x):
+        rows, words, matrix, made = _native.quantize_permute(
             x,
             topk_weights,
             topk_ids,
@@ -430,8 +432,9 @@ def quantize_permute(
             layout,
             distinct=distinct,
         )
-        shaped = scales if matrix is None else scales.as_strided(*matrix)
-        return Permuted(out, shaped, Layout(layout, tokens, topk, local_experts, alignment, m_sum))
+        (tokens, topk, m_sum), space = made
+        shaped = words if matrix is None else words.as_strided(*matrix)
+        return Permuted(rows, shaped, Layout(space, tokens, topk, local_experts, alignment, m_sum))
     tokens, topk = _matrix("topk_ids", topk_ids)
     _, hidden = _matrix("x", x)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
@@ -475,13 +478,15 @@ def unpermute(
 
     Raises ValueError or TypeError for what does not fit.
     """
-    if out is not None and topk_ids is None and _unwatched(rows):
+    direct = topk_ids is None and _unwatched(rows)
+    if out is None or not direct:
+        tokens, _ = _matrix("inv_perm", inv_perm)
+        _, hidden = _matrix("rows", rows)
+        out = rows.new_empty((tokens, hidden), dtype=dtype) if out is None else out
+    if direct:
         _native.unpermute(rows, inv_perm, None, expert_map, topk_weights, out)
-        return out
-    tokens, _ = _matrix("inv_perm", inv_perm)
-    _, hidden = _matrix("rows", rows)
-    out = rows.new_empty((tokens, hidden), dtype=dtype) if out is None else out
-    _ops["unpermute"](rows, inv_perm, topk_ids, expert_map, topk_weights, out)
+    else:
+        _ops["unpermute"](rows, inv_perm, topk_ids, expert_map, topk_weights, out)
     return out
 
 
