@@ -31,7 +31,7 @@ pub(crate) struct Lists<'a> {
     pub(crate) inv_perm: &'a Array<'a>,
 }
 
-pub(crate) fn permute(_: Python<'_>, _: usize, _: &Place<'_>, _: &Rows<'_>, _: Option<&Array<'_>>) -> PyResult<()> {
+pub(crate) fn permute(_: Python<'_>, _: usize, _: &Place<'_>, _: &Rows<'_>) -> PyResult<()> {
     missing()
 }
 
