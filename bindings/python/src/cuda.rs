@@ -197,10 +197,12 @@ struct Call<'py> {
     route: Arc<Route>,
 }
 
-/// Memory that a call works in. A tensor's is the call's own; the stream's stays where it is until a larger one is needed.
-struct Space<'py> {
+/// Memory that a call works in: a tensor's, or that of the stream, which no other thread's call gets in between. Nothing of
+/// Python's is called while it is held, or a thread could wait for it that holds the interpreter's lock.
+struct Space<'a, 'py> {
     address: u64,
     _tensor: Option<Array<'py>>,
+    _held: Option<MutexGuard<'a, Vec<Workspace>>>,
 }
 
 impl<'py> Call<'py> {
@@ -214,7 +216,7 @@ impl<'py> Call<'py> {
 
     /// `bytes` of workspace: the stream's, or a new tensor where the call is being captured into a graph, to which it then
     /// belongs.
-    fn workspace(&self, bytes: expertile::Result<usize>) -> PyResult<Space<'py>> {
+    fn workspace(&self, bytes: expertile::Result<usize>) -> PyResult<Space<'_, 'py>> {
         let bytes = bytes.map_err(exception)?;
         #[allow(unsafe_code)]
         // SAFETY: the stream is torch's current one.
@@ -224,7 +226,7 @@ impl<'py> Call<'py> {
             #[allow(unsafe_code)]
             // SAFETY: the tensor is alive during the call, and its allocator hands its memory on in stream order.
             unsafe { self.route.initialise_workspace(self.stream, address) }.map_err(exception)?;
-            return Ok(Space { address, _tensor: Some(tensor) });
+            return Ok(Space { address, _tensor: Some(tensor), _held: None });
         }
         let mut workspaces = lock(&self.gpu.workspaces);
         let found = workspaces.iter().position(|workspace| workspace.stream == self.stream);
@@ -244,10 +246,11 @@ impl<'py> Call<'py> {
             }
         };
         workspaces[index].last = Some((self.route.clone(), self.plan, self.routing));
-        Ok(Space { address: workspaces[index].buffer.address(), _tensor: None })
+        let address = workspaces[index].buffer.address();
+        Ok(Space { address, _tensor: None, _held: Some(workspaces) })
     }
 
-    fn launch_route(&self, layout: &LayoutBuffers, workspace: &Space<'_>) -> PyResult<()> {
+    fn launch_route(&self, layout: &LayoutBuffers, workspace: &Space<'_, '_>) -> PyResult<()> {
         #[allow(unsafe_code)]
         // SAFETY: every address is a live tensor's, of the size and type that was checked, and `Apart` has seen that what
         // is written overlaps nothing else. torch hands memory on in stream order, and the workspace is this stream's.
@@ -255,14 +258,22 @@ impl<'py> Call<'py> {
             .map_err(exception)
     }
 
+    fn permute(&self, config: PermuteConfig) -> PyResult<Arc<Permute>> {
+        self.gpu.permutes.get(config, |config| Permute::prepare(&self.gpu.device, config))
+    }
+
     /// Layout, then rows.
-    fn launch_permute(&self, rows: &Rows<'_>, layout: &LayoutBuffers, workspace: &Space<'_>) -> PyResult<()> {
-        let (config, buffers) = rows.prepare(&self.plan)?;
-        let step = self.gpu.permutes.get(config, |config| Permute::prepare(&self.gpu.device, config))?;
+    fn launch_permute(
+        &self,
+        step: &Permute,
+        rows: &RowsBuffers,
+        layout: &LayoutBuffers,
+        workspace: &Space<'_, '_>,
+    ) -> PyResult<()> {
         self.launch_route(layout, workspace)?;
         #[allow(unsafe_code)]
         // SAFETY: as in `launch_route`; shapes and strides were checked against the configuration.
-        unsafe { step.launch(self.stream, &self.plan, &buffers, layout) }.map_err(exception)
+        unsafe { step.launch(self.stream, &self.plan, rows, layout) }.map_err(exception)
     }
 }
 
@@ -321,8 +332,10 @@ impl Rows<'_> {
 pub(crate) fn permute(py: Python<'_>, ordinal: usize, place: &Place<'_>, rows: &Rows<'_>) -> PyResult<()> {
     let call = Call::new(py, ordinal, &place.ids, place.plan)?;
     let layout = layout(place)?;
+    let (config, rows) = rows.prepare(&call.plan)?;
+    let step = call.permute(config)?;
     let workspace = call.workspace(call.route.workspace_bytes(&call.plan))?;
-    call.launch_permute(rows, &layout, &workspace)
+    call.launch_permute(&step, &rows, &layout, &workspace)
 }
 
 /// Where the lists go that outlive a call; the others are only the call's.
@@ -342,6 +355,8 @@ pub(crate) fn permute_to_lists(
     lists: &Lists<'_>,
 ) -> PyResult<()> {
     let call = Call::new(py, ordinal, ids, plan)?;
+    let (config, rows) = rows.prepare(&plan)?;
+    let step = call.permute(config)?;
     let bytes = call.route.workspace_bytes(&plan).map_err(exception)?;
     let all = LayoutBuffers::space_bytes(&plan, plan.alignment()).map_err(exception)?;
     let workspace = call.workspace(Ok(bytes + all))?;
@@ -350,7 +365,7 @@ pub(crate) fn permute_to_lists(
     layout.inv_perm = lists.inv_perm.address();
     layout.psum = lists.psum.map_or(layout.psum, Array::address);
     layout.m_indices = lists.m_indices.map_or(layout.m_indices, Array::address);
-    call.launch_permute(rows, &layout, &workspace)
+    call.launch_permute(&step, &rows, &layout, &workspace)
 }
 
 /// Rows quantized on their way.
