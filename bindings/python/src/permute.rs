@@ -3,7 +3,7 @@
 use crate::array::{Apart, Array, Element};
 use crate::cuda::{self, Lists, Rows};
 use crate::error::{exception, optional_size, size};
-use crate::plan::{counts, layout_words, token_experts};
+use crate::plan::{counts, layout_words, parse_rule, token_experts};
 use crate::pool::cpu;
 use crate::tensor;
 use expertile::cpu::{self, RowScales};
@@ -435,7 +435,8 @@ pub(crate) fn permute_quantized<'py>(
 type DeepGemm<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, usize);
 
 /// `permute_quantized` on a GPU, with the scales' layout that their type asks for, into tensors made here: `out` (unless
-/// it is given), scales, the grouped layout, inv_perm. None, and nothing done, for what `permute_quantized` has to be asked.
+/// it is given), scales, the grouped layout, inv_perm. Without `m_sum`, as many rows as the reference has. None, and nothing
+/// done, for what `permute_quantized` has to be asked.
 #[pyfunction]
 pub(crate) fn deep_gemm_permute<'py>(
     py: Python<'py>,
@@ -445,16 +446,25 @@ pub(crate) fn deep_gemm_permute<'py>(
     expert_map: Option<&Bound<'py, PyAny>>,
     local_experts: &Bound<'py, PyAny>,
     alignment: &Bound<'py, PyAny>,
-    m_sum: &Bound<'py, PyAny>,
+    m_sum: Option<&Bound<'py, PyAny>>,
     group: &Bound<'py, PyAny>,
     use_psum_layout: bool,
     out: Option<&Bound<'py, PyAny>>,
+    rule: Option<&str>,
+    arch: Option<&str>,
 ) -> PyResult<Option<DeepGemm<'py>>> {
     let x = Array::new("x", x)?;
     let Some(ordinal) = x.device() else { return Ok(None) };
     let (x_scales, ids) = (Array::new("x_scales", x_scales)?, Ids::new(topk_ids, expert_map, local_experts)?);
     let out = Array::optional("out", out)?;
-    let m_sum = size("m_sum", m_sum)?;
+    let (tokens, topk) = ids.ids.matrix_shape("2 dimensions")?;
+    let alignment = size("alignment", alignment)?;
+    let plan = match optional_size("m_sum", m_sum)? {
+        Some(m_sum) => Plan::with_m_sum(tokens, topk, ids.local_experts, alignment, m_sum),
+        None => Plan::reference(tokens, topk, ids.local_experts, alignment, parse_rule(rule, arch)?),
+    };
+    let plan = plan.map_err(exception)?;
+    let (m_sum, alignment) = (plan.m_sum(), plan.alignment());
     let packed = x_scales.element() == Element::U8;
     let as_it_is =
         |out: &Array<'_>| out.element() == x.element() && out.require_contiguous().is_ok() && out.shape().len() == 2;
@@ -462,11 +472,8 @@ pub(crate) fn deep_gemm_permute<'py>(
     if x.item_bytes() != 1 || (packed && !m_sum.is_multiple_of(4)) || !out.as_ref().is_none_or(as_it_is) {
         return Ok(None);
     }
-    let (tokens, topk) = ids.ids.matrix_shape("two dimensions")?;
-    let (_, hidden) = x.matrix_shape("two dimensions")?;
+    let (_, hidden) = x.matrix_shape("2 dimensions")?;
     x.require_shape(&[tokens, hidden])?;
-    let alignment = size("alignment", alignment)?;
-    let plan = Plan::with_m_sum(tokens, topk, ids.local_experts, alignment, m_sum).map_err(exception)?;
     let format = scale_format(if packed { "packed_ue8m0" } else { "row_major" }, group, None)?;
     require_row_scales(&x, &x_scales, format)?;
     let [id_list, map] = ids.arrays();

@@ -156,8 +156,9 @@ def set_num_threads(threads: int) -> None:
     """Spreads CPU work over `threads` threads from now on. Raises ValueError outside 1 to 65536."""
 
 def count_expert_num_tokens(topk_ids: Any, expert_map: Any | None, local_experts: int, out: Any) -> None: ...
-# What a call that makes a layout says about it: ((tokens, topk, m_sum), the layout's memory). On a GPU, out, scales and layout
-# that are None are made; without m_sum there are as many rows as any routing can need.
+
+# What a call that makes a layout says about it: ((tokens, topk, m_sum), the layout's memory). On a GPU, out, scales and
+# layout that are None are made; without m_sum there are as many rows as any routing can need.
 
 _Made = tuple[tuple[int, int, int], Any]
 _ScaleMatrix = tuple[tuple[int, int], tuple[int, int]]
@@ -235,12 +236,17 @@ def deep_gemm_permute(
     expert_map: Any | None,
     local_experts: int,
     alignment: int,
-    m_sum: int,
+    m_sum: int | None,
     group: int,
     use_psum_layout: bool,
     out: Any | None,
+    rule: str | None,
+    arch: str | None,
 ) -> tuple[Any, Any, Any, Any, int] | None:
-    """What `deepgemm_moe_permute` returns; None, and nothing done, for what is not for this path."""
+    """What `deepgemm_moe_permute` returns; None, and nothing done, for what is not for this path.
+
+    Without m_sum as many rows as vLLM has, after the rule (if there is one) has chosen the alignment.
+    """
 
 def deep_gemm_unpermute(rows: Any, inv_perm: Any, topk_weights: Any, out: Any) -> bool:
     """Whether it was done; False for what is not for this path."""

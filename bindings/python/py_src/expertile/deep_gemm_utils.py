@@ -300,29 +300,24 @@ def deepgemm_moe_permute(
     """
     block = _alignment.get()
     group = block if block_size is None else block_size
-    try:
-        tokens, topk = topk_ids.shape
-    except (AttributeError, ValueError):
-        tokens, topk = _arrays.require_array("topk_ids", topk_ids, 2)
-    m_sum, alignment = compute_aligned_M_and_alignment(tokens, topk, local_num_experts, block, expert_tokens_meta)
     if _arrays.on_gpu(aq):
-        try:
-            made = _native.deep_gemm_permute(
-                aq,
-                aq_scale,
-                topk_ids,
-                expert_map,
-                local_num_experts,
-                alignment,
-                m_sum,
-                group,
-                use_psum_layout,
-                aq_out,
+        planned: tuple[int, int | None] = (block, None)
+        rule, arch = _own_alignment.rule or (None, None)
+        if expert_tokens_meta is not None or _alignment is not _own_alignment:
+            tokens, topk = _arrays.require_array("topk_ids", topk_ids, 2)
+            m_sum, alignment = compute_aligned_M_and_alignment(
+                tokens, topk, local_num_experts, block, expert_tokens_meta
             )
+            planned = (alignment, m_sum)
+        where = (topk_ids, expert_map, local_num_experts, *planned)
+        try:
+            made = _native.deep_gemm_permute(aq, aq_scale, *where, group, use_psum_layout, aq_out, rule, arch)
         except (TypeError, ValueError) as error:
             raise _renamed(error, _PERMUTE_NAMES) from None
         if made is not None:
             return made
+    tokens, topk = _arrays.require_array("topk_ids", topk_ids, 2)
+    m_sum, alignment = compute_aligned_M_and_alignment(tokens, topk, local_num_experts, block, expert_tokens_meta)
     _, hidden = _arrays.require_array("aq", aq, 2)
     _arrays.require_array("aq_scale", aq_scale, 2)
     if aq_out is None:
@@ -451,7 +446,14 @@ def _scale_target(scales: Array, rows: int, hidden: int, scale_layout: str, grou
 
 
 _SIZE_NAMES = {"topk": "num_topk", "local_experts": "local_num_experts"}
-_PERMUTE_NAMES = {"x": "aq", "x_scales": "aq_scale", "out": "aq_out", "group": "block_size", "hidden": "H"}
+_PERMUTE_NAMES = {
+    **_SIZE_NAMES,
+    "x": "aq",
+    "x_scales": "aq_scale",
+    "out": "aq_out",
+    "group": "block_size",
+    "hidden": "H",
+}
 _SCATTER_NAMES = {
     "x": "recv_x",
     "x_scales": "recv_x_scale",

@@ -221,8 +221,8 @@ for _name in _SCHEMAS:
 _ops = {name: getattr(torch.ops.expertile, name).default for name in _SCHEMAS}
 
 
-# An operator's way through torch's dispatcher takes longer than the call. It is for those who want to see the call: torch's
-# compiler, its modes and transforms, its profiler, and autograd, which warns that nothing here is differentiable.
+# An operator's way through torch's dispatcher takes longer than the call. It is for those who want to see the call:
+# torch's compiler, its modes and transforms, its profiler, and autograd, which warns that nothing is differentiable.
 
 try:
     from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack, _len_torch_function_stack
