@@ -201,6 +201,24 @@ def test_an_output_of_any_strides_and_a_buffer_handed_in_get_the_same_bytes():
         assert all(same(m, e) for m, e in zip(mine[1:4], expected[1:4], strict=True))
 
 
+def test_a_rule_or_counts_choose_the_rows_as_on_the_cpu():
+    ids, _, _ = routing(9, 3, 5)
+    arguments = (torch.zeros(9, 256, dtype=torch.uint8), torch.rand(9, 2), ids, 5, None)
+    counts = deep_gemm_utils.count_expert_num_tokens(ids, 5, None)
+    meta = deep_gemm_utils.ExpertTokensMetadata.make_from_list(counts.tolist(), "cpu")
+    on_gpu = deep_gemm_utils.ExpertTokensMetadata(counts.cuda(), counts)
+    try:
+        for rule in (("deepgemm-2026-06", "sm100"), ("vllm-fork", "sm120"), (None,)):
+            deep_gemm_utils.set_alignment_rule(*rule)
+            for mine_meta, its_meta in ((None, None), (on_gpu, meta)):
+                mine = deep_gemm_utils.deepgemm_moe_permute(*map(cuda, arguments), mine_meta)
+                expected = deep_gemm_utils.deepgemm_moe_permute(*arguments, its_meta)
+                assert mine[4] == expected[4] and mine[0].shape == expected[0].shape
+                assert all(same(m, e) for m, e in zip(mine[1:4], expected[1:4], strict=True))
+    finally:
+        deep_gemm_utils.set_alignment_rule(None)
+
+
 def test_whoever_watches_sees_the_operators():
     from torch.utils._python_dispatch import TorchDispatchMode
 
