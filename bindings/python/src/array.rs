@@ -107,7 +107,7 @@ native! {
     i64: I64;
 }
 
-const FEW: usize = 3;
+const FEW: usize = 2;
 
 /// Sizes or strides. A few are kept in place: a call looks at many arrays, and none should cost an allocation.
 #[derive(Debug)]

@@ -7,7 +7,7 @@ use crate::array::{Array, Element};
 use crate::error::exception;
 use crate::exchange;
 use crate::permute::{Ids, Place};
-use crate::tensor;
+use crate::tensor::{self, Form};
 use expertile::cuda::compiler::Compiler;
 use expertile::cuda::{
     Buffer, CubinCache, Device, LayoutBuffers, Permute, PermuteConfig, QuantizePermute, QuantizePermuteConfig, Route,
@@ -221,7 +221,7 @@ impl<'py> Call<'py> {
         #[allow(unsafe_code)]
         // SAFETY: the stream is torch's current one.
         if unsafe { self.gpu.device.is_capturing(self.stream) }.map_err(exception)? {
-            let tensor = tensor::empty(self.py, self.gpu.ordinal, Element::U8, &[bytes], &[1])?;
+            let tensor = tensor::empty(self.py, self.gpu.ordinal, Form::list(Element::U8, bytes))?;
             let address = tensor.require_device_memory::<u8>(bytes, 16)?;
             #[allow(unsafe_code)]
             // SAFETY: the tensor is alive during the call, and its allocator hands its memory on in stream order.
@@ -362,9 +362,11 @@ pub(crate) fn permute_to_lists(
     let workspace = call.workspace(Ok(bytes + all))?;
     let scratch = LayoutBuffers::carve(workspace.address + bytes as u64, &plan, plan.alignment());
     let mut layout = scratch.map_err(exception)?;
-    layout.inv_perm = lists.inv_perm.address();
-    layout.psum = lists.psum.map_or(layout.psum, Array::address);
-    layout.m_indices = lists.m_indices.map_or(layout.m_indices, Array::address);
+    // An empty tensor is nowhere; its list then has room in the scratch, of which nothing is written.
+    let of_tensor = |tensor: Option<&Array<'_>>| tensor.map(Array::address).filter(|&address| address != 0);
+    layout.inv_perm = of_tensor(Some(lists.inv_perm)).unwrap_or(layout.inv_perm);
+    layout.psum = of_tensor(lists.psum).unwrap_or(layout.psum);
+    layout.m_indices = of_tensor(lists.m_indices).unwrap_or(layout.m_indices);
     call.launch_permute(&step, &rows, &layout, &workspace)
 }
 

@@ -5,7 +5,7 @@ use crate::cuda::{self, Lists, Rows};
 use crate::error::{exception, optional_size, size};
 use crate::plan::{counts, layout_words, parse_rule, token_experts};
 use crate::pool::cpu;
-use crate::tensor;
+use crate::tensor::{self, Form};
 use expertile::cpu::{self, RowScales};
 use expertile::{
     Group, Layout, MatrixRef, Padding, Plan, Routing, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut, TopkIds,
@@ -14,6 +14,7 @@ use half::{bf16, f16};
 use pyo3::exceptions::PyValueError;
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
 
 /// `topk_ids` and what they are read with.
 pub(crate) struct Ids<'py> {
@@ -78,9 +79,8 @@ impl<'py> Place<'py> {
             None => Plan::tight(tokens, topk, experts, alignment, token_experts(distinct)),
         };
         let plan = plan.map_err(exception)?;
-        let lists = tensor::given_or_made(py, "layout", lists, device, |ordinal| {
-            tensor::empty(py, ordinal, Element::I32, &[layout_words(&plan)?], &[1])
-        })?;
+        let form = || Ok(Form::list(Element::I32, layout_words(&plan)?));
+        let lists = tensor::given_or_made(py, "layout", lists, device, form)?;
         Ok(Self { ids, plan, lists })
     }
 
@@ -244,9 +244,7 @@ fn rows_out<'py>(
     m_sum: usize,
     hidden: usize,
 ) -> PyResult<Array<'py>> {
-    tensor::given_or_made(py, "out", out, x.device(), |ordinal| {
-        tensor::empty(py, ordinal, element, &[m_sum, hidden], &[hidden, 1])
-    })
+    tensor::given_or_made(py, "out", out, x.device(), || Ok(Form::row_major(element, m_sum, hidden)))
 }
 
 /// `scales`, or new ones on the device of `x`: the matrix of their layout, or flat where a matrix would not own all words.
@@ -258,14 +256,13 @@ fn scales_out<'py>(
     m_sum: usize,
     hidden: usize,
 ) -> PyResult<Array<'py>> {
-    tensor::given_or_made(py, "scales", scales, x.device(), |ordinal| {
+    tensor::given_or_made(py, "scales", scales, x.device(), || {
         let element = if format.layout() == ScaleLayout::PackedUe8m0 { Element::I32 } else { Element::F32 };
-        let ((rows, columns), (of_row, of_column)) = scale_matrix(format, m_sum, hidden)?;
         if format.layout() == ScaleLayout::RowMajor || m_sum.is_multiple_of(4) {
-            return tensor::empty(py, ordinal, element, &[rows, columns], &[of_row, of_column]);
+            let (shape, strides) = scale_matrix(format, m_sum, hidden)?;
+            return Ok(Form::matrix(element, shape, strides));
         }
-        let words = format.words(m_sum, hidden).map_err(exception)?;
-        tensor::empty(py, ordinal, element, &[words], &[1])
+        Ok(Form::list(element, format.words(m_sum, hidden).map_err(exception)?))
     })
 }
 
@@ -450,8 +447,7 @@ pub(crate) fn deep_gemm_permute<'py>(
     group: &Bound<'py, PyAny>,
     use_psum_layout: bool,
     out: Option<&Bound<'py, PyAny>>,
-    rule: Option<&str>,
-    arch: Option<&str>,
+    rule: Option<(PyBackedStr, PyBackedStr)>,
 ) -> PyResult<Option<DeepGemm<'py>>> {
     let x = Array::new("x", x)?;
     let Some(ordinal) = x.device() else { return Ok(None) };
@@ -461,7 +457,10 @@ pub(crate) fn deep_gemm_permute<'py>(
     let alignment = size("alignment", alignment)?;
     let plan = match optional_size("m_sum", m_sum)? {
         Some(m_sum) => Plan::with_m_sum(tokens, topk, ids.local_experts, alignment, m_sum),
-        None => Plan::reference(tokens, topk, ids.local_experts, alignment, parse_rule(rule, arch)?),
+        None => {
+            let (rule, arch) = rule.unzip();
+            Plan::reference(tokens, topk, ids.local_experts, alignment, parse_rule(rule.as_deref(), arch.as_deref())?)
+        }
     };
     let plan = plan.map_err(exception)?;
     let (m_sum, alignment) = (plan.m_sum(), plan.alignment());
@@ -488,9 +487,9 @@ pub(crate) fn deep_gemm_permute<'py>(
         None => rows_out(py, None, &x, x.element(), m_sum, hidden)?,
     };
     let scales = scales_out(py, None, &x, format, m_sum, hidden)?;
-    let new = |shape: &[usize], strides: &[usize]| tensor::empty(py, ordinal, Element::I32, shape, strides);
-    let grouped = new(&[if use_psum_layout { ids.local_experts } else { m_sum }], &[1])?;
-    let inv_perm = new(&[tokens, topk], &[topk, 1])?;
+    let rows_or_experts = if use_psum_layout { ids.local_experts } else { m_sum };
+    let grouped = tensor::empty(py, ordinal, Form::list(Element::I32, rows_or_experts))?;
+    let inv_perm = tensor::empty(py, ordinal, Form::row_major(Element::I32, tokens, topk))?;
     let rows = Rows { x: &x, out: &out, scales: Some((&x_scales, &scales, format)), zero_padding: false };
     let (psum, m_indices) = if use_psum_layout { (Some(&grouped), None) } else { (None, Some(&grouped)) };
     cuda::permute_to_lists(py, ordinal, &ids, plan, &rows, &Lists { psum, m_indices, inv_perm: &inv_perm })?;

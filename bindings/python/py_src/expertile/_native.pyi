@@ -240,12 +240,11 @@ def deep_gemm_permute(
     group: int,
     use_psum_layout: bool,
     out: Any | None,
-    rule: str | None,
-    arch: str | None,
+    rule: tuple[str, str] | None,
 ) -> tuple[Any, Any, Any, Any, int] | None:
     """What `deepgemm_moe_permute` returns; None, and nothing done, for what is not for this path.
 
-    Without m_sum as many rows as vLLM has, after the rule (if there is one) has chosen the alignment.
+    Without m_sum as many rows as vLLM has, after the rule and arch (if they are given) have chosen the alignment.
     """
 
 def deep_gemm_unpermute(rows: Any, inv_perm: Any, topk_weights: Any, out: Any) -> bool:

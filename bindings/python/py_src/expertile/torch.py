@@ -2,7 +2,8 @@
 
 Every function here allocates what is not handed to it and calls one operator of ``torch.ops.expertile``, which writes the
 caller's memory: operators can be compiled (``torch.compile(fullgraph=True)``) and, with buffers handed in, called without
-an allocation. Nothing here is differentiable.
+an allocation. On CUDA tensors the call goes past torch's dispatcher, unless a compiler, a mode, a transform, a profiler or
+autograd is there to see it. Nothing here is differentiable.
 
 Shapes: ``M`` tokens, ``H`` values each, ``topk`` slots, ``E`` local experts, ``A`` alignment, ``M_sum`` rows.
 
@@ -222,29 +223,37 @@ _ops = {name: getattr(torch.ops.expertile, name).default for name in _SCHEMAS}
 
 
 # An operator's way through torch's dispatcher takes longer than the call. It is for those who want to see the call:
-# torch's compiler, its modes and transforms, its profiler, and autograd, which warns that nothing is differentiable.
+# torch's compilers, its modes and transforms, its profiler, and autograd, which warns that nothing is differentiable.
 
 try:
-    from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack, _len_torch_function_stack
+    from torch._C import (
+        _are_functorch_transforms_active,
+        _is_tracing,
+        _len_torch_dispatch_stack,
+        _len_torch_function_stack,
+    )
 except ImportError:
     _ALWAYS_DISPATCH = True
 else:
     _ALWAYS_DISPATCH = False
 
 
-def _unwatched(x: Any) -> bool:
-    """Whether a call on `x` (and tensors with it) may go past the dispatcher: a CUDA tensor that nobody watches."""
-    return not (
-        torch.compiler.is_dynamo_compiling()
-        or _ALWAYS_DISPATCH
-        or type(x) is not Tensor
-        or not x.is_cuda
-        or _len_torch_dispatch_stack()
+def _unwatched(x: Any, weights: Any = None) -> bool:
+    """Whether a call may go past the dispatcher: on a CUDA tensor that is what it seems, while nobody watches."""
+    if torch.compiler.is_dynamo_compiling() or _ALWAYS_DISPATCH or type(x) is not Tensor or not x.is_cuda:
+        return False
+    if (
+        _len_torch_dispatch_stack()
         or _len_torch_function_stack()
         or _are_functorch_transforms_active()
-        or (torch.is_grad_enabled() and x.requires_grad)
+        or _is_tracing()
         or _profiler._is_profiler_enabled
-    )
+    ):
+        return False
+    # A tensor may be the negative of what its memory holds; the dispatcher would make it a true one.
+    if x.is_neg() or (weights is not None and (type(weights) is not Tensor or weights.is_neg())):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad)))
 
 
 def sizes(
@@ -353,7 +362,7 @@ def permute_quantized(
 
     Raises ValueError or TypeError for what does not fit.
     """
-    if _unwatched(x):
+    if _unwatched(x, x_scales):
         where = (topk_ids, expert_map, local_experts, alignment, m_sum)
         rows, words, matrix, made = _native.permute_quantized(
             x, x_scales, *where, None, group, scale_layout, zero_padding, out, scales, layout, distinct=distinct
@@ -414,7 +423,7 @@ def quantize_permute(
 
     Raises ValueError or TypeError for what does not fit.
     """
-    if _unwatched(x):
+    if _unwatched(x, topk_weights):
         rows, words, matrix, made = _native.quantize_permute(
             x,
             topk_weights,
@@ -478,7 +487,7 @@ def unpermute(
 
     Raises ValueError or TypeError for what does not fit.
     """
-    direct = topk_ids is None and _unwatched(rows)
+    direct = topk_ids is None and _unwatched(rows, topk_weights)
     if out is None or not direct:
         tokens, _ = _matrix("inv_perm", inv_perm)
         _, hidden = _matrix("rows", rows)
