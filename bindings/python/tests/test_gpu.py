@@ -240,6 +240,18 @@ def test_whoever_watches_sees_the_operators():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         et.quantize_permute(x, ids, 4)
     assert "expertile::quantize_permute" in {event.name for event in profile.events()}
+    rows, inv_perm = seen.rows.to(torch.bfloat16), seen.layout.inv_perm
+    traced = torch.jit.trace(lambda rows: et.unpermute(rows, inv_perm, weights), (rows,), check_trace=False)
+    assert "expertile::unpermute" in str(traced.graph)
+
+
+def test_weights_that_are_lazily_negated_are_read_as_what_they_stand_for():
+    ids, weights, _ = (cuda(x) for x in routing(5, 2, 4))
+    layout = et.build_layout(ids, 4, alignment=1)
+    rows = torch.randn(layout.m_sum, 64, device="cuda")
+    lazily = torch.complex(weights, -weights).conj().imag
+    assert lazily.is_neg() and torch.equal(lazily, weights)
+    assert torch.equal(et.unpermute(rows, layout.inv_perm, lazily), et.unpermute(rows, layout.inv_perm, weights))
 
 
 def captured(call):

@@ -87,7 +87,8 @@ class _OwnAlignment:
 
 def _loaded_deep_gemm() -> Any:
     """A DeepGEMM that this process has imported: the value must be its, or it reads the wrong expert's weights."""
-    return sys.modules.get("deep_gemm") or sys.modules.get("vllm.third_party.deep_gemm")
+    loaded = sys.modules.get
+    return loaded("deep_gemm") or loaded("vllm.third_party.deep_gemm")
 
 
 _own_alignment = _OwnAlignment()
@@ -301,18 +302,29 @@ def deepgemm_moe_permute(
     block = _alignment.get()
     group = block if block_size is None else block_size
     if getattr(aq, "is_cuda", False):
-        made = _deepgemm_permute_on_gpu(
-            aq,
-            aq_scale,
-            topk_ids,
-            local_num_experts,
-            expert_map,
-            expert_tokens_meta,
-            aq_out,
-            block,
-            group,
-            use_psum_layout,
-        )
+        # One call, planning included where that is ours; what it does not take goes step by step.
+        alignment, m_sum = block, None
+        if expert_tokens_meta is not None or _alignment is not _own_alignment:
+            tokens, topk = _arrays.require_array("topk_ids", topk_ids, 2)
+            m_sum, alignment = compute_aligned_M_and_alignment(
+                tokens, topk, local_num_experts, block, expert_tokens_meta
+            )
+        try:
+            made = _native.deep_gemm_permute(
+                aq,
+                aq_scale,
+                topk_ids,
+                expert_map,
+                local_num_experts,
+                alignment,
+                m_sum,
+                group,
+                use_psum_layout,
+                aq_out,
+                _own_alignment.rule,
+            )
+        except (TypeError, ValueError) as error:
+            raise _renamed(error, _PERMUTE_NAMES) from None
         if made is not None:
             return made
     tokens, topk = _arrays.require_array("topk_ids", topk_ids, 2)
@@ -341,41 +353,6 @@ def deepgemm_moe_permute(
     )
     layout = lists.psum if use_psum_layout else lists.m_indices
     return aq_out, scales, layout, lists.inv_perm, alignment
-
-
-def _deepgemm_permute_on_gpu(
-    aq: Array,
-    aq_scale: Array,
-    topk_ids: Array,
-    local_num_experts: int,
-    expert_map: Array | None,
-    expert_tokens_meta: ExpertTokensMetadata | None,
-    aq_out: Array | None,
-    block: int,
-    group: int,
-    use_psum_layout: bool,
-) -> tuple[Array, Array, Array, Array, int] | None:
-    """All of it in one call, planning included where that is ours; None for what has to go step by step."""
-    alignment, m_sum = block, None
-    if expert_tokens_meta is not None or _alignment is not _own_alignment:
-        tokens, topk = _arrays.require_array("topk_ids", topk_ids, 2)
-        m_sum, alignment = compute_aligned_M_and_alignment(tokens, topk, local_num_experts, block, expert_tokens_meta)
-    try:
-        return _native.deep_gemm_permute(
-            aq,
-            aq_scale,
-            topk_ids,
-            expert_map,
-            local_num_experts,
-            alignment,
-            m_sum,
-            group,
-            use_psum_layout,
-            aq_out,
-            _own_alignment.rule,
-        )
-    except (TypeError, ValueError) as error:
-        raise _renamed(error, _PERMUTE_NAMES) from None
 
 
 def ep_scatter(
