@@ -1,8 +1,9 @@
 //! Arrays from Python (torch tensors, NumPy arrays) as checked views of their memory.
 //!
-//! The only module with `unsafe`: it turns a pointer that Python vouches for into slices, after checking the element
-//! type, the strides, the alignment and, for what will be written, that nothing else overlaps it.
+//! Here a pointer that Python vouches for becomes slices, after checking the element type, the strides, the alignment and,
+//! for what will be written, that nothing else overlaps it.
 
+use crate::exchange::{self, View};
 use bytemuck::Pod;
 use expertile::{E4m3, MatrixRef};
 use half::{bf16, f16};
@@ -13,7 +14,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyTuple;
 use std::borrow::Cow;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 /// What an array is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +55,26 @@ impl Element {
         }
     }
 
+    /// By DLPack's type code, bits and lanes.
+    fn exchanged(dtype: (u8, u8, u16)) -> Self {
+        const INT: u8 = 0;
+        const UINT: u8 = 1;
+        const FLOAT: u8 = 2;
+        const BFLOAT: u8 = 4;
+        const E4M3FN: u8 = 10;
+        match dtype {
+            (E4M3FN, 8, 1) => Self::E4m3,
+            (BFLOAT, 16, 1) => Self::Bf16,
+            (FLOAT, 16, 1) => Self::F16,
+            (FLOAT, 32, 1) => Self::F32,
+            (INT, 32, 1) => Self::I32,
+            (INT, 64, 1) => Self::I64,
+            (UINT, 8, 1) => Self::U8,
+            (INT, 8, 1) => Self::I8,
+            _ => Self::Other,
+        }
+    }
+
     fn named(name: &str) -> Self {
         Self::NAMED.iter().find(|(known, _)| *known == name).map_or(Self::Other, |&(_, element)| element)
     }
@@ -86,14 +107,51 @@ native! {
     i64: I64;
 }
 
+const FEW: usize = 2;
+
+/// Sizes or strides. A few are kept in place: a call looks at many arrays, and none should cost an allocation.
+#[derive(Debug)]
+struct Dims<N> {
+    few: [N; FEW],
+    len: usize,
+    /// All of them, if they are not a few.
+    many: Option<Box<[N]>>,
+}
+
+impl<N: Copy + Default> FromIterator<N> for Dims<N> {
+    fn from_iter<I: IntoIterator<Item = N>>(numbers: I) -> Self {
+        let mut dims = Self { few: [N::default(); FEW], len: 0, many: None };
+        let mut numbers = numbers.into_iter();
+        while let Some(number) = numbers.next() {
+            if dims.len == FEW {
+                dims.many = Some(dims.few.into_iter().chain([number]).chain(numbers).collect());
+                break;
+            }
+            dims.few[dims.len] = number;
+            dims.len += 1;
+        }
+        dims
+    }
+}
+
+impl<N> Deref for Dims<N> {
+    type Target = [N];
+
+    fn deref(&self) -> &[N] {
+        self.many.as_deref().unwrap_or(&self.few[..self.len])
+    }
+}
+
 /// An array: who owns it, where it is and how it is laid out.
 pub(crate) struct Array<'py> {
     argument: &'static str,
     /// Keeps the memory alive.
     object: Bound<'py, PyAny>,
     pointer: usize,
-    shape: Vec<usize>,
-    strides: Vec<isize>,
+    shape: Dims<usize>,
+    strides: Dims<isize>,
+    /// Elements from the first to the last in memory; `None` if the strides do not allow to say.
+    covered: Option<usize>,
     element: Element,
     item_bytes: usize,
     writable: bool,
@@ -131,7 +189,10 @@ impl<'py> Array<'py> {
     /// `TypeError` for anything but a dense torch tensor or a NumPy array, `ValueError` for one that is not on the CPU.
     pub(crate) fn new(argument: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
         let py = object.py();
-        if let Some(data_ptr) = object.getattr_opt(intern!(py, "data_ptr"))? {
+        if let Some(Some(array)) = exchange::view(object, |view| Self::from_view(argument, object, &view)) {
+            Ok(array)
+        } else if let Some(data_ptr) = object.getattr_opt(intern!(py, "data_ptr"))? {
+            exchange::find(py)?;
             Self::from_torch(argument, object, &data_ptr)
         } else if object.hasattr(intern!(py, "__array_interface__"))? {
             Self::from_numpy(argument, object)
@@ -144,6 +205,28 @@ impl<'py> Array<'py> {
     /// The same, where `None` may stand for nothing.
     pub(crate) fn optional(argument: &'static str, object: Option<&Bound<'py, PyAny>>) -> PyResult<Option<Self>> {
         object.map(|object| Self::new(argument, object)).transpose()
+    }
+
+    /// `None` for what is not dense memory.
+    fn from_view(argument: &'static str, object: &Bound<'py, PyAny>, view: &View<'_>) -> Option<Self> {
+        let shape: Dims<usize> = view.shape.iter().map(|&size| size as usize).collect();
+        if view.pointer == 0 && !shape.contains(&0) {
+            return None;
+        }
+        let strides: Dims<isize> = view.strides.iter().map(|&stride| stride as isize).collect();
+        let (_, bits, lanes) = view.dtype;
+        Some(Self {
+            argument,
+            pointer: view.pointer,
+            covered: covered(&shape, &strides),
+            shape,
+            strides,
+            element: Element::exchanged(view.dtype),
+            item_bytes: (usize::from(bits) * usize::from(lanes)).div_ceil(8),
+            writable: true,
+            device: view.device,
+            object: object.clone(),
+        })
     }
 
     fn from_torch(argument: &'static str, object: &Bound<'py, PyAny>, data_ptr: &Bound<'py, PyAny>) -> PyResult<Self> {
@@ -161,14 +244,19 @@ impl<'py> Array<'py> {
                 "{argument} is a tensor without memory of its own, expected a dense one: {error}"
             ))
         };
-        let strides = object.call_method0(intern!(py, "stride")).map_err(opaque)?;
-        let pointer = data_ptr.call0().map_err(opaque)?;
+        let strides = dims(&object.call_method0(intern!(py, "stride")).map_err(opaque)?)?;
+        let pointer = data_ptr.call0().map_err(opaque)?.extract()?;
+        let shape: Dims<usize> = dims(&object.getattr(intern!(py, "shape"))?)?;
+        if pointer == 0 && !shape.contains(&0) {
+            return Err(opaque(PyValueError::new_err("its elements are nowhere")));
+        }
         let element = torch_element(&object.getattr(intern!(py, "dtype"))?)?;
         Ok(Self {
             argument,
-            pointer: pointer.extract()?,
-            shape: numbers(&object.getattr(intern!(py, "shape"))?)?,
-            strides: numbers(&strides)?,
+            pointer,
+            covered: covered(&shape, &strides),
+            shape,
+            strides,
             element,
             item_bytes: match element.bytes() {
                 Some(bytes) => bytes,
@@ -186,20 +274,24 @@ impl<'py> Array<'py> {
         let native = dtype.getattr(intern!(py, "isnative"))?.is_truthy()?;
         let name: String = dtype.getattr(intern!(py, "name"))?.extract()?;
         let item_bytes: usize = dtype.getattr(intern!(py, "itemsize"))?.extract()?;
-        let byte_strides: Vec<isize> = object.getattr(intern!(py, "strides"))?.extract()?;
+        let byte_strides: Dims<isize> = dims(&object.getattr(intern!(py, "strides"))?)?;
         let whole = item_bytes as isize;
         if whole == 0 || byte_strides.iter().any(|stride| stride % whole != 0) {
             return Err(PyValueError::new_err(format!(
-                "{argument} has strides of {byte_strides:?} bytes, expected multiples of its items' {item_bytes}"
+                "{argument} has strides of {:?} bytes, expected multiples of its items' {item_bytes}",
+                &byte_strides[..]
             )));
         }
         let interface = object.getattr(intern!(py, "__array_interface__"))?;
         let (pointer, readonly): (usize, bool) = interface.get_item(intern!(py, "data"))?.extract()?;
+        let shape: Dims<usize> = dims(&object.getattr(intern!(py, "shape"))?)?;
+        let strides: Dims<isize> = byte_strides.iter().map(|stride| stride / whole).collect();
         Ok(Self {
             argument,
             pointer,
-            shape: object.getattr(intern!(py, "shape"))?.extract()?,
-            strides: byte_strides.into_iter().map(|stride| stride / whole).collect(),
+            covered: covered(&shape, &strides),
+            shape,
+            strides,
             element: if native { Element::named(&name) } else { Element::Other },
             item_bytes,
             writable: !readonly,
@@ -227,6 +319,16 @@ impl<'py> Array<'py> {
             }
         }
         Ok(first.device)
+    }
+
+    /// The CUDA device it is on, or `None` for the CPU.
+    pub(crate) fn device(&self) -> Option<usize> {
+        self.device
+    }
+
+    /// The tensor or NumPy array itself.
+    pub(crate) fn into_object(self) -> Bound<'py, PyAny> {
+        self.object
     }
 
     /// Where the first element is.
@@ -279,7 +381,7 @@ impl<'py> Array<'py> {
 
     /// The two sizes of a matrix.
     pub(crate) fn matrix_shape(&self, expected: &str) -> PyResult<(usize, usize)> {
-        match self.shape[..] {
+        match *self.shape {
             [rows, cols] => Ok((rows, cols)),
             _ => Err(self.shape_error(expected)),
         }
@@ -291,22 +393,22 @@ impl<'py> Array<'py> {
     }
 
     pub(crate) fn shape_error(&self, expected: &str) -> PyErr {
-        PyValueError::new_err(format!("{} has shape {:?}, expected {expected}", self.argument, self.shape))
+        PyValueError::new_err(format!("{} has shape {:?}, expected {expected}", self.argument, self.shape()))
     }
 
     fn stride_error(&self, expected: &str) -> PyErr {
-        PyValueError::new_err(format!("{} has strides {:?}, expected {expected}", self.argument, self.strides))
+        PyValueError::new_err(format!("{} has strides {:?}, expected {expected}", self.argument, &self.strides[..]))
     }
 
     pub(crate) fn require_shape(&self, shape: &[usize]) -> PyResult<()> {
-        if self.shape == shape { Ok(()) } else { Err(self.shape_error(&format!("{shape:?}"))) }
+        if *self.shape == *shape { Ok(()) } else { Err(self.shape_error(&format!("{shape:?}"))) }
     }
 
     /// Fails unless an array of this shape has these strides, dimensions of one element apart.
     pub(crate) fn require_strides(&self, strides: &[usize]) -> PyResult<()> {
         let differ =
             |((&size, &actual), &expected): ((&usize, &isize), &usize)| size > 1 && actual != expected as isize;
-        if !self.is_empty() && self.shape.iter().zip(&self.strides).zip(strides).any(differ) {
+        if !self.is_empty() && self.shape.iter().zip(&*self.strides).zip(strides).any(differ) {
             return Err(self.stride_error(&format!("{strides:?}")));
         }
         Ok(())
@@ -318,22 +420,10 @@ impl<'py> Array<'py> {
 
     /// Elements from the first to the last in memory.
     fn span(&self) -> PyResult<usize> {
-        if self.is_empty() {
-            return Ok(0);
-        }
-        let mut last = 0usize;
-        for (&size, &stride) in self.shape.iter().zip(&self.strides) {
-            let stride = match usize::try_from(stride) {
-                Ok(stride) => stride,
-                Err(_) if size == 1 => 0,
-                Err(_) => return Err(self.stride_error("none of them negative")),
-            };
-            last = (size - 1)
-                .checked_mul(stride)
-                .and_then(|offset| last.checked_add(offset))
-                .ok_or_else(|| self.stride_error("offsets that fit the address space"))?;
-        }
-        Ok(last + 1)
+        self.covered.ok_or_else(|| {
+            let negative = self.shape.iter().zip(&*self.strides).any(|(&size, &stride)| size > 1 && stride < 0);
+            self.stride_error(if negative { "none of them negative" } else { "offsets that fit the address space" })
+        })
     }
 
     /// The memory the array covers, gaps included.
@@ -341,11 +431,17 @@ impl<'py> Array<'py> {
         Ok(self.pointer..self.pointer + self.span()? * self.item_bytes)
     }
 
-    /// Checks that a slice of `T` may stand where the array does, and says how long it is.
-    fn check<T: Native>(&self) -> PyResult<usize> {
+    /// Fails unless the array is made of `T`.
+    pub(crate) fn require_dtype<T: Native>(&self) -> PyResult<()> {
         if !T::is(self.element) || size_of::<T>() != self.item_bytes {
             return Err(self.dtype_error(std::any::type_name::<T>().rsplit("::").next().unwrap_or("another")));
         }
+        Ok(())
+    }
+
+    /// Checks that a slice of `T` may stand where the array does, and says how long it is.
+    fn check<T: Native>(&self) -> PyResult<usize> {
+        self.require_dtype::<T>()?;
         if !self.pointer.is_multiple_of(align_of::<T>()) {
             return Err(PyValueError::new_err(format!(
                 "{} starts at address {:#x}, expected a multiple of {}",
@@ -412,11 +508,20 @@ impl<'py> Array<'py> {
     }
 
     pub(crate) fn require_contiguous(&self) -> PyResult<()> {
+        let mut expected = 1usize;
+        let mut differ = false;
+        for (&size, &stride) in self.shape.iter().zip(&*self.strides).rev() {
+            differ |= size > 1 && stride != expected as isize;
+            expected = expected.wrapping_mul(size);
+        }
+        if !differ || self.is_empty() {
+            return Ok(());
+        }
         let mut expected = vec![1; self.shape.len()];
         for dimension in (1..self.shape.len()).rev() {
             expected[dimension - 1] = expected[dimension] * self.shape[dimension];
         }
-        self.require_strides(&expected)
+        Err(self.stride_error(&format!("{expected:?}")))
     }
 
     /// A matrix with any (not negative) strides.
@@ -429,7 +534,7 @@ impl<'py> Array<'py> {
 
     /// A list, gathered if its elements do not stand next to each other.
     pub(crate) fn vector<T: Native>(&self) -> PyResult<Cow<'_, [T]>> {
-        let [len] = self.shape[..] else { return Err(self.shape_error("one dimension")) };
+        let [len] = *self.shape else { return Err(self.shape_error("one dimension")) };
         let memory = self.memory()?;
         Ok(match self.strides[0] {
             _ if len <= 1 => Cow::Borrowed(memory),
@@ -443,19 +548,44 @@ fn place(device: Option<usize>) -> String {
     device.map_or_else(|| "the CPU".into(), |ordinal| format!("cuda:{ordinal}"))
 }
 
+/// Elements from the first to the last in memory.
+fn covered(shape: &[usize], strides: &[isize]) -> Option<usize> {
+    if shape.contains(&0) {
+        return Some(0);
+    }
+    let mut last = 0usize;
+    for (&size, &stride) in shape.iter().zip(strides).filter(|&(&size, _)| size > 1) {
+        last = last.checked_add((size - 1).checked_mul(usize::try_from(stride).ok()?)?)?;
+    }
+    last.checked_add(1)
+}
+
 /// The integers of a tuple; quicker than going through the sequence protocol.
-fn numbers<'py, N: FromPyObjectOwned<'py, Error = PyErr>>(tuple: &Bound<'py, PyAny>) -> PyResult<Vec<N>> {
+fn dims<'py, N: FromPyObjectOwned<'py, Error = PyErr> + Copy + Default>(
+    tuple: &Bound<'py, PyAny>,
+) -> PyResult<Dims<N>> {
     tuple.cast::<PyTuple>()?.iter().map(|number| number.extract()).collect()
 }
 
 /// torch's dtypes are objects that live as long as torch: they are told apart by address.
-fn torch_element(dtype: &Bound<'_, PyAny>) -> PyResult<Element> {
+fn torch_dtypes(py: Python<'_>) -> PyResult<&'static [(Py<PyAny>, Element)]> {
     static DTYPES: PyOnceLock<Vec<(Py<PyAny>, Element)>> = PyOnceLock::new();
-    let py = dtype.py();
     let known = DTYPES.get_or_try_init(py, || {
         let torch = py.import("torch")?;
         let known = Element::NAMED.iter().map(|&(name, element)| Ok((torch.getattr(name)?.unbind(), element)));
         known.collect::<PyResult<_>>()
     })?;
+    Ok(known)
+}
+
+fn torch_element(dtype: &Bound<'_, PyAny>) -> PyResult<Element> {
+    let known = torch_dtypes(dtype.py())?;
     Ok(known.iter().find(|(known, _)| known.is(dtype)).map_or(Element::Other, |&(_, element)| element))
+}
+
+/// torch's dtype for an element.
+pub(crate) fn torch_dtype(py: Python<'_>, element: Element) -> PyResult<Bound<'_, PyAny>> {
+    let known = torch_dtypes(py)?.iter().find(|&&(_, known)| known == element);
+    let (dtype, _) = known.ok_or_else(|| PyTypeError::new_err("no dtype of torch stands for the elements"))?;
+    Ok(dtype.bind(py).clone())
 }

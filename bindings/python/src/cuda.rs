@@ -1,11 +1,13 @@
 //! The CUDA backend on tensors: their addresses, the current stream, and what is kept between calls.
 //!
 //! Kept, for the life of the process: a device and its prepared steps (a kernel is compiled by the first call that needs
-//! it), and a workspace for each stream. A call that is being captured into a graph brings a workspace of its own.
+//! it), and a workspace for each stream. A call that is being captured into a graph has a workspace of its own.
 
 use crate::array::{Array, Element};
-use crate::error::{exception, size};
+use crate::error::exception;
+use crate::exchange;
 use crate::permute::{Ids, Place};
+use crate::tensor::{self, Form};
 use expertile::cuda::compiler::Compiler;
 use expertile::cuda::{
     Buffer, CubinCache, Device, LayoutBuffers, Permute, PermuteConfig, QuantizePermute, QuantizePermuteConfig, Route,
@@ -111,6 +113,9 @@ fn compiler(py: Python<'_>) -> PyResult<Compiler> {
 
 /// The stream that torch's own operators would use now.
 fn current_stream(py: Python<'_>, ordinal: usize) -> PyResult<Stream> {
+    if let Some(stream) = exchange::current_stream(py, ordinal) {
+        return Ok(Stream(stream));
+    }
     static CURRENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     let current = CURRENT.get_or_try_init(py, || {
         let torch = py.import("torch")?;
@@ -125,61 +130,8 @@ fn current_stream(py: Python<'_>, ordinal: usize) -> PyResult<Stream> {
 }
 
 impl Gpu {
-    /// The address of `bytes` of workspace for a call: the caller's own, made ready on the stream, or the stream's.
-    fn workspace(
-        &self,
-        stream: Stream,
-        own: Option<&Array<'_>>,
-        bytes: usize,
-        route: &Arc<Route>,
-        call: &Routed,
-    ) -> PyResult<u64> {
-        if let Some(own) = own {
-            let address = own.require_device_memory::<u8>(bytes, 16)?;
-            #[allow(unsafe_code)]
-            // SAFETY: the tensor is alive during the call, and its allocator hands its memory on in stream order.
-            unsafe { route.initialise_workspace(stream, address) }.map_err(exception)?;
-            return Ok(address);
-        }
-        let mut workspaces = lock(&self.workspaces);
-        let found = workspaces.iter().position(|workspace| workspace.stream == stream);
-        let index = match found {
-            Some(index) if workspaces[index].buffer.bytes() >= bytes => index,
-            _ => {
-                if let Some(small) = found.map(|index| workspaces.swap_remove(index)) {
-                    // Freeing waits for the device, so this is where what its kernels found is told.
-                    small.check()?;
-                }
-                let buffer = self.device.allocate(bytes.next_power_of_two()).map_err(exception)?;
-                #[allow(unsafe_code)]
-                // SAFETY: the buffer is new and lives until it is replaced here, which waits for its last use.
-                unsafe { route.initialise_workspace(stream, buffer.address()) }.map_err(exception)?;
-                workspaces.push(Workspace { stream, buffer, last: None });
-                workspaces.len() - 1
-            }
-        };
-        workspaces[index].last = Some((route.clone(), call.plan, call.routing));
-        Ok(workspaces[index].buffer.address())
-    }
-
     fn route(&self, config: RouteConfig) -> PyResult<Arc<Route>> {
         self.routes.get(config, |config| Route::prepare(&self.device, config))
-    }
-}
-
-/// What every call that makes a layout hands to the device.
-struct Routed {
-    plan: Plan,
-    routing: RoutingBuffers,
-    layout: LayoutBuffers,
-    config: RouteConfig,
-}
-
-impl Routed {
-    fn new(place: &Place<'_>) -> PyResult<Self> {
-        let plan = place.plan()?;
-        let config = RouteConfig { topk: plan.topk(), ids: ids_dtype(&place.ids)?, row_tile: plan.alignment() };
-        Ok(Self { plan, routing: routing(&place.ids)?, layout: layout(place, &plan)?, config })
     }
 }
 
@@ -212,7 +164,8 @@ fn matrix(array: &Array<'_>) -> PyResult<Tensor2> {
 }
 
 /// The lists as the CPU has them, then (on 8 bytes) the header, the worklist and each row's token.
-fn layout(place: &Place<'_>, plan: &Plan) -> PyResult<LayoutBuffers> {
+fn layout(place: &Place<'_>) -> PyResult<LayoutBuffers> {
+    let plan = &place.plan;
     let words = crate::plan::layout_words(plan)?;
     let mut next = place.lists.require_device_memory::<i32>(words, 4)?;
     let mut list = |words: usize| {
@@ -234,90 +187,187 @@ fn padding(zero_padding: bool) -> Padding {
 }
 
 /// A call on its way: the device, the stream, the routing.
-struct Call {
+struct Call<'py> {
+    py: Python<'py>,
     gpu: Arc<Gpu>,
     stream: Stream,
-    routed: Routed,
+    plan: Plan,
+    routing: RoutingBuffers,
+    route_config: RouteConfig,
     route: Arc<Route>,
 }
 
-impl Call {
-    fn new(py: Python<'_>, ordinal: usize, place: &Place<'_>) -> PyResult<Self> {
+/// Memory that a call works in: a tensor's, or that of the stream, which no other thread's call gets in between. Nothing of
+/// Python's is called while it is held, or a thread could wait for it that holds the interpreter's lock.
+struct Space<'a, 'py> {
+    address: u64,
+    _tensor: Option<Array<'py>>,
+    _held: Option<MutexGuard<'a, Vec<Workspace>>>,
+}
+
+impl<'py> Call<'py> {
+    fn new(py: Python<'py>, ordinal: usize, ids: &Ids<'_>, plan: Plan) -> PyResult<Self> {
         let gpu = gpu(py, ordinal)?;
         let stream = current_stream(py, ordinal)?;
-        let routed = Routed::new(place)?;
-        let route = gpu.route(routed.config)?;
-        Ok(Self { gpu, stream, routed, route })
+        let config = RouteConfig { topk: plan.topk(), ids: ids_dtype(ids)?, row_tile: plan.alignment() };
+        let route = gpu.route(config)?;
+        Ok(Self { py, gpu, stream, plan, routing: routing(ids)?, route_config: config, route })
     }
 
-    fn workspace(&self, own: Option<&Array<'_>>, bytes: expertile::Result<usize>) -> PyResult<u64> {
-        self.gpu.workspace(self.stream, own, bytes.map_err(exception)?, &self.route, &self.routed)
+    /// `bytes` of workspace: the stream's, or a new tensor where the call is being captured into a graph, to which it then
+    /// belongs.
+    fn workspace(&self, bytes: expertile::Result<usize>) -> PyResult<Space<'_, 'py>> {
+        let bytes = bytes.map_err(exception)?;
+        #[allow(unsafe_code)]
+        // SAFETY: the stream is torch's current one.
+        if unsafe { self.gpu.device.is_capturing(self.stream) }.map_err(exception)? {
+            let tensor = tensor::empty(self.py, self.gpu.ordinal, Form::list(Element::U8, bytes))?;
+            let address = tensor.require_device_memory::<u8>(bytes, 16)?;
+            #[allow(unsafe_code)]
+            // SAFETY: the tensor is alive during the call, and its allocator hands its memory on in stream order.
+            unsafe { self.route.initialise_workspace(self.stream, address) }.map_err(exception)?;
+            return Ok(Space { address, _tensor: Some(tensor), _held: None });
+        }
+        let mut workspaces = lock(&self.gpu.workspaces);
+        let found = workspaces.iter().position(|workspace| workspace.stream == self.stream);
+        let index = match found {
+            Some(index) if workspaces[index].buffer.bytes() >= bytes => index,
+            _ => {
+                if let Some(small) = found.map(|index| workspaces.swap_remove(index)) {
+                    // Freeing waits for the device, so this is where what its kernels found is told.
+                    small.check()?;
+                }
+                let buffer = self.gpu.device.allocate(bytes.next_power_of_two()).map_err(exception)?;
+                #[allow(unsafe_code)]
+                // SAFETY: the buffer is new and lives until it is replaced here, which waits for its last use.
+                unsafe { self.route.initialise_workspace(self.stream, buffer.address()) }.map_err(exception)?;
+                workspaces.push(Workspace { stream: self.stream, buffer, last: None });
+                workspaces.len() - 1
+            }
+        };
+        workspaces[index].last = Some((self.route.clone(), self.plan, self.routing));
+        let address = workspaces[index].buffer.address();
+        Ok(Space { address, _tensor: None, _held: Some(workspaces) })
     }
 
-    fn launch_route(&self, workspace: Option<&Array<'_>>) -> PyResult<()> {
-        let Routed { plan, routing, layout, .. } = &self.routed;
-        let workspace = self.workspace(workspace, self.route.workspace_bytes(plan))?;
+    fn launch_route(&self, layout: &LayoutBuffers, workspace: &Space<'_, '_>) -> PyResult<()> {
         #[allow(unsafe_code)]
         // SAFETY: every address is a live tensor's, of the size and type that was checked, and `Apart` has seen that what
         // is written overlaps nothing else. torch hands memory on in stream order, and the workspace is this stream's.
-        unsafe { self.route.launch(self.stream, plan, routing, layout, workspace) }.map_err(exception)
+        unsafe { self.route.launch(self.stream, &self.plan, &self.routing, layout, workspace.address) }
+            .map_err(exception)
+    }
+
+    fn permute(&self, config: PermuteConfig) -> PyResult<Arc<Permute>> {
+        self.gpu.permutes.get(config, |config| Permute::prepare(&self.gpu.device, config))
+    }
+
+    /// Layout, then rows.
+    fn launch_permute(
+        &self,
+        step: &Permute,
+        rows: &RowsBuffers,
+        layout: &LayoutBuffers,
+        workspace: &Space<'_, '_>,
+    ) -> PyResult<()> {
+        self.launch_route(layout, workspace)?;
+        #[allow(unsafe_code)]
+        // SAFETY: as in `launch_route`; shapes and strides were checked against the configuration.
+        unsafe { step.launch(self.stream, &self.plan, rows, layout) }.map_err(exception)
     }
 }
 
-pub(crate) fn build_layout(
-    py: Python<'_>,
-    ordinal: usize,
-    place: &Place<'_>,
-    workspace: Option<&Array<'_>>,
-) -> PyResult<()> {
-    Call::new(py, ordinal, place)?.launch_route(workspace)
+pub(crate) fn build_layout(py: Python<'_>, ordinal: usize, place: &Place<'_>) -> PyResult<()> {
+    let call = Call::new(py, ordinal, &place.ids, place.plan)?;
+    let layout = layout(place)?;
+    let workspace = call.workspace(call.route.workspace_bytes(&call.plan))?;
+    call.launch_route(&layout, &workspace)
 }
 
-/// Rows as they are, with their scales if there are any.
-pub(crate) fn permute(
+/// Rows as they are, with their scales if there are any, and where they go.
+pub(crate) struct Rows<'a> {
+    pub(crate) x: &'a Array<'a>,
+    pub(crate) out: &'a Array<'a>,
+    pub(crate) scales: Option<(&'a Array<'a>, &'a Array<'a>, ScaleFormat)>,
+    pub(crate) zero_padding: bool,
+}
+
+impl Rows<'_> {
+    fn prepare(&self, plan: &Plan) -> PyResult<(PermuteConfig, RowsBuffers)> {
+        let (tokens, hidden) = self.x.matrix_shape("[M, H]")?;
+        let x = matrix(self.x)?;
+        let row_bytes = if tokens > 1 { x.row_stride * self.x.item_bytes() } else { 16 };
+        let common = self.x.address() | self.out.address() | row_bytes as u64 | 16;
+        let config = PermuteConfig {
+            topk: plan.topk(),
+            hidden,
+            dtype: self.dtype()?,
+            scales: self.scales.map(|(_, _, format)| format),
+            padding: padding(self.zero_padding),
+            alignment_bytes: 1 << common.trailing_zeros(),
+        };
+        let (x_scales, scales) = match self.scales {
+            Some((x_scales, scales, _)) => (matrix(x_scales)?, scales.address()),
+            None => (Tensor2::default(), 0),
+        };
+        Ok((config, RowsBuffers { x, x_scales, weights: Tensor2::default(), out: self.out.address(), scales }))
+    }
+
+    fn dtype(&self) -> PyResult<Dtype> {
+        match self.x.element() {
+            Element::E4m3 => Ok(Dtype::E4m3),
+            Element::U8 | Element::I8 if self.scales.is_some() => Ok(Dtype::E4m3),
+            Element::U8 | Element::I8 => Ok(Dtype::U8),
+            Element::Bf16 => Ok(Dtype::Bf16),
+            Element::F16 => Ok(Dtype::F16),
+            Element::F32 => Ok(Dtype::F32),
+            Element::I32 => Ok(Dtype::I32),
+            Element::I64 | Element::Other => {
+                Err(self.x.dtype_error("float8_e4m3fn, bfloat16, float16, float32, int32 or uint8"))
+            }
+        }
+    }
+}
+
+pub(crate) fn permute(py: Python<'_>, ordinal: usize, place: &Place<'_>, rows: &Rows<'_>) -> PyResult<()> {
+    let call = Call::new(py, ordinal, &place.ids, place.plan)?;
+    let layout = layout(place)?;
+    let (config, rows) = rows.prepare(&call.plan)?;
+    let step = call.permute(config)?;
+    let workspace = call.workspace(call.route.workspace_bytes(&call.plan))?;
+    call.launch_permute(&step, &rows, &layout, &workspace)
+}
+
+/// Where the lists go that outlive a call; the others are only the call's.
+pub(crate) struct Lists<'a> {
+    pub(crate) psum: Option<&'a Array<'a>>,
+    pub(crate) m_indices: Option<&'a Array<'a>>,
+    pub(crate) inv_perm: &'a Array<'a>,
+}
+
+/// The same, where not every list is wanted.
+pub(crate) fn permute_to_lists(
     py: Python<'_>,
     ordinal: usize,
-    place: &Place<'_>,
-    (x, out): (&Array<'_>, &Array<'_>),
-    quantized: Option<(&Array<'_>, &Array<'_>, ScaleFormat)>,
-    zero_padding: bool,
-    workspace: Option<&Array<'_>>,
+    ids: &Ids<'_>,
+    plan: Plan,
+    rows: &Rows<'_>,
+    lists: &Lists<'_>,
 ) -> PyResult<()> {
-    let dtype = match x.element() {
-        Element::E4m3 => Dtype::E4m3,
-        Element::U8 | Element::I8 if quantized.is_some() => Dtype::E4m3,
-        Element::U8 | Element::I8 => Dtype::U8,
-        Element::Bf16 => Dtype::Bf16,
-        Element::F16 => Dtype::F16,
-        Element::F32 => Dtype::F32,
-        Element::I32 => Dtype::I32,
-        Element::I64 | Element::Other => {
-            return Err(x.dtype_error("float8_e4m3fn, bfloat16, float16, float32, int32 or uint8"));
-        }
-    };
-    let (tokens, hidden) = x.matrix_shape("[M, H]")?;
-    let rows_x = matrix(x)?;
-    let call = Call::new(py, ordinal, place)?;
-    let row_bytes = if tokens > 1 { rows_x.row_stride * x.item_bytes() } else { 16 };
-    let common = x.address() | out.address() | row_bytes as u64 | 16;
-    let config = PermuteConfig {
-        topk: call.routed.plan.topk(),
-        hidden,
-        dtype,
-        scales: quantized.map(|(_, _, format)| format),
-        padding: padding(zero_padding),
-        alignment_bytes: 1 << common.trailing_zeros(),
-    };
-    let (x_scales, scales) = match quantized {
-        Some((x_scales, scales, _)) => (matrix(x_scales)?, scales.address()),
-        None => (Tensor2::default(), 0),
-    };
-    let step = call.gpu.permutes.get(config, |config| Permute::prepare(&call.gpu.device, config))?;
-    let rows = RowsBuffers { x: rows_x, x_scales, weights: Tensor2::default(), out: out.address(), scales };
-    call.launch_route(workspace)?;
-    #[allow(unsafe_code)]
-    // SAFETY: as in `launch_route`; shapes and strides were checked against the configuration.
-    unsafe { step.launch(call.stream, &call.routed.plan, &rows, &call.routed.layout) }.map_err(exception)
+    let call = Call::new(py, ordinal, ids, plan)?;
+    let (config, rows) = rows.prepare(&plan)?;
+    let step = call.permute(config)?;
+    let bytes = call.route.workspace_bytes(&plan).map_err(exception)?;
+    let all = LayoutBuffers::space_bytes(&plan, plan.alignment()).map_err(exception)?;
+    let workspace = call.workspace(Ok(bytes + all))?;
+    let scratch = LayoutBuffers::carve(workspace.address + bytes as u64, &plan, plan.alignment());
+    let mut layout = scratch.map_err(exception)?;
+    // An empty tensor is nowhere; its list then has room in the scratch, of which nothing is written.
+    let of_tensor = |tensor: Option<&Array<'_>>| tensor.map(Array::address).filter(|&address| address != 0);
+    layout.inv_perm = of_tensor(Some(lists.inv_perm)).unwrap_or(layout.inv_perm);
+    layout.psum = of_tensor(lists.psum).unwrap_or(layout.psum);
+    layout.m_indices = of_tensor(lists.m_indices).unwrap_or(layout.m_indices);
+    call.launch_permute(&step, &rows, &layout, &workspace)
 }
 
 /// Rows quantized on their way.
@@ -328,7 +378,6 @@ pub(crate) fn quantize_permute(
     (x, weights, out, scales): (&Array<'_>, Option<&Array<'_>>, &Array<'_>, &Array<'_>),
     format: ScaleFormat,
     zero_padding: bool,
-    workspace: Option<&Array<'_>>,
 ) -> PyResult<()> {
     let input = match x.element() {
         Element::Bf16 => Dtype::Bf16,
@@ -337,12 +386,14 @@ pub(crate) fn quantize_permute(
     };
     let (tokens, hidden) = x.matrix_shape("[M, H]")?;
     let rows_x = matrix(x)?;
-    let call = Call::new(py, ordinal, place)?;
+    let call = Call::new(py, ordinal, &place.ids, place.plan)?;
+    let layout = layout(place)?;
     if let Some(weights) = weights {
         weights.require_shape(&[tokens, 1])?;
+        weights.require_dtype::<f32>()?;
     }
     let config = QuantizePermuteConfig {
-        route: call.routed.config,
+        route: call.route_config,
         hidden,
         input,
         format,
@@ -358,11 +409,10 @@ pub(crate) fn quantize_permute(
         out: out.address(),
         scales: scales.address(),
     };
-    let Routed { plan, routing, layout, .. } = &call.routed;
-    let workspace = call.workspace(workspace, step.workspace_bytes(plan))?;
+    let workspace = call.workspace(step.workspace_bytes(&call.plan))?;
     #[allow(unsafe_code)]
     // SAFETY: as in `launch_route`; shapes and strides were checked against the configuration.
-    unsafe { step.launch(call.stream, plan, routing, &rows, layout, workspace) }.map_err(exception)
+    unsafe { step.launch(call.stream, &call.plan, &call.routing, &rows, &layout, workspace.address) }.map_err(exception)
 }
 
 /// The weighted sum; every array's shape and type has been checked, rows, inv_perm and out are contiguous.
@@ -393,6 +443,7 @@ pub(crate) fn unpermute(
     };
     if let Some(weights) = weights {
         weights.require_shape(&[tokens, topk])?;
+        weights.require_dtype::<f32>()?;
     }
     let call = UnpermuteBuffers {
         rows: rows.address(),
@@ -415,24 +466,6 @@ pub(crate) fn unpermute(
 pub(crate) fn cuda_unavailable(py: Python<'_>) -> Option<String> {
     let found = expertile::cuda::availability().map_err(exception).and_then(|_| compiler(py));
     found.err().map(|error| error.value(py).to_string())
-}
-
-/// Bytes of a workspace that suffice for a call of these sizes, whatever it does: what it brings when it is captured.
-#[pyfunction]
-pub(crate) fn cuda_workspace_bytes(
-    py: Python<'_>,
-    ordinal: usize,
-    tokens: &Bound<'_, PyAny>,
-    local_experts: &Bound<'_, PyAny>,
-    hidden: &Bound<'_, PyAny>,
-) -> PyResult<usize> {
-    const SMALLEST_GROUP: usize = 32;
-    let (tokens, experts, hidden) =
-        (size("tokens", tokens)?, size("local_num_experts", local_experts)?, size("hidden", hidden)?);
-    let route = gpu(py, ordinal)?.route(RouteConfig { topk: 1, ids: Dtype::I64, row_tile: 1 })?;
-    let plan = Plan::with_m_sum(0, 1, experts, 1, 0).map_err(exception)?;
-    let scales_of_a_token = hidden.div_ceil(SMALLEST_GROUP).next_multiple_of(4) * 4;
-    Ok(route.workspace_bytes(&plan).map_err(exception)? + tokens * scales_of_a_token)
 }
 
 /// Waits for the current stream and raises what its kernels found wrong with ids since the last time.

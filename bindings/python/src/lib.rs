@@ -9,10 +9,12 @@ mod array;
 #[cfg_attr(not(feature = "cuda"), path = "no_cuda.rs")]
 mod cuda;
 mod error;
+mod exchange;
 mod layer;
 mod permute;
 mod plan;
 mod pool;
+mod tensor;
 mod unpermute;
 
 use pyo3::prelude::*;
@@ -32,11 +34,12 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(permute::build_layout, module)?)?;
     module.add_function(wrap_pyfunction!(permute::permute_rows, module)?)?;
     module.add_function(wrap_pyfunction!(permute::permute_quantized, module)?)?;
+    module.add_function(wrap_pyfunction!(permute::deep_gemm_permute, module)?)?;
     module.add_function(wrap_pyfunction!(permute::quantize_permute, module)?)?;
     module.add_function(wrap_pyfunction!(permute::scale_words, module)?)?;
+    module.add_function(wrap_pyfunction!(unpermute::deep_gemm_unpermute, module)?)?;
     module.add_function(wrap_pyfunction!(unpermute::unpermute, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::cuda_unavailable, module)?)?;
-    module.add_function(wrap_pyfunction!(cuda::cuda_workspace_bytes, module)?)?;
     module.add_function(wrap_pyfunction!(cuda::cuda_check, module)?)?;
     module.add_function(wrap_pyfunction!(pool::get_num_threads, module)?)?;
     module.add_function(wrap_pyfunction!(pool::set_num_threads, module)?)?;

@@ -1,8 +1,8 @@
 //! In the place of `cuda.rs` where the extension is built without its feature `cuda`: every call says so.
 
 use crate::array::Array;
-use crate::permute::Place;
-use expertile::ScaleFormat;
+use crate::permute::{Ids, Place};
+use expertile::{Plan, ScaleFormat};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
@@ -12,18 +12,36 @@ fn missing<T>() -> PyResult<T> {
     Err(PyRuntimeError::new_err(MISSING))
 }
 
-pub(crate) fn build_layout(_: Python<'_>, _: usize, _: &Place<'_>, _: Option<&Array<'_>>) -> PyResult<()> {
+pub(crate) fn build_layout(_: Python<'_>, _: usize, _: &Place<'_>) -> PyResult<()> {
     missing()
 }
 
-pub(crate) fn permute(
+/// Never made: there are no arrays on a GPU.
+pub(crate) struct Rows<'a> {
+    pub(crate) x: &'a Array<'a>,
+    pub(crate) out: &'a Array<'a>,
+    pub(crate) scales: Option<(&'a Array<'a>, &'a Array<'a>, ScaleFormat)>,
+    pub(crate) zero_padding: bool,
+}
+
+/// As above.
+pub(crate) struct Lists<'a> {
+    pub(crate) psum: Option<&'a Array<'a>>,
+    pub(crate) m_indices: Option<&'a Array<'a>>,
+    pub(crate) inv_perm: &'a Array<'a>,
+}
+
+pub(crate) fn permute(_: Python<'_>, _: usize, _: &Place<'_>, _: &Rows<'_>) -> PyResult<()> {
+    missing()
+}
+
+pub(crate) fn permute_to_lists(
     _: Python<'_>,
     _: usize,
-    _: &Place<'_>,
-    _: (&Array<'_>, &Array<'_>),
-    _: Option<(&Array<'_>, &Array<'_>, ScaleFormat)>,
-    _: bool,
-    _: Option<&Array<'_>>,
+    _: &Ids<'_>,
+    _: Plan,
+    _: &Rows<'_>,
+    _: &Lists<'_>,
 ) -> PyResult<()> {
     missing()
 }
@@ -35,7 +53,6 @@ pub(crate) fn quantize_permute(
     _: (&Array<'_>, Option<&Array<'_>>, &Array<'_>, &Array<'_>),
     _: ScaleFormat,
     _: bool,
-    _: Option<&Array<'_>>,
 ) -> PyResult<()> {
     missing()
 }
@@ -55,18 +72,6 @@ pub(crate) fn unpermute(
 #[pyfunction]
 pub(crate) fn cuda_unavailable() -> Option<String> {
     Some(MISSING.into())
-}
-
-/// No workspace.
-#[pyfunction]
-pub(crate) fn cuda_workspace_bytes(
-    ordinal: usize,
-    tokens: usize,
-    local_experts: usize,
-    hidden: usize,
-) -> PyResult<usize> {
-    let _ = (ordinal, tokens, local_experts, hidden);
-    missing()
 }
 
 /// Nothing to check.

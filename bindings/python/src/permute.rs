@@ -1,17 +1,20 @@
 //! Rows to their place.
 
 use crate::array::{Apart, Array, Element};
-use crate::cuda;
-use crate::error::{exception, size};
-use crate::plan::counts;
+use crate::cuda::{self, Lists, Rows};
+use crate::error::{exception, optional_size, size};
+use crate::plan::{counts, layout_words, parse_rule, token_experts};
 use crate::pool::cpu;
+use crate::tensor::{self, Form};
 use expertile::cpu::{self, RowScales};
 use expertile::{
     Group, Layout, MatrixRef, Padding, Plan, Routing, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut, TopkIds,
 };
 use half::{bf16, f16};
 use pyo3::exceptions::PyValueError;
+use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
 
 /// `topk_ids` and what they are read with.
 pub(crate) struct Ids<'py> {
@@ -52,37 +55,47 @@ impl<'py> Ids<'py> {
 /// Where a layout's lists go, and how many rows it may have.
 pub(crate) struct Place<'py> {
     pub(crate) ids: Ids<'py>,
-    alignment: usize,
-    m_sum: usize,
+    pub(crate) plan: Plan,
     pub(crate) lists: Array<'py>,
 }
 
 impl<'py> Place<'py> {
+    /// Without `m_sum`, as many rows as any routing can need; without `lists`, some on the device of `inputs` and ids.
     fn new(
+        py: Python<'py>,
+        inputs: [Option<&Array<'py>>; 2],
         ids: Ids<'py>,
         alignment: &Bound<'py, PyAny>,
-        m_sum: &Bound<'py, PyAny>,
-        lists: &Bound<'py, PyAny>,
+        m_sum: Option<&Bound<'py, PyAny>>,
+        distinct: bool,
+        lists: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Self> {
-        Ok(Self {
-            ids,
-            alignment: size("alignment", alignment)?,
-            m_sum: size("m_sum", m_sum)?,
-            lists: Array::new("layout", lists)?,
-        })
+        let ([first, second], [id_list, map]) = (inputs, ids.arrays());
+        let device = Array::common_device(&[first, second, id_list, map])?;
+        let (tokens, topk) = ids.ids.matrix_shape("two dimensions")?;
+        let (experts, alignment) = (ids.local_experts, size("alignment", alignment)?);
+        let plan = match optional_size("m_sum", m_sum)? {
+            Some(m_sum) => Plan::with_m_sum(tokens, topk, experts, alignment, m_sum),
+            None => Plan::tight(tokens, topk, experts, alignment, token_experts(distinct)),
+        };
+        let plan = plan.map_err(exception)?;
+        let form = || Ok(Form::list(Element::I32, layout_words(&plan)?));
+        let lists = tensor::given_or_made(py, "layout", lists, device, form)?;
+        Ok(Self { ids, plan, lists })
     }
 
-    /// The plan of this call.
-    pub(crate) fn plan(&self) -> PyResult<Plan> {
-        let (tokens, topk) = self.ids.ids.matrix_shape("[M, topk]")?;
-        Plan::with_m_sum(tokens, topk, self.ids.local_experts, self.alignment, self.m_sum).map_err(exception)
+    fn m_sum(&self) -> usize {
+        self.plan.m_sum()
+    }
+
+    fn made(self) -> Made<'py> {
+        ((self.plan.tokens(), self.plan.topk(), self.plan.m_sum()), self.lists.into_object())
     }
 
     /// `H`, of rows that are one to a token.
     fn hidden(&self, x: &Array<'_>) -> PyResult<usize> {
-        let (tokens, _) = self.ids.ids.matrix_shape("[M, topk]")?;
-        let (_, hidden) = x.matrix_shape("[M, H]")?;
-        x.require_shape(&[tokens, hidden])?;
+        let (_, hidden) = x.matrix_shape("two dimensions")?;
+        x.require_shape(&[self.plan.tokens(), hidden])?;
         Ok(hidden)
     }
 
@@ -94,11 +107,8 @@ impl<'py> Place<'py> {
         work: impl FnOnce(&Layout<'_>) -> PyResult<R>,
     ) -> PyResult<R> {
         self.ids.routing(|routing| {
-            let plan =
-                Plan::with_m_sum(routing.tokens(), routing.topk(), routing.local_experts(), self.alignment, self.m_sum)
-                    .map_err(exception)?;
             let space = self.lists.contiguous_mut(apart)?;
-            let layout = Layout::build(&plan, &routing, space).map_err(exception)?;
+            let layout = Layout::build(&self.plan, &routing, space).map_err(exception)?;
             if let Some(expected) = expected_counts {
                 require_counts(expected, layout.expert_num_tokens())?;
             }
@@ -106,6 +116,18 @@ impl<'py> Place<'py> {
         })
     }
 }
+
+/// What a call that makes a layout says about it: tokens, slots per token, rows; and its lists.
+type Made<'py> = ((usize, usize, usize), Bound<'py, PyAny>);
+
+/// Rows, their layout.
+type MadeRows<'py> = (Bound<'py, PyAny>, Made<'py>);
+
+/// Rows, scales (and the matrix to read them as, if they are flat), layout.
+type MadeQuantized<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Option<ScaleMatrix>, Made<'py>);
+
+/// Shape and strides of the matrix that a flat array of scales is read as.
+type ScaleMatrix = ((usize, usize), (usize, usize));
 
 fn require_counts(given: &[i32], counted: &[i32]) -> PyResult<()> {
     if given.len() != counted.len() {
@@ -128,8 +150,8 @@ fn padding(zero_padding: bool) -> Padding {
     if zero_padding { Padding::Zero } else { Padding::Untouched }
 }
 
-/// The format of that name, group and rounding.
-fn scale_format(layout: &str, group: &Bound<'_, PyAny>, power_of_two: bool) -> PyResult<ScaleFormat> {
+/// The format of that name, group and rounding; by default a power of two only where the layout holds nothing else.
+fn scale_format(layout: &str, group: &Bound<'_, PyAny>, power_of_two: Option<bool>) -> PyResult<ScaleFormat> {
     const LAYOUTS: [(&str, ScaleLayout); 3] = [
         ("row_major", ScaleLayout::RowMajor),
         ("mn_major", ScaleLayout::MnMajor),
@@ -141,30 +163,44 @@ fn scale_format(layout: &str, group: &Bound<'_, PyAny>, power_of_two: bool) -> P
             "scale_layout is \"{layout}\", expected one of row_major, mn_major, packed_ue8m0"
         )));
     };
+    let power_of_two = power_of_two.unwrap_or(layout == ScaleLayout::PackedUe8m0);
     let rounding = if power_of_two { ScaleRounding::PowerOfTwo } else { ScaleRounding::Exact };
     ScaleFormat::new(group, layout, rounding).map_err(exception)
 }
 
-/// Fails unless a scale array is flat, or a matrix with the strides that its format asks for, and large enough.
-fn require_scales(scales: &Array<'_>, format: ScaleFormat, m_sum: usize, hidden: usize) -> PyResult<()> {
-    let groups = format.groups(hidden).map_err(exception)?;
-    let column = m_sum.next_multiple_of(4);
+/// Fails unless a scale array is flat, or a matrix with the strides that its format asks for, and large enough. The matrix
+/// of a flat one.
+fn require_scales(
+    scales: &Array<'_>,
+    format: ScaleFormat,
+    m_sum: usize,
+    hidden: usize,
+) -> PyResult<Option<ScaleMatrix>> {
     let packed = format.layout() == ScaleLayout::PackedUe8m0;
     if scales.element() != if packed { Element::I32 } else { Element::F32 } {
         return Err(scales.dtype_error(if packed { "int32 for packed UE8M0 scales" } else { "float32" }));
     }
-    if scales.shape().len() == 1 {
+    let matrix = scale_matrix(format, m_sum, hidden)?;
+    let ((rows, columns), (of_row, of_column)) = matrix;
+    let flat = scales.shape().len() == 1;
+    if flat {
         scales.require_strides(&[1])?;
     } else {
-        let (columns, strides) = match format.layout() {
-            ScaleLayout::RowMajor => (groups, [groups, 1]),
-            ScaleLayout::MnMajor => (groups, [1, column]),
-            ScaleLayout::PackedUe8m0 => (groups.div_ceil(4), [1, column]),
-        };
-        scales.require_shape(&[m_sum, columns])?;
-        scales.require_strides(&strides)?;
+        scales.require_shape(&[rows, columns])?;
+        scales.require_strides(&[of_row, of_column])?;
     }
-    scales.require_span(format.words(m_sum, hidden).map_err(exception)?)
+    scales.require_span(format.words(m_sum, hidden).map_err(exception)?)?;
+    Ok(flat.then_some(matrix))
+}
+
+fn scale_matrix(format: ScaleFormat, m_sum: usize, hidden: usize) -> PyResult<ScaleMatrix> {
+    let groups = format.groups(hidden).map_err(exception)?;
+    let column = m_sum.next_multiple_of(4);
+    Ok(match format.layout() {
+        ScaleLayout::RowMajor => ((m_sum, groups), (groups, 1)),
+        ScaleLayout::MnMajor => ((m_sum, groups), (1, column)),
+        ScaleLayout::PackedUe8m0 => ((m_sum, groups.div_ceil(4)), (1, column)),
+    })
 }
 
 /// The words of a scale array that fits its format.
@@ -199,6 +235,37 @@ fn require_rows_out(out: &Array<'_>, m_sum: usize, hidden: usize, like: Option<&
     if fits { Ok(()) } else { Err(out.dtype_error(if like.is_some() { "that of x" } else { "float8_e4m3fn" })) }
 }
 
+/// `out`, or `[M_sum, H]` on the device of `x`.
+fn rows_out<'py>(
+    py: Python<'py>,
+    out: Option<&Bound<'py, PyAny>>,
+    x: &Array<'py>,
+    element: Element,
+    m_sum: usize,
+    hidden: usize,
+) -> PyResult<Array<'py>> {
+    tensor::given_or_made(py, "out", out, x.device(), || Ok(Form::row_major(element, m_sum, hidden)))
+}
+
+/// `scales`, or new ones on the device of `x`: the matrix of their layout, or flat where a matrix would not own all words.
+fn scales_out<'py>(
+    py: Python<'py>,
+    scales: Option<&Bound<'py, PyAny>>,
+    x: &Array<'py>,
+    format: ScaleFormat,
+    m_sum: usize,
+    hidden: usize,
+) -> PyResult<Array<'py>> {
+    tensor::given_or_made(py, "scales", scales, x.device(), || {
+        let element = if format.layout() == ScaleLayout::PackedUe8m0 { Element::I32 } else { Element::F32 };
+        if format.layout() == ScaleLayout::RowMajor || m_sum.is_multiple_of(4) {
+            let (shape, strides) = scale_matrix(format, m_sum, hidden)?;
+            return Ok(Form::matrix(element, shape, strides));
+        }
+        Ok(Form::list(element, format.words(m_sum, hidden).map_err(exception)?))
+    })
+}
+
 /// 4-byte words that the scales of `[m_sum, hidden]` take.
 #[pyfunction]
 pub(crate) fn scale_words(
@@ -207,7 +274,7 @@ pub(crate) fn scale_words(
     scale_layout: &str,
     group: &Bound<'_, PyAny>,
 ) -> PyResult<usize> {
-    let format = scale_format(scale_layout, group, true)?;
+    let format = scale_format(scale_layout, group, None)?;
     format.words(size("m_sum", m_sum)?, size("hidden", hidden)?).map_err(exception)
 }
 
@@ -229,62 +296,66 @@ pub(crate) fn count_expert_num_tokens(
 
 /// Writes a layout's lists.
 #[pyfunction]
-#[pyo3(signature = (topk_ids, expert_map, local_experts, alignment, m_sum, layout, workspace=None))]
-pub(crate) fn build_layout(
-    py: Python<'_>,
-    topk_ids: &Bound<'_, PyAny>,
-    expert_map: Option<&Bound<'_, PyAny>>,
-    local_experts: &Bound<'_, PyAny>,
-    alignment: &Bound<'_, PyAny>,
-    m_sum: &Bound<'_, PyAny>,
-    layout: &Bound<'_, PyAny>,
-    workspace: Option<&Bound<'_, PyAny>>,
-) -> PyResult<()> {
-    let place = Place::new(Ids::new(topk_ids, expert_map, local_experts)?, alignment, m_sum, layout)?;
-    let workspace = Array::optional("workspace", workspace)?;
+#[pyo3(signature = (topk_ids, expert_map, local_experts, alignment, m_sum, layout, *, distinct=true))]
+pub(crate) fn build_layout<'py>(
+    py: Python<'py>,
+    topk_ids: &Bound<'py, PyAny>,
+    expert_map: Option<&Bound<'py, PyAny>>,
+    local_experts: &Bound<'py, PyAny>,
+    alignment: &Bound<'py, PyAny>,
+    m_sum: Option<&Bound<'py, PyAny>>,
+    layout: Option<&Bound<'py, PyAny>>,
+    distinct: bool,
+) -> PyResult<Made<'py>> {
+    let ids = Ids::new(topk_ids, expert_map, local_experts)?;
+    let place = Place::new(py, [None, None], ids, alignment, m_sum, distinct, layout)?;
     let [ids, map] = place.ids.arrays();
-    let apart = Apart::check(&[&place.lists], &[ids, map, workspace.as_ref()])?;
-    match Array::common_device(&[ids, map, Some(&place.lists), workspace.as_ref()])? {
-        Some(ordinal) => cuda::build_layout(py, ordinal, &place, workspace.as_ref()),
-        None => place.layout(apart, None, |_| Ok(())),
+    let apart = Apart::check(&[&place.lists], &[ids, map])?;
+    match Array::common_device(&[ids, map, Some(&place.lists)])? {
+        Some(ordinal) => cuda::build_layout(py, ordinal, &place)?,
+        None => place.layout(apart, None, |_| Ok(()))?,
     }
+    Ok(place.made())
 }
 
 /// `x [M, H]` to `out [M_sum, H]`, any element of 1, 2 or 4 bytes.
 #[pyfunction]
-#[pyo3(signature = (x, topk_ids, expert_map, local_experts, alignment, m_sum, expert_num_tokens, zero_padding, out, layout, workspace=None))]
-pub(crate) fn permute_rows(
-    py: Python<'_>,
-    x: &Bound<'_, PyAny>,
-    topk_ids: &Bound<'_, PyAny>,
-    expert_map: Option<&Bound<'_, PyAny>>,
-    local_experts: &Bound<'_, PyAny>,
-    alignment: &Bound<'_, PyAny>,
-    m_sum: &Bound<'_, PyAny>,
-    expert_num_tokens: Option<&Bound<'_, PyAny>>,
+#[pyo3(signature = (x, topk_ids, expert_map, local_experts, alignment, m_sum, expert_num_tokens, zero_padding, out, layout, *, distinct=true))]
+pub(crate) fn permute_rows<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    topk_ids: &Bound<'py, PyAny>,
+    expert_map: Option<&Bound<'py, PyAny>>,
+    local_experts: &Bound<'py, PyAny>,
+    alignment: &Bound<'py, PyAny>,
+    m_sum: Option<&Bound<'py, PyAny>>,
+    expert_num_tokens: Option<&Bound<'py, PyAny>>,
     zero_padding: bool,
-    out: &Bound<'_, PyAny>,
-    layout: &Bound<'_, PyAny>,
-    workspace: Option<&Bound<'_, PyAny>>,
-) -> PyResult<()> {
-    let (x, out) = (Array::new("x", x)?, Array::new("out", out)?);
-    let place = Place::new(Ids::new(topk_ids, expert_map, local_experts)?, alignment, m_sum, layout)?;
-    let [ids, map] = place.ids.arrays();
-    let workspace = Array::optional("workspace", workspace)?;
-    let apart = Apart::check(&[&out, &place.lists], &[Some(&x), ids, map, workspace.as_ref()])?;
+    out: Option<&Bound<'py, PyAny>>,
+    layout: Option<&Bound<'py, PyAny>>,
+    distinct: bool,
+) -> PyResult<MadeRows<'py>> {
+    let x = Array::new("x", x)?;
+    let ids = Ids::new(topk_ids, expert_map, local_experts)?;
+    let place = Place::new(py, [Some(&x), None], ids, alignment, m_sum, distinct, layout)?;
     let hidden = place.hidden(&x)?;
-    require_rows_out(&out, place.m_sum, hidden, Some(&x))?;
-    let all = [Some(&x), ids, map, Some(&out), Some(&place.lists), workspace.as_ref()];
+    let out = rows_out(py, out, &x, x.element(), place.m_sum(), hidden)?;
+    let [ids, map] = place.ids.arrays();
+    let apart = Apart::check(&[&out, &place.lists], &[Some(&x), ids, map])?;
+    require_rows_out(&out, place.m_sum(), hidden, Some(&x))?;
+    let all = [Some(&x), ids, map, Some(&out), Some(&place.lists)];
     if let Some(ordinal) = Array::common_device(&all)? {
-        return cuda::permute(py, ordinal, &place, (&x, &out), None, zero_padding, workspace.as_ref());
+        let rows = Rows { x: &x, out: &out, scales: None, zero_padding };
+        cuda::permute(py, ordinal, &place, &rows)?;
+        return Ok((out.into_object(), place.made()));
     }
     let given = expert_num_tokens.map(counts).transpose()?;
     let cpu = cpu()?;
     macro_rules! rows_of {
         ($type:ty) => {{
-            let (rows, out) = (x.matrix::<$type>()?, out.contiguous_mut::<$type>(apart)?);
+            let (rows, to) = (x.matrix::<$type>()?, out.contiguous_mut::<$type>(apart)?);
             place.layout(apart, given.as_deref(), |layout| {
-                py.detach(|| cpu::permute_rows(&cpu, rows, layout, padding(zero_padding), out)).map_err(exception)
+                py.detach(|| cpu::permute_rows(&cpu, rows, layout, padding(zero_padding), to)).map_err(exception)
             })
         }};
     }
@@ -297,46 +368,49 @@ pub(crate) fn permute_rows(
         Element::I64 | Element::Other => {
             Err(x.dtype_error("float8_e4m3fn, bfloat16, float16, float32, int32 or uint8"))
         }
-    }
+    }?;
+    Ok((out.into_object(), place.made()))
 }
 
 /// e4m3 `x [M, H]` and its scales `[M, H / group]` to `out [M_sum, H]` and `scales`.
 #[pyfunction]
-#[pyo3(signature = (x, x_scales, topk_ids, expert_map, local_experts, alignment, m_sum, expert_num_tokens, group, scale_layout, zero_padding, out, scales, layout, workspace=None))]
-pub(crate) fn permute_quantized(
-    py: Python<'_>,
-    x: &Bound<'_, PyAny>,
-    x_scales: &Bound<'_, PyAny>,
-    topk_ids: &Bound<'_, PyAny>,
-    expert_map: Option<&Bound<'_, PyAny>>,
-    local_experts: &Bound<'_, PyAny>,
-    alignment: &Bound<'_, PyAny>,
-    m_sum: &Bound<'_, PyAny>,
-    expert_num_tokens: Option<&Bound<'_, PyAny>>,
-    group: &Bound<'_, PyAny>,
+#[pyo3(signature = (x, x_scales, topk_ids, expert_map, local_experts, alignment, m_sum, expert_num_tokens, group, scale_layout, zero_padding, out, scales, layout, *, distinct=true))]
+pub(crate) fn permute_quantized<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    x_scales: &Bound<'py, PyAny>,
+    topk_ids: &Bound<'py, PyAny>,
+    expert_map: Option<&Bound<'py, PyAny>>,
+    local_experts: &Bound<'py, PyAny>,
+    alignment: &Bound<'py, PyAny>,
+    m_sum: Option<&Bound<'py, PyAny>>,
+    expert_num_tokens: Option<&Bound<'py, PyAny>>,
+    group: &Bound<'py, PyAny>,
     scale_layout: &str,
     zero_padding: bool,
-    out: &Bound<'_, PyAny>,
-    scales: &Bound<'_, PyAny>,
-    layout: &Bound<'_, PyAny>,
-    workspace: Option<&Bound<'_, PyAny>>,
-) -> PyResult<()> {
+    out: Option<&Bound<'py, PyAny>>,
+    scales: Option<&Bound<'py, PyAny>>,
+    layout: Option<&Bound<'py, PyAny>>,
+    distinct: bool,
+) -> PyResult<MadeQuantized<'py>> {
     let (x, x_scales) = (Array::new("x", x)?, Array::new("x_scales", x_scales)?);
-    let (out, scales) = (Array::new("out", out)?, Array::new("scales", scales)?);
-    let place = Place::new(Ids::new(topk_ids, expert_map, local_experts)?, alignment, m_sum, layout)?;
-    let [ids, map] = place.ids.arrays();
-    let workspace = Array::optional("workspace", workspace)?;
-    let inputs = [Some(&x), Some(&x_scales), ids, map, workspace.as_ref()];
-    let apart = Apart::check(&[&out, &scales, &place.lists], &inputs)?;
+    let ids = Ids::new(topk_ids, expert_map, local_experts)?;
+    let place = Place::new(py, [Some(&x), Some(&x_scales)], ids, alignment, m_sum, distinct, layout)?;
     let hidden = place.hidden(&x)?;
-    let format = scale_format(scale_layout, group, scale_layout == "packed_ue8m0")?;
+    let format = scale_format(scale_layout, group, None)?;
     require_row_scales(&x, &x_scales, format)?;
-    require_rows_out(&out, place.m_sum, hidden, None)?;
-    require_scales(&scales, format, place.m_sum, hidden)?;
-    let all = [Some(&x), Some(&x_scales), ids, map, Some(&out), Some(&scales), Some(&place.lists), workspace.as_ref()];
+    let out = rows_out(py, out, &x, x.element(), place.m_sum(), hidden)?;
+    let scales = scales_out(py, scales, &x, format, place.m_sum(), hidden)?;
+    let [ids, map] = place.ids.arrays();
+    let inputs = [Some(&x), Some(&x_scales), ids, map];
+    let apart = Apart::check(&[&out, &scales, &place.lists], &inputs)?;
+    require_rows_out(&out, place.m_sum(), hidden, None)?;
+    let matrix = require_scales(&scales, format, place.m_sum(), hidden)?;
+    let all = [Some(&x), Some(&x_scales), ids, map, Some(&out), Some(&scales), Some(&place.lists)];
     if let Some(ordinal) = Array::common_device(&all)? {
-        let quantized = Some((&x_scales, &scales, format));
-        return cuda::permute(py, ordinal, &place, (&x, &out), quantized, zero_padding, workspace.as_ref());
+        let rows = Rows { x: &x, out: &out, scales: Some((&x_scales, &scales, format)), zero_padding };
+        cuda::permute(py, ordinal, &place, &rows)?;
+        return Ok((out.into_object(), scales.into_object(), matrix, place.made()));
     }
     let given = expert_num_tokens.map(counts).transpose()?;
     let words = scale_memory(&scales, apart)?;
@@ -345,61 +419,135 @@ pub(crate) fn permute_quantized(
         Element::U8 => RowScales::Ue8m0(x_scales.matrix()?),
         _ => return Err(x_scales.dtype_error("float32, or uint8 for packed UE8M0")),
     };
-    let (rows, out) = (x.matrix()?, out.contiguous_mut(apart)?);
+    let (rows, to) = (x.matrix()?, out.contiguous_mut(apart)?);
     let cpu = cpu()?;
     place.layout(apart, given.as_deref(), |layout| {
-        py.detach(|| cpu::permute_quantized(&cpu, rows, row_scales, layout, format, padding(zero_padding), out, words))
+        py.detach(|| cpu::permute_quantized(&cpu, rows, row_scales, layout, format, padding(zero_padding), to, words))
             .map_err(exception)
-    })
+    })?;
+    Ok((out.into_object(), scales.into_object(), matrix, place.made()))
+}
+
+/// What `expertile.deep_gemm_utils.deepgemm_moe_permute` returns: rows, scales, grouped layout, inv_perm, alignment.
+type DeepGemm<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, usize);
+
+/// `permute_quantized` on a GPU, with the scales' layout that their type asks for, into tensors made here: `out` (unless
+/// it is given), scales, the grouped layout, inv_perm. Without `m_sum`, as many rows as the reference has. None, and nothing
+/// done, for what `permute_quantized` has to be asked.
+#[pyfunction]
+pub(crate) fn deep_gemm_permute<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    x_scales: &Bound<'py, PyAny>,
+    topk_ids: &Bound<'py, PyAny>,
+    expert_map: Option<&Bound<'py, PyAny>>,
+    local_experts: &Bound<'py, PyAny>,
+    alignment: &Bound<'py, PyAny>,
+    m_sum: Option<&Bound<'py, PyAny>>,
+    group: &Bound<'py, PyAny>,
+    use_psum_layout: bool,
+    out: Option<&Bound<'py, PyAny>>,
+    rule: Option<(PyBackedStr, PyBackedStr)>,
+) -> PyResult<Option<DeepGemm<'py>>> {
+    let x = Array::new("x", x)?;
+    let Some(ordinal) = x.device() else { return Ok(None) };
+    let (x_scales, ids) = (Array::new("x_scales", x_scales)?, Ids::new(topk_ids, expert_map, local_experts)?);
+    let out = Array::optional("out", out)?;
+    let (tokens, topk) = ids.ids.matrix_shape("2 dimensions")?;
+    let alignment = size("alignment", alignment)?;
+    let plan = match optional_size("m_sum", m_sum)? {
+        Some(m_sum) => Plan::with_m_sum(tokens, topk, ids.local_experts, alignment, m_sum),
+        None => {
+            let (rule, arch) = rule.unzip();
+            Plan::reference(tokens, topk, ids.local_experts, alignment, parse_rule(rule.as_deref(), arch.as_deref())?)
+        }
+    };
+    let plan = plan.map_err(exception)?;
+    let (m_sum, alignment) = (plan.m_sum(), plan.alignment());
+    let packed = x_scales.element() == Element::U8;
+    let as_it_is =
+        |out: &Array<'_>| out.element() == x.element() && out.require_contiguous().is_ok() && out.shape().len() == 2;
+    // Packed columns end on four rows, which a matrix of fewer does not own.
+    if x.item_bytes() != 1 || (packed && !m_sum.is_multiple_of(4)) || !out.as_ref().is_none_or(as_it_is) {
+        return Ok(None);
+    }
+    let (_, hidden) = x.matrix_shape("2 dimensions")?;
+    x.require_shape(&[tokens, hidden])?;
+    let format = scale_format(if packed { "packed_ue8m0" } else { "row_major" }, group, None)?;
+    require_row_scales(&x, &x_scales, format)?;
+    let [id_list, map] = ids.arrays();
+    let inputs = [Some(&x), Some(&x_scales), id_list, map];
+    Array::common_device(&[inputs[0], inputs[1], id_list, map, out.as_ref()])?;
+    let out = match out {
+        Some(out) => {
+            require_rows_out(&out, m_sum, hidden, None)?;
+            Apart::check(&[&out], &inputs)?;
+            out
+        }
+        None => rows_out(py, None, &x, x.element(), m_sum, hidden)?,
+    };
+    let scales = scales_out(py, None, &x, format, m_sum, hidden)?;
+    let rows_or_experts = if use_psum_layout { ids.local_experts } else { m_sum };
+    let grouped = tensor::empty(py, ordinal, Form::list(Element::I32, rows_or_experts))?;
+    let inv_perm = tensor::empty(py, ordinal, Form::row_major(Element::I32, tokens, topk))?;
+    let rows = Rows { x: &x, out: &out, scales: Some((&x_scales, &scales, format)), zero_padding: false };
+    let (psum, m_indices) = if use_psum_layout { (Some(&grouped), None) } else { (None, Some(&grouped)) };
+    cuda::permute_to_lists(py, ordinal, &ids, plan, &rows, &Lists { psum, m_indices, inv_perm: &inv_perm })?;
+    let inv_perm = inv_perm.into_object();
+    // For the way back: a negative entry says all there is to know about an empty slot.
+    inv_perm.setattr(intern!(py, "_expertile_complete"), true)?;
+    Ok(Some((out.into_object(), scales.into_object(), grouped.into_object(), inv_perm, alignment)))
 }
 
 /// bf16, f16 or f32 `x [M, H]` (times `topk_weights [M, 1]`, if given) to e4m3 `out [M_sum, H]` and `scales`.
 #[pyfunction]
-#[pyo3(signature = (x, topk_weights, topk_ids, expert_map, local_experts, alignment, m_sum, group, scale_layout, power_of_two, zero_padding, out, scales, layout, workspace=None))]
-pub(crate) fn quantize_permute(
-    py: Python<'_>,
-    x: &Bound<'_, PyAny>,
-    topk_weights: Option<&Bound<'_, PyAny>>,
-    topk_ids: &Bound<'_, PyAny>,
-    expert_map: Option<&Bound<'_, PyAny>>,
-    local_experts: &Bound<'_, PyAny>,
-    alignment: &Bound<'_, PyAny>,
-    m_sum: &Bound<'_, PyAny>,
-    group: &Bound<'_, PyAny>,
+#[pyo3(signature = (x, topk_weights, topk_ids, expert_map, local_experts, alignment, m_sum, group, scale_layout, power_of_two, zero_padding, out, scales, layout, *, distinct=true))]
+pub(crate) fn quantize_permute<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    topk_weights: Option<&Bound<'py, PyAny>>,
+    topk_ids: &Bound<'py, PyAny>,
+    expert_map: Option<&Bound<'py, PyAny>>,
+    local_experts: &Bound<'py, PyAny>,
+    alignment: &Bound<'py, PyAny>,
+    m_sum: Option<&Bound<'py, PyAny>>,
+    group: &Bound<'py, PyAny>,
     scale_layout: &str,
-    power_of_two: bool,
+    power_of_two: Option<bool>,
     zero_padding: bool,
-    out: &Bound<'_, PyAny>,
-    scales: &Bound<'_, PyAny>,
-    layout: &Bound<'_, PyAny>,
-    workspace: Option<&Bound<'_, PyAny>>,
-) -> PyResult<()> {
+    out: Option<&Bound<'py, PyAny>>,
+    scales: Option<&Bound<'py, PyAny>>,
+    layout: Option<&Bound<'py, PyAny>>,
+    distinct: bool,
+) -> PyResult<MadeQuantized<'py>> {
     let (x, weights) = (Array::new("x", x)?, Array::optional("topk_weights", topk_weights)?);
-    let (out, scales) = (Array::new("out", out)?, Array::new("scales", scales)?);
-    let place = Place::new(Ids::new(topk_ids, expert_map, local_experts)?, alignment, m_sum, layout)?;
-    let [ids, map] = place.ids.arrays();
-    let workspace = Array::optional("workspace", workspace)?;
-    let inputs = [Some(&x), weights.as_ref(), ids, map, workspace.as_ref()];
-    let apart = Apart::check(&[&out, &scales, &place.lists], &inputs)?;
+    let ids = Ids::new(topk_ids, expert_map, local_experts)?;
+    let place = Place::new(py, [Some(&x), weights.as_ref()], ids, alignment, m_sum, distinct, layout)?;
     let hidden = place.hidden(&x)?;
     let format = scale_format(scale_layout, group, power_of_two)?;
-    require_rows_out(&out, place.m_sum, hidden, None)?;
-    require_scales(&scales, format, place.m_sum, hidden)?;
-    let all = [Some(&x), weights.as_ref(), ids, map, Some(&out), Some(&scales), Some(&place.lists), workspace.as_ref()];
+    let out = rows_out(py, out, &x, Element::E4m3, place.m_sum(), hidden)?;
+    let scales = scales_out(py, scales, &x, format, place.m_sum(), hidden)?;
+    let [ids, map] = place.ids.arrays();
+    let inputs = [Some(&x), weights.as_ref(), ids, map];
+    let apart = Apart::check(&[&out, &scales, &place.lists], &inputs)?;
+    require_rows_out(&out, place.m_sum(), hidden, None)?;
+    let matrix = require_scales(&scales, format, place.m_sum(), hidden)?;
+    let all = [Some(&x), weights.as_ref(), ids, map, Some(&out), Some(&scales), Some(&place.lists)];
     if let Some(ordinal) = Array::common_device(&all)? {
         let rows = (&x, weights.as_ref(), &out, &scales);
-        return cuda::quantize_permute(py, ordinal, &place, rows, format, zero_padding, workspace.as_ref());
+        cuda::quantize_permute(py, ordinal, &place, rows, format, zero_padding)?;
+        return Ok((out.into_object(), scales.into_object(), matrix, place.made()));
     }
     let words = scale_memory(&scales, apart)?;
     let weights: Option<MatrixRef<'_, f32>> = weights.as_ref().map(Array::matrix).transpose()?;
-    let out = out.contiguous_mut(apart)?;
+    let to = out.contiguous_mut(apart)?;
     let cpu = cpu()?;
     macro_rules! rows_of {
         ($type:ty) => {{
             let rows = x.matrix::<$type>()?;
             place.layout(apart, None, |layout| {
                 py.detach(|| {
-                    cpu::quantize_permute(&cpu, rows, weights, layout, format, padding(zero_padding), out, words)
+                    cpu::quantize_permute(&cpu, rows, weights, layout, format, padding(zero_padding), to, words)
                 })
                 .map_err(exception)
             })
@@ -410,5 +558,6 @@ pub(crate) fn quantize_permute(
         Element::F16 => rows_of!(f16),
         Element::F32 => rows_of!(f32),
         _ => Err(x.dtype_error("bfloat16, float16 or float32")),
-    }
+    }?;
+    Ok((out.into_object(), scales.into_object(), matrix, place.made()))
 }

@@ -241,11 +241,11 @@ pub(crate) fn layout_len(
     PyPlan::new(tokens, topk, local_experts, alignment, m_sum)?.layout_len()
 }
 
-fn token_experts(distinct: bool) -> TokenExperts {
+pub(crate) fn token_experts(distinct: bool) -> TokenExperts {
     if distinct { TokenExperts::Distinct } else { TokenExperts::MayRepeat }
 }
 
-fn parse_rule(rule: Option<&str>, arch: Option<&str>) -> PyResult<Option<(AlignmentRule, Arch)>> {
+pub(crate) fn parse_rule(rule: Option<&str>, arch: Option<&str>) -> PyResult<Option<(AlignmentRule, Arch)>> {
     match (rule, arch) {
         (None, None) => Ok(None),
         (Some(rule), Some(arch)) => Ok(Some((rule.parse().map_err(exception)?, arch.parse().map_err(exception)?))),

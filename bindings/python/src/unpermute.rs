@@ -22,26 +22,22 @@ pub(crate) fn unpermute(
     topk_weights: Option<&Bound<'_, PyAny>>,
     out: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
+    if topk_ids.is_none() && expert_map.is_some() {
+        return Err(PyValueError::new_err("topk_ids is None, expected ids for the expert_map to translate"));
+    }
     let call = Call {
         rows: Array::new("rows", rows)?,
         inv_perm: Array::new("inv_perm", inv_perm)?,
         weights: Array::optional("topk_weights", topk_weights)?,
         out: Array::new("out", out)?,
     };
-    let (_, hidden) = call.rows.matrix_shape("[M_sum, H]")?;
-    let (tokens, _) = call.inv_perm.matrix_shape("[M, topk]")?;
-    call.out.require_shape(&[tokens, hidden])?;
-    let all = [Some(&call.rows), Some(&call.inv_perm), call.weights.as_ref(), Some(&call.out)];
-    if let Some(ordinal) = Array::common_device(&all)? {
-        call.apart(&[])?;
-        call.rows.require_contiguous()?;
-        call.out.require_contiguous()?;
+    if let Some(ordinal) = call.device()? {
         if topk_ids.is_some() {
             return Err(PyValueError::new_err(
                 "topk_ids is given, expected None on a GPU, where a negative inv_perm says that a slot is empty",
             ));
         }
-        return cuda::unpermute(py, ordinal, &call.rows, &call.inv_perm, call.weights.as_ref(), &call.out);
+        return call.on_gpu(py, ordinal);
     }
     match topk_ids {
         Some(ids) => {
@@ -51,11 +47,30 @@ pub(crate) fn unpermute(
             let apart = call.apart(&ids.arrays())?;
             ids.routing(|routing| call.from(py, Some(&routing), apart))
         }
-        None if expert_map.is_some() => {
-            Err(PyValueError::new_err("topk_ids is None, expected ids for the expert_map to translate"))
-        }
-        None => call.from(py, None, call.apart(&[])?),
+        None => call.from(py, None, call.apart(&[None, None])?),
     }
+}
+
+/// `unpermute` on a GPU, of arrays that it can take as they are. False, and nothing done, for others.
+#[pyfunction]
+pub(crate) fn deep_gemm_unpermute(
+    py: Python<'_>,
+    rows: &Bound<'_, PyAny>,
+    inv_perm: &Bound<'_, PyAny>,
+    topk_weights: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+) -> PyResult<bool> {
+    let rows = Array::new("rows", rows)?;
+    if rows.device().is_none() {
+        return Ok(false);
+    }
+    let (inv_perm, weights) = (Array::new("inv_perm", inv_perm)?, Array::new("topk_weights", topk_weights)?);
+    let call = Call { rows, inv_perm, weights: Some(weights), out: Array::new("out", out)? };
+    if !call.is_direct() {
+        return Ok(false);
+    }
+    let Some(ordinal) = call.device()? else { return Ok(false) };
+    call.on_gpu(py, ordinal).map(|()| true)
 }
 
 struct Call<'py> {
@@ -66,10 +81,31 @@ struct Call<'py> {
 }
 
 impl Call<'_> {
-    fn apart(&self, ids: &[Option<&Array<'_>>]) -> PyResult<Apart> {
-        let mut inputs = vec![Some(&self.rows), Some(&self.inv_perm), self.weights.as_ref()];
-        inputs.extend(ids);
-        Apart::check(&[&self.out], &inputs)
+    /// Where all of it is; fails unless the shapes go together.
+    fn device(&self) -> PyResult<Option<usize>> {
+        let (_, hidden) = self.rows.matrix_shape("two dimensions")?;
+        let (tokens, _) = self.inv_perm.matrix_shape("two dimensions")?;
+        self.out.require_shape(&[tokens, hidden])?;
+        Array::common_device(&[Some(&self.rows), Some(&self.inv_perm), self.weights.as_ref(), Some(&self.out)])
+    }
+
+    /// Whether a GPU can work on it without a copy.
+    fn is_direct(&self) -> bool {
+        let weights = self.weights.as_ref();
+        [&self.rows, &self.inv_perm, &self.out].iter().all(|array| array.require_contiguous().is_ok())
+            && weights.is_none_or(|weights| weights.element() == Element::F32)
+    }
+
+    fn on_gpu(&self, py: Python<'_>, ordinal: usize) -> PyResult<()> {
+        self.apart(&[None, None])?;
+        self.rows.require_contiguous()?;
+        self.out.require_contiguous()?;
+        cuda::unpermute(py, ordinal, &self.rows, &self.inv_perm, self.weights.as_ref(), &self.out)
+    }
+
+    fn apart(&self, ids: &[Option<&Array<'_>>; 2]) -> PyResult<Apart> {
+        let &[ids, map] = ids;
+        Apart::check(&[&self.out], &[Some(&self.rows), Some(&self.inv_perm), self.weights.as_ref(), ids, map])
     }
 
     fn from(&self, py: Python<'_>, routing: Option<&Routing<'_>>, apart: Apart) -> PyResult<()> {

@@ -144,6 +144,116 @@ def test_arrays_of_two_places_are_an_error():
         et.quantize_permute(torch.zeros(2, 128, device="cuda"), torch.zeros(2, 1, dtype=torch.int64).cuda(), 1)
 
 
+def test_what_a_call_reads_and_writes_is_checked():
+    ids, weights, _ = (cuda(x) for x in routing(5, 2, 4))
+    x = torch.randn(5, 128, dtype=torch.bfloat16, device="cuda")
+    rows, _, layout = et.quantize_permute(x, ids, 4)
+    rows = rows.to(torch.bfloat16)
+    for error, message, call in [
+        (TypeError, "topk_weights has dtype", lambda: et.unpermute(rows, layout.inv_perm, weights.to(torch.bfloat16))),
+        (TypeError, "topk_weights has dtype", lambda: et.quantize_permute(x, ids[:, :1], 4, topk_weights=ids[:, :1])),
+        (ValueError, "topk_ids is None", lambda: et.unpermute(rows, layout.inv_perm, expert_map=ids[0].int())),
+        (ValueError, "out shares memory with rows", lambda: et.unpermute(rows, layout.inv_perm, weights, out=rows[:5])),
+        (ValueError, "layout holds", lambda: et.quantize_permute(x, ids, 4, layout=layout.space[1:])),
+        (ValueError, "scales holds", lambda: et.quantize_permute(x, ids, 4, scales=torch.zeros(9, device="cuda"))),
+        (ValueError, "out has shape", lambda: et.quantize_permute(x, ids, 4, out=rows[1:])),
+        (ValueError, "m_sum is 500, expected", lambda: et.quantize_permute(x, ids, 4, m_sum=500)),
+        (ValueError, "inv_perm has shape", lambda: et.unpermute(rows, layout.m_indices, weights, out=x)),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize("alignment", [3, 128])
+@pytest.mark.parametrize("scale_layout", ["row_major", "mn_major", "packed_ue8m0"])
+def test_buffers_handed_in_and_buffers_made_hold_the_same(scale_layout, alignment):
+    ids, _, _ = routing(21, 3, 5)
+    x = torch.randn(21, 384, dtype=torch.bfloat16, device="cuda")
+    options = {"alignment": alignment, "scale_layout": scale_layout, "zero_padding": True}
+    sizes = et.sizes(21, 3, 5, 384, alignment=alignment, scale_layout=scale_layout)
+    words = torch.int32 if scale_layout == "packed_ue8m0" else torch.float32
+    out = torch.empty(sizes.m_sum, 384, dtype=torch.float8_e4m3fn, device="cuda")
+    scales = torch.full((sizes.scale_words,), 7, dtype=words, device="cuda")
+    space = torch.empty(sizes.layout_len, dtype=torch.int32, device="cuda")
+    mine = et.quantize_permute(x, ids.cuda(), 5, out=out, scales=scales, layout=space, **options)
+    made = et.quantize_permute(x, ids.cuda(), 5, **options)
+    expected = et.quantize_permute(x.cpu(), ids, 5, **options)
+    assert mine.rows is out and mine.layout.space is space
+    assert mine.scales.data_ptr() == scales.data_ptr()
+    for permuted in (mine, made):
+        assert (permuted.scales.shape, permuted.scales.dtype) == (expected.scales.shape, expected.scales.dtype)
+        if sizes.m_sum > 1:
+            assert permuted.scales.stride() == expected.scales.stride()
+        assert same(permuted.rows, expected.rows) and same(permuted.scales, expected.scales)
+        assert all(same(m, e) for m, e in zip(permuted.layout.lists(), expected.layout.lists(), strict=True))
+
+
+def test_an_output_of_any_strides_and_a_buffer_handed_in_get_the_same_bytes():
+    ids, _, expert_map = routing(40, 4, 6, 24)
+    aq = torch.randint(0, 0x7F, (40, 256), dtype=torch.uint8)
+    arguments = (aq, torch.rand(40, 2), ids, 6, expert_map, None)
+    expected = deep_gemm_utils.deepgemm_moe_permute(*arguments)
+    live = expected[2] >= 0
+    wide = torch.zeros(expected[0].shape[0], 300, dtype=torch.uint8, device="cuda")
+    for out in (wide[:, 20:276], torch.zeros(expected[0].shape, dtype=torch.uint8, device="cuda")):
+        mine = deep_gemm_utils.deepgemm_moe_permute(*map(cuda, arguments), aq_out=out)
+        assert mine[0] is out and torch.equal(out.cpu()[live], expected[0][live])
+        assert all(same(m, e) for m, e in zip(mine[1:4], expected[1:4], strict=True))
+
+
+def test_a_rule_or_counts_choose_the_rows_as_on_the_cpu():
+    ids, _, _ = routing(9, 3, 5)
+    arguments = (torch.zeros(9, 256, dtype=torch.uint8), torch.rand(9, 2), ids, 5, None)
+    counts = deep_gemm_utils.count_expert_num_tokens(ids, 5, None)
+    meta = deep_gemm_utils.ExpertTokensMetadata.make_from_list(counts.tolist(), "cpu")
+    on_gpu = deep_gemm_utils.ExpertTokensMetadata(counts.cuda(), counts)
+    try:
+        for rule in (("deepgemm-2026-06", "sm100"), ("vllm-fork", "sm120"), (None,)):
+            deep_gemm_utils.set_alignment_rule(*rule)
+            for mine_meta, its_meta in ((None, None), (on_gpu, meta)):
+                mine = deep_gemm_utils.deepgemm_moe_permute(*map(cuda, arguments), mine_meta)
+                expected = deep_gemm_utils.deepgemm_moe_permute(*arguments, its_meta)
+                assert mine[4] == expected[4] and mine[0].shape == expected[0].shape
+                assert all(same(m, e) for m, e in zip(mine[1:4], expected[1:4], strict=True))
+    finally:
+        deep_gemm_utils.set_alignment_rule(None)
+
+
+def test_whoever_watches_sees_the_operators():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            names.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    ids, weights, _ = (cuda(x) for x in routing(5, 2, 4))
+    x = torch.randn(5, 128, dtype=torch.bfloat16, device="cuda")
+    names = []
+    expected = et.quantize_permute(x, ids, 4, zero_padding=True)
+    assert not names
+    with Seen():
+        seen = et.quantize_permute(x, ids, 4, zero_padding=True)
+        et.unpermute(seen.rows.to(torch.bfloat16), seen.layout.inv_perm, weights)
+    assert {"expertile.quantize_permute.default", "expertile.unpermute.default"} <= set(names)
+    assert torch.equal(seen.rows.view(torch.uint8), expected.rows.view(torch.uint8))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        et.quantize_permute(x, ids, 4)
+    assert "expertile::quantize_permute" in {event.name for event in profile.events()}
+    rows, inv_perm = seen.rows.to(torch.bfloat16), seen.layout.inv_perm
+    traced = torch.jit.trace(lambda rows: et.unpermute(rows, inv_perm, weights), (rows,), check_trace=False)
+    assert "expertile::unpermute" in str(traced.graph)
+
+
+def test_weights_that_are_lazily_negated_are_read_as_what_they_stand_for():
+    ids, weights, _ = (cuda(x) for x in routing(5, 2, 4))
+    layout = et.build_layout(ids, 4, alignment=1)
+    rows = torch.randn(layout.m_sum, 64, device="cuda")
+    lazily = torch.complex(weights, -weights).conj().imag
+    assert lazily.is_neg() and torch.equal(lazily, weights)
+    assert torch.equal(et.unpermute(rows, layout.inv_perm, lazily), et.unpermute(rows, layout.inv_perm, weights))
+
+
 def captured(call):
     """A graph of one call, after the warm-up that graphs ask for."""
     side = torch.cuda.Stream()
@@ -234,6 +344,9 @@ def test_the_cost_of_a_call_is_printed():
     result = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="cuda")
     aq, aq_scale = x.to(torch.float8_e4m3fn), torch.ones(tokens, hidden // 128, device="cuda")
     inv_perm = et.build_layout(ids, experts).inv_perm
+    permuted = deep_gemm_utils.deepgemm_moe_permute(aq, aq_scale, ids, experts, None, None)
+    aq_out, mm2 = torch.empty_like(permuted[0]), torch.empty(permuted[0].shape, dtype=torch.bfloat16, device="cuda")
+    one = torch.zeros(1, device="cuda")
     operator = torch.ops.expertile.quantize_permute.default
     where = (ids, None, experts, 128, sizes.m_sum)
     calls = {
@@ -248,16 +361,21 @@ def test_the_cost_of_a_call_is_printed():
         ),
         "expertile.torch.quantize_permute": lambda: et.quantize_permute(x, ids, experts),
         "expertile.torch.unpermute, out handed in": lambda: et.unpermute(rows, inv_perm, weights, out=result),
+        "deep_gemm_utils.deepgemm_moe_permute, aq_out handed in": lambda: deep_gemm_utils.deepgemm_moe_permute(
+            aq, aq_scale, ids, experts, None, None, aq_out=aq_out
+        ),
         "deep_gemm_utils.deepgemm_moe_permute": lambda: deep_gemm_utils.deepgemm_moe_permute(
             aq, aq_scale, ids, experts, None, None
         ),
-        "torch: out.copy_(out), one launch": lambda: result.copy_(x),
+        "deep_gemm_utils.deepgemm_unpermute_and_reduce": lambda: deep_gemm_utils.deepgemm_unpermute_and_reduce(
+            mm2, ids, weights, permuted[3], None, result
+        ),
+        "torch: out.copy_(x), one launch": lambda: result.copy_(x),
+        "torch: one.fill_(1), one launch": lambda: one.fill_(1),
     }
     print("\nM=8 topk=8 E=32 H=7168: host us per call (not waiting), device us inside a graph")
     for name, call in calls.items():
-        # The bare native call takes its workspace from the device, which a capture does not allow.
-        device_us = "-" if name.startswith("_native") else f"{graph_us(call):.2f}"
-        print(f"  {name:55} {host_us(call):7.2f} {device_us:>7}")
+        print(f"  {name:55} {host_us(call):7.2f} {graph_us(call):7.2f}")
 
 
 # -- vLLM's order of calls ----------------------------------------------------------------------------------------------

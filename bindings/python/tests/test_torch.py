@@ -123,6 +123,48 @@ def test_a_buffer_too_small_for_repeated_experts_is_an_error_and_distinct_false_
     assert et.build_layout(ids, 2, alignment=4, distinct=False).psum.tolist() == [8, 8]
 
 
+class Named(torch.Tensor):
+    """A subclass, which is not asked through torch's table."""
+
+
+def test_a_tensor_is_the_same_however_it_is_read():
+    ids, weights, generator = routing(11, 19, 2, 4)
+    x = torch.randn(256, 40, generator=generator).t()[::2][:19]
+    strange = torch.zeros(19, 2, 2, 1, 1, dtype=torch.int64)
+    strange[:, :, 1, 0, 0] = ids
+    expected = et.quantize_permute(x, ids, 4, zero_padding=True)
+    kinds = [
+        (x.clone().as_subclass(Named), ids.as_subclass(Named)),
+        (x.as_subclass(Named), strange[:, :, 1, 0, 0]),
+        (torch.nn.Parameter(x), ids.clone()),
+        (torch.nn.Parameter(x, requires_grad=False), ids.expand(19, 2)),
+    ]
+    for x_read, ids_read in kinds:
+        rows, scales, layout = et.quantize_permute(x_read, ids_read, 4, zero_padding=True)
+        assert torch.equal(rows.view(torch.uint8), expected.rows.view(torch.uint8)), (type(x_read), type(ids_read))
+        assert torch.equal(scales, expected.scales) and torch.equal(layout.inv_perm, expected.layout.inv_perm)
+    for wrong in (x.double(), x.as_subclass(Named).double()):
+        with pytest.raises(TypeError, match="x has dtype torch.float64"):
+            et.quantize_permute(wrong, ids, 4)
+    with pytest.raises(ValueError, match=r"topk_ids has shape \[19, 2, 2, 1, 1\]"):
+        expertile._native.build_layout(strange, None, 4, 1, 38, layout.space)
+
+
+def test_tensors_without_memory_are_errors_and_no_crash():
+    ids, _, _ = routing(11, 6, 2, 4)
+    space = torch.empty(200, dtype=torch.int32)
+
+    def direct(x):
+        with pytest.raises(TypeError, match="topk_ids is a tensor without memory of its own"):
+            expertile._native.build_layout(x, None, 4, 1, 12, space)
+        return x
+
+    torch.func.functionalize(direct)(ids)
+    torch.vmap(direct)(ids[None])
+    with pytest.raises((TypeError, ValueError), match="topk_ids is "):
+        expertile._native.build_layout(ids.to_sparse(), None, 4, 1, 12, space)
+
+
 # -- torch's own checks -------------------------------------------------------------------------------------------------
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from . import _native
-
 Array = Any
 """A torch tensor or a NumPy array."""
 
@@ -19,9 +17,10 @@ def is_tensor(x: Any) -> bool:
 
 def require_array(argument: str, x: Any, dimensions: int) -> tuple[int, ...]:
     """The shape of `x`, if it is an array of that many dimensions."""
-    shape = getattr(x, "shape", None)
-    if shape is None or not hasattr(x, "dtype"):
-        raise TypeError(f"{argument} is a {type(x).__qualname__}, expected a torch tensor or a NumPy array")
+    try:
+        shape, _ = x.shape, x.dtype
+    except AttributeError:
+        raise TypeError(f"{argument} is a {type(x).__qualname__}, expected a torch tensor or a NumPy array") from None
     if len(shape) != dimensions:
         raise ValueError(f"{argument} has shape {list(shape)}, expected {dimensions} dimensions")
     return tuple(shape)
@@ -59,17 +58,6 @@ def contiguous(x: Array) -> Array:
 def on_gpu(x: Array) -> bool:
     """Whether `x` is a tensor in the memory of a CUDA device."""
     return getattr(x, "is_cuda", False)
-
-
-def captured_workspace(x: Array, local_experts: int) -> Array | None:
-    """A workspace for a call on a GPU that is being captured into a graph: it belongs to the graph. Else None."""
-    if not on_gpu(x):
-        return None
-    torch = sys.modules["torch"]
-    if not torch.cuda.is_current_stream_capturing():
-        return None
-    size = _native.cuda_workspace_bytes(x.get_device(), x.shape[0], local_experts, x.shape[1])
-    return torch.empty(size, dtype=torch.uint8, device=x.device)
 
 
 def without_empty_slots(inv_perm: Array, topk_ids: Array, expert_map: Array | None) -> Array:

@@ -12,7 +12,8 @@ __all__ = [
     "count_expert_num_tokens",
     "cuda_check",
     "cuda_unavailable",
-    "cuda_workspace_bytes",
+    "deep_gemm_permute",
+    "deep_gemm_unpermute",
     "expert_num_tokens_round_up_and_sum",
     "get_num_threads",
     "layout_len",
@@ -155,28 +156,39 @@ def set_num_threads(threads: int) -> None:
     """Spreads CPU work over `threads` threads from now on. Raises ValueError outside 1 to 65536."""
 
 def count_expert_num_tokens(topk_ids: Any, expert_map: Any | None, local_experts: int, out: Any) -> None: ...
+
+# What a call that makes a layout says about it: ((tokens, topk, m_sum), the layout's memory). On a GPU, out, scales and
+# layout that are None are made; without m_sum there are as many rows as any routing can need.
+
+_Made = tuple[tuple[int, int, int], Any]
+_ScaleMatrix = tuple[tuple[int, int], tuple[int, int]]
+
 def build_layout(
     topk_ids: Any,
     expert_map: Any | None,
     local_experts: int,
     alignment: int,
-    m_sum: int,
-    layout: Any,
-    workspace: Any | None = None,
-) -> None: ...
+    m_sum: int | None,
+    layout: Any | None,
+    *,
+    distinct: bool = True,
+) -> _Made: ...
 def permute_rows(
     x: Any,
     topk_ids: Any,
     expert_map: Any | None,
     local_experts: int,
     alignment: int,
-    m_sum: int,
+    m_sum: int | None,
     expert_num_tokens: Any | None,
     zero_padding: bool,
-    out: Any,
-    layout: Any,
-    workspace: Any | None = None,
-) -> None: ...
+    out: Any | None,
+    layout: Any | None,
+    *,
+    distinct: bool = True,
+) -> tuple[Any, _Made]:
+    """Rows, layout."""
+
 def permute_quantized(
     x: Any,
     x_scales: Any,
@@ -184,16 +196,19 @@ def permute_quantized(
     expert_map: Any | None,
     local_experts: int,
     alignment: int,
-    m_sum: int,
+    m_sum: int | None,
     expert_num_tokens: Any | None,
     group: int,
     scale_layout: str,
     zero_padding: bool,
-    out: Any,
-    scales: Any,
-    layout: Any,
-    workspace: Any | None = None,
-) -> None: ...
+    out: Any | None,
+    scales: Any | None,
+    layout: Any | None,
+    *,
+    distinct: bool = True,
+) -> tuple[Any, Any, _ScaleMatrix | None, _Made]:
+    """Rows, scales, (shape, strides) of the matrix that flat scales are read as, layout."""
+
 def quantize_permute(
     x: Any,
     topk_weights: Any | None,
@@ -201,16 +216,40 @@ def quantize_permute(
     expert_map: Any | None,
     local_experts: int,
     alignment: int,
-    m_sum: int,
+    m_sum: int | None,
     group: int,
     scale_layout: str,
-    power_of_two: bool,
+    power_of_two: bool | None,
     zero_padding: bool,
-    out: Any,
-    scales: Any,
-    layout: Any,
-    workspace: Any | None = None,
-) -> None: ...
+    out: Any | None,
+    scales: Any | None,
+    layout: Any | None,
+    *,
+    distinct: bool = True,
+) -> tuple[Any, Any, _ScaleMatrix | None, _Made]:
+    """As permute_quantized."""
+
+def deep_gemm_permute(
+    x: Any,
+    x_scales: Any,
+    topk_ids: Any,
+    expert_map: Any | None,
+    local_experts: int,
+    alignment: int,
+    m_sum: int | None,
+    group: int,
+    use_psum_layout: bool,
+    out: Any | None,
+    rule: tuple[str, str] | None,
+) -> tuple[Any, Any, Any, Any, int] | None:
+    """What `deepgemm_moe_permute` returns; None, and nothing done, for what is not for this path.
+
+    Without m_sum as many rows as vLLM has, after the rule and arch (if they are given) have chosen the alignment.
+    """
+
+def deep_gemm_unpermute(rows: Any, inv_perm: Any, topk_weights: Any, out: Any) -> bool:
+    """Whether it was done; False for what is not for this path."""
+
 def unpermute(
     rows: Any,
     inv_perm: Any,
@@ -220,5 +259,4 @@ def unpermute(
     out: Any,
 ) -> None: ...
 def cuda_unavailable() -> str | None: ...
-def cuda_workspace_bytes(ordinal: int, tokens: int, local_experts: int, hidden: int) -> int: ...
 def cuda_check(ordinal: int) -> None: ...

@@ -87,7 +87,8 @@ class _OwnAlignment:
 
 def _loaded_deep_gemm() -> Any:
     """A DeepGEMM that this process has imported: the value must be its, or it reads the wrong expert's weights."""
-    return sys.modules.get("deep_gemm") or sys.modules.get("vllm.third_party.deep_gemm")
+    loaded = sys.modules.get
+    return loaded("deep_gemm") or loaded("vllm.third_party.deep_gemm")
 
 
 _own_alignment = _OwnAlignment()
@@ -260,8 +261,7 @@ def count_expert_num_tokens(topk_ids: Array, num_local_experts: int, expert_map:
         tokens, topk = topk_ids.shape
         where = (num_local_experts, 1, tokens * topk)
         lists = _arrays.empty((_native.layout_len(tokens, topk, *where),), "int32", topk_ids)
-        workspace = _arrays.captured_workspace(topk_ids, num_local_experts)
-        _native.build_layout(topk_ids, expert_map, *where, lists, workspace)
+        _native.build_layout(topk_ids, expert_map, *where, lists)
         return lists[:num_local_experts]
     counts = _arrays.empty((num_local_experts,), "int32", topk_ids)
     _native.count_expert_num_tokens(topk_ids, expert_map, num_local_experts, counts)
@@ -299,12 +299,38 @@ def deepgemm_moe_permute(
 
     Raises ValueError or TypeError for what does not fit.
     """
-    block_m, block_k = get_mk_alignment_for_contiguous_layout()
-    group = block_k if block_size is None else block_size
+    block = _alignment.get()
+    group = block if block_size is None else block_size
+    if getattr(aq, "is_cuda", False):
+        # One call, planning included where that is ours; what it does not take goes step by step.
+        alignment, m_sum = block, None
+        if expert_tokens_meta is not None or _alignment is not _own_alignment:
+            tokens, topk = _arrays.require_array("topk_ids", topk_ids, 2)
+            m_sum, alignment = compute_aligned_M_and_alignment(
+                tokens, topk, local_num_experts, block, expert_tokens_meta
+            )
+        try:
+            made = _native.deep_gemm_permute(
+                aq,
+                aq_scale,
+                topk_ids,
+                expert_map,
+                local_num_experts,
+                alignment,
+                m_sum,
+                group,
+                use_psum_layout,
+                aq_out,
+                _own_alignment.rule,
+            )
+        except (TypeError, ValueError) as error:
+            raise _renamed(error, _PERMUTE_NAMES) from None
+        if made is not None:
+            return made
     tokens, topk = _arrays.require_array("topk_ids", topk_ids, 2)
+    m_sum, alignment = compute_aligned_M_and_alignment(tokens, topk, local_num_experts, block, expert_tokens_meta)
     _, hidden = _arrays.require_array("aq", aq, 2)
     _arrays.require_array("aq_scale", aq_scale, 2)
-    m_sum, alignment = compute_aligned_M_and_alignment(tokens, topk, local_num_experts, block_m, expert_tokens_meta)
     if aq_out is None:
         aq_out = _arrays.empty((m_sum, hidden), aq.dtype, aq)
     elif _arrays.require_array("aq_out", aq_out, 2) != (m_sum, hidden):
@@ -431,7 +457,14 @@ def _scale_target(scales: Array, rows: int, hidden: int, scale_layout: str, grou
 
 
 _SIZE_NAMES = {"topk": "num_topk", "local_experts": "local_num_experts"}
-_PERMUTE_NAMES = {"x": "aq", "x_scales": "aq_scale", "out": "aq_out", "group": "block_size", "hidden": "H"}
+_PERMUTE_NAMES = {
+    **_SIZE_NAMES,
+    "x": "aq",
+    "x_scales": "aq_scale",
+    "out": "aq_out",
+    "group": "block_size",
+    "hidden": "H",
+}
 _SCATTER_NAMES = {
     "x": "recv_x",
     "x_scales": "recv_x_scale",
@@ -510,16 +543,15 @@ def _permute(
         raise TypeError(f"{names['out']} has dtype {out.dtype}, expected {x.dtype}, as {names['x']}")
     where = (topk_ids, expert_map, experts, alignment, m_sum, expert_num_tokens)
     target = _arrays.contiguous(out)
-    workspace = _arrays.captured_workspace(x, experts)
     try:
         if x.itemsize == 1:
-            _native.permute_quantized(x, x_scale, *where, group, scale_layout, False, target, scales, lists, workspace)
+            _native.permute_quantized(x, x_scale, *where, group, scale_layout, False, target, scales, lists)
         else:
             # Wider rows cannot be e4m3; they are moved as they are, and so are their scales.
             if scale_layout != "row_major":
                 raise TypeError(f"x has dtype {x.dtype}, expected float8_e4m3fn with uint8 scales")
-            _native.permute_rows(x, *where, False, target, lists, workspace)
-            _native.permute_rows(x_scale, *where, True, scales, lists, workspace)
+            _native.permute_rows(x, *where, False, target, lists)
+            _native.permute_rows(x_scale, *where, True, scales, lists)
     except (TypeError, ValueError) as error:
         raise _renamed(error, names) from None
     if target is not out:
@@ -568,6 +600,10 @@ def _gather(
     names: dict[str, str],
 ) -> None:
     try:
+        if getattr(inv_perm, "_expertile_complete", False) and _native.deep_gemm_unpermute(
+            rows, inv_perm, topk_weights, output
+        ):
+            return
         _arrays.require_array("topk_weights", topk_weights, 2)
         _arrays.require_array("out", output, 2)
         out = _arrays.contiguous(output)

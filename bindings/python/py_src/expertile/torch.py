@@ -2,7 +2,8 @@
 
 Every function here allocates what is not handed to it and calls one operator of ``torch.ops.expertile``, which writes the
 caller's memory: operators can be compiled (``torch.compile(fullgraph=True)``) and, with buffers handed in, called without
-an allocation. Nothing here is differentiable.
+an allocation. On CUDA tensors the call goes past torch's dispatcher, unless a compiler, a mode, a transform, a profiler or
+autograd is there to see it. Nothing here is differentiable.
 
 Shapes: ``M`` tokens, ``H`` values each, ``topk`` slots, ``E`` local experts, ``A`` alignment, ``M_sum`` rows.
 
@@ -31,6 +32,7 @@ except ImportError as error:
     ) from error
 
 from torch import Tensor
+from torch.autograd import profiler as _profiler
 
 from . import _arrays, _native
 from .deep_gemm_utils import check
@@ -143,54 +145,25 @@ _SCHEMAS = {
 }
 
 
-# Operators take what torch can see. A workspace, which only calls captured into a CUDA graph need, is not among it.
-
-
 _untyped: Any = _native  # The schemas have said what the arguments are.
 
 
-def _build_layout(topk_ids: Tensor, expert_map: Tensor | None, local_experts: int, *arguments: Any) -> None:
-    workspace = _arrays.captured_workspace(topk_ids, local_experts)
-    _untyped.build_layout(topk_ids, expert_map, local_experts, *arguments, workspace=workspace)
+def _build_layout(*arguments: Any) -> None:
+    _untyped.build_layout(*arguments)
 
 
-def _permute_rows(
-    x: Tensor,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    local_experts: int,
-    alignment: int,
-    m_sum: int,
-    *arguments: Any,
-) -> None:
-    where = (topk_ids, expert_map, local_experts, alignment, m_sum, None)
-    _untyped.permute_rows(x, *where, *arguments, workspace=_arrays.captured_workspace(x, local_experts))
+def _permute_rows(x: Tensor, *arguments: Any) -> None:
+    *where, zero_padding, out, layout = arguments
+    _untyped.permute_rows(x, *where, None, zero_padding, out, layout)
 
 
-def _permute_quantized(
-    x: Tensor,
-    x_scales: Tensor,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    local_experts: int,
-    alignment: int,
-    m_sum: int,
-    *arguments: Any,
-) -> None:
-    where = (topk_ids, expert_map, local_experts, alignment, m_sum, None)
-    _untyped.permute_quantized(x, x_scales, *where, *arguments, workspace=_arrays.captured_workspace(x, local_experts))
+def _permute_quantized(x: Tensor, x_scales: Tensor, *arguments: Any) -> None:
+    *where, group, scale_layout, zero_padding, out, scales, layout = arguments
+    _untyped.permute_quantized(x, x_scales, *where, None, group, scale_layout, zero_padding, out, scales, layout)
 
 
-def _quantize_permute(
-    x: Tensor,
-    topk_weights: Tensor | None,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    local_experts: int,
-    *arguments: Any,
-) -> None:
-    where = (topk_weights, topk_ids, expert_map, local_experts)
-    _untyped.quantize_permute(x, *where, *arguments, workspace=_arrays.captured_workspace(x, local_experts))
+def _quantize_permute(*arguments: Any) -> None:
+    _untyped.quantize_permute(*arguments)
 
 
 def _unpermute(
@@ -249,6 +222,40 @@ for _name in _SCHEMAS:
 _ops = {name: getattr(torch.ops.expertile, name).default for name in _SCHEMAS}
 
 
+# An operator's way through torch's dispatcher takes longer than the call. It is for those who want to see the call:
+# torch's compilers, its modes and transforms, its profiler, and autograd, which warns that nothing is differentiable.
+
+try:
+    from torch._C import (
+        _are_functorch_transforms_active,
+        _is_tracing,
+        _len_torch_dispatch_stack,
+        _len_torch_function_stack,
+    )
+except ImportError:
+    _ALWAYS_DISPATCH = True
+else:
+    _ALWAYS_DISPATCH = False
+
+
+def _unwatched(x: Any, weights: Any = None) -> bool:
+    """Whether a call may go past the dispatcher: on a CUDA tensor that is what it seems, while nobody watches."""
+    if torch.compiler.is_dynamo_compiling() or _ALWAYS_DISPATCH or type(x) is not Tensor or not x.is_cuda:
+        return False
+    if (
+        _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or _is_tracing()
+        or _profiler._is_profiler_enabled
+    ):
+        return False
+    # A tensor may be the negative of what its memory holds; the dispatcher would make it a true one.
+    if x.is_neg() or (weights is not None and (type(weights) is not Tensor or weights.is_neg())):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad)))
+
+
 def sizes(
     tokens: int,
     topk: int,
@@ -287,6 +294,11 @@ def build_layout(
 
     Raises ValueError or TypeError for what does not fit.
     """
+    if _unwatched(topk_ids):
+        (tokens, topk, m_sum), space = _native.build_layout(
+            topk_ids, expert_map, local_experts, alignment, m_sum, layout, distinct=distinct
+        )
+        return Layout(space, tokens, topk, local_experts, alignment, m_sum)
     tokens, topk = _matrix("topk_ids", topk_ids)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
     space = _space(topk_ids, tokens, topk, local_experts, alignment, m_sum, layout)
@@ -313,6 +325,11 @@ def permute_rows(
 
     Raises ValueError or TypeError for what does not fit.
     """
+    if _unwatched(x):
+        where = (topk_ids, expert_map, local_experts, alignment, m_sum)
+        rows, made = _native.permute_rows(x, *where, None, zero_padding, out, layout, distinct=distinct)
+        (tokens, topk, m_sum), space = made
+        return Permuted(rows, None, Layout(space, tokens, topk, local_experts, alignment, m_sum))
     tokens, topk = _matrix("topk_ids", topk_ids)
     _, hidden = _matrix("x", x)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
@@ -345,6 +362,14 @@ def permute_quantized(
 
     Raises ValueError or TypeError for what does not fit.
     """
+    if _unwatched(x, x_scales):
+        where = (topk_ids, expert_map, local_experts, alignment, m_sum)
+        rows, words, matrix, made = _native.permute_quantized(
+            x, x_scales, *where, None, group, scale_layout, zero_padding, out, scales, layout, distinct=distinct
+        )
+        (tokens, topk, m_sum), space = made
+        shaped = words if matrix is None else words.as_strided(*matrix)
+        return Permuted(rows, shaped, Layout(space, tokens, topk, local_experts, alignment, m_sum))
     tokens, topk = _matrix("topk_ids", topk_ids)
     _, hidden = _matrix("x", x)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
@@ -398,6 +423,27 @@ def quantize_permute(
 
     Raises ValueError or TypeError for what does not fit.
     """
+    if _unwatched(x, topk_weights):
+        rows, words, matrix, made = _native.quantize_permute(
+            x,
+            topk_weights,
+            topk_ids,
+            expert_map,
+            local_experts,
+            alignment,
+            m_sum,
+            group,
+            scale_layout,
+            power_of_two,
+            zero_padding,
+            out,
+            scales,
+            layout,
+            distinct=distinct,
+        )
+        (tokens, topk, m_sum), space = made
+        shaped = words if matrix is None else words.as_strided(*matrix)
+        return Permuted(rows, shaped, Layout(space, tokens, topk, local_experts, alignment, m_sum))
     tokens, topk = _matrix("topk_ids", topk_ids)
     _, hidden = _matrix("x", x)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
@@ -441,10 +487,15 @@ def unpermute(
 
     Raises ValueError or TypeError for what does not fit.
     """
-    tokens, _ = _matrix("inv_perm", inv_perm)
-    _, hidden = _matrix("rows", rows)
-    out = rows.new_empty((tokens, hidden), dtype=dtype) if out is None else out
-    _ops["unpermute"](rows, inv_perm, topk_ids, expert_map, topk_weights, out)
+    direct = topk_ids is None and _unwatched(rows, topk_weights)
+    if out is None or not direct:
+        tokens, _ = _matrix("inv_perm", inv_perm)
+        _, hidden = _matrix("rows", rows)
+        out = rows.new_empty((tokens, hidden), dtype=dtype) if out is None else out
+    if direct:
+        _native.unpermute(rows, inv_perm, None, expert_map, topk_weights, out)
+    else:
+        _ops["unpermute"](rows, inv_perm, topk_ids, expert_map, topk_weights, out)
     return out
 
 

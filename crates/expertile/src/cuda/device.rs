@@ -390,6 +390,22 @@ impl Device {
         check_call("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(address, 0, bytes, stream.raw()) })
     }
 
+    /// Whether what is queued on the stream goes into a graph, where memory cannot be allocated by the driver.
+    ///
+    /// # Safety
+    /// `stream` is a live stream of this device (or 0).
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    #[allow(unsafe_code)]
+    pub unsafe fn is_capturing(&self, stream: Stream) -> Result<bool> {
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        let _current = self.current()?;
+        // SAFETY: the caller's promise; the pointer is valid for the call.
+        check_call("cuStreamIsCapturing", unsafe { sys::cuStreamIsCapturing(stream.raw(), &mut status) })?;
+        Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
     /// Waits for everything queued on the stream.
     ///
     /// # Safety
