@@ -15,7 +15,7 @@ use std::sync::Arc;
 const THREADS: u32 = 256;
 /// The single launch: one block to a multiprocessor, each of which works the routing out for itself.
 const FEW_THREADS: u32 = 1024;
-const FEW_SLOTS: usize = 4096;
+pub(super) const FEW_SLOTS: usize = 4096;
 
 /// What quantize + permute is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,6 +82,14 @@ impl QuantizePermuteConfig {
             ("ALIGNED", i64::from(self.aligned)),
         ]);
         Ok(Source::new("quantize_permute.cu", include_str!("kernels/quantize_permute.cu"), definitions))
+    }
+
+    /// [`QuantizePermute::workspace_bytes`] on a device of that many multiprocessors.
+    pub(super) fn workspace_bytes(&self, plan: &Plan, multiprocessors: usize) -> Result<usize> {
+        let words_of_a_row = self.format.words(4, self.hidden)? / 4;
+        let row = words_of_a_row.next_multiple_of(4) * 4;
+        let scales = checked_mul("bytes of the tokens' scales", plan.tokens(), row)?;
+        checked_add("bytes of workspace", route::workspace_bytes(plan, multiprocessors)?, scales)
     }
 
     fn check(&self, rows: &RowsBuffers, plan: &Plan) -> Result<()> {
@@ -173,10 +181,7 @@ impl QuantizePermute {
     /// # Errors
     /// As [`Route::workspace_bytes`]; [`Error::Overflow`].
     pub fn workspace_bytes(&self, plan: &Plan) -> Result<usize> {
-        let words_of_a_row = self.config.format.words(4, self.config.hidden)? / 4;
-        let row = words_of_a_row.next_multiple_of(4) * 4;
-        let scales = checked_mul("bytes of the tokens' scales", plan.tokens(), row)?;
-        checked_add("bytes of workspace", self.route.workspace_bytes(plan)?, scales)
+        self.config.workspace_bytes(plan, self.device.info().multiprocessors as usize)
     }
 
     /// As [`Route::initialise_workspace`].

@@ -145,9 +145,7 @@ impl Route {
     /// # Errors
     /// [`Error::Value`] for more experts than the kernels take.
     pub fn workspace_bytes(&self, plan: &Plan) -> Result<usize> {
-        require_experts(plan.local_experts())?;
-        let most_blocks = self.device.info().multiprocessors as usize;
-        Ok(STATE_BYTES + most_blocks * plan.local_experts().next_multiple_of(4) * 4)
+        workspace_bytes(plan, self.device.info().multiprocessors as usize)
     }
 
     /// Readies a workspace; once, before its first call.
@@ -160,7 +158,7 @@ impl Route {
     #[allow(unsafe_code)]
     pub unsafe fn initialise_workspace(&self, stream: Stream, workspace: u64) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.device.zero(stream, workspace, STATE_BYTES) }
+        unsafe { initialise_workspace(&self.device, stream, workspace) }
     }
 
     /// Queues the launch: reads the routing, writes every list of the layout.
@@ -223,6 +221,20 @@ impl Route {
         // SAFETY: the caller's promise.
         unsafe { check(&self.device, self.config.topk, stream, plan, routing, workspace) }
     }
+}
+
+/// # Safety
+/// As [`Route::initialise_workspace`].
+#[allow(unsafe_code)]
+pub(super) unsafe fn initialise_workspace(device: &Device, stream: Stream, workspace: u64) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe { device.zero(stream, workspace, STATE_BYTES) }
+}
+
+/// [`Route::workspace_bytes`] on a device of that many multiprocessors.
+pub(super) fn workspace_bytes(plan: &Plan, multiprocessors: usize) -> Result<usize> {
+    require_experts(plan.local_experts())?;
+    Ok(STATE_BYTES + multiprocessors * plan.local_experts().next_multiple_of(4) * 4)
 }
 
 /// # Safety
