@@ -284,6 +284,16 @@ impl<'a, T: Copy> MatrixRef<'a, T> {
         self.col_stride == 1 || self.cols <= 1
     }
 
+    /// All elements as one slice, if nothing stands between them.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn require_contiguous(&self, argument: &'static str) -> Result<&'a [T]> {
+        if !self.is_row_contiguous() || (self.row_stride != self.cols && self.rows > 1) {
+            let actual = vec![self.row_stride, self.col_stride];
+            return Err(Error::Stride { argument, actual, expected: format!("[{}, 1]", self.cols) });
+        }
+        Ok(&self.data[..self.rows * self.cols])
+    }
+
     pub(crate) fn require_shape(&self, argument: &'static str, rows: usize, cols: usize) -> Result<()> {
         if (self.rows, self.cols) != (rows, cols) {
             return Err(Error::shape(argument, &[self.rows, self.cols], format!("[{rows}, {cols}]")));

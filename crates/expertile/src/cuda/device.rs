@@ -531,13 +531,26 @@ impl Buffer {
     ///
     /// # Errors
     /// [`Error::BufferTooSmall`], [`Error::Cuda`].
-    #[allow(unsafe_code)]
     pub fn upload<T: bytemuck::NoUninit>(&self, from: &[T]) -> Result<()> {
+        self.upload_at(0, from)
+    }
+
+    /// Copies from the host to the buffer's bytes from `start` on, and waits.
+    ///
+    /// # Errors
+    /// [`Error::BufferTooSmall`], [`Error::Cuda`].
+    #[allow(unsafe_code)]
+    pub fn upload_at<T: bytemuck::NoUninit>(&self, start: usize, from: &[T]) -> Result<()> {
         let from: &[u8] = bytemuck::cast_slice(from);
-        crate::error::require_len("buffer", self.bytes, from.len())?;
+        crate::error::require_len("buffer", self.bytes, crate::error::checked_add("end", start, from.len())?)?;
         let _current = self.device.current()?;
-        // SAFETY: both sides hold that many bytes; the call returns once the copy is done.
-        check_call("cuMemcpyHtoD", unsafe { sys::cuMemcpyHtoD_v2(self.address, from.as_ptr().cast(), from.len()) })
+        // SAFETY: both sides hold that many bytes, and stream 0 always lives. The copy may return when all has left the
+        // host; a stream of the caller's own does not wait for the rest, so this call does.
+        unsafe {
+            let copied = sys::cuMemcpyHtoD_v2(self.address + start as u64, from.as_ptr().cast(), from.len());
+            check_call("cuMemcpyHtoD", copied)?;
+            check_call("cuStreamSynchronize", sys::cuStreamSynchronize(std::ptr::null_mut()))
+        }
     }
 
     /// Copies the start of the buffer to the host, after everything queued on the default stream.

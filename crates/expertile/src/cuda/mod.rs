@@ -1,12 +1,15 @@
-//! The CUDA backend: everything of a token's path but the GEMMs, on the caller's stream and in the caller's memory.
+//! The CUDA backend: a token's path on the caller's stream and in the caller's memory. The GEMM, and so the layer as a whole,
+//! needs Hopper.
 //!
 //! | step | here | kernel |
 //! |---|---|---|
 //! | routing, plan, layout | [`Route`] | `route_plan.cu` |
 //! | routing to quantized rows in place, one launch where the slots are few | [`QuantizePermute`] | `quantize_permute.cu` |
 //! | permute of rows as they are | [`Permute`] | `permute.cu` |
+//! | grouped GEMM | [`Gemm`] | `gemm.cu` |
 //! | activation, quantized or not | [`Activate`] | `activation.cu` |
 //! | unpermute | [`Unpermute`] | `unpermute.cu` |
+//! | the whole layer | [`Layer`] | all of them |
 //!
 //! Building needs nothing of CUDA. [`Device::open`] looks for the driver and says what is missing; kernels are compiled by
 //! NVRTC (see [`compiler`]) when a step is *prepared*, never when it runs, and kept as cubins on disk.
@@ -14,8 +17,8 @@
 //! A prepared step takes a [`Plan`](crate::Plan), raw device addresses and a raw [`Stream`]. It checks what the host can
 //! see, launches, and returns: it allocates nothing, never waits, and can be captured in a graph. What only a kernel can
 //! see (an expert id past the limit) is kept in the workspace and comes back from [`Route::check`] or
-//! [`QuantizePermute::check`]; until then nothing was read or written outside the buffers. Results are the CPU backend's,
-//! bit for bit (where a result is NaN, a NaN).
+//! [`QuantizePermute::check`] (or [`Layer::check`]); until then nothing was read or written outside the buffers. Results are the
+//! CPU backend's, bit for bit (where a result is NaN, a NaN); only the sums of the GEMM have an order of their own.
 
 mod activation;
 mod arguments;
@@ -44,4 +47,4 @@ pub use layer::{ALIGNMENT, Layer, LayerBuffers, LayerChoice, LayerConfig, LayerP
 pub use permute::{Permute, PermuteConfig, QuantizePermute, QuantizePermuteConfig};
 pub use route::{Route, RouteConfig};
 pub use unpermute::{Unpermute, UnpermuteBuffers, UnpermuteConfig};
-pub use weights::Weights;
+pub use weights::{Weights, WeightsBuilder};
