@@ -89,24 +89,26 @@ impl LayerConfig {
         if self.weight_on_input && self.topk != 1 {
             return Err(Error::value("topk", self.topk, "1, where router weights multiply the input"));
         }
-        match self.activations {
-            ActivationFormat::E4m3 => {
+        let dtype = |argument, actual, expected| Err(Error::Dtype { argument, actual, expected });
+        if !matches!(self.output, Dtype::Bf16 | Dtype::F16 | Dtype::F32) {
+            return dtype("output", self.output, "bf16, f16 or f32");
+        }
+        match (self.activations, self.input) {
+            (ActivationFormat::E4m3, Dtype::Bf16 | Dtype::F16) => {
                 ScaleFormat::HOPPER.groups(shape.hidden())?;
                 ScaleFormat::HOPPER.groups(shape.intermediate()).map_err(|_| {
                     Error::value("intermediate", shape.intermediate(), "a positive multiple of the group, 128")
                 })?;
+                Ok(())
             }
-            ActivationFormat::Bf16 if self.input != Dtype::Bf16 => {
-                let (argument, expected) = ("hidden_states", "bf16, with bf16 weights on a GPU");
-                return Err(Error::Dtype { argument, actual: self.input, expected });
-            }
-            ActivationFormat::Bf16 if self.weight_on_input => {
+            (ActivationFormat::E4m3, input) => dtype("hidden_states", input, "bf16 or f16 on a GPU"),
+            (ActivationFormat::Bf16, Dtype::Bf16) if self.weight_on_input => {
                 let expected = "e4m3, where router weights multiply the input on a GPU";
-                return Err(Error::WeightFormat { argument: "w13", actual: weights.name(), expected });
+                Err(Error::WeightFormat { argument: "w13", actual: weights.name(), expected })
             }
-            ActivationFormat::Bf16 => {}
+            (ActivationFormat::Bf16, Dtype::Bf16) => Ok(()),
+            (ActivationFormat::Bf16, input) => dtype("hidden_states", input, "bf16, with bf16 weights on a GPU"),
         }
-        Ok(())
     }
 
     fn route(&self, row_tile: usize) -> RouteConfig {
@@ -213,10 +215,10 @@ impl Layer {
             max_tokens,
             w13,
             w2,
-            gemms: each_at_once(tiles, |tile| Gemm::prepare(device, GemmConfig { format, tile }))?,
             entry: Entry::prepare(device, &shape, &config, row_tiles)?,
             activate: Activate::prepare(device, config.activate(&shape))?,
             unpermute: Unpermute::prepare(device, config.unpermute(&shape))?,
+            gemms: each_at_once(tiles, |tile| Gemm::prepare(device, GemmConfig { format, tile }))?,
         })
     }
 

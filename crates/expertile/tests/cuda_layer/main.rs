@@ -1,0 +1,396 @@
+//! The whole layer on a GPU against the f64 oracle and against the CPU backend. Output and workspace are NaN before every
+//! call, so whatever was not written, or was read without being written, shows. Skips, and says so, without a Hopper.
+#![cfg(feature = "cuda")]
+#![allow(unsafe_code)]
+// Every unsafe block here does one of two things: it hands the layer the addresses of buffers that live until after the
+// next wait and are as large as the layer's own functions ask, or it calls the driver with handles made a few lines above.
+#![allow(clippy::undocumented_unsafe_blocks)]
+
+mod model;
+
+use cudarc::driver::sys;
+use expertile::cuda::{Device, Layer, LayerBuffers, LayerConfig, Stream, Tensor2, Weights, WeightsBuilder};
+use expertile::{Activation, Dtype, E4m3, Error, MatrixRef, WeightFormat};
+use expertile_oracle::compare::{self, Tolerance};
+use half::bf16;
+use model::{BASE, Call, Inputs, Matrices, Model, POISON, Pattern, Spec, device};
+
+/// Against the CPU backend on the same inputs. Both see the same e4m3 rows and exact products; what differs is the order
+/// (and on the device, within 128 of K, the width) of the sums. That moves a few of GEMM 1's values by a unit of bf16, and of
+/// those a few across a rounding of the activations' e4m3: a hundredth of what quantizing costs.
+const E4M3_TO_CPU: Tolerance = Tolerance { whole: 2e-5, row: 1e-4 };
+/// With bf16 only roundings of sums in f32 to bf16 can differ, by one unit.
+const BF16_TO_CPU: Tolerance = Tolerance { whole: 2e-6, row: 1e-5 };
+
+const GPT_OSS: Activation = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+
+/// The largest whole and row differences of a comparison.
+#[derive(Debug, Clone, Copy, Default)]
+struct Differences {
+    whole: f64,
+    row: f64,
+}
+
+impl Differences {
+    fn of(found: &[f64], expected: &[f64], hidden: usize) -> Self {
+        let row = compare::worst(&compare::by_row(found, expected, hidden)).map_or(0.0, |(_, row)| row);
+        Self { whole: compare::difference(found, expected), row }
+    }
+
+    fn within(&self, tolerance: Tolerance) -> bool {
+        self.whole < tolerance.whole && self.row < tolerance.row
+    }
+
+    fn most(self, other: Self) -> Self {
+        Self { whole: self.whole.max(other.whole), row: self.row.max(other.row) }
+    }
+}
+
+fn tolerances(spec: &Spec) -> (Tolerance, Tolerance) {
+    match spec.format {
+        WeightFormat::E4m3 => (compare::E4M3_LAYER, E4M3_TO_CPU),
+        WeightFormat::Bf16 => (compare::BF16_LAYER, BF16_TO_CPU),
+    }
+}
+
+/// Runs a call twice on a poisoned workspace and compares: all tokens with the CPU's, some with the oracle's.
+fn check_call(device: &Device, model: &Model, tokens: usize, pattern: Pattern) -> [Differences; 2] {
+    let inputs = Inputs::new(model, tokens, pattern, 1);
+    let call = Call::new(device, model, &inputs);
+    let hidden = model.spec.hidden;
+    call.poison(device);
+    call.launch(Stream(0));
+    call.check(Stream(0)).unwrap();
+    call.check_workspace_guard();
+    let (bytes, found) = (call.output_bytes(), call.output());
+    // Once more on what the first call left in the workspace.
+    call.output.fill(POISON).unwrap();
+    call.launch(Stream(0));
+    assert!(call.output_bytes() == bytes, "a second call differs: {tokens} tokens, {pattern:?}, {:?}", model.spec);
+    let what =
+        || format!("{tokens} tokens, {pattern:?}, {}, {:?}", model.on_device.choice(tokens).unwrap(), model.spec);
+
+    let (to_oracle, to_cpu) = tolerances(&model.spec);
+    let sample: Vec<usize> = (0..tokens).step_by(tokens.div_ceil(24)).chain([tokens - 1]).collect();
+    let rows: Vec<f64> = sample.iter().flat_map(|token| &found[token * hidden..][..hidden]).copied().collect();
+    let from_oracle = Differences::of(&rows, &model.oracle(&inputs, &sample), hidden);
+    assert!(from_oracle.within(to_oracle), "{from_oracle:?} from the oracle: {}", what());
+    let from_cpu = Differences::of(&found, &model.cpu(&inputs), hidden);
+    assert!(from_cpu.within(to_cpu), "{from_cpu:?} from the CPU: {}", what());
+    [from_oracle, from_cpu]
+}
+
+fn check_model(spec: Spec, tokens: &[usize], patterns: &[Pattern]) {
+    let Some(device) = device() else { return };
+    let model = Model::new(device, spec);
+    let mut most = [Differences::default(); 2];
+    for &tokens in tokens {
+        for &pattern in patterns {
+            let found = check_call(device, &model, tokens, pattern);
+            most = [most[0].most(found[0]), most[1].most(found[1])];
+        }
+    }
+    let [oracle, cpu] = most.map(|most| format!("whole {:.1e}, row {:.1e}", most.whole, most.row));
+    println!("from the oracle {oracle}; from the CPU {cpu}: {spec:?}");
+}
+
+const ALL: [Pattern; 4] = [Pattern::Even, Pattern::Skewed, Pattern::One, Pattern::Empty];
+
+#[test]
+fn a_small_e4m3_layer_is_right_for_every_pattern_and_size() {
+    check_model(BASE, &[1, 2, 3, 7, 8, 9, 33, 64, 65, 130, 600], &ALL);
+}
+
+#[test]
+fn f16_states_i64_ids_and_an_f32_result_are_right_where_h_is_no_power_of_two() {
+    let spec = Spec { hidden: 2944, intermediate: 384, experts: 8, topk: 2, ..BASE };
+    let spec = Spec { input: Dtype::F16, output: Dtype::F32, ids: Dtype::I64, ..spec };
+    check_model(spec, &[1, 17, 300], &[Pattern::Even, Pattern::Skewed]);
+}
+
+#[test]
+fn an_expert_map_and_a_clamped_activation_are_right_in_one_launch_and_in_three() {
+    let spec = Spec { hidden: 1024, intermediate: 640, experts: 32, global: 256, topk: 8, ..BASE };
+    // 512 tokens are the last whose routing and rows take one launch.
+    check_model(Spec { activation: GPT_OSS, ..spec }, &[1, 5, 64, 512, 513], &[Pattern::Even, Pattern::Skewed]);
+}
+
+#[test]
+fn many_experts_are_right() {
+    let spec = Spec { hidden: 256, intermediate: 128, experts: 256, topk: 8, ..BASE };
+    check_model(spec, &[1, 8, 64, 600], &[Pattern::Even, Pattern::Skewed]);
+    check_model(Spec { experts: 1, topk: 1, ..spec }, &[1, 16, 600], &[Pattern::Even]);
+}
+
+#[test]
+fn weights_on_the_input_are_right() {
+    let spec = Spec { hidden: 384, intermediate: 128, experts: 4, topk: 1, weight_on_input: true, ..BASE };
+    check_model(spec, &[1, 9, 200], &[Pattern::Even, Pattern::Skewed]);
+}
+
+#[test]
+fn bf16_layers_are_right_where_n_and_k_are_partial() {
+    let spec = Spec { hidden: 2880, intermediate: 176, experts: 12, format: WeightFormat::Bf16, ..BASE };
+    check_model(spec, &[1, 31, 256, 600], &[Pattern::Even, Pattern::Skewed]);
+    let spec = Spec { hidden: 528, intermediate: 144, experts: 64, global: 128, topk: 8, ..spec };
+    let spec = Spec { ids: Dtype::I64, output: Dtype::F32, activation: GPT_OSS, ..spec };
+    check_model(spec, &[1, 8, 64, 513], &ALL);
+}
+
+#[test]
+fn a_workspace_serves_calls_of_different_sizes_in_turn() {
+    let Some(device) = device() else { return };
+    let model = Model::new(device, Spec { max_tokens: 256, ..BASE });
+    let large = Call::new(device, &model, &Inputs::new(&model, 256, Pattern::Even, 1));
+    large.poison(device);
+    for (seed, tokens) in [(2, 64), (3, 256), (4, 1), (5, 65)] {
+        let inputs = Inputs::new(&model, tokens, Pattern::Skewed, seed);
+        let call = Call::new(device, &model, &inputs);
+        let buffers = LayerBuffers { workspace: large.workspace.address(), ..call.buffers() };
+        unsafe { model.on_device.launch(Stream(0), tokens, &buffers).unwrap() };
+        let found = Differences::of(&call.output()[..tokens * 512], &model.cpu(&inputs), 512);
+        assert!(found.within(E4M3_TO_CPU), "{tokens} tokens: {found:?}");
+    }
+}
+
+#[test]
+fn fifty_repeats_give_the_same_bits() {
+    let Some(device) = device() else { return };
+    for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+        let model = Model::new(device, Spec { hidden: 1024, intermediate: 512, topk: 8, format, ..BASE });
+        for tokens in [1, 64, 600] {
+            let call = Call::new(device, &model, &Inputs::new(&model, tokens, Pattern::Skewed, 9));
+            call.poison(device);
+            call.launch(Stream(0));
+            let first = call.output_bytes();
+            for repeat in 1..50 {
+                call.output.fill(POISON).unwrap();
+                call.launch(Stream(0));
+                assert!(call.output_bytes() == first, "repeat {repeat} of {tokens} tokens, {format}");
+            }
+        }
+    }
+}
+
+/// A stream of the test's own.
+struct OwnStream(sys::CUstream);
+
+impl OwnStream {
+    fn new() -> Self {
+        let mut stream = std::ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        unsafe { sys::cuStreamCreate(&mut stream, flags).result().unwrap() };
+        Self(stream)
+    }
+
+    fn stream(&self) -> Stream {
+        Stream(self.0 as u64)
+    }
+}
+
+impl Drop for OwnStream {
+    fn drop(&mut self) {
+        unsafe { sys::cuStreamDestroy_v2(self.0).result().unwrap() };
+    }
+}
+
+/// Captures `work` on the stream.
+fn capture(stream: &OwnStream, work: impl FnOnce(Stream)) -> sys::CUgraphExec {
+    let (mut graph, mut executable) = (std::ptr::null_mut(), std::ptr::null_mut());
+    let thread_local = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    unsafe {
+        sys::cuStreamBeginCapture_v2(stream.0, thread_local).result().unwrap();
+        work(stream.stream());
+        sys::cuStreamEndCapture(stream.0, &mut graph).result().unwrap();
+        sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0).result().unwrap();
+        sys::cuGraphDestroy(graph).result().unwrap();
+    }
+    executable
+}
+
+#[test]
+fn a_captured_call_replays_on_new_inputs() {
+    let Some(device) = device() else { return };
+    for (spec, tokens) in [
+        (BASE, 5),
+        (BASE, 130),
+        (Spec { topk: 8, max_tokens: 513, ..BASE }, 513),
+        (Spec { format: WeightFormat::Bf16, ..BASE }, 64),
+    ] {
+        let model = Model::new(device, spec);
+        let call = Call::new(device, &model, &Inputs::new(&model, tokens, Pattern::Even, 1));
+        call.poison(device);
+        let _context = current_context(device);
+        let stream = OwnStream::new();
+        let executable = capture(&stream, |stream| call.launch(stream));
+        assert!(call.output_bytes().iter().all(|&byte| byte == POISON), "capturing runs nothing");
+        for (seed, pattern) in [(1, Pattern::Even), (2, Pattern::Skewed), (3, Pattern::One), (4, Pattern::Skewed)] {
+            let inputs = Inputs::new(&model, tokens, pattern, seed);
+            call.upload(&inputs);
+            call.output.fill(POISON).unwrap();
+            unsafe { sys::cuGraphLaunch(executable, stream.0).result().unwrap() };
+            call.check(stream.stream()).unwrap();
+            let found = Differences::of(&call.output(), &model.cpu(&inputs), spec.hidden);
+            assert!(found.within(tolerances(&spec).1), "{tokens} tokens, {pattern:?}: {found:?}");
+        }
+        unsafe { sys::cuGraphExecDestroy(executable).result().unwrap() };
+    }
+}
+
+/// The device's context, current on this thread until the value is dropped.
+struct CurrentContext(sys::CUdevice);
+
+fn current_context(device: &Device) -> CurrentContext {
+    let (mut handle, mut context) = (0, std::ptr::null_mut());
+    unsafe {
+        sys::cuDeviceGet(&mut handle, device.info().ordinal as i32).result().unwrap();
+        sys::cuDevicePrimaryCtxRetain(&mut context, handle).result().unwrap();
+        sys::cuCtxPushCurrent_v2(context).result().unwrap();
+    }
+    CurrentContext(handle)
+}
+
+impl Drop for CurrentContext {
+    fn drop(&mut self) {
+        let mut context = std::ptr::null_mut();
+        unsafe {
+            sys::cuCtxPopCurrent_v2(&mut context).result().unwrap();
+            sys::cuDevicePrimaryCtxRelease_v2(self.0).result().unwrap();
+        }
+    }
+}
+
+#[test]
+fn an_id_past_the_limit_counts_as_an_empty_slot_and_is_reported() {
+    let Some(device) = device() else { return };
+    let model = Model::new(device, Spec { max_tokens: 40, ..BASE });
+    let mut inputs = Inputs::new(&model, 40, Pattern::Even, 1);
+    inputs.ids[4 * 7 + 2] = 16;
+    inputs.ids[4 * 30] = 1 << 20;
+    let call = Call::new(device, &model, &inputs);
+    call.poison(device);
+    call.launch(Stream(0));
+    let error = call.check(Stream(0)).unwrap_err();
+    assert_eq!(error, Error::ExpertId { token: 7, slot: 2, id: 16, limit: 16 });
+    call.check(Stream(0)).unwrap();
+    call.check_workspace_guard();
+    inputs.ids[4 * 7 + 2] = -1;
+    inputs.ids[4 * 30] = -1;
+    let found = Differences::of(&call.output(), &model.cpu(&inputs), 512);
+    assert!(found.within(E4M3_TO_CPU), "{found:?}");
+}
+
+#[test]
+fn bad_calls_are_typed_errors_and_nothing_is_written() {
+    let Some(device) = device() else { return };
+    let model = Model::new(device, Spec { max_tokens: 40, ..BASE });
+    let call = Call::new(device, &model, &Inputs::new(&model, 40, Pattern::Even, 1));
+    call.poison(device);
+    let good = call.buffers();
+    let refuse = |tokens: usize, buffers: LayerBuffers, start: &str| {
+        let error = unsafe { model.on_device.launch(Stream(0), tokens, &buffers) }.unwrap_err();
+        assert!(error.to_string().starts_with(start), "{error}, expected {start}");
+    };
+    let states = good.hidden_states;
+    let with_states = |hidden_states: Tensor2| LayerBuffers { hidden_states, ..good };
+    let with_weights = |topk_weights: Tensor2| LayerBuffers { topk_weights, ..good };
+    let mut routing = good.routing;
+    refuse(41, good, "tokens is 41, expected at most 40");
+    refuse(40, LayerBuffers { workspace: good.workspace + 16, ..good }, "workspace is");
+    refuse(40, LayerBuffers { workspace: 0, ..good }, "workspace is 0");
+    refuse(40, LayerBuffers { output: good.output + 8, ..good }, "output is");
+    refuse(40, with_states(Tensor2 { address: states.address + 2, ..states }), "hidden_states is");
+    refuse(40, with_states(Tensor2 { address: 0, ..states }), "hidden_states is 0");
+    refuse(40, with_states(Tensor2 { col_stride: 2, ..states }), "hidden_states has strides [512, 2]");
+    refuse(40, with_states(Tensor2 { row_stride: 513, ..states }), "hidden_states has strides [513, 1]");
+    refuse(40, with_weights(Tensor2 { col_stride: 2, ..good.topk_weights }), "topk_weights has strides [4, 2]");
+    refuse(40, with_weights(Tensor2::default()), "topk_weights is 0");
+    routing.ids.address += 1;
+    refuse(40, LayerBuffers { routing, ..good }, "topk_ids is");
+    routing = good.routing;
+    routing.global_experts = 17;
+    refuse(40, LayerBuffers { routing, ..good }, "global_experts is 17, expected 16");
+    assert!(call.output_bytes().iter().all(|&byte| byte == POISON));
+    let mut workspace = vec![0; call.workspace_bytes];
+    call.workspace.download(&mut workspace).unwrap();
+    assert!(workspace[64..].iter().all(|&byte| byte == POISON));
+    // No tokens: nothing to do, and nothing is looked at.
+    unsafe { model.on_device.launch(Stream(0), 0, &LayerBuffers { output: 0, ..good }).unwrap() };
+    assert!(call.output_bytes().iter().all(|&byte| byte == POISON));
+}
+
+/// One expert's worth of weights that fit nothing in particular.
+fn weights(device: &Device, format: WeightFormat, n: usize, k: usize) -> Weights {
+    match format {
+        WeightFormat::Bf16 => Matrices::Bf16(vec![bf16::ONE; n * k]),
+        WeightFormat::E4m3 => Matrices::E4m3(vec![E4m3(0x38); n * k], vec![1.0; n.div_ceil(128) * k.div_ceil(128)]),
+    }
+    .upload(device, (1, n, k))
+}
+
+#[test]
+fn layers_that_cannot_be_are_refused_when_they_are_prepared() {
+    use WeightFormat::{Bf16, E4m3};
+    let Some(device) = device() else { return };
+    let e4m3 = Spec { experts: 1, topk: 1, ..BASE }.config();
+    let bf16 = Spec { format: Bf16, experts: 1, topk: 1, ..BASE }.config();
+    let refuse =
+        |w13: (WeightFormat, usize, usize), w2: (WeightFormat, usize, usize), config: LayerConfig, tokens, start| {
+            let [w13, w2] = [w13, w2].map(|(format, n, k)| weights(device, format, n, k));
+            let error = Layer::prepare(device, w13, w2, config, tokens).unwrap_err().to_string();
+            let start: &str = start;
+            assert!(error.starts_with(start), "{error}, expected {start}");
+        };
+    let (up, down) = ((E4m3, 256, 256), (E4m3, 256, 128));
+    let (up16, down16) = ((Bf16, 256, 256), (Bf16, 256, 128));
+    refuse((E4m3, 128, 256), down, e4m3, 1, "w13 has shape [1, 128, 256], expected [1, 256, 256]");
+    refuse(up, down16, e4m3, 1, "w2 is packed as bf16, expected e4m3");
+    refuse(up16, down16, e4m3, 1, "w13 is packed as bf16, expected e4m3, for e4m3 activations");
+    refuse(up, down, bf16, 1, "w13 is packed as e4m3, expected bf16, for bf16 activations on a GPU");
+    refuse((E4m3, 256, 64), (E4m3, 64, 128), e4m3, 1, "hidden is 64");
+    refuse((E4m3, 128, 256), (E4m3, 256, 64), e4m3, 1, "intermediate is 64");
+    refuse(up, down, LayerConfig { topk: 2, weight_on_input: true, ..e4m3 }, 1, "topk is 2, expected 1");
+    refuse(up, down, LayerConfig { topk: 0, ..e4m3 }, 1, "topk is 0");
+    refuse(up, down, LayerConfig { topk: 33, ..e4m3 }, 1, "topk is 33");
+    refuse(up, down, LayerConfig { ids: Dtype::F32, ..e4m3 }, 1, "topk_ids has dtype f32");
+    refuse(up, down, LayerConfig { input: Dtype::F32, ..e4m3 }, 1, "hidden_states has dtype f32");
+    refuse(up, down, LayerConfig { output: Dtype::E4m3, ..e4m3 }, 1, "output has dtype e4m3");
+    refuse(up, down, e4m3, 0, "max_tokens is 0");
+    refuse(up, down, e4m3, 1 << 40, "M * topk overflows");
+    refuse(up16, down16, LayerConfig { input: Dtype::F16, ..bf16 }, 1, "hidden_states has dtype f16");
+    refuse(up16, down16, LayerConfig { weight_on_input: true, ..bf16 }, 1, "w13 is packed as bf16, expected e4m3");
+}
+
+#[test]
+fn weights_leave_the_builder_only_when_all_of_them_have_come() {
+    let Some(device) = device() else { return };
+    let mut builder = WeightsBuilder::new(device, WeightFormat::E4m3, (2, 256, 64)).unwrap();
+    let (values, scales) = (vec![E4m3(7); 256 * 64], [1.0; 2]);
+    let rows = |count: usize| MatrixRef::new(&values, count, 64).unwrap();
+    let blocks = |count: usize| MatrixRef::new(&scales, count, 1).unwrap();
+    let refused = |result: expertile::Result<()>, start: &str| {
+        let error = result.unwrap_err().to_string();
+        assert!(error.starts_with(start), "{error}, expected {start}");
+    };
+    builder.upload_e4m3_rows(0, 128, rows(128), blocks(1)).unwrap();
+    refused(builder.upload_e4m3_rows(0, 0, rows(256), blocks(2)), "row[0] is 128");
+    refused(builder.upload_e4m3_rows(0, 0, rows(64), blocks(1)), "first_row + rows is 64");
+    refused(builder.upload_e4m3_rows(0, 64, rows(64), blocks(1)), "first_row is 64");
+    refused(builder.upload_e4m3_rows(2, 0, rows(128), blocks(1)), "expert is 2");
+    refused(
+        builder.upload_e4m3_rows(0, 256, rows(128), blocks(1)),
+        "rows has shape [128, 64], expected [at most 0, 64]",
+    );
+    refused(builder.upload_e4m3_rows(0, 0, rows(128), blocks(2)), "scales has shape [2, 1]");
+    refused(
+        builder.upload_e4m3_rows(0, 0, MatrixRef::new(&values, 128, 32).unwrap(), blocks(1)),
+        "rows has shape [128, 32]",
+    );
+    let strided = MatrixRef::with_strides(&values, 128, 64, 65, 1).unwrap();
+    refused(builder.upload_e4m3_rows(0, 0, strided, blocks(1)), "rows has strides [65, 1]");
+    let halves = [bf16::ONE; 64];
+    refused(builder.upload_bf16_rows(0, 0, MatrixRef::new(&halves, 1, 64).unwrap()), "builder is packed as e4m3");
+    builder.upload_e4m3_rows(0, 0, rows(128), blocks(1)).unwrap();
+    let error = builder.finish().unwrap_err();
+    assert!(error.to_string().starts_with("uploaded_rows[1] is 0, expected 256"), "{error}");
+}

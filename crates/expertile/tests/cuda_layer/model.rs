@@ -1,0 +1,422 @@
+//! A made-up layer on the host, on the CPU backend, for the oracle, and on a device.
+
+use expertile::cpu::{self, Cpu, LayerOptions, PackedWeights};
+use expertile::cuda::{Buffer, Device, Layer, LayerBuffers, LayerConfig, RoutingBuffers, Stream, Tensor2, Weights};
+use expertile::{
+    Activation, ActivationFormat, Dtype, E4m3, Float, LayerShape, MatrixRef, Routing, TopkIds, WeightFormat,
+};
+use expertile_oracle::layer as oracle;
+use half::{bf16, f16};
+use std::sync::OnceLock;
+
+/// NaN in every type that the layer has.
+pub(crate) const POISON: u8 = 0xff;
+/// Bytes behind every output and workspace that nothing may touch.
+pub(crate) const GUARD: usize = 4096;
+
+pub(crate) fn device() -> Option<&'static Device> {
+    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    let open = || {
+        let device = Device::open(0).map_err(|error| println!("skipped: {error}")).ok()?;
+        let hopper = device.info().capability == (9, 0);
+        if !hopper {
+            println!("skipped: {} is no Hopper", device.info().name);
+        }
+        hopper.then_some(device)
+    };
+    DEVICE.get_or_init(open).as_ref()
+}
+
+/// Random numbers by xorshift, the same on every run.
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 >> 11
+    }
+
+    pub(crate) fn below(&mut self, limit: usize) -> usize {
+        (self.next() % limit as u64) as usize
+    }
+
+    /// Evenly spread in [-1, 1).
+    pub(crate) fn uniform(&mut self) -> f32 {
+        (self.next() >> 29) as f32 / (1 << 23) as f32 - 1.0
+    }
+}
+
+/// What a made-up layer is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Spec {
+    pub(crate) hidden: usize,
+    pub(crate) intermediate: usize,
+    pub(crate) experts: usize,
+    /// Global experts, of which some are local; 0 without a map.
+    pub(crate) global: usize,
+    pub(crate) topk: usize,
+    pub(crate) format: WeightFormat,
+    pub(crate) input: Dtype,
+    pub(crate) output: Dtype,
+    pub(crate) ids: Dtype,
+    pub(crate) activation: Activation,
+    pub(crate) weight_on_input: bool,
+    pub(crate) max_tokens: usize,
+}
+
+pub(crate) const BASE: Spec = Spec {
+    hidden: 512,
+    intermediate: 256,
+    experts: 16,
+    global: 0,
+    topk: 4,
+    format: WeightFormat::E4m3,
+    input: Dtype::Bf16,
+    output: Dtype::Bf16,
+    ids: Dtype::I32,
+    activation: Activation { alpha: 1.0, beta: 0.0, limit: None },
+    weight_on_input: false,
+    max_tokens: 600,
+};
+
+impl Spec {
+    pub(crate) fn activations(&self) -> ActivationFormat {
+        match self.format {
+            WeightFormat::E4m3 => ActivationFormat::E4m3,
+            WeightFormat::Bf16 => ActivationFormat::Bf16,
+        }
+    }
+
+    pub(crate) fn global_experts(&self) -> usize {
+        if self.global > 0 { self.global } else { self.experts }
+    }
+
+    pub(crate) fn config(&self) -> LayerConfig {
+        LayerConfig {
+            topk: self.topk,
+            ids: self.ids,
+            global_experts: self.global_experts(),
+            input: self.input,
+            output: self.output,
+            activation: self.activation,
+            activations: self.activations(),
+            weight_on_input: self.weight_on_input,
+        }
+    }
+}
+
+/// One matrix of every expert, `[experts, n, k]`.
+pub(crate) enum Matrices {
+    Bf16(Vec<bf16>),
+    E4m3(Vec<E4m3>, Vec<f32>),
+}
+
+impl Matrices {
+    fn new(format: WeightFormat, (experts, n, k): (usize, usize, usize), random: &mut Random) -> Self {
+        // A sum of k products of unit variance keeps it.
+        let size = (3.0 / k as f32).sqrt();
+        match format {
+            WeightFormat::Bf16 => {
+                Self::Bf16((0..experts * n * k).map(|_| bf16::from_f32(size * random.uniform())).collect())
+            }
+            WeightFormat::E4m3 => {
+                let values = (0..experts * n * k).map(|_| E4m3::from_f32(E4m3::MAX * random.uniform())).collect();
+                let blocks = experts * n.div_ceil(128) * k.div_ceil(128);
+                let scale = |_| size / E4m3::MAX * (1.0 + 0.5 * random.uniform());
+                Self::E4m3(values, (0..blocks).map(scale).collect())
+            }
+        }
+    }
+
+    pub(crate) fn upload(&self, device: &Device, sizes: (usize, usize, usize)) -> Weights {
+        match self {
+            Self::Bf16(values) => Weights::upload_bf16(device, values, sizes),
+            Self::E4m3(values, scales) => Weights::upload_e4m3(device, values, scales, sizes),
+        }
+        .unwrap()
+    }
+
+    fn pack(&self, cpu: &Cpu, (experts, n, k): (usize, usize, usize)) -> PackedWeights {
+        match self {
+            Self::Bf16(values) => PackedWeights::pack_bf16(cpu, values, experts, n, k),
+            Self::E4m3(values, scales) => PackedWeights::pack_e4m3(cpu, values, scales, experts, n, k),
+        }
+        .unwrap()
+    }
+
+    fn row(&self, (n, k): (usize, usize), expert: usize, row: usize, out: &mut [f64]) {
+        let start = (expert * n + row) * k;
+        for (col, out) in out.iter_mut().enumerate() {
+            *out = match self {
+                Self::Bf16(values) => values[start + col].to_f64(),
+                Self::E4m3(values, scales) => {
+                    let block = (expert * n.div_ceil(128) + row / 128) * k.div_ceil(128) + col / 128;
+                    f64::from(values[start + col].to_f32()) * f64::from(scales[block])
+                }
+            };
+        }
+    }
+}
+
+/// A made-up layer, everywhere.
+pub(crate) struct Model {
+    pub(crate) spec: Spec,
+    pub(crate) w13: Matrices,
+    pub(crate) w2: Matrices,
+    pub(crate) map: Option<Vec<i32>>,
+    pub(crate) on_cpu: cpu::Layer,
+    pub(crate) on_device: Layer,
+    cpu: Cpu,
+}
+
+impl Model {
+    pub(crate) fn new(device: &Device, spec: Spec) -> Self {
+        let mut random = Random::new(spec.hidden as u64 + spec.experts as u64);
+        let Spec { hidden, intermediate, experts, .. } = spec;
+        let sizes = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate));
+        let w13 = Matrices::new(spec.format, sizes.0, &mut random);
+        let w2 = Matrices::new(spec.format, sizes.1, &mut random);
+        let cpu = Cpu::new();
+        let options = LayerOptions {
+            activation: spec.activation,
+            activations: spec.activations(),
+            weight_on_input: spec.weight_on_input,
+            ..LayerOptions::default()
+        };
+        let on_cpu = cpu::Layer::new(w13.pack(&cpu, sizes.0), w2.pack(&cpu, sizes.1), options).unwrap();
+        let (up, down) = (w13.upload(device, sizes.0), w2.upload(device, sizes.1));
+        let on_device = Layer::prepare(device, up, down, spec.config(), spec.max_tokens).unwrap();
+        assert_eq!(on_device.shape(), &LayerShape::new(hidden, intermediate, experts).unwrap());
+        let map = (spec.global > 0).then(|| expert_map(&spec, &mut random));
+        Self { spec, w13, w2, map, on_cpu, on_device, cpu }
+    }
+
+    /// The CPU backend's output.
+    pub(crate) fn cpu(&self, inputs: &Inputs) -> Vec<f64> {
+        match (self.spec.input, self.spec.output) {
+            (Dtype::Bf16, Dtype::Bf16) => self.cpu_typed::<bf16, bf16>(inputs),
+            (Dtype::Bf16, Dtype::F32) => self.cpu_typed::<bf16, f32>(inputs),
+            (Dtype::F16, Dtype::F16) => self.cpu_typed::<f16, f16>(inputs),
+            (Dtype::F16, Dtype::F32) => self.cpu_typed::<f16, f32>(inputs),
+            types => panic!("no test has {types:?}"),
+        }
+    }
+
+    fn cpu_typed<T: Float, O: Float>(&self, inputs: &Inputs) -> Vec<f64> {
+        let (tokens, topk) = (inputs.tokens, self.spec.topk);
+        let x: Vec<T> = inputs.x.iter().map(|&x| T::from_f32(x)).collect();
+        let ids = TopkIds::from(MatrixRef::new(&inputs.ids, tokens, topk).unwrap());
+        let routing = Routing::new(ids, self.spec.experts, self.map.as_deref()).unwrap();
+        let mut workspace = vec![0; self.on_cpu.workspace_bytes(tokens, topk).unwrap()];
+        let mut output = vec![O::from_f32(f32::NAN); tokens * self.spec.hidden];
+        let x = MatrixRef::new(&x, tokens, self.spec.hidden).unwrap();
+        let weights = MatrixRef::new(&inputs.weights, tokens, topk).unwrap();
+        self.on_cpu.run(&self.cpu, x, &routing, weights, &mut workspace, &mut output).unwrap();
+        output.into_iter().map(|value| f64::from(value.to_f32())).collect()
+    }
+
+    /// The oracle's output for some of the tokens.
+    pub(crate) fn oracle(&self, inputs: &Inputs, tokens: &[usize]) -> Vec<f64> {
+        let Spec { hidden, intermediate, topk, activation, weight_on_input, .. } = self.spec;
+        let rows = |width: usize| tokens.iter().flat_map(move |token| token * width..(token + 1) * width);
+        let x: Vec<f32> = rows(hidden).map(|at| inputs.x[at]).collect();
+        let ids: Vec<i64> = rows(topk).map(|at| inputs.ids[at]).collect();
+        let weights: Vec<f32> = rows(topk).map(|at| inputs.weights[at]).collect();
+        let layer = oracle::Layer {
+            hidden,
+            intermediate,
+            activation: expertile_oracle::activation::Activation {
+                alpha: f64::from(activation.alpha),
+                beta: f64::from(activation.beta),
+                limit: activation.limit.map(f64::from),
+            },
+            weight_on_input,
+            w13_row: &|expert, row, out| self.w13.row((2 * intermediate, hidden), expert, row, out),
+            w2_row: &|expert, row, out| self.w2.row((hidden, intermediate), expert, row, out),
+        };
+        layer.run(&x, &ids, topk, Some(&weights), self.map.as_deref()).output
+    }
+}
+
+fn expert_map(spec: &Spec, random: &mut Random) -> Vec<i32> {
+    let mut map = vec![-1; spec.global];
+    for local in 0..spec.experts {
+        let mut at = random.below(spec.global);
+        while map[at] >= 0 {
+            at = (at + 1) % spec.global;
+        }
+        map[at] = local as i32;
+    }
+    map
+}
+
+/// How tokens choose experts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Pattern {
+    /// Distinct experts, evenly.
+    Even,
+    /// Half of all slots on few experts, repeats within a token, some slots empty.
+    Skewed,
+    /// Every slot on one expert.
+    One,
+    /// No slot at all.
+    Empty,
+}
+
+/// One call's inputs on the host; values are exact in the layer's input type.
+pub(crate) struct Inputs {
+    pub(crate) tokens: usize,
+    pub(crate) x: Vec<f32>,
+    pub(crate) ids: Vec<i64>,
+    pub(crate) weights: Vec<f32>,
+}
+
+impl Inputs {
+    pub(crate) fn new(model: &Model, tokens: usize, pattern: Pattern, seed: u64) -> Self {
+        let spec = &model.spec;
+        let mut random = Random::new(seed + 31 * tokens as u64);
+        let round = |x: f32| match spec.input {
+            Dtype::F16 => f16::from_f32(x).to_f32(),
+            _ => bf16::from_f32(x).to_f32(),
+        };
+        let x = (0..tokens * spec.hidden).map(|_| round(3f32.sqrt() * random.uniform())).collect();
+        let local = model.map.as_ref().and_then(|map| map.iter().position(|&expert| expert >= 0)).unwrap_or(0);
+        let mut ids = Vec::with_capacity(tokens * spec.topk);
+        for _ in 0..tokens {
+            let first = random.below(spec.global_experts());
+            for slot in 0..spec.topk {
+                ids.push(match pattern {
+                    Pattern::Even => ((first + slot * 7) % spec.global_experts()) as i64,
+                    Pattern::Empty => -1 - slot as i64,
+                    Pattern::One => local as i64,
+                    Pattern::Skewed if random.below(5) == 0 => -1,
+                    Pattern::Skewed if random.below(2) == 0 => {
+                        ((local + random.below(3)) % spec.global_experts()) as i64
+                    }
+                    Pattern::Skewed => random.below(spec.global_experts()) as i64,
+                });
+            }
+        }
+        let weights = (0..tokens * spec.topk).map(|_| (1.0 + 0.9 * random.uniform()) / spec.topk as f32).collect();
+        Self { tokens, x, ids, weights }
+    }
+}
+
+/// A call's inputs, poisoned output and poisoned workspace on the device.
+pub(crate) struct Call<'a> {
+    pub(crate) model: &'a Model,
+    pub(crate) tokens: usize,
+    pub(crate) x: Buffer,
+    pub(crate) ids: Buffer,
+    pub(crate) weights: Buffer,
+    map: Option<Buffer>,
+    pub(crate) output: Buffer,
+    pub(crate) workspace: Buffer,
+    pub(crate) workspace_bytes: usize,
+}
+
+pub(crate) fn upload<T: bytemuck::NoUninit>(device: &Device, values: &[T]) -> Buffer {
+    let buffer = device.allocate(size_of_val(values).max(16)).unwrap();
+    buffer.upload(values).unwrap();
+    buffer
+}
+
+impl<'a> Call<'a> {
+    pub(crate) fn new(device: &Device, model: &'a Model, inputs: &Inputs) -> Self {
+        let spec = &model.spec;
+        let element_bytes = if spec.output == Dtype::F32 { 4 } else { 2 };
+        let workspace_bytes = model.on_device.workspace_bytes(inputs.tokens).unwrap();
+        let call = Self {
+            model,
+            tokens: inputs.tokens,
+            x: device.allocate(2 * inputs.x.len()).unwrap(),
+            ids: device.allocate(8 * inputs.ids.len()).unwrap(),
+            weights: device.allocate(4 * inputs.weights.len()).unwrap(),
+            map: model.map.as_ref().map(|map| upload(device, map)),
+            output: device.allocate(inputs.tokens * spec.hidden * element_bytes + GUARD).unwrap(),
+            workspace: device.allocate(workspace_bytes + GUARD).unwrap(),
+            workspace_bytes,
+        };
+        call.upload(inputs);
+        call
+    }
+
+    pub(crate) fn upload(&self, inputs: &Inputs) {
+        let spec = &self.model.spec;
+        let bits = |&x: &f32| match spec.input {
+            Dtype::F16 => f16::from_f32(x).to_bits(),
+            _ => bf16::from_f32(x).to_bits(),
+        };
+        self.x.upload(&inputs.x.iter().map(bits).collect::<Vec<_>>()).unwrap();
+        match spec.ids {
+            Dtype::I64 => self.ids.upload(&inputs.ids).unwrap(),
+            _ => self.ids.upload(&inputs.ids.iter().map(|&id| id as i32).collect::<Vec<_>>()).unwrap(),
+        }
+        self.weights.upload(&inputs.weights).unwrap();
+    }
+
+    pub(crate) fn buffers(&self) -> LayerBuffers {
+        let spec = &self.model.spec;
+        let matrix = |buffer: &Buffer, cols| Tensor2 { address: buffer.address(), row_stride: cols, col_stride: 1 };
+        LayerBuffers {
+            hidden_states: matrix(&self.x, spec.hidden),
+            routing: RoutingBuffers {
+                ids: matrix(&self.ids, spec.topk),
+                expert_map: self.map.as_ref().map_or(0, Buffer::address),
+                global_experts: spec.global_experts(),
+            },
+            topk_weights: matrix(&self.weights, spec.topk),
+            output: self.output.address(),
+            workspace: self.workspace.address(),
+        }
+    }
+
+    /// Poisons the output and all of the workspace, then readies the latter.
+    pub(crate) fn poison(&self, device: &Device) {
+        self.output.fill(POISON).unwrap();
+        self.workspace.fill(POISON).unwrap();
+        unsafe {
+            self.model.on_device.initialise_workspace(Stream(0), self.workspace.address()).unwrap();
+            device.synchronize(Stream(0)).unwrap();
+        }
+    }
+
+    pub(crate) fn launch(&self, stream: Stream) {
+        unsafe { self.model.on_device.launch(stream, self.tokens, &self.buffers()).unwrap() }
+    }
+
+    pub(crate) fn check(&self, stream: Stream) -> expertile::Result<()> {
+        unsafe { self.model.on_device.check(stream, self.tokens, &self.buffers()) }
+    }
+
+    /// The output's bytes, after a look at what nobody may have touched.
+    pub(crate) fn output_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.output.bytes()];
+        self.output.download(&mut bytes).unwrap();
+        let guard = bytes.split_off(bytes.len() - GUARD);
+        assert!(guard.iter().all(|&byte| byte == POISON), "written past the output");
+        bytes
+    }
+
+    pub(crate) fn check_workspace_guard(&self) {
+        let mut bytes = vec![0; self.workspace.bytes()];
+        self.workspace.download(&mut bytes).unwrap();
+        assert!(bytes[self.workspace_bytes..].iter().all(|&byte| byte == POISON), "written past the workspace");
+    }
+
+    pub(crate) fn output(&self) -> Vec<f64> {
+        let bytes = self.output_bytes();
+        let halves = || bytes.as_chunks::<2>().0.iter().map(|&half| u16::from_le_bytes(half));
+        match self.model.spec.output {
+            Dtype::F16 => halves().map(|bits| f16::from_bits(bits).to_f64()).collect(),
+            Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|&word| f64::from(f32::from_le_bytes(word))).collect(),
+            _ => halves().map(|bits| bf16::from_bits(bits).to_f64()).collect(),
+        }
+    }
+}
