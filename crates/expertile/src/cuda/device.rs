@@ -557,12 +557,20 @@ impl Buffer {
     ///
     /// # Errors
     /// [`Error::BufferTooSmall`], [`Error::Cuda`].
-    #[allow(unsafe_code)]
     pub fn download<T: bytemuck::Pod>(&self, to: &mut [T]) -> Result<()> {
+        self.download_at(0, to)
+    }
+
+    /// Copies the buffer's bytes from `start` on to the host, after everything queued on the default stream.
+    ///
+    /// # Errors
+    /// [`Error::BufferTooSmall`], [`Error::Cuda`].
+    #[allow(unsafe_code)]
+    pub fn download_at<T: bytemuck::Pod>(&self, start: usize, to: &mut [T]) -> Result<()> {
         let to: &mut [u8] = bytemuck::cast_slice_mut(to);
-        crate::error::require_len("buffer", self.bytes, to.len())?;
+        crate::error::require_len("buffer", self.bytes, crate::error::checked_add("end", start, to.len())?)?;
         // SAFETY: the buffer is that large, and stream 0 always lives.
-        unsafe { self.device.read(Stream(0), self.address, to) }
+        unsafe { self.device.read(Stream(0), self.address + start as u64, to) }
     }
 
     /// Fills the buffer with one byte, after everything queued on the default stream, and waits.

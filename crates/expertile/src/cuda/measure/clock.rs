@@ -1,0 +1,165 @@
+//! How long queued work takes, by the device's own clock.
+
+use super::StageTime;
+use crate::cuda::device::check_call;
+use crate::cuda::{Device, Stream};
+use crate::error::{Error, Result};
+use crate::layer::Stage;
+use cudarc::driver::sys;
+use std::ptr::null_mut;
+
+/// Calls captured into one graph, fewer if that many take longer than [`LONG_ENOUGH`].
+const CALLS: usize = 20;
+/// Seconds of a replay that neither the launch nor the clock's resolution shows in.
+const LONG_ENOUGH: f64 = 0.02;
+/// Replays (and eager calls) of which the median counts.
+const REPEATS: usize = 9;
+
+/// A stream of its own and two events on it.
+pub(super) struct Clock<'a> {
+    device: &'a Device,
+    stream: sys::CUstream,
+    events: [sys::CUevent; 2],
+}
+
+impl<'a> Clock<'a> {
+    #[allow(unsafe_code)]
+    pub(super) fn new(device: &'a Device) -> Result<Self> {
+        // The oldest driver that has the reading of events this is built with.
+        const OLDEST_DRIVER: i32 = 12_080;
+        let version = device.info().driver_version;
+        if version < OLDEST_DRIVER {
+            return Err(Error::Device {
+                argument: "cuda",
+                actual: format!("a driver for CUDA {version}"),
+                expected: format!("at least {OLDEST_DRIVER}, to time steps"),
+            });
+        }
+        let _current = device.current()?;
+        let mut clock = Self { device, stream: null_mut(), events: [null_mut(); 2] };
+        // SAFETY: every pointer is valid for its call; what was made is destroyed with the clock.
+        unsafe {
+            check_call(
+                "cuStreamCreate",
+                sys::cuStreamCreate(&mut clock.stream, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32),
+            )?;
+            for event in &mut clock.events {
+                check_call("cuEventCreate", sys::cuEventCreate(event, 0))?;
+            }
+        }
+        Ok(clock)
+    }
+
+    pub(super) fn stream(&self) -> Stream {
+        Stream(self.stream as u64)
+    }
+
+    pub(super) fn time(&self, stage: Stage, launch: impl Fn(Stream) -> Result<()>) -> Result<StageTime> {
+        let (graph_seconds, eager_seconds) = self.graph_and_eager(launch)?;
+        Ok(StageTime { stage, graph_seconds, eager_seconds })
+    }
+
+    /// Seconds of one call inside a graph, and launched from the host.
+    pub(super) fn graph_and_eager(&self, launch: impl Fn(Stream) -> Result<()>) -> Result<(f64, f64)> {
+        let eager_seconds = self.median(1, &launch)?;
+        let calls = ((LONG_ENOUGH / eager_seconds.max(1e-9)) as usize).clamp(1, CALLS);
+        let graph = self.capture(|stream| (0..calls).try_for_each(|_| launch(stream)))?;
+        Ok((self.median(calls, |_| graph.replay(self.stream))?, eager_seconds))
+    }
+
+    /// Median seconds of `work`, which is `calls` calls, after two that do not count.
+    pub(super) fn median(&self, calls: usize, work: impl Fn(Stream) -> Result<()>) -> Result<f64> {
+        let mut seconds = Vec::with_capacity(REPEATS);
+        for repeat in 0..REPEATS + 2 {
+            let elapsed = self.elapsed(&work)?;
+            if repeat >= 2 {
+                seconds.push(elapsed / calls as f64);
+            }
+        }
+        seconds.sort_by(f64::total_cmp);
+        Ok(seconds[REPEATS / 2])
+    }
+
+    #[allow(unsafe_code)]
+    fn elapsed(&self, work: impl Fn(Stream) -> Result<()>) -> Result<f64> {
+        let _current = self.device.current()?;
+        let mut milliseconds = 0.0;
+        // SAFETY: stream and events are the clock's own and live; the pointer is valid for the call.
+        unsafe {
+            check_call("cuEventRecord", sys::cuEventRecord(self.events[0], self.stream))?;
+            work(self.stream())?;
+            check_call("cuEventRecord", sys::cuEventRecord(self.events[1], self.stream))?;
+            check_call("cuEventSynchronize", sys::cuEventSynchronize(self.events[1]))?;
+            let result = sys::cuEventElapsedTime_v2(&mut milliseconds, self.events[0], self.events[1]);
+            check_call("cuEventElapsedTime", result)?;
+        }
+        Ok(f64::from(milliseconds) / 1e3)
+    }
+
+    #[allow(unsafe_code)]
+    fn capture(&self, work: impl FnOnce(Stream) -> Result<()>) -> Result<Graph<'a>> {
+        let _current = self.device.current()?;
+        let mut graph = Graph { device: self.device, graph: null_mut(), executable: null_mut() };
+        let relaxed = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: the stream is the clock's own; pointers are valid for their calls; `Graph` destroys what was made.
+        unsafe {
+            check_call("cuStreamBeginCapture", sys::cuStreamBeginCapture_v2(self.stream, relaxed))?;
+            let queued = work(self.stream());
+            // The capture has to end even if the work failed.
+            let ended = check_call("cuStreamEndCapture", sys::cuStreamEndCapture(self.stream, &mut graph.graph));
+            queued.and(ended)?;
+            let result = sys::cuGraphInstantiateWithFlags(&mut graph.executable, graph.graph, 0);
+            check_call("cuGraphInstantiate", result)?;
+        }
+        Ok(graph)
+    }
+}
+
+impl Drop for Clock<'_> {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        let Ok(_current) = self.device.current() else { return };
+        // SAFETY: made once, destroyed once, after their work is done. Failures were reported where they happened.
+        unsafe {
+            sys::cuStreamSynchronize(self.stream);
+            for event in self.events.into_iter().filter(|event| !event.is_null()) {
+                sys::cuEventDestroy_v2(event);
+            }
+            if !self.stream.is_null() {
+                sys::cuStreamDestroy_v2(self.stream);
+            }
+        }
+    }
+}
+
+/// Launches captured together.
+struct Graph<'a> {
+    device: &'a Device,
+    graph: sys::CUgraph,
+    executable: sys::CUgraphExec,
+}
+
+impl Graph<'_> {
+    #[allow(unsafe_code)]
+    fn replay(&self, stream: sys::CUstream) -> Result<()> {
+        let _current = self.device.current()?;
+        // SAFETY: the graph is instantiated, and the stream that of the clock which captured it.
+        check_call("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.executable, stream) })
+    }
+}
+
+impl Drop for Graph<'_> {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        let Ok(_current) = self.device.current() else { return };
+        // SAFETY: made once, destroyed once; the driver keeps a running graph alive until it is done.
+        unsafe {
+            if !self.executable.is_null() {
+                sys::cuGraphExecDestroy(self.executable);
+            }
+            if !self.graph.is_null() {
+                sys::cuGraphDestroy(self.graph);
+            }
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! The whole layer: one call in device memory of its own, run, read back and timed.
+
+use super::StageTime;
+use super::clock::Clock;
+use super::uploaded;
+use crate::cuda::{Buffer, Device, Layer, LayerBuffers, LayerChoice, RoutingBuffers, Stream, Tensor2};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result, checked_mul, require_len};
+use crate::layer::Stage;
+use half::bf16;
+
+/// One call's inputs on the host.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerInputs<'a> {
+    /// `M`
+    pub tokens: usize,
+    /// `[M, H]`: the bits of bf16 or f16, as the layer was prepared for.
+    pub hidden_states: &'a [u16],
+    /// `[M, topk]`
+    pub topk_ids: &'a [i32],
+    /// `[M, topk]`
+    pub topk_weights: &'a [f32],
+    /// `[G]`, for a layer of which not all experts are local.
+    pub expert_map: Option<&'a [i32]>,
+}
+
+/// How long a call takes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerTimes {
+    /// How the call is cut.
+    pub choice: LayerChoice,
+    /// Seconds inside a graph.
+    pub graph_seconds: f64,
+    /// Seconds when launched from the host.
+    pub eager_seconds: f64,
+    /// Every stage by itself. Inside the layer each is set up while the one before it runs, so the whole takes less than
+    /// their sum.
+    pub stages: Vec<StageTime>,
+}
+
+/// A call of a layer of i32 ids and a bf16 result: inputs, workspace and output in device memory of its own.
+#[derive(Debug)]
+pub struct LayerCall<'a> {
+    device: &'a Device,
+    layer: &'a Layer,
+    tokens: usize,
+    buffers: LayerBuffers,
+    workspace: Buffer,
+    output: Buffer,
+    /// What the other addresses point into.
+    _inputs: Vec<Buffer>,
+}
+
+impl<'a> LayerCall<'a> {
+    /// Brings the inputs to the device.
+    ///
+    /// # Errors
+    /// [`Error::Dtype`] for a layer of other ids or another result, [`Error::BufferTooSmall`] for inputs shorter than
+    /// `tokens` says; as [`Layer::choice`]; [`Error::Cuda`].
+    #[allow(unsafe_code)]
+    pub fn new(device: &'a Device, layer: &'a Layer, inputs: &LayerInputs<'_>) -> Result<Self> {
+        let (tokens, topk, hidden) = (inputs.tokens, layer.config().topk, layer.shape().hidden());
+        for (argument, actual, only, expected) in [
+            ("topk_ids", layer.config().ids, Dtype::I32, "i32"),
+            ("output", layer.config().output, Dtype::Bf16, "bf16"),
+        ] {
+            if actual != only {
+                return Err(Error::Dtype { argument, actual, expected });
+            }
+        }
+        let (values, slots) = (checked_mul("M * H", tokens, hidden)?, checked_mul("M * topk", tokens, topk)?);
+        require_len("hidden_states", inputs.hidden_states.len(), values)?;
+        require_len("topk_ids", inputs.topk_ids.len(), slots)?;
+        require_len("topk_weights", inputs.topk_weights.len(), slots)?;
+        let x = uploaded(device, &inputs.hidden_states[..values])?;
+        let ids = uploaded(device, &inputs.topk_ids[..slots])?;
+        let weights = uploaded(device, &inputs.topk_weights[..slots])?;
+        let map = inputs.expert_map.map(|map| uploaded(device, map)).transpose()?;
+        let workspace = device.allocate(layer.workspace_bytes(tokens)?)?;
+        let output = device.allocate(2 * values)?;
+        let matrix = |buffer: &Buffer, cols| Tensor2 { address: buffer.address(), row_stride: cols, col_stride: 1 };
+        let routing = RoutingBuffers {
+            ids: matrix(&ids, topk),
+            expert_map: map.as_ref().map_or(0, Buffer::address),
+            global_experts: inputs.expert_map.map_or(layer.shape().local_experts(), <[i32]>::len),
+        };
+        let buffers = LayerBuffers {
+            hidden_states: matrix(&x, hidden),
+            routing,
+            topk_weights: matrix(&weights, topk),
+            output: output.address(),
+            workspace: workspace.address(),
+        };
+        // SAFETY: the workspace is this call's own and as large as the layer says; stream 0 always lives.
+        unsafe {
+            layer.initialise_workspace(Stream(0), workspace.address())?;
+            device.synchronize(Stream(0))?;
+        }
+        let inputs = [x, ids, weights].into_iter().chain(map).collect();
+        Ok(Self { device, layer, tokens, buffers, workspace, output, _inputs: inputs })
+    }
+
+    /// Runs the layer, and waits.
+    ///
+    /// # Errors
+    /// As [`Layer::launch`] and [`Layer::check`].
+    #[allow(unsafe_code)]
+    pub fn run(&self) -> Result<()> {
+        // SAFETY: the buffers are this call's own, sized by the layer; stream 0 always lives.
+        unsafe {
+            self.layer.launch(Stream(0), self.tokens, &self.buffers)?;
+            self.layer.check(Stream(0), self.tokens, &self.buffers)
+        }
+    }
+
+    /// `[M, H]`: the result of the last run.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn output(&self) -> Result<Vec<bf16>> {
+        let mut output = vec![bf16::ZERO; self.tokens * self.layer.shape().hidden()];
+        self.output.download(&mut output)?;
+        Ok(output)
+    }
+
+    /// After a run: the rows of GEMM 2 `[M_sum, H]` (padding rows hold nothing in particular), and the row of each slot
+    /// `[M, topk]`, -1 for none.
+    ///
+    /// # Errors
+    /// As [`Layer::parts`]; [`Error::Cuda`].
+    pub fn rows(&self) -> Result<(Vec<bf16>, Vec<i32>)> {
+        let parts = self.layer.parts(self.tokens, self.workspace.address())?;
+        let plan = self.layer.choice(self.tokens)?.plan;
+        let offset = |address: u64| (address - self.workspace.address()) as usize;
+        let mut rows = vec![bf16::ZERO; plan.m_sum() * self.layer.shape().hidden()];
+        let mut row_of_slot = vec![0; plan.tokens() * plan.topk()];
+        self.workspace.download_at(offset(parts.back), &mut rows)?;
+        self.workspace.download_at(offset(parts.layout.inv_perm), &mut row_of_slot)?;
+        Ok((rows, row_of_slot))
+    }
+
+    /// Times the call and each of its stages; the median of several.
+    ///
+    /// # Errors
+    /// As [`Layer::launch`]; [`Error::Device`] with a driver that is too old to time.
+    #[allow(unsafe_code)]
+    pub fn time(&self) -> Result<LayerTimes> {
+        let clock = Clock::new(self.device)?;
+        // SAFETY: the buffers are this call's own, sized by the layer, and outlive the clock's waits.
+        let launch = |stream| unsafe { self.layer.launch(stream, self.tokens, &self.buffers) };
+        let (graph_seconds, eager_seconds) = clock.graph_and_eager(launch)?;
+        let call = self.layer.call(self.tokens, &self.buffers)?;
+        // In order: each finds what the one before has left, as in the layer.
+        let stages = Stage::ALL.into_iter().filter(|&stage| self.layer.has_stage(stage));
+        // SAFETY: as above.
+        let time = |stage| clock.time(stage, |stream| unsafe { self.layer.launch_stage(stream, &call, stage) });
+        let stages = stages.map(time).collect::<Result<_>>()?;
+        Ok(LayerTimes { choice: self.layer.choice(self.tokens)?, graph_seconds, eager_seconds, stages })
+    }
+}

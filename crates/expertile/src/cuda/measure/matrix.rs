@@ -1,0 +1,85 @@
+//! What a matrix product can do.
+
+use super::clock::Clock;
+use super::uploaded;
+use crate::cuda::{
+    Device, Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, LayoutBuffers, Route, RouteConfig, RoutingBuffers,
+    Stream, Tensor2, Weights,
+};
+use crate::dtype::Dtype;
+use crate::error::Result;
+use crate::gemm::WeightFormat;
+use crate::plan::{Plan, TokenExperts};
+use crate::quantize::ScaleFormat;
+
+/// Operations per second of the GEMM where nothing but the matrix units limits it: one expert, `[16384, 8192]` times
+/// `[8192, 8192]`, random bits.
+///
+/// # Errors
+/// As [`Gemm::prepare`]; [`Error::Device`] with a driver that is too old to time.
+#[allow(unsafe_code)]
+pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<f64> {
+    const ROWS: usize = 16384;
+    const WIDTH: usize = 8192;
+    let row_tile = GemmTile::row_tile_for(ROWS, 1);
+    let shape = GemmShape { n: WIDTH, k: WIDTH, format, experts: 1, rows: ROWS };
+    let tile = GemmTile::choose(&shape, row_tile, device.info().multiprocessors as usize);
+    let gemm = Gemm::prepare(device, GemmConfig { format, tile })?;
+    let route = Route::prepare(device, RouteConfig { topk: 1, ids: Dtype::I32, row_tile })?;
+    let plan = Plan::tight(ROWS, 1, 1, 8, TokenExperts::Distinct)?;
+
+    let weights = random_bytes(format, WIDTH * WIDTH);
+    let values = uploaded(device, &weights)?;
+    let rows = uploaded(device, &[&weights[..], &weights[..]].concat())?;
+    let one = 1f32;
+    let block_scales = uploaded(device, &vec![one; WIDTH / 128 * (WIDTH / 128)])?;
+    let row_scales = uploaded(device, &vec![one; ScaleFormat::HOPPER.words(plan.m_sum(), WIDTH)?])?;
+    let ids = uploaded(device, &vec![0i32; ROWS])?;
+    let lists = device.allocate(LayoutBuffers::space_bytes(&plan, row_tile)?)?;
+    let workspace = device.allocate(route.workspace_bytes(&plan)?)?;
+    let out = device.allocate(2 * plan.m_sum() * WIDTH)?;
+    let layout = LayoutBuffers::carve(lists.address(), &plan, row_tile)?;
+    let routing = RoutingBuffers {
+        ids: Tensor2 { address: ids.address(), row_stride: 1, col_stride: 1 },
+        expert_map: 0,
+        global_experts: 1,
+    };
+    let call = GemmBuffers {
+        rows: rows.address(),
+        scales: row_scales.address(),
+        out: out.address(),
+        header: layout.header,
+        worklist: layout.worklist,
+        psum: layout.psum,
+        m_sum: plan.m_sum(),
+        alignment: plan.alignment(),
+    };
+    // SAFETY: every buffer is as large as its step says and outlives the waits of `check` and of the clock.
+    unsafe {
+        let weights = Weights::from_device(format, (1, WIDTH, WIDTH), values.address(), block_scales.address())?;
+        route.initialise_workspace(Stream(0), workspace.address())?;
+        route.launch(Stream(0), &plan, &routing, &layout, workspace.address())?;
+        route.check(Stream(0), &plan, &routing, workspace.address())?;
+        let clock = Clock::new(device)?;
+        let (seconds, _) = clock.graph_and_eager(|stream| gemm.launch(stream, &weights, &call))?;
+        Ok((2 * ROWS * WIDTH * WIDTH) as f64 / seconds)
+    }
+}
+
+/// Bytes of `count` values without a NaN among them. Power, and with it the clock, depends on how many bits change.
+fn random_bytes(format: WeightFormat, count: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let words = (0..count * format.bytes() / 8).flat_map(|_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        match format {
+            // Without the highest exponent bit: below 2 in magnitude.
+            WeightFormat::E4m3 => state & 0xbfbf_bfbf_bfbf_bfbf,
+            // Signs and mantissas: from 1 to below 2 in magnitude.
+            WeightFormat::Bf16 => state & 0x807f_807f_807f_807f | 0x3f80_3f80_3f80_3f80,
+        }
+        .to_le_bytes()
+    });
+    words.collect()
+}
