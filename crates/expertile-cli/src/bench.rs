@@ -2,12 +2,13 @@
 
 mod gpu;
 
+use crate::device::{self, DeviceNumber};
 use crate::error::{Error, Result};
 use crate::layer::{Packed, active_experts, choose_activations, parse_weights};
 use crate::machine::{self, Limits, parallel_copy};
 use crate::preset::{MadeUp, Preset};
 use crate::progress::Progress;
-use crate::stages::{Call, StageReport, StageTime, median, medians, whole};
+use crate::stages::{Call, Inputs, StageReport, StageTime, median, medians, whole};
 use crate::weights::ExpertWeights;
 use crate::{format, output, plot};
 use expertile::cpu::Cpu;
@@ -47,8 +48,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "NAME")]
     isa: Option<String>,
     /// cpu, or cuda:N: a GPU runs every step but the GEMMs, timed inside a graph and eager.
-    #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = gpu::parse_device)]
-    device: Device,
+    #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = device::parse)]
+    device: DeviceNumber,
     /// Timed runs of each size.
     #[arg(long, value_name = "N", default_value_t = 5)]
     repeat: usize,
@@ -62,9 +63,6 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
 }
-
-/// A GPU's number, `None` for the CPU. (Clap takes a bare `Option` for an argument that may be missing.)
-type Device = std::option::Option<usize>;
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -139,14 +137,14 @@ fn run_on_gpu(args: &Args, ordinal: usize) -> Result<()> {
             return Err(Error::usage(format!("{option} goes with --device cpu only")));
         }
     }
-    let weights = MadeUp::new(args.preset, args.experts, WeightFormat::E4m3, args.seed)?;
+    let weights = MadeUp::new(args.preset, args.experts, WeightFormat::E4m3, args.seed, machine::available_memory())?;
     gpu::run(ordinal, &weights, args.preset.name(), &args.tokens, args.json.as_ref())
 }
 
 fn measure(args: &Args, cpu: &Cpu) -> Result<Report> {
     let format = args.weights.unwrap_or_else(|| args.preset.usual_format());
     let activations = choose_activations(args.activations, format)?;
-    let weights = MadeUp::new(args.preset, args.experts, format, args.seed)?;
+    let weights = MadeUp::new(args.preset, args.experts, format, args.seed, machine::available_memory())?;
     let packed = Packed::new(cpu, &weights, activations)?;
     let limits = Limits::measure(cpu, format, activations)?;
     let progress = Progress::new("timing sizes", args.tokens.len());
@@ -185,7 +183,8 @@ fn measure_size(
     let (ids, topk_weights) = weights.uniform_routing(tokens);
     let ids = MatrixRef::new(&ids, tokens, weights.router().topk())?;
     let routing = Routing::new(ids, weights.shape().local_experts(), None)?;
-    let mut call = Call::new(cpu, &packed.layer, input.hidden_states(), routing, &topk_weights)?;
+    let inputs = Inputs { hidden_states: input.hidden_states(), routing, topk_weights: &topk_weights };
+    let mut call = Call::new(cpu, &packed.layer, inputs)?;
     let mut copies: Vec<Memcpy> = call.time_once()?.iter().filter_map(Memcpy::new).collect();
     copies.iter_mut().for_each(Memcpy::run);
     copies.iter_mut().for_each(|copy| copy.seconds.clear());
@@ -203,7 +202,7 @@ fn measure_size(
     };
     Ok(Size {
         tokens,
-        active_experts: active_experts(&call.routing),
+        active_experts: active_experts(&routing),
         stages: times.iter().map(row).collect(),
         total: whole(&times, limits),
         least_seconds: times.iter().map(|time| limits.least_seconds(time.stage, time.cost).0).sum(),

@@ -4,11 +4,10 @@
 //! are `1 - 2 sum(x y) / sum(x^2 + y^2)`. Rows are the output's tokens; an expert's distance is over the rows that GEMM 2
 //! gave for it, so that a wrong block cannot hide behind the other experts of a token.
 
-use crate::error::Result;
 use crate::progress::Progress;
-use crate::stages::Call;
+use crate::stages::Inputs;
 use crate::weights::ExpertWeights;
-use expertile::{ActivationFormat, Stage};
+use expertile::ActivationFormat;
 use expertile_oracle::activation::SWIGLU;
 use expertile_oracle::compare::{self, Tolerance};
 use expertile_oracle::layer::Layer;
@@ -48,29 +47,37 @@ pub(crate) fn tolerance(activations: ActivationFormat) -> Tolerance {
     }
 }
 
-/// Runs `call` once more and compares its output, and its rows of GEMM 2, with the oracle's.
-pub(crate) fn check(call: &mut Call<'_>, weights: &dyn ExpertWeights) -> Result<Report> {
-    let (mut rows, mut row_of_slot) = (Vec::new(), Vec::new());
-    call.run(&mut |done| {
-        if let (Stage::Gemm2, Some(found)) = (done.stage, done.rows) {
-            rows = found.to_vec();
-            row_of_slot = done.layout.inv_perm().to_vec();
-        }
-    })?;
-    let mut oracle = Oracle::new(call, weights);
+/// What a layer gave.
+pub(crate) struct Found {
+    /// `[M, H]`.
+    pub(crate) output: Vec<bf16>,
+    /// GEMM 2's rows `[M_sum, H]`.
+    pub(crate) rows: Vec<bf16>,
+    /// `[M, topk]`: which of them is each slot's, -1 for none.
+    pub(crate) row_of_slot: Vec<i32>,
+}
+
+/// Compares what a layer gave with what the oracle gives for the same inputs.
+pub(crate) fn check(
+    found: &Found,
+    inputs: &Inputs<'_>,
+    weights: &dyn ExpertWeights,
+    activations: ActivationFormat,
+) -> Report {
+    let mut oracle = Oracle::new(inputs, weights);
     let mut by_expert = vec![0.0; weights.shape().local_experts()];
     let active: Vec<usize> = (0..by_expert.len()).filter(|&expert| !oracle.slots_of(expert).is_empty()).collect();
     let progress = Progress::new("checking experts", active.len());
     for (done, experts) in active.chunks(rayon::current_num_threads()).enumerate() {
-        let results: Vec<_> = experts.par_iter().map(|&expert| oracle.expert(expert, &rows, &row_of_slot)).collect();
+        let results: Vec<_> = experts.par_iter().map(|&expert| oracle.expert(expert, found)).collect();
         for (&expert, (difference, slot_rows)) in experts.iter().zip(results) {
             by_expert[expert] = difference;
             oracle.add(expert, &slot_rows);
         }
         progress.set((done + 1) * experts.len());
     }
-    let output: Vec<f64> = call.output.iter().map(|value| value.to_f64()).collect();
-    Ok(Report::new(&output, &oracle.output, weights.shape().hidden(), &by_expert, call.layer.options().activations))
+    let output: Vec<f64> = found.output.iter().map(|value| value.to_f64()).collect();
+    Report::new(&output, &oracle.output, weights.shape().hidden(), &by_expert, activations)
 }
 
 impl Report {
@@ -136,19 +143,20 @@ struct Oracle<'a> {
 }
 
 impl<'a> Oracle<'a> {
-    fn new(call: &Call<'a>, weights: &'a dyn ExpertWeights) -> Self {
-        let (tokens, topk) = (call.routing.tokens(), call.routing.topk());
+    fn new(inputs: &Inputs<'a>, weights: &'a dyn ExpertWeights) -> Self {
+        let Inputs { hidden_states, routing, topk_weights } = *inputs;
+        let (tokens, topk) = (routing.tokens(), routing.topk());
         let mut slots_by_expert = vec![Vec::new(); weights.shape().local_experts()];
         for slot in 0..tokens * topk {
-            if let Some(expert) = call.routing.local_expert(slot / topk, slot % topk) {
+            if let Some(expert) = routing.local_expert(slot / topk, slot % topk) {
                 slots_by_expert[expert].push(slot);
             }
         }
         Self {
             weights,
-            hidden_states: call.hidden_states.to_f32(),
+            hidden_states: hidden_states.to_f32(),
             topk,
-            topk_weights: call.topk_weights,
+            topk_weights,
             slots_by_expert,
             output: vec![0.0; tokens * weights.shape().hidden()],
         }
@@ -159,11 +167,11 @@ impl<'a> Oracle<'a> {
     }
 
     /// What the oracle says for an expert's slots, and how far the rows found are from it.
-    fn expert(&self, expert: usize, rows: &[bf16], row_of_slot: &[i32]) -> (f64, Vec<f64>) {
+    fn expert(&self, expert: usize, found: &Found) -> (f64, Vec<f64>) {
         let hidden = self.weights.shape().hidden();
         let slots = self.slots_of(expert);
         let expected: Vec<f64> = slots.chunks(SLOTS_AT_ONCE).flat_map(|slots| self.slot_rows(expert, slots)).collect();
-        let row = |slot: &usize| &rows[row_of_slot[*slot] as usize * hidden..][..hidden];
+        let row = |slot: &usize| &found.rows[found.row_of_slot[*slot] as usize * hidden..][..hidden];
         let found: Vec<f64> = slots.iter().flat_map(row).map(|value| value.to_f64()).collect();
         (distance(&found, &expected), expected)
     }

@@ -1,16 +1,21 @@
 //! `expertile layer`: one MoE layer, run, timed and checked.
 
-use crate::check;
+mod gpu;
+
+use crate::check::{self, Found};
+use crate::device::{self, Choice, DeviceNumber};
 use crate::error::{Error, Result};
 use crate::machine::{self, Limits};
 use crate::preset::{MadeUp, Preset};
 use crate::progress::Progress;
-use crate::stages::{Call, StageReport, StageTime, whole};
+use crate::stages::{Call, Inputs, StageReport, StageTime, whole};
 use crate::weights::ExpertWeights;
 use crate::{format, output, router};
 use expertile::cpu::{Cpu, Layer, LayerOptions};
-use expertile::{ActivationFormat, MatrixRef, Routing, StageCost, TopkIds, WeightFormat};
+use expertile::cuda::Device;
+use expertile::{ActivationFormat, MatrixRef, Routing, Stage, StageCost, TopkIds, WeightFormat};
 use expertile_checkpoint::{Checkpoint, LayerInput, LayerOutput};
+use half::bf16;
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -21,6 +26,9 @@ use std::time::Instant;
 /// Every stage is timed after one run to warm up: the median of up to five runs, fewer where they take long. The limit
 /// of a stage is the memory it must move at the bandwidth measured at the start, or its operations at the rate of the
 /// GEMM in cache, whichever takes longer; a share above 100 % means that caches hold what memory would have to bring.
+///
+/// On a GPU (a Hopper) a stage's time is that inside a graph, the bandwidth is that of a copy, and the rate that of a large
+/// matrix product, all measured at the start. The router still runs on the CPU, and is not in the table.
 #[derive(Debug, clap::Args)]
 #[command(allow_negative_numbers = true)]
 #[command(group(clap::ArgGroup::new("source").required(true).args(["model", "preset"])))]
@@ -62,6 +70,9 @@ pub(crate) struct Args {
     /// Instruction set: portable, avx2 or avx512-bf16 (the best there is, unless given).
     #[arg(long, value_name = "NAME")]
     isa: Option<String>,
+    /// cpu, or cuda:N.
+    #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = device::parse)]
+    device: DeviceNumber,
     /// Compare with the f64 oracle by row and by expert; the exit code is 1 past the tolerance.
     #[arg(long)]
     check: bool,
@@ -132,14 +143,14 @@ impl<'a> Tokens<'a> {
         }
     }
 
-    fn write(&self, file: &Path, call: &Call<'_>) -> Result<()> {
+    fn write(&self, file: &Path, output: &[bf16]) -> Result<()> {
         let (tokens, ids) = (self.input.tokens(), self.ids()?);
         let topk = ids.topk();
         // Ids were checked against the number of experts; every negative one says the same.
         let id = |slot: usize| ids.get(slot / topk, slot % topk).max(-1) as i32;
         let topk_ids: Vec<i32> = (0..tokens * topk).map(id).collect();
         let (hidden, topk_weights) = (self.input.hidden(), self.weights());
-        let output = LayerOutput { tokens, hidden, topk, output: &call.output, topk_ids: &topk_ids, topk_weights };
+        let output = LayerOutput { tokens, hidden, topk, output, topk_ids: &topk_ids, topk_weights };
         output::write_file(file, &output.to_bytes(file)?)
     }
 }
@@ -163,12 +174,43 @@ impl Chosen {
     }
 }
 
+/// What running a layer gave, wherever it ran.
+struct Outcome {
+    place: Place,
+    weight_bytes: usize,
+    /// Until the layer was ready to run.
+    pack_seconds: f64,
+    workspace_bytes: usize,
+    limits: Limits,
+    stages: Vec<StageTime>,
+    /// All stages as one.
+    total: StageReport,
+    output: Vec<bf16>,
+    check: Option<check::Report>,
+}
+
+/// Where a layer ran.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Place {
+    Cpu {
+        isa: &'static str,
+        threads: usize,
+    },
+    Gpu {
+        device: String,
+        /// Seconds of a call that is launched from the host.
+        eager_seconds: f64,
+        choice: Choice,
+    },
+}
+
 #[derive(Debug, Serialize)]
 struct Report {
     source: String,
     layer: Option<usize>,
-    isa: &'static str,
-    threads: usize,
+    #[serde(flatten)]
+    place: Place,
     tokens: usize,
     hidden: usize,
     intermediate: usize,
@@ -187,47 +229,78 @@ struct Report {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let cpu = machine::cpu(args.isa.as_deref())?;
+    let runner = Runner::new(args)?;
     machine::pool(args.threads)?.install(|| match (&args.model, args.preset) {
         (Some(folder), _) => {
             let checkpoint = Checkpoint::open(folder)?;
             let layer = checkpoint.layer(args.layer.unwrap_or_default())?;
             let input = open_input(args)?.ok_or_else(|| Error::usage("--input is missing"))?;
-            run_weights(args, &cpu, &layer, &input, &folder.display().to_string())
+            run_weights(args, &runner, &layer, &input, &folder.display().to_string())
         }
         (None, Some(preset)) => {
             let format = args.weights.unwrap_or_else(|| preset.usual_format());
             choose_activations(args.activations, format)?;
-            let layer = MadeUp::new(preset, args.experts, format, args.seed)?;
+            let layer = MadeUp::new(preset, args.experts, format, args.seed, runner.memory_bytes())?;
             let input = match open_input(args)? {
                 Some(input) => input,
                 None => layer.tokens(args.tokens.unwrap_or(64))?,
             };
-            run_weights(args, &cpu, &layer, &input, &preset.name())
+            run_weights(args, &runner, &layer, &input, &preset.name())
         }
         (None, None) => Err(Error::usage("--model or --preset is missing")),
     })
+}
+
+/// What runs the layer.
+enum Runner {
+    Cpu(Cpu),
+    Gpu(Box<Device>),
+}
+
+impl Runner {
+    fn new(args: &Args) -> Result<Self> {
+        match (args.device, &args.isa) {
+            (None, isa) => Ok(Self::Cpu(machine::cpu(isa.as_deref())?)),
+            (Some(_), Some(_)) => Err(Error::usage("--isa goes with --device cpu only")),
+            (Some(ordinal), None) => Ok(Self::Gpu(Box::new(Device::open(ordinal)?))),
+        }
+    }
+
+    /// Bytes of memory for weights, as far as the system says.
+    fn memory_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Cpu(_) => machine::available_memory(),
+            Self::Gpu(device) => Some(device.info().memory_bytes),
+        }
+    }
 }
 
 fn open_input(args: &Args) -> Result<Option<LayerInput>> {
     Ok(args.input.as_deref().map(LayerInput::open).transpose()?)
 }
 
-fn run_weights(args: &Args, cpu: &Cpu, weights: &dyn ExpertWeights, input: &LayerInput, source: &str) -> Result<()> {
+fn run_weights(
+    args: &Args,
+    runner: &Runner,
+    weights: &dyn ExpertWeights,
+    input: &LayerInput,
+    source: &str,
+) -> Result<()> {
     let activations = choose_activations(args.activations, weights.format())?;
     let tokens = Tokens::new(input, weights)?;
     let routing = Routing::new(tokens.ids()?, weights.shape().local_experts(), None)?;
-    let packed = Packed::new(cpu, weights, activations)?;
-    let limits = Limits::measure(cpu, weights.format(), activations)?;
-    let mut call = Call::new(cpu, &packed.layer, input.hidden_states(), routing, tokens.weights())?;
-    // About a second of repeats: enough for a median, little enough for a newcomer's patience.
-    let mut times = call.time(|first| (1.0 / first.max(1e-9)).clamp(1.0, 5.0) as usize)?;
-    times.splice(0..0, tokens.chosen.as_ref().map(|chosen| chosen.time));
+    let inputs = Inputs { hidden_states: input.hidden_states(), routing, topk_weights: tokens.weights() };
+    let outcome = match runner {
+        Runner::Cpu(cpu) => {
+            let router = tokens.chosen.as_ref().map(|chosen| chosen.time);
+            run_on_cpu(cpu, weights, inputs, activations, router, args.check)?
+        }
+        Runner::Gpu(device) => gpu::run(device, weights, inputs, activations, args.check)?,
+    };
     if let Some(file) = &args.output {
-        tokens.write(file, &call)?;
+        tokens.write(file, &outcome.output)?;
     }
-    let check = if args.check { Some(check::check(&mut call, weights)?) } else { None };
-    let report = Report::new(source, args.layer, &packed, &call, &limits, &times, check);
+    let report = Report::new(source, args.layer, weights, &routing, activations, outcome);
     if args.json {
         output::print_json(&report)?
     } else {
@@ -237,6 +310,46 @@ fn run_weights(args: &Args, cpu: &Cpu, weights: &dyn ExpertWeights, input: &Laye
         Some(check) if !check.passed => Err(Error::Check(check.text())),
         _ => Ok(()),
     }
+}
+
+fn run_on_cpu(
+    cpu: &Cpu,
+    weights: &dyn ExpertWeights,
+    inputs: Inputs<'_>,
+    activations: ActivationFormat,
+    router: Option<StageTime>,
+    check: bool,
+) -> Result<Outcome> {
+    let packed = Packed::new(cpu, weights, activations)?;
+    let limits = Limits::measure(cpu, weights.format(), activations)?;
+    let mut call = Call::new(cpu, &packed.layer, inputs)?;
+    // About a second of repeats: enough for a median, little enough for a newcomer's patience.
+    let mut stages = call.time(|first| (1.0 / first.max(1e-9)).clamp(1.0, 5.0) as usize)?;
+    stages.splice(0..0, router);
+    let check = if check { Some(check::check(&found(&mut call)?, &inputs, weights, activations)) } else { None };
+    Ok(Outcome {
+        place: Place::Cpu { isa: cpu.isa().name(), threads: cpu.threads() },
+        weight_bytes: packed.bytes,
+        pack_seconds: packed.seconds,
+        workspace_bytes: call.workspace.len(),
+        limits,
+        total: whole(&stages, &limits),
+        stages,
+        output: call.output,
+        check,
+    })
+}
+
+/// Runs the call once more, for its rows of GEMM 2 as well.
+fn found(call: &mut Call<'_>) -> Result<Found> {
+    let (mut rows, mut row_of_slot) = (Vec::new(), Vec::new());
+    call.run(&mut |done| {
+        if let (Stage::Gemm2, Some(found)) = (done.stage, done.rows) {
+            rows = found.to_vec();
+            row_of_slot = done.layout.inv_perm().to_vec();
+        }
+    })?;
+    Ok(Found { output: call.output.clone(), rows, row_of_slot })
 }
 
 /// A layer ready to run, and what getting there took.
@@ -262,33 +375,32 @@ impl Report {
     fn new(
         source: &str,
         layer: Option<usize>,
-        packed: &Packed,
-        call: &Call<'_>,
-        limits: &Limits,
-        times: &[StageTime],
-        check: Option<check::Report>,
+        weights: &dyn ExpertWeights,
+        routing: &Routing<'_>,
+        activations: ActivationFormat,
+        outcome: Outcome,
     ) -> Self {
-        let shape = packed.layer.shape();
+        let shape = weights.shape();
+        let Outcome { limits, .. } = outcome;
         Self {
             source: source.to_owned(),
             layer,
-            isa: call.cpu.isa().name(),
-            threads: call.cpu.threads(),
-            tokens: call.routing.tokens(),
+            place: outcome.place,
+            tokens: routing.tokens(),
             hidden: shape.hidden(),
             intermediate: shape.intermediate(),
             experts: shape.local_experts(),
-            topk: call.routing.topk(),
-            active_experts: active_experts(&call.routing),
-            weights: packed.layer.weight_format().name(),
-            activations: packed.layer.options().activations.name(),
-            weight_bytes: packed.bytes,
-            workspace_bytes: call.workspace.len(),
-            pack_seconds: packed.seconds,
-            limits: *limits,
-            stages: times.iter().map(|time| StageReport::new(time, limits)).collect(),
-            total: whole(times, limits),
-            check,
+            topk: routing.topk(),
+            active_experts: active_experts(routing),
+            weights: weights.format().name(),
+            activations: activations.name(),
+            weight_bytes: outcome.weight_bytes,
+            workspace_bytes: outcome.workspace_bytes,
+            pack_seconds: outcome.pack_seconds,
+            limits,
+            stages: outcome.stages.iter().map(|time| StageReport::new(time, &limits)).collect(),
+            total: outcome.total,
+            check: outcome.check,
         }
     }
 
@@ -302,31 +414,40 @@ impl Report {
             ": H {}, I {}, {} experts, {} tokens, {} experts each",
             self.hidden, self.intermediate, self.experts, self.tokens, self.topk
         );
+        let (bytes, seconds) = (format::bytes(self.weight_bytes as u64), format::seconds(self.pack_seconds));
+        let (how, place) = match &self.place {
+            Place::Cpu { isa, threads } => ("packed", format!("{threads} threads of {isa}")),
+            Place::Gpu { device, .. } => ("on the device", device.clone()),
+        };
         let _ = writeln!(
             text,
-            "{} weights ({}, packed in {}), {} activations, {} threads of {}",
-            self.weights,
-            format::bytes(self.weight_bytes as u64),
-            format::seconds(self.pack_seconds),
-            self.activations,
-            self.threads,
-            self.isa
+            "{} weights ({bytes}, {how} in {seconds}), {} activations, {place}",
+            self.weights, self.activations
         );
-        let _ = writeln!(
-            text,
-            "{} of {} experts have tokens; memory reads {}, copies {}; gemm in cache {}",
-            self.active_experts,
-            self.experts,
-            format::bytes_per_second(self.limits.bandwidth.read_bytes_per_second),
-            format::bytes_per_second(self.limits.bandwidth.copy_bytes_per_second),
-            format::flops_per_second(self.limits.gemm_flops_per_second)
-        );
+        let _ =
+            writeln!(text, "{} of {} experts have tokens; {}", self.active_experts, self.experts, self.limits_text());
+        if let Place::Gpu { choice, eager_seconds, .. } = &self.place {
+            let _ = writeln!(text, "{}\nlaunched from the host: {}", choice.text(), format::seconds(*eager_seconds));
+        }
         let rows: Vec<_> = self.stages.iter().chain([&self.total]).map(StageReport::row).collect();
         text.push_str(&format::table(&StageReport::HEADER, 1, &rows));
         if let Some(check) = &self.check {
             let _ = writeln!(text, "{}", check.text());
         }
         text
+    }
+
+    fn limits_text(&self) -> String {
+        let Limits { bandwidth, gemm_flops_per_second } = self.limits;
+        let copy = format::bytes_per_second(bandwidth.copy_bytes_per_second);
+        let gemm = format::flops_per_second(gemm_flops_per_second);
+        match self.place {
+            Place::Cpu { .. } => {
+                let read = format::bytes_per_second(bandwidth.read_bytes_per_second);
+                format!("memory reads {read}, copies {copy}; gemm in cache {gemm}")
+            }
+            Place::Gpu { .. } => format!("memory copies {copy}; a large matrix product {gemm}"),
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod bench;
 mod check;
+mod device;
 mod doctor;
 mod error;
 mod format;

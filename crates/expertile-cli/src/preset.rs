@@ -5,7 +5,7 @@
 
 use crate::error::{Error, Result};
 use crate::machine;
-use crate::weights::ExpertWeights;
+use crate::weights::{ExpertWeights, Part, PartRows, Space, TakePart};
 use clap::ValueEnum;
 use expertile::cpu::{Cpu, PackedWeights, PackedWeightsBuilder};
 use expertile::gemm::WEIGHT_BLOCK;
@@ -23,6 +23,9 @@ pub(crate) enum Preset {
     /// H 7168, I 2048, 256 experts, 8 per token.
     #[value(name = "deepseek-v3")]
     DeepSeekV3,
+    /// H 4096, I 1536, 128 experts, 8 per token.
+    #[value(name = "qwen3-235b-a22b")]
+    Qwen3Large,
     /// H 4096, I 14336, 8 experts, 2 per token.
     #[value(name = "mixtral-8x7b")]
     Mixtral,
@@ -34,6 +37,7 @@ impl Preset {
         match self {
             Self::Qwen3 => (2048, 768, 128, 8),
             Self::DeepSeekV3 => (7168, 2048, 256, 8),
+            Self::Qwen3Large => (4096, 1536, 128, 8),
             Self::Mixtral => (4096, 14336, 8, 2),
         }
     }
@@ -41,7 +45,7 @@ impl Preset {
     /// What the model is published in.
     pub(crate) fn usual_format(self) -> WeightFormat {
         match self {
-            Self::Qwen3 | Self::Mixtral => WeightFormat::Bf16,
+            Self::Qwen3 | Self::Qwen3Large | Self::Mixtral => WeightFormat::Bf16,
             Self::DeepSeekV3 => WeightFormat::E4m3,
         }
     }
@@ -90,25 +94,23 @@ const BIAS: u64 = 11;
 const TOKENS: u64 = 12;
 const ROUTING: u64 = 13;
 
-/// The three matrices of an expert.
-#[derive(Debug, Clone, Copy)]
-enum Part {
-    Gate,
-    Up,
-    Down,
-}
-
 impl MadeUp {
     /// The layer, with `experts` of them or as many as the model has; with fewer, and a line on stderr that says so, if
-    /// memory does not hold them.
-    pub(crate) fn new(preset: Preset, experts: Option<usize>, format: WeightFormat, seed: u64) -> Result<Self> {
+    /// the `available` bytes of memory do not hold them.
+    pub(crate) fn new(
+        preset: Preset,
+        experts: Option<usize>,
+        format: WeightFormat,
+        seed: u64,
+        available: Option<u64>,
+    ) -> Result<Self> {
         let (hidden, intermediate, usual, topk) = preset.sizes();
         let asked = experts.unwrap_or(usual);
         if asked < topk {
             return Err(Error::usage(format!("--experts is {asked}, expected at least {topk}, the experts per token")));
         }
         let expert_bytes = (3 * hidden * intermediate * format.bytes()) as u64;
-        let fit = machine::available_memory().map_or(asked, |bytes| experts_that_fit(bytes, expert_bytes, asked));
+        let fit = available.map_or(asked, |bytes| experts_that_fit(bytes, expert_bytes, asked));
         if fit < topk {
             return Err(Error::usage(format!(
                 "{} needs {topk} experts of {} in memory, which holds {fit}",
@@ -190,42 +192,6 @@ impl MadeUp {
         unit_size(cols) / E4m3::MAX * (1.0 + 0.25 * self.random(part, expert, row).uniform())
     }
 
-    fn pack_part(
-        &self,
-        cpu: &Cpu,
-        builder: &mut PackedWeightsBuilder,
-        part: Part,
-        expert: usize,
-        space: &mut Space,
-    ) -> Result<()> {
-        let (hidden, intermediate) = (self.shape.hidden(), self.shape.intermediate());
-        let (rows, cols, first_row) = match part {
-            Part::Gate => (intermediate, hidden, 0),
-            Part::Up => (intermediate, hidden, intermediate),
-            Part::Down => (hidden, intermediate, 0),
-        };
-        match self.format {
-            WeightFormat::Bf16 => {
-                space.bf16.resize(rows * cols, bf16::ZERO);
-                let each = space.bf16.par_chunks_mut(cols).enumerate();
-                each.for_each(|(row, out)| self.bf16_row(part, expert, row, out));
-                builder.pack_bf16_rows(cpu, expert, first_row, MatrixRef::new(&space.bf16, rows, cols)?)?;
-            }
-            WeightFormat::E4m3 => {
-                space.e4m3.resize(rows * cols, E4m3(0));
-                let each = space.e4m3.par_chunks_mut(cols).enumerate();
-                each.for_each(|(row, out)| self.e4m3_row(part, expert, row, out));
-                let blocks = [rows, cols].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
-                let scale = |block: usize| self.scale(part, expert, block / blocks[1], block % blocks[1], cols);
-                let scales: Vec<f32> = (0..blocks[0] * blocks[1]).map(scale).collect();
-                let scales = MatrixRef::new(&scales, blocks[0], blocks[1])?;
-                let values = MatrixRef::new(&space.e4m3, rows, cols)?;
-                builder.pack_e4m3_rows(cpu, expert, first_row, values, scales)?;
-            }
-        }
-        Ok(())
-    }
-
     fn row(&self, part: Part, expert: usize, row: usize, out: &mut [f64]) {
         match self.format {
             WeightFormat::Bf16 => {
@@ -245,13 +211,6 @@ impl MadeUp {
             }
         }
     }
-}
-
-/// One expert's matrix before it is packed.
-#[derive(Default)]
-struct Space {
-    bf16: Vec<bf16>,
-    e4m3: Vec<E4m3>,
 }
 
 impl ExpertWeights for MadeUp {
@@ -278,12 +237,47 @@ impl ExpertWeights for MadeUp {
         let mut w2 = PackedWeightsBuilder::new(self.format, experts, hidden, intermediate)?;
         let mut space = Space::default();
         for expert in 0..experts {
-            self.pack_part(cpu, &mut w13, Part::Gate, expert, &mut space)?;
-            self.pack_part(cpu, &mut w13, Part::Up, expert, &mut space)?;
-            self.pack_part(cpu, &mut w2, Part::Down, expert, &mut space)?;
+            for part in [Part::Gate, Part::Up, Part::Down] {
+                let (builder, first_row) = match part {
+                    Part::Gate => (&mut w13, 0),
+                    Part::Up => (&mut w13, intermediate),
+                    Part::Down => (&mut w2, 0),
+                };
+                self.with_part(part, expert, &mut space, &mut |rows| match rows {
+                    PartRows::Bf16(rows) => builder.pack_bf16_rows(cpu, expert, first_row, rows),
+                    PartRows::E4m3 { values, scales } => builder.pack_e4m3_rows(cpu, expert, first_row, values, scales),
+                })?;
+            }
             progress(expert + 1);
         }
         Ok((w13.finish()?, w2.finish()?))
+    }
+
+    fn with_part(&self, part: Part, expert: usize, space: &mut Space, take: &mut TakePart<'_>) -> Result<()> {
+        let (hidden, intermediate) = (self.shape.hidden(), self.shape.intermediate());
+        let (rows, cols) = match part {
+            Part::Gate | Part::Up => (intermediate, hidden),
+            Part::Down => (hidden, intermediate),
+        };
+        match self.format {
+            WeightFormat::Bf16 => {
+                space.bf16.resize(rows * cols, bf16::ZERO);
+                let each = space.bf16.par_chunks_mut(cols).enumerate();
+                each.for_each(|(row, out)| self.bf16_row(part, expert, row, out));
+                take(PartRows::Bf16(MatrixRef::new(&space.bf16, rows, cols)?))?;
+            }
+            WeightFormat::E4m3 => {
+                space.e4m3.resize(rows * cols, E4m3(0));
+                let each = space.e4m3.par_chunks_mut(cols).enumerate();
+                each.for_each(|(row, out)| self.e4m3_row(part, expert, row, out));
+                let blocks = [rows, cols].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
+                let scale = |block: usize| self.scale(part, expert, block / blocks[1], block % blocks[1], cols);
+                let scales: Vec<f32> = (0..blocks[0] * blocks[1]).map(scale).collect();
+                let scales = MatrixRef::new(&scales, blocks[0], blocks[1])?;
+                take(PartRows::E4m3 { values: MatrixRef::new(&space.e4m3, rows, cols)?, scales })?;
+            }
+        }
+        Ok(())
     }
 
     fn w13_row(&self, expert: usize, row: usize, out: &mut [f64]) {
@@ -370,7 +364,7 @@ mod tests {
 
     #[test]
     fn made_up_routing_names_each_expert_at_most_once_per_token() {
-        let layer = MadeUp::new(Preset::Qwen3, Some(11), WeightFormat::E4m3, 3).unwrap();
+        let layer = MadeUp::new(Preset::Qwen3, Some(11), WeightFormat::E4m3, 3, None).unwrap();
         let (ids, weights) = layer.uniform_routing(200);
         assert_eq!((ids.len(), weights.len()), (1600, 1600));
         let mut counts = [0; 11];
@@ -393,7 +387,7 @@ mod tests {
     #[test]
     fn rows_have_unit_variance_and_depend_on_every_number() {
         for format in [WeightFormat::Bf16, WeightFormat::E4m3] {
-            let layer = MadeUp::new(Preset::Qwen3, Some(8), format, 3).unwrap();
+            let layer = MadeUp::new(Preset::Qwen3, Some(8), format, 3, None).unwrap();
             let row = |expert, row| {
                 let mut out = vec![0.0; 2048];
                 layer.w13_row(expert, row, &mut out);
@@ -405,7 +399,7 @@ mod tests {
             assert_ne!(row(1, 2), row(1, 3));
             assert_ne!(row(1, 2), row(2, 2));
             assert_ne!(row(1, 2), row(1, 768 + 2));
-            let other = MadeUp::new(Preset::Qwen3, Some(8), format, 4).unwrap();
+            let other = MadeUp::new(Preset::Qwen3, Some(8), format, 4, None).unwrap();
             let mut out = vec![0.0; 2048];
             other.w13_row(1, 2, &mut out);
             assert_ne!(row(1, 2), out);

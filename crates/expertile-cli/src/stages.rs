@@ -9,13 +9,19 @@ use expertile_checkpoint::HiddenStates;
 use half::bf16;
 use serde::Serialize;
 
-/// One call of a layer: tokens, their experts, and room for the result.
-pub(crate) struct Call<'a> {
-    pub(crate) cpu: &'a Cpu,
-    pub(crate) layer: &'a Layer,
+/// What a call of a layer works on: tokens and their experts.
+#[derive(Clone, Copy)]
+pub(crate) struct Inputs<'a> {
     pub(crate) hidden_states: &'a HiddenStates,
     pub(crate) routing: Routing<'a>,
     pub(crate) topk_weights: &'a [f32],
+}
+
+/// One call of a layer on the CPU, and room for the result.
+pub(crate) struct Call<'a> {
+    pub(crate) cpu: &'a Cpu,
+    pub(crate) layer: &'a Layer,
+    pub(crate) inputs: Inputs<'a>,
     pub(crate) workspace: Vec<u8>,
     pub(crate) output: Vec<bf16>,
 }
@@ -43,30 +49,26 @@ pub(crate) struct StageReport {
 }
 
 impl<'a> Call<'a> {
-    pub(crate) fn new(
-        cpu: &'a Cpu,
-        layer: &'a Layer,
-        hidden_states: &'a HiddenStates,
-        routing: Routing<'a>,
-        topk_weights: &'a [f32],
-    ) -> Result<Self> {
+    pub(crate) fn new(cpu: &'a Cpu, layer: &'a Layer, inputs: Inputs<'a>) -> Result<Self> {
+        let routing = &inputs.routing;
         let workspace = vec![0; layer.workspace_bytes(routing.tokens(), routing.topk())?];
         let output = vec![bf16::ZERO; routing.tokens() * layer.shape().hidden()];
-        Ok(Self { cpu, layer, hidden_states, routing, topk_weights, workspace, output })
+        Ok(Self { cpu, layer, inputs, workspace, output })
     }
 
     /// Runs the layer once.
     pub(crate) fn run(&mut self, observe: &mut (dyn FnMut(&StageDone<'_>) + Send)) -> Result<()> {
-        let (tokens, topk, hidden) = (self.routing.tokens(), self.routing.topk(), self.layer.shape().hidden());
-        let weights = MatrixRef::new(self.topk_weights, tokens, topk)?;
+        let Inputs { hidden_states, routing, topk_weights } = self.inputs;
+        let (tokens, topk, hidden) = (routing.tokens(), routing.topk(), self.layer.shape().hidden());
+        let weights = MatrixRef::new(topk_weights, tokens, topk)?;
         let (workspace, output) = (&mut self.workspace[..], &mut self.output[..]);
         macro_rules! run {
             ($values:expr) => {{
                 let x = MatrixRef::new($values, tokens, hidden)?;
-                self.layer.run_observed(self.cpu, x, &self.routing, weights, workspace, output, observe)
+                self.layer.run_observed(self.cpu, x, &routing, weights, workspace, output, observe)
             }};
         }
-        match self.hidden_states {
+        match hidden_states {
             HiddenStates::Bf16(values) => run!(values),
             HiddenStates::F16(values) => run!(values),
             HiddenStates::F32(values) => run!(values),
@@ -124,6 +126,12 @@ impl StageReport {
             bound,
             share: if time.seconds > 0.0 { least / time.seconds } else { 0.0 },
         }
+    }
+
+    /// The same work in another time.
+    pub(crate) fn taking(self, seconds: f64) -> Self {
+        let share = if seconds > 0.0 { self.share * self.seconds / seconds } else { 0.0 };
+        Self { seconds, share, ..self }
     }
 
     /// Cells for a table with [`StageReport::HEADER`].

@@ -2,8 +2,38 @@
 
 use crate::error::Result;
 use expertile::cpu::{Cpu, PackedWeights};
-use expertile::{LayerShape, Router, WeightFormat};
-use expertile_checkpoint::MoeLayer;
+use expertile::gemm::WEIGHT_BLOCK;
+use expertile::{E4m3, LayerShape, MatrixRef, Router, WeightFormat};
+use expertile_checkpoint::{MoeLayer, WeightValues};
+use half::bf16;
+
+/// The three matrices of an expert.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Part {
+    Gate,
+    Up,
+    Down,
+}
+
+/// The rows of one of them.
+pub(crate) enum PartRows<'a> {
+    Bf16(MatrixRef<'a, bf16>),
+    E4m3 {
+        values: MatrixRef<'a, E4m3>,
+        /// One for each block of 128 x 128.
+        scales: MatrixRef<'a, f32>,
+    },
+}
+
+/// Room for one matrix that has to be made before it can be taken.
+#[derive(Default)]
+pub(crate) struct Space {
+    pub(crate) bf16: Vec<bf16>,
+    pub(crate) e4m3: Vec<E4m3>,
+}
+
+/// Who takes a matrix.
+pub(crate) type TakePart<'a> = dyn FnMut(PartRows<'_>) -> expertile::Result<()> + 'a;
 
 /// The weights of one MoE layer and its router.
 pub(crate) trait ExpertWeights: Sync {
@@ -21,6 +51,9 @@ pub(crate) trait ExpertWeights: Sync {
 
     /// Packs `w13 [E, 2 I, H]` and `w2 [E, H, I]`, telling `progress` how many experts are done.
     fn pack(&self, cpu: &Cpu, progress: &mut dyn FnMut(usize)) -> Result<(PackedWeights, PackedWeights)>;
+
+    /// Hands over one matrix of an expert.
+    fn with_part(&self, part: Part, expert: usize, space: &mut Space, take: &mut TakePart<'_>) -> Result<()>;
 
     /// Row `row` of an expert's `[2 I, H]`, gate first, scales applied.
     fn w13_row(&self, expert: usize, row: usize, out: &mut [f64]);
@@ -48,6 +81,25 @@ impl ExpertWeights for MoeLayer<'_> {
 
     fn pack(&self, cpu: &Cpu, progress: &mut dyn FnMut(usize)) -> Result<(PackedWeights, PackedWeights)> {
         Ok(self.pack(cpu, progress)?)
+    }
+
+    fn with_part(&self, part: Part, expert: usize, _space: &mut Space, take: &mut TakePart<'_>) -> Result<()> {
+        let expert = &self.experts()[expert];
+        let matrix = match part {
+            Part::Gate => &expert.gate,
+            Part::Up => &expert.up,
+            Part::Down => &expert.down,
+        };
+        let (rows, cols) = (matrix.rows(), matrix.cols());
+        let part = match matrix.values() {
+            WeightValues::Bf16(values) => PartRows::Bf16(MatrixRef::new(values, rows, cols)?),
+            WeightValues::E4m3 { values, scales } => {
+                let [block_rows, block_cols] = [rows, cols].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
+                let scales = MatrixRef::new(scales, block_rows, block_cols)?;
+                PartRows::E4m3 { values: MatrixRef::new(values, rows, cols)?, scales }
+            }
+        };
+        Ok(take(part)?)
     }
 
     fn w13_row(&self, expert: usize, row: usize, out: &mut [f64]) {

@@ -49,12 +49,6 @@ struct Row {
     share_of_copy: f64,
 }
 
-/// The number of `cuda:N`, `None` for `cpu`.
-pub(super) fn parse_device(name: &str) -> std::result::Result<Option<usize>, String> {
-    let number = || name.strip_prefix("cuda:")?.parse().ok().map(Some);
-    if name == "cpu" { Ok(None) } else { number().ok_or_else(|| "expected cpu or cuda:N".into()) }
-}
-
 pub(super) fn run(
     ordinal: usize,
     weights: &MadeUp,
@@ -158,19 +152,5 @@ impl Report {
         text.push_str(&format::table(&header, 2, &rows));
         text.push_str("permute includes routing and plan: one call\n");
         text
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn devices_go_by_name_and_number() {
-        assert_eq!(parse_device("cpu"), Ok(None));
-        assert_eq!(parse_device("cuda:3"), Ok(Some(3)));
-        for name in ["cuda", "cuda:", "cuda:x", "gpu", ""] {
-            assert!(parse_device(name).is_err(), "{name}");
-        }
     }
 }

@@ -1,0 +1,141 @@
+//! Which device a command runs on, and what a GPU's layer needs of the host: its weights in parts, its limits, its choice.
+
+use crate::error::{Error, Result};
+use crate::machine::{Bandwidth, Limits};
+use crate::progress::Progress;
+use crate::weights::{ExpertWeights, Part, PartRows, Space};
+use expertile::cuda::measure::{LayerTimes, StageTime, copy_bytes_per_second, matrix_flops_per_second};
+use expertile::cuda::{Device, Layer, LayerChoice, LayerConfig, Weights, WeightsBuilder};
+use expertile::layer::stage_cost;
+use expertile::{ActivationFormat, Dtype, LayerShape, Layout, Routing, StageCost, WeightFormat};
+use expertile_checkpoint::HiddenStates;
+use half::slice::HalfFloatSliceExt;
+use serde::Serialize;
+
+/// A GPU's number, `None` for the CPU. (Clap takes a bare `Option` for an argument that may be missing.)
+pub(crate) type DeviceNumber = std::option::Option<usize>;
+
+/// The number of `cuda:N`, `None` for `cpu`.
+pub(crate) fn parse(name: &str) -> std::result::Result<DeviceNumber, String> {
+    let number = || name.strip_prefix("cuda:")?.parse().ok().map(Some);
+    if name == "cpu" { Ok(None) } else { number().ok_or_else(|| "expected cpu or cuda:N".into()) }
+}
+
+/// What bounds a stage on a GPU: reading is taken to be as fast as copying, the matrix product is a large dense one.
+pub(crate) fn limits(device: &Device, format: WeightFormat) -> Result<Limits> {
+    let copy = copy_bytes_per_second(device)?;
+    Ok(Limits {
+        bandwidth: Bandwidth { read_bytes_per_second: copy, copy_bytes_per_second: copy },
+        gemm_flops_per_second: matrix_flops_per_second(device, format)?,
+    })
+}
+
+/// The type of hidden states that a GPU takes, and their bits.
+pub(crate) fn half_bits(states: &HiddenStates) -> Result<(Dtype, &[u16])> {
+    match states {
+        HiddenStates::Bf16(values) => Ok((Dtype::Bf16, values.reinterpret_cast())),
+        HiddenStates::F16(values) => Ok((Dtype::F16, values.reinterpret_cast())),
+        HiddenStates::F32(_) => Err(Error::usage("hidden_states is f32, expected bf16 or f16 on a GPU")),
+    }
+}
+
+/// Brings `w13 [E, 2 I, H]` and `w2 [E, H, I]` to the device, a matrix at a time; `progress` is told the experts done.
+fn upload(weights: &dyn ExpertWeights, device: &Device, progress: &mut dyn FnMut(usize)) -> Result<[Weights; 2]> {
+    let (shape, format) = (weights.shape(), weights.format());
+    let (hidden, intermediate, experts) = (shape.hidden(), shape.intermediate(), shape.local_experts());
+    let mut w13 = WeightsBuilder::new(device, format, (experts, 2 * intermediate, hidden))?;
+    let mut w2 = WeightsBuilder::new(device, format, (experts, hidden, intermediate))?;
+    let mut space = Space::default();
+    for expert in 0..experts {
+        for part in [Part::Gate, Part::Up, Part::Down] {
+            let (builder, first_row) = match part {
+                Part::Gate => (&mut w13, 0),
+                Part::Up => (&mut w13, intermediate),
+                Part::Down => (&mut w2, 0),
+            };
+            weights.with_part(part, expert, &mut space, &mut |rows| match rows {
+                PartRows::Bf16(rows) => builder.upload_bf16_rows(expert, first_row, rows),
+                PartRows::E4m3 { values, scales } => builder.upload_e4m3_rows(expert, first_row, values, scales),
+            })?;
+        }
+        progress(expert + 1);
+    }
+    Ok([w13.finish()?, w2.finish()?])
+}
+
+/// The layer on the device, with a bar on a terminal while its weights are on their way.
+pub(crate) fn prepare(
+    device: &Device,
+    weights: &dyn ExpertWeights,
+    config: LayerConfig,
+    max_tokens: usize,
+) -> Result<Layer> {
+    let progress = Progress::new("uploading experts", weights.shape().local_experts());
+    let [w13, w2] = upload(weights, device, &mut |done| progress.set(done))?;
+    Ok(Layer::prepare(device, w13, w2, config, max_tokens.max(1))?)
+}
+
+/// What each of the timed stages had to move and compute.
+pub(crate) fn stage_costs(
+    times: &LayerTimes,
+    routing: &Routing<'_>,
+    shape: &LayerShape,
+    activations: ActivationFormat,
+) -> Result<Vec<StageCost>> {
+    const INPUT_BYTES: usize = 2;
+    let plan = &times.choice.plan;
+    let weights = match activations {
+        ActivationFormat::E4m3 => WeightFormat::E4m3,
+        ActivationFormat::Bf16 => WeightFormat::Bf16,
+    };
+    let mut space = vec![0; Layout::space_len(plan)?];
+    let layout = Layout::build(plan, routing, &mut space)?;
+    let cost = |time: &StageTime| stage_cost(time.stage, shape, &layout, weights, activations, INPUT_BYTES);
+    Ok(times.stages.iter().map(cost).collect())
+}
+
+/// A [`LayerChoice`] as reports print it.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Choice {
+    pub(crate) m_sum: usize,
+    pub(crate) alignment: usize,
+    pub(crate) row_tile: usize,
+    pub(crate) gemm1: String,
+    pub(crate) gemm2: String,
+    pub(crate) launches: usize,
+    pub(crate) workspace_bytes: usize,
+}
+
+impl From<LayerChoice> for Choice {
+    fn from(choice: LayerChoice) -> Self {
+        let LayerChoice { plan, row_tile, gemm1, gemm2, launches, workspace_bytes, .. } = choice;
+        let (m_sum, alignment) = (plan.m_sum(), plan.alignment());
+        let [gemm1, gemm2] = [gemm1, gemm2].map(|tile| tile.to_string());
+        Self { m_sum, alignment, row_tile, gemm1, gemm2, launches, workspace_bytes }
+    }
+}
+
+impl Choice {
+    /// One line for a reader.
+    pub(crate) fn text(&self) -> String {
+        let Self { m_sum, alignment, gemm1, gemm2, launches, .. } = self;
+        let gemms =
+            if gemm1 == gemm2 { format!("both gemms {gemm1}") } else { format!("gemm1 {gemm1}; gemm2 {gemm2}") };
+        let workspace = crate::format::bytes(self.workspace_bytes as u64);
+        format!("{launches} launches, {m_sum} rows aligned to {alignment}, workspace {workspace}; {gemms}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_go_by_name_and_number() {
+        assert_eq!(parse("cpu"), Ok(None));
+        assert_eq!(parse("cuda:3"), Ok(Some(3)));
+        for name in ["cuda", "cuda:", "cuda:x", "gpu", ""] {
+            assert!(parse(name).is_err(), "{name}");
+        }
+    }
+}

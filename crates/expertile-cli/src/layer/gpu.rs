@@ -1,0 +1,81 @@
+//! `expertile layer --device cuda:N`: the layer on a GPU.
+
+use super::{Outcome, Place};
+use crate::check::{self, Found};
+use crate::device;
+use crate::error::Result;
+use crate::stages::{Inputs, StageTime, whole};
+use crate::weights::ExpertWeights;
+use expertile::cuda::measure::{LayerCall, LayerInputs};
+use expertile::cuda::{Device, LayerConfig};
+use expertile::{Activation, ActivationFormat, Dtype, Routing};
+use std::time::Instant;
+
+pub(super) fn run(
+    device: &Device,
+    weights: &dyn ExpertWeights,
+    inputs: Inputs<'_>,
+    activations: ActivationFormat,
+    check: bool,
+) -> Result<Outcome> {
+    let (input, bits) = device::half_bits(inputs.hidden_states)?;
+    let routing = inputs.routing;
+    let config = LayerConfig {
+        topk: routing.topk(),
+        ids: Dtype::I32,
+        global_experts: routing.local_experts(),
+        input,
+        output: Dtype::Bf16,
+        activation: Activation::default(),
+        activations,
+        weight_on_input: false,
+    };
+    let started = Instant::now();
+    let layer = device::prepare(device, weights, config, routing.tokens())?;
+    let pack_seconds = started.elapsed().as_secs_f64();
+    let limits = device::limits(device, weights.format())?;
+    let ids = local_ids(&routing);
+    let on_device = LayerInputs {
+        tokens: routing.tokens(),
+        hidden_states: bits,
+        topk_ids: &ids,
+        topk_weights: inputs.topk_weights,
+        expert_map: None,
+    };
+    let call = LayerCall::new(device, &layer, &on_device)?;
+    call.run()?;
+    let output = call.output()?;
+    let (rows, row_of_slot) = call.rows()?;
+    let times = call.time()?;
+    let found = Found { output, rows, row_of_slot };
+    let check = check.then(|| check::check(&found, &inputs, weights, activations));
+    let costs = device::stage_costs(&times, &routing, layer.shape(), activations)?;
+    let stage = |(time, cost): (&expertile::cuda::measure::StageTime, _)| StageTime {
+        stage: Some(time.stage),
+        seconds: time.graph_seconds,
+        cost,
+    };
+    let stages: Vec<StageTime> = times.stages.iter().zip(costs).map(stage).collect();
+    Ok(Outcome {
+        place: Place::Gpu {
+            device: device.info().name.clone(),
+            eager_seconds: times.eager_seconds,
+            choice: times.choice.into(),
+        },
+        weight_bytes: layer.weights().iter().map(|weights| weights.bytes()).sum(),
+        pack_seconds,
+        workspace_bytes: times.choice.workspace_bytes,
+        limits,
+        total: whole(&stages, &limits).taking(times.graph_seconds),
+        stages,
+        output: found.output,
+        check,
+    })
+}
+
+/// `[M, topk]`: every slot's expert, -1 for none.
+fn local_ids(routing: &Routing<'_>) -> Vec<i32> {
+    let topk = routing.topk();
+    let id = |slot: usize| routing.local_expert(slot / topk, slot % topk).map_or(-1, |expert| expert as i32);
+    (0..routing.tokens() * topk).map(id).collect()
+}
