@@ -1,6 +1,7 @@
 //! `expertile bench`: every stage timed over a list of sizes, permute and unpermute beside a memcpy of the same bytes.
 
 mod gpu;
+mod gpu_layer;
 
 use crate::device::{self, DeviceNumber};
 use crate::error::{Error, Result};
@@ -11,6 +12,7 @@ use crate::progress::Progress;
 use crate::stages::{Call, Inputs, StageReport, StageTime, median, medians, whole};
 use crate::weights::ExpertWeights;
 use crate::{format, output, plot};
+use clap::ValueEnum;
 use expertile::cpu::Cpu;
 use expertile::{ActivationFormat, MatrixRef, Routing, Stage, WeightFormat};
 use serde::Serialize;
@@ -23,9 +25,16 @@ use std::time::Instant;
 /// Weights and tokens are made up, experts are drawn evenly. Each size runs once to warm up and then --repeat times; the
 /// medians are shown. After each run, in the same process and with the same threads, memory is copied: as many bytes
 /// (read and written) as permute, then as unpermute moved.
+///
+/// On a GPU, medians inside a graph of many calls and of calls launched one by one, beside its copy bandwidth and, for the
+/// layer, a large matrix product.
 #[derive(Debug, clap::Args)]
 #[command(allow_negative_numbers = true)]
 pub(crate) struct Args {
+    /// What to time on a GPU: the steps that any GPU runs, which are all but the GEMMs, or the whole layer, which needs a
+    /// Hopper. A CPU always runs the layer.
+    #[arg(value_enum, value_name = "WHAT", default_value_t = What::Steps)]
+    what: What,
     /// Numbers of tokens, separated by commas.
     #[arg(long, value_name = "M,M,...", value_delimiter = ',', default_value = "1,8,64,512")]
     tokens: Vec<usize>,
@@ -35,6 +44,9 @@ pub(crate) struct Args {
     /// Experts, if not the model's own number.
     #[arg(long, value_name = "N")]
     experts: Option<usize>,
+    /// Experts on this device; the others' rows are elsewhere (all, unless given).
+    #[arg(long, value_name = "N")]
+    local_experts: Option<usize>,
     /// What the weights are made of: e4m3 or bf16 (what the model is published in, unless given).
     #[arg(long, value_name = "FORMAT", value_parser = parse_weights)]
     weights: Option<WeightFormat>,
@@ -47,7 +59,7 @@ pub(crate) struct Args {
     /// Instruction set: portable, avx2 or avx512-bf16 (the best there is, unless given).
     #[arg(long, value_name = "NAME")]
     isa: Option<String>,
-    /// cpu, or cuda:N: a GPU runs every step but the GEMMs, timed inside a graph and eager.
+    /// cpu, or cuda:N.
     #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = device::parse)]
     device: DeviceNumber,
     /// Timed runs of each size.
@@ -62,6 +74,12 @@ pub(crate) struct Args {
     /// Draw time by size, and each stage's part of it, as SVG.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum What {
+    Steps,
+    Layer,
 }
 
 #[derive(Debug, Serialize)]
@@ -112,6 +130,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if let Some(ordinal) = args.device {
         return run_on_gpu(args, ordinal);
     }
+    if args.local_experts.is_some() {
+        return Err(Error::usage("--local-experts goes with --device cuda:N layer only"));
+    }
     let cpu = machine::cpu(args.isa.as_deref())?;
     let report = machine::pool(args.threads)?.install(|| measure(args, &cpu))?;
     if let Some(file) = &args.plot {
@@ -126,19 +147,41 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn run_on_gpu(args: &Args, ordinal: usize) -> Result<()> {
-    for (option, given) in [
-        ("--weights bf16", args.weights == Some(WeightFormat::Bf16)),
-        ("--activations bf16", args.activations == Some(ActivationFormat::Bf16)),
-        ("--threads", args.threads.is_some()),
-        ("--isa", args.isa.is_some()),
-        ("--plot", args.plot.is_some()),
+    let steps = args.what == What::Steps;
+    for (option, given, place) in [
+        ("--weights bf16", steps && args.weights == Some(WeightFormat::Bf16), "--device cuda:N layer or cpu"),
+        (
+            "--activations bf16",
+            steps && args.activations == Some(ActivationFormat::Bf16),
+            "--device cuda:N layer or cpu",
+        ),
+        ("--local-experts", steps && args.local_experts.is_some(), "--device cuda:N layer"),
+        ("--threads", args.threads.is_some(), "--device cpu"),
+        ("--isa", args.isa.is_some(), "--device cpu"),
+        ("--plot", args.plot.is_some(), "--device cpu"),
     ] {
         if given {
-            return Err(Error::usage(format!("{option} goes with --device cpu only")));
+            return Err(Error::usage(format!("{option} goes with {place} only")));
         }
     }
-    let weights = MadeUp::new(args.preset, args.experts, WeightFormat::E4m3, args.seed, machine::available_memory())?;
+    if !steps {
+        return gpu_layer::run(args, ordinal);
+    }
+    let memory = machine::available_memory();
+    let weights = MadeUp::new(args.preset, args.experts, WeightFormat::E4m3, args.seed, memory)?;
     gpu::run(ordinal, &weights, args.preset.name(), &args.tokens, args.json.as_ref())
+}
+
+/// `--local-experts`, checked; as many as a token has, at least.
+fn local_experts(args: &Args, global: usize) -> Result<usize> {
+    let (local, topk) = (args.local_experts.unwrap_or(global), args.preset.topk());
+    if global < topk {
+        return Err(Error::usage(format!("--experts is {global}, expected at least {topk}, the experts per token")));
+    }
+    if local < topk || local > global {
+        return Err(Error::usage(format!("--local-experts is {local}, expected {topk} to {global}")));
+    }
+    Ok(local)
 }
 
 fn measure(args: &Args, cpu: &Cpu) -> Result<Report> {
@@ -180,7 +223,7 @@ fn measure_size(
     repeat: usize,
 ) -> Result<Size> {
     let input = weights.tokens(tokens)?;
-    let (ids, topk_weights) = weights.uniform_routing(tokens);
+    let (ids, topk_weights) = weights.uniform_routing(tokens, weights.shape().local_experts());
     let ids = MatrixRef::new(&ids, tokens, weights.router().topk())?;
     let routing = Routing::new(ids, weights.shape().local_experts(), None)?;
     let inputs = Inputs { hidden_states: input.hidden_states(), routing, topk_weights: &topk_weights };

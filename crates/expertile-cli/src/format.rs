@@ -36,7 +36,11 @@ pub(crate) fn bytes_per_second(rate: f64) -> String {
 
 /// Operations per second.
 pub(crate) fn flops_per_second(rate: f64) -> String {
-    format!("{} GFLOP/s", three_digits(rate / 1e9))
+    if rate < 1e13 {
+        format!("{} GFLOP/s", three_digits(rate / 1e9))
+    } else {
+        format!("{} TFLOP/s", three_digits(rate / 1e12))
+    }
 }
 
 /// Operations in the decimal unit that leaves at least one of it.

@@ -54,6 +54,11 @@ impl Preset {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
+    /// Experts of the model.
+    pub(crate) fn experts(self) -> usize {
+        self.sizes().2
+    }
+
     /// Experts per token.
     pub(crate) fn topk(self) -> usize {
         self.sizes().3
@@ -142,9 +147,10 @@ impl MadeUp {
         Ok(LayerInput::from_hidden_states(HiddenStates::Bf16(values), hidden)?)
     }
 
-    /// Made-up `topk_ids` and `topk_weights [tokens, topk]`: every choice of distinct experts equally likely.
-    pub(crate) fn uniform_routing(&self, tokens: usize) -> (Vec<i32>, Vec<f32>) {
-        let (experts, topk) = (self.shape.local_experts(), self.router.topk());
+    /// Made-up `topk_ids` and `topk_weights [tokens, topk]`: every choice of distinct ones of `experts` experts equally
+    /// likely.
+    pub(crate) fn uniform_routing(&self, tokens: usize, experts: usize) -> (Vec<i32>, Vec<f32>) {
+        let topk = self.router.topk();
         let mut random = Random::new(self.seed, [ROUTING, 0, 0]);
         let mut all: Vec<i32> = (0..experts as i32).collect();
         let mut ids = Vec::with_capacity(tokens * topk);
@@ -365,7 +371,7 @@ mod tests {
     #[test]
     fn made_up_routing_names_each_expert_at_most_once_per_token() {
         let layer = MadeUp::new(Preset::Qwen3, Some(11), WeightFormat::E4m3, 3, None).unwrap();
-        let (ids, weights) = layer.uniform_routing(200);
+        let (ids, weights) = layer.uniform_routing(200, 11);
         assert_eq!((ids.len(), weights.len()), (1600, 1600));
         let mut counts = [0; 11];
         for token in ids.chunks(8) {

@@ -277,13 +277,16 @@ fn bad_input_is_one_line_and_exit_code_2() {
     refuse("", "--model <DIR>|--preset <NAME>");
     refuse("--model .", "--layer <N> --input <FILE.safetensors>");
     refuse("--model . --preset mixtral-8x7b --layer 1 --input in.safetensors", "cannot be used with");
-    refuse("--preset gpt-5", "qwen3-30b-a3b, deepseek-v3, mixtral-8x7b");
+    refuse("--preset gpt-5", "qwen3-30b-a3b, deepseek-v3, qwen3-235b-a22b, mixtral-8x7b");
     refuse("--preset qwen3-30b-a3b --experts 4", "--experts is 4, expected at least 8");
     refuse("--preset qwen3-30b-a3b --experts 8 --tokens 99999999999999999", "--tokens is 99999999999999999");
     refuse("--preset qwen3-30b-a3b --weights f32", "expected e4m3 or bf16");
     refuse("--preset qwen3-30b-a3b --activations e4m3", "--activations is e4m3, expected bf16: the weights are bf16");
     refuse("--preset qwen3-30b-a3b --experts 8 --threads 0", "--threads is 0, expected 1 to 4096");
     refuse("--preset qwen3-30b-a3b --experts 8 --isa sse9", "isa is \"sse9\", expected one of portable");
+    refuse("--preset qwen3-30b-a3b --device gpu", "expected cpu or cuda:N");
+    refuse("--preset qwen3-30b-a3b --device cuda:99", "cuda is");
+    refuse("--preset qwen3-30b-a3b --device cuda:0 --isa avx2", "--isa goes with --device cpu only");
     refuse("--model nowhere --layer 1 --input in.safetensors", "nowhere/config.json cannot be read");
     refuse("--model . --layer 0 --input in.safetensors", "layer 0 is dense (first_k_dense_replace is 1)");
     refuse("--model . --layer 7 --input in.safetensors", "layer is 7, expected below 2");
