@@ -204,18 +204,58 @@ mod tests {
         assert!(10 * choice.workspace_bytes < REFERENCE, "{choice}");
     }
 
-    /// `M_sum`, row tile, (shared, splits) of either GEMM, launches.
-    type Row = (usize, usize, (usize, usize), (usize, usize), usize);
-    const TABLE: [(usize, usize, Row); 0] = [];
-
     #[test]
-    fn the_choice_over_shapes_and_tokens_is_as_written_down() {
-        let rows = |choice: LayerChoice| {
-            let LayerChoice { plan, row_tile, gemm1, gemm2, launches, .. } = choice;
-            (plan.m_sum(), row_tile, (gemm1.shared, gemm1.splits), (gemm2.shared, gemm2.splits), launches)
-        };
-        for (shape, tokens, expected) in TABLE {
-            assert_eq!(rows(choice(shape, tokens)), expected, "{} at {tokens}", SHAPES[shape].0);
+    fn rows_row_tile_and_launches_over_shapes_and_tokens_are_as_written_down() {
+        // `M_sum`, row tile, launches for 1, 8, 64, 256, 512, 513, 4096 and 16384 tokens.
+        const TOKENS: [usize; 8] = [1, 8, 64, 256, 512, 513, 4096, 16384];
+        let written: [[(usize, usize, usize); 8]; 4] = [
+            [
+                (64, 16, 5),
+                (512, 16, 5),
+                (2304, 16, 5),
+                (3840, 16, 5),
+                (5888, 32, 5),
+                (5896, 32, 7),
+                (34560, 192, 7),
+                (132864, 192, 7),
+            ],
+            [
+                (64, 16, 5),
+                (288, 16, 5),
+                (736, 16, 5),
+                (2272, 16, 5),
+                (4320, 32, 5),
+                (4328, 32, 7),
+                (32992, 192, 7),
+                (131296, 192, 7),
+            ],
+            [
+                (64, 16, 5),
+                (512, 16, 5),
+                (1408, 16, 5),
+                (2944, 32, 5),
+                (4992, 64, 5),
+                (5000, 64, 7),
+                (33664, 192, 7),
+                (131968, 192, 7),
+            ],
+            [
+                (16, 16, 5),
+                (72, 16, 5),
+                (184, 32, 5),
+                (568, 128, 5),
+                (1080, 192, 5),
+                (1080, 192, 5),
+                (8248, 192, 7),
+                (32824, 192, 7),
+            ],
+        ];
+        for (shape, expected) in written.into_iter().enumerate() {
+            let found = TOKENS.map(|tokens| {
+                let LayerChoice { plan, row_tile, launches, .. } = choice(shape, tokens);
+                (plan.m_sum(), row_tile, launches)
+            });
+            assert_eq!(found, expected, "{}", SHAPES[shape].0);
         }
     }
 
