@@ -3,7 +3,8 @@
 use expertile::cpu::{self, Cpu, LayerOptions, PackedWeights};
 use expertile::cuda::{Buffer, Device, Layer, LayerBuffers, LayerConfig, RoutingBuffers, Stream, Tensor2, Weights};
 use expertile::{
-    Activation, ActivationFormat, Dtype, E4m3, Float, LayerShape, MatrixRef, Routing, TopkIds, WeightFormat,
+    Activation, ActivationFormat, Dtype, E4m3, Float, LayerShape, Layout, MatrixRef, Routing, ScaleFormat, Scales,
+    TopkIds, WeightFormat,
 };
 use expertile_oracle::layer as oracle;
 use half::{bf16, f16};
@@ -171,6 +172,7 @@ pub(crate) struct Model {
     pub(crate) w2: Matrices,
     pub(crate) map: Option<Vec<i32>>,
     pub(crate) on_cpu: cpu::Layer,
+    packed_w2: PackedWeights,
     pub(crate) on_device: Layer,
     cpu: Cpu,
 }
@@ -190,11 +192,12 @@ impl Model {
             ..LayerOptions::default()
         };
         let on_cpu = cpu::Layer::new(w13.pack(&cpu, sizes.0), w2.pack(&cpu, sizes.1), options).unwrap();
+        let packed_w2 = w2.pack(&cpu, sizes.1);
         let (up, down) = (w13.upload(device, sizes.0), w2.upload(device, sizes.1));
         let on_device = Layer::prepare(device, up, down, spec.config(), spec.max_tokens).unwrap();
         assert_eq!(on_device.shape(), &LayerShape::new(hidden, intermediate, experts).unwrap());
         let map = (spec.global > 0).then(|| expert_map(&spec, &mut random));
-        Self { spec, w13, w2, map, on_cpu, on_device, cpu }
+        Self { spec, w13, w2, map, on_cpu, packed_w2, on_device, cpu }
     }
 
     /// The CPU backend's output.
@@ -218,6 +221,57 @@ impl Model {
         let x = MatrixRef::new(&x, tokens, self.spec.hidden).unwrap();
         let weights = MatrixRef::new(&inputs.weights, tokens, topk).unwrap();
         self.on_cpu.run(&self.cpu, x, &routing, weights, &mut workspace, &mut output).unwrap();
+        output.into_iter().map(|value| f64::from(value.to_f32())).collect()
+    }
+
+    /// What the CPU backend makes of the activated rows that a call has left on the device: GEMM 2's rows, and which of
+    /// them are live; and of the device's rows of GEMM 2: the output. With the device's own rows.
+    pub(crate) fn second_half(&self, inputs: &Inputs, call: &Call<'_>) -> SecondHalf {
+        let Spec { hidden, intermediate, topk, experts, .. } = self.spec;
+        let plan = self.on_device.choice(inputs.tokens).unwrap().plan;
+        let parts = self.on_device.parts(inputs.tokens, call.workspace.address()).unwrap();
+        let ids = TopkIds::from(MatrixRef::new(&inputs.ids, inputs.tokens, topk).unwrap());
+        let routing = Routing::new(ids, experts, self.map.as_deref()).unwrap();
+        let mut space = vec![0; Layout::space_len(&plan).unwrap()];
+        let layout = Layout::build(&plan, &routing, &mut space).unwrap();
+
+        let values = plan.m_sum() * intermediate;
+        let format = ScaleFormat::HOPPER;
+        let (e4m3, halves, scales);
+        let activations = match self.spec.format {
+            WeightFormat::E4m3 => {
+                e4m3 = call.part::<E4m3>(parts.front, values);
+                scales = call.part::<f32>(parts.scales, format.words(plan.m_sum(), intermediate).unwrap());
+                cpu::Activations::E4m3 { rows: &e4m3, scales: Scales::F32(&scales), format }
+            }
+            WeightFormat::Bf16 => {
+                halves = call.part::<bf16>(parts.front, values);
+                cpu::Activations::Bf16(&halves)
+            }
+        };
+        let bytes = cpu::grouped_gemm_workspace_bytes(plan.m_sum(), intermediate, activations.format()).unwrap();
+        let mut from_cpu = vec![bf16::ZERO; plan.m_sum() * hidden];
+        let workspace = &mut vec![0; bytes];
+        cpu::grouped_gemm(&self.cpu, &layout, activations, &self.packed_w2, workspace, &mut from_cpu).unwrap();
+
+        let from_device = call.part::<bf16>(parts.back, plan.m_sum() * hidden);
+        let live = (0..plan.m_sum()).filter(|&row| layout.m_indices()[row] >= 0);
+        let live: Vec<usize> = live.flat_map(|row| row * hidden..(row + 1) * hidden).collect();
+        let f64s = |rows: &[bf16]| live.iter().map(|&at| rows[at].to_f64()).collect();
+        let output = match self.spec.output {
+            Dtype::F16 => self.unpermuted::<f16>(inputs, &layout, &from_device),
+            Dtype::F32 => self.unpermuted::<f32>(inputs, &layout, &from_device),
+            _ => self.unpermuted::<bf16>(inputs, &layout, &from_device),
+        };
+        SecondHalf { from_cpu: f64s(&from_cpu), from_device: f64s(&from_device), output }
+    }
+
+    fn unpermuted<O: Float>(&self, inputs: &Inputs, layout: &Layout<'_>, rows: &[bf16]) -> Vec<f64> {
+        let rows = MatrixRef::new(rows, layout.m_sum(), self.spec.hidden).unwrap();
+        let weights = MatrixRef::new(&inputs.weights, inputs.tokens, self.spec.topk).unwrap();
+        let weights = (!self.spec.weight_on_input).then_some(weights);
+        let mut output = vec![O::from_f32(f32::NAN); inputs.tokens * self.spec.hidden];
+        cpu::unpermute(&self.cpu, rows, layout, weights, &mut output).unwrap();
         output.into_iter().map(|value| f64::from(value.to_f32())).collect()
     }
 
@@ -254,6 +308,13 @@ fn expert_map(spec: &Spec, random: &mut Random) -> Vec<i32> {
         map[at] = local as i32;
     }
     map
+}
+
+/// See [`Model::second_half`]; the rows are live ones only.
+pub(crate) struct SecondHalf {
+    pub(crate) from_cpu: Vec<f64>,
+    pub(crate) from_device: Vec<f64>,
+    pub(crate) output: Vec<f64>,
 }
 
 /// How tokens choose experts.
@@ -344,6 +405,7 @@ impl<'a> Call<'a> {
             workspace_bytes,
         };
         call.upload(inputs);
+        call.output.fill(POISON).unwrap();
         call
     }
 
@@ -393,6 +455,13 @@ impl<'a> Call<'a> {
 
     pub(crate) fn check(&self, stream: Stream) -> expertile::Result<()> {
         unsafe { self.model.on_device.check(stream, self.tokens, &self.buffers()) }
+    }
+
+    /// A part of the workspace.
+    fn part<T: bytemuck::Pod>(&self, address: u64, len: usize) -> Vec<T> {
+        let mut values = vec![T::zeroed(); len];
+        self.workspace.download_at((address - self.workspace.address()) as usize, &mut values).unwrap();
+        values
     }
 
     /// The output's bytes, after a look at what nobody may have touched.
