@@ -31,7 +31,7 @@ pub struct StageTime {
 /// Bytes per second (read and written together) of a device-to-device copy of 1 GiB: the ceiling for steps that move rows.
 ///
 /// # Errors
-/// [`Error::Cuda`].
+/// [`Error::Cuda`](crate::Error::Cuda).
 pub fn copy_bytes_per_second(device: &Device) -> Result<f64> {
     const BYTES: usize = 1 << 30;
     let (from, to) = (device.allocate(BYTES)?, device.allocate(BYTES)?);

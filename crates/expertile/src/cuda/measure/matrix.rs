@@ -16,7 +16,7 @@ use crate::quantize::ScaleFormat;
 /// `[8192, 8192]`, random bits.
 ///
 /// # Errors
-/// As [`Gemm::prepare`]; [`Error::Device`] with a driver that is too old to time.
+/// As [`Gemm::prepare`]; [`Error::Device`](crate::Error::Device) with a driver that is too old to time.
 #[allow(unsafe_code)]
 pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<f64> {
     const ROWS: usize = 16384;
