@@ -158,6 +158,40 @@ enum Entry {
 }
 
 /// An expert layer on a device: weights, and everything that its calls launch.
+///
+/// ```no_run
+/// # #![allow(unsafe_code)]
+/// use expertile::cuda::{Device, Layer, LayerBuffers, LayerConfig, Stream, Weights};
+/// use expertile::{Activation, ActivationFormat, Dtype};
+/// # use expertile::E4m3;
+/// # fn run(w13: &[E4m3], w13_scales: &[f32], w2: &[E4m3], w2_scales: &[f32], buffers: LayerBuffers) -> expertile::Result<()> {
+/// let (experts, hidden, intermediate, topk) = (256, 7168, 2048, 8);
+/// let device = Device::open(0)?;
+/// let w13 = Weights::upload_e4m3(&device, w13, w13_scales, (experts, 2 * intermediate, hidden))?;
+/// let w2 = Weights::upload_e4m3(&device, w2, w2_scales, (experts, hidden, intermediate))?;
+/// let config = LayerConfig {
+///     topk,
+///     ids: Dtype::I32,
+///     global_experts: experts,
+///     input: Dtype::Bf16,
+///     output: Dtype::Bf16,
+///     activation: Activation::default(),
+///     activations: ActivationFormat::E4m3,
+///     weight_on_input: false,
+/// };
+/// let layer = Layer::prepare(&device, w13, w2, config, 16384)?; // compiles; nothing afterwards does
+/// println!("{}", layer.choice(64)?);
+///
+/// // Once for a workspace of `layer.workspace_bytes(...)`; then call after call, eager or captured in a graph.
+/// let stream = Stream(0);
+/// unsafe {
+///     layer.initialise_workspace(stream, buffers.workspace)?;
+///     layer.launch(stream, 64, &buffers)?;
+///     layer.check(stream, 64, &buffers)?; // waits, and says what was wrong with the ids
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Layer {
     device: Device,
