@@ -7,7 +7,7 @@ use crate::weights::{ExpertWeights, Part, PartRows, Space};
 use expertile::cuda::measure::{LayerTimes, StageTime, copy_bytes_per_second, matrix_flops_per_second};
 use expertile::cuda::{Device, Layer, LayerChoice, LayerConfig, Weights, WeightsBuilder};
 use expertile::layer::stage_cost;
-use expertile::{ActivationFormat, Dtype, LayerShape, Layout, Routing, StageCost, WeightFormat};
+use expertile::{ActivationFormat, Dtype, LayerShape, Layout, Routing, Stage, StageCost, WeightFormat};
 use expertile_checkpoint::HiddenStates;
 use half::slice::HalfFloatSliceExt;
 use serde::Serialize;
@@ -75,7 +75,7 @@ pub(crate) fn prepare(
     Ok(Layer::prepare(device, w13, w2, config, max_tokens.max(1))?)
 }
 
-/// What each of the timed stages had to move and compute.
+/// What each of the timed stages had to move and compute; GEMM 1 with the activation inside stores no `gate | up`.
 pub(crate) fn stage_costs(
     times: &LayerTimes,
     routing: &Routing<'_>,
@@ -90,8 +90,16 @@ pub(crate) fn stage_costs(
     };
     let mut space = vec![0; Layout::space_len(plan)?];
     let layout = Layout::build(plan, routing, &mut space)?;
-    let cost = |time: &StageTime| stage_cost(time.stage, shape, &layout, weights, activations, INPUT_BYTES);
-    Ok(times.stages.iter().map(cost).collect())
+    let cost = |stage| stage_cost(stage, shape, &layout, weights, activations, INPUT_BYTES);
+    let gate_up = (layout.live_rows() * 2 * shape.intermediate() * 2) as u64;
+    let of_time = |time: &StageTime| match time.stage {
+        Stage::Gemm1 if times.choice.activation_inside_gemm1 => {
+            let (gemm, activation) = (cost(Stage::Gemm1), cost(Stage::Activation));
+            StageCost { bytes: gemm.bytes + activation.bytes - 2 * gate_up, ..gemm }
+        }
+        stage => cost(stage),
+    };
+    Ok(times.stages.iter().map(of_time).collect())
 }
 
 /// A [`LayerChoice`] as reports print it.
@@ -102,16 +110,17 @@ pub(crate) struct Choice {
     pub(crate) row_tile: usize,
     pub(crate) gemm1: String,
     pub(crate) gemm2: String,
+    pub(crate) activation_inside_gemm1: bool,
     pub(crate) launches: usize,
     pub(crate) workspace_bytes: usize,
 }
 
 impl From<LayerChoice> for Choice {
     fn from(choice: LayerChoice) -> Self {
-        let LayerChoice { plan, row_tile, gemm1, gemm2, launches, workspace_bytes, .. } = choice;
+        let LayerChoice { plan, row_tile, activation_inside_gemm1, launches, workspace_bytes, .. } = choice;
         let (m_sum, alignment) = (plan.m_sum(), plan.alignment());
-        let [gemm1, gemm2] = [gemm1, gemm2].map(|tile| tile.to_string());
-        Self { m_sum, alignment, row_tile, gemm1, gemm2, launches, workspace_bytes }
+        let [gemm1, gemm2] = [choice.gemm1, choice.gemm2].map(|tile| tile.to_string());
+        Self { m_sum, alignment, row_tile, gemm1, gemm2, activation_inside_gemm1, launches, workspace_bytes }
     }
 }
 
@@ -121,8 +130,9 @@ impl Choice {
         let Self { m_sum, alignment, gemm1, gemm2, launches, .. } = self;
         let gemms =
             if gemm1 == gemm2 { format!("both gemms {gemm1}") } else { format!("gemm1 {gemm1}; gemm2 {gemm2}") };
+        let inside = if self.activation_inside_gemm1 { "; activation inside gemm1" } else { "" };
         let workspace = crate::format::bytes(self.workspace_bytes as u64);
-        format!("{launches} launches, {m_sum} rows aligned to {alignment}, workspace {workspace}; {gemms}")
+        format!("{launches} launches, {m_sum} rows aligned to {alignment}, workspace {workspace}; {gemms}{inside}")
     }
 }
 

@@ -22,7 +22,7 @@ use crate::gemm::{ActivationFormat, WeightFormat};
 use crate::layer::{LayerShape, Stage};
 use crate::layout::Padding;
 use crate::quantize::ScaleFormat;
-use choice::Offsets;
+use choice::{Choices, Offsets};
 use std::collections::HashMap;
 use std::hash::Hash;
 
@@ -64,7 +64,7 @@ pub struct LayerBuffers {
     pub topk_weights: Tensor2,
     /// `[M, H]`, row-major, 16-byte aligned.
     pub output: u64,
-    /// [`Layer::workspace_bytes`], 256-byte aligned.
+    /// [`Layer::workspace_bytes`] of at least as many tokens, 256-byte aligned.
     pub workspace: u64,
 }
 
@@ -201,7 +201,9 @@ pub struct Layer {
     w13: Weights,
     w2: Weights,
     entry: Entry,
-    gemms: HashMap<GemmTile, Gemm>,
+    /// By tile, and whether the activation is inside.
+    gemms: HashMap<(GemmTile, bool), Gemm>,
+    choices: Choices,
     activate: Activate,
     unpermute: Unpermute,
 }
@@ -240,7 +242,7 @@ impl Layer {
             return Err(Error::WeightFormat { argument: "w2", actual, expected });
         }
         config.check(&shape, w13.format())?;
-        let (row_tiles, tiles) = choices(&shape, &config, max_tokens, device.info().multiprocessors as usize)?;
+        let choices = Choices::new(&shape, &config, max_tokens, device.info().multiprocessors as usize)?;
         let format = config.weight_format();
         Ok(Self {
             device: device.clone(),
@@ -249,10 +251,14 @@ impl Layer {
             max_tokens,
             w13,
             w2,
-            entry: Entry::prepare(device, &shape, &config, row_tiles)?,
+            entry: Entry::prepare(device, &shape, &config, &choices.row_tiles)?,
             activate: Activate::prepare(device, config.activate(&shape))?,
             unpermute: Unpermute::prepare(device, config.unpermute(&shape))?,
-            gemms: each_at_once(tiles, |tile| Gemm::prepare(device, GemmConfig { format, tile }))?,
+            gemms: each_at_once(&choices.gemms, |(tile, activated)| {
+                let activation = activated.then_some(config.activation);
+                Gemm::prepare(device, GemmConfig { format, tile, activation })
+            })?,
+            choices,
         })
     }
 
@@ -291,12 +297,12 @@ impl Layer {
         LayerChoice::new(&self.shape, &self.config, tokens, self.multiprocessors())
     }
 
-    /// Bytes of workspace that a call with that many tokens needs, a multiple of 256; more tokens never need less.
+    /// Bytes of workspace that serve calls of up to that many tokens, a multiple of 256.
     ///
     /// # Errors
     /// As [`Layer::choice`].
     pub fn workspace_bytes(&self, tokens: usize) -> Result<usize> {
-        Ok(self.choice(tokens)?.workspace_bytes)
+        Ok(self.choices.workspace_bytes(&self.choice(tokens)?))
     }
 
     /// Where the parts of a call's workspace are, for who wants to look at what is between the steps.
@@ -304,9 +310,13 @@ impl Layer {
     /// # Errors
     /// As [`Layer::choice`]; [`Error::Value`] unless `workspace` is 256-byte aligned.
     pub fn parts(&self, tokens: usize, workspace: u64) -> Result<LayerParts> {
-        let LayerChoice { plan, row_tile, .. } = self.choice(tokens)?;
-        let offsets = Offsets::new(&self.shape, &self.config, &plan, row_tile, self.multiprocessors())?;
-        offsets.at(workspace, &plan, row_tile)
+        self.parts_of(&self.choice(tokens)?, workspace)
+    }
+
+    fn parts_of(&self, choice: &LayerChoice, workspace: u64) -> Result<LayerParts> {
+        let LayerChoice { plan, row_tile, activation_inside_gemm1: inside, .. } = choice;
+        let offsets = Offsets::new(&self.shape, &self.config, plan, *row_tile, *inside, self.multiprocessors())?;
+        offsets.at(workspace, plan, *row_tile)
     }
 
     fn multiprocessors(&self) -> usize {
@@ -357,17 +367,20 @@ impl Layer {
         unsafe { route::check(&self.device, self.config.topk, stream, &plan, &buffers.routing, buffers.workspace) }
     }
 
-    /// Whether a stage has launches of its own: routing is part of permute where rows are quantized.
-    pub(super) fn has_stage(&self, stage: Stage) -> bool {
-        stage != Stage::Routing || matches!(self.entry, Entry::Plain { .. })
+    /// Whether a stage has launches of its own: routing is part of permute where rows are quantized, and the activation may
+    /// be of GEMM 1.
+    pub(super) fn has_stage(&self, call: &Call<'_>, stage: Stage) -> bool {
+        match stage {
+            Stage::Routing => matches!(self.entry, Entry::Plain { .. }),
+            Stage::Activation => !call.choice.activation_inside_gemm1,
+            _ => true,
+        }
     }
 
     /// Checks everything that a call's launches ask for.
     pub(super) fn call<'a>(&self, tokens: usize, buffers: &'a LayerBuffers) -> Result<Call<'a>> {
         let choice = self.choice(tokens)?;
-        let (plan, row_tile) = (choice.plan, choice.row_tile);
-        let offsets = Offsets::new(&self.shape, &self.config, &plan, row_tile, self.multiprocessors())?;
-        let call = Call { choice, parts: offsets.at(buffers.workspace, &plan, row_tile)?, buffers };
+        let call = Call { choice, parts: self.parts_of(&choice, buffers.workspace)?, buffers };
         self.check_routing(&buffers.routing)?;
         if tokens > 0 {
             require_aligned("output", buffers.output, 16)?;
@@ -399,7 +412,7 @@ impl Layer {
     /// As [`Layer::launch`]; the stages before it were queued.
     #[allow(unsafe_code)]
     pub(super) unsafe fn launch_stage(&self, stream: Stream, call: &Call<'_>, stage: Stage) -> Result<()> {
-        if call.choice.plan.tokens() == 0 {
+        if call.choice.plan.tokens() == 0 || !self.has_stage(call, stage) {
             return Ok(());
         }
         // SAFETY: the caller's promise; the parts were carved for this call.
@@ -407,9 +420,9 @@ impl Layer {
             match stage {
                 Stage::Routing => self.entry.route(stream, call),
                 Stage::Permute => self.entry.permute(stream, call),
-                Stage::Gemm1 => self.multiply(stream, call, &call.choice.gemm1, &self.w13),
+                Stage::Gemm1 => self.gemm1(stream, call),
                 Stage::Activation => self.activate.launch(stream, &call.activation(self.shape.local_experts())),
-                Stage::Gemm2 => self.multiply(stream, call, &call.choice.gemm2, &self.w2),
+                Stage::Gemm2 => self.gemm2(stream, call),
                 Stage::Unpermute => self.unpermute.launch(stream, &call.unpermute()),
             }
         }
@@ -418,25 +431,28 @@ impl Layer {
     /// # Safety
     /// As [`Layer::launch_stage`].
     #[allow(unsafe_code)]
-    unsafe fn multiply(&self, stream: Stream, call: &Call<'_>, tile: &GemmTile, weights: &Weights) -> Result<()> {
-        let LayerParts { layout, front, scales, back } = call.parts;
-        let buffers = GemmBuffers {
-            rows: front,
-            scales: if self.config.activations == ActivationFormat::E4m3 { scales } else { 0 },
-            out: back,
-            header: layout.header,
-            worklist: layout.worklist,
-            psum: layout.psum,
-            m_sum: call.choice.plan.m_sum(),
-            alignment: call.choice.plan.alignment(),
-        };
+    unsafe fn gemm1(&self, stream: Stream, call: &Call<'_>) -> Result<()> {
+        let LayerParts { front, front_scales, activated, activated_scales, back, .. } = call.parts;
+        let inside = call.choice.activation_inside_gemm1;
+        let (out, out_scales) = if inside { (activated, activated_scales) } else { (back, 0) };
+        let buffers = GemmBuffers { rows: front, scales: front_scales, out, out_scales, ..call.gemm() };
         // SAFETY: the caller's promise.
-        unsafe { prepared(&self.gemms, tile).launch(stream, weights, &buffers) }
+        unsafe { prepared(&self.gemms, &(call.choice.gemm1, inside)).launch(stream, &self.w13, &buffers) }
+    }
+
+    /// # Safety
+    /// As [`Layer::launch_stage`].
+    #[allow(unsafe_code)]
+    unsafe fn gemm2(&self, stream: Stream, call: &Call<'_>) -> Result<()> {
+        let LayerParts { activated, activated_scales, back, .. } = call.parts;
+        let buffers = GemmBuffers { rows: activated, scales: activated_scales, out: back, ..call.gemm() };
+        // SAFETY: the caller's promise.
+        unsafe { prepared(&self.gemms, &(call.choice.gemm2, false)).launch(stream, &self.w2, &buffers) }
     }
 }
 
 impl Entry {
-    fn prepare(device: &Device, shape: &LayerShape, config: &LayerConfig, row_tiles: Vec<usize>) -> Result<Self> {
+    fn prepare(device: &Device, shape: &LayerShape, config: &LayerConfig, row_tiles: &[usize]) -> Result<Self> {
         if config.activations == ActivationFormat::E4m3 {
             let prepare = |tile| QuantizePermute::prepare(device, config.quantize_permute(shape, tile));
             return Ok(Self::Quantized(each(row_tiles, prepare)?));
@@ -491,19 +507,32 @@ impl Call<'_> {
             x: self.buffers.hidden_states,
             weights: self.buffers.topk_weights,
             out: self.parts.front,
-            scales: self.parts.scales,
+            scales: self.parts.front_scales,
             ..RowsBuffers::default()
         }
     }
 
+    /// What both GEMMs share.
+    fn gemm(&self) -> GemmBuffers {
+        let LayerParts { layout, .. } = self.parts;
+        GemmBuffers {
+            header: layout.header,
+            worklist: layout.worklist,
+            psum: layout.psum,
+            m_sum: self.choice.plan.m_sum(),
+            alignment: self.choice.plan.alignment(),
+            ..GemmBuffers::default()
+        }
+    }
+
     fn activation(&self, local_experts: usize) -> ActivateBuffers {
-        let LayerParts { layout, front, scales, back } = self.parts;
+        let LayerParts { layout, activated, activated_scales, back, .. } = self.parts;
         let plan = &self.choice.plan;
         ActivateBuffers {
             gate_up: back,
             psum: layout.psum,
-            out: front,
-            scales,
+            out: activated,
+            scales: activated_scales,
             local_experts,
             alignment: plan.alignment(),
             m_sum: plan.m_sum(),
@@ -545,46 +574,19 @@ fn check_matrix(
     Ok(())
 }
 
-/// Every row tile and every tile of the GEMMs that calls of up to `max_tokens` tokens can choose.
-fn choices(
-    shape: &LayerShape,
-    config: &LayerConfig,
-    max_tokens: usize,
-    multiprocessors: usize,
-) -> Result<(Vec<usize>, Vec<GemmTile>)> {
-    if max_tokens == 0 {
-        return Err(Error::value("max_tokens", 0, "at least 1"));
-    }
-    // The largest first: what is too large is refused at once.
-    LayerChoice::new(shape, config, max_tokens, multiprocessors)?;
-    let (mut row_tiles, mut tiles) = (Vec::new(), Vec::new());
-    for tokens in 1..=max_tokens {
-        let LayerChoice { row_tile, gemm1, gemm2, .. } = LayerChoice::new(shape, config, tokens, multiprocessors)?;
-        if !row_tiles.contains(&row_tile) {
-            row_tiles.push(row_tile);
-        }
-        for tile in [gemm1, gemm2] {
-            if !tiles.contains(&tile) {
-                tiles.push(tile);
-            }
-        }
-    }
-    Ok((row_tiles, tiles))
-}
-
-fn each<K: Copy + Eq + Hash, V>(keys: Vec<K>, prepare: impl Fn(K) -> Result<V>) -> Result<HashMap<K, V>> {
-    keys.into_iter().map(|key| Ok((key, prepare(key)?))).collect()
+fn each<K: Copy + Eq + Hash, V>(keys: &[K], prepare: impl Fn(K) -> Result<V>) -> Result<HashMap<K, V>> {
+    keys.iter().map(|&key| Ok((key, prepare(key)?))).collect()
 }
 
 /// As [`each`], all at once: compiling takes a second or so for each.
-fn each_at_once<K, V>(keys: Vec<K>, prepare: impl Fn(K) -> Result<V> + Sync) -> Result<HashMap<K, V>>
+fn each_at_once<K, V>(keys: &[K], prepare: impl Fn(K) -> Result<V> + Sync) -> Result<HashMap<K, V>>
 where
     K: Copy + Eq + Hash + Send,
     V: Send,
 {
     std::thread::scope(|scope| {
         let prepare = &prepare;
-        let threads: Vec<_> = keys.into_iter().map(|key| (key, scope.spawn(move || prepare(key)))).collect();
+        let threads: Vec<_> = keys.iter().map(|&key| (key, scope.spawn(move || prepare(key)))).collect();
         let join = |(key, thread): (K, std::thread::ScopedJoinHandle<'_, Result<V>>)| {
             let value = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
             Ok((key, value))

@@ -20,9 +20,12 @@ use std::fmt::{self, Write};
 /// (and on the device, within 128 of K, the width) of f32 sums, which moves a few results by one unit of bf16.
 const SAME_ROWS: Tolerance = Tolerance { whole: 1e-6, row: 1e-5 };
 /// Against the CPU backend's layer on the same inputs. Both quantize the same rows, and GEMM 1 differs as above; but where a
-/// unit of bf16 moves the largest value of a group of activated values, the group's scale moves too, and a twentieth of its
-/// 128 values round to the next e4m3: as a whole a tenth of what quantizing costs, a third for the worst of a thousand rows.
-const E4M3_TO_CPU: Tolerance = Tolerance { whole: 1e-4, row: 1e-3 };
+/// unit of bf16 moves the largest value of a group of activated values, the group's scale moves too, and some of its 128 values
+/// round to the next e4m3. At worst a row is quantized anew in every group, which is what one e4m3 GEMM's tolerance is for;
+/// over many rows that is rare, and the whole stays within a tenth of it.
+const E4M3_TO_CPU: Tolerance = Tolerance { whole: 1e-4, row: compare::E4M3_GEMM.row };
+/// Rows from which on rare is rare.
+const MANY_ROWS: usize = 64;
 /// With bf16 there are no scales, only units of bf16.
 const BF16_TO_CPU: Tolerance = Tolerance { whole: 2e-6, row: 2e-5 };
 
@@ -56,8 +59,12 @@ impl fmt::Display for Differences {
     }
 }
 
-fn tolerances(spec: &Spec) -> (Tolerance, Tolerance) {
+/// Against the oracle and against the CPU.
+fn tolerances(spec: &Spec, tokens: usize) -> (Tolerance, Tolerance) {
     match spec.format {
+        WeightFormat::E4m3 if tokens * spec.topk < MANY_ROWS => {
+            (compare::E4M3_LAYER, Tolerance { whole: E4M3_TO_CPU.row, ..E4M3_TO_CPU })
+        }
         WeightFormat::E4m3 => (compare::E4M3_LAYER, E4M3_TO_CPU),
         WeightFormat::Bf16 => (compare::BF16_LAYER, BF16_TO_CPU),
     }
@@ -91,10 +98,10 @@ fn differences(device: &Device, model: &Model, tokens: usize, pattern: Pattern) 
 fn check_model(spec: Spec, tokens: &[usize], patterns: &[Pattern]) {
     let Some(device) = device() else { return };
     let model = Model::new(device, spec);
-    let (to_oracle, to_cpu) = tolerances(&spec);
     let (mut most, mut off) = ([Differences::default(); 3], String::new());
     for &tokens in tokens {
         for &pattern in patterns {
+            let (to_oracle, to_cpu) = tolerances(&spec, tokens);
             let [oracle, cpu, same_rows] = differences(device, &model, tokens, pattern);
             if !oracle.within(to_oracle) || !cpu.within(to_cpu) || !same_rows.within(SAME_ROWS) {
                 let choice = model.on_device.choice(tokens).unwrap();
@@ -136,6 +143,8 @@ fn many_experts_are_right() {
     let spec = Spec { hidden: 256, intermediate: 128, experts: 256, topk: 8, ..BASE };
     check_model(spec, &[1, 8, 64, 600], &[Pattern::Even, Pattern::Skewed]);
     check_model(Spec { experts: 1, topk: 1, ..spec }, &[1, 16, 600], &[Pattern::Even]);
+    // One tile of outputs, of which no two blocks can share rows.
+    check_model(Spec { hidden: 128, experts: 2, topk: 1, ..spec }, &[1, 300], &[Pattern::Skewed]);
 }
 
 #[test]
@@ -165,7 +174,7 @@ fn a_workspace_serves_calls_of_different_sizes_in_turn() {
         let buffers = LayerBuffers { workspace: large.workspace.address(), ..call.buffers() };
         unsafe { model.on_device.launch(Stream(0), tokens, &buffers).unwrap() };
         let found = Differences::of(&call.output()[..tokens * 512], &model.cpu(&inputs), 512);
-        assert!(found.within(E4M3_TO_CPU), "{tokens} tokens: {found:?}");
+        assert!(found.within(tolerances(&BASE, tokens).1), "{tokens} tokens: {found:?}");
     }
 }
 
@@ -247,7 +256,7 @@ fn a_captured_call_replays_on_new_inputs() {
             unsafe { sys::cuGraphLaunch(executable, stream.0).result().unwrap() };
             call.check(stream.stream()).unwrap();
             let found = Differences::of(&call.output(), &model.cpu(&inputs), spec.hidden);
-            assert!(found.within(tolerances(&spec).1), "{tokens} tokens, {pattern:?}: {found:?}");
+            assert!(found.within(tolerances(&spec, tokens).1), "{tokens} tokens, {pattern:?}: {found:?}");
         }
         unsafe { sys::cuGraphExecDestroy(executable).result().unwrap() };
     }

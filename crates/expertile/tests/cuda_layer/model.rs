@@ -240,12 +240,12 @@ impl Model {
         let (e4m3, halves, scales);
         let activations = match self.spec.format {
             WeightFormat::E4m3 => {
-                e4m3 = call.part::<E4m3>(parts.front, values);
-                scales = call.part::<f32>(parts.scales, format.words(plan.m_sum(), intermediate).unwrap());
+                e4m3 = call.part::<E4m3>(parts.activated, values);
+                scales = call.part::<f32>(parts.activated_scales, format.words(plan.m_sum(), intermediate).unwrap());
                 cpu::Activations::E4m3 { rows: &e4m3, scales: Scales::F32(&scales), format }
             }
             WeightFormat::Bf16 => {
-                halves = call.part::<bf16>(parts.front, values);
+                halves = call.part::<bf16>(parts.activated, values);
                 cpu::Activations::Bf16(&halves)
             }
         };

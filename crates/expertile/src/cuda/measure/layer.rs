@@ -33,7 +33,7 @@ pub struct LayerTimes {
     pub graph_seconds: f64,
     /// Seconds when launched from the host.
     pub eager_seconds: f64,
-    /// Every stage by itself. Inside the layer each is set up while the one before it runs, so the whole takes less than
+    /// Every stage that has launches of its own, by itself. Inside the layer each is set up while the one before it runs, so the whole takes less than
     /// their sum.
     pub stages: Vec<StageTime>,
 }
@@ -151,7 +151,7 @@ impl<'a> LayerCall<'a> {
         let (graph_seconds, eager_seconds) = clock.graph_and_eager(launch)?;
         let call = self.layer.call(self.tokens, &self.buffers)?;
         // In order: each finds what the one before has left, as in the layer.
-        let stages = Stage::ALL.into_iter().filter(|&stage| self.layer.has_stage(stage));
+        let stages = Stage::ALL.into_iter().filter(|&stage| self.layer.has_stage(&call, stage));
         // SAFETY: as above.
         let time = |stage| clock.time(stage, |stream| unsafe { self.layer.launch_stage(stream, &call, stage) });
         let stages = stages.map(time).collect::<Result<_>>()?;

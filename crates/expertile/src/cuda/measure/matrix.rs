@@ -24,7 +24,7 @@ pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<
     let row_tile = GemmTile::row_tile_for(ROWS, 1);
     let shape = GemmShape { n: WIDTH, k: WIDTH, format, experts: 1, rows: ROWS };
     let tile = GemmTile::choose(&shape, row_tile, device.info().multiprocessors as usize);
-    let gemm = Gemm::prepare(device, GemmConfig { format, tile })?;
+    let gemm = Gemm::prepare(device, GemmConfig { format, tile, activation: None })?;
     let route = Route::prepare(device, RouteConfig { topk: 1, ids: Dtype::I32, row_tile })?;
     let plan = Plan::tight(ROWS, 1, 1, 8, TokenExperts::Distinct)?;
 
@@ -48,6 +48,7 @@ pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<
         rows: rows.address(),
         scales: row_scales.address(),
         out: out.address(),
+        out_scales: 0,
         header: layout.header,
         worklist: layout.worklist,
         psum: layout.psum,
