@@ -16,8 +16,8 @@ const THREADS: u32 = 256;
 /// The single launch: one block to a multiprocessor, each of which works the routing out for itself.
 const FEW_THREADS: u32 = 1024;
 pub(super) const FEW_SLOTS: usize = 4096;
-/// What more slots than that take: layout, rows, scales.
-pub(super) const MANY_LAUNCHES: usize = 3;
+/// What more slots than that take: the layout; then rows and scales.
+pub(super) const MANY_LAUNCHES: usize = 2;
 
 /// What quantize + permute is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

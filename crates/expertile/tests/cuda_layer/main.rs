@@ -132,7 +132,7 @@ fn f16_states_i64_ids_and_an_f32_result_are_right_where_h_is_no_power_of_two() {
 }
 
 #[test]
-fn an_expert_map_and_a_clamped_activation_are_right_in_one_launch_and_in_three() {
+fn an_expert_map_and_a_clamped_activation_are_right_with_routing_in_the_permutes_launch_and_before_it() {
     let spec = Spec { hidden: 1024, intermediate: 640, experts: 32, global: 256, topk: 8, ..BASE };
     // 512 tokens are the last whose routing and rows take one launch.
     check_model(Spec { activation: GPT_OSS, ..spec }, &[1, 5, 64, 512, 513], &[Pattern::Even, Pattern::Skewed]);
