@@ -10,7 +10,7 @@ _word = ctypes.c_uint64
 _size = ctypes.c_size_t
 _lib.expertile_error.restype = ctypes.c_char_p
 _lib.expertile_permutation.restype = _size
-_lib.expertile_permutation.argtypes = [_size] * 5 + [ctypes.c_bool, ctypes.c_bool, _size]
+_lib.expertile_permutation.argtypes = [_size] * 6 + [ctypes.c_bool, ctypes.c_bool, _size]
 _lib.expertile_permutation_sizes.argtypes = [_size, _size, ctypes.POINTER(_size)]
 _lib.expertile_layout_offsets.argtypes = [_size, ctypes.POINTER(_word)]
 _lib.expertile_bind_permutation.restype = _size
@@ -19,6 +19,9 @@ _lib.expertile_bind_activation.restype = _size
 _lib.expertile_bind_activation.argtypes = [_size, _word, _word, _word, _word, _size, _size, _size]
 _lib.expertile_bind_unpermute.restype = _size
 _lib.expertile_bind_unpermute.argtypes = [_size] * 4 + [_word] * 4
+_lib.expertile_choose_tile.argtypes = [_size] * 5 + [ctypes.POINTER(_size)]
+_lib.expertile_bind_gemm.restype = _size
+_lib.expertile_bind_gemm.argtypes = [_size] * 6 + [_word] * 8 + [_size] * 2
 _lib.expertile_launch.argtypes = [_size, _word]
 _lib.expertile_check.argtypes = [_size, _word]
 
@@ -48,9 +51,11 @@ class Bound:
 class Permutation:
     """Quantize + permute for one shape."""
 
-    def __init__(self, tokens, topk, experts, hidden, alignment=128, reference_size=True, wide_ids=False, single_launch_slots=4096):
+    def __init__(self, tokens, topk, experts, hidden, alignment=128, reference_size=True, wide_ids=False,
+                 single_launch_slots=4096, row_tile=None):
         self._handle = _checked(_lib.expertile_permutation(
-            tokens, topk, experts, hidden, alignment, reference_size, wide_ids, single_launch_slots))
+            tokens, topk, experts, hidden, alignment, row_tile or alignment, reference_size, wide_ids, single_launch_slots))
+        self.alignment = alignment
         self.experts, self.hidden, self.tokens, self.topk = experts, hidden, tokens, topk
         sizes = (_size * 4)()
         _checked(_lib.expertile_permutation_sizes(self._handle, hidden, sizes))
@@ -75,7 +80,8 @@ class Permutation:
         bound.rows = out[: self.m_sum * self.hidden].view(self.m_sum, self.hidden).view(torch.float8_e4m3fn)
         stride = -(-self.m_sum // 4) * 4
         bound.scales = scales[: self.scale_words].view(self.hidden // 128, stride).t()[: self.m_sum]
-        lengths = dict(zip(LISTS, (self.experts, self.experts, self.experts, self.m_sum, self.m_sum, self.tokens * self.topk, 4, 0)))
+        of_worklist = (self.layout_bytes - self._offsets[7]) // 4
+        lengths = dict(zip(LISTS, (self.experts, self.experts, self.experts, self.m_sum, self.m_sum, self.tokens * self.topk, 4, of_worklist)))
         for name, offset in zip(LISTS, self._offsets):
             setattr(bound, name, layout[offset : offset + 4 * lengths[name]].view(torch.int32))
         return bound
@@ -102,3 +108,20 @@ def bind_unpermute(rows, inv_perm, weights, out):
         _lib.expertile_bind_unpermute(hidden, topk, tokens, m_sum, rows.data_ptr(), inv_perm.data_ptr(),
                                       weights.data_ptr(), out.data_ptr()),
         (rows, inv_perm, weights, out))
+
+
+def choose_tile(weights, rows, row_tile=0):
+    """(row tile, blocks that share rows, parts of K) for weights [E, N, K] and so many live rows."""
+    tile = (_size * 3)()
+    _checked(_lib.expertile_choose_tile(*weights.shape, rows, row_tile, tile))
+    return tuple(tile)
+
+
+def bind_gemm(tile, weights, rows, scales, layout, out, alignment):
+    """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]); `layout` is a bound permutation whose worklist has the tile's rows."""
+    values, weight_scales = weights
+    return Bound(
+        _lib.expertile_bind_gemm(*tile, *values.shape, values.data_ptr(), weight_scales.data_ptr(), rows.data_ptr(),
+                                 scales.data_ptr(), out.data_ptr(), layout.header.data_ptr(), layout.worklist.data_ptr(),
+                                 layout.psum.data_ptr(), rows.shape[0], alignment),
+        (values, weight_scales, rows, scales, layout, out))

@@ -5,10 +5,11 @@
 //! loop does. Functions return 0 or null on failure, and `expertile_error` then says what was wrong.
 
 use expertile::cuda::{
-    Activate, ActivateBuffers, ActivateConfig, Device, LayoutBuffers, QuantizePermute, QuantizePermuteConfig,
-    RouteConfig, RoutingBuffers, RowsBuffers, Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig,
+    Activate, ActivateBuffers, ActivateConfig, Device, Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile,
+    LayoutBuffers, QuantizePermute, QuantizePermuteConfig, RouteConfig, RoutingBuffers, RowsBuffers, Stream, Tensor2,
+    Unpermute, UnpermuteBuffers, UnpermuteConfig, Weights,
 };
-use expertile::{Activation, Dtype, Error, Padding, Plan, Result, ScaleFormat, TokenExperts};
+use expertile::{Activation, Dtype, Error, Padding, Plan, Result, ScaleFormat, TokenExperts, WeightFormat};
 use std::cell::RefCell;
 use std::ffi::{CString, c_char};
 use std::sync::{Arc, OnceLock};
@@ -62,12 +63,18 @@ pub enum Bound {
         step: Arc<Unpermute>,
         call: UnpermuteBuffers,
     },
+    Gemm {
+        step: Arc<Gemm>,
+        weights: Weights,
+        call: GemmBuffers,
+    },
 }
 
 /// Quantize + permute for one shape, and the sizes of its buffers.
 pub struct Permutation {
     step: Arc<QuantizePermute>,
     plan: Plan,
+    row_tile: usize,
 }
 
 /// Prepares quantize + permute; rows are bf16, scales MN-major f32 over 128 values, ids i32 (or i64).
@@ -78,13 +85,14 @@ pub extern "C" fn expertile_permutation(
     experts: usize,
     hidden: usize,
     alignment: usize,
+    row_tile: usize,
     reference_size: bool,
     wide_ids: bool,
     single_launch_slots: usize,
 ) -> usize {
     let make = || {
         let config = QuantizePermuteConfig {
-            route: RouteConfig { topk, ids: if wide_ids { Dtype::I64 } else { Dtype::I32 }, row_tile: alignment },
+            route: RouteConfig { topk, ids: if wide_ids { Dtype::I64 } else { Dtype::I32 }, row_tile },
             hidden,
             input: Dtype::Bf16,
             format: ScaleFormat::HOPPER,
@@ -98,7 +106,7 @@ pub extern "C" fn expertile_permutation(
             Plan::tight(tokens, topk, experts, alignment, TokenExperts::Distinct)?
         };
         let step = QuantizePermute::prepare(&device()?, config)?.with_single_launch_slots(single_launch_slots);
-        Ok(Permutation { step: Arc::new(step), plan })
+        Ok(Permutation { step: Arc::new(step), plan, row_tile })
     };
     hand_over(make())
 }
@@ -120,7 +128,7 @@ pub unsafe extern "C" fn expertile_permutation_sizes(
         Ok([
             plan.m_sum(),
             ScaleFormat::HOPPER.words(plan.m_sum(), hidden)?,
-            LayoutBuffers::space_bytes(plan, plan.alignment())?,
+            LayoutBuffers::space_bytes(plan, permutation.row_tile)?,
             permutation.step.workspace_bytes(plan)?,
         ])
     };
@@ -145,7 +153,7 @@ pub unsafe extern "C" fn expertile_layout_offsets(permutation: *const Permutatio
     // SAFETY: the caller's promise.
     let (permutation, offsets) = unsafe { (&*permutation, std::slice::from_raw_parts_mut(offsets, 8)) };
     let base = 1 << 20;
-    match LayoutBuffers::carve(base, &permutation.plan, permutation.plan.alignment()) {
+    match LayoutBuffers::carve(base, &permutation.plan, permutation.row_tile) {
         Ok(l) => {
             let lists = [
                 l.expert_num_tokens,
@@ -206,7 +214,7 @@ pub unsafe extern "C" fn expertile_bind_permutation(
                 scales,
                 ..RowsBuffers::default()
             },
-            layout: LayoutBuffers::carve(layout, &plan, plan.alignment())?,
+            layout: LayoutBuffers::carve(layout, &plan, permutation.row_tile)?,
             workspace,
         })
     };
@@ -257,6 +265,71 @@ pub extern "C" fn expertile_bind_unpermute(
     hand_over(make())
 }
 
+/// Writes the tile that a GEMM of `experts` times `[n, k]` takes for that many live rows: row tile, blocks that share rows,
+/// parts of K. A `row_tile` of 0 is chosen, too. 1, or 0 on failure.
+///
+/// # Safety
+/// `tile` holds three.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_choose_tile(
+    experts: usize,
+    n: usize,
+    k: usize,
+    rows: usize,
+    row_tile: usize,
+    tile: *mut usize,
+) -> i32 {
+    match device() {
+        Ok(device) => {
+            let shape = GemmShape { n, k, format: WeightFormat::E4m3, experts, rows };
+            let row_tile = if row_tile == 0 { GemmTile::row_tile_for(rows, experts) } else { row_tile };
+            let chosen = GemmTile::choose(&shape, row_tile, device.info().multiprocessors as usize);
+            // SAFETY: the caller's promise.
+            let tile = unsafe { std::slice::from_raw_parts_mut(tile, 3) };
+            tile.copy_from_slice(&[chosen.row_tile, chosen.shared, chosen.splits]);
+            1
+        }
+        Err(error) => {
+            report(&error);
+            0
+        }
+    }
+}
+
+/// Prepares and binds the grouped GEMM of e4m3 rows and weights `[experts, n, k]`, whose worklist has `row_tile`.
+///
+/// # Safety
+/// The addresses are device memory of the sizes that `Weights` and `GemmBuffers` say.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_bind_gemm(
+    row_tile: usize,
+    shared: usize,
+    splits: usize,
+    experts: usize,
+    n: usize,
+    k: usize,
+    weights: u64,
+    weight_scales: u64,
+    rows: u64,
+    scales: u64,
+    out: u64,
+    header: u64,
+    worklist: u64,
+    psum: u64,
+    m_sum: usize,
+    alignment: usize,
+) -> usize {
+    let make = || {
+        let config = GemmConfig { format: WeightFormat::E4m3, tile: GemmTile { row_tile, shared, splits } };
+        let step = Arc::new(Gemm::prepare(&device()?, config)?);
+        // SAFETY: the caller's promise.
+        let weights = unsafe { Weights::from_device(WeightFormat::E4m3, (experts, n, k), weights, weight_scales)? };
+        let call = GemmBuffers { rows, scales, out, header, worklist, psum, m_sum, alignment };
+        Ok(Bound::Gemm { step, weights, call })
+    };
+    hand_over(make())
+}
+
 /// Queues a bound step on a stream; 1, or 0 on failure.
 ///
 /// # Safety
@@ -272,6 +345,7 @@ pub unsafe extern "C" fn expertile_launch(bound: *const Bound, stream: u64) -> i
             }
             Bound::Activate { step, call } => step.launch(stream, call),
             Bound::Unpermute { step, call } => step.launch(stream, call),
+            Bound::Gemm { step, weights, call } => step.launch(stream, weights, call),
         }
     };
     match queued {
