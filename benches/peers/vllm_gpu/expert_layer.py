@@ -2,11 +2,13 @@
 
 import torch
 
-from compare import SHAPES, local_ids, routing
+from compare import L2_BYTES, SHAPES, local_ids, routing
 
-# Contract: distance to the unquantized product, whole and by row; between two GEMMs of the same quantized operands only the
-# order of f32 additions and the rounding to bf16 differ.
-UNQUANTIZED = (1e-3, 2e-3)
+# The contract's distances, whole and by row: of a GEMM to the product of what was quantized, rows and weights; of a layer to
+# that of unquantized rows and of the weights as they are, which are its input. Between two GEMMs of the same quantized operands only
+# the order of f32 additions and the rounding to bf16 differ.
+UNQUANTIZED_GEMM = (1e-3, 2e-3)
+UNQUANTIZED_LAYER = (2e-3, 4e-3)
 SAME_OPERANDS = (1e-5, 1e-4)
 
 
@@ -28,6 +30,12 @@ class Weights:
         generator = torch.Generator(device="cuda").manual_seed(self._seed * 1000 + expert)
         return torch.randn((n, k), device="cuda", generator=generator) * k**-0.5
 
+    def exact(self, expert):
+        """What the values and scales of an expert say, in f64."""
+        _, n, k = self.shape
+        blocks = self.values[expert].double().view(n // 128, 128, k // 128, 128)
+        return (blocks * self.scales[expert].double()[:, None, :, None]).view(n, k)
+
     @property
     def pair(self):
         return self.values, self.scales
@@ -47,25 +55,51 @@ class Call:
         self.shape, self.tokens = shape, tokens
         while True:
             self.ids, self.expert_map, self.weights = routing(tokens, topk, experts, global_experts, seed)
-            local = local_ids(self.ids, self.expert_map)
-            self.counts = torch.bincount(local[local >= 0].long(), minlength=experts)
+            self.local = local_ids(self.ids, self.expert_map)
+            self.counts = torch.bincount(self.local[self.local >= 0].long(), minlength=experts)
             if self.counts.any():
                 break
             seed += 1000
         self.weights /= self.weights.sum(1, keepdim=True)
         self.live, self.active = int(self.counts.sum()), int((self.counts > 0).sum())
+        self.expected_live = -(-tokens * topk * experts // global_experts)
         generator = torch.Generator(device="cuda").manual_seed(seed + 1)
         self.x = torch.randn((tokens, hidden), device="cuda", dtype=torch.bfloat16, generator=generator)
 
     def live_slots(self):
-        return torch.nonzero(local_ids(self.ids, self.expert_map).flatten() >= 0).flatten()
+        return torch.nonzero(self.local.flatten() >= 0).flatten()
 
     def sample(self, experts=8, rows=8):
         """-> (expert, its slots): the first and last active experts and some between, the first and last slots of each."""
-        local = local_ids(self.ids, self.expert_map).flatten()
         active = torch.nonzero(self.counts).flatten()
         for expert in _spread(active, experts).tolist():
-            yield expert, _spread(torch.nonzero(local == expert).flatten(), rows)
+            yield expert, _spread(torch.nonzero(self.local.flatten() == expert).flatten(), rows)
+
+    def reference(self, weights, most=3):
+        """Some tokens that have local experts, and what they should become, in f64."""
+        tokens = _spread(torch.nonzero((self.local >= 0).any(1)).flatten(), most)
+        local, out = self.local[tokens], torch.zeros((len(tokens), self.x.shape[1]), device="cuda", dtype=torch.float64)
+        for expert in local[local >= 0].unique().tolist():
+            token, slot = torch.nonzero(local == expert).unbind(1)
+            w13, w2 = (w.exact(expert) for w in weights)
+            gate, up = (self.x[tokens[token]].double() @ w13.t()).chunk(2, dim=1)
+            y = (torch.nn.functional.silu(gate) * up) @ w2.t()
+            out.index_add_(0, token, y * self.weights[tokens[token], slot].double()[:, None])
+        return tokens, out
+
+
+def calls_for(shape, tokens, weights_shape):
+    """Calls enough that the weights they read are several times the L2, where [E, N, K] is those of one GEMM: 1 to 8."""
+    calls, read = [], 0
+    while not calls or read < 4 * L2_BYTES and len(calls) < 8:
+        calls.append(Call(shape, tokens, seed=tokens + len(shape) + 100 * len(calls)))
+        read += calls[-1].active * weights_shape[1] * weights_shape[2]
+    return calls
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
 
 
 def _spread(values, most):

@@ -22,6 +22,11 @@ _lib.expertile_bind_unpermute.argtypes = [_size] * 4 + [_word] * 4
 _lib.expertile_choose_tile.argtypes = [_size] * 5 + [ctypes.POINTER(_size)]
 _lib.expertile_bind_gemm.restype = _size
 _lib.expertile_bind_gemm.argtypes = [_size] * 6 + [_word] * 8 + [_size] * 2
+_lib.expertile_layer.restype = _size
+_lib.expertile_layer.argtypes = [_size] * 6 + [_word] * 4
+_lib.expertile_layer_choice.argtypes = [_size, _size, ctypes.POINTER(_size)]
+_lib.expertile_bind_layer.restype = _size
+_lib.expertile_bind_layer.argtypes = [_size, _size] + [_word] * 6
 _lib.expertile_launch.argtypes = [_size, _word]
 _lib.expertile_check.argtypes = [_size, _word]
 
@@ -125,3 +130,25 @@ def bind_gemm(tile, weights, rows, scales, layout, out, alignment):
                                  scales.data_ptr(), out.data_ptr(), layout.header.data_ptr(), layout.worklist.data_ptr(),
                                  layout.psum.data_ptr(), rows.shape[0], alignment),
         (values, weight_scales, rows, scales, layout, out))
+
+
+class Layer:
+    """The whole layer; w13 and w2 are pairs as for `bind_gemm`."""
+
+    def __init__(self, w13, w2, topk, global_experts, max_tokens):
+        experts, hidden, intermediate = w2[0].shape
+        self._keep = (w13, w2)
+        self._handle = _checked(_lib.expertile_layer(
+            hidden, intermediate, experts, topk, global_experts, max_tokens, *(part.data_ptr() for part in (*w13, *w2))))
+
+    def choice(self, tokens):
+        """-> workspace bytes, alignment, launches, the tile of each GEMM."""
+        found = (_size * 9)()
+        _checked(_lib.expertile_layer_choice(self._handle, tokens, found))
+        return *found[:3], tuple(found[3:6]), tuple(found[6:])
+
+    def bind(self, x, ids, weights, out, workspace, expert_map=None):
+        addresses = [0 if t is None else t.data_ptr() for t in (x, ids, expert_map, weights, out, workspace)]
+        bound = Bound(_lib.expertile_bind_layer(self._handle, x.shape[0], *addresses), (self, x, ids, expert_map, weights, out, workspace))
+        torch.cuda.synchronize()
+        return bound

@@ -5,11 +5,13 @@
 //! loop does. Functions return 0 or null on failure, and `expertile_error` then says what was wrong.
 
 use expertile::cuda::{
-    Activate, ActivateBuffers, ActivateConfig, Device, Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile,
-    LayoutBuffers, QuantizePermute, QuantizePermuteConfig, RouteConfig, RoutingBuffers, RowsBuffers, Stream, Tensor2,
-    Unpermute, UnpermuteBuffers, UnpermuteConfig, Weights,
+    Activate, ActivateBuffers, ActivateConfig, Device, Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, Layer,
+    LayerBuffers, LayerConfig, LayoutBuffers, QuantizePermute, QuantizePermuteConfig, RouteConfig, RoutingBuffers,
+    RowsBuffers, Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig, Weights,
 };
-use expertile::{Activation, Dtype, Error, Padding, Plan, Result, ScaleFormat, TokenExperts, WeightFormat};
+use expertile::{
+    Activation, ActivationFormat, Dtype, Error, Padding, Plan, Result, ScaleFormat, TokenExperts, WeightFormat,
+};
 use std::cell::RefCell;
 use std::ffi::{CString, c_char};
 use std::sync::{Arc, OnceLock};
@@ -67,6 +69,11 @@ pub enum Bound {
         step: Arc<Gemm>,
         weights: Weights,
         call: GemmBuffers,
+    },
+    Layer {
+        layer: Arc<Layer>,
+        tokens: usize,
+        call: LayerBuffers,
     },
 }
 
@@ -330,6 +337,106 @@ pub unsafe extern "C" fn expertile_bind_gemm(
     hand_over(make())
 }
 
+/// Prepares the whole layer of e4m3 weights `[E, 2 I, H]` and `[E, H, I]` for calls of up to `max_tokens` tokens; hidden
+/// states and output are bf16, ids i32.
+///
+/// # Safety
+/// The addresses are device memory of the sizes that `Weights` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_layer(
+    hidden: usize,
+    intermediate: usize,
+    experts: usize,
+    topk: usize,
+    global_experts: usize,
+    max_tokens: usize,
+    w13: u64,
+    w13_scales: u64,
+    w2: u64,
+    w2_scales: u64,
+) -> usize {
+    let make = || {
+        let (up, down) = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate));
+        // SAFETY: the caller's promise.
+        let (w13, w2) = unsafe {
+            (
+                Weights::from_device(WeightFormat::E4m3, up, w13, w13_scales)?,
+                Weights::from_device(WeightFormat::E4m3, down, w2, w2_scales)?,
+            )
+        };
+        let config = LayerConfig {
+            topk,
+            ids: Dtype::I32,
+            global_experts,
+            input: Dtype::Bf16,
+            output: Dtype::Bf16,
+            activation: Activation::default(),
+            activations: ActivationFormat::E4m3,
+            weight_on_input: false,
+        };
+        Ok(Arc::new(Layer::prepare(&device()?, w13, w2, config, max_tokens)?))
+    };
+    hand_over(make())
+}
+
+/// Writes what a call of the layer does: bytes of workspace, alignment, launches, and each GEMM's tile as
+/// [`expertile_choose_tile`] does; 1, or 0 on failure.
+///
+/// # Safety
+/// `layer` came from [`expertile_layer`], `choice` holds nine.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_layer_choice(layer: *const Arc<Layer>, tokens: usize, choice: *mut usize) -> i32 {
+    // SAFETY: the caller's promise.
+    let (layer, choice) = unsafe { (&*layer, std::slice::from_raw_parts_mut(choice, 9)) };
+    match layer.choice(tokens) {
+        Ok(found) => {
+            let tile = |tile: GemmTile| [tile.row_tile, tile.shared, tile.splits];
+            choice[..3].copy_from_slice(&[found.workspace_bytes, found.plan.alignment(), found.launches]);
+            choice[3..6].copy_from_slice(&tile(found.gemm1));
+            choice[6..].copy_from_slice(&tile(found.gemm2));
+            1
+        }
+        Err(error) => {
+            report(&error);
+            0
+        }
+    }
+}
+
+/// Binds a call of the layer to addresses and readies its workspace.
+///
+/// # Safety
+/// As [`expertile_layer_choice`]; the addresses are device memory of the sizes that `LayerBuffers` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_bind_layer(
+    layer: *const Arc<Layer>,
+    tokens: usize,
+    x: u64,
+    ids: u64,
+    expert_map: u64,
+    weights: u64,
+    output: u64,
+    workspace: u64,
+) -> usize {
+    // SAFETY: the caller's promise.
+    let layer = unsafe { &*layer }.clone();
+    let make = || {
+        // SAFETY: the caller's promise.
+        unsafe { layer.initialise_workspace(Stream(0), workspace)? };
+        let &LayerConfig { topk, global_experts, .. } = layer.config();
+        let matrix = |address, row_stride| Tensor2 { address, row_stride, col_stride: 1 };
+        let call = LayerBuffers {
+            hidden_states: matrix(x, layer.shape().hidden()),
+            routing: RoutingBuffers { ids: matrix(ids, topk), expert_map, global_experts },
+            topk_weights: matrix(weights, topk),
+            output,
+            workspace,
+        };
+        Ok(Bound::Layer { layer, tokens, call })
+    };
+    hand_over(make())
+}
+
 /// Queues a bound step on a stream; 1, or 0 on failure.
 ///
 /// # Safety
@@ -346,6 +453,7 @@ pub unsafe extern "C" fn expertile_launch(bound: *const Bound, stream: u64) -> i
             Bound::Activate { step, call } => step.launch(stream, call),
             Bound::Unpermute { step, call } => step.launch(stream, call),
             Bound::Gemm { step, weights, call } => step.launch(stream, weights, call),
+            Bound::Layer { layer, tokens, call } => layer.launch(stream, *tokens, call),
         }
     };
     match queued {
@@ -357,7 +465,7 @@ pub unsafe extern "C" fn expertile_launch(bound: *const Bound, stream: u64) -> i
     }
 }
 
-/// Waits, and says what was wrong with the ids of a bound quantize + permute; 1 if nothing.
+/// Waits, and says what was wrong with the ids of a bound quantize + permute or layer; 1 if nothing.
 ///
 /// # Safety
 /// As [`expertile_launch`].
@@ -369,6 +477,7 @@ pub unsafe extern "C" fn expertile_check(bound: *const Bound, stream: u64) -> i3
             Bound::QuantizePermute { step, plan, routing, workspace, .. } => {
                 step.check(Stream(stream), plan, routing, *workspace)
             }
+            Bound::Layer { layer, tokens, call } => layer.check(Stream(stream), *tokens, call),
             _ => Ok(()),
         }
     };
