@@ -3,13 +3,14 @@
     PEER_DIR=... python3 compare_layer.py --out FOLDER [--parts gemm,layer] [--shapes dsv3,...] [--tokens 1,8,...] [--sweep]
 
 Results are checked first, then timed inside CUDA graphs that take turns, clocks hot; the layer also eagerly, the L2 flushed.
-`--sweep` times every tile of our GEMM that is worth it. `--compile` only fills DeepGEMM's cache, which takes many seconds a
-kernel and can be done by several processes at a time.
+`--sweep` times every tile of our GEMM that is worth it. `--compile` only fills DeepGEMM's cache (DG_JIT_CACHE_DIR) for the
+shapes and tokens: it compiles one kernel at a time, for many seconds, so a process for each GEMM does it.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 
@@ -34,7 +35,8 @@ def options_of(arguments=None):
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--no-stages", dest="stages", action="store_false", help="of the layer")
     parser.add_argument("--hot", type=float, default=0.3, help="seconds of load before each timing")
-    parser.add_argument("--compile", type=int, default=0, metavar="GEMM", help="1 or 2")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile-gemm", type=int, default=0, metavar="1 or 2", help="only this one, in this process")
     parser.add_argument("--commit", default="")
     return parser.parse_args(arguments)
 
@@ -65,14 +67,33 @@ def measurements(peer, shapes, tokens, parts, options):
         del weights, layer
 
 
+def compile_theirs(options, seconds=150):
+    """All at once; what fails to compile here says so where it is used."""
+    command = [sys.executable, os.path.abspath(__file__), "--tokens", options.tokens]
+    gemms = [(shape, which) for shape in options.shapes.split(",") for which in ("1", "2")]
+    running = [subprocess.Popen([*command, "--shapes", shape, "--compile-gemm", which], stderr=subprocess.DEVNULL) for shape, which in gemms]
+    start = time.perf_counter()
+    for gemm, process in zip(gemms, running):
+        try:
+            code = process.wait(max(seconds - (time.perf_counter() - start), 0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = f"no end after {seconds} s"
+        if code != 0:
+            print(f"compiling {gemm}: {code}")
+    print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
+
+
 def main():
     options = options_of()
+    if options.compile:
+        return compile_theirs(options)
     shapes, tokens, parts = options.shapes.split(","), list(map(int, options.tokens.split(","))), options.parts.split(",")
     torch.zeros(1, device="cuda")
     import vllm_peer as peer
 
-    if options.compile:
-        return gemm_part.compile_theirs(peer, shapes, tokens, options.compile)
+    if options.compile_gemm:
+        return gemm_part.compile_theirs(peer, shapes, tokens, options.compile_gemm)
     results = dict(date=time.strftime("%F"), commit=options.commit, device=device_facts(), quantizer=peer.quantizer, copy_tbs=copy_tbs(),
                    read_tbs=read_tbs(), fp8_tflops=fp8_tflops(), gemm=[], layer=[])
     print("copy {copy_tbs:.2f} TB/s, read {read_tbs:.2f} TB/s, fp8 {fp8_tflops:.0f} TFLOP/s, quantizer {quantizer}".format(**results), flush=True)
