@@ -9,7 +9,7 @@ from compare import L2_BYTES, SHAPES, local_ids, routing
 # the order of f32 additions and the rounding to bf16 differ.
 UNQUANTIZED_GEMM = (1e-3, 2e-3)
 UNQUANTIZED_LAYER = (2e-3, 4e-3)
-SAME_OPERANDS = (1e-5, 1e-4)
+SAME_OPERANDS = (1e-7, 1e-6)
 
 
 class Weights:
