@@ -37,8 +37,13 @@ def options_of(arguments=None):
     parser.add_argument("--hot", type=float, default=0.3, help="seconds of load before each timing")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--compile-gemm", type=int, default=0, metavar="1 or 2", help="only this one, in this process")
+    parser.add_argument("--quick", action="store_true", help="what tuning needs: a sweep of two shapes")
     parser.add_argument("--commit", default="")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.parts, options.sweep, options.hot = "gemm", True, 0.12
+        options.shapes, options.tokens = "dsv3_ep8,qwen235", "1,8,64,256,1024,4096"
+    return options
 
 
 def measurements(peer, shapes, tokens, parts, options):

@@ -47,7 +47,7 @@ for name in "$@"; do
         tail -n 40 "$out/compare.log" ;;
     sweep | layer)
         part compile 160 python3 "$folder/compare_layer.py" --compile ${LAYER:-}
-        [ "$name" = sweep ] && options="--parts gemm --sweep --hot 0.12" || options=
+        [ "$name" = sweep ] && options=--quick || options=
         part "$name" 300 python3 "$folder/compare_layer.py" --out "$out" --name "$name" ${LAYER:-} $options
         tail -n 100 "$out/$name.log" ;;
     esac
