@@ -15,19 +15,20 @@ CUTS = ((1, 1), (2, 1), (1, 2), (1, 4), (1, 8))
 
 
 def all_tiles():
-    return [(row_tile, *cut) for row_tile in ROW_TILES for cut in CUTS if cut[1] == 1 or row_tile <= 64]
+    narrow = [(row_tile, *cut, 0) for row_tile in ROW_TILES for cut in CUTS if cut[1] == 1 or row_tile <= 64]
+    return narrow + [(192, shared, 1, 1) for shared in (1, 2)]
 
 
 def worthwhile_tiles(weights, call):
     """Those that do not read weights many times over, are not nearly empty, and split K only where tiles are few."""
     experts, n, k = weights.shape
     rows = call.live / call.active
-    for row_tile, shared, splits in all_tiles():
+    for row_tile, shared, splits, wide in all_tiles():
         if row_tile * 4 < rows and row_tile < 128 or row_tile > 16 * max(rows, 2):
             continue
         tiles = call.active * -(-rows // row_tile) * -(-n // 128)
         if splits == 1 or tiles * splits <= 4 * 132:
-            yield row_tile, shared, splits
+            yield row_tile, shared, splits, wide
 
 
 def compile_ours(tiles):
@@ -161,8 +162,8 @@ def measure(peer, shape, tokens, weights, options):
 
 
 def name(tile):
-    """Row tile / blocks that share rows / parts of K."""
-    return "/".join(map(str, tile))
+    """Row tile / blocks that share rows / parts of K, and a w for the wide kernel."""
+    return "/".join(map(str, tile[:3])) + "w" * tile[3]
 
 
 def show(row):

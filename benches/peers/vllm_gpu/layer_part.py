@@ -5,6 +5,7 @@ import torch
 import ours
 from compare import SHAPES, eager_us
 from expert_layer import UNQUANTIZED_LAYER, calls_for, mean, require_near
+from gemm_part import name as name_of_tile
 from timing import race
 
 STAGES = ("permute", "gemm1", "activation", "gemm2", "unpermute")
@@ -100,7 +101,7 @@ def measure(peer, shape, tokens, weights, layer, options):
     expected = max(flop / 1.2e9, weight_bytes / 4.2e6) + 10
     row = dict(
         shape=shape, tokens=tokens, sets=len(calls), live_rows=mean(c.live for c in calls), active_experts=mean(c.active for c in calls),
-        weight_bytes=weight_bytes, flop=flop, distance=found, tiles=["/".join(map(str, tile)) for tile in mine.tiles],
+        weight_bytes=weight_bytes, flop=flop, distance=found, tiles=[name_of_tile(tile) for tile in mine.tiles],
         alignment=mine.alignment, launches=mine.launches,
         workspace=dict(ours=mine.workspace_bytes, theirs=theirs.workspace_bytes),
         graph=race(dict(ours=mine.bounds, theirs=theirs.layers()), expected, options.hot, graph_us=4000),

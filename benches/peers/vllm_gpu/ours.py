@@ -21,7 +21,7 @@ _lib.expertile_bind_unpermute.restype = _size
 _lib.expertile_bind_unpermute.argtypes = [_size] * 4 + [_word] * 4
 _lib.expertile_choose_tile.argtypes = [_size] * 5 + [ctypes.POINTER(_size)]
 _lib.expertile_bind_gemm.restype = _size
-_lib.expertile_bind_gemm.argtypes = [_size] * 6 + [_word] * 8 + [_size] * 2
+_lib.expertile_bind_gemm.argtypes = [_size] * 7 + [_word] * 8 + [_size] * 2
 _lib.expertile_layer.restype = _size
 _lib.expertile_layer.argtypes = [_size] * 6 + [_word] * 4
 _lib.expertile_layer_choice.argtypes = [_size, _size, ctypes.POINTER(_size)]
@@ -116,8 +116,8 @@ def bind_unpermute(rows, inv_perm, weights, out):
 
 
 def choose_tile(weights, rows, row_tile=0):
-    """(row tile, blocks that share rows, parts of K) for weights [E, N, K] and so many live rows."""
-    tile = (_size * 3)()
+    """(row tile, blocks that share rows, parts of K, 1 for the wide kernel) for weights [E, N, K] and so many live rows."""
+    tile = (_size * 4)()
     _checked(_lib.expertile_choose_tile(*weights.shape, rows, row_tile, tile))
     return tuple(tile)
 
@@ -143,9 +143,9 @@ class Layer:
 
     def choice(self, tokens):
         """-> workspace bytes, alignment, launches, the tile of each GEMM."""
-        found = (_size * 9)()
+        found = (_size * 11)()
         _checked(_lib.expertile_layer_choice(self._handle, tokens, found))
-        return *found[:3], tuple(found[3:6]), tuple(found[6:])
+        return *found[:3], tuple(found[3:7]), tuple(found[7:])
 
     def bind(self, x, ids, weights, out, workspace, expert_map=None):
         addresses = [0 if t is None else t.data_ptr() for t in (x, ids, expert_map, weights, out, workspace)]

@@ -51,7 +51,7 @@ def head(runs):
 def gemm_table(rows, rate, bandwidth):
     print("## Grouped GEMM: ours at alignment 8, DeepGEMM at 128, the same live rows\n")
     print("*Share*: of the large product's rate (M above 256) or of the bandwidth (active weights and rows, M up to 256).")
-    print("*Tile*: rows / blocks that share them / parts of K.\n")
+    print("*Tile*: rows / blocks that share them / parts of K, and a w where tokens stand on the matrix unit's M side.\n")
     print("| shape | M | live rows | N x K | us | TFLOP/s | TB/s | share | tile |\n|---|---|---|---|---|---|---|---|---|")
     for r in rows:
         start = f"| {r['shape']} | {r['tokens']} |"

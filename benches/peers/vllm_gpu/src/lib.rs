@@ -272,11 +272,16 @@ pub extern "C" fn expertile_bind_unpermute(
     hand_over(make())
 }
 
-/// Writes the tile that a GEMM of `experts` times `[n, k]` takes for that many live rows: row tile, blocks that share rows,
-/// parts of K. A `row_tile` of 0 is chosen, too. 1, or 0 on failure.
+/// A tile as four words: row tile, blocks that share rows, parts of K, 1 for the wide kernel.
+fn words_of_tile(tile: GemmTile) -> [usize; 4] {
+    [tile.row_tile, tile.shared, tile.splits, usize::from(tile.wide)]
+}
+
+/// Writes the tile that a GEMM of `experts` times `[n, k]` takes for that many live rows, as [`words_of_tile`] does. A
+/// `row_tile` of 0 is chosen, too. 1, or 0 on failure.
 ///
 /// # Safety
-/// `tile` holds three.
+/// `tile` holds four.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn expertile_choose_tile(
     experts: usize,
@@ -292,8 +297,7 @@ pub unsafe extern "C" fn expertile_choose_tile(
             let row_tile = if row_tile == 0 { GemmTile::row_tile_for(rows, experts) } else { row_tile };
             let chosen = GemmTile::choose(&shape, row_tile, device.info().multiprocessors as usize);
             // SAFETY: the caller's promise.
-            let tile = unsafe { std::slice::from_raw_parts_mut(tile, 3) };
-            tile.copy_from_slice(&[chosen.row_tile, chosen.shared, chosen.splits]);
+            unsafe { std::slice::from_raw_parts_mut(tile, 4) }.copy_from_slice(&words_of_tile(chosen));
             1
         }
         Err(error) => {
@@ -312,6 +316,7 @@ pub unsafe extern "C" fn expertile_bind_gemm(
     row_tile: usize,
     shared: usize,
     splits: usize,
+    wide: usize,
     experts: usize,
     n: usize,
     k: usize,
@@ -327,7 +332,8 @@ pub unsafe extern "C" fn expertile_bind_gemm(
     alignment: usize,
 ) -> usize {
     let make = || {
-        let config = GemmConfig { format: WeightFormat::E4m3, tile: GemmTile { row_tile, shared, splits } };
+        let config =
+            GemmConfig { format: WeightFormat::E4m3, tile: GemmTile { row_tile, shared, splits, wide: wide != 0 } };
         let step = Arc::new(Gemm::prepare(&device()?, config)?);
         // SAFETY: the caller's promise.
         let weights = unsafe { Weights::from_device(WeightFormat::E4m3, (experts, n, k), weights, weight_scales)? };
@@ -383,17 +389,16 @@ pub unsafe extern "C" fn expertile_layer(
 /// [`expertile_choose_tile`] does; 1, or 0 on failure.
 ///
 /// # Safety
-/// `layer` came from [`expertile_layer`], `choice` holds nine.
+/// `layer` came from [`expertile_layer`], `choice` holds eleven.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn expertile_layer_choice(layer: *const Arc<Layer>, tokens: usize, choice: *mut usize) -> i32 {
     // SAFETY: the caller's promise.
-    let (layer, choice) = unsafe { (&*layer, std::slice::from_raw_parts_mut(choice, 9)) };
+    let (layer, choice) = unsafe { (&*layer, std::slice::from_raw_parts_mut(choice, 11)) };
     match layer.choice(tokens) {
         Ok(found) => {
-            let tile = |tile: GemmTile| [tile.row_tile, tile.shared, tile.splits];
             choice[..3].copy_from_slice(&[found.workspace_bytes, found.plan.alignment(), found.launches]);
-            choice[3..6].copy_from_slice(&tile(found.gemm1));
-            choice[6..].copy_from_slice(&tile(found.gemm2));
+            choice[3..7].copy_from_slice(&words_of_tile(found.gemm1));
+            choice[7..].copy_from_slice(&words_of_tile(found.gemm2));
             1
         }
         Err(error) => {
