@@ -130,12 +130,12 @@ class Gemm:
         return require_near("against the unquantized product", torch.cat(rows), torch.cat(references), UNQUANTIZED_GEMM)
 
 
-def measure(peer, shape, tokens, weights, options):
-    """Rows of results: GEMM 1 and 2; with `options.sweep` for every tile worth it, else for the chosen one."""
+def measure(peer, shape, tokens, weights, options, sweep=False):
+    """Rows of results, GEMM 1 and 2: for the chosen tile or, in a sweep, for every one that is worth it."""
     # By the smaller GEMM, so that both read beyond the cache.
     calls = calls_for(shape, tokens, weights[1].shape)
     chosen = [ours.choose_tile(w, calls[0].expected_live) for w in weights]
-    more = [list(worthwhile_tiles(w, calls[0])) if options.sweep else [] for w in weights]
+    more = [(options.tiles or list(worthwhile_tiles(w, calls[0]))) if sweep else [] for w in weights]
     tiles = [list(dict.fromkeys([first, *others])) for first, others in zip(chosen, more)]
     row_tiles = list(dict.fromkeys(tile[0] for tile in sum(tiles, [])))
     before, results = None, []
@@ -166,6 +166,11 @@ def name(tile):
     return "/".join(map(str, tile[:3])) + "w" * tile[3]
 
 
+def tile_of(name):
+    """The tile of such a name."""
+    return *map(int, name.rstrip("w").split("/")), int(name.endswith("w"))
+
+
 def show(row):
     best = min(row["ours"], key=row["ours"].get)
     us = row["ours"][best]
@@ -183,7 +188,7 @@ def compile_theirs(peer, shapes, tokens, which):
         empty = lambda *size, dtype=torch.float8_e4m3fn: torch.empty(size, device="cuda", dtype=dtype)
         weights = empty(experts, n, k), empty(experts, n // 128, k // 128, dtype=torch.float32)
         for count in tokens:
-            m_sum = ours.Permutation(count, topk, experts, hidden).m_sum
+            m_sum = peer.m_sum(count, topk, experts)
             scales = empty(k // 128, m_sum, dtype=torch.float32).t()
             psum = torch.zeros(experts, device="cuda", dtype=torch.int32)
             peer.gemm((empty(m_sum, k), scales), weights, empty(m_sum, n, dtype=torch.bfloat16), psum)

@@ -4,7 +4,7 @@ import torch
 
 import ours
 from compare import SHAPES, eager_us
-from expert_layer import UNQUANTIZED_LAYER, calls_for, mean, require_near
+from expert_layer import UNQUANTIZED_LAYER, Call, calls_for, mean, require_near
 from gemm_part import name as name_of_tile
 from timing import race
 
@@ -92,40 +92,64 @@ def check(mine, theirs, calls, weights):
     return found
 
 
-def measure(peer, shape, tokens, weights, layer, options):
-    calls = calls_for(shape, tokens, weights[1].shape)
-    mine, theirs = Ours(layer, calls, weights), Theirs(peer, calls, weights)
-    found = check(mine, theirs, calls, weights)
-    weight_bytes = mean(c.active for c in calls) * sum(w.shape[1] * w.shape[2] for w in weights)
-    flop = 2 * mean(c.live for c in calls) * sum(w.shape[1] * w.shape[2] for w in weights)
-    expected = max(flop / 1.2e9, weight_bytes / 4.2e6) + 10
-    row = dict(
-        shape=shape, tokens=tokens, sets=len(calls), live_rows=mean(c.live for c in calls), active_experts=mean(c.active for c in calls),
-        weight_bytes=weight_bytes, flop=flop, distance=found, tiles=[name_of_tile(tile) for tile in mine.tiles],
-        alignment=mine.alignment, launches=mine.launches,
-        workspace=dict(ours=mine.workspace_bytes, theirs=theirs.workspace_bytes),
-        graph=race(dict(ours=mine.bounds, theirs=theirs.layers()), expected, options.hot, graph_us=4000),
-        eager=eager(mine.bounds[0], theirs.layers()[0]))
-    if options.stages:
-        sides = dict(ours=mine.stages(), theirs=theirs.stages())
+class Case:
+    """One shape and number of tokens: calls, and both sides of them."""
+
+    def __init__(self, peer, shape, tokens, weights, layer):
+        self.calls, self.weights = calls_for(shape, tokens, weights[1].shape), weights
+        self.mine, self.theirs = Ours(layer, self.calls, weights), Theirs(peer, self.calls, weights)
+        self.row = dict(shape=shape, tokens=tokens)
+        self.numbers = sum(w.shape[1] * w.shape[2] for w in weights)
+        self.active, self.live = mean(c.active for c in self.calls), mean(c.live for c in self.calls)
+        self.expected_us = max(2 * self.live * self.numbers / 1.2e9, self.active * self.numbers / 4.2e6) + 10
+
+    def graph(self, options):
+        mine, theirs = self.mine, self.theirs
+        found = check(mine, theirs, self.calls, self.weights)
+        times = race(dict(ours=mine.bounds, theirs=theirs.layers()), self.expected_us, options.hot, graph_us=4000)
+        return dict(
+            self.row, sets=len(self.calls), live_rows=self.live, active_experts=self.active, weight_bytes=self.active * self.numbers,
+            flop=2 * self.live * self.numbers, distance=found, tiles=[name_of_tile(tile) for tile in mine.tiles],
+            alignment=mine.alignment, launches=mine.launches, graph=times,
+            workspace=dict(ours=mine.workspace_bytes, theirs=theirs.workspace_bytes))
+
+    def eager(self, _):
+        """Medians, in turns; the smaller of two of each."""
+        times = [(eager_us(self.mine.bounds[0]), eager_us(self.theirs.layers()[0])) for _ in range(2)]
+        return dict(self.row, ours=min(a for a, _ in times), theirs=min(b for _, b in times))
+
+    def stages(self, options):
+        sides = dict(ours=self.mine.stages(), theirs=self.theirs.stages())
         contenders = {(side, stage): calls for side, stages in sides.items() for stage, calls in stages.items()}
-        times = race(contenders, expected / 3, options.hot / 2, rounds=7)
-        row["stages"] = {side: {stage: times[side, stage] for stage in STAGES} for side in sides}
-    return row
+        times = race(contenders, self.expected_us / 3, options.hot / 2, rounds=5, graph_us=1000)
+        return dict(self.row, **{side: {stage: times[side, stage] for stage in STAGES} for side in sides})
 
 
-def eager(mine, theirs):
-    """Medians, in turns; the smaller of two of each."""
-    times = [(eager_us(mine), eager_us(theirs)) for _ in range(2)]
-    return dict(ours=min(a for a, _ in times), theirs=min(b for _, b in times))
-
-
-def show(row):
-    graph, eager_, work = row["graph"], row["eager"], row["workspace"]
-    floor = row["weight_bytes"] / 4.2e6
+def show_layer(row):
+    graph, work, floor = row["graph"], row["workspace"], row["weight_bytes"] / 4.2e6
     print(f"{row['shape']:8} {row['tokens']:5} layer {' '.join(row['tiles'])} floor {floor:.1f} graph {graph['ours']:.1f}/{graph['theirs']:.1f}"
-          f" {graph['theirs'] / graph['ours']:.2f}x eager {eager_['ours']:.1f}/{eager_['theirs']:.1f} {eager_['theirs'] / eager_['ours']:.2f}x"
-          f" ws {work['ours'] / 2**20:.1f}/{work['theirs'] / 2**20:.1f} MiB d {row['distance']['theirs'][0]:.0e} {row['distance']['ours'][0]:.1e}", flush=True)
-    if "stages" in row:
-        stages = row["stages"]
-        print("   " + " ".join(f"{stage} {stages['ours'][stage]:.1f}/{stages['theirs'][stage]:.1f}" for stage in STAGES), flush=True)
+          f" {graph['theirs'] / graph['ours']:.2f}x workspace {work['ours'] / 2**20:.1f}/{work['theirs'] / 2**20:.1f} MiB"
+          f" distance {row['distance']['ours'][0]:.1e}, to theirs {row['distance']['theirs'][0]:.0e}", flush=True)
+
+
+def show_eager(row):
+    print(f"{row['shape']:8} {row['tokens']:5} eager {row['ours']:.1f}/{row['theirs']:.1f} {row['theirs'] / row['ours']:.2f}x", flush=True)
+
+
+def show_stages(row):
+    cells = (f"{stage} {row['ours'][stage]:.1f}/{row['theirs'][stage]:.1f}" for stage in STAGES)
+    print(f"{row['shape']:8} {row['tokens']:5} stages {' '.join(cells)}", flush=True)
+
+
+def compile_steps(peer, shape, tokens):
+    """Compiles our layer's kernels, and of theirs all but the GEMMs."""
+    hidden, intermediate, experts, topk, global_experts = SHAPES[shape]
+    empty = lambda *size, dtype=torch.float8_e4m3fn: torch.empty(size, device="cuda", dtype=dtype)
+    pair = lambda n, k: (empty(experts, n, k), empty(experts, n // 128, k // 128, dtype=torch.float32))
+    ours.Layer(pair(2 * intermediate, hidden), pair(hidden, intermediate), topk, global_experts, max(tokens))
+    for count in tokens:
+        call = Call(shape, count, seed=count)
+        a, s, layout, inverse, alignment = peer.permute(*peer.quantize(call.x), call.ids, experts, call.expert_map)
+        peer.activate(empty(a.shape[0], 2 * intermediate, dtype=torch.bfloat16), layout, alignment)
+        peer.unpermute(empty(a.shape[0], hidden, dtype=torch.bfloat16), call.ids, call.weights, inverse, call.expert_map, torch.empty_like(call.x))
+    torch.cuda.synchronize()

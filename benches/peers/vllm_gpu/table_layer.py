@@ -4,20 +4,24 @@ import argparse
 import json
 
 SHAPES = ("dsv3", "dsv3_ep8", "qwen235", "mixtral")
+PARTS = ("layer", "gemm", "eager", "stages", "sweep")
 STAGES = ("permute", "gemm1", "activation", "gemm2", "unpermute")
 FEW = 256  # tokens up to which reading the weights decides
 READ = 4.2e6  # bytes in a microsecond: the floor's
 
 
 def merged(files):
+    """-> the runs, and each part's rows: of what was measured twice, the later."""
     runs = [json.load(open(file)) for file in files]
-    parts = dict(gemm={}, layer={})
+    parts = {part: {} for part in PARTS}
     for run in runs:
         for part, rows in parts.items():
-            for row in run[part]:
-                rows[row["shape"], row["tokens"], row.get("gemm")] = row
+            for row in run.get(part, []):
+                key = row["shape"], row["tokens"], row.get("gemm")
+                if "wrong" not in row or key not in rows:
+                    rows[key] = row
     order = lambda key: (SHAPES.index(key[0]), key[1], key[2] or 0)
-    return runs, {part: [rows[key] for key in sorted(rows, key=order)] for part, rows in parts.items()}
+    return runs, {part: {key: rows[key] for key in sorted(rows, key=order)} for part, rows in parts.items()}
 
 
 def pair(mine, theirs):
@@ -65,33 +69,40 @@ def gemm_table(rows, rate, bandwidth):
               f" | {r['chosen']} |")
 
 
-def layer_table(rows):
+def layer_table(rows, eager):
     print("\n## Whole layer\n")
     print("*Eager*: launches included, the L2 flushed. *Floor*: the active experts' weights over 4.2 TB/s. *Workspace*: for vLLM the two")
     print("that it asks for and its scales. *Distance*: to the layer in f64, ours / theirs.\n")
     print("| shape | M | graph | eager | floor | ours / floor | workspace, MiB | distance |\n|---|---|---|---|---|---|---|---|")
-    for r in rows:
+    for key, r in rows.items():
         start = f"| {r['shape']} | {r['tokens']} |"
         if "wrong" in r:
             print(f"{start} wrong: {r['wrong']} | | | | | |")
             continue
         floor = r["weight_bytes"] / READ
         floors = f"{floor:.1f} | {r['graph']['ours'] / floor:.2f}" if r["tokens"] <= FEW else "- | -"
+        launched = eager.get(key, {})
+        launched = pair(launched["ours"], launched["theirs"]) if "ours" in launched else "-"
         mine, theirs = (r["workspace"][side] / 2**20 for side in ("ours", "theirs"))
         distance = " / ".join(f"{r['distance'][side][0]:.1e}" for side in ("ours", "vllm"))
-        print(f"{start} {pair(r['graph']['ours'], r['graph']['theirs'])}"
-              f" | {pair(r['eager']['ours'], r['eager']['theirs'])} | {floors} | {mine:.1f} / {theirs:.1f} ({theirs / mine:.1f}x) | {distance} |")
+        print(f"{start} {pair(r['graph']['ours'], r['graph']['theirs'])} | {launched} | {floors}"
+              f" | {mine:.1f} / {theirs:.1f} ({theirs / mine:.1f}x) | {distance} |")
 
 
 def stage_table(rows):
-    rows = [row for row in rows if "stages" in row]
-    if not rows:
-        return
     print("\n## The layer's stages, each in a graph of its own\n")
     print(f"| shape | M | {' | '.join(STAGES)} |\n|---|---|{'---|' * len(STAGES)}")
     for r in rows:
-        cells = " | ".join(pair(r["stages"]["ours"][stage], r["stages"]["theirs"][stage]) for stage in STAGES)
+        cells = " | ".join(pair(r["ours"][stage], r["theirs"][stage]) for stage in STAGES)
         print(f"| {r['shape']} | {r['tokens']} | {cells} |")
+
+
+def sweep_table(rows):
+    print("\n## Tiles of our GEMM, microseconds; the chosen one with a star\n")
+    print("| shape | M | N x K | DeepGEMM | ours |\n|---|---|---|---|---|")
+    for r in rows:
+        cells = ", ".join(f"{tile}{'*' if tile == r['chosen'] else ''} {us:.1f}" for tile, us in sorted(r["ours"].items(), key=lambda item: item[1]))
+        print(f"| {r['shape']} | {r['tokens']} | {r['n']} x {r['k']} | {r['theirs']:.1f} | {cells} |")
 
 
 def main():
@@ -100,15 +111,20 @@ def main():
     parser.add_argument("--json")
     options = parser.parse_args()
     runs, parts = merged(options.files)
+    right = {part: [row for row in rows.values() if "wrong" not in row] for part, rows in parts.items()}
     head(runs)
     if parts["gemm"]:
-        gemm_table(parts["gemm"], max(run["fp8_tflops"] for run in runs), max(max(run["read_tbs"], run["copy_tbs"]) for run in runs))
+        gemm_table(parts["gemm"].values(), max(run["fp8_tflops"] for run in runs), max(max(run["read_tbs"], run["copy_tbs"]) for run in runs))
     if parts["layer"]:
-        layer_table(parts["layer"])
-        stage_table(parts["layer"])
+        layer_table(parts["layer"], parts["eager"])
+    if right["stages"]:
+        stage_table(right["stages"])
+    if right["sweep"]:
+        sweep_table(right["sweep"])
     if options.json:
+        facts = [{key: value for key, value in run.items() if key not in PARTS} for run in runs]
         with open(options.json, "w") as file:
-            json.dump(dict(runs=[{key: value for key, value in run.items() if key not in parts} for run in runs], **parts), file, indent=1)
+            json.dump(dict(runs=facts, **{part: list(rows.values()) for part, rows in parts.items()}), file, indent=1)
 
 
 if __name__ == "__main__":
