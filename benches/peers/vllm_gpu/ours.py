@@ -21,7 +21,7 @@ _lib.expertile_bind_unpermute.restype = _size
 _lib.expertile_bind_unpermute.argtypes = [_size] * 4 + [_word] * 4
 _lib.expertile_choose_tile.argtypes = [_size] * 5 + [ctypes.POINTER(_size)]
 _lib.expertile_bind_gemm.restype = _size
-_lib.expertile_bind_gemm.argtypes = [_size] * 7 + [_word] * 8 + [_size] * 2
+_lib.expertile_bind_gemm.argtypes = [_size] * 7 + [_word] * 9 + [_size] * 2
 _lib.expertile_layer.restype = _size
 _lib.expertile_layer.argtypes = [_size] * 6 + [_word] * 4
 _lib.expertile_layer_choice.argtypes = [_size, _size, ctypes.POINTER(_size)]
@@ -122,14 +122,15 @@ def choose_tile(weights, rows, row_tile=0):
     return tuple(tile)
 
 
-def bind_gemm(tile, weights, rows, scales, layout, out, alignment):
-    """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]); `layout` is a bound permutation whose worklist has the tile's rows."""
+def bind_gemm(tile, weights, rows, scales, layout, out, alignment, out_scales=None):
+    """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]); `layout` is a bound permutation whose worklist has the tile's rows.
+    With `out_scales` the activation is in it: `out` is then e4m3 [M_sum, N / 2]."""
     values, weight_scales = weights
     return Bound(
         _lib.expertile_bind_gemm(*tile, *values.shape, values.data_ptr(), weight_scales.data_ptr(), rows.data_ptr(),
-                                 scales.data_ptr(), out.data_ptr(), layout.header.data_ptr(), layout.worklist.data_ptr(),
-                                 layout.psum.data_ptr(), rows.shape[0], alignment),
-        (values, weight_scales, rows, scales, layout, out))
+                                 scales.data_ptr(), out.data_ptr(), 0 if out_scales is None else out_scales.data_ptr(),
+                                 layout.header.data_ptr(), layout.worklist.data_ptr(), layout.psum.data_ptr(), rows.shape[0], alignment),
+        (values, weight_scales, rows, scales, layout, out, out_scales))
 
 
 class Layer:

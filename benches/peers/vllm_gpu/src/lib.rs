@@ -307,7 +307,8 @@ pub unsafe extern "C" fn expertile_choose_tile(
     }
 }
 
-/// Prepares and binds the grouped GEMM of e4m3 rows and weights `[experts, n, k]`, whose worklist has `row_tile`.
+/// Prepares and binds the grouped GEMM of e4m3 rows and weights `[experts, n, k]`, whose worklist has `row_tile`; with
+/// `out_scales` its results go through SwiGLU and are quantized, too.
 ///
 /// # Safety
 /// The addresses are device memory of the sizes that `Weights` and `GemmBuffers` say.
@@ -325,6 +326,7 @@ pub unsafe extern "C" fn expertile_bind_gemm(
     rows: u64,
     scales: u64,
     out: u64,
+    out_scales: u64,
     header: u64,
     worklist: u64,
     psum: u64,
@@ -332,12 +334,15 @@ pub unsafe extern "C" fn expertile_bind_gemm(
     alignment: usize,
 ) -> usize {
     let make = || {
-        let config =
-            GemmConfig { format: WeightFormat::E4m3, tile: GemmTile { row_tile, shared, splits, wide: wide != 0 } };
+        let config = GemmConfig {
+            format: WeightFormat::E4m3,
+            tile: GemmTile { row_tile, shared, splits, wide: wide != 0 },
+            activation: (out_scales != 0).then(Activation::default),
+        };
         let step = Arc::new(Gemm::prepare(&device()?, config)?);
         // SAFETY: the caller's promise.
         let weights = unsafe { Weights::from_device(WeightFormat::E4m3, (experts, n, k), weights, weight_scales)? };
-        let call = GemmBuffers { rows, scales, out, header, worklist, psum, m_sum, alignment };
+        let call = GemmBuffers { rows, scales, out, out_scales, header, worklist, psum, m_sum, alignment };
         Ok(Bound::Gemm { step, weights, call })
     };
     hand_over(make())
