@@ -129,7 +129,7 @@ def main():
     print("copy {copy_tbs:.2f} TB/s, read {read_tbs:.2f} TB/s, fp8 {fp8_tflops:.0f} TFLOP/s, quantizer {quantizer}".format(**results), flush=True)
     setup = Setup(peer, shapes, tokens, options)
     if "sweep" in options.parts:
-        gemm_part.compile_ours(gemm_part.all_tiles())
+        gemm_part.compile_ours(options.tiles or gemm_part.all_tiles())
     print(f"# ready after {time.perf_counter() - BEGIN:.1f} s", flush=True)
     wrong = 0
     for part, row in measurements(setup, shapes, tokens, options):

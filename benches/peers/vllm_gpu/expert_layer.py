@@ -33,7 +33,7 @@ class Weights:
     def exact(self, expert):
         """What the values and scales of an expert say, in f64."""
         _, n, k = self.shape
-        blocks = self.values[expert].double().view(n // 128, 128, k // 128, 128)
+        blocks = self.values[expert].float().double().view(n // 128, 128, k // 128, 128)
         return (blocks * self.scales[expert].double()[:, None, :, None]).view(n, k)
 
     @property
