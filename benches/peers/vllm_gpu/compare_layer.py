@@ -57,17 +57,15 @@ class Setup:
     def __init__(self, peer, shapes, tokens, options):
         self.peer, self.options = peer, options
         self.weights = {shape: layer_weights(shape) for shape in shapes}
-        self.layers = {}
-        if set(options.parts.split(",")) & {"layer", "eager", "stages"}:
-            for shape, weights in self.weights.items():
-                _, _, _, topk, global_experts = SHAPES[shape]
-                self.layers[shape] = ours.Layer(*(w.pair for w in weights), topk, global_experts, max_tokens=max(tokens))
+        self.layers = {
+            shape: ours.Layer(*(w.pair for w in weights), *SHAPES[shape][3:], max_tokens=max(tokens)) for shape, weights in self.weights.items()}
         torch.cuda.synchronize()
 
     def rows(self, part, shape, tokens):
         weights = self.weights[shape]
         if part in ("gemm", "sweep"):
-            return gemm_part.measure(self.peer, shape, tokens, weights, self.options, sweep=part == "sweep")
+            *_, up, down = self.layers[shape].choice(tokens)
+            return gemm_part.measure(self.peer, shape, tokens, weights, [up, down], self.options, sweep=part == "sweep")
         case = layer_part.Case(self.peer, shape, tokens, weights, self.layers[shape])
         return [getattr(case, "graph" if part == "layer" else part)(self.options)]
 
@@ -95,18 +93,21 @@ def measurements(setup, shapes, tokens, options):
         print(f"# {part} took {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def compile_all(options, seconds=150):
-    """All at once; what fails to compile here says so where it is used."""
-    command = [sys.executable, os.path.abspath(__file__), "--tokens", options.tokens]
-    jobs = [(shape, part) for shape in options.shapes.split(",") for part in ("1", "2", "steps")]
-    running = [subprocess.Popen([*command, "--shapes", shape, "--compile-part", part], stderr=subprocess.DEVNULL) for shape, part in jobs]
-    start = time.perf_counter()
-    for job, process in zip(jobs, running):
+def compile_all(options):
+    """All at once, each with a log; what fails to compile here says so where it is used."""
+    start, most = time.perf_counter(), min(options.seconds, 150)
+    jobs = {}
+    for shape in options.shapes.split(","):
+        for part in ("1", "2", "steps"):
+            command = [sys.executable, os.path.abspath(__file__), "--tokens", options.tokens, "--shapes", shape, "--compile-part", part]
+            with open(os.path.join(options.out, f"compile-{shape}-{part}.log"), "w") as log:
+                jobs[shape, part] = subprocess.Popen(command, stdout=log, stderr=log)
+    for job, process in jobs.items():
         try:
-            code = process.wait(max(seconds - (time.perf_counter() - start), 0))
+            code = process.wait(max(start + most - time.perf_counter(), 0))
         except subprocess.TimeoutExpired:
             process.kill()
-            code = f"no end after {seconds} s"
+            code = f"no end after {most:.0f} s"
         if code != 0:
             print(f"compiling {job}: {code}")
     print(f"compiled in {time.perf_counter() - start:.1f} s", flush=True)
@@ -127,7 +128,7 @@ def main():
     results = dict(date=time.strftime("%F"), commit=options.commit, device=device_facts(), quantizer=peer.quantizer, copy_tbs=copy_tbs(),
                    read_tbs=read_tbs(), fp8_tflops=fp8_tflops(), layer=[], gemm=[], eager=[], stages=[], sweep=[])
     print("copy {copy_tbs:.2f} TB/s, read {read_tbs:.2f} TB/s, fp8 {fp8_tflops:.0f} TFLOP/s, quantizer {quantizer}".format(**results), flush=True)
-    setup = Setup(peer, shapes, tokens, options)
+    setup = Setup(peer, shapes, tokens + list(map(int, options.sweep_tokens.split(","))), options)
     if "sweep" in options.parts:
         gemm_part.compile_ours(options.tiles or gemm_part.all_tiles())
     print(f"# ready after {time.perf_counter() - BEGIN:.1f} s", flush=True)

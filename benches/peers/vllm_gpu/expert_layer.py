@@ -62,7 +62,6 @@ class Call:
             seed += 1000
         self.weights /= self.weights.sum(1, keepdim=True)
         self.live, self.active = int(self.counts.sum()), int((self.counts > 0).sum())
-        self.expected_live = -(-tokens * topk * experts // global_experts)
         generator = torch.Generator(device="cuda").manual_seed(seed + 1)
         self.x = torch.randn((tokens, hidden), device="cuda", dtype=torch.bfloat16, generator=generator)
 

@@ -130,11 +130,10 @@ class Gemm:
         return require_near("against the unquantized product", torch.cat(rows), torch.cat(references), UNQUANTIZED_GEMM)
 
 
-def measure(peer, shape, tokens, weights, options, sweep=False):
-    """Rows of results, GEMM 1 and 2: for the chosen tile or, in a sweep, for every one that is worth it."""
+def measure(peer, shape, tokens, weights, chosen, options, sweep=False):
+    """Rows of results, GEMM 1 and 2: for the layer's tile or, in a sweep, for every one that is worth it."""
     # By the smaller GEMM, so that both read beyond the cache.
     calls = calls_for(shape, tokens, weights[1].shape)
-    chosen = [ours.choose_tile(w, calls[0].expected_live) for w in weights]
     more = [(options.tiles or list(worthwhile_tiles(w, calls[0]))) if sweep else [] for w in weights]
     tiles = [list(dict.fromkeys([first, *others])) for first, others in zip(chosen, more)]
     row_tiles = list(dict.fromkeys(tile[0] for tile in sum(tiles, [])))

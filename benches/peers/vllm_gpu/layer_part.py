@@ -5,10 +5,11 @@ import torch
 import ours
 from compare import SHAPES, eager_us
 from expert_layer import UNQUANTIZED_LAYER, Call, calls_for, mean, require_near
+from gemm_part import compile_ours
 from gemm_part import name as name_of_tile
 from timing import race
 
-STAGES = ("permute", "gemm1", "activation", "gemm2", "unpermute")
+STAGES = ("permute", "gemm1", "activation", "gemm1 + activation", "gemm2", "unpermute")
 
 
 class Theirs:
@@ -49,11 +50,12 @@ class Theirs:
 
 
 class Ours:
-    """Expertile's layer on the same calls; stages are the layer's own steps and tiles, bound one by one."""
+    """Expertile's layer on the same calls; stages are the layer's own steps and tiles, bound one by one, and GEMM 1 and the
+    activation also apart where the layer has them in one."""
 
     def __init__(self, layer, calls, weights):
         self.layer, self.calls, self.weights = layer, calls, weights
-        self.workspace_bytes, self.alignment, self.launches, *self.tiles = layer.choice(calls[0].tokens)
+        self.workspace_bytes, self.alignment, self.launches, self.inside, *self.tiles = layer.choice(calls[0].tokens)
         self.outs = [torch.full_like(call.x, float("nan")) for call in calls]
         workspace = torch.full((self.workspace_bytes,), 0xFF, device="cuda", dtype=torch.uint8)
         self.bounds = [layer.bind(c.x, c.ids, c.weights, out, workspace, c.expert_map) for c, out in zip(calls, self.outs)]
@@ -69,9 +71,13 @@ class Ours:
         activation = [ours.bind_activation(mid, p.psum, self.alignment) for p in permutes]
         gemm2 = [ours.bind_gemm(self.tiles[1], down, a.rows, a.scales, p, rows, self.alignment) for a, p in zip(activation, permutes)]
         unpermute = [ours.bind_unpermute(rows, p.inv_perm, c.weights, torch.empty_like(c.x)) for p, c in zip(permutes, self.calls)]
-        for step in [*permutes, *gemm1, *activation, *gemm2]:
+        found = dict(permute=permutes, gemm1=gemm1, activation=activation, gemm2=gemm2, unpermute=unpermute)
+        if self.inside:
+            found["gemm1 + activation"] = [
+                ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, a.rows, self.alignment, a.scales) for p, a in zip(permutes, activation)]
+        for step in [*permutes, *gemm1, *activation]:
             step()
-        return dict(zip(STAGES, (permutes, gemm1, activation, gemm2, unpermute)))
+        return found
 
 
 def check(mine, theirs, calls, weights):
@@ -110,7 +116,7 @@ class Case:
         return dict(
             self.row, sets=len(self.calls), live_rows=self.live, active_experts=self.active, weight_bytes=self.active * self.numbers,
             flop=2 * self.live * self.numbers, distance=found, tiles=[name_of_tile(tile) for tile in mine.tiles],
-            alignment=mine.alignment, launches=mine.launches, graph=times,
+            alignment=mine.alignment, launches=mine.launches, inside=mine.inside, graph=times,
             workspace=dict(ours=mine.workspace_bytes, theirs=theirs.workspace_bytes))
 
     def eager(self, _):
@@ -122,12 +128,14 @@ class Case:
         sides = dict(ours=self.mine.stages(), theirs=self.theirs.stages())
         contenders = {(side, stage): calls for side, stages in sides.items() for stage, calls in stages.items()}
         times = race(contenders, self.expected_us / 3, options.hot / 2, rounds=5, graph_us=1000)
-        return dict(self.row, **{side: {stage: times[side, stage] for stage in STAGES} for side in sides})
+        for side in sides:
+            times.setdefault((side, "gemm1 + activation"), times[side, "gemm1"] + times[side, "activation"])
+        return dict(self.row, inside=self.mine.inside, **{side: {stage: times[side, stage] for stage in STAGES} for side in sides})
 
 
 def show_layer(row):
     graph, work, floor = row["graph"], row["workspace"], row["weight_bytes"] / 4.2e6
-    print(f"{row['shape']:8} {row['tokens']:5} layer {' '.join(row['tiles'])} floor {floor:.1f} graph {graph['ours']:.1f}/{graph['theirs']:.1f}"
+    print(f"{row['shape']:8} {row['tokens']:5} layer {'+'.join(row['tiles'])}{' inside' * row['inside']} floor {floor:.1f} graph {graph['ours']:.1f}/{graph['theirs']:.1f}"
           f" {graph['theirs'] / graph['ours']:.2f}x workspace {work['ours'] / 2**20:.1f}/{work['theirs'] / 2**20:.1f} MiB"
           f" distance {row['distance']['ours'][0]:.1e}, to theirs {row['distance']['theirs'][0]:.0e}", flush=True)
 
@@ -146,7 +154,8 @@ def compile_steps(peer, shape, tokens):
     hidden, intermediate, experts, topk, global_experts = SHAPES[shape]
     empty = lambda *size, dtype=torch.float8_e4m3fn: torch.empty(size, device="cuda", dtype=dtype)
     pair = lambda n, k: (empty(experts, n, k), empty(experts, n // 128, k // 128, dtype=torch.float32))
-    ours.Layer(pair(2 * intermediate, hidden), pair(hidden, intermediate), topk, global_experts, max(tokens))
+    layer = ours.Layer(pair(2 * intermediate, hidden), pair(hidden, intermediate), topk, global_experts, max(tokens))
+    compile_ours({tile for count in tokens for tile in layer.choice(count)[4:]})
     for count in tokens:
         call = Call(shape, count, seed=count)
         a, s, layout, inverse, alignment = peer.permute(*peer.quantize(call.x), call.ids, experts, call.expert_map)

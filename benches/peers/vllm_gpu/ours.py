@@ -19,7 +19,6 @@ _lib.expertile_bind_activation.restype = _size
 _lib.expertile_bind_activation.argtypes = [_size, _word, _word, _word, _word, _size, _size, _size]
 _lib.expertile_bind_unpermute.restype = _size
 _lib.expertile_bind_unpermute.argtypes = [_size] * 4 + [_word] * 4
-_lib.expertile_choose_tile.argtypes = [_size] * 5 + [ctypes.POINTER(_size)]
 _lib.expertile_bind_gemm.restype = _size
 _lib.expertile_bind_gemm.argtypes = [_size] * 7 + [_word] * 9 + [_size] * 2
 _lib.expertile_layer.restype = _size
@@ -115,13 +114,6 @@ def bind_unpermute(rows, inv_perm, weights, out):
         (rows, inv_perm, weights, out))
 
 
-def choose_tile(weights, rows, row_tile=0):
-    """(row tile, blocks that share rows, parts of K, 1 for the wide kernel) for weights [E, N, K] and so many live rows."""
-    tile = (_size * 4)()
-    _checked(_lib.expertile_choose_tile(*weights.shape, rows, row_tile, tile))
-    return tuple(tile)
-
-
 def bind_gemm(tile, weights, rows, scales, layout, out, alignment, out_scales=None):
     """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]); `layout` is a bound permutation whose worklist has the tile's rows.
     With `out_scales` the activation is in it: `out` is then e4m3 [M_sum, N / 2]."""
@@ -143,10 +135,11 @@ class Layer:
             hidden, intermediate, experts, topk, global_experts, max_tokens, *(part.data_ptr() for part in (*w13, *w2))))
 
     def choice(self, tokens):
-        """-> workspace bytes, alignment, launches, the tile of each GEMM."""
-        found = (_size * 11)()
+        """-> workspace bytes, alignment, launches, whether GEMM 1 has the activation inside, the tile of each GEMM: row tile, blocks
+        that share rows, parts of K, 1 for the wide kernel."""
+        found = (_size * 12)()
         _checked(_lib.expertile_layer_choice(self._handle, tokens, found))
-        return *found[:3], tuple(found[3:7]), tuple(found[7:])
+        return *found[:3], bool(found[3]), tuple(found[4:8]), tuple(found[8:])
 
     def bind(self, x, ids, weights, out, workspace, expert_map=None):
         addresses = [0 if t is None else t.data_ptr() for t in (x, ids, expert_map, weights, out, workspace)]

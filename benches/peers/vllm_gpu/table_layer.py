@@ -5,7 +5,7 @@ import json
 
 SHAPES = ("dsv3", "dsv3_ep8", "qwen235", "mixtral")
 PARTS = ("layer", "gemm", "eager", "stages", "sweep")
-STAGES = ("permute", "gemm1", "activation", "gemm2", "unpermute")
+STAGES = ("permute", "gemm1", "activation", "gemm1 + activation", "gemm2", "unpermute")
 FEW = 256  # tokens up to which reading the weights decides
 READ = 4.2e6  # bytes in a microsecond: the floor's
 
@@ -91,9 +91,10 @@ def layer_table(rows, eager):
 
 def stage_table(rows):
     print("\n## The layer's stages, each in a graph of its own\n")
+    print("*Permute*: quantize, routing and layout included. *gemm1 + activation*: ours in one launch where a star says so, else the sum of two.\n")
     print(f"| shape | M | {' | '.join(STAGES)} |\n|---|---|{'---|' * len(STAGES)}")
     for r in rows:
-        cells = " | ".join(pair(r["ours"][stage], r["theirs"][stage]) for stage in STAGES)
+        cells = " | ".join(pair(r["ours"][stage], r["theirs"][stage]) + "*" * ("+" in stage and r["inside"]) for stage in STAGES)
         print(f"| {r['shape']} | {r['tokens']} | {cells} |")
 
 

@@ -5,9 +5,9 @@
 //! loop does. Functions return 0 or null on failure, and `expertile_error` then says what was wrong.
 
 use expertile::cuda::{
-    Activate, ActivateBuffers, ActivateConfig, Device, Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, Layer,
-    LayerBuffers, LayerConfig, LayoutBuffers, QuantizePermute, QuantizePermuteConfig, RouteConfig, RoutingBuffers,
-    RowsBuffers, Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig, Weights,
+    Activate, ActivateBuffers, ActivateConfig, Device, Gemm, GemmBuffers, GemmConfig, GemmTile, Layer, LayerBuffers,
+    LayerConfig, LayoutBuffers, QuantizePermute, QuantizePermuteConfig, RouteConfig, RoutingBuffers, RowsBuffers,
+    Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig, Weights,
 };
 use expertile::{
     Activation, ActivationFormat, Dtype, Error, Padding, Plan, Result, ScaleFormat, TokenExperts, WeightFormat,
@@ -277,36 +277,6 @@ fn words_of_tile(tile: GemmTile) -> [usize; 4] {
     [tile.row_tile, tile.shared, tile.splits, usize::from(tile.wide)]
 }
 
-/// Writes the tile that a GEMM of `experts` times `[n, k]` takes for that many live rows, as [`words_of_tile`] does. A
-/// `row_tile` of 0 is chosen, too. 1, or 0 on failure.
-///
-/// # Safety
-/// `tile` holds four.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn expertile_choose_tile(
-    experts: usize,
-    n: usize,
-    k: usize,
-    rows: usize,
-    row_tile: usize,
-    tile: *mut usize,
-) -> i32 {
-    match device() {
-        Ok(device) => {
-            let shape = GemmShape { n, k, format: WeightFormat::E4m3, experts, rows };
-            let row_tile = if row_tile == 0 { GemmTile::row_tile_for(rows, experts) } else { row_tile };
-            let chosen = GemmTile::choose(&shape, row_tile, device.info().multiprocessors as usize);
-            // SAFETY: the caller's promise.
-            unsafe { std::slice::from_raw_parts_mut(tile, 4) }.copy_from_slice(&words_of_tile(chosen));
-            1
-        }
-        Err(error) => {
-            report(&error);
-            0
-        }
-    }
-}
-
 /// Prepares and binds the grouped GEMM of e4m3 rows and weights `[experts, n, k]`, whose worklist has `row_tile`; with
 /// `out_scales` its results go through SwiGLU and are quantized, too.
 ///
@@ -390,20 +360,21 @@ pub unsafe extern "C" fn expertile_layer(
     hand_over(make())
 }
 
-/// Writes what a call of the layer does: bytes of workspace, alignment, launches, and each GEMM's tile as
-/// [`expertile_choose_tile`] does; 1, or 0 on failure.
+/// Writes what a call of the layer does: bytes of workspace, alignment, launches, 1 if GEMM 1 has the activation inside, and
+/// each GEMM's tile as [`words_of_tile`]; 1, or 0 on failure.
 ///
 /// # Safety
-/// `layer` came from [`expertile_layer`], `choice` holds eleven.
+/// `layer` came from [`expertile_layer`], `choice` holds twelve.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn expertile_layer_choice(layer: *const Arc<Layer>, tokens: usize, choice: *mut usize) -> i32 {
     // SAFETY: the caller's promise.
-    let (layer, choice) = unsafe { (&*layer, std::slice::from_raw_parts_mut(choice, 11)) };
-    match layer.choice(tokens) {
-        Ok(found) => {
-            choice[..3].copy_from_slice(&[found.workspace_bytes, found.plan.alignment(), found.launches]);
-            choice[3..7].copy_from_slice(&words_of_tile(found.gemm1));
-            choice[7..].copy_from_slice(&words_of_tile(found.gemm2));
+    let (layer, choice) = unsafe { (&*layer, std::slice::from_raw_parts_mut(choice, 12)) };
+    match layer.workspace_bytes(tokens).and_then(|bytes| Ok((bytes, layer.choice(tokens)?))) {
+        Ok((bytes, found)) => {
+            let inside = usize::from(found.activation_inside_gemm1);
+            choice[..4].copy_from_slice(&[bytes, found.plan.alignment(), found.launches, inside]);
+            choice[4..8].copy_from_slice(&words_of_tile(found.gemm1));
+            choice[8..].copy_from_slice(&words_of_tile(found.gemm2));
             1
         }
         Err(error) => {
