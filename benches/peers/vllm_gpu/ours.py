@@ -10,7 +10,7 @@ _word = ctypes.c_uint64
 _size = ctypes.c_size_t
 _lib.expertile_error.restype = ctypes.c_char_p
 _lib.expertile_permutation.restype = _size
-_lib.expertile_permutation.argtypes = [_size] * 5 + [ctypes.c_bool, ctypes.c_bool, _size]
+_lib.expertile_permutation.argtypes = [_size] * 6 + [ctypes.c_bool, ctypes.c_bool, _size]
 _lib.expertile_permutation_sizes.argtypes = [_size, _size, ctypes.POINTER(_size)]
 _lib.expertile_layout_offsets.argtypes = [_size, ctypes.POINTER(_word)]
 _lib.expertile_bind_permutation.restype = _size
@@ -19,6 +19,13 @@ _lib.expertile_bind_activation.restype = _size
 _lib.expertile_bind_activation.argtypes = [_size, _word, _word, _word, _word, _size, _size, _size]
 _lib.expertile_bind_unpermute.restype = _size
 _lib.expertile_bind_unpermute.argtypes = [_size] * 4 + [_word] * 4
+_lib.expertile_bind_gemm.restype = _size
+_lib.expertile_bind_gemm.argtypes = [_size] * 7 + [_word] * 9 + [_size] * 2
+_lib.expertile_layer.restype = _size
+_lib.expertile_layer.argtypes = [_size] * 6 + [_word] * 4
+_lib.expertile_layer_choice.argtypes = [_size, _size, ctypes.POINTER(_size)]
+_lib.expertile_bind_layer.restype = _size
+_lib.expertile_bind_layer.argtypes = [_size, _size] + [_word] * 6
 _lib.expertile_launch.argtypes = [_size, _word]
 _lib.expertile_check.argtypes = [_size, _word]
 
@@ -48,9 +55,11 @@ class Bound:
 class Permutation:
     """Quantize + permute for one shape."""
 
-    def __init__(self, tokens, topk, experts, hidden, alignment=128, reference_size=True, wide_ids=False, single_launch_slots=4096):
+    def __init__(self, tokens, topk, experts, hidden, alignment=128, reference_size=True, wide_ids=False,
+                 single_launch_slots=4096, row_tile=None):
         self._handle = _checked(_lib.expertile_permutation(
-            tokens, topk, experts, hidden, alignment, reference_size, wide_ids, single_launch_slots))
+            tokens, topk, experts, hidden, alignment, row_tile or alignment, reference_size, wide_ids, single_launch_slots))
+        self.alignment = alignment
         self.experts, self.hidden, self.tokens, self.topk = experts, hidden, tokens, topk
         sizes = (_size * 4)()
         _checked(_lib.expertile_permutation_sizes(self._handle, hidden, sizes))
@@ -75,7 +84,8 @@ class Permutation:
         bound.rows = out[: self.m_sum * self.hidden].view(self.m_sum, self.hidden).view(torch.float8_e4m3fn)
         stride = -(-self.m_sum // 4) * 4
         bound.scales = scales[: self.scale_words].view(self.hidden // 128, stride).t()[: self.m_sum]
-        lengths = dict(zip(LISTS, (self.experts, self.experts, self.experts, self.m_sum, self.m_sum, self.tokens * self.topk, 4, 0)))
+        of_worklist = (self.layout_bytes - self._offsets[7]) // 4
+        lengths = dict(zip(LISTS, (self.experts, self.experts, self.experts, self.m_sum, self.m_sum, self.tokens * self.topk, 4, of_worklist)))
         for name, offset in zip(LISTS, self._offsets):
             setattr(bound, name, layout[offset : offset + 4 * lengths[name]].view(torch.int32))
         return bound
@@ -102,3 +112,37 @@ def bind_unpermute(rows, inv_perm, weights, out):
         _lib.expertile_bind_unpermute(hidden, topk, tokens, m_sum, rows.data_ptr(), inv_perm.data_ptr(),
                                       weights.data_ptr(), out.data_ptr()),
         (rows, inv_perm, weights, out))
+
+
+def bind_gemm(tile, weights, rows, scales, layout, out, alignment, out_scales=None):
+    """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]); `layout` is a bound permutation whose worklist has the tile's rows.
+    With `out_scales` the activation is in it: `out` is then e4m3 [M_sum, N / 2]."""
+    values, weight_scales = weights
+    return Bound(
+        _lib.expertile_bind_gemm(*tile, *values.shape, values.data_ptr(), weight_scales.data_ptr(), rows.data_ptr(),
+                                 scales.data_ptr(), out.data_ptr(), 0 if out_scales is None else out_scales.data_ptr(),
+                                 layout.header.data_ptr(), layout.worklist.data_ptr(), layout.psum.data_ptr(), rows.shape[0], alignment),
+        (values, weight_scales, rows, scales, layout, out, out_scales))
+
+
+class Layer:
+    """The whole layer; w13 and w2 are pairs as for `bind_gemm`."""
+
+    def __init__(self, w13, w2, topk, global_experts, max_tokens):
+        experts, hidden, intermediate = w2[0].shape
+        self._keep = (w13, w2)
+        self._handle = _checked(_lib.expertile_layer(
+            hidden, intermediate, experts, topk, global_experts, max_tokens, *(part.data_ptr() for part in (*w13, *w2))))
+
+    def choice(self, tokens):
+        """-> workspace bytes, alignment, launches, whether GEMM 1 has the activation inside, the tile of each GEMM: row tile, blocks
+        that share rows, parts of K, 1 for the wide kernel."""
+        found = (_size * 12)()
+        _checked(_lib.expertile_layer_choice(self._handle, tokens, found))
+        return *found[:3], bool(found[3]), tuple(found[4:8]), tuple(found[8:])
+
+    def bind(self, x, ids, weights, out, workspace, expert_map=None):
+        addresses = [0 if t is None else t.data_ptr() for t in (x, ids, expert_map, weights, out, workspace)]
+        bound = Bound(_lib.expertile_bind_layer(self._handle, x.shape[0], *addresses), (self, x, ids, expert_map, weights, out, workspace))
+        torch.cuda.synchronize()
+        return bound

@@ -5,7 +5,8 @@
 #   run.sh FOLDER PART...
 #
 # FOLDER holds the test binaries (unit, cuda_kernels), libexpertile_vllm_gpu.so and the Python files of
-# benches/peers/vllm_gpu; a part is one of: arithmetic, kernels, sanitize, alone, compare. PEER_DIR names vLLM's pieces.
+# benches/peers/vllm_gpu; a part is one of: arithmetic, kernels, sanitize, alone, compare, sweep, layer. PEER_DIR names vLLM's
+# pieces. LAYER gives the last two their options (--shapes, --tokens), DG_JIT_CACHE_DIR where DeepGEMM keeps what it compiles.
 set -uo pipefail
 folder=$(cd "$1" && pwd)
 shift
@@ -44,5 +45,10 @@ for name in "$@"; do
     compare)
         part compare 500 python3 "$folder/compare.py" --out "$out" ${COMPARE:-}
         tail -n 40 "$out/compare.log" ;;
+    sweep | layer)
+        part compile 160 python3 "$folder/compare_layer.py" --compile ${LAYER:-}
+        [ "$name" = sweep ] && options=--quick || options=
+        part "$name" 300 python3 "$folder/compare_layer.py" --out "$out" --name "$name" ${LAYER:-} $options
+        tail -n 100 "$out/$name.log" ;;
     esac
 done

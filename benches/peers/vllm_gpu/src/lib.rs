@@ -5,10 +5,13 @@
 //! loop does. Functions return 0 or null on failure, and `expertile_error` then says what was wrong.
 
 use expertile::cuda::{
-    Activate, ActivateBuffers, ActivateConfig, Device, LayoutBuffers, QuantizePermute, QuantizePermuteConfig,
-    RouteConfig, RoutingBuffers, RowsBuffers, Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig,
+    Activate, ActivateBuffers, ActivateConfig, Device, Gemm, GemmBuffers, GemmConfig, GemmTile, Layer, LayerBuffers,
+    LayerConfig, LayoutBuffers, QuantizePermute, QuantizePermuteConfig, RouteConfig, RoutingBuffers, RowsBuffers,
+    Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig, Weights,
 };
-use expertile::{Activation, Dtype, Error, Padding, Plan, Result, ScaleFormat, TokenExperts};
+use expertile::{
+    Activation, ActivationFormat, Dtype, Error, Padding, Plan, Result, ScaleFormat, TokenExperts, WeightFormat,
+};
 use std::cell::RefCell;
 use std::ffi::{CString, c_char};
 use std::sync::{Arc, OnceLock};
@@ -62,12 +65,23 @@ pub enum Bound {
         step: Arc<Unpermute>,
         call: UnpermuteBuffers,
     },
+    Gemm {
+        step: Arc<Gemm>,
+        weights: Weights,
+        call: GemmBuffers,
+    },
+    Layer {
+        layer: Arc<Layer>,
+        tokens: usize,
+        call: LayerBuffers,
+    },
 }
 
 /// Quantize + permute for one shape, and the sizes of its buffers.
 pub struct Permutation {
     step: Arc<QuantizePermute>,
     plan: Plan,
+    row_tile: usize,
 }
 
 /// Prepares quantize + permute; rows are bf16, scales MN-major f32 over 128 values, ids i32 (or i64).
@@ -78,13 +92,14 @@ pub extern "C" fn expertile_permutation(
     experts: usize,
     hidden: usize,
     alignment: usize,
+    row_tile: usize,
     reference_size: bool,
     wide_ids: bool,
     single_launch_slots: usize,
 ) -> usize {
     let make = || {
         let config = QuantizePermuteConfig {
-            route: RouteConfig { topk, ids: if wide_ids { Dtype::I64 } else { Dtype::I32 }, row_tile: alignment },
+            route: RouteConfig { topk, ids: if wide_ids { Dtype::I64 } else { Dtype::I32 }, row_tile },
             hidden,
             input: Dtype::Bf16,
             format: ScaleFormat::HOPPER,
@@ -98,7 +113,7 @@ pub extern "C" fn expertile_permutation(
             Plan::tight(tokens, topk, experts, alignment, TokenExperts::Distinct)?
         };
         let step = QuantizePermute::prepare(&device()?, config)?.with_single_launch_slots(single_launch_slots);
-        Ok(Permutation { step: Arc::new(step), plan })
+        Ok(Permutation { step: Arc::new(step), plan, row_tile })
     };
     hand_over(make())
 }
@@ -120,7 +135,7 @@ pub unsafe extern "C" fn expertile_permutation_sizes(
         Ok([
             plan.m_sum(),
             ScaleFormat::HOPPER.words(plan.m_sum(), hidden)?,
-            LayoutBuffers::space_bytes(plan, plan.alignment())?,
+            LayoutBuffers::space_bytes(plan, permutation.row_tile)?,
             permutation.step.workspace_bytes(plan)?,
         ])
     };
@@ -145,7 +160,7 @@ pub unsafe extern "C" fn expertile_layout_offsets(permutation: *const Permutatio
     // SAFETY: the caller's promise.
     let (permutation, offsets) = unsafe { (&*permutation, std::slice::from_raw_parts_mut(offsets, 8)) };
     let base = 1 << 20;
-    match LayoutBuffers::carve(base, &permutation.plan, permutation.plan.alignment()) {
+    match LayoutBuffers::carve(base, &permutation.plan, permutation.row_tile) {
         Ok(l) => {
             let lists = [
                 l.expert_num_tokens,
@@ -206,7 +221,7 @@ pub unsafe extern "C" fn expertile_bind_permutation(
                 scales,
                 ..RowsBuffers::default()
             },
-            layout: LayoutBuffers::carve(layout, &plan, plan.alignment())?,
+            layout: LayoutBuffers::carve(layout, &plan, permutation.row_tile)?,
             workspace,
         })
     };
@@ -257,6 +272,152 @@ pub extern "C" fn expertile_bind_unpermute(
     hand_over(make())
 }
 
+/// A tile as four words: row tile, blocks that share rows, parts of K, 1 for the wide kernel.
+fn words_of_tile(tile: GemmTile) -> [usize; 4] {
+    [tile.row_tile, tile.shared, tile.splits, usize::from(tile.wide)]
+}
+
+/// Prepares and binds the grouped GEMM of e4m3 rows and weights `[experts, n, k]`, whose worklist has `row_tile`; with
+/// `out_scales` its results go through SwiGLU and are quantized, too.
+///
+/// # Safety
+/// The addresses are device memory of the sizes that `Weights` and `GemmBuffers` say.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_bind_gemm(
+    row_tile: usize,
+    shared: usize,
+    splits: usize,
+    wide: usize,
+    experts: usize,
+    n: usize,
+    k: usize,
+    weights: u64,
+    weight_scales: u64,
+    rows: u64,
+    scales: u64,
+    out: u64,
+    out_scales: u64,
+    header: u64,
+    worklist: u64,
+    psum: u64,
+    m_sum: usize,
+    alignment: usize,
+) -> usize {
+    let make = || {
+        let config = GemmConfig {
+            format: WeightFormat::E4m3,
+            tile: GemmTile { row_tile, shared, splits, wide: wide != 0 },
+            activation: (out_scales != 0).then(Activation::default),
+        };
+        let step = Arc::new(Gemm::prepare(&device()?, config)?);
+        // SAFETY: the caller's promise.
+        let weights = unsafe { Weights::from_device(WeightFormat::E4m3, (experts, n, k), weights, weight_scales)? };
+        let call = GemmBuffers { rows, scales, out, out_scales, header, worklist, psum, m_sum, alignment };
+        Ok(Bound::Gemm { step, weights, call })
+    };
+    hand_over(make())
+}
+
+/// Prepares the whole layer of e4m3 weights `[E, 2 I, H]` and `[E, H, I]` for calls of up to `max_tokens` tokens; hidden
+/// states and output are bf16, ids i32.
+///
+/// # Safety
+/// The addresses are device memory of the sizes that `Weights` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_layer(
+    hidden: usize,
+    intermediate: usize,
+    experts: usize,
+    topk: usize,
+    global_experts: usize,
+    max_tokens: usize,
+    w13: u64,
+    w13_scales: u64,
+    w2: u64,
+    w2_scales: u64,
+) -> usize {
+    let make = || {
+        let (up, down) = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate));
+        // SAFETY: the caller's promise.
+        let (w13, w2) = unsafe {
+            (
+                Weights::from_device(WeightFormat::E4m3, up, w13, w13_scales)?,
+                Weights::from_device(WeightFormat::E4m3, down, w2, w2_scales)?,
+            )
+        };
+        let config = LayerConfig {
+            topk,
+            ids: Dtype::I32,
+            global_experts,
+            input: Dtype::Bf16,
+            output: Dtype::Bf16,
+            activation: Activation::default(),
+            activations: ActivationFormat::E4m3,
+            weight_on_input: false,
+        };
+        Ok(Arc::new(Layer::prepare(&device()?, w13, w2, config, max_tokens)?))
+    };
+    hand_over(make())
+}
+
+/// Writes what a call of the layer does: bytes of workspace, alignment, launches, 1 if GEMM 1 has the activation inside, and
+/// each GEMM's tile as [`words_of_tile`]; 1, or 0 on failure.
+///
+/// # Safety
+/// `layer` came from [`expertile_layer`], `choice` holds twelve.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_layer_choice(layer: *const Arc<Layer>, tokens: usize, choice: *mut usize) -> i32 {
+    // SAFETY: the caller's promise.
+    let (layer, choice) = unsafe { (&*layer, std::slice::from_raw_parts_mut(choice, 12)) };
+    match layer.workspace_bytes(tokens).and_then(|bytes| Ok((bytes, layer.choice(tokens)?))) {
+        Ok((bytes, found)) => {
+            let inside = usize::from(found.activation_inside_gemm1);
+            choice[..4].copy_from_slice(&[bytes, found.plan.alignment(), found.launches, inside]);
+            choice[4..8].copy_from_slice(&words_of_tile(found.gemm1));
+            choice[8..].copy_from_slice(&words_of_tile(found.gemm2));
+            1
+        }
+        Err(error) => {
+            report(&error);
+            0
+        }
+    }
+}
+
+/// Binds a call of the layer to addresses and readies its workspace.
+///
+/// # Safety
+/// As [`expertile_layer_choice`]; the addresses are device memory of the sizes that `LayerBuffers` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_bind_layer(
+    layer: *const Arc<Layer>,
+    tokens: usize,
+    x: u64,
+    ids: u64,
+    expert_map: u64,
+    weights: u64,
+    output: u64,
+    workspace: u64,
+) -> usize {
+    // SAFETY: the caller's promise.
+    let layer = unsafe { &*layer }.clone();
+    let make = || {
+        // SAFETY: the caller's promise.
+        unsafe { layer.initialise_workspace(Stream(0), workspace)? };
+        let &LayerConfig { topk, global_experts, .. } = layer.config();
+        let matrix = |address, row_stride| Tensor2 { address, row_stride, col_stride: 1 };
+        let call = LayerBuffers {
+            hidden_states: matrix(x, layer.shape().hidden()),
+            routing: RoutingBuffers { ids: matrix(ids, topk), expert_map, global_experts },
+            topk_weights: matrix(weights, topk),
+            output,
+            workspace,
+        };
+        Ok(Bound::Layer { layer, tokens, call })
+    };
+    hand_over(make())
+}
+
 /// Queues a bound step on a stream; 1, or 0 on failure.
 ///
 /// # Safety
@@ -272,6 +433,8 @@ pub unsafe extern "C" fn expertile_launch(bound: *const Bound, stream: u64) -> i
             }
             Bound::Activate { step, call } => step.launch(stream, call),
             Bound::Unpermute { step, call } => step.launch(stream, call),
+            Bound::Gemm { step, weights, call } => step.launch(stream, weights, call),
+            Bound::Layer { layer, tokens, call } => layer.launch(stream, *tokens, call),
         }
     };
     match queued {
@@ -283,7 +446,7 @@ pub unsafe extern "C" fn expertile_launch(bound: *const Bound, stream: u64) -> i
     }
 }
 
-/// Waits, and says what was wrong with the ids of a bound quantize + permute; 1 if nothing.
+/// Waits, and says what was wrong with the ids of a bound quantize + permute or layer; 1 if nothing.
 ///
 /// # Safety
 /// As [`expertile_launch`].
@@ -295,6 +458,7 @@ pub unsafe extern "C" fn expertile_check(bound: *const Bound, stream: u64) -> i3
             Bound::QuantizePermute { step, plan, routing, workspace, .. } => {
                 step.check(Stream(stream), plan, routing, *workspace)
             }
+            Bound::Layer { layer, tokens, call } => layer.check(Stream(stream), *tokens, call),
             _ => Ok(()),
         }
     };
