@@ -31,6 +31,23 @@ impl LayerShape {
         Ok(Self { hidden, intermediate, local_experts })
     }
 
+    /// The sizes of a layer of `w13 [E, 2 I, H]` and `w2 [E, H, I]`; each given as `[E, N, K]` and its format.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] and [`Error::WeightFormat`] if the two do not fit each other; as [`LayerShape::new`].
+    pub(crate) fn of_weights(w13: ([usize; 3], WeightFormat), w2: ([usize; 3], WeightFormat)) -> Result<Self> {
+        let [experts, hidden, intermediate] = w2.0;
+        let shape = Self::new(hidden, intermediate, experts)?;
+        let expected = [experts, 2 * intermediate, hidden];
+        if w13.0 != expected {
+            return Err(Error::shape("w13", &w13.0, format!("{expected:?}, which w2 asks for")));
+        }
+        if w13.1 != w2.1 {
+            return Err(Error::WeightFormat { argument: "w2", actual: w2.1.name(), expected: w13.1.name() });
+        }
+        Ok(shape)
+    }
+
     /// `H`.
     #[must_use]
     pub fn hidden(&self) -> usize {

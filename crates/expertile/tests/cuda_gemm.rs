@@ -6,52 +6,18 @@
 // step's own functions ask.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
+mod on_device;
+
 use expertile::cuda::{
     Activate, ActivateBuffers, ActivateConfig, Buffer, Device, Gemm, GemmBuffers, GemmConfig, GemmTile, LayoutBuffers,
     ROW_TILES, Route, RouteConfig, RoutingBuffers, Stream, Tensor2, WIDE_ROW_TILE, Weights,
 };
 use expertile::{Activation, Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat};
 use half::bf16;
-use std::sync::OnceLock;
+use on_device::{Random, filled, hopper, upload};
 
 const POISON: u8 = 0xa5;
 const BLOCK: usize = 128;
-
-fn device() -> Option<&'static Device> {
-    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
-    let found = || match Device::open(0) {
-        Ok(device) if device.info().capability == (9, 0) => Some(device),
-        Ok(device) => {
-            println!("skipped: {} is no Hopper", device.info().name);
-            None
-        }
-        Err(error) => {
-            println!("skipped: {error}");
-            None
-        }
-    };
-    DEVICE.get_or_init(found).as_ref()
-}
-
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 >> 11
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-
-    /// About ±1.
-    fn float(&mut self) -> f32 {
-        (self.next() as f64 / (1u64 << 52) as f64 - 1.0) as f32
-    }
-}
 
 #[derive(Debug, Clone)]
 struct Case {
@@ -93,7 +59,7 @@ fn value(bytes: &[u8], format: WeightFormat, index: usize) -> f64 {
 
 impl Operands {
     fn new(case: &Case) -> Self {
-        let mut random = Random(case.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        let mut random = Random::new(case.seed);
         let Case { alignment, n, k, format, .. } = *case;
         let counts: Vec<i32> = case.counts.iter().map(|&count| count as i32).collect();
         let live: usize = case.counts.iter().sum();
@@ -111,21 +77,21 @@ impl Operands {
         for (start, &count) in starts.iter().zip(&case.counts) {
             for row in 0..count.next_multiple_of(alignment) {
                 for _ in 0..k {
-                    push_value(&mut rows, format, if row < count { random.float() * 4.0 } else { f32::NAN });
+                    push_value(&mut rows, format, if row < count { random.uniform() * 4.0 } else { f32::NAN });
                 }
                 if row < count {
                     for block in 0..k.div_ceil(BLOCK) {
-                        row_scales[block * stride + start + row] = 0.5 + random.float().abs();
+                        row_scales[block * stride + start + row] = 0.5 + random.uniform().abs();
                     }
                 }
             }
         }
         let mut weights = Vec::new();
         for _ in 0..case.counts.len() * n * k {
-            push_value(&mut weights, format, random.float() * 4.0);
+            push_value(&mut weights, format, random.uniform() * 4.0);
         }
         let blocks = case.counts.len() * n.div_ceil(BLOCK) * k.div_ceil(BLOCK);
-        let weight_scales = (0..blocks).map(|_| 0.5 + random.float().abs()).collect();
+        let weight_scales = (0..blocks).map(|_| 0.5 + random.uniform().abs()).collect();
         Self { plan, starts, ids, rows, row_scales, weights, weight_scales }
     }
 
@@ -155,12 +121,6 @@ impl Operands {
         }
         (sum, magnitude)
     }
-}
-
-fn upload<T: bytemuck::NoUninit>(device: &Device, values: &[T]) -> Buffer {
-    let buffer = device.allocate(size_of_val(values).max(16)).unwrap();
-    buffer.upload(values).unwrap();
-    buffer
 }
 
 /// Device memory of one case, with its layout in place.
@@ -300,7 +260,7 @@ fn tiles() -> Vec<GemmTile> {
 
 #[test]
 fn every_row_tile_multiplies_hostile_layouts() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     // Empty experts, one row, whole tiles, tails of one and of one less than the alignment.
     let counts = vec![0, 1, 16, 17, 0, 64, 63, 193, 128, 5, 0, 31];
     for format in FORMATS {
@@ -313,7 +273,7 @@ fn every_row_tile_multiplies_hostile_layouts() {
 
 #[test]
 fn every_alignment_runs_with_every_row_tile() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     for alignment in [4, 8, 16, 32, 64, 128] {
         for tile in [plain(32), GemmTile { shared: 2, ..plain(64) }, GemmTile { shared: 2, ..plain(192) }, wide(2)] {
             let counts = vec![alignment - 1, 1, alignment, 0, alignment + 1, 200];
@@ -325,7 +285,7 @@ fn every_alignment_runs_with_every_row_tile() {
 
 #[test]
 fn partial_n_and_k_are_right_to_the_last_column() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     for format in FORMATS {
         for (n, k) in [(8, 16), (136, 144), (264, 2880), (120, 400), (384, 3584)] {
             for tile in [plain(16), GemmTile { shared: 2, ..plain(64) }, GemmTile { shared: 2, ..plain(192) }, wide(2)]
@@ -338,7 +298,7 @@ fn partial_n_and_k_are_right_to_the_last_column() {
 
 #[test]
 fn parts_of_k_add_up() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     for format in FORMATS {
         for splits in [2, 4, 8] {
             for row_tile in [16, 32, 64] {
@@ -352,7 +312,7 @@ fn parts_of_k_add_up() {
 
 #[test]
 fn all_rows_on_one_expert_and_none_at_all() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     for format in FORMATS {
         for counts in [vec![0, 0, 700, 0], vec![0, 0, 0], vec![1000]] {
             let tile = wide(2);
@@ -363,7 +323,7 @@ fn all_rows_on_one_expert_and_none_at_all() {
 
 #[test]
 fn many_tiles_go_round_the_ring_and_fifty_runs_give_the_same_bits() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     for format in FORMATS {
         for (tile, most) in [
             (wide(2), 400),
@@ -371,7 +331,7 @@ fn many_tiles_go_round_the_ring_and_fifty_runs_give_the_same_bits() {
             (plain(64), 100),
             (GemmTile { splits: 4, ..plain(16) }, 20),
         ] {
-            let mut random = Random(77);
+            let mut random = Random::new(77);
             let counts: Vec<usize> = (0..24).map(|_| random.below(most)).collect();
             let case = Case { counts, alignment: 16, n: 1024, k: 640, format, tile, seed: 6 };
             let operands = Operands::new(&case);
@@ -390,7 +350,7 @@ fn many_tiles_go_round_the_ring_and_fifty_runs_give_the_same_bits() {
 
 #[test]
 fn what_does_not_fit_is_an_error_and_writes_nothing() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     let case =
         Case { counts: vec![3, 4], alignment: 8, n: 64, k: 128, format: WeightFormat::E4m3, tile: plain(16), seed: 7 };
     let operands = Operands::new(&case);
@@ -421,11 +381,7 @@ fn check_activation(device: &Device, case: &Case, activation: Activation) {
     let (m_sum, intermediate) = (operands.plan.m_sum(), case.n / 2);
     let stride = m_sum.next_multiple_of(4);
     let scale_words = intermediate / BLOCK * stride;
-    let new = |bytes: usize| {
-        let buffer = device.allocate(bytes.max(16)).unwrap();
-        buffer.fill(POISON).unwrap();
-        buffer
-    };
+    let new = |bytes: usize| filled(device, bytes, POISON);
     let read = |buffer: &Buffer| {
         let mut bytes = vec![0u8; buffer.bytes()];
         buffer.download(&mut bytes).unwrap();
@@ -467,7 +423,7 @@ fn check_activation(device: &Device, case: &Case, activation: Activation) {
 
 #[test]
 fn an_activation_in_the_gemm_gives_the_bits_of_one_after_it() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     let tile = wide(2);
     let limited = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
     for (counts, alignment, n, k) in [
@@ -489,7 +445,7 @@ fn an_activation_in_the_gemm_gives_the_bits_of_one_after_it() {
 /// Small, but takes every branch; for the sanitizer, which is slow.
 #[test]
 fn sanitizer_runs_the_grouped_gemm() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     for format in FORMATS {
         for tile in [
             plain(16),

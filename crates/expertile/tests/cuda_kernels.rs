@@ -6,6 +6,8 @@
 // wait and are as large as the step's own functions ask, or it calls the driver with handles made a few lines above.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
+mod on_device;
+
 use cudarc::driver::sys;
 use expertile::cpu::{self, Cpu, RowScales};
 use expertile::cuda::{
@@ -18,40 +20,9 @@ use expertile::{
     ScaleRounding, ScalesMut, TokenExperts, TopkIds,
 };
 use half::{bf16, f16};
-use std::sync::OnceLock;
+use on_device::{Random, device, filled, upload};
 
 const POISON: u8 = 0xa5;
-
-fn device() -> Option<&'static Device> {
-    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
-    DEVICE.get_or_init(|| Device::open(0).map_err(|error| println!("skipped: {error}")).ok()).as_ref()
-}
-
-/// Random numbers by xorshift, the same on every run.
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 >> 11
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-
-    /// Spread over many magnitudes.
-    fn float(&mut self) -> f32 {
-        let unit = self.next() as f32 / (1u64 << 53) as f32 - 0.5;
-        unit * 2f32.powi(self.below(12) as i32 - 6)
-    }
-}
 
 /// How tokens choose experts.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -185,17 +156,8 @@ fn element(case: &Case, random: &mut Random) -> u16 {
     if case.input == Dtype::F16 { f16::from_f32(x).to_bits() } else { bf16::from_f32(x).to_bits() }
 }
 
-/// Device memory with its contents.
-fn upload<T: bytemuck::NoUninit>(device: &Device, values: &[T]) -> Buffer {
-    let buffer = device.allocate(size_of_val(values).max(16)).unwrap();
-    buffer.upload(values).unwrap();
-    buffer
-}
-
 fn poisoned(device: &Device, bytes: usize) -> Buffer {
-    let buffer = device.allocate(bytes.max(16)).unwrap();
-    buffer.fill(POISON).unwrap();
-    buffer
+    filled(device, bytes, POISON)
 }
 
 fn download<T: bytemuck::Pod>(buffer: &Buffer, len: usize) -> Vec<T> {

@@ -16,6 +16,7 @@ use crate::plan::{Plan, TokenExperts};
 use crate::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut};
 use crate::routing::Routing;
 use half::bf16;
+use rayon::prelude::*;
 use std::time::{Duration, Instant};
 
 /// How a layer computes.
@@ -83,16 +84,8 @@ impl Layer {
     /// activations meet bf16 weights, [`Error::Value`] if e4m3 activations meet an `H` or `I` that 128 does not divide,
     /// [`Error::Alignment`] for alignment 0.
     pub fn new(w13: PackedWeights, w2: PackedWeights, options: LayerOptions) -> Result<Self> {
-        let shape = LayerShape::new(w2.n(), w2.k(), w2.experts())?;
-        let (n, k) = (2 * shape.intermediate(), shape.hidden());
-        if (w13.experts(), w13.n(), w13.k()) != (w2.experts(), n, k) {
-            let expected = format!("[{}, {n}, {k}], which w2 asks for", w2.experts());
-            return Err(Error::shape("w13", &[w13.experts(), w13.n(), w13.k()], expected));
-        }
-        if w13.format() != w2.format() {
-            let (actual, expected) = (w2.format().name(), w13.format().name());
-            return Err(Error::WeightFormat { argument: "w2", actual, expected });
-        }
+        let what = |weights: &PackedWeights| ([weights.experts(), weights.n(), weights.k()], weights.format());
+        let shape = LayerShape::of_weights(what(&w13), what(&w2))?;
         if options.activations == ActivationFormat::E4m3 {
             if w13.format() != WeightFormat::E4m3 {
                 let actual = w13.format().name();
@@ -345,13 +338,15 @@ impl Stages<'_> {
         match self.layer.options.activations {
             ActivationFormat::Bf16 => {
                 let out: &mut [bf16] = bytemuck::cast_slice_mut(self.front);
-                for (row, out) in out.chunks_exact_mut(hidden).take(self.layout.m_sum()).enumerate() {
-                    if self.layout.m_indices()[row] >= 0 {
+                let experts = self.layout.m_indices();
+                self.cpu.install(|| {
+                    let live = out.par_chunks_exact_mut(hidden).zip(experts).enumerate().filter(|(_, (_, e))| **e >= 0);
+                    live.for_each(|(row, (out, _))| {
                         for (col, out) in out.iter_mut().enumerate() {
                             *out = Float::from_f32(rows.get(row, col).to_f32());
                         }
-                    }
-                }
+                    });
+                });
                 Ok(())
             }
             ActivationFormat::E4m3 => {

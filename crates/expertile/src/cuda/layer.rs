@@ -231,16 +231,8 @@ impl Layer {
     /// not take, [`Error::Dtype`] for types they do not take, [`Error::Device`] unless the device is a Hopper,
     /// [`Error::Kernel`] if a kernel does not compile, [`Error::Cuda`].
     pub fn prepare(device: &Device, w13: Weights, w2: Weights, config: LayerConfig, max_tokens: usize) -> Result<Self> {
-        let shape = LayerShape::new(w2.n(), w2.k(), w2.experts())?;
-        let (n, k) = (2 * shape.intermediate(), shape.hidden());
-        if (w13.experts(), w13.n(), w13.k()) != (w2.experts(), n, k) {
-            let expected = format!("[{}, {n}, {k}], which w2 asks for", w2.experts());
-            return Err(Error::shape("w13", &[w13.experts(), w13.n(), w13.k()], expected));
-        }
-        if w13.format() != w2.format() {
-            let (actual, expected) = (w2.format().name(), w13.format().name());
-            return Err(Error::WeightFormat { argument: "w2", actual, expected });
-        }
+        let what = |weights: &Weights| ([weights.experts(), weights.n(), weights.k()], weights.format());
+        let shape = LayerShape::of_weights(what(&w13), what(&w2))?;
         config.check(&shape, w13.format())?;
         let choices = Choices::new(&shape, &config, max_tokens, device.info().multiprocessors as usize)?;
         let format = config.weight_format();

@@ -7,13 +7,16 @@
 #![allow(clippy::undocumented_unsafe_blocks)]
 
 mod model;
+#[path = "../on_device/mod.rs"]
+mod on_device;
 
 use cudarc::driver::sys;
 use expertile::cuda::{Device, Layer, LayerBuffers, LayerConfig, Stream, Tensor2, Weights, WeightsBuilder};
 use expertile::{Activation, Dtype, E4m3, Error, MatrixRef, WeightFormat};
 use expertile_oracle::compare::{self, Tolerance};
 use half::bf16;
-use model::{BASE, Call, Inputs, Matrices, Model, POISON, Pattern, Spec, device};
+use model::{BASE, Call, Inputs, Matrices, Model, POISON, Pattern, Spec};
+use on_device::hopper;
 use std::fmt::{self, Write};
 
 /// Against the CPU backend's GEMM 2 on the very rows and scales that the device's activation left: what differs is the order
@@ -96,7 +99,7 @@ fn differences(device: &Device, model: &Model, tokens: usize, pattern: Pattern) 
 
 /// Every size with every pattern; tells all that are off, not the first.
 fn check_model(spec: Spec, tokens: &[usize], patterns: &[Pattern]) {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     let model = Model::new(device, spec);
     let (mut most, mut off) = ([Differences::default(); 3], String::new());
     for &tokens in tokens {
@@ -164,7 +167,7 @@ fn bf16_layers_are_right_where_n_and_k_are_partial() {
 
 #[test]
 fn a_workspace_serves_calls_of_different_sizes_in_turn() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     let model = Model::new(device, Spec { max_tokens: 256, ..BASE });
     let large = Call::new(device, &model, &Inputs::new(&model, 256, Pattern::Even, 1));
     large.poison(device);
@@ -180,7 +183,7 @@ fn a_workspace_serves_calls_of_different_sizes_in_turn() {
 
 #[test]
 fn fifty_repeats_give_the_same_bits() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
         let model = Model::new(device, Spec { hidden: 1024, intermediate: 512, topk: 8, format, ..BASE });
         for tokens in [1, 64, 600] {
@@ -235,7 +238,7 @@ fn capture(stream: &OwnStream, work: impl FnOnce(Stream)) -> sys::CUgraphExec {
 
 #[test]
 fn a_captured_call_replays_on_new_inputs() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     for (spec, tokens) in [
         (BASE, 5),
         (BASE, 130),
@@ -287,7 +290,7 @@ impl Drop for CurrentContext {
 
 #[test]
 fn an_id_past_the_limit_counts_as_an_empty_slot_and_is_reported() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     let model = Model::new(device, Spec { max_tokens: 40, ..BASE });
     let mut inputs = Inputs::new(&model, 40, Pattern::Even, 1);
     inputs.ids[4 * 7 + 2] = 16;
@@ -307,7 +310,7 @@ fn an_id_past_the_limit_counts_as_an_empty_slot_and_is_reported() {
 
 #[test]
 fn bad_calls_are_typed_errors_and_nothing_is_written() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     let model = Model::new(device, Spec { max_tokens: 40, ..BASE });
     let call = Call::new(device, &model, &Inputs::new(&model, 40, Pattern::Even, 1));
     call.poison(device);
@@ -356,7 +359,7 @@ fn weights(device: &Device, format: WeightFormat, n: usize, k: usize) -> Weights
 #[test]
 fn layers_that_cannot_be_are_refused_when_they_are_prepared() {
     use WeightFormat::{Bf16, E4m3};
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     let e4m3 = Spec { experts: 1, topk: 1, ..BASE }.config();
     let bf16 = Spec { format: Bf16, experts: 1, topk: 1, ..BASE }.config();
     let refuse =
@@ -388,7 +391,7 @@ fn layers_that_cannot_be_are_refused_when_they_are_prepared() {
 
 #[test]
 fn weights_leave_the_builder_only_when_all_of_them_have_come() {
-    let Some(device) = device() else { return };
+    let Some(device) = hopper() else { return };
     let mut builder = WeightsBuilder::new(device, WeightFormat::E4m3, (2, 256, 64)).unwrap();
     let (values, scales) = (vec![E4m3(7); 256 * 64], [1.0; 2]);
     let rows = |count: usize| MatrixRef::new(&values, count, 64).unwrap();

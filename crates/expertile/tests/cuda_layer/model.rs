@@ -1,5 +1,6 @@
 //! A made-up layer on the host, on the CPU backend, for the oracle, and on a device.
 
+use crate::on_device::{Random, upload};
 use expertile::cpu::{self, Cpu, LayerOptions, PackedWeights};
 use expertile::cuda::{Buffer, Device, Layer, LayerBuffers, LayerConfig, RoutingBuffers, Stream, Tensor2, Weights};
 use expertile::{
@@ -8,50 +9,11 @@ use expertile::{
 };
 use expertile_oracle::layer as oracle;
 use half::{bf16, f16};
-use std::sync::OnceLock;
 
 /// NaN in every type that the layer has.
 pub(crate) const POISON: u8 = 0xff;
 /// Bytes behind every output and workspace that nothing may touch.
 pub(crate) const GUARD: usize = 4096;
-
-pub(crate) fn device() -> Option<&'static Device> {
-    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
-    let open = || {
-        let device = Device::open(0).map_err(|error| println!("skipped: {error}")).ok()?;
-        let hopper = device.info().capability == (9, 0);
-        if !hopper {
-            println!("skipped: {} is no Hopper", device.info().name);
-        }
-        hopper.then_some(device)
-    };
-    DEVICE.get_or_init(open).as_ref()
-}
-
-/// Random numbers by xorshift, the same on every run.
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 >> 11
-    }
-
-    pub(crate) fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-
-    /// Evenly spread in [-1, 1).
-    pub(crate) fn uniform(&mut self) -> f32 {
-        (self.next() >> 29) as f32 / (1 << 23) as f32 - 1.0
-    }
-}
 
 /// What a made-up layer is.
 #[derive(Debug, Clone, Copy)]
@@ -380,12 +342,6 @@ pub(crate) struct Call<'a> {
     pub(crate) output: Buffer,
     pub(crate) workspace: Buffer,
     pub(crate) workspace_bytes: usize,
-}
-
-pub(crate) fn upload<T: bytemuck::NoUninit>(device: &Device, values: &[T]) -> Buffer {
-    let buffer = device.allocate(size_of_val(values).max(16)).unwrap();
-    buffer.upload(values).unwrap();
-    buffer
 }
 
 impl<'a> Call<'a> {
