@@ -4,8 +4,8 @@
 #
 #   run.sh FOLDER PART...
 #
-# FOLDER holds the test binaries (unit, cuda_kernels), libexpertile_vllm_gpu.so and the Python files of
-# benches/peers/vllm_gpu; a part is one of: arithmetic, kernels, sanitize, alone, compare, sweep, layer. PEER_DIR names vLLM's
+# FOLDER holds the test binaries (unit, cuda_kernels, cuda_gemm, cuda_layer), libexpertile_vllm_gpu.so and the Python files
+# of benches/peers/vllm_gpu; a part is one of: arithmetic, kernels, sanitize, alone, compare, sweep, layer. PEER_DIR names vLLM's
 # pieces. LAYER gives the last two their options (--shapes, --tokens), DG_JIT_CACHE_DIR where DeepGEMM keeps what it compiles.
 set -uo pipefail
 folder=$(cd "$1" && pwd)
@@ -32,12 +32,16 @@ for name in "$@"; do
         part arithmetic 120 "$folder/unit" cuda --nocapture
         grep -E "^test |panicked|skipped|disagree|first is" "$out/arithmetic.log" ;;
     kernels)
-        part kernels 300 "$folder/cuda_kernels" --nocapture --test-threads 6
-        grep -E "^test |panicked|skipped| is .*, expected|Resources" "$out/kernels.log" | cut -c1-400 ;;
+        for tests in cuda_kernels cuda_gemm cuda_layer; do
+            part "$tests" 120 "$folder/$tests" --nocapture --test-threads 6
+            grep -E "^test |panicked|skipped| is .*, expected|Resources" "$out/$tests.log" | cut -c1-400
+        done ;;
     sanitize)
-        for tool in memcheck racecheck initcheck synccheck; do
-            part "$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/cuda_kernels" --test-threads 1 sanitizer
-            tail -n 3 "$out/$tool.log"
+        # racecheck does not follow an mbarrier at which one lane arrives for its warp, which is how the GEMM's warps meet.
+        for check in cuda_kernels:{memcheck,racecheck,initcheck,synccheck} cuda_gemm:{memcheck,initcheck,synccheck}; do
+            tests=${check%%:*} tool=${check##*:}
+            part "$tests-$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/$tests" --test-threads 1 sanitizer
+            tail -n 3 "$out/$tests-$tool.log"
         done ;;
     alone)
         part alone 240 python3 "$folder/compare.py" --alone --out "$out" ${ALONE:-}
