@@ -56,12 +56,7 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int grou
         wait_for_phase(ring.full(), ring.parity());
         const u64 w = operand(ring.weights() + group * OUTPUTS_OF_GROUP * ROW_BYTES);
         const u64 x = operand(ring.rows());
-        hold(sum);
-        begin_products();
-#pragma unroll
-        for (int i = 0; i < INSTRUCTIONS; ++i) multiply<N>(sum, w + 2 * i, x + 2 * i, 1);
-        commit_products();
-        hold(sum);
+        start_products<N>(sum, w, x, true);
         // The products before these are done: their operands may go.
         wait_for_products<1>();
         if (block > 0) release(previous);
@@ -78,12 +73,7 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int grou
         wait_for_phase(ring.full(), ring.parity());
         const u64 w = operand(ring.weights() + group * OUTPUTS_OF_GROUP * ROW_BYTES);
         const u64 x = operand(ring.rows());
-        hold(part);
-        begin_products();
-#pragma unroll
-        for (int i = 0; i < INSTRUCTIONS; ++i) multiply<N>(part, w + 2 * i, x + 2 * i, i > 0);
-        commit_products();
-        hold(part);
+        start_products<N>(part, w, x, false);
         wait_for_phase(ring.scaled(), ring.parity());
         wait_for_products<0>();
         hold(part);

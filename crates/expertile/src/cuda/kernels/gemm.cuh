@@ -7,6 +7,7 @@
 // the scales one by one), FIRST_STAGE_FIRST and PARTS (2 where a tile's weights come from two places, half an N apart: gate
 // and up; else 1).
 #pragma once
+#include "quantize.cuh"
 #include "wgmma.cuh"
 
 constexpr int OUTPUTS = 128;
@@ -163,12 +164,12 @@ __device__ __forceinline__ void produce(const GemmArgs& a, Ring ring, int cluste
 #pragma unroll
             for (int part = 0; part < PARTS; ++part)
                 copy_box(ring.weights() + part * (WEIGHTS_BYTES / PARTS), a.weights, block * VALUES, tile.column + part * (a.n / 2), tile.expert,
-                         ring.full(), Keep::NORMALLY);
+                         ring.full());
             if (SHARED > 1)
                 share_box(ring.rows() + rank * share * ROW_BYTES, rows_map, block * VALUES, tile.first + rank * share, ring.full(),
-                          (1 << SHARED) - 1, Keep::NORMALLY);
+                          (1 << SHARED) - 1);
             else
-                copy_box(ring.rows(), rows_map, block * VALUES, tile.first, ring.full(), Keep::NORMALLY);
+                copy_box(ring.rows(), rows_map, block * VALUES, tile.first, ring.full());
             if (!BF16) {
                 copy_bytes(ring.row_scales(), a.row_scales + row_scales, scaled_rows * 4, ring.full());
 #pragma unroll
@@ -215,10 +216,18 @@ __device__ __forceinline__ void release(u32 empty) {
     if (SHARED > 1 && lane == 1) arrive_elsewhere(address_in_block(empty, rank_in_cluster() ^ 1));
 }
 
-__device__ __forceinline__ u32 pack_bf16(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
+__device__ __forceinline__ u32 pack_bf16(float low, float high) { return pack_halves<0>(low, high); }
+
+// A block of K for a warpgroup: sum = a * b^T where `add` is false, sum += a * b^T where it is true. What the sum holds is
+// there once the products have been waited for.
+template <int N>
+__device__ __forceinline__ void start_products(float (&sum)[N / 2], u64 a, u64 b, bool add) {
+    hold(sum);
+    begin_products();
+#pragma unroll
+    for (int i = 0; i < INSTRUCTIONS; ++i) multiply<N>(sum, a + 2 * i, b + 2 * i, add || i > 0);
+    commit_products();
+    hold(sum);
 }
 
 // Barriers of the ring; every thread of the cluster calls.

@@ -41,21 +41,14 @@ __device__ __forceinline__ void pass_blocks(Ring& ring, int blocks) {
     ring.end_tile();
 }
 
-__device__ __forceinline__ void start_products(const Ring& ring, int group, float (&sum)[SUMS], bool add) {
-    const u64 x = operand(ring.rows() + group * ROWS_OF_GROUP * ROW_BYTES);
-    const u64 w = operand(ring.weights());
-    hold(sum);
-    begin_products();
-#pragma unroll
-    for (int i = 0; i < INSTRUCTIONS; ++i) multiply<OUTPUTS>(sum, x + 2 * i, w + 2 * i, add || i > 0);
-    commit_products();
-    hold(sum);
+__device__ __forceinline__ void start_block(const Ring& ring, int group, float (&sum)[SUMS], bool add) {
+    start_products<OUTPUTS>(sum, operand(ring.rows() + group * ROWS_OF_GROUP * ROW_BYTES), operand(ring.weights()), add);
 }
 
 #if BF16
 __device__ __forceinline__ void multiply_block(Ring& ring, int group, bool first, float (&sum)[SUMS]) {
     wait_for_phase(ring.full(), ring.parity());
-    start_products(ring, group, sum, true);
+    start_block(ring, group, sum, true);
     // The products before these are done: their operands may go.
     wait_for_products<1>();
     if (!first) {
@@ -72,7 +65,7 @@ __device__ __forceinline__ void multiply_block(Ring& ring, int group, u32 my_sca
     for (int i = 0; i < PARTS; ++i) weight_scale[i] = load_shared(ring.weight_scale() + i * 4);
     const float upper_scale = load_shared(ring.row_scales() + my_scales);
     const float lower_scale = load_shared(ring.row_scales() + my_scales + 32);
-    start_products(ring, group, part, false);
+    start_block(ring, group, part, false);
     wait_for_products<0>();
     hold(part);
     release(ring.empty());
@@ -130,7 +123,7 @@ __device__ __forceinline__ u32 magnitudes_ready(u32 memory, int warp) {
 }
 
 // The value as it would be read back from memory.
-__device__ __forceinline__ float through_bf16(float x) { return __uint_as_float(pack_bf16(x, 0.0f) << 16); }
+__device__ __forceinline__ float through_bf16(float x) { return low_half<0>(pack_bf16(x, 0.0f)); }
 
 // gate and up to results, those to e4m3 with the scale that both blocks agree on, and live rows to their places. `parity` is
 // that of the tiles that this warp has had.

@@ -90,41 +90,37 @@ __device__ __forceinline__ void copy_bytes(u32 to, const void* from, u32 bytes, 
                  : "memory");
 }
 
-// How long the cache keeps what a copy reads.
-enum class Keep : u64 {
-    NORMALLY = 0x1000000000000000ull,
-    BRIEFLY = 0x12F0000000000000ull,
-    LONG = 0x14F0000000000000ull,
-};
+// What the copies below tell the cache: to keep what they read as it keeps everything.
+constexpr u64 KEEP_NORMALLY = 0x1000000000000000ull;
 
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 // One box of a matrix, its first element at (column, row).
-__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, u32 barrier, Keep keep) {
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-        "l"(&map), "r"(barrier), "r"(column), "r"(row), "l"(keep)
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "l"(KEEP_NORMALLY)
         : "memory");
 }
 
 // The same, to the same place of every block of the cluster named in `blocks`; each one's own barrier is told.
-__device__ __forceinline__ void share_box(u32 to, const TensorMap& map, int column, int row, u32 barrier, u16 blocks, Keep keep) {
+__device__ __forceinline__ void share_box(u32 to, const TensorMap& map, int column, int row, u32 barrier, u16 blocks) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
         " [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(to),
-        "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(blocks), "l"(keep)
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(blocks), "l"(KEEP_NORMALLY)
         : "memory");
 }
 
 // One box of a matrix among several.
-__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, Keep keep) {
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
-        "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(matrix), "l"(keep)
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(matrix), "l"(KEEP_NORMALLY)
         : "memory");
 }
 

@@ -68,12 +68,10 @@ __device__ __forceinline__ void multiply(float (&sum)[N / 2], u64 a, u64 b, int 
                      : "l"(a), "l"(b), "r"(add));                                                                          \
     }
 
-MULTIPLY(8, "%0, %1, %2, %3", "%4", "%5", "%6", OPERANDS_4(0))
 MULTIPLY(16, NAMES_0_7, "%8", "%9", "%10", OPERANDS_8(0))
 MULTIPLY(32, NAMES_0_15, "%16", "%17", "%18", OPERANDS_16(0))
 MULTIPLY(48, NAMES_0_15 ", %16, %17, %18, %19, %20, %21, %22, %23", "%24", "%25", "%26", OPERANDS_16(0), OPERANDS_8(16))
 MULTIPLY(64, NAMES_0_31, "%32", "%33", "%34", OPERANDS_32(0))
-MULTIPLY(80, NAMES_0_31 ", %32, %33, %34, %35, %36, %37, %38, %39", "%40", "%41", "%42", OPERANDS_32(0), OPERANDS_8(32))
 MULTIPLY(96, NAMES_0_47, "%48", "%49", "%50", OPERANDS_32(0), OPERANDS_16(32))
 MULTIPLY(128, NAMES_0_63, "%64", "%65", "%66", OPERANDS_32(0), OPERANDS_32(32))
 MULTIPLY(160, NAMES_0_63 ", " NAMES_64_79, "%80", "%81", "%82", OPERANDS_32(0), OPERANDS_32(32), OPERANDS_16(64))
