@@ -368,7 +368,7 @@ fn what_does_not_fit_is_an_error_and_writes_nothing() {
     let tile = GemmTile { splits: 2, ..plain(16) };
     let split = Gemm::prepare(device, GemmConfig { format: WeightFormat::E4m3, tile, activation: None }).unwrap();
     let error = launch(&split, call.buffers).unwrap_err();
-    assert!(matches!(error, Error::Value { argument: "blocks of k", actual: 1, .. }), "{error}");
+    assert!(matches!(error, Error::Value { argument: "k", actual: 128, .. }), "{error}");
     let mut out = vec![0u8; call.out.bytes()];
     call.out.download(&mut out).unwrap();
     assert!(out.iter().all(|&byte| byte == POISON));

@@ -1,15 +1,14 @@
 //! The activation over live rows, quantized or not.
 
 use super::arguments::{require_aligned, require_int};
-use super::device::{Device, Launch, Stream};
-use super::kernel::{Kernel, Resources, Source};
+use super::device::{Device, Stream};
+use super::kernel::{Resources, Source};
 use super::permute::scale_definitions;
-use super::route::MAX_EXPERTS;
+use super::resident::Resident;
+use super::route::require_experts;
 use crate::activation::Activation;
 use crate::error::{Error, Result};
 use crate::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding};
-use std::ffi::c_void;
-use std::sync::Arc;
 
 const THREADS: u32 = 768;
 
@@ -97,10 +96,8 @@ struct Arguments {
 /// The activation, prepared.
 #[derive(Debug)]
 pub struct Activate {
-    device: Device,
     config: ActivateConfig,
-    kernel: Arc<Kernel>,
-    blocks: u32,
+    kernel: Resident,
 }
 
 impl Activate {
@@ -109,10 +106,7 @@ impl Activate {
     /// # Errors
     /// As [`ActivateConfig::source`]; [`Error::Kernel`] if it does not compile, [`Error::Cuda`].
     pub fn prepare(device: &Device, config: ActivateConfig) -> Result<Self> {
-        let kernel = device.kernel(&config.source()?, c"activation")?;
-        let per_multiprocessor = device.blocks_per_multiprocessor(&kernel, THREADS, 0)?;
-        let blocks = per_multiprocessor.max(1) * device.info().multiprocessors;
-        Ok(Self { device: device.clone(), config, kernel, blocks })
+        Ok(Self { config, kernel: Resident::prepare(device, &config.source()?, c"activation", THREADS)? })
     }
 
     /// What the kernel takes of a multiprocessor.
@@ -130,9 +124,7 @@ impl Activate {
     /// [`Error::Value`] and [`Error::Alignment`] for what does not fit the configuration or the kernel; [`Error::Cuda`].
     #[allow(unsafe_code)]
     pub unsafe fn launch(&self, stream: Stream, call: &ActivateBuffers) -> Result<()> {
-        if call.local_experts == 0 || call.local_experts > MAX_EXPERTS {
-            return Err(Error::value("local_experts", call.local_experts, format!("1 to {MAX_EXPERTS} on a GPU")));
-        }
+        require_experts(call.local_experts)?;
         if call.alignment == 0 {
             return Err(Error::Alignment { actual: 0, expected: "at least 1".into() });
         }
@@ -153,10 +145,7 @@ impl Activate {
             m_sum,
             reserved: 0,
         };
-        let shape =
-            Launch { blocks: self.blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
-        let pointers = [std::ptr::from_ref(&arguments).cast::<c_void>()];
         // SAFETY: the kernel takes one `ActivationArgs`; the rest is the caller's promise.
-        unsafe { self.device.launch(&self.kernel, shape, stream, &pointers) }
+        unsafe { self.kernel.launch(stream, &arguments) }
     }
 }

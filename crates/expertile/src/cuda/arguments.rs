@@ -131,6 +131,18 @@ pub(super) fn require_aligned(argument: &'static str, address: u64, alignment: u
     Ok(())
 }
 
+/// Fails unless the columns of a matrix, if there are several, stand next to each other.
+pub(super) fn require_columns(argument: &'static str, matrix: &Tensor2, cols: usize) -> Result<()> {
+    if matrix.col_stride != 1 && cols > 1 {
+        return Err(Error::Stride {
+            argument,
+            actual: vec![matrix.row_stride, matrix.col_stride],
+            expected: "columns next to each other on a GPU".into(),
+        });
+    }
+    Ok(())
+}
+
 /// Fails unless a number fits the kernels' `int`.
 pub(super) fn require_int(argument: &'static str, value: usize) -> Result<i32> {
     i32::try_from(value).map_err(|_| Error::value(argument, value, format!("at most {}", i32::MAX)))

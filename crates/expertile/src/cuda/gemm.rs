@@ -104,13 +104,10 @@ impl GemmTile {
         }
     }
 
-    /// Warpgroups of a block: one that copies, and those that multiply.
-    fn warpgroups(&self) -> usize {
-        if self.wide { 4 } else { 3 }
-    }
-
+    /// Threads of a block: a warpgroup that copies, and those that multiply.
     fn threads(&self) -> u32 {
-        128 * self.warpgroups() as u32
+        let multiplying = if self.wide { 3 } else { 2 };
+        128 * (1 + multiplying)
     }
 
     fn paths(&self) -> usize {
@@ -196,6 +193,22 @@ impl GemmConfig {
         (1..=MOST_STAGES).rev().find(fits).unwrap_or(1)
     }
 
+    /// Fails unless there is a kernel with an activation.
+    fn check_activation(&self) -> Result<()> {
+        if self.format != WeightFormat::E4m3 {
+            let (actual, expected) = (self.format.name(), "e4m3, for a GEMM with an activation");
+            return Err(Error::WeightFormat { argument: "weights", actual, expected });
+        }
+        if !self.tile.wide {
+            let expected = format!("{WIDE_ROW_TILE} rows of a wide tile, for a GEMM with an activation");
+            return Err(Error::value("row_tile", self.tile.row_tile, expected));
+        }
+        if self.tile.shared != 2 {
+            return Err(Error::value("shared", self.tile.shared, "2, for a GEMM with an activation"));
+        }
+        Ok(())
+    }
+
     fn shared_bytes(&self) -> u32 {
         self.tile.shared_bytes(self.stages(), self.activation.is_some()) as u32
     }
@@ -203,13 +216,11 @@ impl GemmConfig {
     /// The kernel's source for this configuration.
     ///
     /// # Errors
-    /// [`Error::Value`] for a tile that there is no kernel for.
+    /// [`Error::Value`] for a tile that there is no kernel for, [`Error::WeightFormat`] for bf16 with an activation.
     pub fn source(&self) -> Result<Source> {
         self.tile.check()?;
-        if self.activation.is_some() && (self.format != WeightFormat::E4m3 || !self.tile.wide || self.tile.shared != 2)
-        {
-            let expected = "2, with a wide tile of e4m3 operands, for a GEMM with an activation";
-            return Err(Error::value("shared", self.tile.shared, expected));
+        if self.activation.is_some() {
+            self.check_activation()?;
         }
         let mut definitions = vec![
             ("BF16", i64::from(self.format == WeightFormat::Bf16)),
@@ -356,10 +367,10 @@ impl Gemm {
                 expected: format.name(),
             });
         }
-        let blocks_of_k = weights.k().div_ceil(values_of_block(format));
-        if blocks_of_k < self.config.tile.splits {
-            let expected = format!("at least {} for a K in so many parts", self.config.tile.splits);
-            return Err(Error::value("blocks of k", blocks_of_k, expected));
+        let splits = self.config.tile.splits;
+        let too_short = (splits - 1) * values_of_block(format);
+        if weights.k() <= too_short {
+            return Err(Error::value("k", weights.k(), format!("more than {too_short}, for a K in {splits} parts")));
         }
         require_int("m_sum", call.m_sum)?;
         require_aligned("rows", call.rows, 16)?;
@@ -491,6 +502,12 @@ mod tests {
         assert!(refused(GemmTile { splits: 3, ..tile }, None).starts_with("splits is 3"));
         assert!(refused(GemmTile { shared: 2, splits: 2, ..tile }, None).starts_with("splits is 2"));
         assert!(refused(GemmTile { wide: true, ..tile }, None).starts_with("row_tile is 64"));
-        assert!(refused(tile, Some(Activation::default())).starts_with("shared is 1"));
+        let with = Some(Activation::default());
+        assert!(refused(tile, with).starts_with("row_tile is 64"));
+        let many = GemmTile { row_tile: WIDE_ROW_TILE, wide: true, ..tile };
+        assert!(refused(many, with).starts_with("shared is 1"));
+        let config = GemmConfig { format: WeightFormat::Bf16, tile: GemmTile { shared: 2, ..many }, activation: with };
+        let error = config.source().unwrap_err();
+        assert!(matches!(error, Error::WeightFormat { argument: "weights", actual: "bf16", .. }), "{error}");
     }
 }

@@ -32,6 +32,7 @@ pub mod kernel;
 mod layer;
 pub mod measure;
 mod permute;
+mod resident;
 mod route;
 mod tensor_map;
 mod unpermute;

@@ -1,8 +1,11 @@
 //! Rows to their places: quantized on the way, with the routing in the same launch where the slots are few; or as they are.
 
-use super::arguments::{LayoutBuffers, RoutingBuffers, RowsArgs, RowsBuffers, require_aligned, require_int};
+use super::arguments::{
+    LayoutBuffers, RoutingBuffers, RowsArgs, RowsBuffers, require_aligned, require_columns, require_int,
+};
 use super::device::{Device, Launch, Stream};
 use super::kernel::{Kernel, Resources, Source};
+use super::resident::Resident;
 use super::route::{self, Route, RouteConfig};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_add, checked_mul};
@@ -97,7 +100,7 @@ impl QuantizePermuteConfig {
     fn check(&self, rows: &RowsBuffers, plan: &Plan) -> Result<()> {
         let m_sum = plan.m_sum();
         if plan.tokens() > 0 {
-            require_columns("x", rows.x.col_stride, self.hidden)?;
+            require_columns("x", &rows.x, self.hidden)?;
             require_aligned("x", rows.x.address, if self.aligned { 16 } else { 2 })?;
             if self.aligned && !(rows.x.row_stride * 2).is_multiple_of(16) {
                 return Err(Error::Stride {
@@ -118,17 +121,6 @@ impl QuantizePermuteConfig {
     }
 }
 
-fn require_columns(argument: &'static str, col_stride: usize, cols: usize) -> Result<()> {
-    if col_stride != 1 && cols > 1 {
-        return Err(Error::Stride {
-            argument,
-            actual: vec![col_stride],
-            expected: "columns next to each other on a GPU".into(),
-        });
-    }
-    Ok(())
-}
-
 /// From routing to quantized rows in their places, prepared.
 ///
 /// Up to 4096 slots (256 tokens of 16) take one launch. More take two, the second set up while the first runs: the layout; then
@@ -139,8 +131,7 @@ pub struct QuantizePermute {
     config: QuantizePermuteConfig,
     route: Route,
     few: Arc<Kernel>,
-    many: Arc<Kernel>,
-    many_blocks: u32,
+    many: Resident,
     single_launch_slots: usize,
 }
 
@@ -153,15 +144,12 @@ impl QuantizePermute {
         let source = config.source()?;
         let few = device.kernel(&source, c"route_quantize_permute")?;
         few.allow_shared_bytes(few_shared_bytes(route::MAX_EXPERTS, FEW_SLOTS))?;
-        let many = device.kernel(&source, c"permute_rows")?;
-        let per_multiprocessor = device.blocks_per_multiprocessor(&many, THREADS, 0)?;
         Ok(Self {
             device: device.clone(),
             config,
             route: Route::prepare(device, config.route)?,
             few,
-            many,
-            many_blocks: per_multiprocessor.max(1) * device.info().multiprocessors,
+            many: Resident::prepare(device, &source, c"permute_rows", THREADS)?,
             single_launch_slots: FEW_SLOTS,
         })
     }
@@ -226,7 +214,7 @@ impl QuantizePermute {
             // SAFETY: the caller's promise.
             unsafe {
                 self.route.queue(stream, &route)?;
-                return self.queue_rows(stream, &arguments);
+                return self.many.launch(stream, &arguments);
             }
         }
         let shape = Launch {
@@ -243,15 +231,6 @@ impl QuantizePermute {
 
     /// # Safety
     /// As [`Route::launch`].
-    #[allow(unsafe_code)]
-    unsafe fn queue_rows(&self, stream: Stream, arguments: &RowsArgs) -> Result<()> {
-        let shape =
-            Launch { blocks: self.many_blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
-        let pointers = [std::ptr::from_ref(arguments).cast::<c_void>()];
-        // SAFETY: the kernel takes one `RowsArgs`; the rest is the caller's promise.
-        unsafe { self.device.launch(&self.many, shape, stream, &pointers) }
-    }
-
     /// As [`Route::check`].
     ///
     /// # Safety
@@ -342,10 +321,8 @@ impl PermuteConfig {
 /// Permuting rows as they are, prepared.
 #[derive(Debug)]
 pub struct Permute {
-    device: Device,
     config: PermuteConfig,
-    kernel: Arc<Kernel>,
-    blocks: u32,
+    kernel: Resident,
 }
 
 impl Permute {
@@ -354,10 +331,7 @@ impl Permute {
     /// # Errors
     /// As [`PermuteConfig::source`]; [`Error::Kernel`] if it does not compile, [`Error::Cuda`].
     pub fn prepare(device: &Device, config: PermuteConfig) -> Result<Self> {
-        let kernel = device.kernel(&config.source()?, c"permute")?;
-        let per_multiprocessor = device.blocks_per_multiprocessor(&kernel, THREADS, 0)?;
-        let blocks = per_multiprocessor.max(1) * device.info().multiprocessors;
-        Ok(Self { device: device.clone(), config, kernel, blocks })
+        Ok(Self { config, kernel: Resident::prepare(device, &config.source()?, c"permute", THREADS)? })
     }
 
     /// What the kernel takes of a multiprocessor.
@@ -380,7 +354,7 @@ impl Permute {
         }
         let vector = self.config.vector_bytes()?;
         if plan.tokens() > 0 {
-            require_columns("x", rows.x.col_stride, self.config.hidden)?;
+            require_columns("x", &rows.x, self.config.hidden)?;
             require_aligned("x", rows.x.address, vector as u64)?;
             if self.config.scales.is_some() {
                 require_aligned("x_scales", rows.x_scales.address, 1)?;
@@ -402,10 +376,7 @@ impl Permute {
             });
         }
         arguments.x_row_stride = row_bytes as i64;
-        let shape =
-            Launch { blocks: self.blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
-        let pointers = [std::ptr::from_ref(&arguments).cast::<c_void>()];
         // SAFETY: the kernel takes one `RowsArgs`; the rest is the caller's promise.
-        unsafe { self.device.launch(&self.kernel, shape, stream, &pointers) }
+        unsafe { self.kernel.launch(stream, &arguments) }
     }
 }

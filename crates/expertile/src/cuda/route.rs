@@ -108,7 +108,8 @@ impl RouteConfig {
     }
 }
 
-fn require_experts(experts: usize) -> Result<()> {
+/// Fails unless the kernels' shared memory has room for that many local experts.
+pub(super) fn require_experts(experts: usize) -> Result<()> {
     if experts == 0 || experts > MAX_EXPERTS {
         return Err(Error::value("local_experts", experts, format!("1 to {MAX_EXPERTS} on a GPU")));
     }

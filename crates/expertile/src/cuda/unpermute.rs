@@ -1,6 +1,6 @@
 //! Rows back to their tokens: a weighted sum in slot order.
 
-use super::arguments::{Tensor2, require_aligned, require_int};
+use super::arguments::{Tensor2, require_aligned, require_columns, require_int};
 use super::device::{Device, Launch, Stream};
 use super::kernel::{Kernel, Resources, Source};
 use super::permute::float_number;
@@ -141,13 +141,7 @@ impl Unpermute {
         }
         if self.config.weighted {
             require_aligned("topk_weights", call.weights.address, 4)?;
-            if call.weights.col_stride != 1 && self.config.topk > 1 {
-                return Err(Error::Stride {
-                    argument: "topk_weights",
-                    actual: vec![call.weights.row_stride, call.weights.col_stride],
-                    expected: "columns next to each other on a GPU".into(),
-                });
-            }
+            require_columns("topk_weights", &call.weights, self.config.topk)?;
         }
         let arguments = Arguments {
             rows: call.rows,
