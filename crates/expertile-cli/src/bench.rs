@@ -31,8 +31,8 @@ use std::time::Instant;
 #[derive(Debug, clap::Args)]
 #[command(allow_negative_numbers = true)]
 pub(crate) struct Args {
-    /// What to time on a GPU: the steps that any GPU runs, which are all but the GEMMs, or the whole layer, which needs a
-    /// Hopper. A CPU always runs the layer.
+    /// What to time on a GPU: the steps that any GPU runs, which are all but the GEMMs, with rows quantized to e4m3; or the
+    /// whole layer, which needs a Hopper. A CPU always runs the layer.
     #[arg(value_enum, value_name = "WHAT", default_value_t = What::Steps)]
     what: What,
     /// Numbers of tokens, separated by commas.
@@ -62,9 +62,9 @@ pub(crate) struct Args {
     /// cpu, or cuda:N.
     #[arg(long, value_name = "NAME", default_value = "cpu", value_parser = device::parse)]
     device: DeviceNumber,
-    /// Timed runs of each size.
-    #[arg(long, value_name = "N", default_value_t = 5)]
-    repeat: usize,
+    /// Timed runs of each size on a CPU (5, unless given).
+    #[arg(long, value_name = "N")]
+    repeat: Option<usize>,
     /// Seed of everything made up.
     #[arg(long, value_name = "S", default_value_t = 1)]
     seed: u64,
@@ -124,7 +124,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if let Some(tokens) = args.tokens.iter().find(|&&tokens| tokens == 0) {
         return Err(Error::usage(format!("--tokens holds {tokens}, expected sizes of at least 1")));
     }
-    if args.repeat == 0 {
+    if args.repeat == Some(0) {
         return Err(Error::usage("--repeat is 0, expected at least 1"));
     }
     if let Some(ordinal) = args.device {
@@ -138,12 +138,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if let Some(file) = &args.plot {
         output::write_file(file, plot::time_by_size(&report.title(), &report.sizes).as_bytes())?;
     }
-    match &args.json {
-        Some(file) if file == Path::new("-") => return output::print_json(&report),
-        Some(file) => output::write_file(file, output::json(&report).as_bytes())?,
+    tell(&report, args.json.as_deref(), Report::text)
+}
+
+/// Prints a report as a table or, as `--json` says, as JSON; or writes the JSON to a file and prints the table.
+fn tell<R: Serialize>(report: &R, json: Option<&Path>, text: impl FnOnce(&R) -> String) -> Result<()> {
+    match json {
+        Some(file) if file == Path::new("-") => return output::print_json(report),
+        Some(file) => output::write_file(file, output::json(report).as_bytes())?,
         None => {}
     }
-    output::print(&report.text())
+    output::print(&text(report))
 }
 
 fn run_on_gpu(args: &Args, ordinal: usize) -> Result<()> {
@@ -158,18 +163,14 @@ fn run_on_gpu(args: &Args, ordinal: usize) -> Result<()> {
         ("--local-experts", steps && args.local_experts.is_some(), "--device cuda:N layer"),
         ("--threads", args.threads.is_some(), "--device cpu"),
         ("--isa", args.isa.is_some(), "--device cpu"),
+        ("--repeat", args.repeat.is_some(), "--device cpu"),
         ("--plot", args.plot.is_some(), "--device cpu"),
     ] {
         if given {
             return Err(Error::usage(format!("{option} goes with {place} only")));
         }
     }
-    if !steps {
-        return gpu_layer::run(args, ordinal);
-    }
-    let memory = machine::available_memory();
-    let weights = MadeUp::new(args.preset, args.experts, WeightFormat::E4m3, args.seed, memory)?;
-    gpu::run(ordinal, &weights, args.preset.name(), &args.tokens, args.json.as_ref())
+    if steps { gpu::run(args, ordinal) } else { gpu_layer::run(args, ordinal) }
 }
 
 /// `--local-experts`, checked; as many as a token has, at least.
@@ -190,10 +191,11 @@ fn measure(args: &Args, cpu: &Cpu) -> Result<Report> {
     let weights = MadeUp::new(args.preset, args.experts, format, args.seed, machine::available_memory())?;
     let packed = Packed::new(cpu, &weights, activations)?;
     let limits = Limits::measure(cpu, format, activations)?;
+    let repeat = args.repeat.unwrap_or(5);
     let progress = Progress::new("timing sizes", args.tokens.len());
     let mut sizes = Vec::new();
     for &tokens in &args.tokens {
-        sizes.push(measure_size(cpu, &packed, &weights, &limits, tokens, args.repeat)?);
+        sizes.push(measure_size(cpu, &packed, &weights, &limits, tokens, repeat)?);
         progress.set(sizes.len());
     }
     let shape = packed.layer.shape();
@@ -208,7 +210,7 @@ fn measure(args: &Args, cpu: &Cpu) -> Result<Report> {
         weights: format.name(),
         activations: activations.name(),
         weight_bytes: packed.bytes,
-        repeat: args.repeat,
+        repeat,
         limits,
         sizes,
     })

@@ -40,7 +40,7 @@ pub(crate) struct Place {
 }
 
 /// The tolerances of a layer with these activations.
-pub(crate) fn tolerance(activations: ActivationFormat) -> Tolerance {
+fn tolerance(activations: ActivationFormat) -> Tolerance {
     match activations {
         ActivationFormat::E4m3 => compare::E4M3_LAYER,
         ActivationFormat::Bf16 => compare::BF16_LAYER,
@@ -48,9 +48,9 @@ pub(crate) fn tolerance(activations: ActivationFormat) -> Tolerance {
 }
 
 /// What a layer gave.
-pub(crate) struct Found {
+pub(crate) struct Found<'a> {
     /// `[M, H]`.
-    pub(crate) output: Vec<bf16>,
+    pub(crate) output: &'a [bf16],
     /// GEMM 2's rows `[M_sum, H]`.
     pub(crate) rows: Vec<bf16>,
     /// `[M, topk]`: which of them is each slot's, -1 for none.
@@ -59,7 +59,7 @@ pub(crate) struct Found {
 
 /// Compares what a layer gave with what the oracle gives for the same inputs.
 pub(crate) fn check(
-    found: &Found,
+    found: &Found<'_>,
     inputs: &Inputs<'_>,
     weights: &dyn ExpertWeights,
     activations: ActivationFormat,
@@ -68,13 +68,15 @@ pub(crate) fn check(
     let mut by_expert = vec![0.0; weights.shape().local_experts()];
     let active: Vec<usize> = (0..by_expert.len()).filter(|&expert| !oracle.slots_of(expert).is_empty()).collect();
     let progress = Progress::new("checking experts", active.len());
-    for (done, experts) in active.chunks(rayon::current_num_threads()).enumerate() {
+    let mut done = 0;
+    for experts in active.chunks(rayon::current_num_threads()) {
         let results: Vec<_> = experts.par_iter().map(|&expert| oracle.expert(expert, found)).collect();
         for (&expert, (difference, slot_rows)) in experts.iter().zip(results) {
             by_expert[expert] = difference;
             oracle.add(expert, &slot_rows);
         }
-        progress.set((done + 1) * experts.len());
+        done += experts.len();
+        progress.set(done);
     }
     let output: Vec<f64> = found.output.iter().map(|value| value.to_f64()).collect();
     Report::new(&output, &oracle.output, weights.shape().hidden(), &by_expert, activations)
@@ -167,7 +169,7 @@ impl<'a> Oracle<'a> {
     }
 
     /// What the oracle says for an expert's slots, and how far the rows found are from it.
-    fn expert(&self, expert: usize, found: &Found) -> (f64, Vec<f64>) {
+    fn expert(&self, expert: usize, found: &Found<'_>) -> (f64, Vec<f64>) {
         let hidden = self.weights.shape().hidden();
         let slots = self.slots_of(expert);
         let expected: Vec<f64> = slots.chunks(SLOTS_AT_ONCE).flat_map(|slots| self.slot_rows(expert, slots)).collect();

@@ -3,11 +3,12 @@
 use crate::error::{Error, Result};
 use crate::machine::{Bandwidth, Limits};
 use crate::progress::Progress;
+use crate::stages::StageTime;
 use crate::weights::{ExpertWeights, Part, PartRows, Space};
-use expertile::cuda::measure::{LayerTimes, StageTime, copy_bytes_per_second, matrix_flops_per_second};
-use expertile::cuda::{Device, Layer, LayerChoice, LayerConfig, Weights, WeightsBuilder};
+use expertile::cuda::measure::{LayerTimes, copy_bytes_per_second, matrix_flops_per_second};
+use expertile::cuda::{Device, Info, Layer, LayerChoice, LayerConfig, Weights, WeightsBuilder};
 use expertile::layer::stage_cost;
-use expertile::{ActivationFormat, Dtype, LayerShape, Layout, Routing, Stage, StageCost, WeightFormat};
+use expertile::{Dtype, Layout, Routing, Stage, StageCost, WeightFormat};
 use expertile_checkpoint::HiddenStates;
 use half::slice::HalfFloatSliceExt;
 use serde::Serialize;
@@ -75,31 +76,53 @@ pub(crate) fn prepare(
     Ok(Layer::prepare(device, w13, w2, config, max_tokens.max(1))?)
 }
 
-/// What each of the timed stages had to move and compute; GEMM 1 with the activation inside stores no `gate | up`.
-pub(crate) fn stage_costs(
-    times: &LayerTimes,
-    routing: &Routing<'_>,
-    shape: &LayerShape,
-    activations: ActivationFormat,
-) -> Result<Vec<StageCost>> {
+/// The timed stages inside a graph, with what each had to move and compute; GEMM 1 with the activation inside stores no
+/// `gate | up`.
+pub(crate) fn stage_times(layer: &Layer, times: &LayerTimes, routing: &Routing<'_>) -> Result<Vec<StageTime>> {
     const INPUT_BYTES: usize = 2;
-    let plan = &times.choice.plan;
-    let weights = match activations {
-        ActivationFormat::E4m3 => WeightFormat::E4m3,
-        ActivationFormat::Bf16 => WeightFormat::Bf16,
-    };
+    let (shape, plan) = (layer.shape(), &times.choice.plan);
+    let (weights, activations) = (layer.weights()[0].format(), layer.config().activations);
     let mut space = vec![0; Layout::space_len(plan)?];
     let layout = Layout::build(plan, routing, &mut space)?;
     let cost = |stage| stage_cost(stage, shape, &layout, weights, activations, INPUT_BYTES);
     let gate_up = (layout.live_rows() * 2 * shape.intermediate() * 2) as u64;
-    let of_time = |time: &StageTime| match time.stage {
+    let cost_here = |stage| match stage {
         Stage::Gemm1 if times.choice.activation_inside_gemm1 => {
             let (gemm, activation) = (cost(Stage::Gemm1), cost(Stage::Activation));
             StageCost { bytes: gemm.bytes + activation.bytes - 2 * gate_up, ..gemm }
         }
         stage => cost(stage),
     };
-    Ok(times.stages.iter().map(of_time).collect())
+    let stages = times.stages.iter();
+    Ok(stages
+        .map(|time| StageTime { stage: Some(time.stage), seconds: time.graph_seconds, cost: cost_here(time.stage) })
+        .collect())
+}
+
+/// A GPU as reports of benchmarks name it.
+#[derive(Debug, Serialize)]
+pub(crate) struct Gpu {
+    device: String,
+    compute_capability: String,
+    driver_version: i32,
+}
+
+impl From<&Info> for Gpu {
+    fn from(info: &Info) -> Self {
+        Self { device: info.name.clone(), compute_capability: capability(info), driver_version: info.driver_version }
+    }
+}
+
+impl std::fmt::Display for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { device, compute_capability, driver_version } = self;
+        write!(f, "{device} (compute capability {compute_capability}, driver {driver_version})")
+    }
+}
+
+/// `major.minor`.
+pub(crate) fn capability(info: &Info) -> String {
+    format!("{}.{}", info.capability.0, info.capability.1)
 }
 
 /// A [`LayerChoice`] as reports print it.
@@ -147,5 +170,22 @@ mod tests {
         for name in ["cuda", "cuda:", "cuda:x", "gpu", ""] {
             assert!(parse(name).is_err(), "{name}");
         }
+    }
+
+    #[test]
+    fn reports_name_a_gpu_by_what_it_is() {
+        let info = Info {
+            ordinal: 1,
+            name: "a GPU".into(),
+            capability: (9, 0),
+            multiprocessors: 132,
+            memory_bytes: 1 << 37,
+            l2_bytes: 1 << 26,
+            driver_version: 13_000,
+        };
+        let gpu = Gpu::from(&info);
+        assert_eq!(gpu.to_string(), "a GPU (compute capability 9.0, driver 13000)");
+        let json = serde_json::json!({"device": "a GPU", "compute_capability": "9.0", "driver_version": 13_000});
+        assert_eq!(serde_json::to_value(gpu).unwrap(), json);
     }
 }

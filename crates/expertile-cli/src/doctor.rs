@@ -1,5 +1,6 @@
 //! `expertile doctor`: what this machine offers.
 
+use crate::device;
 use crate::error::Result;
 use crate::machine::{self, Bandwidth};
 use crate::{format, output};
@@ -62,7 +63,7 @@ impl Gpu {
         let info = device.info();
         Ok(Self {
             name: info.name.clone(),
-            compute_capability: format!("{}.{}", info.capability.0, info.capability.1),
+            compute_capability: device::capability(info),
             multiprocessors: info.multiprocessors,
             memory_bytes: info.memory_bytes,
             driver_version: info.driver_version,

@@ -341,7 +341,7 @@ fn run_on_cpu(
 }
 
 /// Runs the call once more, for its rows of GEMM 2 as well.
-fn found(call: &mut Call<'_>) -> Result<Found> {
+fn found<'a>(call: &'a mut Call<'_>) -> Result<Found<'a>> {
     let (mut rows, mut row_of_slot) = (Vec::new(), Vec::new());
     call.run(&mut |done| {
         if let (Stage::Gemm2, Some(found)) = (done.stage, done.rows) {
@@ -349,7 +349,7 @@ fn found(call: &mut Call<'_>) -> Result<Found> {
             row_of_slot = done.layout.inv_perm().to_vec();
         }
     })?;
-    Ok(Found { output: call.output.clone(), rows, row_of_slot })
+    Ok(Found { output: &call.output, rows, row_of_slot })
 }
 
 /// A layer ready to run, and what getting there took.

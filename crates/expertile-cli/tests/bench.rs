@@ -61,6 +61,7 @@ fn bad_input_is_one_line_and_exit_code_2() {
     refuse(&["--device", "cuda:0", "--local-experts", "8"], "--local-experts goes with --device cuda:N layer only");
     refuse(&["--device", "cuda:0", "--weights", "bf16"], "--weights bf16 goes with --device cuda:N layer or cpu only");
     refuse(&["layer", "--device", "cuda:0", "--plot", "a.svg"], "--plot goes with --device cpu only");
+    refuse(&["--device", "cuda:0", "--repeat", "9"], "--repeat goes with --device cpu only");
     refuse(&["layer", "--device", "cuda:99"], "cuda is");
     refuse(&["everything"], "invalid value 'everything'");
     refuse(&["--experts", "2"], "--experts is 2, expected at least 8");

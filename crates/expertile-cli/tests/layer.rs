@@ -14,6 +14,10 @@ use std::path::Path;
 const SIZES: Sizes = Sizes { hidden: 256, intermediate: 128, experts: 6, topk: 2 };
 const TOKENS: usize = 9;
 
+/// Layer 1 of the checkpoint in the working folder, checked.
+const CHECKED: [&str; 10] =
+    ["layer", "--model", ".", "--layer", "1", "--input", "in.safetensors", "--output", "out.safetensors", "--check"];
+
 const STAGES: [&str; 6] = ["routing", "permute", "gemm1", "activation", "gemm2", "unpermute"];
 
 fn bytes<const N: usize, T: Copy>(values: &[T], convert: impl Fn(T) -> [u8; N]) -> Vec<u8> {
@@ -91,19 +95,7 @@ fn every_naming_and_format_gives_the_oracles_numbers() {
             let mut model = Model::new(family, SIZES, e4m3);
             model.write(folder.path(), if e4m3 { 3 } else { 1 });
             write(folder.path(), "in.safetensors", &[bf16_states(TOKENS, SIZES.hidden)]);
-            let asked = [
-                "layer",
-                "--model",
-                ".",
-                "--layer",
-                "1",
-                "--input",
-                "in.safetensors",
-                "--output",
-                "out.safetensors",
-                "--check",
-            ];
-            let report = json(folder.path(), &asked);
+            let report = json(folder.path(), &CHECKED);
             assert_eq!(report["check"]["passed"], true, "{report:#}");
             assert_eq!(report["weights"], if e4m3 { "e4m3" } else { "bf16" });
             assert_eq!(report["activations"], report["weights"]);
@@ -122,7 +114,7 @@ fn every_naming_and_format_gives_the_oracles_numbers() {
             assert_eq!(rows.len(), TOKENS * SIZES.hidden);
             assert!(rows.iter().any(|value| value.to_f32().abs() > 0.1));
             if e4m3 {
-                let report = json(folder.path(), &[&asked[..], &["--activations", "bf16"]].concat());
+                let report = json(folder.path(), &[&CHECKED[..], &["--activations", "bf16"]].concat());
                 assert_eq!((&report["activations"], &report["check"]["passed"]), (&json!("bf16"), &json!(true)));
             }
         }
@@ -138,18 +130,6 @@ fn ids_in_the_file_are_used_as_they_are() {
     let f16_states = bytes(&values, |x| f16::from_f32(x).to_le_bytes());
     let ids = [5i64, -1, 0, 5, -9, -1, 2, 2, 2];
     let weights = [0.5f32, 9.0, 0.25, 1.0, f32::NAN, 0.0, 0.1, 0.2, 0.3];
-    let asked = [
-        "layer",
-        "--model",
-        ".",
-        "--layer",
-        "1",
-        "--input",
-        "in.safetensors",
-        "--output",
-        "out.safetensors",
-        "--check",
-    ];
     for (dtype, states) in [(Dtype::F32, f32_states), (Dtype::F16, f16_states)] {
         let tensors = [
             tensor("hidden_states", dtype, &[3, SIZES.hidden], states),
@@ -157,7 +137,7 @@ fn ids_in_the_file_are_used_as_they_are() {
             tensor("topk_weights", Dtype::F32, &[3, 3], bytes(&weights, f32::to_le_bytes)),
         ];
         write(folder.path(), "in.safetensors", &tensors);
-        let report = json(folder.path(), &asked);
+        let report = json(folder.path(), &CHECKED);
         assert_eq!((&report["check"]["passed"], &report["active_experts"]), (&json!(true), &json!(3)), "{report:#}");
         let stages: Vec<&Value> = report["stages"].as_array().unwrap().iter().map(|stage| &stage["stage"]).collect();
         assert_eq!(json!(stages), json!(STAGES));
@@ -171,20 +151,8 @@ fn ids_in_the_file_are_used_as_they_are() {
 fn no_tokens_and_tokens_without_experts_give_zeros() {
     let folder = tempfile::tempdir().unwrap();
     Model::new("mixtral", SIZES, true).write(folder.path(), 1);
-    let asked = [
-        "layer",
-        "--model",
-        ".",
-        "--layer",
-        "1",
-        "--input",
-        "in.safetensors",
-        "--output",
-        "out.safetensors",
-        "--check",
-    ];
     write(folder.path(), "in.safetensors", &[bf16_states(0, SIZES.hidden)]);
-    assert_eq!(json(folder.path(), &asked)["check"]["passed"], true);
+    assert_eq!(json(folder.path(), &CHECKED)["check"]["passed"], true);
     assert_eq!(read_output(&folder.path().join("out.safetensors"), 0).2, []);
     let tensors = [
         bf16_states(1, SIZES.hidden),
@@ -192,7 +160,7 @@ fn no_tokens_and_tokens_without_experts_give_zeros() {
         tensor("topk_weights", Dtype::F32, &[1, 2], vec![0; 8]),
     ];
     write(folder.path(), "in.safetensors", &tensors);
-    assert_eq!(json(folder.path(), &asked)["check"]["passed"], true);
+    assert_eq!(json(folder.path(), &CHECKED)["check"]["passed"], true);
     assert!(read_output(&folder.path().join("out.safetensors"), 1).2.iter().all(|value| value.to_f32() == 0.0));
 }
 
@@ -201,9 +169,8 @@ fn threads_do_not_change_a_bit_and_every_instruction_set_passes() {
     let folder = tempfile::tempdir().unwrap();
     Model::new("deepseek_v3", SIZES, true).write(folder.path(), 2);
     write(folder.path(), "in.safetensors", &[bf16_states(TOKENS, SIZES.hidden)]);
-    let asked = ["layer", "--model", ".", "--layer", "1", "--input", "in.safetensors", "--check", "--output"];
     let output = |more: &[&str]| {
-        succeed(folder.path(), &[&asked[..], &["out.safetensors"], more].concat());
+        succeed(folder.path(), &[&CHECKED[..], more].concat());
         std::fs::read(folder.path().join("out.safetensors")).unwrap()
     };
     let one = output(&["--threads", "1"]);
@@ -226,10 +193,9 @@ fn a_result_past_the_tolerance_is_exit_code_1() {
     values.chunks_mut(128).for_each(|group| group[0] = 1e6);
     let input = bytes(&values, |x| bf16::from_f32(x).to_le_bytes());
     write(folder.path(), "in.safetensors", &[tensor("hidden_states", Dtype::BF16, &[TOKENS, SIZES.hidden], input)]);
-    let asked = ["layer", "--model", ".", "--layer", "1", "--input", "in.safetensors", "--check"];
-    let line = fail(folder.path(), &asked, 1);
+    let line = fail(folder.path(), &CHECKED, 1);
     assert!(line.contains("check failed: whole ") && line.contains("(tolerated 2e-3)"), "{line}");
-    succeed(folder.path(), &[&asked[..], &["--activations", "bf16"]].concat());
+    succeed(folder.path(), &[&CHECKED[..], &["--activations", "bf16"]].concat());
 }
 
 #[test]

@@ -1,17 +1,19 @@
 //! `expertile bench --device cuda:N`: the steps that run on a GPU, inside a graph and eager, beside its copy bandwidth.
 
+use super::{Args, tell};
+use crate::device::Gpu;
 use crate::error::{Error, Result};
+use crate::format;
 use crate::preset::MadeUp;
 use crate::progress::Progress;
-use crate::{format, output};
+use crate::weights::ExpertWeights;
+use expertile::cuda::Device;
 use expertile::cuda::measure::{Inputs, StageTime, copy_bytes_per_second, stage_times};
-use expertile::cuda::{Device, Info};
 use expertile::layer::stage_cost;
 use expertile::{ActivationFormat, Layout, MatrixRef, Plan, Routing, TokenExperts, WeightFormat};
 use expertile_checkpoint::HiddenStates;
 use serde::Serialize;
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
 
 /// What DeepGEMM's tiles on Hopper are, and so what layouts for it are aligned to.
 const ALIGNMENT: usize = 128;
@@ -19,9 +21,8 @@ const ALIGNMENT: usize = 128;
 #[derive(Debug, Serialize)]
 struct Report {
     source: String,
-    device: String,
-    compute_capability: String,
-    driver_version: i32,
+    #[serde(flatten)]
+    gpu: Gpu,
     hidden: usize,
     intermediate: usize,
     experts: usize,
@@ -49,39 +50,25 @@ struct Row {
     share_of_copy: f64,
 }
 
-pub(super) fn run(
-    ordinal: usize,
-    weights: &MadeUp,
-    source: String,
-    tokens: &[usize],
-    json: Option<&PathBuf>,
-) -> Result<()> {
-    let device = Device::open(ordinal)?;
-    let report = measure(&device, weights, source, tokens)?;
-    match json {
-        Some(file) if file == Path::new("-") => return output::print_json(&report),
-        Some(file) => output::write_file(file, output::json(&report).as_bytes())?,
-        None => {}
-    }
-    output::print(&report.text())
+pub(super) fn run(args: &Args, ordinal: usize) -> Result<()> {
+    // Sizes and a routing only: no weights are made, so that memory need not hold them.
+    let weights = MadeUp::new(args.preset, args.experts, WeightFormat::E4m3, args.seed, None)?;
+    let report = measure(args, &Device::open(ordinal)?, &weights)?;
+    tell(&report, args.json.as_deref(), Report::text)
 }
 
-fn measure(device: &Device, weights: &MadeUp, source: String, tokens: &[usize]) -> Result<Report> {
-    use crate::weights::ExpertWeights;
+fn measure(args: &Args, device: &Device, weights: &MadeUp) -> Result<Report> {
     let copy_bytes_per_second = copy_bytes_per_second(device)?;
-    let progress = Progress::new("timing sizes", tokens.len());
+    let progress = Progress::new("timing sizes", args.tokens.len());
     let mut sizes = Vec::new();
-    for &tokens in tokens {
+    for &tokens in &args.tokens {
         sizes.push(measure_size(device, weights, tokens, copy_bytes_per_second)?);
         progress.set(sizes.len());
     }
-    let Info { name, capability, driver_version, .. } = device.info().clone();
     let shape = weights.shape();
     Ok(Report {
-        source,
-        device: name,
-        compute_capability: format!("{}.{}", capability.0, capability.1),
-        driver_version,
+        source: args.preset.name(),
+        gpu: device.info().into(),
         hidden: shape.hidden(),
         intermediate: shape.intermediate(),
         experts: shape.local_experts(),
@@ -93,7 +80,6 @@ fn measure(device: &Device, weights: &MadeUp, source: String, tokens: &[usize]) 
 }
 
 fn measure_size(device: &Device, weights: &MadeUp, tokens: usize, copy: f64) -> Result<Size> {
-    use crate::weights::ExpertWeights;
     let (shape, topk) = (weights.shape(), weights.router().topk());
     let input = weights.tokens(tokens)?;
     let HiddenStates::Bf16(hidden_states) = input.hidden_states() else {
@@ -125,14 +111,12 @@ impl Report {
         let mut text = String::new();
         let _ = writeln!(
             text,
-            "{}: {} experts, {} each, rows aligned to {}\n{} (compute capability {}, driver {}), copies {}",
+            "{}: {} experts, {} each, rows aligned to {}\n{}, copies {}",
             self.source,
             self.experts,
             self.topk,
             self.alignment,
-            self.device,
-            self.compute_capability,
-            self.driver_version,
+            self.gpu,
             format::bytes_per_second(self.copy_bytes_per_second)
         );
         let header = ["tokens", "stage", "in a graph", "eager", "bytes", "TB/s", "of copy"];

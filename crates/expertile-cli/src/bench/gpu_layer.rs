@@ -1,28 +1,26 @@
 //! `expertile bench --device cuda:N layer`: the whole layer on a GPU, inside a graph and eager, and each of its stages.
 
-use super::{Args, local_experts};
-use crate::device::{self, Choice};
+use super::{Args, local_experts, tell};
+use crate::device::{self, Choice, Gpu};
 use crate::error::Result;
+use crate::format;
 use crate::layer::{active_experts, choose_activations};
 use crate::machine::Limits;
 use crate::preset::MadeUp;
 use crate::progress::Progress;
-use crate::stages::{StageReport, StageTime, whole};
-use crate::{format, output};
+use crate::stages::{StageReport, whole};
 use expertile::cuda::measure::{LayerCall, LayerInputs};
 use expertile::cuda::{Device, Layer, LayerConfig};
 use expertile::{Activation, ActivationFormat, Dtype, MatrixRef, Routing};
 use serde::Serialize;
 use std::fmt::Write;
-use std::path::Path;
 use std::time::Instant;
 
 #[derive(Debug, Serialize)]
 struct Report {
     source: String,
-    device: String,
-    compute_capability: String,
-    driver_version: i32,
+    #[serde(flatten)]
+    gpu: Gpu,
     hidden: usize,
     intermediate: usize,
     /// On this device.
@@ -59,12 +57,7 @@ struct Row {
 pub(super) fn run(args: &Args, ordinal: usize) -> Result<()> {
     let device = Device::open(ordinal)?;
     let report = measure(args, &device)?;
-    match &args.json {
-        Some(file) if file == Path::new("-") => return output::print_json(&report),
-        Some(file) => output::write_file(file, output::json(&report).as_bytes())?,
-        None => {}
-    }
-    output::print(&report.text())
+    tell(&report, args.json.as_deref(), Report::text)
 }
 
 fn measure(args: &Args, device: &Device) -> Result<Report> {
@@ -94,12 +87,10 @@ fn measure(args: &Args, device: &Device) -> Result<Report> {
         sizes.push(measure_size(device, &layer, &weights, &limits, tokens)?);
         progress.set(sizes.len());
     }
-    let (info, shape) = (device.info(), layer.shape());
+    let shape = layer.shape();
     Ok(Report {
         source: args.preset.name(),
-        device: info.name.clone(),
-        compute_capability: format!("{}.{}", info.capability.0, info.capability.1),
-        driver_version: info.driver_version,
+        gpu: device.info().into(),
         hidden: shape.hidden(),
         intermediate: shape.intermediate(),
         experts: shape.local_experts(),
@@ -128,21 +119,18 @@ fn measure_size(device: &Device, layer: &Layer, weights: &MadeUp, limits: &Limit
     let call = LayerCall::new(device, layer, &inputs)?;
     call.run()?;
     let times = call.time()?;
-    let costs = device::stage_costs(&times, &routing, layer.shape(), config.activations)?;
-    let mut seen = Vec::new();
-    let mut row = |(time, cost): (&expertile::cuda::measure::StageTime, _)| {
-        let stage = StageTime { stage: Some(time.stage), seconds: time.graph_seconds, cost };
-        seen.push(stage);
-        Row { report: StageReport::new(&stage, limits), eager_seconds: time.eager_seconds }
-    };
-    let stages: Vec<Row> = times.stages.iter().zip(costs).map(&mut row).collect();
-    let report = whole(&seen, limits).taking(times.graph_seconds);
+    let stages = device::stage_times(layer, &times, &routing)?;
+    let report = whole(&stages, limits).taking(times.graph_seconds);
+    let rows = stages
+        .iter()
+        .zip(&times.stages)
+        .map(|(stage, timed)| Row { report: StageReport::new(stage, limits), eager_seconds: timed.eager_seconds });
     Ok(Size {
         tokens,
         live_rows: live_rows(&routing),
         active_experts: active_experts(&routing),
         choice: times.choice.into(),
-        stages,
+        stages: rows.collect(),
         layer: Row { report, eager_seconds: times.eager_seconds },
     })
 }
@@ -173,10 +161,8 @@ impl Report {
         );
         let _ = writeln!(
             text,
-            "{} (compute capability {}, driver {}), copies {}; a large matrix product {}",
-            self.device,
-            self.compute_capability,
-            self.driver_version,
+            "{}, copies {}; a large matrix product {}",
+            self.gpu,
             format::bytes_per_second(self.limits.bandwidth.copy_bytes_per_second),
             format::flops_per_second(self.limits.gemm_flops_per_second)
         );

@@ -4,7 +4,7 @@ use super::{Outcome, Place};
 use crate::check::{self, Found};
 use crate::device;
 use crate::error::Result;
-use crate::stages::{Inputs, StageTime, whole};
+use crate::stages::{Inputs, whole};
 use crate::weights::ExpertWeights;
 use expertile::cuda::measure::{LayerCall, LayerInputs};
 use expertile::cuda::{Device, LayerConfig};
@@ -45,17 +45,13 @@ pub(super) fn run(
     let call = LayerCall::new(device, &layer, &on_device)?;
     call.run()?;
     let output = call.output()?;
-    let (rows, row_of_slot) = call.rows()?;
+    // `[M_sum, H]` may be gigabytes: brought back only to be looked at.
+    let rows = check.then(|| call.rows()).transpose()?;
     let times = call.time()?;
-    let found = Found { output, rows, row_of_slot };
-    let check = check.then(|| check::check(&found, &inputs, weights, activations));
-    let costs = device::stage_costs(&times, &routing, layer.shape(), activations)?;
-    let stage = |(time, cost): (&expertile::cuda::measure::StageTime, _)| StageTime {
-        stage: Some(time.stage),
-        seconds: time.graph_seconds,
-        cost,
-    };
-    let stages: Vec<StageTime> = times.stages.iter().zip(costs).map(stage).collect();
+    let check = rows.map(|(rows, row_of_slot)| {
+        check::check(&Found { output: &output, rows, row_of_slot }, &inputs, weights, activations)
+    });
+    let stages = device::stage_times(&layer, &times, &routing)?;
     Ok(Outcome {
         place: Place::Gpu {
             device: device.info().name.clone(),
@@ -68,7 +64,7 @@ pub(super) fn run(
         limits,
         total: whole(&stages, &limits).taking(times.graph_seconds),
         stages,
-        output: found.output,
+        output,
         check,
     })
 }

@@ -133,7 +133,7 @@ impl Kernel {
     /// Unloads the module; nothing may launch the kernel afterwards.
     #[allow(unsafe_code)]
     pub(super) fn unload(&self) {
-        // SAFETY: called once, when the device that owns the kernel goes.
+        // SAFETY: called once: when the device that owns the kernel goes, or at once where another thread's came first.
         unsafe { sys::cuModuleUnload(self.module) };
     }
 }

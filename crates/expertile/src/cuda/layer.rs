@@ -217,9 +217,6 @@ pub(super) struct Call<'a> {
 }
 
 impl Layer {
-    /// The layout's alignment.
-    pub const ALIGNMENT: usize = ALIGNMENT;
-
     /// A layer of `w13 [E, 2 I, H]` (gate rows first, then up) and `w2 [E, H, I]`, for calls of up to `max_tokens` tokens.
     ///
     /// This is the warm-up: what such calls can choose is compiled (or loaded) here, several kernels at a time, and nothing
@@ -283,10 +280,15 @@ impl Layer {
     /// # Errors
     /// [`Error::Value`] for more tokens than the layer was prepared for.
     pub fn choice(&self, tokens: usize) -> Result<LayerChoice> {
+        Ok(self.choose(tokens)?.0)
+    }
+
+    fn choose(&self, tokens: usize) -> Result<(LayerChoice, Offsets)> {
         if tokens > self.max_tokens {
             return Err(Error::value("tokens", tokens, format!("at most {}, as prepared", self.max_tokens)));
         }
-        LayerChoice::new(&self.shape, &self.config, tokens, self.multiprocessors())
+        let multiprocessors = self.device.info().multiprocessors as usize;
+        LayerChoice::with_offsets(&self.shape, &self.config, tokens, multiprocessors)
     }
 
     /// Bytes of workspace that serve calls of up to that many tokens, a multiple of 256.
@@ -302,17 +304,8 @@ impl Layer {
     /// # Errors
     /// As [`Layer::choice`]; [`Error::Value`] unless `workspace` is 256-byte aligned.
     pub fn parts(&self, tokens: usize, workspace: u64) -> Result<LayerParts> {
-        self.parts_of(&self.choice(tokens)?, workspace)
-    }
-
-    fn parts_of(&self, choice: &LayerChoice, workspace: u64) -> Result<LayerParts> {
-        let LayerChoice { plan, row_tile, activation_inside_gemm1: inside, .. } = choice;
-        let offsets = Offsets::new(&self.shape, &self.config, plan, *row_tile, *inside, self.multiprocessors())?;
-        offsets.at(workspace, plan, *row_tile)
-    }
-
-    fn multiprocessors(&self) -> usize {
-        self.device.info().multiprocessors as usize
+        let (LayerChoice { plan, row_tile, .. }, offsets) = self.choose(tokens)?;
+        offsets.at(workspace, &plan, row_tile)
     }
 
     /// Readies a workspace; once, before its first call. Calls of different numbers of tokens may share it.
@@ -371,8 +364,8 @@ impl Layer {
 
     /// Checks everything that a call's launches ask for.
     pub(super) fn call<'a>(&self, tokens: usize, buffers: &'a LayerBuffers) -> Result<Call<'a>> {
-        let choice = self.choice(tokens)?;
-        let call = Call { choice, parts: self.parts_of(&choice, buffers.workspace)?, buffers };
+        let (choice, offsets) = self.choose(tokens)?;
+        let call = Call { choice, parts: offsets.at(buffers.workspace, &choice.plan, choice.row_tile)?, buffers };
         self.check_routing(&buffers.routing)?;
         if tokens > 0 {
             require_aligned("output", buffers.output, 16)?;

@@ -36,15 +36,24 @@ pub struct LayerChoice {
 impl LayerChoice {
     /// The choice for `tokens` tokens on a device of that many multiprocessors.
     ///
-    /// The row tile goes by the rows that an expert can expect: `M * topk` slots spread evenly over `G` experts. With e4m3,
-    /// where those are many, or the slots are, both GEMMs are wide. Where only the slots are many, GEMM 1 still waits for
+    /// The row tile goes by the rows that an expert can expect: `M * topk` slots spread evenly over `G` experts. Where those
+    /// are many, both GEMMs are wide; with e4m3 they are, too, where only the slots are many. GEMM 1 then still waits for
     /// weights most of the time and takes the activation in; where it computes, the activation's own kernel was 3 to 14 %
     /// faster on an H200.
     ///
     /// # Errors
     /// [`Error::Value`] for a `topk`, a number of experts or a width that the kernels do not take; as [`Plan::tight`].
     pub fn new(shape: &LayerShape, config: &LayerConfig, tokens: usize, multiprocessors: usize) -> Result<Self> {
-        const MOST_NARROW_ROWS: usize = 64;
+        Ok(Self::with_offsets(shape, config, tokens, multiprocessors)?.0)
+    }
+
+    /// The same, with where the workspace's parts are.
+    pub(super) fn with_offsets(
+        shape: &LayerShape,
+        config: &LayerConfig,
+        tokens: usize,
+        multiprocessors: usize,
+    ) -> Result<(Self, Offsets)> {
         let (hidden, intermediate, experts) = (shape.hidden(), shape.intermediate(), shape.local_experts());
         if config.global_experts == 0 {
             return Err(Error::value("global_experts", 0, "at least 1"));
@@ -52,28 +61,29 @@ impl LayerChoice {
         let plan = Plan::tight(tokens, config.topk, experts, ALIGNMENT, TokenExperts::MayRepeat)?;
         let slots = tokens * config.topk;
         let rows = checked_mul("M * topk * E", slots, experts)?.div_ceil(config.global_experts).min(slots);
-        let narrow = GemmTile::row_tile_for(rows, experts);
-        let e4m3 = config.activations == ActivationFormat::E4m3;
-        let wide = e4m3 && (slots > permute::FEW_SLOTS || narrow > MOST_NARROW_ROWS);
-        let row_tile = if wide { WIDE_ROW_TILE } else { narrow };
+        let by_rows = GemmTile::row_tile_for(rows, experts);
+        let many_slots = config.activations == ActivationFormat::E4m3 && slots > permute::FEW_SLOTS;
+        let row_tile = if many_slots { WIDE_ROW_TILE } else { by_rows };
         let format = config.weight_format();
         let tile = |n, k| GemmTile::choose(&GemmShape { n, k, format, experts, rows }, row_tile, multiprocessors);
         let (mut gemm1, gemm2) = (tile(2 * intermediate, hidden), tile(hidden, intermediate));
-        let activation_inside_gemm1 = wide && narrow <= MOST_NARROW_ROWS && intermediate.is_multiple_of(WEIGHT_BLOCK);
+        let activation_inside_gemm1 =
+            many_slots && by_rows < WIDE_ROW_TILE && intermediate.is_multiple_of(WEIGHT_BLOCK);
         if activation_inside_gemm1 {
             // The 128 results that share a scale come from two blocks.
             gemm1.shared = 2;
         }
-        let parts = Offsets::new(shape, config, &plan, row_tile, activation_inside_gemm1, multiprocessors)?;
-        Ok(Self {
+        let offsets = Offsets::new(shape, config, &plan, row_tile, activation_inside_gemm1, multiprocessors)?;
+        let choice = Self {
             plan,
             row_tile,
             gemm1,
             gemm2,
             activation_inside_gemm1,
             launches: launches(config.activations, slots) - usize::from(activation_inside_gemm1),
-            workspace_bytes: parts.end,
-        })
+            workspace_bytes: offsets.end,
+        };
+        Ok((choice, offsets))
     }
 }
 
@@ -171,7 +181,7 @@ impl Carver {
 }
 
 impl Offsets {
-    pub(super) fn new(
+    fn new(
         shape: &LayerShape,
         config: &LayerConfig,
         plan: &Plan,
@@ -407,10 +417,9 @@ mod tests {
             for activations in [ActivationFormat::E4m3, ActivationFormat::Bf16] {
                 let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
                 let config = config(topk, experts, activations);
-                let choice = LayerChoice::new(&shape, &config, tokens, H200).unwrap();
+                let (choice, offsets) = LayerChoice::with_offsets(&shape, &config, tokens, H200).unwrap();
                 let LayerChoice { plan, row_tile, activation_inside_gemm1, .. } = choice;
                 inside += usize::from(activation_inside_gemm1);
-                let offsets = Offsets::new(&shape, &config, &plan, row_tile, activation_inside_gemm1, H200).unwrap();
                 let parts = offsets.at(4096, &plan, row_tile).unwrap();
                 let routing = route::workspace_bytes(&plan, H200).unwrap();
                 let lists = LayoutBuffers::space_bytes(&plan, row_tile).unwrap();

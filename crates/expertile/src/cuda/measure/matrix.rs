@@ -3,12 +3,12 @@
 use super::clock::Clock;
 use super::uploaded;
 use crate::cuda::{
-    Device, Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, LayoutBuffers, Route, RouteConfig, RoutingBuffers,
-    Stream, Tensor2, Weights,
+    ALIGNMENT, Device, Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, LayoutBuffers, Route, RouteConfig,
+    RoutingBuffers, Stream, Tensor2, Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::Result;
-use crate::gemm::WeightFormat;
+use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
 use crate::plan::{Plan, TokenExperts};
 use crate::quantize::ScaleFormat;
 
@@ -26,14 +26,13 @@ pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<
     let tile = GemmTile::choose(&shape, row_tile, device.info().multiprocessors as usize);
     let gemm = Gemm::prepare(device, GemmConfig { format, tile, activation: None })?;
     let route = Route::prepare(device, RouteConfig { topk: 1, ids: Dtype::I32, row_tile })?;
-    let plan = Plan::tight(ROWS, 1, 1, 8, TokenExperts::Distinct)?;
+    let plan = Plan::tight(ROWS, 1, 1, ALIGNMENT, TokenExperts::Distinct)?;
 
     let weights = random_bytes(format, WIDTH * WIDTH);
     let values = uploaded(device, &weights)?;
     let rows = uploaded(device, &[&weights[..], &weights[..]].concat())?;
-    let one = 1f32;
-    let block_scales = uploaded(device, &vec![one; WIDTH / 128 * (WIDTH / 128)])?;
-    let row_scales = uploaded(device, &vec![one; ScaleFormat::HOPPER.words(plan.m_sum(), WIDTH)?])?;
+    let block_scales = uploaded(device, &vec![1f32; WIDTH / WEIGHT_BLOCK * (WIDTH / WEIGHT_BLOCK)])?;
+    let row_scales = uploaded(device, &vec![1f32; ScaleFormat::HOPPER.words(plan.m_sum(), WIDTH)?])?;
     let ids = uploaded(device, &vec![0i32; ROWS])?;
     let lists = device.allocate(LayoutBuffers::space_bytes(&plan, row_tile)?)?;
     let workspace = device.allocate(route.workspace_bytes(&plan)?)?;

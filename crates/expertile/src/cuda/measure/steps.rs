@@ -2,6 +2,7 @@
 
 use super::StageTime;
 use super::clock::Clock;
+use super::uploaded;
 use crate::activation::Activation;
 use crate::cuda::device::check_call;
 use crate::cuda::{
@@ -34,7 +35,7 @@ pub struct Inputs<'a> {
 /// activation and the unpermute read the hidden states over and over.
 ///
 /// # Errors
-/// [`Error::BufferTooSmall`] for inputs shorter than the plan says, and whatever preparing and launching the steps may
+/// [`Error::Value`] for a plan of no tokens, [`Error::BufferTooSmall`] for inputs shorter than it says, and whatever preparing and launching the steps may
 /// refuse.
 #[allow(unsafe_code)]
 pub fn stage_times(device: &Device, inputs: &Inputs<'_>) -> Result<Vec<StageTime>> {
@@ -76,6 +77,9 @@ impl Call {
         let Inputs { shape, plan, topk_ids, hidden_states } = *inputs;
         let (hidden, intermediate) = (shape.hidden(), shape.intermediate());
         let (tokens, topk, m_sum) = (plan.tokens(), plan.topk(), plan.m_sum());
+        if tokens == 0 {
+            return Err(Error::value("tokens", 0, "at least 1, to time steps"));
+        }
         require_len("topk_ids", topk_ids.len(), tokens * topk)?;
         require_len("hidden_states", hidden_states.len(), checked_mul("M * H", tokens, hidden)?)?;
         if plan.local_experts() != shape.local_experts() {
@@ -111,13 +115,9 @@ impl Call {
         let back = allocate(2 * m_sum * widest)?;
         let scales = allocate(4 * format.words(m_sum, hidden)?.max(format.words(m_sum, intermediate)?))?;
         let out = allocate(2 * tokens * hidden)?;
-        let (ids, x, weights) = (device.allocate(4 * tokens * topk)?, device.allocate(2 * tokens * hidden)?, {
-            let weights = device.allocate(4 * tokens * topk)?;
-            weights.upload(&vec![1.0 / topk as f32; tokens * topk])?;
-            weights
-        });
-        ids.upload(&topk_ids[..tokens * topk])?;
-        x.upload(bytemuck::must_cast_slice::<bf16, u16>(&hidden_states[..tokens * hidden]))?;
+        let ids = uploaded(device, &topk_ids[..tokens * topk])?;
+        let x = uploaded(device, bytemuck::must_cast_slice::<bf16, u16>(&hidden_states[..tokens * hidden]))?;
+        let weights = uploaded(device, &vec![1.0 / topk as f32; tokens * topk])?;
         repeat(device, x.address(), x.bytes(), back, 2 * m_sum * widest)?;
         let workspace = device.allocate(quantize_permute.workspace_bytes(&plan)?)?;
         // SAFETY: the workspace is this call's own and as large as the step says; stream 0 always lives.
