@@ -2,6 +2,8 @@
 
 use crate::bench::Size;
 use plotters::coord::Shift;
+use plotters::coord::ranged1d::ValueFormatter;
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -70,20 +72,8 @@ fn draw_bars(area: &Area<'_>, bars: &[(i64, i64)], alignment: usize) -> Drawn {
         .x_label_area_size(42)
         .y_label_area_size(Y_LABELS)
         .build_cartesian_2d(-0.5..bars.len() as f64 - 0.5, 0.0..top as f64 * 1.04)?;
-    chart
-        .configure_mesh()
-        .disable_x_mesh()
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(GRID)
-        .axis_style(INK)
-        .label_style(("sans-serif", 13).into_font().color(&INK))
-        .axis_desc_style(("sans-serif", 14).into_font().color(&INK))
-        .x_labels(bars.len().min(17))
-        .x_label_formatter(&|x| if x.fract() == 0.0 { format!("{x:.0}") } else { String::new() })
-        .y_label_formatter(&|y| if y.fract() == 0.0 { format!("{y:.0}") } else { String::new() })
-        .x_desc("local expert")
-        .y_desc("rows")
-        .draw()?;
+    let whole = |value: &f64| if value.fract() == 0.0 { format!("{value:.0}") } else { String::new() };
+    draw_axes(&mut chart, bars.len().min(17), ("local expert", &whole), ("rows", &whole))?;
     let Bars { pitch, width } = Bars::new(bars.len());
     let (left, width) = (0.5 * f64::from(width) / f64::from(pitch), f64::from(width) / f64::from(pitch));
     for (expert, &(live, padded)) in bars.iter().enumerate() {
@@ -99,6 +89,33 @@ fn draw_bars(area: &Area<'_>, bars: &[(i64, i64)], alignment: usize) -> Drawn {
         }
     }
     area.present()?;
+    Ok(())
+}
+
+/// What an axis is called, and how its labels are written.
+type Axis<'a> = (&'a str, &'a dyn Fn(&f64) -> String);
+
+/// Axes with at most so many labels on x, and lines across for y.
+fn draw_axes<Y: Ranged<ValueType = f64> + ValueFormatter<f64>>(
+    chart: &mut ChartContext<'_, SVGBackend<'_>, Cartesian2d<RangedCoordf64, Y>>,
+    x_labels: usize,
+    x: Axis<'_>,
+    y: Axis<'_>,
+) -> Drawn {
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(GRID)
+        .axis_style(INK)
+        .label_style(("sans-serif", 13).into_font().color(&INK))
+        .axis_desc_style(("sans-serif", 14).into_font().color(&INK))
+        .x_labels(x_labels)
+        .x_label_formatter(x.1)
+        .y_label_formatter(y.1)
+        .x_desc(x.0)
+        .y_desc(y.0)
+        .draw()?;
     Ok(())
 }
 
@@ -170,20 +187,8 @@ fn draw_times(area: &Area<'_>, sizes: &[Size]) -> Drawn {
         .x_label_area_size(42)
         .y_label_area_size(Y_LABELS)
         .build_cartesian_2d(-0.5..sizes.len() as f64 - 0.5, (low..high).log_scale())?;
-    chart
-        .configure_mesh()
-        .disable_x_mesh()
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(GRID)
-        .axis_style(INK)
-        .label_style(("sans-serif", 13).into_font().color(&INK))
-        .axis_desc_style(("sans-serif", 14).into_font().color(&INK))
-        .x_labels(sizes.len())
-        .x_label_formatter(&|x| size_label(sizes, *x))
-        .y_label_formatter(&|y| format!("{y}"))
-        .x_desc("tokens")
-        .y_desc("milliseconds")
-        .draw()?;
+    let tokens = |x: &f64| size_label(sizes, *x);
+    draw_axes(&mut chart, sizes.len(), ("tokens", &tokens), ("milliseconds", &|y| format!("{y}")))?;
     for (values, color, name, label_y) in [(&measured, LIVE, "measured", 12), (&least, PADDING, "limit", 34)] {
         let points: Vec<(f64, f64)> =
             values.iter().enumerate().map(|(at, &value)| (at as f64, value.max(low))).collect();
@@ -202,20 +207,8 @@ fn draw_parts(area: &Area<'_>, sizes: &[Size]) -> Drawn {
         .x_label_area_size(42)
         .y_label_area_size(Y_LABELS)
         .build_cartesian_2d(-0.5..sizes.len() as f64 - 0.5, 0.0..100.0)?;
-    chart
-        .configure_mesh()
-        .disable_x_mesh()
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(GRID)
-        .axis_style(INK)
-        .label_style(("sans-serif", 13).into_font().color(&INK))
-        .axis_desc_style(("sans-serif", 14).into_font().color(&INK))
-        .x_labels(sizes.len())
-        .x_label_formatter(&|x| size_label(sizes, *x))
-        .y_label_formatter(&|y| format!("{y:.0} %"))
-        .x_desc("tokens")
-        .y_desc("part of the time")
-        .draw()?;
+    let tokens = |x: &f64| size_label(sizes, *x);
+    draw_axes(&mut chart, sizes.len(), ("tokens", &tokens), ("part of the time", &|y| format!("{y:.0} %")))?;
     for (at, size) in sizes.iter().enumerate() {
         let mut from = 0.0;
         for (stage, color) in size.stages.iter().zip(STAGE_COLORS) {
