@@ -565,7 +565,9 @@ def check(device: Any = None) -> None:
     Only for calls that were not captured into a graph. On the CPU every call raises by itself.
     """
     torch = sys.modules["torch"]
-    _native.cuda_check(torch.cuda.current_device() if device is None else torch.device(device).index or 0)
+    # "cuda" without a number is the current device, as everywhere in torch.
+    index = None if device is None else torch.device(device).index
+    _native.cuda_check(torch.cuda.current_device() if index is None else index)
 
 
 # -- unpermute ----------------------------------------------------------------------------------------------------------
