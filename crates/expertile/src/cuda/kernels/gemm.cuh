@@ -4,7 +4,7 @@
 // Set by whoever compiles: BF16 (operands; else e4m3), TOKENS (most rows of a tile), STEP (a divisor of it: copies of rows
 // come in its multiples), SHARED (blocks of a cluster that share rows), SPLITS (blocks of a cluster that each take a part of
 // K), STAGES. Set by the kernel: GROUPS (warpgroups that multiply), STAGING_BYTES, SCALING_WARPS (0 where the sums take
-// the scales one by one), FIRST_STAGE_FIRST and PARTS (2 where a tile's weights come from two places, half an N apart: gate
+// the scales one by one), FIRST_STAGE_FIRST, TOGETHER (row tiles that are worked on side by side) and PARTS (2 where a tile's weights come from two places, half an N apart: gate
 // and up; else 1).
 #pragma once
 #include "quantize.cuh"
@@ -72,7 +72,6 @@ struct Schedule {
     __device__ __forceinline__ int items() const { return tiles * columns; }
 
     __device__ __forceinline__ Tile tile(const GemmArgs& a, int item, int rank) const {
-        constexpr int TOGETHER = 8;
         const int before = item / (TOGETHER * columns) * TOGETHER;
         const int together = min(TOGETHER, tiles - before);
         const int place = item - before * columns;
@@ -205,6 +204,12 @@ __device__ __forceinline__ float2 load_shared_pair(u32 address) {
 __device__ __forceinline__ float4 load_shared_quad(u32 address) {
     float4 v;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint4 load_shared_words(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
     return v;
 }
 

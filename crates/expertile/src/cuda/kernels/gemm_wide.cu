@@ -19,6 +19,8 @@ constexpr int STAGING_ROW = (ACTIVATION ? 64 : 128 * 2) + 16;
 constexpr int STAGING_BYTES = TOKENS * STAGING_ROW + (ACTIVATION ? 2 * TOKENS * 4 + 128 : 0);
 constexpr int SCALING_WARPS = 0;
 constexpr bool FIRST_STAGE_FIRST = true;
+// With 128 outputs each, as many as let what a device's blocks read at a time be nearly square.
+constexpr int TOGETHER = 12;
 constexpr int PARTS = ACTIVATION ? 2 : 1;
 #if ACTIVATION
 #include "activation.cuh"
@@ -30,6 +32,16 @@ static_assert(!ACTIVATION || (SHARED == 2 && !BF16), "128 results that share a s
 static_assert(TOKENS == GROUPS * ROWS_OF_GROUP && STEP == ROWS_OF_GROUP && SPLITS == 1, "a warpgroup has 64 rows");
 
 constexpr int SUMS = OUTPUTS / 2;
+
+// release() without a branch, for where threads wait for what comes after it.
+__device__ __forceinline__ void release_at_once(u32 empty) {
+    const int lane = lane_of_thread();
+    __syncwarp();
+    if constexpr (SHARED > 1)
+        arrive_elsewhere_if(address_in_block(empty, lane), lane < SHARED);
+    else
+        arrive_if(empty, lane == 0);
+}
 
 // Goes through a tile's stages without a share in them.
 __device__ __forceinline__ void pass_blocks(Ring& ring, int blocks) {
@@ -58,8 +70,11 @@ __device__ __forceinline__ void multiply_block(Ring& ring, int group, bool first
     }
 }
 #else
-__device__ __forceinline__ void multiply_block(Ring& ring, int group, u32 my_scales, float (&part)[SUMS], float (&sum)[SUMS]) {
-    wait_for_phase(ring.full(), ring.parity());
+// `ready` says whether the block has been seen to be there, and then whether the next one has: that is asked before the sums are
+// added, so that the answer is there after them.
+__device__ __forceinline__ void multiply_block(Ring& ring, int group, u32 my_scales, bool& ready, float (&part)[SUMS],
+                                               float (&sum)[SUMS]) {
+    wait_unless_over(ring.full(), ring.parity(), ready);
     float weight_scale[PARTS];
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) weight_scale[i] = load_shared(ring.weight_scale() + i * 4);
@@ -68,7 +83,9 @@ __device__ __forceinline__ void multiply_block(Ring& ring, int group, u32 my_sca
     start_block(ring, group, part, false);
     wait_for_products<0>();
     hold(part);
-    release(ring.empty());
+    release_at_once(ring.empty());
+    ring.advance();
+    ready = is_phase_over(ring.full(), ring.parity());
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) {
         const float upper = __fmul_rn(upper_scale, weight_scale[i]);
@@ -91,6 +108,7 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int grou
 #if !BF16
     const u32 my_scales = (threadIdx.x - WARPGROUP) / 32 * 64 + lane_of_thread() / 4 * 4;
     float part[SUMS];
+    bool ready = false;
 #endif
     for (int first = 0; first < blocks; first += STAGES) {
 #pragma unroll
@@ -99,10 +117,10 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int grou
             ring.stage = stage;
 #if BF16
             multiply_block(ring, group, first + stage == 0, sum);
-#else
-            multiply_block(ring, group, my_scales, part, sum);
-#endif
             ring.advance();
+#else
+            multiply_block(ring, group, my_scales, ready, part, sum);
+#endif
         }
     }
 #if BF16
@@ -112,6 +130,37 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int grou
     release(ring.empty());
 #endif
     ring.end_tile();
+}
+
+// A warp's 16 staged rows of BYTES to the places of those that are live, in rows of `width` bytes from byte `column` on. (The bulk
+// copy engine takes one row at a time from a warp.)
+template <int BYTES>
+__device__ __forceinline__ void store_staged(void* out, i64 width, const Tile& tile, int first, int column, u32 staging) {
+    constexpr int CHUNKS = BYTES / 16;
+    constexpr int EACH = CHUNKS / 2;
+    constexpr int AT_ONCE = EACH < 4 ? EACH : 4;
+    static_assert(EACH % AT_ONCE == 0 && BYTES + 16 == STAGING_ROW, "lanes have as many chunks of 16 bytes, some at a time");
+    // Read here, so that nothing that follows from it takes a register while a tile is multiplied.
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    __syncwarp();
+#pragma unroll
+    for (int begin = 0; begin < EACH; begin += AT_ONCE) {
+        uint4 chunks[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int chunk = (begin + i) * 32 + lane;
+            chunks[i] = load_shared_words(staging + chunk / CHUNKS * STAGING_ROW + chunk % CHUNKS * 16);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int chunk = (begin + i) * 32 + lane;
+            const int row = first + chunk / CHUNKS;
+            const int at = column + chunk % CHUNKS * 16;
+            if (row < tile.rows && at < width)
+                *reinterpret_cast<uint4*>(static_cast<u8*>(out) + (tile.first + row) * width + at) = chunks[i];
+        }
+    }
 }
 
 #if ACTIVATION
@@ -153,7 +202,6 @@ __device__ __forceinline__ void activate_and_store_rows(const GemmArgs& a, const
             send_word(address_in_block(magnitudes(memory, parity, first + half * 8 + lane / 4), rank ^ 1), largest[half],
                       address_in_block(ready, rank ^ 1));
     }
-    wait_for_stores_to_read();
     wait_for_cluster(ready, parity);
     __syncwarp();
     const int stride = (a.m_sum + 3) & ~3;
@@ -171,11 +219,7 @@ __device__ __forceinline__ void activate_and_store_rows(const GemmArgs& a, const
         if (rank == 0 && lane % 4 == 0 && first + row < tile.rows)
             a.out_scales[(i64)(tile.column / SCALE_BLOCK) * stride + tile.first + first + row] = scale;
     }
-    publish_shared_writes();
-    __syncwarp();
-    if (lane < 16 && first + lane < tile.rows)
-        store_bytes(static_cast<u8*>(a.out) + (i64)(tile.first + first + lane) * (a.n / 2) + tile.column, staging + lane * STAGING_ROW, 64);
-    commit_stores();
+    store_staged<64>(a.out, (i64)a.n / 2, tile, first, tile.column, staging);
 }
 #else
 // Live rows to their places, by way of shared memory: a warp has 16 of its own.
@@ -183,20 +227,13 @@ __device__ __forceinline__ void store_rows(const GemmArgs& a, const Tile& tile, 
     const int lane = lane_of_thread();
     const int first = (threadIdx.x - WARPGROUP) / 32 * 16;
     const u32 staging = memory + STAGING + first * STAGING_ROW;
-    wait_for_stores_to_read();
     __syncwarp();
     const u32 mine = staging + lane % 16 * STAGING_ROW + lane / 16 * 16;
 #pragma unroll
     for (int i = 0; i < SUMS; i += 8)
         store_matrices(mine + i * 4, pack_bf16(sum[i], sum[i + 1]), pack_bf16(sum[i + 2], sum[i + 3]), pack_bf16(sum[i + 4], sum[i + 5]),
                        pack_bf16(sum[i + 6], sum[i + 7]));
-    publish_shared_writes();
-    __syncwarp();
-    const int outputs = min(a.n - tile.column, OUTPUTS);
-    if (lane < 16 && first + lane < tile.rows && outputs > 0)
-        store_bytes(static_cast<u16*>(a.out) + (i64)(tile.first + first + lane) * a.n + tile.column, staging + lane * STAGING_ROW,
-                    outputs * 2);
-    commit_stores();
+    store_staged<OUTPUTS * 2>(a.out, (i64)a.n * 2, tile, first, tile.column * 2, staging);
 }
 #endif
 
@@ -240,7 +277,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             store_rows(a, tile, memory, sum);
 #endif
         }
-        wait_for_stores_to_read();
     }
     // Blocks of a cluster write to each other's memory: none goes before the others are done.
     if (CLUSTER > 1) meet_cluster();

@@ -48,7 +48,29 @@ __device__ __forceinline__ void wait_for_phase(u32 barrier, u32 parity) {
     while (over == 0);
 }
 
-// The same; what the whole cluster wrote is seen.
+// Whether it is over; what was written before it is then seen. Like a load, this takes its time only where the answer is used.
+__device__ __forceinline__ bool is_phase_over(u32 barrier, u32 parity) {
+    u32 over;
+    asm volatile(TRY_WAIT("cta") : "=r"(over) : "r"(barrier), "r"(parity) : "memory");
+    return over != 0;
+}
+
+// Until it is over, unless it is known to be. A loop of its own, after which the compiler need not bring threads together.
+__device__ __forceinline__ void wait_unless_over(u32 barrier, u32 parity, bool over) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "setp.ne.u32 p, %2, 0;\n"
+        "@p bra OVER;\n"
+        "WAIT:\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%0], %1;\n"
+        "@p bra OVER;\n"
+        "bra WAIT;\n"
+        "OVER:\n}" ::"r"(barrier),
+        "r"(parity), "r"((u32)over)
+        : "memory");
+}
+
+// As wait_for_phase; what the whole cluster wrote is seen.
 __device__ __forceinline__ void wait_for_cluster(u32 barrier, u32 parity) {
     u32 over;
     do asm volatile(TRY_WAIT("cluster") : "=r"(over) : "r"(barrier), "r"(parity) : "memory");
@@ -59,13 +81,24 @@ __device__ __forceinline__ void arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+__device__ __forceinline__ void arrive_if(u32 barrier, bool does) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(barrier), "r"((u32)does)
+                 : "memory");
+}
+
 // On a barrier of any block of the cluster (an address from address_in_block): says that reading is done, and publishes
 // nothing beyond this block.
 __device__ __forceinline__ void arrive_elsewhere(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// The same, publishing what this thread (and whoever it met) wrote to the whole cluster.
+__device__ __forceinline__ void arrive_elsewhere_if(u32 barrier, bool does) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p mbarrier.arrive.shared::cluster.b64 _, [%0];\n}" ::"r"(barrier),
+                 "r"((u32)does)
+                 : "memory");
+}
+
+// As arrive_elsewhere, publishing what this thread (and whoever it met) wrote to the whole cluster.
 __device__ __forceinline__ void arrive_in_cluster(u32 barrier) {
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
