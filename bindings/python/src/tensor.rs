@@ -4,6 +4,7 @@ use crate::array::{Array, Element, torch_dtype};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple};
+use std::sync::{Mutex, PoisonError};
 
 /// What a tensor is made with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,10 +29,35 @@ impl Form {
     }
 
     /// Shape, strides and dtype as Python's.
-    fn arguments(self, py: Python<'_>) -> PyResult<(Bound<'_, PyTuple>, Bound<'_, PyTuple>, Bound<'_, PyAny>)> {
+    fn arguments(self, py: Python<'_>) -> PyResult<Bound<'_, PyTuple>> {
         let shape = PyTuple::new(py, &self.shape[..self.dimensions])?;
         let strides = PyTuple::new(py, &self.strides[..self.dimensions])?;
-        Ok((shape, strides, torch_dtype(py, self.element)?))
+        (shape, strides, torch_dtype(py, self.element)?).into_pyobject(py)
+    }
+
+    /// The same, remembered: a layer's calls ask for the same few forms again, and making the tuples takes as long as
+    /// making a small tensor.
+    fn known_arguments(self, py: Python<'_>) -> PyResult<Bound<'_, PyTuple>> {
+        const FORMS: usize = 64;
+        type Known = Option<(Form, Py<PyTuple>)>;
+        static KNOWN: Mutex<[Known; FORMS]> = Mutex::new([const { None }; FORMS]);
+        let hash = [self.shape[0], self.shape[1], self.strides[0], self.dimensions]
+            .into_iter()
+            .fold(self.element as usize, |hash, word| {
+                (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23)
+            });
+        let place = hash % FORMS;
+        if let Some((form, arguments)) = &KNOWN.lock().unwrap_or_else(PoisonError::into_inner)[place]
+            && *form == self
+        {
+            return Ok(arguments.bind(py).clone());
+        }
+        let arguments = self.arguments(py)?;
+        // What was there is dropped with the lock given back: nothing of Python's runs while it is held.
+        let other =
+            KNOWN.lock().unwrap_or_else(PoisonError::into_inner)[place].replace((self, arguments.clone().unbind()));
+        drop(other);
+        Ok(arguments)
     }
 }
 
@@ -44,17 +70,18 @@ pub(crate) fn empty(py: Python<'_>, ordinal: usize, form: Form) -> PyResult<Arra
         let found = py.import("torch._C._dynamo.guards").and_then(|guards| guards.getattr("_empty_strided_cuda"));
         Ok::<_, PyErr>(found.ok().map(Bound::unbind))
     })?;
-    let (shape, strides, dtype) = form.arguments(py)?;
+    let arguments = form.known_arguments(py)?;
     if let Some(quick) = quick {
-        let tensor = Array::new(ARGUMENT, &quick.bind(py).call1((&shape, &strides, &dtype))?)?;
+        let tensor = Array::new(ARGUMENT, &quick.bind(py).call1(&arguments)?)?;
         if tensor.device() == Some(ordinal) {
             return Ok(tensor);
         }
     }
     let options = PyDict::new(py);
-    options.set_item("dtype", dtype)?;
+    options.set_item("dtype", arguments.get_item(2)?)?;
     options.set_item("device", format!("cuda:{ordinal}"))?;
-    Array::new(ARGUMENT, &py.import("torch")?.call_method("empty_strided", (shape, strides), Some(&options))?)
+    let shape_and_strides = arguments.get_slice(0, 2);
+    Array::new(ARGUMENT, &py.import("torch")?.call_method("empty_strided", shape_and_strides, Some(&options))?)
 }
 
 /// An array that a caller has handed over, or else one made on its device; on the CPU nothing is made.
