@@ -6,14 +6,14 @@
 use crate::array::{Array, Element};
 use crate::error::exception;
 use crate::exchange;
-use crate::permute::{Ids, Place};
+use crate::permute::{Ids, Lists, Place, Rows, padding};
 use crate::tensor::{self, Form};
 use expertile::cuda::compiler::Compiler;
 use expertile::cuda::{
     Buffer, CubinCache, Device, LayoutBuffers, Permute, PermuteConfig, QuantizePermute, QuantizePermuteConfig, Route,
     RouteConfig, RoutingBuffers, RowsBuffers, Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig,
 };
-use expertile::{Dtype, Padding, Plan, ScaleFormat};
+use expertile::{Dtype, Plan, ScaleFormat};
 use pyo3::exceptions::PyValueError;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -182,10 +182,6 @@ fn layout(place: &Place<'_>) -> PyResult<LayoutBuffers> {
     Ok(LayoutBuffers { expert_num_tokens, expert_start, psum, m_indices, row_tokens, inv_perm, header, worklist })
 }
 
-fn padding(zero_padding: bool) -> Padding {
-    if zero_padding { Padding::Zero } else { Padding::Untouched }
-}
-
 /// A call on its way: the device, the stream, the routing.
 struct Call<'py> {
     py: Python<'py>,
@@ -284,14 +280,6 @@ pub(crate) fn build_layout(py: Python<'_>, ordinal: usize, place: &Place<'_>) ->
     call.launch_route(&layout, &workspace)
 }
 
-/// Rows as they are, with their scales if there are any, and where they go.
-pub(crate) struct Rows<'a> {
-    pub(crate) x: &'a Array<'a>,
-    pub(crate) out: &'a Array<'a>,
-    pub(crate) scales: Option<(&'a Array<'a>, &'a Array<'a>, ScaleFormat)>,
-    pub(crate) zero_padding: bool,
-}
-
 impl Rows<'_> {
     fn prepare(&self, plan: &Plan) -> PyResult<(PermuteConfig, RowsBuffers)> {
         let (tokens, hidden) = self.x.matrix_shape("[M, H]")?;
@@ -338,14 +326,7 @@ pub(crate) fn permute(py: Python<'_>, ordinal: usize, place: &Place<'_>, rows: &
     call.launch_permute(&step, &rows, &layout, &workspace)
 }
 
-/// Where the lists go that outlive a call; the others are only the call's.
-pub(crate) struct Lists<'a> {
-    pub(crate) psum: Option<&'a Array<'a>>,
-    pub(crate) m_indices: Option<&'a Array<'a>>,
-    pub(crate) inv_perm: &'a Array<'a>,
-}
-
-/// The same, where not every list is wanted.
+/// As `permute`, where not every list is wanted.
 pub(crate) fn permute_to_lists(
     py: Python<'_>,
     ordinal: usize,

@@ -1,7 +1,7 @@
 //! In the place of `cuda.rs` where the extension is built without its feature `cuda`: every call says so.
 
 use crate::array::Array;
-use crate::permute::{Ids, Place};
+use crate::permute::{Ids, Lists, Place, Rows};
 use expertile::{Plan, ScaleFormat};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -14,21 +14,6 @@ fn missing<T>() -> PyResult<T> {
 
 pub(crate) fn build_layout(_: Python<'_>, _: usize, _: &Place<'_>) -> PyResult<()> {
     missing()
-}
-
-/// Never made: there are no arrays on a GPU.
-pub(crate) struct Rows<'a> {
-    pub(crate) x: &'a Array<'a>,
-    pub(crate) out: &'a Array<'a>,
-    pub(crate) scales: Option<(&'a Array<'a>, &'a Array<'a>, ScaleFormat)>,
-    pub(crate) zero_padding: bool,
-}
-
-/// As above.
-pub(crate) struct Lists<'a> {
-    pub(crate) psum: Option<&'a Array<'a>>,
-    pub(crate) m_indices: Option<&'a Array<'a>>,
-    pub(crate) inv_perm: &'a Array<'a>,
 }
 
 pub(crate) fn permute(_: Python<'_>, _: usize, _: &Place<'_>, _: &Rows<'_>) -> PyResult<()> {

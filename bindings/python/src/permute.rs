@@ -1,7 +1,7 @@
 //! Rows to their place.
 
 use crate::array::{Apart, Array, Element};
-use crate::cuda::{self, Lists, Rows};
+use crate::cuda;
 use crate::error::{exception, optional_size, size};
 use crate::plan::{counts, layout_words, parse_rule, token_experts};
 use crate::pool::cpu;
@@ -32,7 +32,7 @@ impl<'py> Ids<'py> {
         Ok(Self {
             ids: Array::new("topk_ids", topk_ids)?,
             map: Array::optional("expert_map", expert_map)?,
-            local_experts: size("local_num_experts", local_experts)?,
+            local_experts: size("local_experts", local_experts)?,
         })
     }
 
@@ -89,7 +89,9 @@ impl<'py> Place<'py> {
     }
 
     fn made(self) -> Made<'py> {
-        ((self.plan.tokens(), self.plan.topk(), self.plan.m_sum()), self.lists.into_object())
+        let Self { ids: _, plan, lists } = self;
+        let (experts, alignment) = (plan.local_experts(), plan.alignment());
+        (lists.into_object(), plan.tokens(), plan.topk(), experts, alignment, plan.m_sum())
     }
 
     /// `H`, of rows that are one to a token.
@@ -117,8 +119,23 @@ impl<'py> Place<'py> {
     }
 }
 
-/// What a call that makes a layout says about it: tokens, slots per token, rows; and its lists.
-type Made<'py> = ((usize, usize, usize), Bound<'py, PyAny>);
+/// For a GPU: rows as they are, with their scales if there are any, and where they go.
+pub(crate) struct Rows<'a> {
+    pub(crate) x: &'a Array<'a>,
+    pub(crate) out: &'a Array<'a>,
+    pub(crate) scales: Option<(&'a Array<'a>, &'a Array<'a>, ScaleFormat)>,
+    pub(crate) zero_padding: bool,
+}
+
+/// For a GPU: where the lists go that outlive a call; the others are only the call's.
+pub(crate) struct Lists<'a> {
+    pub(crate) psum: Option<&'a Array<'a>>,
+    pub(crate) m_indices: Option<&'a Array<'a>>,
+    pub(crate) inv_perm: &'a Array<'a>,
+}
+
+/// What a call that makes a layout says about it: its lists, and what Python's `Layout` takes besides, in its order.
+type Made<'py> = (Bound<'py, PyAny>, usize, usize, usize, usize, usize);
 
 /// Rows, their layout.
 type MadeRows<'py> = (Bound<'py, PyAny>, Made<'py>);
@@ -146,7 +163,7 @@ fn require_counts(given: &[i32], counted: &[i32]) -> PyResult<()> {
     }
 }
 
-fn padding(zero_padding: bool) -> Padding {
+pub(crate) fn padding(zero_padding: bool) -> Padding {
     if zero_padding { Padding::Zero } else { Padding::Untouched }
 }
 
@@ -264,6 +281,43 @@ fn scales_out<'py>(
         }
         Ok(Form::list(element, format.words(m_sum, hidden).map_err(exception)?))
     })
+}
+
+/// Where quantized rows and their scales go: made where they are not handed in, and checked.
+struct Quantized<'py> {
+    out: Array<'py>,
+    scales: Array<'py>,
+    /// What flat scales are read as.
+    matrix: Option<ScaleMatrix>,
+    apart: Apart,
+    device: Option<usize>,
+}
+
+impl<'py> Quantized<'py> {
+    /// For rows `x` of `hidden` values, with the array (scales or weights) that goes with them.
+    fn new(
+        py: Python<'py>,
+        place: &Place<'py>,
+        (x, with_x, hidden): (&Array<'py>, Option<&Array<'py>>, usize),
+        (element, format): (Element, ScaleFormat),
+        out: Option<&Bound<'py, PyAny>>,
+        scales: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Self> {
+        let m_sum = place.m_sum();
+        let out = rows_out(py, out, x, element, m_sum, hidden)?;
+        let scales = scales_out(py, scales, x, format, m_sum, hidden)?;
+        let [ids, map] = place.ids.arrays();
+        let apart = Apart::check(&[&out, &scales, &place.lists], &[Some(x), with_x, ids, map])?;
+        require_rows_out(&out, m_sum, hidden, None)?;
+        let matrix = require_scales(&scales, format, m_sum, hidden)?;
+        let all = [Some(x), with_x, ids, map, Some(&out), Some(&scales), Some(&place.lists)];
+        let device = Array::common_device(&all)?;
+        Ok(Self { out, scales, matrix, apart, device })
+    }
+
+    fn made(self, place: Place<'py>) -> MadeQuantized<'py> {
+        (self.out.into_object(), self.scales.into_object(), self.matrix, place.made())
+    }
 }
 
 /// 4-byte words that the scales of `[m_sum, hidden]` take.
@@ -399,33 +453,26 @@ pub(crate) fn permute_quantized<'py>(
     let hidden = place.hidden(&x)?;
     let format = scale_format(scale_layout, group, None)?;
     require_row_scales(&x, &x_scales, format)?;
-    let out = rows_out(py, out, &x, x.element(), place.m_sum(), hidden)?;
-    let scales = scales_out(py, scales, &x, format, place.m_sum(), hidden)?;
-    let [ids, map] = place.ids.arrays();
-    let inputs = [Some(&x), Some(&x_scales), ids, map];
-    let apart = Apart::check(&[&out, &scales, &place.lists], &inputs)?;
-    require_rows_out(&out, place.m_sum(), hidden, None)?;
-    let matrix = require_scales(&scales, format, place.m_sum(), hidden)?;
-    let all = [Some(&x), Some(&x_scales), ids, map, Some(&out), Some(&scales), Some(&place.lists)];
-    if let Some(ordinal) = Array::common_device(&all)? {
-        let rows = Rows { x: &x, out: &out, scales: Some((&x_scales, &scales, format)), zero_padding };
+    let to = Quantized::new(py, &place, (&x, Some(&x_scales), hidden), (x.element(), format), out, scales)?;
+    if let Some(ordinal) = to.device {
+        let rows = Rows { x: &x, out: &to.out, scales: Some((&x_scales, &to.scales, format)), zero_padding };
         cuda::permute(py, ordinal, &place, &rows)?;
-        return Ok((out.into_object(), scales.into_object(), matrix, place.made()));
+        return Ok(to.made(place));
     }
     let given = expert_num_tokens.map(counts).transpose()?;
-    let words = scale_memory(&scales, apart)?;
+    let words = scale_memory(&to.scales, to.apart)?;
     let row_scales = match x_scales.element() {
         Element::F32 => RowScales::F32(x_scales.matrix()?),
         Element::U8 => RowScales::Ue8m0(x_scales.matrix()?),
         _ => return Err(x_scales.dtype_error("float32, or uint8 for packed UE8M0")),
     };
-    let (rows, to) = (x.matrix()?, out.contiguous_mut(apart)?);
+    let (rows, out) = (x.matrix()?, to.out.contiguous_mut(to.apart)?);
     let cpu = cpu()?;
-    place.layout(apart, given.as_deref(), |layout| {
-        py.detach(|| cpu::permute_quantized(&cpu, rows, row_scales, layout, format, padding(zero_padding), to, words))
+    place.layout(to.apart, given.as_deref(), |layout| {
+        py.detach(|| cpu::permute_quantized(&cpu, rows, row_scales, layout, format, padding(zero_padding), out, words))
             .map_err(exception)
     })?;
-    Ok((out.into_object(), scales.into_object(), matrix, place.made()))
+    Ok(to.made(place))
 }
 
 /// What `expertile.deep_gemm_utils.deepgemm_moe_permute` returns: rows, scales, grouped layout, inv_perm, alignment.
@@ -525,29 +572,22 @@ pub(crate) fn quantize_permute<'py>(
     let place = Place::new(py, [Some(&x), weights.as_ref()], ids, alignment, m_sum, distinct, layout)?;
     let hidden = place.hidden(&x)?;
     let format = scale_format(scale_layout, group, power_of_two)?;
-    let out = rows_out(py, out, &x, Element::E4m3, place.m_sum(), hidden)?;
-    let scales = scales_out(py, scales, &x, format, place.m_sum(), hidden)?;
-    let [ids, map] = place.ids.arrays();
-    let inputs = [Some(&x), weights.as_ref(), ids, map];
-    let apart = Apart::check(&[&out, &scales, &place.lists], &inputs)?;
-    require_rows_out(&out, place.m_sum(), hidden, None)?;
-    let matrix = require_scales(&scales, format, place.m_sum(), hidden)?;
-    let all = [Some(&x), weights.as_ref(), ids, map, Some(&out), Some(&scales), Some(&place.lists)];
-    if let Some(ordinal) = Array::common_device(&all)? {
-        let rows = (&x, weights.as_ref(), &out, &scales);
+    let to = Quantized::new(py, &place, (&x, weights.as_ref(), hidden), (Element::E4m3, format), out, scales)?;
+    if let Some(ordinal) = to.device {
+        let rows = (&x, weights.as_ref(), &to.out, &to.scales);
         cuda::quantize_permute(py, ordinal, &place, rows, format, zero_padding)?;
-        return Ok((out.into_object(), scales.into_object(), matrix, place.made()));
+        return Ok(to.made(place));
     }
-    let words = scale_memory(&scales, apart)?;
+    let words = scale_memory(&to.scales, to.apart)?;
     let weights: Option<MatrixRef<'_, f32>> = weights.as_ref().map(Array::matrix).transpose()?;
-    let to = out.contiguous_mut(apart)?;
+    let out = to.out.contiguous_mut(to.apart)?;
     let cpu = cpu()?;
     macro_rules! rows_of {
         ($type:ty) => {{
             let rows = x.matrix::<$type>()?;
-            place.layout(apart, None, |layout| {
+            place.layout(to.apart, None, |layout| {
                 py.detach(|| {
-                    cpu::quantize_permute(&cpu, rows, weights, layout, format, padding(zero_padding), to, words)
+                    cpu::quantize_permute(&cpu, rows, weights, layout, format, padding(zero_padding), out, words)
                 })
                 .map_err(exception)
             })
@@ -559,5 +599,5 @@ pub(crate) fn quantize_permute<'py>(
         Element::F32 => rows_of!(f32),
         _ => Err(x.dtype_error("bfloat16, float16 or float32")),
     }?;
-    Ok((out.into_object(), scales.into_object(), matrix, place.made()))
+    Ok(to.made(place))
 }

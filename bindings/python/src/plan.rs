@@ -178,8 +178,8 @@ pub(crate) fn compute_aligned_m_and_alignment(
     let counts = expert_num_tokens.map(counts).transpose()?;
     plan::compute_aligned_m_and_alignment(
         size("M", m)?,
-        size("num_topk", topk)?,
-        size("local_num_experts", local_experts)?,
+        size("topk", topk)?,
+        size("local_experts", local_experts)?,
         size("alignment", alignment)?,
         parse_rule(rule, arch)?,
         counts.as_deref(),

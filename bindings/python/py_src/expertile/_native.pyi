@@ -157,10 +157,10 @@ def set_num_threads(threads: int) -> None:
 
 def count_expert_num_tokens(topk_ids: Any, expert_map: Any | None, local_experts: int, out: Any) -> None: ...
 
-# What a call that makes a layout says about it: ((tokens, topk, m_sum), the layout's memory). On a GPU, out, scales and
-# layout that are None are made; without m_sum there are as many rows as any routing can need.
+# What a call that makes a layout says about it: the layout's memory, tokens, topk, local experts, alignment, m_sum. On a
+# GPU, out, scales and layout that are None are made; without m_sum there are as many rows as any routing can need.
 
-_Made = tuple[tuple[int, int, int], Any]
+_Made = tuple[Any, int, int, int, int, int]
 _ScaleMatrix = tuple[tuple[int, int], tuple[int, int]]
 
 def build_layout(

@@ -87,8 +87,8 @@ class _OwnAlignment:
 
 def _loaded_deep_gemm() -> Any:
     """A DeepGEMM that this process has imported: the value must be its, or it reads the wrong expert's weights."""
-    loaded = sys.modules.get
-    return loaded("deep_gemm") or loaded("vllm.third_party.deep_gemm")
+    loaded = sys.modules
+    return loaded.get("deep_gemm") or loaded.get("vllm.third_party.deep_gemm")
 
 
 _own_alignment = _OwnAlignment()
@@ -252,24 +252,22 @@ def count_expert_num_tokens(topk_ids: Array, num_local_experts: int, expert_map:
 
     Raises ValueError for an id that no expert (or no entry of the map) stands for, TypeError for another dtype.
     """
-    if len(_shape("topk_ids", topk_ids)) == 1:
+    if len(getattr(topk_ids, "shape", ())) == 1:
         topk_ids = topk_ids[:, None]
-    _arrays.require_array("topk_ids", topk_ids, 2)
-    _native.round_up(num_local_experts, 1)
-    if _arrays.on_gpu(topk_ids):
-        # A layout without padding has the counts in front.
-        tokens, topk = topk_ids.shape
-        where = (num_local_experts, 1, tokens * topk)
-        lists = _arrays.empty((_native.layout_len(tokens, topk, *where),), "int32", topk_ids)
-        _native.build_layout(topk_ids, expert_map, *where, lists)
-        return lists[:num_local_experts]
-    counts = _arrays.empty((num_local_experts,), "int32", topk_ids)
-    _native.count_expert_num_tokens(topk_ids, expert_map, num_local_experts, counts)
+    tokens, topk = _arrays.require_array("topk_ids", topk_ids, 2)
+    try:
+        if _arrays.on_gpu(topk_ids):
+            # A layout without padding has the counts in front.
+            where = (num_local_experts, 1, tokens * topk)
+            lists = _arrays.empty((_native.layout_len(tokens, topk, *where),), "int32", topk_ids)
+            _native.build_layout(topk_ids, expert_map, *where, lists)
+            return lists[:num_local_experts]
+        _native.layout_len(0, 1, num_local_experts, 1, 0)  # Before an array is sized by it.
+        counts = _arrays.empty((num_local_experts,), "int32", topk_ids)
+        _native.count_expert_num_tokens(topk_ids, expert_map, num_local_experts, counts)
+    except (TypeError, ValueError) as error:
+        raise _renamed(error, {"local_experts": "num_local_experts"}) from None
     return counts
-
-
-def _shape(argument: str, x: Array) -> tuple[int, ...]:
-    return _arrays.require_array(argument, x, len(getattr(x, "shape", ())))
 
 
 # -- permute ------------------------------------------------------------------------------------------------------------
@@ -395,7 +393,6 @@ def ep_scatter(
             raise TypeError(f"{argument} has dtype {array.dtype}, expected int32")
     scale_layout = "packed_ue8m0" if pack_ue8m0 else "row_major"
     flat, scales = _scale_target(output_tensor_scale, rows, hidden, scale_layout, block_size)
-    out = _arrays.contiguous(output_tensor)
     lists = _permute(
         recv_x,
         recv_x_scale,
@@ -406,12 +403,10 @@ def ep_scatter(
         align_m,
         block_size,
         scale_layout,
-        out,
+        output_tensor,
         flat,
         _SCATTER_NAMES,
     )
-    if out is not output_tensor:
-        output_tensor[...] = out
     if scales is not output_tensor_scale:
         output_tensor_scale[...] = scales
     expert_start_loc[...] = lists.psum
@@ -538,12 +533,12 @@ def _permute(
 ) -> _Lists:
     tokens, topk = topk_ids.shape
     m_sum = out.shape[0]
-    lists = _arrays.empty((_native.layout_len(tokens, topk, experts, alignment, m_sum),), "int32", x)
     if out.dtype != x.dtype:
         raise TypeError(f"{names['out']} has dtype {out.dtype}, expected {x.dtype}, as {names['x']}")
     where = (topk_ids, expert_map, experts, alignment, m_sum, expert_num_tokens)
     target = _arrays.contiguous(out)
     try:
+        lists = _arrays.empty((_native.layout_len(tokens, topk, experts, alignment, m_sum),), "int32", x)
         if x.itemsize == 1:
             _native.permute_quantized(x, x_scale, *where, group, scale_layout, False, target, scales, lists)
         else:

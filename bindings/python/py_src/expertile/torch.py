@@ -32,7 +32,9 @@ except ImportError as error:
     ) from error
 
 from torch import Tensor
+from torch import is_grad_enabled as _is_grad_enabled
 from torch.autograd import profiler as _profiler
+from torch.compiler import is_dynamo_compiling as _is_dynamo_compiling
 
 from . import _arrays, _native
 from .deep_gemm_utils import check
@@ -54,6 +56,8 @@ __all__ = [
 
 class Layout:
     """Where each row goes: int32 lists, each a view of `space` that is made when it is asked for."""
+
+    __slots__ = ("__weakref__", "alignment", "local_experts", "m_sum", "space", "tokens", "topk")
 
     def __init__(self, space: Tensor, tokens: int, topk: int, local_experts: int, alignment: int, m_sum: int) -> None:
         self.space = space
@@ -240,7 +244,7 @@ else:
 
 def _unwatched(x: Any, weights: Any = None) -> bool:
     """Whether a call may go past the dispatcher: on a CUDA tensor that is what it seems, while nobody watches."""
-    if torch.compiler.is_dynamo_compiling() or _ALWAYS_DISPATCH or type(x) is not Tensor or not x.is_cuda:
+    if _is_dynamo_compiling() or _ALWAYS_DISPATCH or type(x) is not Tensor or not x.is_cuda:
         return False
     if (
         _len_torch_dispatch_stack()
@@ -253,7 +257,7 @@ def _unwatched(x: Any, weights: Any = None) -> bool:
     # A tensor may be the negative of what its memory holds; the dispatcher would make it a true one.
     if x.is_neg() or (weights is not None and (type(weights) is not Tensor or weights.is_neg())):
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad)))
+    return not (_is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad)))
 
 
 def sizes(
@@ -295,10 +299,9 @@ def build_layout(
     Raises ValueError or TypeError for what does not fit.
     """
     if _unwatched(topk_ids):
-        (tokens, topk, m_sum), space = _native.build_layout(
-            topk_ids, expert_map, local_experts, alignment, m_sum, layout, distinct=distinct
+        return Layout(
+            *_native.build_layout(topk_ids, expert_map, local_experts, alignment, m_sum, layout, distinct=distinct)
         )
-        return Layout(space, tokens, topk, local_experts, alignment, m_sum)
     tokens, topk = _matrix("topk_ids", topk_ids)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
     space = _space(topk_ids, tokens, topk, local_experts, alignment, m_sum, layout)
@@ -328,15 +331,11 @@ def permute_rows(
     if _unwatched(x):
         where = (topk_ids, expert_map, local_experts, alignment, m_sum)
         rows, made = _native.permute_rows(x, *where, None, zero_padding, out, layout, distinct=distinct)
-        (tokens, topk, m_sum), space = made
-        return Permuted(rows, None, Layout(space, tokens, topk, local_experts, alignment, m_sum))
-    tokens, topk = _matrix("topk_ids", topk_ids)
-    _, hidden = _matrix("x", x)
-    m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
-    out = x.new_empty((m_sum, hidden)) if out is None else out
-    space = _space(topk_ids, tokens, topk, local_experts, alignment, m_sum, layout)
-    _ops["permute_rows"](x, topk_ids, expert_map, local_experts, alignment, m_sum, zero_padding, out, space)
-    return Permuted(out, None, Layout(space, tokens, topk, local_experts, alignment, m_sum))
+        return Permuted(rows, None, Layout(*made))
+    out, lists = _targets(x, topk_ids, local_experts, alignment, m_sum, distinct, None, out, layout)
+    where = (topk_ids, expert_map, local_experts, alignment, lists.m_sum)
+    _ops["permute_rows"](x, *where, zero_padding, out, lists.space)
+    return Permuted(out, None, lists)
 
 
 def permute_quantized(
@@ -367,31 +366,12 @@ def permute_quantized(
         rows, words, matrix, made = _native.permute_quantized(
             x, x_scales, *where, None, group, scale_layout, zero_padding, out, scales, layout, distinct=distinct
         )
-        (tokens, topk, m_sum), space = made
-        shaped = words if matrix is None else words.as_strided(*matrix)
-        return Permuted(rows, shaped, Layout(space, tokens, topk, local_experts, alignment, m_sum))
-    tokens, topk = _matrix("topk_ids", topk_ids)
-    _, hidden = _matrix("x", x)
-    m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
-    out = x.new_empty((m_sum, hidden)) if out is None else out
-    words, shaped = _scales(x, m_sum, hidden, group, scale_layout, scales)
-    space = _space(topk_ids, tokens, topk, local_experts, alignment, m_sum, layout)
-    _ops["permute_quantized"](
-        x,
-        x_scales,
-        topk_ids,
-        expert_map,
-        local_experts,
-        alignment,
-        m_sum,
-        group,
-        scale_layout,
-        zero_padding,
-        out,
-        words,
-        space,
-    )
-    return Permuted(out, shaped, Layout(space, tokens, topk, local_experts, alignment, m_sum))
+        return Permuted(rows, words if matrix is None else words.as_strided(*matrix), Layout(*made))
+    out, lists = _targets(x, topk_ids, local_experts, alignment, m_sum, distinct, None, out, layout)
+    words, shaped = _scales(x, lists.m_sum, x.shape[1], group, scale_layout, scales)
+    where = (topk_ids, expert_map, local_experts, alignment, lists.m_sum)
+    _ops["permute_quantized"](x, x_scales, *where, group, scale_layout, zero_padding, out, words, lists.space)
+    return Permuted(out, shaped, lists)
 
 
 def quantize_permute(
@@ -441,32 +421,15 @@ def quantize_permute(
             layout,
             distinct=distinct,
         )
-        (tokens, topk, m_sum), space = made
-        shaped = words if matrix is None else words.as_strided(*matrix)
-        return Permuted(rows, shaped, Layout(space, tokens, topk, local_experts, alignment, m_sum))
-    tokens, topk = _matrix("topk_ids", topk_ids)
-    _, hidden = _matrix("x", x)
-    m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
-    out = x.new_empty((m_sum, hidden), dtype=torch.float8_e4m3fn) if out is None else out
-    words, shaped = _scales(x, m_sum, hidden, group, scale_layout, scales)
-    space = _space(topk_ids, tokens, topk, local_experts, alignment, m_sum, layout)
+        return Permuted(rows, words if matrix is None else words.as_strided(*matrix), Layout(*made))
+    out, lists = _targets(x, topk_ids, local_experts, alignment, m_sum, distinct, torch.float8_e4m3fn, out, layout)
+    words, shaped = _scales(x, lists.m_sum, x.shape[1], group, scale_layout, scales)
+    where = (topk_ids, expert_map, local_experts, alignment, lists.m_sum)
+    power_of_two = scale_layout == "packed_ue8m0" if power_of_two is None else power_of_two
     _ops["quantize_permute"](
-        x,
-        topk_weights,
-        topk_ids,
-        expert_map,
-        local_experts,
-        alignment,
-        m_sum,
-        group,
-        scale_layout,
-        scale_layout == "packed_ue8m0" if power_of_two is None else power_of_two,
-        zero_padding,
-        out,
-        words,
-        space,
+        x, topk_weights, *where, group, scale_layout, power_of_two, zero_padding, out, words, lists.space
     )
-    return Permuted(out, shaped, Layout(space, tokens, topk, local_experts, alignment, m_sum))
+    return Permuted(out, shaped, lists)
 
 
 def unpermute(
@@ -586,6 +549,26 @@ def _matrix(argument: str, x: Tensor) -> torch.Size:
     if x.dim() != 2:
         raise ValueError(f"{argument} has shape {list(x.shape)}, expected two dimensions")
     return x.shape
+
+
+def _targets(
+    x: Tensor,
+    topk_ids: Tensor,
+    local_experts: int,
+    alignment: int,
+    m_sum: int | None,
+    distinct: bool,
+    dtype: torch.dtype | None,
+    out: Tensor | None,
+    layout: Tensor | None,
+) -> tuple[Tensor, Layout]:
+    """Where rows of `x` and their layout go: what was handed in, or something new (of `dtype`, or that of `x`)."""
+    tokens, topk = _matrix("topk_ids", topk_ids)
+    _, hidden = _matrix("x", x)
+    m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
+    out = x.new_empty((m_sum, hidden), dtype=dtype) if out is None else out
+    space = _space(topk_ids, tokens, topk, local_experts, alignment, m_sum, layout)
+    return out, Layout(space, tokens, topk, local_experts, alignment, m_sum)
 
 
 def _m_sum(tokens: int, topk: int, local_experts: int, alignment: int, m_sum: int | None, distinct: bool) -> int:
