@@ -43,10 +43,10 @@ impl Form {
         static KNOWN: Mutex<[Known; FORMS]> = Mutex::new([const { None }; FORMS]);
         let hash = [self.shape[0], self.shape[1], self.strides[0], self.dimensions]
             .into_iter()
-            .fold(self.element as usize, |hash, word| {
-                (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23)
+            .fold(self.element as u64, |hash, word| {
+                (hash ^ word as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23)
             });
-        let place = hash % FORMS;
+        let place = hash as usize % FORMS;
         if let Some((form, arguments)) = &KNOWN.lock().unwrap_or_else(PoisonError::into_inner)[place]
             && *form == self
         {
