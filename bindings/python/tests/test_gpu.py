@@ -188,6 +188,22 @@ def test_buffers_handed_in_and_buffers_made_hold_the_same(scale_layout, alignmen
         assert all(same(m, e) for m, e in zip(permuted.layout.lists(), expected.layout.lists(), strict=True))
 
 
+def test_new_tensors_have_the_shape_of_their_call_however_many_other_shapes_came_between():
+    ids, _, _ = routing(90, 2, 4)
+    aq, aq_scale = torch.zeros(90, 256, dtype=torch.uint8).cuda(), torch.rand(90, 2).cuda()
+    ids = ids.cuda()
+    for _ in range(2):
+        for tokens in range(1, 91):
+            rows, scales, layout, inv_perm, _ = deep_gemm_utils.deepgemm_moe_permute(
+                aq[:tokens], aq_scale[:tokens], ids[:tokens], 4, None, None
+            )
+            m_sum = deep_gemm_utils.compute_aligned_M(tokens, 2, 4, 128, None)
+            assert (rows.shape, rows.dtype) == ((m_sum, 256), torch.uint8)
+            assert (scales.shape, scales.stride(), scales.dtype) == ((m_sum, 2), (2, 1), torch.float32)
+            assert (layout.shape, layout.dtype) == ((m_sum,), torch.int32)
+            assert (inv_perm.shape, inv_perm.stride(), inv_perm.dtype) == ((tokens, 2), (2, 1), torch.int32)
+
+
 def test_an_output_of_any_strides_and_a_buffer_handed_in_get_the_same_bytes():
     ids, _, expert_map = routing(40, 4, 6, 24)
     aq = torch.randint(0, 0x7F, (40, 256), dtype=torch.uint8)

@@ -66,6 +66,8 @@ class AlignmentSource(Protocol):
 class _OwnAlignment:
     """The source while no DeepGEMM is loaded: a value per context, and a rule chosen by name."""
 
+    __slots__ = ("_value", "rule")
+
     def __init__(self) -> None:
         self._value: contextvars.ContextVar[int] = contextvars.ContextVar("mk_alignment", default=128)
         self.rule: tuple[str, str] | None = None
