@@ -210,6 +210,18 @@ def test_metadata_from_a_list_sizes_a_buffer():
     assert (meta.psum_recv_per_rank, meta.rank_expert_offset) == (None, None)
 
 
+@pytest.mark.skipif(torch is None, reason="torch is not installed")
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_packed_scales_have_the_references_strides_also_where_there_are_no_rows(tokens):
+    aq, aq_scale = torch.zeros(tokens, 384, dtype=torch.uint8), torch.ones(tokens, 12, dtype=torch.uint8)
+    ids = torch.zeros(tokens, 1, dtype=torch.int64)
+    with deep_gemm_utils.mk_alignment_scope(1):
+        _, scales, *_ = deep_gemm_utils.deepgemm_moe_permute(aq, aq_scale, ids, 2, None, None, block_size=32)
+    m_sum = deep_gemm_utils.compute_aligned_M(tokens, 1, 2, 1, None)
+    expected = torch.empty_strided((m_sum, 3), (1, -(-m_sum // 4) * 4))
+    assert (scales.shape, scales.stride()) == (expected.shape, expected.stride())
+
+
 # -- bad input ----------------------------------------------------------------------------------------------------------
 
 

@@ -72,6 +72,8 @@ def without_empty_slots(inv_perm: Array, topk_ids: Array, expert_map: Array | No
 
 def column_major(flat: Array, rows: int, columns: int) -> Array:
     """The matrix ``[rows, columns]`` with strides ``(1, round_up(rows, 4))`` over a flat array of that many words."""
+    if is_tensor(flat):
+        return flat.as_strided((rows, columns), (1, -(-rows // 4) * 4))
     return flat.reshape(columns, -(-rows // 4) * 4).T[:rows] if columns else flat.reshape(rows, 0)
 
 
