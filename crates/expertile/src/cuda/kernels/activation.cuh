@@ -34,7 +34,8 @@ __device__ __forceinline__ float gated(float gate) {
     const float limit = __uint_as_float(LIMIT);
     gate = gate > limit ? limit : gate;
 #endif
-    const float x = __fmul_rn(__uint_as_float(ALPHA), gate);
+    // One times a gate is the gate, but for the bits of a NaN, of which the product below leaves no trace.
+    const float x = ALPHA == 0x3f800000u ? gate : __fmul_rn(__uint_as_float(ALPHA), gate);
     return __fmul_rn(gate, reciprocal(one_plus_exp(-x)));
 }
 
