@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::machine::{Bandwidth, Limits};
 use crate::progress::Progress;
 use crate::stages::StageTime;
-use crate::weights::{ExpertWeights, Part, PartRows, Space};
+use crate::weights::{ExpertWeights, PartRows};
 use expertile::cuda::measure::{LayerTimes, copy_bytes_per_second, matrix_flops_per_second};
 use expertile::cuda::{Device, Info, Layer, LayerChoice, LayerConfig, Weights, WeightsBuilder};
 use expertile::layer::stage_cost;
@@ -46,21 +46,15 @@ fn upload(weights: &dyn ExpertWeights, device: &Device, progress: &mut dyn FnMut
     let (hidden, intermediate, experts) = (shape.hidden(), shape.intermediate(), shape.local_experts());
     let mut w13 = WeightsBuilder::new(device, format, (experts, 2 * intermediate, hidden))?;
     let mut w2 = WeightsBuilder::new(device, format, (experts, hidden, intermediate))?;
-    let mut space = Space::default();
-    for expert in 0..experts {
-        for part in [Part::Gate, Part::Up, Part::Down] {
-            let (builder, first_row) = match part {
-                Part::Gate => (&mut w13, 0),
-                Part::Up => (&mut w13, intermediate),
-                Part::Down => (&mut w2, 0),
-            };
-            weights.with_part(part, expert, &mut space, &mut |rows| match rows {
-                PartRows::Bf16(rows) => builder.upload_bf16_rows(expert, first_row, rows),
-                PartRows::E4m3 { values, scales } => builder.upload_e4m3_rows(expert, first_row, values, scales),
-            })?;
+    weights.each_part(progress, &mut |place, rows| {
+        let builder = if place.in_w13 { &mut w13 } else { &mut w2 };
+        match rows {
+            PartRows::Bf16(rows) => builder.upload_bf16_rows(place.expert, place.first_row, rows),
+            PartRows::E4m3 { values, scales } => {
+                builder.upload_e4m3_rows(place.expert, place.first_row, values, scales)
+            }
         }
-        progress(expert + 1);
-    }
+    })?;
     Ok([w13.finish()?, w2.finish()?])
 }
 

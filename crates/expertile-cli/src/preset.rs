@@ -241,21 +241,15 @@ impl ExpertWeights for MadeUp {
             (self.shape.hidden(), self.shape.intermediate(), self.shape.local_experts());
         let mut w13 = PackedWeightsBuilder::new(self.format, experts, 2 * intermediate, hidden)?;
         let mut w2 = PackedWeightsBuilder::new(self.format, experts, hidden, intermediate)?;
-        let mut space = Space::default();
-        for expert in 0..experts {
-            for part in [Part::Gate, Part::Up, Part::Down] {
-                let (builder, first_row) = match part {
-                    Part::Gate => (&mut w13, 0),
-                    Part::Up => (&mut w13, intermediate),
-                    Part::Down => (&mut w2, 0),
-                };
-                self.with_part(part, expert, &mut space, &mut |rows| match rows {
-                    PartRows::Bf16(rows) => builder.pack_bf16_rows(cpu, expert, first_row, rows),
-                    PartRows::E4m3 { values, scales } => builder.pack_e4m3_rows(cpu, expert, first_row, values, scales),
-                })?;
+        self.each_part(progress, &mut |place, rows| {
+            let builder = if place.in_w13 { &mut w13 } else { &mut w2 };
+            match rows {
+                PartRows::Bf16(rows) => builder.pack_bf16_rows(cpu, place.expert, place.first_row, rows),
+                PartRows::E4m3 { values, scales } => {
+                    builder.pack_e4m3_rows(cpu, place.expert, place.first_row, values, scales)
+                }
             }
-            progress(expert + 1);
-        }
+        })?;
         Ok((w13.finish()?, w2.finish()?))
     }
 

@@ -35,6 +35,16 @@ pub(crate) struct Space {
 /// Who takes a matrix.
 pub(crate) type TakePart<'a> = dyn FnMut(PartRows<'_>) -> expertile::Result<()> + 'a;
 
+/// Where a matrix stands in `w13 [E, 2 I, H]`, gate first, or in `w2 [E, H, I]`.
+pub(crate) struct Place {
+    pub(crate) in_w13: bool,
+    pub(crate) expert: usize,
+    pub(crate) first_row: usize,
+}
+
+/// Who takes a matrix to its place.
+pub(crate) type TakePlaced<'a> = dyn FnMut(Place, PartRows<'_>) -> expertile::Result<()> + 'a;
+
 /// The weights of one MoE layer and its router.
 pub(crate) trait ExpertWeights: Sync {
     /// `H`, `I`, `E`.
@@ -54,6 +64,23 @@ pub(crate) trait ExpertWeights: Sync {
 
     /// Hands over one matrix of an expert.
     fn with_part(&self, part: Part, expert: usize, space: &mut Space, take: &mut TakePart<'_>) -> Result<()>;
+
+    /// Hands over every matrix, one expert after the other, telling `progress` how many experts are done.
+    fn each_part(&self, progress: &mut dyn FnMut(usize), take: &mut TakePlaced<'_>) -> Result<()> {
+        let mut space = Space::default();
+        for expert in 0..self.shape().local_experts() {
+            for part in [Part::Gate, Part::Up, Part::Down] {
+                let (in_w13, first_row) = match part {
+                    Part::Gate => (true, 0),
+                    Part::Up => (true, self.shape().intermediate()),
+                    Part::Down => (false, 0),
+                };
+                self.with_part(part, expert, &mut space, &mut |rows| take(Place { in_w13, expert, first_row }, rows))?;
+            }
+            progress(expert + 1);
+        }
+        Ok(())
+    }
 
     /// Row `row` of an expert's `[2 I, H]`, gate first, scales applied.
     fn w13_row(&self, expert: usize, row: usize, out: &mut [f64]);

@@ -4,8 +4,8 @@
 // Set by whoever compiles: BF16 (operands; else e4m3), TOKENS (most rows of a tile), STEP (a divisor of it: copies of rows
 // come in its multiples), SHARED (blocks of a cluster that share rows), SPLITS (blocks of a cluster that each take a part of
 // K), STAGES. Set by the kernel: GROUPS (warpgroups that multiply), STAGING_BYTES, SCALING_WARPS (0 where the sums take
-// the scales one by one), FIRST_STAGE_FIRST, TOGETHER (row tiles that are worked on side by side) and PARTS (2 where a tile's weights come from two places, half an N apart: gate
-// and up; else 1).
+// the scales one by one), FIRST_STAGE_FIRST, TOGETHER (row tiles that are worked on side by side) and PARTS (2 where a tile's
+// weights come from two places, half an N apart: gate and up; else 1).
 #pragma once
 #include "quantize.cuh"
 #include "wgmma.cuh"

@@ -19,7 +19,8 @@ constexpr int STAGING_ROW = (ACTIVATION ? 64 : 128 * 2) + 16;
 constexpr int STAGING_BYTES = TOKENS * STAGING_ROW + (ACTIVATION ? 2 * TOKENS * 4 + 128 : 0);
 constexpr int SCALING_WARPS = 0;
 constexpr bool FIRST_STAGE_FIRST = true;
-// With 128 outputs each, as many as let what a device's blocks read at a time be nearly square.
+// The more, the less often weights are read, and the more rows have to stay in the cache meanwhile: on an H200 12 took 8 % less to
+// 2 % more time than 8.
 constexpr int TOGETHER = 12;
 constexpr int PARTS = ACTIVATION ? 2 : 1;
 #if ACTIVATION
