@@ -2,6 +2,8 @@
 //! not found: `pip install nvidia-cuda-nvrtc` and `EXPERTILE_NVRTC=<its lib folder>` is all it takes.
 #![cfg(feature = "cuda")]
 
+mod on_device;
+
 use expertile::cuda::compiler::Compiler;
 use expertile::cuda::kernel::Source;
 use expertile::cuda::{
@@ -16,7 +18,7 @@ fn compiler() -> Option<Compiler> {
     match Compiler::find() {
         Ok(compiler) => Some(compiler),
         Err(error) => {
-            println!("skipped: {error}");
+            on_device::skipped(error);
             None
         }
     }

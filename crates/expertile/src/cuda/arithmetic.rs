@@ -2,6 +2,7 @@
 
 use super::device::{Device, Launch, Stream};
 use super::kernel::Source;
+use std::io::Write;
 
 /// Runs one of `arithmetic_test.cu`'s kernels and returns how many operands disagreed, and the first of them.
 #[allow(unsafe_code)]
@@ -9,7 +10,8 @@ fn disagreements(entry: &'static std::ffi::CStr, input: i64) -> Option<[u64; 2]>
     let device = match Device::open(0) {
         Ok(device) => device,
         Err(error) => {
-            println!("skipped: {error}");
+            // Past the test harness, which shows what a test prints only if it fails.
+            let _ = writeln!(std::io::stderr(), "skipped: {error}");
             return None;
         }
     };

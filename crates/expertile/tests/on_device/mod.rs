@@ -3,19 +3,26 @@
 #![allow(dead_code)]
 
 use expertile::cuda::{Buffer, Device};
+use std::fmt::Display;
+use std::io::Write;
 use std::sync::OnceLock;
+
+/// Says why tests are skipped: past the test harness, which shows what a test prints only if it fails.
+pub(crate) fn skipped(why: impl Display) {
+    let _ = writeln!(std::io::stderr(), "skipped: {why}");
+}
 
 /// The first device, opened once for the whole program; without one, a line says why.
 pub(crate) fn device() -> Option<&'static Device> {
     static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
-    DEVICE.get_or_init(|| Device::open(0).map_err(|error| println!("skipped: {error}")).ok()).as_ref()
+    DEVICE.get_or_init(|| Device::open(0).map_err(skipped).ok()).as_ref()
 }
 
 /// The same, if it is a Hopper.
 pub(crate) fn hopper() -> Option<&'static Device> {
     let device = device()?;
     if device.info().capability != (9, 0) {
-        println!("skipped: {} is no Hopper", device.info().name);
+        skipped(format_args!("{} is no Hopper", device.info().name));
         return None;
     }
     Some(device)
