@@ -33,17 +33,14 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
     return v;
 }
 
+// A word as it is now: for whoever waits until another block has changed it.
+__device__ __forceinline__ u32 load_now(const u32* address) { return *const_cast<const volatile u32*>(address); }
+
 __device__ __forceinline__ int lane_of_thread() { return threadIdx.x & 31; }
 
-// The largest index whose entry is <= value, in a list that ascends from 0 and may repeat.
-// Of experts that share a start, only the last can hold rows: it is the one found.
-__device__ __forceinline__ int last_not_above(const int* list, int length, int value) {
-    int low = 0;
-    int high = length;
-    while (high - low > 1) {
-        const int middle = (low + high) >> 1;
-        if (list[middle] <= value) low = middle;
-        else high = middle;
-    }
-    return low;
+// The same, read where it stands: the compiler neither moves it nor keeps what follows from it.
+__device__ __forceinline__ int read_lane() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
 }

@@ -6,6 +6,7 @@
 // QUANTIZED: GROUP, SCALE_LAYOUT, POWER_OF_TWO.
 #include "activation.cuh"
 #include "scales.cuh"
+#include "search.cuh"
 
 constexpr int MAX_EXPERTS = 1024;
 constexpr int THREADS = 768;

@@ -35,9 +35,7 @@ __device__ __forceinline__ void multiply_scales(Ring ring, int blocks, int threa
             if (thread < TOKENS / 2) {
                 const float weight_scale = load_shared(ring.weight_scale());
                 const float2 row_scale = load_shared_pair(ring.row_scales() + thread * 8);
-                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(ring.scales() + mine), "f"(__fmul_rn(row_scale.x, weight_scale)),
-                             "f"(__fmul_rn(row_scale.y, weight_scale))
-                             : "memory");
+                store_shared_pair(ring.scales() + mine, __fmul_rn(row_scale.x, weight_scale), __fmul_rn(row_scale.y, weight_scale));
             }
             __syncwarp();
             if (thread % 32 == 0) arrive(ring.scaled());
@@ -138,7 +136,7 @@ __device__ __forceinline__ void add_and_store_rows(const GemmArgs& a, const Tile
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
         const u32 at = mine + (i / 4 * 8 + i % 2) * PARTIAL_ROW + i / 2 % 2 * 32;
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(sum[i]) : "memory");
+        store_shared(at, sum[i]);
     }
     __syncwarp();
     tell_all_parts(partials_ready(memory), rank);

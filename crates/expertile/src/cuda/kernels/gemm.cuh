@@ -127,17 +127,12 @@ __device__ __forceinline__ u32 partials_ready(u32 memory) { return memory + BARR
 __device__ __forceinline__ u32 partials_read(u32 memory) { return memory + BARRIERS + (3 * STAGES + 1) * 8; }
 
 __device__ __forceinline__ void store_tile(u32 to, const Tile& tile) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(tile.expert), "r"(tile.first), "r"(tile.rows), "r"(tile.column)
-                 : "memory");
+    store_shared_words(to, make_uint4(tile.expert, tile.first, tile.rows, tile.column));
 }
 
 __device__ __forceinline__ Tile load_tile(u32 from) {
-    Tile tile;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(tile.expert), "=r"(tile.first), "=r"(tile.rows), "=r"(tile.column)
-                 : "r"(from)
-                 : "memory");
-    return tile;
+    const uint4 words = load_shared_words(from);
+    return Tile{(int)words.x, (int)words.y, (int)words.z, (int)words.w};
 }
 
 __device__ __forceinline__ void produce(const GemmArgs& a, Ring ring, int cluster, int clusters, int rank) {
@@ -187,30 +182,6 @@ __device__ __forceinline__ void produce(const GemmArgs& a, Ring ring, int cluste
     store_tile(ring.tile(), Tile{0, 0, 0, 0});
     arrive(ring.full());
     if (!BF16) arrive(ring.full());
-}
-
-__device__ __forceinline__ float load_shared(u32 address) {
-    float v;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ float2 load_shared_pair(u32 address) {
-    float2 v;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ float4 load_shared_quad(u32 address) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ uint4 load_shared_words(u32 address) {
-    uint4 v;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-    return v;
 }
 
 // Tells the producers, of every block that writes here, that this warp is done with a stage.

@@ -142,8 +142,7 @@ __device__ __forceinline__ void store_staged(void* out, i64 width, const Tile& t
     constexpr int AT_ONCE = EACH < 4 ? EACH : 4;
     static_assert(EACH % AT_ONCE == 0 && BYTES + 16 == STAGING_ROW, "lanes have as many chunks of 16 bytes, some at a time");
     // Read here, so that nothing that follows from it takes a register while a tile is multiplied.
-    int lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    const int lane = read_lane();
     __syncwarp();
 #pragma unroll
     for (int begin = 0; begin < EACH; begin += AT_ONCE) {
@@ -214,9 +213,7 @@ __device__ __forceinline__ void activate_and_store_rows(const GemmArgs& a, const
         const u32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            asm volatile("st.shared.u16 [%0], %1;" ::"r"(staging + row * STAGING_ROW + i * 8 + lane % 4 * 2),
-                         "h"((u16)(words[i / 2] >> i % 2 * 16))
-                         : "memory");
+            store_shared_half_word(staging + row * STAGING_ROW + i * 8 + lane % 4 * 2, (u16)(words[i / 2] >> i % 2 * 16));
         if (rank == 0 && lane % 4 == 0 && first + row < tile.rows)
             a.out_scales[(i64)(tile.column / SCALE_BLOCK) * stride + tile.first + first + row] = scale;
     }

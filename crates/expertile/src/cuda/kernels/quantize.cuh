@@ -1,7 +1,7 @@
 // What an e4m3 value and its scale are: the same IEEE f32 operations, one rounding each, as quantize.rs.
 // A warp takes a slab of 512 consecutive values of a row, 16 to a lane; a group's lanes stand next to each other.
 #pragma once
-#include "access.cuh"
+#include "convert.cuh"
 
 constexpr int SLAB = 512;
 constexpr int PER_LANE = 16;
@@ -9,8 +9,7 @@ constexpr int PER_LANE = 16;
 // 1 / d, correctly rounded, for d in [2^-43, 2^126): one Newton step on the hardware's approximation.
 // cuda/arithmetic.rs compares it with the IEEE division for every such d.
 __device__ __forceinline__ float reciprocal(float d) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+    const float r = approximate_reciprocal(d);
     return __fmaf_rn(r, __fmaf_rn(-d, r, 1.0f), r);
 }
 
@@ -27,9 +26,7 @@ __device__ __forceinline__ u32 e4m3_byte(float x) {
 
 __device__ __forceinline__ u32 e4m3_pair(float low, float high) {
 #if __CUDA_ARCH__ >= 890
-    u16 pair;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-    return pair;
+    return convert_to_e4m3(low, high);
 #else
     return e4m3_byte(low) | e4m3_byte(high) << 8;
 #endif
@@ -70,41 +67,6 @@ struct Divisor {
         return __fmaf_rn(-excess, inverse, q);
     }
 };
-
-// Halves of a packed pair, exactly, as f32.
-template <int TYPE>
-__device__ __forceinline__ float low_half(u32 pair) {
-    if (TYPE == 0) return __uint_as_float(pair << 16);
-    float x;
-    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(x) : "r"(pair));
-    return x;
-}
-
-template <int TYPE>
-__device__ __forceinline__ float high_half(u32 pair) {
-    if (TYPE == 0) return __uint_as_float(pair & 0xffff0000u);
-    float x;
-    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(x) : "r"(pair));
-    return x;
-}
-
-// Two f32 rounded to nearest even.
-template <int TYPE>
-__device__ __forceinline__ u32 pack_halves(float low, float high) {
-    u32 pair;
-    if (TYPE == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
-// The larger of each half; a NaN loses to a number.
-template <int TYPE>
-__device__ __forceinline__ u32 larger_halves(u32 a, u32 b) {
-    u32 c;
-    if (TYPE == 0) asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-    else asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
-    return c;
-}
 
 // The largest magnitude over the lanes of a group; every lane of the warp calls.
 template <int GROUP_SIZE>

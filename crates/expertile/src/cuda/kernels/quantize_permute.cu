@@ -6,6 +6,7 @@
 //
 // Set by whoever compiles: HIDDEN (= WIDTH), TOPK, IDS_I64, INPUT (0 bf16, 1 f16), GROUP, SCALE_LAYOUT (0 row-major,
 // 1 MN-major, 2 packed UE8M0), POWER_OF_TWO, WEIGHTED, ZERO_ROWS, ALIGNED (x and its rows stand on 16 bytes).
+#include "hopper.cuh"
 #include "route.cuh"
 #include "rows.cuh"
 #include "scales.cuh"
@@ -60,13 +61,10 @@ constexpr int TOKEN_SCALES_STRIDE = (WORDS_PER_ROW + 3) & ~3;
 __device__ __forceinline__ void store_copies_of_unit(const RowsArgs& a, const u8* part, int at, int bytes, int rows) {
     const int lane = lane_of_thread();
 #if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    publish_shared_writes();
     __syncwarp();
-    if (lane < TOPK && rows >= 0)
-        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(a.out + (i64)rows * HIDDEN + at),
-                     "r"((u32)__cvta_generic_to_shared(part)), "r"(bytes)
-                     : "memory");
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+    if (lane < TOPK && rows >= 0) store_bytes(a.out + (i64)rows * HIDDEN + at, shared_address(part), bytes);
+    commit_stores();
 #else
     __syncwarp();
     for (int copy = 0; copy < TOPK; ++copy) {
@@ -81,7 +79,7 @@ __device__ __forceinline__ void store_copies_of_unit(const RowsArgs& a, const u8
 // Waits until the warp's part of shared memory may be written again.
 __device__ __forceinline__ void wait_for_copies() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    wait_for_stores_to_read();
 #endif
     __syncwarp();
 }
@@ -150,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, 4) permute_rows(const
     zero_padding_groups(a.scales, a.m_sum, warp, warps, token_of);
     if (ZERO_ROWS) zero_padding_rows<uint4>(a.out, HIDDEN, a.m_sum, warp, warps, [&](int row) { return a.row_tokens[row] >= 0; });
     if (threadIdx.x == 0) {
-        while (*reinterpret_cast<volatile u32*>(&a.queue->done) < gridDim.x) {
+        while (load_now(&a.queue->done) < gridDim.x) {
         }
         __threadfence();
         // The last to get here leaves the queue as it found it.

@@ -1,6 +1,7 @@
 // Where each slot goes: a stable counting sort by expert, done by one block. Set by whoever compiles: TOPK, IDS_I64.
 #pragma once
 #include "access.cuh"
+#include "search.cuh"
 
 constexpr int MAX_EXPERTS = 1024;
 

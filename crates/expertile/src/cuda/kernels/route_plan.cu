@@ -11,15 +11,14 @@ constexpr int WARPS = THREADS / 32;
 __device__ __forceinline__ void meet(Barrier* barrier) {
     __syncthreads();
     if (threadIdx.x == 0 && gridDim.x > 1) {
-        volatile u32* generation = &barrier->generation;
-        const u32 mine = *generation;
+        const u32 mine = load_now(&barrier->generation);
         __threadfence();
         if (atomicAdd(&barrier->arrived, 1u) == gridDim.x - 1) {
             barrier->arrived = 0;
             __threadfence();
-            *generation = mine + 1;
+            *const_cast<volatile u32*>(&barrier->generation) = mine + 1;
         } else {
-            while (*generation == mine) {
+            while (load_now(&barrier->generation) == mine) {
             }
         }
         __threadfence();
