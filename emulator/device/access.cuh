@@ -1,0 +1,26 @@
+// access.cuh for the CPU.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+constexpr u32 WARP = 0xffffffffu;
+
+// Launches run one after the other.
+inline void wait_for_previous_launch() {}
+inline void let_next_launch_start() {}
+
+inline uint4 load_once(const void* address) { return *static_cast<const uint4*>(address); }
+inline uint4 load_through_l1(const void* address) { return *static_cast<const uint4*>(address); }
+
+// The others go on meanwhile.
+inline u32 load_now(const u32* address) {
+    emulated_machine->yield();
+    return __atomic_load_n(address, __ATOMIC_SEQ_CST);
+}
+
+inline int lane_of_thread() { return threadIdx.x & 31; }
+inline int read_lane() { return lane_of_thread(); }
