@@ -157,7 +157,7 @@ impl Block {
         while self.live.get() > 0 {
             self.moved.set(false);
             let first = self.random() as usize % self.threads;
-            let backwards = self.random() % 2 == 0;
+            let backwards = self.random().is_multiple_of(2);
             for step in 0..self.threads {
                 let thread = (if backwards { first + self.threads - step } else { first + step }) % self.threads;
                 let Some(coroutine) = &mut coroutines[thread] else { continue };
@@ -261,7 +261,7 @@ impl Block {
 
     /// As many threads as are said, at a barrier of that number.
     pub fn meet_some(&self, thread: usize, barrier: usize, threads: usize) {
-        if barrier == 0 || barrier >= self.named.len() || threads % LANES != 0 {
+        if barrier == 0 || barrier >= self.named.len() || !threads.is_multiple_of(LANES) {
             fault!("barrier {barrier} for {threads} threads");
         }
         self.meet(&self.named[barrier], thread, "a named barrier", || threads);

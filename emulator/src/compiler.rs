@@ -2,7 +2,8 @@
 //!
 //! Most of the language is macros and functions of device/prelude.h. What they cannot express is rewritten here: shared variables
 //! (one for all threads of a block) and entry points (called with the addresses of their parameters). The headers that hold
-//! inline PTX are replaced by those in device/.
+//! inline PTX are replaced by those in device/. Pointers and handles are the caller's word, as they are to NVRTC.
+#![allow(non_snake_case, clippy::not_unsafe_ptr_arg_deref)]
 
 use regex::{Captures, Regex};
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -37,19 +38,15 @@ unsafe fn text(pointer: *const c_char) -> String {
     unsafe { CStr::from_ptr(pointer) }.to_string_lossy().into_owned()
 }
 
-/// # Safety
-/// As NVRTC's.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn nvrtcVersion(major: *mut c_int, minor: *mut c_int) -> c_int {
-    // SAFETY: the caller's pointers.
-    unsafe { (*major, *minor) = (13, 0) };
+pub extern "C" fn nvrtcVersion(major: *mut c_int, minor: *mut c_int) -> c_int {
+    // SAFETY: the caller's pointers. No version of NVRTC's, so that caches keep the two apart.
+    unsafe { (*major, *minor) = (0, 1) };
     SUCCESS
 }
 
-/// # Safety
-/// As NVRTC's.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn nvrtcCreateProgram(
+pub extern "C" fn nvrtcCreateProgram(
     program: *mut *mut c_void,
     source: *const c_char,
     file: *const c_char,
@@ -67,19 +64,15 @@ pub unsafe extern "C" fn nvrtcCreateProgram(
     SUCCESS
 }
 
-/// # Safety
-/// As NVRTC's.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn nvrtcDestroyProgram(program: *mut *mut c_void) -> c_int {
+pub extern "C" fn nvrtcDestroyProgram(program: *mut *mut c_void) -> c_int {
     // SAFETY: made by nvrtcCreateProgram, destroyed once.
     drop(unsafe { Box::from_raw((*program).cast::<Program>()) });
     SUCCESS
 }
 
-/// # Safety
-/// As NVRTC's.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn nvrtcCompileProgram(program: *mut c_void, count: c_int, options: *const *const c_char) -> c_int {
+pub extern "C" fn nvrtcCompileProgram(program: *mut c_void, count: c_int, options: *const *const c_char) -> c_int {
     // SAFETY: the caller's program and its list of options, `count` long.
     let (program, options) = unsafe {
         let options: Vec<_> = (0..count as usize).map(|i| text(*options.add(i))).collect();
@@ -99,19 +92,15 @@ pub unsafe extern "C" fn nvrtcCompileProgram(program: *mut c_void, count: c_int,
 
 macro_rules! answers {
     ($size:ident, $get:ident, $field:ident) => {
-        /// # Safety
-        /// As NVRTC's.
         #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $size(program: *mut c_void, size: *mut usize) -> c_int {
+        pub extern "C" fn $size(program: *mut c_void, size: *mut usize) -> c_int {
             // SAFETY: the caller's program and pointer.
             unsafe { *size = (*program.cast::<Program>()).$field.len() };
             SUCCESS
         }
 
-        /// # Safety
-        /// As NVRTC's.
         #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $get(program: *mut c_void, to: *mut c_char) -> c_int {
+        pub extern "C" fn $get(program: *mut c_void, to: *mut c_char) -> c_int {
             // SAFETY: the caller's program, and its buffer, as long as it was told.
             unsafe {
                 let bytes = &(*program.cast::<Program>()).$field;
@@ -137,7 +126,8 @@ pub extern "C" fn nvrtcGetErrorString(code: c_int) -> *const c_char {
 
 fn compile(program: &Program, options: &[String]) -> Result<Vec<u8>, String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
-    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).map_err(|error| error.to_string());
+    let write =
+        |name: &str, text: &str| std::fs::write(folder.path().join(name), text).map_err(|error| error.to_string());
     for (name, header) in &program.headers {
         write(name, &shared_variables(header))?;
     }
@@ -149,7 +139,16 @@ fn compile(program: &Program, options: &[String]) -> Result<Vec<u8>, String> {
     let object = folder.path().join("kernel.so");
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
     let mut command = Command::new(&compiler);
-    command.args(["-std=c++17", "-O2", "-march=native", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-fno-strict-aliasing"]);
+    command.args([
+        "-std=c++17",
+        "-O2",
+        "-march=native",
+        "-fPIC",
+        "-shared",
+        "-w",
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+    ]);
     command.args(["-fno-math-errno", "-include", "prelude.h", "-x", "c++"]).current_dir(folder.path());
     for option in options {
         if let Some(definition) = option.strip_prefix("--define-macro=") {
@@ -159,7 +158,8 @@ fn compile(program: &Program, options: &[String]) -> Result<Vec<u8>, String> {
             command.arg(format!("-D__CUDA_ARCH__={number}0"));
         }
     }
-    let output = command.arg(&program.file).arg("-o").arg(&object).output().map_err(|error| format!("{compiler}: {error}"))?;
+    let output =
+        command.arg(&program.file).arg("-o").arg(&object).output().map_err(|error| format!("{compiler}: {error}"))?;
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).into_owned());
     }
@@ -173,7 +173,8 @@ fn shared_variables(source: &str) -> String {
     let fixed = Regex::new(r"__shared__ ((?:alignas\(\d+\) )?)(\w+) (\w+)((?:\[[^\]]+\])*);").expect("a pattern");
     let declare = |found: &Captures| {
         let (aligned, kind, name, sizes) = (&found[1], &found[2], &found[3], &found[4]);
-        let alignment = if aligned.is_empty() { format!("alignof({kind})") } else { aligned.trim().replace("alignas", "") };
+        let alignment =
+            if aligned.is_empty() { format!("alignof({kind})") } else { aligned.trim().replace("alignas", "") };
         format!(
             "typedef {kind} emulated_{name}{sizes}; emulated_{name}& {name} = *static_cast<emulated_{name}*>(\
              emulated_machine->shared_variable(\"{name}\", sizeof(emulated_{name}), {alignment}));"
@@ -185,7 +186,8 @@ fn shared_variables(source: &str) -> String {
 /// For every entry point, a function that calls it with parameters by address, and what a launch has to know of it: blocks of
 /// its cluster, how many parameters, and their sizes.
 fn entry_points(source: &str) -> String {
-    let entry = Regex::new(r#"extern "C" __global__ void((?:\s+__\w+__\([^)]*\))*)\s+(\w+)\(([^)]*)\)\s*\{"#).expect("a pattern");
+    let entry = Regex::new(r#"extern "C" __global__ void((?:\s+__\w+__\([^)]*\))*)\s+(\w+)\(([^)]*)\)\s*\{"#)
+        .expect("a pattern");
     let cluster = Regex::new(r"__cluster_dims__\((\w+)").expect("a pattern");
     let mut added = String::new();
     for found in entry.captures_iter(source) {

@@ -1,19 +1,19 @@
-//! The driver's functions: one device, whose work is done when it is queued.
-#![allow(non_snake_case, clippy::missing_safety_doc)]
+//! The driver's functions: one device, whose work is done when it is queued. Pointers and handles are the caller's word, as they
+//! are to the driver.
+#![allow(non_snake_case, clippy::not_unsafe_ptr_arg_deref)]
 
 use crate::compiler::MAGIC;
 use crate::launch::{Kernel, Launch, Parameter};
 use crate::machine::TensorMap;
 use crate::memory;
 use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUdevice_attribute as Attribute, CUdeviceptr, CUevent, CUfunction, CUfunction_attribute, CUgraph,
-    CUgraphExec, CUmodule, CUresult, CUstream, CUstreamCaptureStatus, CUtensorMap,
+    self, CUcontext, CUdevice, CUdevice_attribute as Attribute, CUdeviceptr, CUevent, CUfunction, CUfunction_attribute,
+    CUgraph, CUgraphExec, CUmodule, CUresult, CUstream, CUstreamCaptureStatus, CUtensorMap,
 };
 use libloading::Library;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::io::Write as _;
-use std::os::fd::AsRawFd as _;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
@@ -75,11 +75,11 @@ fn queue(stream: CUstream, work: Work) -> CUresult {
 }
 
 /// Stores through a pointer of the caller's.
-unsafe fn set<T>(to: *mut T, value: T) -> CUresult {
+fn set<T>(to: *mut T, value: T) -> CUresult {
     if to.is_null() {
         return INVALID;
     }
-    // SAFETY: the caller's pointer.
+    // SAFETY: the driver's callers give it pointers to write to.
     unsafe { to.write(value) };
     SUCCESS
 }
@@ -90,22 +90,22 @@ pub extern "C" fn cuInit(_flags: c_uint) -> CUresult {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDriverGetVersion(version: *mut c_int) -> CUresult {
-    unsafe { set(version, 13000) }
+pub extern "C" fn cuDriverGetVersion(version: *mut c_int) -> CUresult {
+    set(version, 13000)
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetCount(count: *mut c_int) -> CUresult {
-    unsafe { set(count, 1) }
+pub extern "C" fn cuDeviceGetCount(count: *mut c_int) -> CUresult {
+    set(count, 1)
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGet(device: *mut CUdevice, ordinal: c_int) -> CUresult {
-    if ordinal == 0 { unsafe { set(device, 0) } } else { CUresult::CUDA_ERROR_INVALID_DEVICE }
+pub extern "C" fn cuDeviceGet(device: *mut CUdevice, ordinal: c_int) -> CUresult {
+    if ordinal == 0 { set(device, 0) } else { CUresult::CUDA_ERROR_INVALID_DEVICE }
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, _device: CUdevice) -> CUresult {
+pub extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, _device: CUdevice) -> CUresult {
     let text = c"Hopper, emulated".to_bytes_with_nul();
     if (length as usize) < text.len() {
         return INVALID;
@@ -116,12 +116,12 @@ pub unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, length: c_int, _devi
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: CUdevice) -> CUresult {
-    unsafe { set(bytes, MEMORY_BYTES) }
+pub extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: CUdevice) -> CUresult {
+    set(bytes, MEMORY_BYTES)
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: Attribute, _device: CUdevice) -> CUresult {
+pub extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: Attribute, _device: CUdevice) -> CUresult {
     use sys::CUdevice_attribute as A;
     let found = match attribute {
         A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR => 9,
@@ -134,12 +134,12 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: Attr
         A::CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH => 1,
         _ => 0,
     };
-    unsafe { set(value, found) }
+    set(value, found)
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut CUcontext, _device: CUdevice) -> CUresult {
-    unsafe { set(context, CONTEXT) }
+pub extern "C" fn cuDevicePrimaryCtxRetain(context: *mut CUcontext, _device: CUdevice) -> CUresult {
+    set(context, CONTEXT)
 }
 
 #[unsafe(no_mangle)]
@@ -148,8 +148,8 @@ pub extern "C" fn cuDevicePrimaryCtxRelease_v2(_device: CUdevice) -> CUresult {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuCtxGetCurrent(context: *mut CUcontext) -> CUresult {
-    unsafe { set(context, CONTEXT) }
+pub extern "C" fn cuCtxGetCurrent(context: *mut CUcontext) -> CUresult {
+    set(context, CONTEXT)
 }
 
 #[unsafe(no_mangle)]
@@ -163,25 +163,25 @@ pub extern "C" fn cuCtxPushCurrent_v2(_context: CUcontext) -> CUresult {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut CUcontext) -> CUresult {
-    unsafe { set(context, CONTEXT) }
+pub extern "C" fn cuCtxPopCurrent_v2(context: *mut CUcontext) -> CUresult {
+    set(context, CONTEXT)
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGetErrorName(code: CUresult, text: *mut *const c_char) -> CUresult {
+pub extern "C" fn cuGetErrorName(code: CUresult, text: *mut *const c_char) -> CUresult {
     let name = if code == INVALID { c"CUDA_ERROR_INVALID_VALUE" } else { c"CUDA_ERROR" };
-    unsafe { set(text, name.as_ptr()) }
+    set(text, name.as_ptr())
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGetErrorString(_code: CUresult, text: *mut *const c_char) -> CUresult {
-    unsafe { set(text, c"refused by the emulator".as_ptr()) }
+pub extern "C" fn cuGetErrorString(_code: CUresult, text: *mut *const c_char) -> CUresult {
+    set(text, c"refused by the emulator".as_ptr())
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut CUdeviceptr, bytes: usize) -> CUresult {
+pub extern "C" fn cuMemAlloc_v2(address: *mut CUdeviceptr, bytes: usize) -> CUresult {
     match memory::allocate(bytes) {
-        Some(allocated) => unsafe { set(address, allocated) },
+        Some(allocated) => set(address, allocated),
         None => CUresult::CUDA_ERROR_OUT_OF_MEMORY,
     }
 }
@@ -230,21 +230,20 @@ unsafe fn load(image: *const u8) -> Option<Library> {
     };
     let mut file = tempfile::NamedTempFile::new().ok()?;
     file.write_all(object).ok()?;
-    debug_assert!(file.as_raw_fd() >= 0);
     // SAFETY: compiled from the kernels' sources; its initialisers do nothing but fill tables. Every file is another library.
     unsafe { Library::new(file.path()) }.ok()
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuModuleLoadData(module: *mut CUmodule, image: *const c_void) -> CUresult {
+pub extern "C" fn cuModuleLoadData(module: *mut CUmodule, image: *const c_void) -> CUresult {
     // SAFETY: the caller's image.
     let Some(library) = (unsafe { load(image.cast()) }) else { return CUresult::CUDA_ERROR_INVALID_IMAGE };
     let loaded = Box::new(Module { library, functions: Mutex::default() });
-    unsafe { set(module, Box::into_raw(loaded).cast()) }
+    set(module, Box::into_raw(loaded).cast())
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuModuleUnload(module: CUmodule) -> CUresult {
+pub extern "C" fn cuModuleUnload(module: CUmodule) -> CUresult {
     // SAFETY: made by cuModuleLoadData, unloaded once.
     drop(unsafe { Box::from_raw(module.cast::<Module>()) });
     SUCCESS
@@ -270,7 +269,7 @@ unsafe fn find(library: &Library, name: &CStr) -> Result<Function, libloading::E
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuModuleGetFunction(function: *mut CUfunction, module: CUmodule, name: *const c_char) -> CUresult {
+pub extern "C" fn cuModuleGetFunction(function: *mut CUfunction, module: CUmodule, name: *const c_char) -> CUresult {
     // SAFETY: the caller's module and string.
     let (module, name) = unsafe { (&*module.cast::<Module>(), CStr::from_ptr(name)) };
     let mut functions = module.functions.lock().unwrap();
@@ -279,17 +278,21 @@ pub unsafe extern "C" fn cuModuleGetFunction(function: *mut CUfunction, module: 
         let Ok(found) = (unsafe { find(&module.library, name) }) else { return CUresult::CUDA_ERROR_NOT_FOUND };
         functions.insert(name.into(), Box::new(found));
     }
-    unsafe { set(function, (&raw const **functions.get(name).expect("it is there")).cast_mut().cast()) }
+    set(function, (&raw const **functions.get(name).expect("it is there")).cast_mut().cast())
 }
 
 /// Registers are the compiler's business here: a number that no test can take for a spill.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuFuncGetAttribute(value: *mut c_int, attribute: CUfunction_attribute, _function: CUfunction) -> CUresult {
+pub extern "C" fn cuFuncGetAttribute(
+    value: *mut c_int,
+    attribute: CUfunction_attribute,
+    _function: CUfunction,
+) -> CUresult {
     let found = match attribute {
         CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS => 32,
         _ => 0,
     };
-    unsafe { set(value, found) }
+    set(value, found)
 }
 
 #[unsafe(no_mangle)]
@@ -302,29 +305,29 @@ pub extern "C" fn cuFuncSetAttribute(_function: CUfunction, attribute: CUfunctio
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
+pub extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
     blocks: *mut c_int,
     _function: CUfunction,
     threads: c_int,
     shared_bytes: usize,
 ) -> CUresult {
     let crowded = threads > 512 || shared_bytes > memory::DYNAMIC_BYTES / 2;
-    unsafe { set(blocks, if crowded { 1 } else { BLOCKS_PER_MULTIPROCESSOR as c_int }) }
+    set(blocks, if crowded { 1 } else { BLOCKS_PER_MULTIPROCESSOR as c_int })
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuOccupancyMaxActiveClusters(
+pub extern "C" fn cuOccupancyMaxActiveClusters(
     clusters: *mut c_int,
     function: CUfunction,
     _config: *const sys::CUlaunchConfig,
 ) -> CUresult {
     // SAFETY: a function of this emulator's.
     let size = unsafe { (*function.cast::<Function>()).kernel.cluster };
-    unsafe { set(clusters, (multiprocessors() / size).max(1) as c_int) }
+    set(clusters, (multiprocessors() / size).max(1) as c_int)
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuLaunchKernelEx(
+pub extern "C" fn cuLaunchKernelEx(
     config: *const sys::CUlaunchConfig,
     function: CUfunction,
     parameters: *mut *mut c_void,
@@ -352,7 +355,7 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuTensorMapEncodeTiled(
+pub extern "C" fn cuTensorMapEncodeTiled(
     map: *mut CUtensorMap,
     kind: sys::CUtensorMapDataType,
     rank: c_uint,
@@ -372,11 +375,15 @@ pub unsafe extern "C" fn cuTensorMapEncodeTiled(
         _ => return INVALID,
     };
     let rank = rank as usize;
-    if !(2..=3).contains(&rank) || swizzle != sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B || address as usize % 16 != 0 {
+    if !(2..=3).contains(&rank)
+        || swizzle != sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B
+        || !(address as usize).is_multiple_of(16)
+    {
         return INVALID;
     }
     // SAFETY: the caller's lists, as long as the rank says (the strides' one shorter).
-    let list = |i: usize, of: *const u64, length: usize, else_: u64| if i < length { unsafe { *of.add(i) } } else { else_ };
+    let list =
+        |i: usize, of: *const u64, length: usize, else_: u64| if i < length { unsafe { *of.add(i) } } else { else_ };
     let sizes = [0, 1, 2].map(|i| list(i, sizes, rank, 1));
     let strides = [0, 1].map(|i| list(i, strides, rank - 1, 0));
     // SAFETY: as above.
@@ -388,17 +395,19 @@ pub unsafe extern "C" fn cuTensorMapEncodeTiled(
         return INVALID;
     }
     // SAFETY: the caller's map, which is as large.
-    unsafe { map.cast::<TensorMap>().write_unaligned(TensorMap::new(address as u64, element_bytes, sizes, strides, extents)) };
+    unsafe {
+        map.cast::<TensorMap>().write_unaligned(TensorMap::new(address as u64, element_bytes, sizes, strides, extents))
+    };
     SUCCESS
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamCreate(stream: *mut CUstream, _flags: c_uint) -> CUresult {
-    unsafe { set(stream, Box::into_raw(Box::new(0u8)).cast()) }
+pub extern "C" fn cuStreamCreate(stream: *mut CUstream, _flags: c_uint) -> CUresult {
+    set(stream, Box::into_raw(Box::new(0u8)).cast())
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamDestroy_v2(stream: CUstream) -> CUresult {
+pub extern "C" fn cuStreamDestroy_v2(stream: CUstream) -> CUresult {
     // SAFETY: made by cuStreamCreate, destroyed once.
     drop(unsafe { Box::from_raw(stream.cast::<u8>()) });
     SUCCESS
@@ -410,14 +419,14 @@ pub extern "C" fn cuStreamSynchronize(_stream: CUstream) -> CUresult {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamIsCapturing(stream: CUstream, status: *mut CUstreamCaptureStatus) -> CUresult {
+pub extern "C" fn cuStreamIsCapturing(stream: CUstream, status: *mut CUstreamCaptureStatus) -> CUresult {
     let captures = CAPTURES.lock().unwrap().get_or_insert_default().contains_key(&(stream as usize));
     let found = if captures {
         CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE
     } else {
         CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE
     };
-    unsafe { set(status, found) }
+    set(status, found)
 }
 
 #[unsafe(no_mangle)]
@@ -427,20 +436,22 @@ pub extern "C" fn cuStreamBeginCapture_v2(stream: CUstream, _mode: sys::CUstream
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamEndCapture(stream: CUstream, graph: *mut CUgraph) -> CUresult {
-    let Some(works) = CAPTURES.lock().unwrap().get_or_insert_default().remove(&(stream as usize)) else { return INVALID };
-    unsafe { set(graph, Box::into_raw(Box::new(works)).cast()) }
+pub extern "C" fn cuStreamEndCapture(stream: CUstream, graph: *mut CUgraph) -> CUresult {
+    let Some(works) = CAPTURES.lock().unwrap().get_or_insert_default().remove(&(stream as usize)) else {
+        return INVALID;
+    };
+    set(graph, Box::into_raw(Box::new(works)).cast())
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGraphInstantiateWithFlags(executable: *mut CUgraphExec, graph: CUgraph, _flags: u64) -> CUresult {
+pub extern "C" fn cuGraphInstantiateWithFlags(executable: *mut CUgraphExec, graph: CUgraph, _flags: u64) -> CUresult {
     // SAFETY: a graph of cuStreamEndCapture.
     let works = unsafe { (*graph.cast::<Vec<Work>>()).clone() };
-    unsafe { set(executable, Box::into_raw(Box::new(works)).cast()) }
+    set(executable, Box::into_raw(Box::new(works)).cast())
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGraphLaunch(executable: CUgraphExec, stream: CUstream) -> CUresult {
+pub extern "C" fn cuGraphLaunch(executable: CUgraphExec, stream: CUstream) -> CUresult {
     // SAFETY: a graph of cuGraphInstantiateWithFlags.
     for work in unsafe { &*executable.cast::<Vec<Work>>() } {
         queue(stream, work.clone());
@@ -449,27 +460,27 @@ pub unsafe extern "C" fn cuGraphLaunch(executable: CUgraphExec, stream: CUstream
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGraphExecDestroy(executable: CUgraphExec) -> CUresult {
+pub extern "C" fn cuGraphExecDestroy(executable: CUgraphExec) -> CUresult {
     // SAFETY: destroyed once.
     drop(unsafe { Box::from_raw(executable.cast::<Vec<Work>>()) });
     SUCCESS
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGraphDestroy(graph: CUgraph) -> CUresult {
+pub extern "C" fn cuGraphDestroy(graph: CUgraph) -> CUresult {
     // SAFETY: destroyed once.
     drop(unsafe { Box::from_raw(graph.cast::<Vec<Work>>()) });
     SUCCESS
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventCreate(event: *mut CUevent, _flags: c_uint) -> CUresult {
-    unsafe { set(event, Box::into_raw(Box::new(Instant::now())).cast()) }
+pub extern "C" fn cuEventCreate(event: *mut CUevent, _flags: c_uint) -> CUresult {
+    set(event, Box::into_raw(Box::new(Instant::now())).cast())
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventRecord(event: CUevent, _stream: CUstream) -> CUresult {
-    unsafe { set(event.cast(), Instant::now()) }
+pub extern "C" fn cuEventRecord(event: CUevent, _stream: CUstream) -> CUresult {
+    set(event.cast(), Instant::now())
 }
 
 #[unsafe(no_mangle)]
@@ -478,14 +489,14 @@ pub extern "C" fn cuEventSynchronize(_event: CUevent) -> CUresult {
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: CUevent, end: CUevent) -> CUresult {
+pub extern "C" fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: CUevent, end: CUevent) -> CUresult {
     // SAFETY: events of cuEventCreate.
     let elapsed = unsafe { end.cast::<Instant>().read().duration_since(start.cast::<Instant>().read()) };
-    unsafe { set(milliseconds, elapsed.as_secs_f32() * 1e3) }
+    set(milliseconds, elapsed.as_secs_f32() * 1e3)
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuEventDestroy_v2(event: CUevent) -> CUresult {
+pub extern "C" fn cuEventDestroy_v2(event: CUevent) -> CUresult {
     // SAFETY: destroyed once.
     drop(unsafe { Box::from_raw(event.cast::<Instant>()) });
     SUCCESS

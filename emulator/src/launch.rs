@@ -90,7 +90,7 @@ impl Launch {
     /// Runs all blocks to their ends.
     pub fn run(&self) {
         let size = self.kernel.cluster;
-        if self.blocks % size != 0 {
+        if !self.blocks.is_multiple_of(size) {
             fault!("{} blocks in clusters of {size}", self.blocks);
         }
         let clusters = self.blocks / size;

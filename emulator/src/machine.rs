@@ -114,8 +114,8 @@ extern "C" fn address_in_block(address: u32, rank: u32) -> u32 {
     block.cluster.shared(rank).map_or(0, |there| (address as usize - block.shared.start() + there) as u32)
 }
 
-/// A barrier in shared memory, in the 64 bits that it has on the hardware: bit 63 the phase, then 20 bits how many arrivals are
-/// missing less one, 20 how many a phase takes less one (so that a barrier that nobody set up is seen), 23 bytes outstanding.
+/// A barrier in shared memory, in as many bits as it has on the hardware: the phase, then 20 bits how many arrivals are missing,
+/// 20 how many a phase takes (all ones where nobody set it up), and 23 how many bytes are on their way.
 struct Barrier(&'static AtomicU64);
 
 const COUNT: u32 = 20;
@@ -150,7 +150,7 @@ impl State {
 
 impl Barrier {
     fn at(address: u32) -> Self {
-        if address % 8 != 0 || address == 0 {
+        if !address.is_multiple_of(8) || address == 0 {
             fault!("a barrier at {address:#x}");
         }
         // SAFETY: shared memory of a block that runs, which only barriers' functions touch here.
@@ -204,15 +204,17 @@ extern "C" fn is_phase_over(barrier: u32, parity: u32) -> c_int {
 
 fn require_shared(block: &Block, what: &str, address: u32, bytes: u32, alignment: u32) {
     let inside = block.shared.holds(address, bytes as usize);
-    if !inside || address % alignment != 0 || bytes % alignment != 0 {
-        fault!("{what}: {bytes} bytes at {address:#x} of shared memory, expected multiples of {alignment} inside of it");
+    if !inside || !address.is_multiple_of(alignment) || !bytes.is_multiple_of(alignment) {
+        fault!(
+            "{what}: {bytes} bytes at {address:#x} of shared memory, expected multiples of {alignment} inside of it"
+        );
     }
 }
 
 extern "C" fn copy_bytes(to: u32, from: *const u8, bytes: u32, barrier: u32) {
     let (block, _) = current();
     require_shared(block, "a bulk copy", to, bytes, 16);
-    if from as usize % 16 != 0 {
+    if !(from as usize).is_multiple_of(16) {
         fault!("a bulk copy from {from:p}, expected a multiple of 16");
     }
     let from = from as usize;
@@ -316,7 +318,7 @@ extern "C" fn send_word(to: u32, word: u32, barrier: u32) {
 extern "C" fn store_bytes(to: *mut u8, from: u32, bytes: u32) {
     let (block, thread) = current();
     require_shared(block, "a bulk store", from, bytes, 16);
-    if to as usize % 16 != 0 {
+    if !(to as usize).is_multiple_of(16) {
         fault!("a bulk store to {to:p}, expected a multiple of 16");
     }
     let to = to as usize;

@@ -77,7 +77,9 @@ impl Shared {
             slots.0.pop().unwrap_or_else(|| {
                 let at = SHARED_AT + slots.1 * SLOT;
                 slots.1 += 1;
-                let Some(start) = map(at, SLOT, libc::MAP_FIXED_NOREPLACE) else { fault!("no shared memory at {at:#x}") };
+                let Some(start) = map(at, SLOT, libc::MAP_FIXED_NOREPLACE) else {
+                    fault!("no shared memory at {at:#x}")
+                };
                 guard(start.wrapping_add(STATIC_BYTES), PAGE);
                 guard(start.wrapping_add(SLOT - PAGE), PAGE);
                 start as usize
