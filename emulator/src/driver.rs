@@ -381,13 +381,17 @@ pub extern "C" fn cuTensorMapEncodeTiled(
     {
         return INVALID;
     }
-    // SAFETY: the caller's lists, as long as the rank says (the strides' one shorter).
-    let list =
-        |i: usize, of: *const u64, length: usize, else_: u64| if i < length { unsafe { *of.add(i) } } else { else_ };
-    let sizes = [0, 1, 2].map(|i| list(i, sizes, rank, 1));
-    let strides = [0, 1].map(|i| list(i, strides, rank - 1, 0));
-    // SAFETY: as above.
-    let extents = [0, 1, 2].map(|i| if i < rank { u64::from(unsafe { *extents.add(i) }) } else { 1 });
+    // SAFETY: the caller's lists, as long as the rank says, that of the strides one shorter.
+    let (given_sizes, given_strides, given_extents) = unsafe {
+        (
+            std::slice::from_raw_parts(sizes, rank),
+            std::slice::from_raw_parts(strides, rank - 1),
+            std::slice::from_raw_parts(extents, rank),
+        )
+    };
+    let sizes = [0, 1, 2].map(|i| given_sizes.get(i).copied().unwrap_or(1));
+    let strides = [0, 1].map(|i| given_strides.get(i).copied().unwrap_or(0));
+    let extents = [0, 1, 2].map(|i| given_extents.get(i).map_or(1, |&extent| u64::from(extent)));
     let is_right = strides.iter().all(|stride| stride % 16 == 0)
         && extents[0] * element_bytes == 128
         && extents.iter().all(|extent| (1..=256).contains(extent));
