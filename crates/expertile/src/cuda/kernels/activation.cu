@@ -83,8 +83,8 @@ __device__ __forceinline__ void find_live_rows(const ActivationArgs& a, LiveRows
 
 __device__ __forceinline__ void load_values(const u16* from, u32 (&pairs)[PER_LANE / 2]) {
 #if ALIGNED
-    const uint4 low = load_once(from);
-    const uint4 high = load_once(from + 8);
+    const uint4 low = load_through_l1(from);
+    const uint4 high = load_through_l1(from + 8);
     pairs[0] = low.x, pairs[1] = low.y, pairs[2] = low.z, pairs[3] = low.w;
     pairs[4] = high.x, pairs[5] = high.y, pairs[6] = high.z, pairs[7] = high.w;
 #else
