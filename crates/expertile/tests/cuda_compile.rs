@@ -66,10 +66,11 @@ fn sources() -> Vec<Source> {
         }
     }
     for format in formats() {
-        for (hidden, topk) in [(2880 / 128 * 128, 8), (3584, 2), (128, 1)] {
+        for (hidden, topk, aligned) in [(2880 / 128 * 128, 8, true), (3584, 2, true), (128, 1, true), (4096, 3, false)]
+        {
             let route = RouteConfig { topk, ids: Dtype::I32, row_tile: 128 };
             let padding = Padding::Untouched;
-            let (input, weighted, aligned) = (Dtype::Bf16, false, true);
+            let (input, weighted) = (Dtype::Bf16, false);
             let config = QuantizePermuteConfig { route, hidden, input, format, padding, weighted, aligned };
             sources.push(config.source());
             let scales = Some(format);

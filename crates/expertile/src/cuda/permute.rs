@@ -85,6 +85,7 @@ impl QuantizePermuteConfig {
             ("WEIGHTED", i64::from(self.weighted)),
             ("ZERO_ROWS", i64::from(self.padding == Padding::Zero)),
             ("ALIGNED", i64::from(self.aligned)),
+            ("ROWS_THREADS", i64::from(rows_threads(self.hidden))),
         ]);
         Ok(Source::new("quantize_permute.cu", include_str!("kernels/quantize_permute.cu"), definitions))
     }
@@ -149,7 +150,7 @@ impl QuantizePermute {
             config,
             route: Route::prepare(device, config.route)?,
             few,
-            many: Resident::prepare(device, &source, c"permute_rows", THREADS)?,
+            many: Resident::prepare(device, &source, c"permute_rows", rows_threads(config.hidden))?,
             single_launch_slots: FEW_SLOTS,
         })
     }
@@ -243,6 +244,15 @@ impl QuantizePermute {
         // SAFETY: the caller's promise.
         unsafe { self.route.check(stream, plan, routing, workspace) }
     }
+}
+
+/// Threads of a block of `permute_rows`: as many teams as make up to 8 warps, a team two slabs of 512 values to a warp, of a piece
+/// of at most 16 slabs.
+fn rows_threads(hidden: usize) -> u32 {
+    let slabs = hidden.div_ceil(512);
+    let slabs_of_a_piece = slabs.div_ceil(slabs.div_ceil(16));
+    let warps_of_a_team = slabs_of_a_piece.div_ceil(2);
+    (8 / warps_of_a_team * warps_of_a_team * 32) as u32
 }
 
 /// Dynamic shared memory of the single launch: a 16-bit counter for each expert and each warp that has slots.

@@ -209,6 +209,12 @@ __device__ __forceinline__ void wait_for_stores_to_read() { asm volatile("cp.asy
 // Orders this thread's ordinary writes to shared memory before the copy engine's and the matrix unit's reads of it.
 __device__ __forceinline__ void publish_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// THREADS of a block's threads, whole warps, meet at one of its barriers (1 to 15).
+template <int THREADS>
+__device__ __forceinline__ void meet_threads(int barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+
 // The threads of one of two warpgroups meet.
 __device__ __forceinline__ void meet(int group) {
     if (group == 0)

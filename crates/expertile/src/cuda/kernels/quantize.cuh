@@ -68,42 +68,57 @@ struct Divisor {
     }
 };
 
-// The largest magnitude over the lanes of a group; every lane of the warp calls.
-template <int GROUP_SIZE>
+// The largest magnitude over the lanes of a group, EACH of its values to a lane; every lane of the warp calls.
+template <int GROUP_SIZE, int EACH = PER_LANE>
 __device__ __forceinline__ float group_max(float x) {
 #pragma unroll
-    for (int distance = GROUP_SIZE / PER_LANE / 2; distance > 0; distance /= 2)
+    for (int distance = GROUP_SIZE / EACH / 2; distance > 0; distance /= 2)
         x = fmaxf(x, __shfl_xor_sync(WARP, x, distance));
     return x;
+}
+
+// Four f32 in units of their scale, as e4m3.
+template <bool POWER>
+__device__ __forceinline__ u32 quantize_four(const Divisor<POWER>& divisor, const float* x) {
+    const u32 low = e4m3_pair(divisor.quotient(x[0]), divisor.quotient(x[1]));
+    const u32 high = e4m3_pair(divisor.quotient(x[2]), divisor.quotient(x[3]));
+    return low | high << 16;
 }
 
 // 16 f32 in units of their scale, as e4m3.
 template <bool POWER>
 __device__ __forceinline__ uint4 quantize_values(const float (&x)[PER_LANE], float scale) {
     const Divisor<POWER> divisor(scale);
-    u32 word[4];
+    return make_uint4(quantize_four(divisor, x), quantize_four(divisor, x + 4), quantize_four(divisor, x + 8),
+                      quantize_four(divisor, x + 12));
+}
+
+// COUNT bf16 or f16, unpacked, and their largest magnitude.
+template <int TYPE, int COUNT>
+__device__ __forceinline__ float unpack(const u32* pairs, float (&x)[COUNT]) {
+    u32 largest = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float* v = x + 4 * i;
-        const u32 low = e4m3_pair(divisor.quotient(v[0]), divisor.quotient(v[1]));
-        const u32 high = e4m3_pair(divisor.quotient(v[2]), divisor.quotient(v[3]));
-        word[i] = low | high << 16;
+    for (int i = 0; i < COUNT / 2; ++i) {
+        largest = larger_halves<TYPE>(largest, pairs[i] & 0x7fff7fffu);
+        x[2 * i] = low_half<TYPE>(pairs[i]);
+        x[2 * i + 1] = high_half<TYPE>(pairs[i]);
     }
-    return make_uint4(word[0], word[1], word[2], word[3]);
+    return fmaxf(low_half<TYPE>(largest), high_half<TYPE>(largest));
 }
 
 // 16 bf16 or f16 of each lane to e4m3, and the scale of the lane's group. Every lane of the warp calls.
 template <int TYPE, int GROUP_SIZE, bool POWER>
 __device__ __forceinline__ uint4 quantize_slab(const u32 (&pairs)[PER_LANE / 2], float& scale) {
-    u32 largest = 0;
-#pragma unroll
-    for (int i = 0; i < PER_LANE / 2; ++i) largest = larger_halves<TYPE>(largest, pairs[i] & 0x7fff7fffu);
-    scale = scale_of(group_max<GROUP_SIZE>(fmaxf(low_half<TYPE>(largest), high_half<TYPE>(largest))), POWER);
     float x[PER_LANE];
-#pragma unroll
-    for (int i = 0; i < PER_LANE / 2; ++i) {
-        x[2 * i] = low_half<TYPE>(pairs[i]);
-        x[2 * i + 1] = high_half<TYPE>(pairs[i]);
-    }
+    scale = scale_of(group_max<GROUP_SIZE>(unpack<TYPE>(pairs, x)), POWER);
     return quantize_values<POWER>(x, scale);
+}
+
+// The same for 8 values of each lane.
+template <int TYPE, int GROUP_SIZE, bool POWER>
+__device__ __forceinline__ uint2 quantize_half_slab(const u32* pairs, float& scale) {
+    float x[8];
+    scale = scale_of(group_max<GROUP_SIZE, 8>(unpack<TYPE>(pairs, x)), POWER);
+    const Divisor<POWER> divisor(scale);
+    return make_uint2(quantize_four(divisor, x), quantize_four(divisor, x + 4));
 }

@@ -5,7 +5,8 @@
 //                           for itself, which at this size takes less time than telling the others would
 //
 // Set by whoever compiles: HIDDEN (= WIDTH), TOPK, IDS_I64, INPUT (0 bf16, 1 f16), GROUP, SCALE_LAYOUT (0 row-major,
-// 1 MN-major, 2 packed UE8M0), POWER_OF_TWO, WEIGHTED, ZERO_ROWS, ALIGNED (x and its rows stand on 16 bytes).
+// 1 MN-major, 2 packed UE8M0), POWER_OF_TWO, WEIGHTED, ZERO_ROWS, ALIGNED (x and its rows stand on 16 bytes), ROWS_THREADS (of a
+// block of permute_rows).
 #include "hopper.cuh"
 #include "route.cuh"
 #include "rows.cuh"
@@ -49,98 +50,176 @@ __device__ __forceinline__ void apply_weight(const RowsArgs& a, int token, Slab&
 #endif
 }
 
-// A row is cut into units of at most 2 slabs, whose loads are all in flight at once.
-constexpr int UNITS = (SLABS + 1) / 2;
-constexpr int SLABS_PER_UNIT = (SLABS + UNITS - 1) / UNITS;
-constexpr int MANY_THREADS = 256;
-constexpr int MANY_WARPS = MANY_THREADS / 32;
+// A row is cut into pieces of at most 16 slabs, each of which leaves for its places whole. A team of warps takes a piece, two
+// slabs to a warp, whose loads are all in flight at once.
+constexpr int PIECES = (SLABS + 15) / 16;
+constexpr int SLABS_PER_PIECE = (SLABS + PIECES - 1) / PIECES;
+constexpr int TEAM_WARPS = (SLABS_PER_PIECE + 1) / 2;
+constexpr int TEAMS = 8 / TEAM_WARPS;
+constexpr int MANY_WARPS = TEAM_WARPS * TEAMS;
+static_assert(MANY_WARPS * 32 == ROWS_THREADS, "the host cuts rows otherwise");
+// Whether every team's every warp has two whole slabs: its loads then stand behind no condition.
+constexpr bool NO_REMAINDER = HIDDEN % SLAB == 0 && SLABS % PIECES == 0 && SLABS_PER_PIECE % 2 == 0;
+// Blocks to a multiprocessor: what the registers allow, of which conditions and unaligned loads take more.
+constexpr int MANY_BLOCKS = NO_REMAINDER && ALIGNED ? 4 : 3;
 constexpr int TOKEN_SCALES_STRIDE = (WORDS_PER_ROW + 3) & ~3;
 
-// Copies `bytes` (a multiple of 16) from a warp's part of shared memory to every row that the lanes below TOPK hold: by the
-// bulk copy engine, one instruction to a copy, where there is one.
-__device__ __forceinline__ void store_copies_of_unit(const RowsArgs& a, const u8* part, int at, int bytes, int rows) {
+struct Team {
+    alignas(128) u8 piece[2][SLABS_PER_PIECE * SLAB];  // while one is filled, the other is on its way
+    u32 next[2];
+};
+
+__device__ __forceinline__ void meet_team(int team) {
+    if (TEAM_WARPS == 1) __syncwarp();
+    else meet_threads<TEAM_WARPS * 32>(team + 1);
+}
+
+// The lane's 8 values of each half of a slab: what the lanes load at a time is one run of memory.
+__device__ __forceinline__ Slab load_halves(const RowsArgs& a, int token, int slab) {
+    Slab s;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int column = slab * SLAB + half * (SLAB / 2) + lane_of_thread() * 8;
+        const u16* row = static_cast<const u16*>(a.x) + token * a.x_row_stride + column;
+        u32* pairs = s.pairs + 4 * half;
+        if (!NO_REMAINDER && column >= HIDDEN) {
+            pairs[0] = pairs[1] = pairs[2] = pairs[3] = 0;
+            continue;
+        }
+#if ALIGNED
+        // Where rows are read about as often as written, an H200 takes 3 % less time through the L1; where they are mostly
+        // written, a little more.
+        const uint4 v = TOPK <= 2 ? load_through_l1(row) : load_once(row);
+        pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
+#else
+#pragma unroll
+        for (int i = 0; i < 4; ++i) pairs[i] = row[2 * i] | (u32)row[2 * i + 1] << 16;
+#endif
+    }
+    return s;
+}
+
+// Lanes that share a word of scales; the first of them keeps it, and where a word is of one half of the slab, the middle one keeps
+// that of the second half.
+constexpr int WORD_HALVES = WORDS_PER_SLAB > 1 ? 2 : 1;
+constexpr int WORD_LANES = 32 * WORD_HALVES / WORDS_PER_SLAB;
+constexpr int WORD_STEP = WORD_LANES / WORD_HALVES;
+
+// A slab as load_halves has it, quantized into shared memory; the lane's word of scales. Every lane of the warp calls.
+__device__ __forceinline__ u32 quantize_halves(u8* to, int slab, const Slab& s) {
     const int lane = lane_of_thread();
+    float scale[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int in_slab = half * (SLAB / 2) + lane * 8;
+        *reinterpret_cast<uint2*>(to + in_slab) =
+            quantize_half_slab<INPUT, GROUP, POWER_OF_TWO != 0>(s.pairs + 4 * half, scale[half]);
+        if (!NO_REMAINDER && slab * SLAB + in_slab >= HIDDEN) scale[half] = 0.0f;
+    }
+    const u32 first = word_of_half(scale, 0);
+    if (WORD_HALVES == 1) return first;
+    const u32 second = word_of_half(scale, 1);
+    return lane % WORD_LANES < WORD_STEP ? first : second;
+}
+
+__device__ __forceinline__ void keep_word(const RowsArgs& a, int token, int slab, u32 word) {
+    const int lane = lane_of_thread();
+    const int half = lane / WORD_STEP % WORD_HALVES;
+    const int column = slab * WORDS_PER_SLAB + half * (WORDS_PER_SLAB / 2) + lane / WORD_LANES;
+    if (lane % WORD_STEP == 0 && (NO_REMAINDER || column < WORDS_PER_ROW))
+        a.token_scales[(i64)token * TOKEN_SCALES_STRIDE + column] = word;
+}
+
+// Quantizes the warp's two slabs of a piece into shared memory; their scales are kept by token. Every lane of the warp calls.
+__device__ __forceinline__ void quantize_part(const RowsArgs& a, u8* piece, int token, int first_of_piece, int warp) {
+    const int first = first_of_piece + 2 * warp;
+    Slab s[2];
+    u32 word[2];
+    const auto is_there = [&](int i) { return NO_REMAINDER || (2 * warp + i < SLABS_PER_PIECE && first + i < SLABS); };
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        if (is_there(i)) s[i] = load_halves(a, token, first + i);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        if (!is_there(i)) break;
+        apply_weight(a, token, s[i]);
+        word[i] = quantize_halves(piece + (2 * warp + i) * SLAB, first + i, s[i]);
+    }
 #if __CUDA_ARCH__ >= 900
     publish_shared_writes();
-    __syncwarp();
-    if (lane < TOPK && rows >= 0) store_bytes(a.out + (i64)rows * HIDDEN + at, shared_address(part), bytes);
+#endif
+    // After the fence, which orders what stands before it: these stores need not be.
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        if (is_there(i)) keep_word(a, token, first + i, word[i]);
+}
+
+// Sends a piece, `at` bytes into its row, to every row that the lanes below TOPK hold. Every lane of the team calls. Where there
+// is a bulk copy engine the first warp hands it the whole piece; elsewhere each warp copies what it wrote itself.
+__device__ __forceinline__ void send_piece(const RowsArgs& a, const u8* piece, int at, int rows, int warp) {
+    const int bytes = min(SLABS_PER_PIECE * SLAB, HIDDEN - at);
+#if __CUDA_ARCH__ >= 900
+    if (warp != 0) return;
+    if (rows >= 0) store_bytes(a.out + (i64)rows * HIDDEN + at, shared_address(piece), bytes);
     commit_stores();
 #else
-    __syncwarp();
     for (int copy = 0; copy < TOPK; ++copy) {
         const int row = __shfl_sync(WARP, rows, copy);
         if (row < 0) continue;
-        for (int byte = lane * 16; byte < bytes; byte += 512)
-            *reinterpret_cast<uint4*>(a.out + (i64)row * HIDDEN + at + byte) = *reinterpret_cast<const uint4*>(part + byte);
+        for (int byte = 2 * warp * SLAB + lane_of_thread() * 16; byte < min(bytes, 2 * (warp + 1) * SLAB); byte += 512)
+            *reinterpret_cast<uint4*>(a.out + (i64)row * HIDDEN + at + byte) = *reinterpret_cast<const uint4*>(piece + byte);
     }
 #endif
 }
 
-// Waits until the warp's part of shared memory may be written again.
-__device__ __forceinline__ void wait_for_copies() {
+// Waits until shared memory that this thread has sent from may be written again.
+__device__ __forceinline__ void wait_for_sent() {
 #if __CUDA_ARCH__ >= 900
     wait_for_stores_to_read();
 #endif
-    __syncwarp();
 }
 
-// A share of the units, that of block number `share`: rows quantized and sent to their places, scales kept by token.
-__device__ __forceinline__ void permute_share(const RowsArgs& a, u8* part, int share) {
+// Pieces quantized and sent to their places, in the order of the tokens, so that rows that are neighbours in the output are
+// written at about the same time. The team's first piece stands in next[1].
+__device__ __forceinline__ void permute_pieces(const RowsArgs& a, Team& team, int number) {
     const int lane = lane_of_thread();
-    // Neighbouring units go to different multiprocessors at about the same time: rows that are neighbours in the output are
-    // then written together.
-    const int warp = (threadIdx.x >> 5) * gridDim.x + share;
-    const int warps = gridDim.x * MANY_WARPS;
-    const int units = a.tokens * UNITS;
-    const int* slots = a.inv_perm + lane;
-    int rows = warp < units && lane < TOPK ? slots[(i64)(warp / UNITS) * TOPK] : -1;
-    for (int unit = warp; unit < units; unit += warps) {
-        const int mine = rows;
-        const int next = unit + warps;
-        rows = next < units && lane < TOPK ? slots[(i64)(next / UNITS) * TOPK] : -1;
-        if (!__any_sync(WARP, mine >= 0)) continue;
-        const int token = unit / UNITS;
-        const int first = unit % UNITS * SLABS_PER_UNIT;
-        Slab s[SLABS_PER_UNIT];
-#pragma unroll
-        for (int i = 0; i < SLABS_PER_UNIT; ++i) s[i] = load_slab(a, token, first + i);
-        wait_for_copies();
-#pragma unroll
-        for (int i = 0; i < SLABS_PER_UNIT; ++i) {
-            if (first + i >= SLABS) break;
-            apply_weight(a, token, s[i]);
-            const bool active = (first + i) * SLAB + lane * PER_LANE < HIDDEN;
-            float scale;
-            const uint4 bytes = quantize_slab<INPUT, GROUP, POWER_OF_TWO != 0>(s[i].pairs, scale);
-            *reinterpret_cast<uint4*>(part + i * SLAB + lane * PER_LANE) = bytes;
-            const u32 word = word_of_scale(active ? scale : 0.0f);
-            const int column = (first + i) * WORDS_PER_SLAB + lane / LANES_PER_WORD;
-            if (lane % LANES_PER_WORD == 0 && column < WORDS_PER_ROW)
-                a.token_scales[(i64)token * TOKEN_SCALES_STRIDE + column] = word;
+    const int warp = (threadIdx.x >> 5) % TEAM_WARPS;
+    const u32 units = (u32)a.tokens * PIECES;
+    u32 finished = 0;
+    u32 unit = team.next[1];
+    for (int stage = 0; unit < units; stage ^= 1, ++finished) {
+        u32 next = 0;
+        if (warp == 0 && lane == 0) next = atomicAdd(&a.queue->claimed, 1u);
+        const int token = unit / PIECES;
+        const int first = unit % PIECES * SLABS_PER_PIECE;
+        const int rows = lane < TOPK ? a.inv_perm[(i64)token * TOPK + lane] : -1;
+        const bool live = __any_sync(WARP, rows >= 0);
+        if (live) quantize_part(a, team.piece[stage], token, first, warp);
+        if (warp == 0) {
+            wait_for_sent();
+            if (lane == 0) team.next[stage] = next;
         }
-        store_copies_of_unit(a, part, first * SLAB, min(SLABS_PER_UNIT * SLAB, HIDDEN - first * SLAB), mine);
+        meet_team(number);
+        unit = team.next[stage];
+        if (live) send_piece(a, team.piece[stage], first * SLAB, rows, warp);
+    }
+    if (warp == 0 && lane == 0 && finished > 0) {
+        __threadfence();
+        atomicAdd(&a.queue->done, finished);
     }
 }
 
-// Rows first; then the scales, once every block's rows are done. Shares are claimed, not given: what a block waits for at the
-// end is always in the hands of one that runs, even if this launch has to share the device with one that waits likewise.
-extern "C" __global__ void __launch_bounds__(MANY_THREADS, 4) permute_rows(const __grid_constant__ RowsArgs a) {
-    __shared__ alignas(128) u8 parts[MANY_WARPS][SLABS_PER_UNIT * SLAB];
-    __shared__ u32 share;
+// Rows first; then the scales, once every row is done. Pieces are claimed, not given: what a block waits for at the end is always
+// in the hands of one that runs, even if this launch has to share the device with one that waits likewise.
+extern "C" __global__ void __launch_bounds__(ROWS_THREADS, MANY_BLOCKS) permute_rows(const __grid_constant__ RowsArgs a) {
+    __shared__ Team teams[TEAMS];
+    const int number = (threadIdx.x >> 5) / TEAM_WARPS;
+    // Before the wait: whoever used the queue last is done, for route_plan, which is all that can still run, has waited for them.
+    if (threadIdx.x % (TEAM_WARPS * 32) == 0) teams[number].next[1] = atomicAdd(&a.queue->claimed, 1u);
     wait_for_previous_launch();
     let_next_launch_start();
-    if (threadIdx.x == 0) share = atomicAdd(&a.queue->claimed, 1u);
     __syncthreads();
-    while (share < gridDim.x) {
-        permute_share(a, parts[threadIdx.x >> 5], (int)share);
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            __threadfence();
-            atomicAdd(&a.queue->done, 1u);
-            share = atomicAdd(&a.queue->claimed, 1u);
-        }
-        __syncthreads();
-    }
+    permute_pieces(a, teams[number], number);
     const int warp = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
     const int warps = gridDim.x * MANY_WARPS;
     const auto token_of = [&](int row) { return row < a.m_sum ? a.row_tokens[row] : -1; };
@@ -148,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, 4) permute_rows(const
     zero_padding_groups(a.scales, a.m_sum, warp, warps, token_of);
     if (ZERO_ROWS) zero_padding_rows<uint4>(a.out, HIDDEN, a.m_sum, warp, warps, [&](int row) { return a.row_tokens[row] >= 0; });
     if (threadIdx.x == 0) {
-        while (load_now(&a.queue->done) < gridDim.x) {
+        while (load_now(&a.queue->done) < (u32)a.tokens * PIECES) {
         }
         __threadfence();
         // The last to get here leaves the queue as it found it.
@@ -158,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(MANY_THREADS, 4) permute_rows(const
     spread_scales(a.scales, a.m_sum, warp, warps, token_of, [&](int token, int quad) {
         return __ldcg(reinterpret_cast<const uint4*>(a.token_scales + (i64)token * TOKEN_SCALES_STRIDE) + quad);
     });
-    wait_for_copies();
+    wait_for_sent();
 }
 
 constexpr int FEW_THREADS = 1024;

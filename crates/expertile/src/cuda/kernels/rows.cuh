@@ -4,9 +4,9 @@
 
 // What the blocks of permute_rows agree by. Zero between calls.
 struct Queue {
-    u32 claimed;  // shares of the rows that blocks have taken on
-    u32 done;     // shares whose rows are done
-    u32 left;     // blocks past their wait for all shares
+    u32 claimed;  // pieces of rows that teams have taken on
+    u32 done;     // pieces that are done
+    u32 left;     // blocks past their wait for all pieces
     u32 reserved;
 };
 

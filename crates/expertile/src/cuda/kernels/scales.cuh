@@ -30,6 +30,22 @@ __device__ __forceinline__ u32 word_of_scale(float scale) {
     return word;
 }
 
+// The same where a lane has 8 values of each half of the slab, and a scale for each: the word of half `half`.
+__device__ __forceinline__ u32 word_of_half(const float (&scales)[2], int half) {
+    if (!IS_PACKED) return __float_as_uint(scales[half]);
+    // A word of small groups is all in one half; one of large groups takes two from each.
+    constexpr int LANES_PER_GROUP = GROUP / 8;
+    constexpr int IN_A_HALF = 32 / LANES_PER_GROUP;
+    const int first = IN_A_HALF > 4 ? lane_of_thread() & ~(4 * LANES_PER_GROUP - 1) : 0;
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float scale = scales[IN_A_HALF < 4 ? i / IN_A_HALF : half];
+        word |= __shfl_sync(WARP, __float_as_uint(scale) >> 23, first + i % IN_A_HALF * LANES_PER_GROUP) << (8 * i);
+    }
+    return word;
+}
+
 // Writes a slab's scales for COPIES rows; lane k holds the k-th row, -1 for none. Lanes take (row, word) pairs, so that one
 // store instruction carries many. Every lane of the warp calls.
 template <int COPIES>
