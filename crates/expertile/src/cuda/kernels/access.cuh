@@ -33,17 +33,16 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
     return v;
 }
 
-// A word as it is now: for whoever waits until another block has changed it.
-__device__ __forceinline__ u32 load_now(const u32* address) { return *const_cast<const volatile u32*>(address); }
-
-// The same, kept in the L1 for a while: where a neighbouring load takes the other half of the sectors, it finds them there.
+// The same, kept in the L1 for a while: where a neighbouring load takes the other half of the sectors, it finds them there. Not
+// by the read-only path: a launch that may start before the one that writes has no memory that is read-only throughout.
 __device__ __forceinline__ uint4 load_through_l1(const void* address) {
     uint4 v;
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(address));
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address) : "memory");
     return v;
 }
+
+// A word as it is now: for whoever waits until another block has changed it.
+__device__ __forceinline__ u32 load_now(const u32* address) { return *const_cast<const volatile u32*>(address); }
 
 __device__ __forceinline__ int lane_of_thread() { return threadIdx.x & 31; }
 
