@@ -9,9 +9,8 @@ typedef long long i64;
 
 constexpr u32 WARP = 0xffffffffu;
 
-// Launches run one after the other.
-inline void wait_for_previous_launch() {}
-inline void let_next_launch_start() {}
+inline void wait_for_previous_launch() { emulated_machine->wait_for_previous_launch(); }
+inline void let_next_launch_start() { emulated_machine->let_next_launch_start(); }
 
 inline uint4 load_once(const void* address) { return *static_cast<const uint4*>(address); }
 inline uint4 load_through_l1(const void* address) { return *static_cast<const uint4*>(address); }

@@ -14,6 +14,8 @@ struct EmulatedThread {
 
 struct EmulatedMachine {
     void (*yield)();
+    void (*wait_for_previous_launch)();
+    void (*let_next_launch_start)();
     void (*meet_block)();
     void (*meet_threads)(unsigned barrier, unsigned threads);
     void (*meet_cluster)();

@@ -1,7 +1,7 @@
 //! A block: its threads are coroutines of one thread of the operating system and take turns, each until it has to wait.
 
 use crate::fault;
-use crate::launch::{Cluster, Kernel, Parameter};
+use crate::launch::{Cluster, Kernel, Parameter, Progress};
 use crate::machine::{Machine, Place, Thread};
 use crate::memory::{STATIC_BYTES, Shared};
 use corosensei::stack::DefaultStack;
@@ -17,6 +17,9 @@ const STACK_BYTES: usize = 64 << 10;
 const LANES: usize = 32;
 /// A launch whose block gets nowhere for so long hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A block that gets nowhere for so long leaves the processor to others.
+const IMPATIENCE: Duration = Duration::from_micros(200);
 
 static STACKS: Mutex<Vec<DefaultStack>> = Mutex::new(Vec::new());
 /// Moves on with every block, so that no two take turns alike.
@@ -67,6 +70,8 @@ pub struct Block {
     pub shared: Shared,
     pub cluster: std::sync::Arc<Cluster>,
     pub rank: u32,
+    pub progress_of_launch: std::sync::Arc<Progress>,
+    lets_next_start: Cell<bool>,
     pub pending: Vec<Pending>,
     threads: usize,
     live: Cell<usize>,
@@ -84,7 +89,13 @@ pub struct Block {
 }
 
 impl Block {
-    pub fn new(shared: Shared, cluster: std::sync::Arc<Cluster>, rank: u32, threads: usize) -> Self {
+    pub fn new(
+        shared: Shared,
+        cluster: std::sync::Arc<Cluster>,
+        rank: u32,
+        threads: usize,
+        progress_of_launch: std::sync::Arc<Progress>,
+    ) -> Self {
         let warps = threads.div_ceil(LANES);
         let seed = SEED.fetch_add(1, Ordering::Relaxed);
         Self {
@@ -92,6 +103,8 @@ impl Block {
             shared,
             cluster,
             rank,
+            progress_of_launch,
+            lets_next_start: Cell::new(false),
             pending: (0..threads).map(|_| Pending::default()).collect(),
             threads,
             live: Cell::new(threads),
@@ -177,12 +190,15 @@ impl Block {
             self.do_what_is_due();
             if self.moved.get() {
                 moved_at = Instant::now();
-            } else if moved_at.elapsed() > PATIENCE {
-                self.hang(number);
-            } else {
-                std::thread::yield_now();
+                continue;
+            }
+            match moved_at.elapsed() {
+                idle if idle > PATIENCE => self.hang(number),
+                idle if idle > IMPATIENCE => std::thread::sleep(IMPATIENCE),
+                _ => std::thread::yield_now(),
             }
         }
+        self.let_next_launch_start();
         if !self.later.borrow().is_empty() {
             fault!("block {number} ended while copies from or to its shared memory were on their way");
         }
@@ -193,6 +209,13 @@ impl Block {
         self.live.set(self.live.get() - 1);
         let warp = &self.live_in_warp[thread / LANES];
         warp.set(warp.get() - 1);
+    }
+
+    /// Once for the block, and at the latest when it ends.
+    pub fn let_next_launch_start(&self) {
+        if !self.lets_next_start.replace(true) {
+            self.progress_of_launch.let_next_start();
+        }
     }
 
     fn hang(&self, number: u32) -> ! {

@@ -1,4 +1,4 @@
-//! The driver's functions: one device, whose work is done when it is queued. Pointers and handles are the caller's word, as they
+//! The driver's functions: one device. Pointers and handles are the caller's word, as they
 //! are to the driver.
 #![allow(non_snake_case, clippy::not_unsafe_ptr_arg_deref)]
 
@@ -6,6 +6,7 @@ use crate::compiler::MAGIC;
 use crate::launch::{Kernel, Launch, Parameter};
 use crate::machine::TensorMap;
 use crate::memory;
+use crate::queue::{self, Work};
 use cudarc::driver::sys::{
     self, CUcontext, CUdevice, CUdevice_attribute as Attribute, CUdeviceptr, CUevent, CUfunction, CUfunction_attribute,
     CUgraph, CUgraphExec, CUmodule, CUresult, CUstream, CUstreamCaptureStatus, CUtensorMap,
@@ -40,37 +41,15 @@ struct Module {
     functions: Mutex<HashMap<CString, Box<Function>>>,
 }
 
-/// What is queued: done at once, or kept by a graph.
-#[derive(Clone)]
-enum Work {
-    Launch(Launch),
-    Fill { to: u64, byte: u8, bytes: usize },
-    Copy { to: u64, from: u64, bytes: usize },
-}
-
-impl Work {
-    fn run(&self) {
-        match self {
-            Self::Launch(launch) => launch.run(),
-            // SAFETY: the caller's device memory.
-            Self::Fill { to, byte, bytes } => unsafe { std::ptr::write_bytes(*to as *mut u8, *byte, *bytes) },
-            // SAFETY: as above.
-            Self::Copy { to, from, bytes } => unsafe { std::ptr::copy(*from as *const u8, *to as *mut u8, *bytes) },
-        }
-    }
-}
-
-/// What streams that capture have seen, by stream.
-static CAPTURES: Mutex<Option<HashMap<usize, Vec<Work>>>> = Mutex::new(None);
-
 fn queue(stream: CUstream, work: Work) -> CUresult {
-    let mut captures = CAPTURES.lock().unwrap();
-    if let Some(captured) = captures.get_or_insert_default().get_mut(&(stream as usize)) {
-        captured.push(work);
-        return SUCCESS;
-    }
-    drop(captures);
-    work.run();
+    queue::push(stream as usize, work);
+    SUCCESS
+}
+
+/// As `queue`, and done when this returns.
+fn run(work: Work) -> CUresult {
+    queue::push(usize::MAX, work);
+    queue::drain();
     SUCCESS
 }
 
@@ -188,6 +167,7 @@ pub extern "C" fn cuMemAlloc_v2(address: *mut CUdeviceptr, bytes: usize) -> CUre
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemFree_v2(address: CUdeviceptr) -> CUresult {
+    queue::drain();
     if memory::free(address) { SUCCESS } else { INVALID }
 }
 
@@ -198,14 +178,12 @@ pub extern "C" fn cuMemsetD8Async(to: CUdeviceptr, byte: u8, bytes: usize, strea
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemcpyHtoD_v2(to: CUdeviceptr, from: *const c_void, bytes: usize) -> CUresult {
-    Work::Copy { to, from: from as u64, bytes }.run();
-    SUCCESS
+    run(Work::Copy { to, from: from as u64, bytes })
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemcpyDtoD_v2(to: CUdeviceptr, from: CUdeviceptr, bytes: usize) -> CUresult {
-    Work::Copy { to, from, bytes }.run();
-    SUCCESS
+    run(Work::Copy { to, from, bytes })
 }
 
 #[unsafe(no_mangle)]
@@ -244,6 +222,7 @@ pub extern "C" fn cuModuleLoadData(module: *mut CUmodule, image: *const c_void) 
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuModuleUnload(module: CUmodule) -> CUresult {
+    queue::drain();
     // SAFETY: made by cuModuleLoadData, unloaded once.
     drop(unsafe { Box::from_raw(module.cast::<Module>()) });
     SUCCESS
@@ -342,6 +321,14 @@ pub extern "C" fn cuLaunchKernelEx(
         // SAFETY: as many parameters as the kernel has, each of its size.
         Parameter::new(unsafe { std::slice::from_raw_parts((*parameters.add(i)).cast::<u8>(), *size) })
     };
+    let attribute = |id| {
+        // SAFETY: the caller's list, and both attributes in use are an int.
+        let set = |i: usize| unsafe {
+            let attribute = &*config.attrs.add(i);
+            attribute.id == id && attribute.value.cooperative != 0
+        };
+        (0..config.numAttrs as usize).any(set)
+    };
     // Blocks that wait for others have to run beside them: more at once than multiprocessors hold is only slower.
     let launch = Launch {
         kernel: function.kernel,
@@ -350,6 +337,7 @@ pub extern "C" fn cuLaunchKernelEx(
         shared_bytes: config.sharedMemBytes,
         parameters: Arc::new(function.parameter_sizes.iter().enumerate().map(size).collect()),
         resident: multiprocessors() * 4,
+        overlaps: attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION),
     };
     queue(config.hStream, Work::Launch(launch))
 }
@@ -419,12 +407,13 @@ pub extern "C" fn cuStreamDestroy_v2(stream: CUstream) -> CUresult {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamSynchronize(_stream: CUstream) -> CUresult {
+    queue::drain();
     SUCCESS
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamIsCapturing(stream: CUstream, status: *mut CUstreamCaptureStatus) -> CUresult {
-    let captures = CAPTURES.lock().unwrap().get_or_insert_default().contains_key(&(stream as usize));
+    let captures = queue::captures(stream as usize);
     let found = if captures {
         CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE
     } else {
@@ -435,13 +424,13 @@ pub extern "C" fn cuStreamIsCapturing(stream: CUstream, status: *mut CUstreamCap
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamBeginCapture_v2(stream: CUstream, _mode: sys::CUstreamCaptureMode) -> CUresult {
-    CAPTURES.lock().unwrap().get_or_insert_default().insert(stream as usize, Vec::new());
+    queue::begin_capture(stream as usize);
     SUCCESS
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamEndCapture(stream: CUstream, graph: *mut CUgraph) -> CUresult {
-    let Some(works) = CAPTURES.lock().unwrap().get_or_insert_default().remove(&(stream as usize)) else {
+    let Some(works) = queue::end_capture(stream as usize) else {
         return INVALID;
     };
     set(graph, Box::into_raw(Box::new(works)).cast())
@@ -484,11 +473,13 @@ pub extern "C" fn cuEventCreate(event: *mut CUevent, _flags: c_uint) -> CUresult
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventRecord(event: CUevent, _stream: CUstream) -> CUresult {
+    queue::drain();
     set(event.cast(), Instant::now())
 }
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventSynchronize(_event: CUevent) -> CUresult {
+    queue::drain();
     SUCCESS
 }
 

@@ -6,7 +6,7 @@ use crate::machine::{Machine, Thread};
 use crate::memory::Shared;
 use std::ffi::c_void;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 /// A kernel's functions in the shared object that it was compiled to.
 #[derive(Clone, Copy)]
@@ -52,6 +52,35 @@ impl Cluster {
     }
 }
 
+/// How far a launch is.
+pub struct Progress {
+    blocks: u32,
+    /// Blocks that let the next launch start, or have ended.
+    letting: AtomicU32,
+    done: Arc<AtomicBool>,
+    previous: Option<Arc<AtomicBool>>,
+}
+
+impl Progress {
+    /// Of a launch of so many blocks, after another.
+    pub fn new(blocks: u32, previous: Option<&Progress>) -> Self {
+        let previous = previous.map(|progress| progress.done.clone());
+        Self { blocks, letting: AtomicU32::new(0), done: Arc::default(), previous }
+    }
+
+    pub fn let_next_start(&self) {
+        self.letting.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub fn may_next_start(&self) -> bool {
+        self.letting.load(Ordering::Acquire) >= self.blocks
+    }
+
+    pub fn previous_is_done(&self) -> bool {
+        self.previous.as_ref().is_none_or(|done| done.load(Ordering::Acquire))
+    }
+}
+
 /// A parameter's bytes, aligned as any of them may be.
 pub struct Parameter(Vec<Line>);
 
@@ -84,11 +113,13 @@ pub struct Launch {
     pub parameters: Arc<Vec<Parameter>>,
     /// How many blocks run at once.
     pub resident: u32,
+    /// May start before the launch before it is done, and waits for it itself.
+    pub overlaps: bool,
 }
 
 impl Launch {
     /// Runs all blocks to their ends.
-    pub fn run(&self) {
+    pub fn run(&self, progress: &Arc<Progress>) {
         let size = self.kernel.cluster;
         if !self.blocks.is_multiple_of(size) {
             fault!("{} blocks in clusters of {size}", self.blocks);
@@ -104,14 +135,15 @@ impl Launch {
                         if cluster >= clusters {
                             break;
                         }
-                        self.run_cluster(cluster);
+                        self.run_cluster(cluster, progress);
                     }
                 });
             }
         });
+        progress.done.store(true, Ordering::Release);
     }
 
-    fn run_cluster(&self, number: u32) {
+    fn run_cluster(&self, number: u32, progress: &Arc<Progress>) {
         let size = self.kernel.cluster;
         let shared: Vec<_> = (0..size).map(|_| Shared::new(self.shared_bytes as usize)).collect();
         let cluster = Arc::new(Cluster {
@@ -121,7 +153,7 @@ impl Launch {
             times: AtomicU32::new(0),
         });
         let run = |rank: u32, shared| {
-            let block = Block::new(shared, cluster.clone(), rank, self.threads as usize);
+            let block = Block::new(shared, cluster.clone(), rank, self.threads as usize, progress.clone());
             block.run(&self.kernel, number * size + rank, self.blocks, &self.parameters);
         };
         std::thread::scope(|scope| {

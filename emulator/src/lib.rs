@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `driver` | `cu...`: one device, its memory, launches, graphs |
 //! | `compiler` | `nvrtc...`: CUDA C++ to C++, and that to a shared object, which is what this driver calls a cubin |
+//! | `queue` | what is queued, in order; launches that overlap |
 //! | `launch` | a grid: its blocks on threads of the operating system, clusters side by side |
 //! | `block` | a block: its threads as coroutines that take turns, and where they meet |
 //! | `machine` | what a kernel calls: barriers, the copy engine, clusters |
@@ -20,6 +21,7 @@ mod driver;
 mod launch;
 mod machine;
 mod memory;
+mod queue;
 
 /// Ends the process: a kernel did what would fail, or hang, on a GPU, or something that this emulator does not know.
 macro_rules! fault {

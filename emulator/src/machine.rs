@@ -27,6 +27,8 @@ pub struct Thread {
 #[repr(C)]
 pub struct Machine {
     yield_now: extern "C" fn(),
+    wait_for_previous_launch: extern "C" fn(),
+    let_next_launch_start: extern "C" fn(),
     meet_block: extern "C" fn(),
     meet_threads: extern "C" fn(u32, u32),
     meet_cluster: extern "C" fn(),
@@ -50,6 +52,8 @@ pub struct Machine {
 pub fn machine() -> &'static Machine {
     static MACHINE: Machine = Machine {
         yield_now,
+        wait_for_previous_launch,
+        let_next_launch_start,
         meet_block,
         meet_threads,
         meet_cluster,
@@ -74,6 +78,18 @@ pub fn machine() -> &'static Machine {
 extern "C" fn yield_now() {
     let (block, thread) = current();
     block.wait(thread, "another thread");
+}
+
+extern "C" fn wait_for_previous_launch() {
+    let (block, thread) = current();
+    while !block.progress_of_launch.previous_is_done() {
+        block.wait(thread, "the launch before");
+    }
+    block.progress();
+}
+
+extern "C" fn let_next_launch_start() {
+    current().0.let_next_launch_start();
 }
 
 extern "C" fn meet_block() {
