@@ -15,12 +15,13 @@ use std::time::{Duration, Instant};
 
 const STACK_BYTES: usize = 64 << 10;
 const LANES: usize = 32;
-/// A launch whose block gets nowhere for so long hangs.
+/// If no block of any launch gets anywhere for so long, they hang.
 const PATIENCE: Duration = Duration::from_secs(60);
-
 /// A block that gets nowhere for so long leaves the processor to others.
 const IMPATIENCE: Duration = Duration::from_micros(200);
 
+/// When a block last got on.
+static MOVED: Mutex<Option<Instant>> = Mutex::new(None);
 static STACKS: Mutex<Vec<DefaultStack>> = Mutex::new(Vec::new());
 /// Moves on with every block, so that no two take turns alike.
 static SEED: AtomicU64 = AtomicU64::new(1);
@@ -190,12 +191,13 @@ impl Block {
             self.do_what_is_due();
             if self.moved.get() {
                 moved_at = Instant::now();
-                continue;
-            }
-            match moved_at.elapsed() {
-                idle if idle > PATIENCE => self.hang(number),
-                idle if idle > IMPATIENCE => std::thread::sleep(IMPATIENCE),
-                _ => std::thread::yield_now(),
+                *MOVED.lock().unwrap() = Some(moved_at);
+            } else if moved_at.elapsed() < IMPATIENCE {
+                std::thread::yield_now();
+            } else if MOVED.lock().unwrap().is_some_and(|moved| moved.elapsed() > PATIENCE) {
+                self.hang(number);
+            } else {
+                std::thread::sleep(IMPATIENCE);
             }
         }
         self.let_next_launch_start();
