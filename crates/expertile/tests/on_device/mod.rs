@@ -12,10 +12,15 @@ pub(crate) fn skipped(why: impl Display) {
     let _ = writeln!(std::io::stderr(), "skipped: {why}");
 }
 
-/// The first device, opened once for the whole program; without one, a line says why.
+/// The first device, opened once for the whole program; without one, a line says why, and `EXPERTILE_NEEDS_DEVICE` makes that a
+/// failure.
 pub(crate) fn device() -> Option<&'static Device> {
     static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
-    DEVICE.get_or_init(|| Device::open(0).map_err(skipped).ok()).as_ref()
+    let none = |error| {
+        assert!(std::env::var_os("EXPERTILE_NEEDS_DEVICE").is_none(), "{error}");
+        skipped(error);
+    };
+    DEVICE.get_or_init(|| Device::open(0).map_err(none).ok()).as_ref()
 }
 
 /// The same, if it is a Hopper.
