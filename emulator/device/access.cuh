@@ -1,13 +1,6 @@
 // access.cuh for the CPU.
 #pragma once
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-
-constexpr u32 WARP = 0xffffffffu;
+#include "words.cuh"
 
 inline void wait_for_previous_launch() { emulated_machine->wait_for_previous_launch(); }
 inline void let_next_launch_start() { emulated_machine->let_next_launch_start(); }
@@ -21,5 +14,4 @@ inline u32 load_now(const u32* address) {
     return __atomic_load_n(address, __ATOMIC_SEQ_CST);
 }
 
-inline int lane_of_thread() { return threadIdx.x & 31; }
 inline int read_lane() { return lane_of_thread(); }

@@ -66,9 +66,7 @@ inline To emulated_bits(From from) {
 }
 
 inline float __uint_as_float(unsigned bits) { return emulated_bits<float>(bits); }
-inline float __int_as_float(int bits) { return emulated_bits<float>(bits); }
 inline unsigned __float_as_uint(float x) { return emulated_bits<unsigned>(x); }
-inline int __float_as_int(float x) { return emulated_bits<int>(x); }
 
 // Compiled without contraction: each rounds once.
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -84,7 +82,6 @@ inline float __fmaf_rn(float a, float b, float c) {
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
 
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __syncthreads() { emulated_machine->meet_block(); }
@@ -144,12 +141,6 @@ inline T __shfl_up_sync(unsigned, T value, int distance) {
     return emulated_lane() >= distance ? warp.of<T>(emulated_lane() - distance) : value;
 }
 
-template <typename T>
-inline T __shfl_down_sync(unsigned, T value, int distance) {
-    const EmulatedWarp warp(value);
-    return emulated_lane() + distance < 32 ? warp.of<T>(emulated_lane() + distance) : value;
-}
-
 inline unsigned __ballot_sync(unsigned, int predicate) {
     const EmulatedWarp warp((unsigned)(predicate != 0));
     unsigned votes = 0;
@@ -158,7 +149,6 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
 }
 
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
 
 template <typename T>
 inline unsigned __match_any_sync(unsigned, T value) {

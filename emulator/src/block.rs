@@ -1,7 +1,7 @@
 //! A block: its threads are coroutines of one thread of the operating system and take turns, each until it has to wait.
 
 use crate::fault;
-use crate::launch::{Cluster, Kernel, Parameter, Progress};
+use crate::launch::{Call, Cluster, Kernel, Parameter, Progress};
 use crate::machine::{Machine, Place, Thread};
 use crate::memory::{STATIC_BYTES, Shared};
 use corosensei::stack::DefaultStack;
@@ -66,6 +66,9 @@ pub struct Pending {
     pub open_stores: RefCell<Vec<Box<dyn FnOnce()>>>,
     pub stores: std::rc::Rc<Cell<usize>>,
 }
+
+/// A thread, suspended or not begun.
+type Turns = Coroutine<(), (), (), DefaultStack>;
 
 pub struct Block {
     pub shared: Shared,
@@ -133,61 +136,17 @@ impl Block {
 
     /// Runs the kernel's threads to their ends.
     pub fn run(&self, kernel: &Kernel, number: u32, blocks: u32, parameters: &[Parameter]) {
-        let place = |x| Place { x, y: 0, z: 0 };
-        let size = |x| Place { x, y: 1, z: 1 };
         let machine: *const Machine = crate::machine::machine();
         // SAFETY: the kernel's own function, which keeps the pointer; the machine is static.
         unsafe { (kernel.connect)(machine) };
-        let mut addresses: Vec<*const c_void> = parameters.iter().map(Parameter::address).collect();
-        let mut contexts: Vec<Thread> = (0..self.threads)
-            .map(|thread| Thread {
-                thread: place(thread as u32),
-                block: place(number),
-                threads: size(self.threads as u32),
-                blocks: size(blocks),
-                rank: self.rank,
-                dynamic_shared: self.shared.dynamic(),
-                products: std::ptr::null_mut(),
-            })
-            .collect();
-        let contexts = contexts.as_mut_ptr();
-        let call = kernel.call;
-        let addresses = addresses.as_mut_ptr();
-        let mut coroutines: Vec<Option<Coroutine<(), (), (), DefaultStack>>> = (0..self.threads)
-            .map(|thread| {
-                let pooled = STACKS.lock().unwrap().pop();
-                let stack = pooled.unwrap_or_else(|| DefaultStack::new(STACK_BYTES).expect("memory for a stack"));
-                let slot: *const Cell<*const Yielder<(), ()>> = &self.yielders[thread];
-                Some(Coroutine::with_stack(stack, move |yielder: &Yielder<(), ()>, ()| {
-                    // SAFETY: the block outlives its coroutines; parameters are as the launch found them.
-                    unsafe {
-                        (*slot).set(yielder);
-                        call(addresses.cast());
-                    }
-                }))
-            })
-            .collect();
+        let addresses: Vec<*const c_void> = parameters.iter().map(Parameter::address).collect();
+        let mut contexts: Vec<Thread> = (0..self.threads as u32).map(|i| self.context(i, number, blocks)).collect();
+        let mut coroutines: Vec<_> =
+            (0..self.threads).map(|i| Some(self.coroutine(i, kernel.call, &addresses))).collect();
         let mut moved_at = Instant::now();
         while self.live.get() > 0 {
             self.moved.set(false);
-            let first = self.random() as usize % self.threads;
-            let backwards = self.random().is_multiple_of(2);
-            for step in 0..self.threads {
-                let thread = (if backwards { first + self.threads - step } else { first + step }) % self.threads;
-                let Some(coroutine) = &mut coroutines[thread] else { continue };
-                CURRENT.set((self, thread));
-                // SAFETY: the kernel keeps the pointer for as long as its thread runs.
-                unsafe { (kernel.resume)(contexts.add(thread)) };
-                if let CoroutineResult::Return(()) = coroutine.resume(()) {
-                    self.end_thread(thread);
-                    if let Some(end) = kernel.end {
-                        // SAFETY: the thread has ended; this frees what it had.
-                        unsafe { end(contexts.add(thread)) };
-                    }
-                    let coroutine = coroutines[thread].take().expect("it has just run");
-                    STACKS.lock().unwrap().push(coroutine.into_stack());
-                }
-            }
+            self.take_turns(kernel, &mut contexts, &mut coroutines);
             self.do_what_is_due();
             if self.moved.get() {
                 moved_at = Instant::now();
@@ -203,6 +162,60 @@ impl Block {
         self.let_next_launch_start();
         if !self.later.borrow().is_empty() {
             fault!("block {number} ended while copies from or to its shared memory were on their way");
+        }
+    }
+
+    /// What a thread is told about itself.
+    fn context(&self, thread: u32, number: u32, blocks: u32) -> Thread {
+        let place = |x| Place { x, y: 0, z: 0 };
+        let size = |x| Place { x, y: 1, z: 1 };
+        Thread {
+            thread: place(thread),
+            block: place(number),
+            threads: size(self.threads as u32),
+            blocks: size(blocks),
+            rank: self.rank,
+            dynamic_shared: self.shared.dynamic(),
+            products: std::ptr::null_mut(),
+        }
+    }
+
+    fn coroutine(&self, thread: usize, call: Call, addresses: &[*const c_void]) -> Turns {
+        let pooled = STACKS.lock().unwrap().pop();
+        let stack = pooled.unwrap_or_else(|| match DefaultStack::new(STACK_BYTES) {
+            Ok(stack) => stack,
+            Err(error) => fault!("no stack for thread {thread}: {error}"),
+        });
+        let slot: *const Cell<*const Yielder<(), ()>> = &self.yielders[thread];
+        let addresses = addresses.as_ptr();
+        Coroutine::with_stack(stack, move |yielder: &Yielder<(), ()>, ()| {
+            // SAFETY: the block and the addresses outlive its coroutines; parameters are as the launch found them.
+            unsafe {
+                (*slot).set(yielder);
+                call(addresses);
+            }
+        })
+    }
+
+    /// Each thread that has not ended goes on until it waits, from any of them on, forwards or backwards.
+    fn take_turns(&self, kernel: &Kernel, contexts: &mut [Thread], coroutines: &mut [Option<Turns>]) {
+        let first = self.random() as usize % self.threads;
+        let backwards = self.random().is_multiple_of(2);
+        for step in 0..self.threads {
+            let thread = (if backwards { first + self.threads - step } else { first + step }) % self.threads;
+            let Some(coroutine) = &mut coroutines[thread] else { continue };
+            CURRENT.set((self, thread));
+            // SAFETY: the kernel keeps the pointer for as long as its thread runs.
+            unsafe { (kernel.resume)(&mut contexts[thread]) };
+            if let CoroutineResult::Yield(()) = coroutine.resume(()) {
+                continue;
+            }
+            self.end_thread(thread);
+            if let Some(end) = kernel.end {
+                // SAFETY: the thread has ended; this frees what it had.
+                unsafe { end(&mut contexts[thread]) };
+            }
+            STACKS.lock().unwrap().extend(coroutines[thread].take().map(Coroutine::into_stack));
         }
     }
 

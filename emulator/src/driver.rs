@@ -1,5 +1,4 @@
-//! The driver's functions: one device. Pointers and handles are the caller's word, as they
-//! are to the driver.
+//! The driver's functions: one device. Pointers and handles are the caller's word, as they are to the driver.
 #![allow(non_snake_case, clippy::not_unsafe_ptr_arg_deref)]
 
 use crate::compiler::MAGIC;
@@ -22,13 +21,16 @@ const SUCCESS: CUresult = CUresult::CUDA_SUCCESS;
 const INVALID: CUresult = CUresult::CUDA_ERROR_INVALID_VALUE;
 const CONTEXT: CUcontext = 1 as CUcontext;
 const MEMORY_BYTES: usize = 32 << 30;
-/// Of any kernel; a GPU has fewer where registers are scarce.
-const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
 
 /// How many multiprocessors the device has: few, as blocks are threads of this machine's processor.
 fn multiprocessors() -> u32 {
     static COUNT: OnceLock<u32> = OnceLock::new();
     *COUNT.get_or_init(|| std::env::var("EMULATOR_MULTIPROCESSORS").ok().and_then(|n| n.parse().ok()).unwrap_or(12))
+}
+
+/// Blocks that a multiprocessor holds at once; a GPU may have fewer, for the registers, or more.
+fn blocks_per_multiprocessor(threads: u32, shared_bytes: usize) -> u32 {
+    if threads > 512 || shared_bytes > memory::DYNAMIC_BYTES / 2 { 1 } else { 2 }
 }
 
 struct Function {
@@ -290,8 +292,7 @@ pub extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
     threads: c_int,
     shared_bytes: usize,
 ) -> CUresult {
-    let crowded = threads > 512 || shared_bytes > memory::DYNAMIC_BYTES / 2;
-    set(blocks, if crowded { 1 } else { BLOCKS_PER_MULTIPROCESSOR as c_int })
+    set(blocks, blocks_per_multiprocessor(threads as u32, shared_bytes) as c_int)
 }
 
 #[unsafe(no_mangle)]
@@ -329,14 +330,21 @@ pub extern "C" fn cuLaunchKernelEx(
         };
         (0..config.numAttrs as usize).any(set)
     };
-    // Blocks that wait for others have to run beside them: more at once than multiprocessors hold is only slower.
+    let (threads, shared_bytes) = (config.blockDimX, config.sharedMemBytes);
+    if !(1..=1024).contains(&threads) || shared_bytes as usize > memory::DYNAMIC_BYTES {
+        return INVALID;
+    }
+    let resident = multiprocessors() * blocks_per_multiprocessor(threads, shared_bytes as usize);
+    if attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE) && config.gridDimX > resident {
+        return CUresult::CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
+    }
     let launch = Launch {
         kernel: function.kernel,
         blocks: config.gridDimX,
-        threads: config.blockDimX,
-        shared_bytes: config.sharedMemBytes,
+        threads,
+        shared_bytes,
         parameters: Arc::new(function.parameter_sizes.iter().enumerate().map(size).collect()),
-        resident: multiprocessors() * 4,
+        resident,
         overlaps: attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION),
     };
     queue(config.hStream, Work::Launch(launch))

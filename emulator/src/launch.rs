@@ -8,6 +8,9 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+/// Runs one thread of a kernel, with the addresses of its parameters.
+pub type Call = unsafe extern "C" fn(*const *const c_void);
+
 /// A kernel's functions in the shared object that it was compiled to.
 #[derive(Clone, Copy)]
 pub struct Kernel {
@@ -16,8 +19,7 @@ pub struct Kernel {
     pub resume: unsafe extern "C" fn(*mut Thread),
     /// After a thread has ended, where it may have something to free.
     pub end: Option<unsafe extern "C" fn(*mut Thread)>,
-    /// One thread, with the addresses of the parameters.
-    pub call: unsafe extern "C" fn(*mut *const c_void),
+    pub call: Call,
     /// Blocks of a cluster.
     pub cluster: u32,
 }

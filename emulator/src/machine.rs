@@ -173,12 +173,21 @@ impl Barrier {
         Self(unsafe { AtomicU64::from_ptr(address as usize as *mut u64) })
     }
 
+    fn state(&self, word: u64) -> State {
+        let state = State::unpack(word);
+        if state.each == 0 || state.each >= (1 << COUNT) - 1 {
+            fault!("a barrier that was never set up, at {:p}", self.0);
+        }
+        state
+    }
+
+    fn is_over(&self, parity: u32) -> bool {
+        self.state(self.0.load(Ordering::Acquire)).phase != u64::from(parity & 1)
+    }
+
     fn change(&self, change: impl Fn(&mut State)) {
         let changed = |word| {
-            let mut state = State::unpack(word);
-            if state.each == 0 || state.each >= (1 << COUNT) - 1 {
-                fault!("a barrier that was never set up, at {:p}", self.0);
-            }
+            let mut state = self.state(word);
             change(&mut state);
             if state.missing < 0 {
                 fault!("more arrivals than the barrier at {:p} takes", self.0);
@@ -211,7 +220,7 @@ fn complete(barrier: u32, bytes: u32) {
 }
 
 extern "C" fn is_phase_over(barrier: u32, parity: u32) -> c_int {
-    let over = State::unpack(Barrier::at(barrier).0.load(Ordering::Acquire)).phase != u64::from(parity & 1);
+    let over = Barrier::at(barrier).is_over(parity);
     if over {
         current().0.progress();
     }

@@ -79,31 +79,33 @@ fn work_off(receiver: &Receiver<Work>) {
     let mut running: Vec<JoinHandle<()>> = Vec::new();
     let mut last: Option<Arc<Progress>> = None;
     for work in receiver {
-        match work {
-            Work::Launch(launch) if launch.overlaps => {
-                while last.as_ref().is_some_and(|last| !last.may_next_start()) {
-                    std::thread::sleep(Duration::from_micros(20));
-                }
-                last = Some(start(&mut running, launch, last.as_deref()));
+        let overlaps = matches!(&work, Work::Launch(launch) if launch.overlaps);
+        if overlaps {
+            while last.as_ref().is_some_and(|last| !last.may_next_start()) {
+                std::thread::sleep(Duration::from_micros(20));
             }
-            Work::Launch(launch) => {
-                wait_for(&mut running);
-                last = Some(start(&mut running, launch, None));
-            }
-            other => {
-                wait_for(&mut running);
-                last = None;
-                other.run();
-                finish();
-            }
+        } else {
+            wait_for(&mut running);
+            last = None;
         }
-        running.retain(|thread| !thread.is_finished());
+        match work {
+            Work::Launch(launch) => {
+                last = Some(start(&mut running, launch, last.as_deref()));
+                continue;
+            }
+            // SAFETY: the caller's device memory.
+            Work::Fill { to, byte, bytes } => unsafe { std::ptr::write_bytes(to as *mut u8, byte, bytes) },
+            // SAFETY: the caller's memory, of the device and of its own.
+            Work::Copy { to, from, bytes } => unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) },
+        }
+        finish();
     }
 }
 
 fn start(running: &mut Vec<JoinHandle<()>>, launch: Launch, previous: Option<&Progress>) -> Arc<Progress> {
     let progress = Arc::new(Progress::new(launch.blocks, previous));
     let its_own = progress.clone();
+    running.retain(|thread| !thread.is_finished());
     running.push(std::thread::spawn(move || {
         launch.run(&its_own);
         finish();
@@ -114,18 +116,5 @@ fn start(running: &mut Vec<JoinHandle<()>>, launch: Launch, previous: Option<&Pr
 fn wait_for(running: &mut Vec<JoinHandle<()>>) {
     for thread in running.drain(..) {
         thread.join().expect("a launch ends the process if it fails");
-    }
-}
-
-impl Work {
-    /// What is no launch, at once.
-    fn run(&self) {
-        match *self {
-            Self::Launch(_) => unreachable!("launches have threads of their own"),
-            // SAFETY: the caller's device memory.
-            Self::Fill { to, byte, bytes } => unsafe { std::ptr::write_bytes(to as *mut u8, byte, bytes) },
-            // SAFETY: the caller's memory, of the device and of its own.
-            Self::Copy { to, from, bytes } => unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) },
-        }
     }
 }

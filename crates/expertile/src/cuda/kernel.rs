@@ -7,7 +7,7 @@ use std::ffi::CStr;
 use std::fmt::Write as _;
 
 /// Headers, in memory: compiling reads no file.
-pub(super) const HEADERS: [(&CStr, &str); 11] = [
+pub(super) const HEADERS: [(&CStr, &str); 12] = [
     (c"access.cuh", include_str!("kernels/access.cuh")),
     (c"activation.cuh", include_str!("kernels/activation.cuh")),
     (c"convert.cuh", include_str!("kernels/convert.cuh")),
@@ -19,6 +19,7 @@ pub(super) const HEADERS: [(&CStr, &str); 11] = [
     (c"scales.cuh", include_str!("kernels/scales.cuh")),
     (c"search.cuh", include_str!("kernels/search.cuh")),
     (c"wgmma.cuh", include_str!("kernels/wgmma.cuh")),
+    (c"words.cuh", include_str!("kernels/words.cuh")),
 ];
 
 /// A kernel's source file and the values it is specialised for.

@@ -1,13 +1,6 @@
-// Words, loads, and the order between launches. Written without any header of the toolkit: the compiler alone is enough.
+// Loads, and the order between launches.
 #pragma once
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-
-constexpr u32 WARP = 0xffffffffu;
+#include "words.cuh"
 
 // Waits until the launches before this one in the stream have finished and their writes are seen. Every thread of every
 // kernel calls it before touching global memory: whoever waits for this kernel has then waited for those before it too.
@@ -44,9 +37,7 @@ __device__ __forceinline__ uint4 load_through_l1(const void* address) {
 // A word as it is now: for whoever waits until another block has changed it.
 __device__ __forceinline__ u32 load_now(const u32* address) { return *const_cast<const volatile u32*>(address); }
 
-__device__ __forceinline__ int lane_of_thread() { return threadIdx.x & 31; }
-
-// The same, read where it stands: the compiler neither moves it nor keeps what follows from it.
+// The lane of the thread, read where it stands: the compiler neither moves it nor keeps what follows from it.
 __device__ __forceinline__ int read_lane() {
     int lane;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
