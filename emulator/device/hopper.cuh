@@ -52,13 +52,15 @@ inline void emulated_copy_box(u32 to, const TensorMap& map, int column, int row,
     const int place[3] = {column, row, matrix};
     emulated_machine->copy_box(to, &map, place, barrier, blocks);
 }
+constexpr u64 KEEP_NORMALLY = 0;
+constexpr u64 KEEP_BRIEFLY = 1;
 inline void copy_box(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
     emulated_copy_box(to, map, column, row, 0, barrier, 1u << rank_in_cluster());
 }
 inline void share_box(u32 to, const TensorMap& map, int column, int row, u32 barrier, u16 blocks) {
     emulated_copy_box(to, map, column, row, 0, barrier, blocks);
 }
-inline void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier) {
+inline void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64) {
     emulated_copy_box(to, map, column, row, matrix, barrier, 1u << rank_in_cluster());
 }
 

@@ -7,6 +7,7 @@
 
 // In units of 16 bytes, as the hardware's descriptors have it.
 inline u64 operand(u32 address) { return address >> 4; }
+inline u32 further(u32 address, u32 bytes) { return address + bytes; }
 
 // Products that add up in one sum, one after the other.
 struct EmulatedChain {

@@ -16,7 +16,7 @@ CUTS = ((1, 1), (2, 1), (1, 2), (1, 4), (1, 8))
 
 def all_tiles():
     narrow = [(row_tile, *cut, 0) for row_tile in ROW_TILES for cut in CUTS if cut[1] == 1 or row_tile <= 64]
-    return narrow + [(192, shared, 1, 1) for shared in (1, 2)]
+    return narrow + [(192, shared, 1, 1) for shared in (1, 2)] + [(128, 1, 1, 1)]
 
 
 def worthwhile_tiles(weights, call):

@@ -9,8 +9,8 @@
 mod on_device;
 
 use expertile::cuda::{
-    Activate, ActivateBuffers, ActivateConfig, Buffer, Device, Gemm, GemmBuffers, GemmConfig, GemmTile, LayoutBuffers,
-    ROW_TILES, Route, RouteConfig, RoutingBuffers, Stream, Tensor2, WIDE_ROW_TILE, Weights,
+    Activate, ActivateBuffers, ActivateConfig, Buffer, Device, Gemm, GemmBuffers, GemmConfig, GemmTile, LARGE_ROW_TILE,
+    LayoutBuffers, ROW_TILES, Route, RouteConfig, RoutingBuffers, Stream, Tensor2, WIDE_ROW_TILE, Weights,
 };
 use expertile::{Activation, Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat};
 use half::bf16;
@@ -252,10 +252,23 @@ fn wide(shared: usize) -> GemmTile {
     GemmTile { row_tile: WIDE_ROW_TILE, shared, splits: 1, wide: true }
 }
 
+fn large() -> GemmTile {
+    GemmTile { row_tile: LARGE_ROW_TILE, ..wide(1) }
+}
+
 /// Every way to hold rows, sharing or not.
-fn tiles() -> Vec<GemmTile> {
+fn tiles(format: WeightFormat) -> Vec<GemmTile> {
     let narrow = ROW_TILES.into_iter().flat_map(|row_tile| [1, 2].map(|shared| GemmTile { shared, ..plain(row_tile) }));
-    narrow.chain([wide(1), wide(2)]).collect()
+    narrow.chain(wide_tiles(format)).collect()
+}
+
+/// Those for many rows.
+fn wide_tiles(format: WeightFormat) -> Vec<GemmTile> {
+    let mut tiles = vec![wide(1), wide(2)];
+    if format == WeightFormat::E4m3 {
+        tiles.push(large());
+    }
+    tiles
 }
 
 #[test]
@@ -264,7 +277,7 @@ fn every_row_tile_multiplies_hostile_layouts() {
     // Empty experts, one row, whole tiles, tails of one and of one less than the alignment.
     let counts = vec![0, 1, 16, 17, 0, 64, 63, 193, 128, 5, 0, 31];
     for format in FORMATS {
-        for tile in tiles() {
+        for tile in tiles(format) {
             let alignment = 8 * tile.shared;
             check(device, &Case { counts: counts.clone(), alignment, n: 256, k: 384, format, tile, seed: 1 });
         }
@@ -275,7 +288,9 @@ fn every_row_tile_multiplies_hostile_layouts() {
 fn every_alignment_runs_with_every_row_tile() {
     let Some(device) = hopper() else { return };
     for alignment in [4, 8, 16, 32, 64, 128] {
-        for tile in [plain(32), GemmTile { shared: 2, ..plain(64) }, GemmTile { shared: 2, ..plain(192) }, wide(2)] {
+        for tile in
+            [plain(32), GemmTile { shared: 2, ..plain(64) }, GemmTile { shared: 2, ..plain(192) }, wide(2), large()]
+        {
             let counts = vec![alignment - 1, 1, alignment, 0, alignment + 1, 200];
             let case = Case { counts, alignment, n: 128, k: 256, format: WeightFormat::E4m3, tile, seed: 2 };
             check(device, &case);
@@ -288,8 +303,8 @@ fn partial_n_and_k_are_right_to_the_last_column() {
     let Some(device) = hopper() else { return };
     for format in FORMATS {
         for (n, k) in [(8, 16), (136, 144), (264, 2880), (120, 400), (384, 3584)] {
-            for tile in [plain(16), GemmTile { shared: 2, ..plain(64) }, GemmTile { shared: 2, ..plain(192) }, wide(2)]
-            {
+            let narrow = [plain(16), GemmTile { shared: 2, ..plain(64) }, GemmTile { shared: 2, ..plain(192) }];
+            for tile in narrow.into_iter().chain(wide_tiles(format)) {
                 check(device, &Case { counts: vec![3, 0, 33, 70], alignment: 8, n, k, format, tile, seed: 3 });
             }
         }
@@ -315,8 +330,10 @@ fn all_rows_on_one_expert_and_none_at_all() {
     let Some(device) = hopper() else { return };
     for format in FORMATS {
         for counts in [vec![0, 0, 700, 0], vec![0, 0, 0], vec![1000]] {
-            let tile = wide(2);
-            check(device, &Case { counts, alignment: 128, n: 512, k: 512, format, tile, seed: 5 });
+            for tile in wide_tiles(format) {
+                let counts = counts.clone();
+                check(device, &Case { counts, alignment: 128, n: 512, k: 512, format, tile, seed: 5 });
+            }
         }
     }
 }
@@ -325,12 +342,9 @@ fn all_rows_on_one_expert_and_none_at_all() {
 fn many_tiles_go_round_the_ring_and_fifty_runs_give_the_same_bits() {
     let Some(device) = hopper() else { return };
     for format in FORMATS {
-        for (tile, most) in [
-            (wide(2), 400),
-            (GemmTile { shared: 2, ..plain(128) }, 400),
-            (plain(64), 100),
-            (GemmTile { splits: 4, ..plain(16) }, 20),
-        ] {
+        let narrow =
+            [(GemmTile { shared: 2, ..plain(128) }, 400), (plain(64), 100), (GemmTile { splits: 4, ..plain(16) }, 20)];
+        for (tile, most) in wide_tiles(format).into_iter().map(|tile| (tile, 400)).chain(narrow) {
             let mut random = Random::new(77);
             let counts: Vec<usize> = (0..24).map(|_| random.below(most)).collect();
             let case = Case { counts, alignment: 16, n: 1024, k: 640, format, tile, seed: 6 };
@@ -424,7 +438,6 @@ fn check_activation(device: &Device, case: &Case, activation: Activation) {
 #[test]
 fn an_activation_in_the_gemm_gives_the_bits_of_one_after_it() {
     let Some(device) = hopper() else { return };
-    let tile = wide(2);
     let limited = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
     for (counts, alignment, n, k) in [
         (vec![0, 1, 16, 64, 65, 0, 193, 130, 500, 7], 8, 512, 640),
@@ -432,12 +445,8 @@ fn an_activation_in_the_gemm_gives_the_bits_of_one_after_it() {
         (vec![70; 24], 16, 768, 400),
     ] {
         for activation in [Activation::default(), limited] {
-            let format = WeightFormat::E4m3;
-            check_activation(
-                device,
-                &Case { counts: counts.clone(), alignment, n, k, format, tile, seed: 9 },
-                activation,
-            );
+            let (counts, format, tile) = (counts.clone(), WeightFormat::E4m3, large());
+            check_activation(device, &Case { counts, alignment, n, k, format, tile, seed: 9 }, activation);
         }
     }
 }
@@ -447,19 +456,18 @@ fn an_activation_in_the_gemm_gives_the_bits_of_one_after_it() {
 fn sanitizer_runs_the_grouped_gemm() {
     let Some(device) = hopper() else { return };
     for format in FORMATS {
-        for tile in [
+        let narrow = [
             plain(16),
             GemmTile { splits: 2, ..plain(32) },
             GemmTile { splits: 8, ..plain(16) },
             GemmTile { shared: 2, ..plain(64) },
             GemmTile { shared: 2, ..plain(192) },
-            wide(1),
-            wide(2),
-        ] {
+        ];
+        for tile in narrow.into_iter().chain(wide_tiles(format)) {
             check(device, &Case { counts: vec![3, 0, 41, 100], alignment: 8, n: 200, k: 1040, format, tile, seed: 8 });
         }
     }
-    let (format, tile) = (WeightFormat::E4m3, wide(2));
-    let case = Case { counts: vec![3, 0, 41, 200], alignment: 8, n: 512, k: 272, format, tile, seed: 8 };
+    let (counts, format, tile) = (vec![3, 0, 41, 200], WeightFormat::E4m3, large());
+    let case = Case { counts, alignment: 8, n: 512, k: 272, format, tile, seed: 8 };
     check_activation(device, &case, Activation::default());
 }

@@ -44,7 +44,8 @@ pub struct LayoutBuffers {
     pub row_tokens: u64,
     /// `[M, topk]`
     pub inv_perm: u64,
-    /// `[4]`: live rows, rows up to the end of the last segment, entries of the worklist, 0.
+    /// `[4]`: live rows, rows up to the end of the last segment, entries of the worklist, and 0, which a
+    /// GEMM counts up from and leaves as it was.
     pub header: u64,
     /// `[tiles, 2]`: (expert, first row) of every row tile that holds a live row, ascending. A GEMM that walks it does no
     /// work for padding, however large the buffer. Room for as many tiles as any routing of the plan can have.

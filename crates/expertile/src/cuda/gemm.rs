@@ -16,7 +16,7 @@ use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
 
-/// Weight rows (outputs) of a tile.
+/// Weight rows (outputs) of a tile; the large one has twice as many.
 const OUTPUTS: usize = 128;
 /// Shared memory that a block of Hopper may have, and the most stages that are worth their barriers.
 const SHARED_BYTES: usize = 227 * 1024;
@@ -25,6 +25,8 @@ const MOST_STAGES: usize = 12;
 pub const ROW_TILES: [usize; 5] = [16, 32, 64, 128, 192];
 /// The row tile of the wide kernel.
 pub const WIDE_ROW_TILE: usize = 192;
+/// The row tile of the large kernel: the wide one of e4m3 whose tiles have 256 outputs.
+pub const LARGE_ROW_TILE: usize = 128;
 
 /// How the GEMM cuts its work. Plain data: choosing one is a pure function of the shape and the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -37,7 +39,8 @@ pub struct GemmTile {
     /// Blocks of a cluster that each take a part of K of one tile: 1, 2, 4 or 8. Only where `shared` is 1.
     pub splits: usize,
     /// Which operand's rows stand on the matrix unit's M side, in 64s: the weights' (for few rows; a tile's cost then grows
-    /// by 16 or 32 rows) or, where `wide`, the tokens' (for many; by 64, and `row_tile` is [`WIDE_ROW_TILE`]).
+    /// by 16 or 32 rows) or, where `wide`, the tokens' (for many; by 64, and `row_tile` is [`WIDE_ROW_TILE`] or, for e4m3
+    /// whose rows are not shared, [`LARGE_ROW_TILE`]).
     pub wide: bool,
 }
 
@@ -58,15 +61,25 @@ pub struct GemmShape {
 
 impl GemmTile {
     /// The row tile for about `rows` live rows spread over `experts` experts: the smallest worth choosing that holds almost
-    /// every expert's rows, so that its weights are read once; [`WIDE_ROW_TILE`] where none does.
+    /// every expert's rows, so that its weights are read once; where none does, the widest that there is for the format:
+    /// [`LARGE_ROW_TILE`] for e4m3, [`WIDE_ROW_TILE`] for bf16.
     ///
-    /// Tiles of 16 rows were never faster than those of 32 on an H200, nor those of 128 than the wide ones.
+    /// Tiles of 16 rows were never faster than those of 32 on an H200, nor those of 128 with weights on M than the wide ones.
     #[must_use]
-    pub fn row_tile_for(rows: usize, experts: usize) -> usize {
+    pub fn row_tile_for(rows: usize, experts: usize, format: WeightFormat) -> usize {
         let mean = rows as f64 / active_experts(rows, experts).max(1.0);
         // Two standard deviations of a count whose mean this is.
         let most = mean + 2.0 * mean.sqrt();
-        [32, 64].into_iter().find(|&tile| tile as f64 >= most).unwrap_or(WIDE_ROW_TILE)
+        [32, 64].into_iter().find(|&tile| tile as f64 >= most).unwrap_or_else(|| Self::widest(format))
+    }
+
+    /// The row tile for many rows.
+    #[must_use]
+    pub fn widest(format: WeightFormat) -> usize {
+        match format {
+            WeightFormat::E4m3 => LARGE_ROW_TILE,
+            WeightFormat::Bf16 => WIDE_ROW_TILE,
+        }
     }
 
     /// The tile for a GEMM whose worklist has tiles of `row_tile` rows.
@@ -76,7 +89,8 @@ impl GemmTile {
             // Sharing rows saves reads of the cache, but two blocks wait for each other: on an H200 e4m3 lost 5 to 12 % by
             // it, and bf16, whose products take twice as long, won 4 to 8 %.
             let shared = if shape.format == WeightFormat::Bf16 && shape.n > OUTPUTS { 2 } else { 1 };
-            return Self { row_tile, shared, splits: 1, wide: row_tile == WIDE_ROW_TILE };
+            let wide = row_tile == WIDE_ROW_TILE || row_tile == Self::widest(shape.format);
+            return Self { row_tile, shared, splits: 1, wide };
         }
         let row_tiles = active_experts(shape.rows, shape.experts).max(1.0);
         let tiles = row_tiles * shape.n.div_ceil(OUTPUTS) as f64;
@@ -88,6 +102,16 @@ impl GemmTile {
             2.0 * splits as f64 * tiles <= multiprocessors as f64 && blocks_of_k >= splits * SHORTEST_PART
         });
         Self { row_tile, shared: 1, splits: splits.unwrap_or(1), wide: false }
+    }
+
+    /// Whether tiles have 256 outputs.
+    fn is_large(&self) -> bool {
+        self.wide && self.row_tile == LARGE_ROW_TILE
+    }
+
+    /// Weight rows (outputs) of a tile.
+    fn outputs(&self) -> usize {
+        if self.is_large() { 2 * OUTPUTS } else { OUTPUTS }
     }
 
     fn cluster(&self) -> usize {
@@ -106,7 +130,7 @@ impl GemmTile {
 
     /// Threads of a block: a warpgroup that copies, and those that multiply.
     fn threads(&self) -> u32 {
-        let multiplying = if self.wide { 3 } else { 2 };
+        let multiplying = if self.wide && !self.is_large() { 3 } else { 2 };
         128 * (1 + multiplying)
     }
 
@@ -124,33 +148,38 @@ impl GemmTile {
         if !matches!(self.splits, 1 | 2 | 4 | 8) || (self.shared > 1 && self.splits > 1) {
             return Err(Error::value("splits", self.splits, "1, 2, 4 or 8, and 1 where rows are shared"));
         }
-        if self.wide && (self.row_tile != WIDE_ROW_TILE || self.splits > 1) {
-            let expected = format!("{WIDE_ROW_TILE}, with K in one part, for the wide kernel");
+        if self.wide && (!matches!(self.row_tile, LARGE_ROW_TILE | WIDE_ROW_TILE) || self.splits > 1) {
+            let expected = format!("{LARGE_ROW_TILE} or {WIDE_ROW_TILE}, with K in one part, for the wide kernels");
             return Err(Error::value("row_tile", self.row_tile, expected));
+        }
+        if self.is_large() && self.shared != 1 {
+            return Err(Error::value("shared", self.shared, format!("1, for a wide tile of {LARGE_ROW_TILE} rows")));
         }
         Ok(())
     }
 
     /// Bytes of shared memory for a number of stages; `BARRIERS` and all before it in gemm.cuh, and the barriers.
-    fn shared_bytes(&self, stages: usize, activated: bool) -> usize {
-        let operands = 128 * (OUTPUTS + self.row_tile);
+    fn shared_bytes(&self, stages: usize) -> usize {
+        let operands = 128 * (self.outputs() + self.row_tile);
         let staging = match self {
-            Self { wide: true, .. } if activated => self.row_tile * (OUTPUTS / 2 + 16 + 8) + 128,
+            _ if self.is_large() => self.row_tile * (128 + 16),
             Self { wide: true, .. } => self.row_tile * (OUTPUTS * 2 + 16),
             Self { splits: 2.., .. } => self.row_tile * (OUTPUTS * 4 + 16),
             _ => 2 * self.row_tile * (OUTPUTS + 16),
         };
-        let weight_scales = if activated { 8 } else { 4 };
+        let weight_scales = if self.is_large() { 8 } else { 4 };
         let scales = stages * self.row_tile * 4 + (stages * weight_scales).next_multiple_of(16);
         let products = if self.wide { 0 } else { stages * 4 * (self.row_tile / 4 + 4) * 4 };
-        stages * operands + staging + scales + stages * 16 + products + (3 * stages + 2) * 8
+        // `NEXT_TILE` in gemm_large.cu, and its barriers.
+        let planning = if self.is_large() { 8 + 16 + 2 * 8 } else { 0 };
+        stages * operands + staging + scales + stages * 16 + products + (3 * stages + 2) * 8 + planning
     }
 }
 
 impl fmt::Display for GemmTile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let side = if self.wide { "tokens" } else { "weights" };
-        write!(f, "{OUTPUTS} outputs x {} rows ({side} on M)", self.row_tile)?;
+        write!(f, "{} outputs x {} rows ({side} on M)", self.outputs(), self.row_tile)?;
         if self.shared > 1 {
             write!(f, ", {} blocks share rows", self.shared)?;
         }
@@ -180,7 +209,7 @@ pub struct GemmConfig {
     /// How the work is cut.
     pub tile: GemmTile,
     /// The activation that turns `[gate | up]` into the next GEMM's e4m3 rows before anything is stored. Only for e4m3 with a
-    /// wide tile whose rows are shared, and an `N / 2` that 128 divides; the results are those of [`super::Activate`].
+    /// wide tile of [`LARGE_ROW_TILE`] rows, and an `N / 2` that 128 divides; the results are those of [`super::Activate`].
     pub activation: Option<Activation>,
 }
 
@@ -188,40 +217,44 @@ impl GemmConfig {
     /// Blocks of K that are on their way at once.
     #[must_use]
     pub fn stages(&self) -> usize {
-        let activated = self.activation.is_some();
-        let fits = |&stages: &usize| self.tile.shared_bytes(stages, activated) <= SHARED_BYTES;
+        let fits = |&stages: &usize| self.tile.shared_bytes(stages) <= SHARED_BYTES;
         (1..=MOST_STAGES).rev().find(fits).unwrap_or(1)
     }
 
-    /// Fails unless there is a kernel with an activation.
-    fn check_activation(&self) -> Result<()> {
+    /// Weight rows that are copied at once: all of a tile's, or those that have a scale of their own.
+    fn weight_box_rows(&self) -> usize {
+        if self.tile.is_large() { self.tile.outputs() / 2 } else { self.tile.outputs() }
+    }
+
+    /// Fails unless there is a kernel for the format, with the activation.
+    fn check_format(&self) -> Result<()> {
+        let expected = match (self.activation.is_some(), self.tile.is_large()) {
+            (true, _) => "e4m3, for a GEMM with an activation",
+            (false, true) => "e4m3, for a tile of 256 outputs",
+            (false, false) => return Ok(()),
+        };
         if self.format != WeightFormat::E4m3 {
-            let (actual, expected) = (self.format.name(), "e4m3, for a GEMM with an activation");
-            return Err(Error::WeightFormat { argument: "weights", actual, expected });
+            return Err(Error::WeightFormat { argument: "weights", actual: self.format.name(), expected });
         }
-        if !self.tile.wide {
-            let expected = format!("{WIDE_ROW_TILE} rows of a wide tile, for a GEMM with an activation");
+        if !self.tile.is_large() {
+            let expected = format!("{LARGE_ROW_TILE} rows of a wide tile, for a GEMM with an activation");
             return Err(Error::value("row_tile", self.tile.row_tile, expected));
-        }
-        if self.tile.shared != 2 {
-            return Err(Error::value("shared", self.tile.shared, "2, for a GEMM with an activation"));
         }
         Ok(())
     }
 
     fn shared_bytes(&self) -> u32 {
-        self.tile.shared_bytes(self.stages(), self.activation.is_some()) as u32
+        self.tile.shared_bytes(self.stages()) as u32
     }
 
     /// The kernel's source for this configuration.
     ///
     /// # Errors
-    /// [`Error::Value`] for a tile that there is no kernel for, [`Error::WeightFormat`] for bf16 with an activation.
+    /// [`Error::Value`] for a tile that there is no kernel for, [`Error::WeightFormat`] for bf16 with an activation or a
+    /// wide tile of [`LARGE_ROW_TILE`] rows.
     pub fn source(&self) -> Result<Source> {
         self.tile.check()?;
-        if self.activation.is_some() {
-            self.check_activation()?;
-        }
+        self.check_format()?;
         let mut definitions = vec![
             ("BF16", i64::from(self.format == WeightFormat::Bf16)),
             ("TOKENS", self.tile.row_tile as i64),
@@ -230,13 +263,15 @@ impl GemmConfig {
             ("SPLITS", self.tile.splits as i64),
             ("STAGES", self.stages() as i64),
         ];
-        if self.tile.wide {
+        if self.tile.is_large() {
             definitions.push(("ACTIVATION", i64::from(self.activation.is_some())));
         }
         if let Some(activation) = &self.activation {
             definitions.extend(activation_definitions(activation));
         }
-        Ok(if self.tile.wide {
+        Ok(if self.tile.is_large() {
+            Source::new("gemm_large.cu", include_str!("kernels/gemm_large.cu"), definitions)
+        } else if self.tile.wide {
             Source::new("gemm_wide.cu", include_str!("kernels/gemm_wide.cu"), definitions)
         } else {
             Source::new("gemm.cu", include_str!("kernels/gemm.cu"), definitions)
@@ -256,7 +291,7 @@ pub struct GemmBuffers {
     pub out: u64,
     /// With an activation, the results' scales as `scales` has its own; only those of live rows are written. Else 0.
     pub out_scales: u64,
-    /// [`super::LayoutBuffers::header`].
+    /// [`super::LayoutBuffers::header`], in whose last word blocks claim their tiles: GEMMs of one layout run one after the other.
     pub header: u64,
     /// [`super::LayoutBuffers::worklist`], of the tile's row tile.
     pub worklist: u64,
@@ -409,7 +444,7 @@ impl Gemm {
             let box_rows = (path + 1) * tile.row_step() / tile.shared;
             *map = TensorMap::encode(call.rows, bytes, 2, (1, call.m_sum, k), box_rows)?;
         }
-        let box_rows = if self.config.activation.is_some() { OUTPUTS / 2 } else { OUTPUTS };
+        let box_rows = self.config.weight_box_rows();
         let arguments = Arguments {
             weights: TensorMap::encode(weights.values(), bytes, 3, (weights.experts(), n, k), box_rows)?,
             rows,
@@ -446,7 +481,7 @@ mod tests {
     #[test]
     fn tiles_are_chosen_by_the_rows_an_expert_has() {
         let few = |row_tile, splits| GemmTile { row_tile, shared: 1, splits, wide: false };
-        let many = GemmTile { row_tile: 192, shared: 1, splits: 1, wide: true };
+        let many = GemmTile { row_tile: 128, shared: 1, splits: 1, wide: true };
         for (rows, experts, n, k, expected) in [
             // One token of eight, of which one expert in eight is here: 32 tiles for 132 multiprocessors.
             (1, 32, 4096, 7168, few(32, 2)),
@@ -459,13 +494,19 @@ mod tests {
             (0, 8, 4096, 4096, few(32, 2)),
         ] {
             let shape = GemmShape { n, k, format: WeightFormat::E4m3, experts, rows };
-            let tile = GemmTile::choose(&shape, GemmTile::row_tile_for(rows, experts), 132);
+            let tile = GemmTile::choose(&shape, GemmTile::row_tile_for(rows, experts, WeightFormat::E4m3), 132);
             assert_eq!(tile, expected, "{shape:?}");
         }
         let wide = GemmShape { n: 4096, k: 4096, format: WeightFormat::Bf16, experts: 8, rows: 32768 };
-        assert_eq!(GemmTile::choose(&wide, WIDE_ROW_TILE, 132), GemmTile { shared: 2, ..many });
+        let many = GemmTile { row_tile: 192, shared: 2, splits: 1, wide: true };
+        assert_eq!(GemmTile::choose(&wide, GemmTile::row_tile_for(32768, 8, wide.format), 132), many);
         let narrow = GemmShape { n: 128, ..wide };
-        assert_eq!(GemmTile::choose(&narrow, WIDE_ROW_TILE, 132), many, "nobody to share with");
+        assert_eq!(
+            GemmTile::choose(&narrow, WIDE_ROW_TILE, 132),
+            GemmTile { shared: 1, ..many },
+            "nobody to share with"
+        );
+        assert!(!GemmTile::choose(&wide, 128, 132).wide, "the large kernel is for e4m3");
     }
 
     #[test]
@@ -474,14 +515,16 @@ mod tests {
         assert_eq!(tile.to_string(), "128 outputs x 32 rows (weights on M), K in 2 parts");
         let tile = GemmTile { row_tile: 192, shared: 2, splits: 1, wide: true };
         assert_eq!(tile.to_string(), "128 outputs x 192 rows (tokens on M), 2 blocks share rows");
+        let tile = GemmTile { row_tile: 128, shared: 1, splits: 1, wide: true };
+        assert_eq!(tile.to_string(), "256 outputs x 128 rows (tokens on M)");
     }
 
     #[test]
     fn every_tile_fits_a_multiprocessor_with_at_least_four_stages() {
         for row_tile in ROW_TILES {
-            for (shared, splits, wide) in [(1, 1, false), (2, 1, false), (1, 8, false), (2, 1, true)] {
+            for (shared, splits, wide) in [(1, 1, false), (2, 1, false), (1, 8, false), (1, 1, true), (2, 1, true)] {
                 let tile = GemmTile { row_tile, shared, splits, wide };
-                if (wide && row_tile != WIDE_ROW_TILE) || (splits > 1 && row_tile > 64) {
+                if tile.check().is_err() || (splits > 1 && row_tile > 64) {
                     continue;
                 }
                 let config = GemmConfig { format: WeightFormat::E4m3, tile, activation: None };
@@ -505,9 +548,13 @@ mod tests {
         let with = Some(Activation::default());
         assert!(refused(tile, with).starts_with("row_tile is 64"));
         let many = GemmTile { row_tile: WIDE_ROW_TILE, wide: true, ..tile };
-        assert!(refused(many, with).starts_with("shared is 1"));
-        let config = GemmConfig { format: WeightFormat::Bf16, tile: GemmTile { shared: 2, ..many }, activation: with };
-        let error = config.source().unwrap_err();
-        assert!(matches!(error, Error::WeightFormat { argument: "weights", actual: "bf16", .. }), "{error}");
+        assert!(refused(many, with).starts_with("row_tile is 192"));
+        let large = GemmTile { row_tile: LARGE_ROW_TILE, ..many };
+        assert!(refused(GemmTile { shared: 2, ..large }, None).starts_with("shared is 2"));
+        for activation in [None, with] {
+            let config = GemmConfig { format: WeightFormat::Bf16, tile: large, activation };
+            let error = config.source().unwrap_err();
+            assert!(matches!(error, Error::WeightFormat { argument: "weights", actual: "bf16", .. }), "{error}");
+        }
     }
 }

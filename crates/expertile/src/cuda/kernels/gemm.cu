@@ -10,6 +10,7 @@
 // SPLITS blocks takes parts of K of the same tile and adds them up in the order of the parts, for when tiles are few.
 //
 // Set by whoever compiles: as gemm.cuh says; one of SHARED and SPLITS is 1.
+constexpr int OUTPUTS = 128;
 constexpr int GROUPS = 2;
 constexpr int OUTPUTS_OF_GROUP = 64;
 // A row of results: padded, so that eight of them start on different banks.
@@ -20,6 +21,7 @@ constexpr int SCALING_WARPS = BF16 ? 0 : (TOKENS / 2 + 31) / 32;
 constexpr bool FIRST_STAGE_FIRST = false;
 constexpr int TOGETHER = 8;
 constexpr int PARTS = 1;
+constexpr bool PARTS_APART = false;
 #include "gemm.cuh"
 
 static_assert(SCALING_WARPS <= 3, "the producer's warpgroup has three warps to spare");
@@ -194,7 +196,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         give_registers<40>();
         const int warp = threadIdx.x / 32;
         if (warp == 0) {
-            if (threadIdx.x == 0) produce(a, ring, cluster, clusters, rank);
+            if (threadIdx.x == 0) produce(a, ring, Rounds(a, cluster, clusters, rank), rank);
         } else if (warp <= SCALING_WARPS) {
             const Depth depth(a.k, rank);
             multiply_scales(ring, depth.end - depth.begin, threadIdx.x - 32);

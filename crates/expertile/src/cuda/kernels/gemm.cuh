@@ -3,14 +3,14 @@
 //
 // Set by whoever compiles: BF16 (operands; else e4m3), TOKENS (most rows of a tile), STEP (a divisor of it: copies of rows
 // come in its multiples), SHARED (blocks of a cluster that share rows), SPLITS (blocks of a cluster that each take a part of
-// K), STAGES. Set by the kernel: GROUPS (warpgroups that multiply), STAGING_BYTES, SCALING_WARPS (0 where the sums take
-// the scales one by one), FIRST_STAGE_FIRST, TOGETHER (row tiles that are worked on side by side) and PARTS (2 where a tile's
-// weights come from two places, half an N apart: gate and up; else 1).
+// K), STAGES. Set by the kernel: OUTPUTS (of a tile), GROUPS (warpgroups that multiply), STAGING_BYTES, SCALING_WARPS (0 where
+// the sums take the scales one by one), FIRST_STAGE_FIRST, TOGETHER (row tiles that are worked on side by side), PARTS (of a
+// tile's weights, each copied by itself and with a scale of its own) and PARTS_APART (whether those stand half an N apart: gate
+// and up).
 #pragma once
 #include "quantize.cuh"
 #include "wgmma.cuh"
 
-constexpr int OUTPUTS = 128;
 constexpr int CLUSTER = SHARED * SPLITS;
 constexpr int PATHS = TOKENS / STEP;
 constexpr int WARPGROUP = 128;
@@ -34,6 +34,7 @@ constexpr int TILES = (WEIGHT_SCALES + STAGES * PARTS * 4 + 15) / 16 * 16;
 constexpr int SCALES_OF_LANE = TOKENS / 4 + 4;
 constexpr int SCALES = TILES + STAGES * 16;
 constexpr int BARRIERS = SCALES + (SCALING_WARPS > 0 ? STAGES * 4 * SCALES_OF_LANE * 4 : 0);
+constexpr int END_OF_BARRIERS = BARRIERS + (3 * STAGES + 2) * 8;
 
 static_assert(TOKENS % STEP == 0 && STEP % 16 == 0, "a path takes whole matrices, and whole patterns of the swizzle from each block that shares");
 
@@ -44,7 +45,7 @@ struct GemmArgs {
     const float* weight_scales;  // [experts, n / 128, k / 128], rounded up
     void* out;                   // [m_sum, n] bf16; with an activation [m_sum, n / 2] e4m3
     float* out_scales;           // with an activation [n / 256, m_sum rounded up to 4]
-    const int* header;
+    int* header;                 // its last word is 0, and again when the launch is over
     const int2* worklist;
     const int* psum;
     int n;
@@ -53,10 +54,13 @@ struct GemmArgs {
     int reserved;
 };
 
+// With a tile's expert, for its producer: no other row tile needs these weights.
+constexpr int READ_ONCE = 1 << 30;
+
 struct alignas(16) Tile {
-    int expert;
+    int expert;  // for the producer, with READ_ONCE
     int first;   // row
-    int rows;    // live
+    int rows;    // live; 0 after the last tile
     int column;  // first output
 };
 
@@ -76,10 +80,33 @@ struct Schedule {
         const int together = min(TOGETHER, tiles - before);
         const int place = item - before * columns;
         // Turned by one for each column: a block that always met the same place would always meet an expert's short last tile.
-        const int2 entry = a.worklist[before + (place + place / together) % together];
-        const int rows = min(a.psum[entry.x] - entry.y, TOKENS);
+        const int index = before + (place + place / together) % together;
+        const int2 entry = a.worklist[index];
+        const int left = a.psum[entry.x] - entry.y;
+        const bool read_once = left <= TOKENS && (index == 0 || a.worklist[index - 1].x != entry.x);
         const int column = place / together * SHARED + (SHARED > 1 ? rank : 0);
-        return Tile{entry.x, entry.y, max(rows, 1), column * (OUTPUTS / PARTS)};
+        return Tile{read_once ? entry.x | READ_ONCE : entry.x, entry.y, min(max(left, 1), TOKENS),
+                    column * (PARTS_APART ? OUTPUTS / PARTS : OUTPUTS)};
+    }
+};
+
+// Where a cluster's tiles come from: it goes round all items.
+struct Rounds {
+    const GemmArgs& a;
+    const Schedule schedule;
+    const int clusters;
+    const int rank;
+    int item;
+
+    __device__ __forceinline__ Rounds(const GemmArgs& args, int cluster, int clusters, int rank)
+        : a(args), schedule(args), clusters(clusters), rank(rank), item(cluster) {}
+
+    // False after the last one.
+    __device__ __forceinline__ bool next(Tile& tile) {
+        if (item >= schedule.items()) return false;
+        tile = schedule.tile(a, item, rank);
+        item += clusters;
+        return true;
     }
 };
 
@@ -135,14 +162,16 @@ __device__ __forceinline__ Tile load_tile(u32 from) {
     return Tile{(int)words.x, (int)words.y, (int)words.z, (int)words.w};
 }
 
-__device__ __forceinline__ void produce(const GemmArgs& a, Ring ring, int cluster, int clusters, int rank) {
-    const Schedule schedule(a);
+template <typename Source>
+__device__ __forceinline__ void produce(const GemmArgs& a, Ring ring, Source source, int rank) {
     const Depth depth(a.k, rank);
     const int stride = (a.m_sum + 3) & ~3;
     const int scale_rows = (a.n + SCALE_BLOCK - 1) / SCALE_BLOCK;
     const int scale_columns = (a.k + SCALE_BLOCK - 1) / SCALE_BLOCK;
-    for (int item = cluster; item < schedule.items(); item += clusters) {
-        const Tile tile = schedule.tile(a, item, rank);
+    Tile tile;
+    while (source.next(tile)) {
+        const u64 keep_weights = (tile.expert & READ_ONCE) != 0 ? KEEP_BRIEFLY : KEEP_NORMALLY;
+        tile.expert &= ~READ_ONCE;
         const int path = (tile.rows - 1) / STEP;
         const int rows = (path + 1) * STEP;
         const int share = rows / SHARED;
@@ -151,14 +180,17 @@ __device__ __forceinline__ void produce(const GemmArgs& a, Ring ring, int cluste
         // Scales are fewer than 2^31: the host has checked.
         u32 row_scales = (u32)depth.begin * stride + tile.first;
         u32 weight_scale = (tile.expert * scale_rows + min(tile.column / SCALE_BLOCK, scale_rows - 1)) * scale_columns + depth.begin;
+        // From a part's weights to the next one's, and rows of scales. A part past the last output has whatever scale.
+        const int next_weights = PARTS_APART ? a.n / 2 : OUTPUTS / PARTS;
+        const int next_scales = PARTS_APART ? a.n / 2 / SCALE_BLOCK : tile.column / SCALE_BLOCK + 1 < scale_rows ? 1 : 0;
         for (int block = depth.begin; block < depth.end; ++block) {
             wait_for_phase(ring.empty(), ring.parity() ^ 1);
             if (block == depth.begin) store_tile(ring.tile(), tile);
             arrive_expecting(ring.full(), WEIGHTS_BYTES + rows * ROW_BYTES + (BF16 ? 0 : scaled_rows * 4));
 #pragma unroll
             for (int part = 0; part < PARTS; ++part)
-                copy_box(ring.weights() + part * (WEIGHTS_BYTES / PARTS), a.weights, block * VALUES, tile.column + part * (a.n / 2), tile.expert,
-                         ring.full());
+                copy_box(ring.weights() + part * (WEIGHTS_BYTES / PARTS), a.weights, block * VALUES, tile.column + part * next_weights,
+                         tile.expert, ring.full(), keep_weights);
             if (SHARED > 1)
                 share_box(ring.rows() + rank * share * ROW_BYTES, rows_map, block * VALUES, tile.first + rank * share, ring.full(),
                           (1 << SHARED) - 1);
@@ -168,7 +200,7 @@ __device__ __forceinline__ void produce(const GemmArgs& a, Ring ring, int cluste
                 copy_bytes(ring.row_scales(), a.row_scales + row_scales, scaled_rows * 4, ring.full());
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part)
-                    copy_word(ring.weight_scale() + part * 4, a.weight_scales + weight_scale + part * (a.n / 2 / SCALE_BLOCK) * scale_columns);
+                    copy_word(ring.weight_scale() + part * 4, a.weight_scales + weight_scale + part * next_scales * scale_columns);
                 arrive_after_copies(ring.full());
                 row_scales += stride;
                 ++weight_scale;
@@ -190,6 +222,26 @@ __device__ __forceinline__ void release(u32 empty) {
     __syncwarp();
     if (lane == 0) arrive(empty);
     if (SHARED > 1 && lane == 1) arrive_elsewhere(address_in_block(empty, rank_in_cluster() ^ 1));
+}
+
+// The same without a branch, for where threads wait for what comes after it.
+__device__ __forceinline__ void release_at_once(u32 empty) {
+    const int lane = lane_of_thread();
+    __syncwarp();
+    if constexpr (SHARED > 1)
+        arrive_elsewhere_if(address_in_block(empty, lane), lane < SHARED);
+    else
+        arrive_if(empty, lane == 0);
+}
+
+// Goes through a tile's stages without a share in them.
+__device__ __forceinline__ void pass_blocks(Ring& ring, int blocks) {
+    for (int block = 0; block < blocks; ++block) {
+        wait_for_phase(ring.full(), ring.parity());
+        release(ring.empty());
+        ring.advance();
+    }
+    ring.end_tile();
 }
 
 __device__ __forceinline__ u32 pack_bf16(float low, float high) { return pack_halves<0>(low, high); }

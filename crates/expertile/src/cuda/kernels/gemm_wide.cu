@@ -4,55 +4,25 @@
 // that a block of K has one scale for all of a tile's weights and two for a thread's rows. A warpgroup without rows
 // multiplies nothing. The rest is as in gemm.cu, for few rows.
 //
-// With an activation, a tile's outputs are 64 of the gate and the 64 of up that belong to them: a thread then has both in its
-// registers, and a cluster of two blocks has the 128 results that share a scale. gate and up are rounded to bf16 on the way,
-// as they would be had they been stored, so that the results are those of activation.cu.
-//
-// Set by whoever compiles: as gemm.cuh says; TOKENS is 192, STEP 64, SPLITS 1; ACTIVATION (1: SHARED is 2, operands are e4m3,
-// and activation.cuh's).
+// Set by whoever compiles: as gemm.cuh says; TOKENS is 192, STEP 64, SPLITS 1.
+constexpr int OUTPUTS = 128;
 constexpr int GROUPS = 3;
 constexpr int ROWS_OF_GROUP = 64;
 // A row of results: padded, so that eight of them start on different banks.
-constexpr int STAGING_ROW = (ACTIVATION ? 64 : 128 * 2) + 16;
-// With an activation, also the largest magnitudes of each row that the other block sends, of two tiles in turn, and a
-// barrier for each warp.
-constexpr int STAGING_BYTES = TOKENS * STAGING_ROW + (ACTIVATION ? 2 * TOKENS * 4 + 128 : 0);
+constexpr int STAGING_ROW = OUTPUTS * 2 + 16;
+constexpr int STAGING_BYTES = TOKENS * STAGING_ROW;
 constexpr int SCALING_WARPS = 0;
 constexpr bool FIRST_STAGE_FIRST = true;
 // The more, the less often weights are read, and the more rows have to stay in the cache meanwhile: on an H200 12 took 8 % less to
 // 2 % more time than 8.
 constexpr int TOGETHER = 12;
-constexpr int PARTS = ACTIVATION ? 2 : 1;
-#if ACTIVATION
-#include "activation.cuh"
-#endif
+constexpr int PARTS = 1;
+constexpr bool PARTS_APART = false;
 #include "gemm.cuh"
-
-static_assert(!ACTIVATION || (SHARED == 2 && !BF16), "128 results that share a scale come from two blocks");
 
 static_assert(TOKENS == GROUPS * ROWS_OF_GROUP && STEP == ROWS_OF_GROUP && SPLITS == 1, "a warpgroup has 64 rows");
 
 constexpr int SUMS = OUTPUTS / 2;
-
-// release() without a branch, for where threads wait for what comes after it.
-__device__ __forceinline__ void release_at_once(u32 empty) {
-    const int lane = lane_of_thread();
-    __syncwarp();
-    if constexpr (SHARED > 1)
-        arrive_elsewhere_if(address_in_block(empty, lane), lane < SHARED);
-    else
-        arrive_if(empty, lane == 0);
-}
-
-// Goes through a tile's stages without a share in them.
-__device__ __forceinline__ void pass_blocks(Ring& ring, int blocks) {
-    for (int block = 0; block < blocks; ++block) {
-        wait_for_phase(ring.full(), ring.parity());
-        release(ring.empty());
-        ring.advance();
-    }
-    ring.end_tile();
-}
 
 __device__ __forceinline__ void start_block(const Ring& ring, int group, float (&sum)[SUMS], bool add) {
     start_products<OUTPUTS>(sum, operand(ring.rows() + group * ROWS_OF_GROUP * ROW_BYTES), operand(ring.weights()), add);
@@ -76,9 +46,7 @@ __device__ __forceinline__ void multiply_block(Ring& ring, int group, bool first
 __device__ __forceinline__ void multiply_block(Ring& ring, int group, u32 my_scales, bool& ready, float (&part)[SUMS],
                                                float (&sum)[SUMS]) {
     wait_unless_over(ring.full(), ring.parity(), ready);
-    float weight_scale[PARTS];
-#pragma unroll
-    for (int i = 0; i < PARTS; ++i) weight_scale[i] = load_shared(ring.weight_scale() + i * 4);
+    const float weight_scale = load_shared(ring.weight_scale());
     const float upper_scale = load_shared(ring.row_scales() + my_scales);
     const float lower_scale = load_shared(ring.row_scales() + my_scales + 32);
     start_block(ring, group, part, false);
@@ -87,17 +55,14 @@ __device__ __forceinline__ void multiply_block(Ring& ring, int group, u32 my_sca
     release_at_once(ring.empty());
     ring.advance();
     ready = is_phase_over(ring.full(), ring.parity());
+    const float upper = __fmul_rn(upper_scale, weight_scale);
+    const float lower = __fmul_rn(lower_scale, weight_scale);
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i) {
-        const float upper = __fmul_rn(upper_scale, weight_scale[i]);
-        const float lower = __fmul_rn(lower_scale, weight_scale[i]);
-#pragma unroll
-        for (int j = i * (SUMS / PARTS); j < (i + 1) * (SUMS / PARTS); j += 4) {
-            sum[j] = __fmaf_rn(part[j], upper, sum[j]);
-            sum[j + 1] = __fmaf_rn(part[j + 1], upper, sum[j + 1]);
-            sum[j + 2] = __fmaf_rn(part[j + 2], lower, sum[j + 2]);
-            sum[j + 3] = __fmaf_rn(part[j + 3], lower, sum[j + 3]);
-        }
+    for (int j = 0; j < SUMS; j += 4) {
+        sum[j] = __fmaf_rn(part[j], upper, sum[j]);
+        sum[j + 1] = __fmaf_rn(part[j + 1], upper, sum[j + 1]);
+        sum[j + 2] = __fmaf_rn(part[j + 2], lower, sum[j + 2]);
+        sum[j + 3] = __fmaf_rn(part[j + 3], lower, sum[j + 3]);
     }
 }
 #endif
@@ -163,63 +128,6 @@ __device__ __forceinline__ void store_staged(void* out, i64 width, const Tile& t
     }
 }
 
-#if ACTIVATION
-__device__ __forceinline__ u32 magnitudes(u32 memory, u32 parity, int row) {
-    return memory + STAGING + TOKENS * STAGING_ROW + (parity * TOKENS + row) * 4;
-}
-__device__ __forceinline__ u32 magnitudes_ready(u32 memory, int warp) {
-    return memory + STAGING + TOKENS * STAGING_ROW + 2 * TOKENS * 4 + warp * 8;
-}
-
-// The value as it would be read back from memory.
-__device__ __forceinline__ float through_bf16(float x) { return low_half<0>(pack_bf16(x, 0.0f)); }
-
-// gate and up to results, those to e4m3 with the scale that both blocks agree on, and live rows to their places. `parity` is
-// that of the tiles that this warp has had.
-__device__ __forceinline__ void activate_and_store_rows(const GemmArgs& a, const Tile& tile, u32 memory, int rank, u32 parity,
-                                                        const float (&sum)[SUMS]) {
-    const int lane = lane_of_thread();
-    const int warp = (threadIdx.x - WARPGROUP) / 32;
-    const int first = warp * 16;
-    const u32 staging = memory + STAGING + first * STAGING_ROW;
-    const u32 ready = magnitudes_ready(memory, warp);
-    // Before the other block can know that it may send for the next tile.
-    if (lane == 0) arrive_expecting(ready, 16 * 4);
-    __syncwarp();
-    float y[2][16];
-    float largest[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const int at = i / 2 * 4 + half * 2 + i % 2;
-            y[half][i] = times_up(through_bf16(sum[SUMS / 2 + at]), gated(through_bf16(sum[at])));
-            largest[half] = fmaxf(largest[half], fabsf(y[half][i]));
-        }
-        largest[half] = fmaxf(largest[half], __shfl_xor_sync(WARP, largest[half], 1));
-        largest[half] = fmaxf(largest[half], __shfl_xor_sync(WARP, largest[half], 2));
-        if (lane % 4 == 0)
-            send_word(address_in_block(magnitudes(memory, parity, first + half * 8 + lane / 4), rank ^ 1), largest[half],
-                      address_in_block(ready, rank ^ 1));
-    }
-    wait_for_cluster(ready, parity);
-    __syncwarp();
-    const int stride = (a.m_sum + 3) & ~3;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = half * 8 + lane / 4;
-        const float scale = scale_of(fmaxf(largest[half], load_shared(magnitudes(memory, parity, first + row))), false);
-        const uint4 bytes = quantize_values<false>(y[half], scale);
-        const u32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-            store_shared_half_word(staging + row * STAGING_ROW + i * 8 + lane % 4 * 2, (u16)(words[i / 2] >> i % 2 * 16));
-        if (rank == 0 && lane % 4 == 0 && first + row < tile.rows)
-            a.out_scales[(i64)(tile.column / SCALE_BLOCK) * stride + tile.first + first + row] = scale;
-    }
-    store_staged<64>(a.out, (i64)a.n / 2, tile, first, tile.column, staging);
-}
-#else
 // Live rows to their places, by way of shared memory: a warp has 16 of its own.
 __device__ __forceinline__ void store_rows(const GemmArgs& a, const Tile& tile, u32 memory, const float (&sum)[SUMS]) {
     const int lane = lane_of_thread();
@@ -233,7 +141,6 @@ __device__ __forceinline__ void store_rows(const GemmArgs& a, const Tile& tile, 
                        pack_bf16(sum[i + 6], sum[i + 7]));
     store_staged<OUTPUTS * 2>(a.out, (i64)a.n * 2, tile, first, tile.column * 2, staging);
 }
-#endif
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ GemmArgs a) {
     extern __shared__ __align__(1024) u8 shared[];
@@ -242,22 +149,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     // From one lane, so that the compiler knows it to be the same in all.
     const int group = __shfl_sync(WARP, (int)threadIdx.x / WARPGROUP, 0) - 1;
     Ring ring(memory);
-#if ACTIVATION
-    if (threadIdx.x < CONSUMER_WARPS) {
-        init_barrier(magnitudes_ready(memory, threadIdx.x), 1);
-        publish_barriers();
-    }
-#endif
     set_up(a, memory);
     wait_for_previous_launch();
     let_next_launch_start();
     if (group < 0) {
         give_registers<56>();
-        if (threadIdx.x == 0) produce(a, ring, blockIdx.x / CLUSTER, gridDim.x / CLUSTER, rank);
+        if (threadIdx.x == 0) produce(a, ring, Rounds(a, blockIdx.x / CLUSTER, gridDim.x / CLUSTER, rank), rank);
     } else {
         take_registers<152>();
         const Depth depth(a.k, rank);
-        [[maybe_unused]] u32 parity = 0;
         while (true) {
             wait_for_phase(ring.full(), ring.parity());
             const Tile tile = load_tile(ring.tile());
@@ -268,12 +168,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             }
             float sum[SUMS];
             multiply_blocks(ring, depth.end, group, sum);
-#if ACTIVATION
-            activate_and_store_rows(a, tile, memory, rank, parity, sum);
-            parity ^= 1;
-#else
             store_rows(a, tile, memory, sum);
-#endif
         }
     }
     // Blocks of a cluster write to each other's memory: none goes before the others are done.

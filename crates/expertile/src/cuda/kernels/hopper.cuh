@@ -162,8 +162,10 @@ __device__ __forceinline__ void copy_bytes(u32 to, const void* from, u32 bytes, 
                  : "memory");
 }
 
-// What the copies below tell the cache: to keep what they read as it keeps everything.
+// What the copies below tell the cache: to keep what they read as it keeps everything, or to let it go first. (What createpolicy
+// makes of evict_normal and evict_first for all of what is read.)
 constexpr u64 KEEP_NORMALLY = 0x1000000000000000ull;
+constexpr u64 KEEP_BRIEFLY = 0x12f0000000000000ull;
 
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
@@ -188,11 +190,11 @@ __device__ __forceinline__ void share_box(u32 to, const TensorMap& map, int colu
 }
 
 // One box of a matrix among several.
-__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier) {
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int column, int row, int matrix, u32 barrier, u64 keep) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
-        "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(matrix), "l"(KEEP_NORMALLY)
+        "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(matrix), "l"(keep)
         : "memory");
 }
 

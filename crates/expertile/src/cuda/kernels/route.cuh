@@ -30,7 +30,7 @@ struct RouteArgs {
     int* m_indices;
     int* row_tokens;  // token of each row, -1 on padding
     int* inv_perm;
-    int* header;      // live rows, rows up to the end of the last segment, tiles, 0
+    int* header;      // live rows, rows up to the end of the last segment, tiles, 0 (for the GEMMs to count)
     int2* worklist;   // (expert, first row) of every row tile that holds a live row
     Status* status;
     Barrier* barrier;

@@ -13,6 +13,13 @@ __device__ __forceinline__ u64 operand(u32 address) {
     return SWIZZLE_128_BYTES | NEXT_EIGHT_ROWS | ((1u << 16) + (address >> 4));
 }
 
+// An address and so many bytes, added where it stands: else the compiler keeps the sums of a whole loop in registers.
+__device__ __forceinline__ u32 further(u32 address, u32 bytes) {
+    u32 sum;
+    asm volatile("add.u32 %0, %1, %2;" : "=r"(sum) : "r"(address), "r"(bytes));
+    return sum;
+}
+
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 

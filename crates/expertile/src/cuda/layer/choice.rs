@@ -2,7 +2,7 @@
 
 use super::{ALIGNMENT, LayerConfig};
 use crate::cuda::arguments::{LayoutBuffers, require_aligned};
-use crate::cuda::gemm::{GemmShape, GemmTile, WIDE_ROW_TILE};
+use crate::cuda::gemm::{GemmShape, GemmTile};
 use crate::cuda::{permute, route};
 use crate::error::{Error, Result, checked_add, checked_mul};
 use crate::gemm::{ActivationFormat, WEIGHT_BLOCK};
@@ -37,9 +37,8 @@ impl LayerChoice {
     /// The choice for `tokens` tokens on a device of that many multiprocessors.
     ///
     /// The row tile goes by the rows that an expert can expect: `M * topk` slots spread evenly over `G` experts. Where those
-    /// are many, both GEMMs are wide; with e4m3 they are, too, where only the slots are many. GEMM 1 then still waits for
-    /// weights most of the time and takes the activation in; where it computes, the activation's own kernel was 3 to 14 %
-    /// faster on an H200.
+    /// are many, both GEMMs are wide; with e4m3 they are, too, where only the slots are many, and the activation is part of the
+    /// first.
     ///
     /// # Errors
     /// [`Error::Value`] for a `topk`, a number of experts or a width that the kernels do not take; as [`Plan::tight`].
@@ -61,18 +60,15 @@ impl LayerChoice {
         let plan = Plan::tight(tokens, config.topk, experts, ALIGNMENT, TokenExperts::MayRepeat)?;
         let slots = tokens * config.topk;
         let rows = checked_mul("M * topk * E", slots, experts)?.div_ceil(config.global_experts).min(slots);
-        let by_rows = GemmTile::row_tile_for(rows, experts);
-        let many_slots = config.activations == ActivationFormat::E4m3 && slots > permute::FEW_SLOTS;
-        let row_tile = if many_slots { WIDE_ROW_TILE } else { by_rows };
         let format = config.weight_format();
+        let many_slots = config.activations == ActivationFormat::E4m3 && slots > permute::FEW_SLOTS;
+        let widest = GemmTile::widest(format);
+        let row_tile = if many_slots { widest } else { GemmTile::row_tile_for(rows, experts, format) };
         let tile = |n, k| GemmTile::choose(&GemmShape { n, k, format, experts, rows }, row_tile, multiprocessors);
-        let (mut gemm1, gemm2) = (tile(2 * intermediate, hidden), tile(hidden, intermediate));
-        let activation_inside_gemm1 =
-            many_slots && by_rows < WIDE_ROW_TILE && intermediate.is_multiple_of(WEIGHT_BLOCK);
-        if activation_inside_gemm1 {
-            // The 128 results that share a scale come from two blocks.
-            gemm1.shared = 2;
-        }
+        let (gemm1, gemm2) = (tile(2 * intermediate, hidden), tile(hidden, intermediate));
+        let activation_inside_gemm1 = config.activations == ActivationFormat::E4m3
+            && row_tile == widest
+            && intermediate.is_multiple_of(WEIGHT_BLOCK);
         let offsets = Offsets::new(shape, config, &plan, row_tile, activation_inside_gemm1, multiprocessors)?;
         let choice = Self {
             plan,
@@ -311,9 +307,9 @@ mod tests {
                 (2304, 32, false),
                 (3840, 32, false),
                 (5888, 32, false),
-                (5896, 192, true),
-                (34560, 192, false),
-                (132864, 192, false),
+                (5896, 128, true),
+                (34560, 128, true),
+                (132864, 128, true),
             ],
             [
                 (64, 32, false),
@@ -321,9 +317,9 @@ mod tests {
                 (736, 32, false),
                 (2272, 32, false),
                 (4320, 32, false),
-                (4328, 192, true),
-                (32992, 192, false),
-                (131296, 192, false),
+                (4328, 128, true),
+                (32992, 128, true),
+                (131296, 128, true),
             ],
             [
                 (64, 32, false),
@@ -331,19 +327,19 @@ mod tests {
                 (1408, 32, false),
                 (2944, 32, false),
                 (4992, 64, false),
-                (5000, 192, true),
-                (33664, 192, false),
-                (131968, 192, false),
+                (5000, 128, true),
+                (33664, 128, true),
+                (131968, 128, true),
             ],
             [
                 (16, 32, false),
                 (72, 32, false),
                 (184, 32, false),
-                (568, 192, false),
-                (1080, 192, false),
-                (1080, 192, false),
-                (8248, 192, false),
-                (32824, 192, false),
+                (568, 128, true),
+                (1080, 128, true),
+                (1080, 128, true),
+                (8248, 128, true),
+                (32824, 128, true),
             ],
         ];
         for (shape, expected) in written.into_iter().enumerate() {
@@ -361,11 +357,11 @@ mod tests {
             let shape = LayerShape::new(4096, 14336, 8).unwrap();
             LayerChoice::new(&shape, &config(2, 8, activations), tokens, H200).unwrap().launches
         };
-        assert_eq!([0, 1, 64, 256].map(|tokens| with(ActivationFormat::E4m3, tokens)), [0, 5, 5, 5]);
-        assert_eq!(with(ActivationFormat::E4m3, 2049), permute::MANY_LAUNCHES + 4);
+        assert_eq!([0, 1, 64, 128].map(|tokens| with(ActivationFormat::E4m3, tokens)), [0, 5, 5, 5]);
+        assert_eq!(with(ActivationFormat::E4m3, 256), 4, "one for routing and permute, and the activation inside");
+        assert_eq!(with(ActivationFormat::E4m3, 2049), permute::MANY_LAUNCHES + 3);
         let inside = choice(0, 513);
         assert!(inside.activation_inside_gemm1 && inside.launches == permute::MANY_LAUNCHES + 3, "{inside}");
-        assert_eq!((inside.gemm1.shared, inside.gemm2.shared), (2, 1), "only the activation needs a pair of blocks");
         assert_eq!([0, 1, 4096].map(|tokens| with(ActivationFormat::Bf16, tokens)), [0, 6, 6]);
     }
 
@@ -436,7 +432,7 @@ mod tests {
                 assert!(offsets.at(4096 + 16, &plan, row_tile).is_err());
             }
         }
-        assert_eq!(inside, 1);
+        assert_eq!(inside, 2);
     }
 
     #[test]

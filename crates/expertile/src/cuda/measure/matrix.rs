@@ -21,7 +21,7 @@ use crate::quantize::ScaleFormat;
 pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<f64> {
     const ROWS: usize = 16384;
     const WIDTH: usize = 8192;
-    let row_tile = GemmTile::row_tile_for(ROWS, 1);
+    let row_tile = GemmTile::row_tile_for(ROWS, 1, format);
     let shape = GemmShape { n: WIDTH, k: WIDTH, format, experts: 1, rows: ROWS };
     let tile = GemmTile::choose(&shape, row_tile, device.info().multiprocessors as usize);
     let gemm = Gemm::prepare(device, GemmConfig { format, tile, activation: None })?;
