@@ -22,6 +22,7 @@ inline float4 load_shared_quad(u32 from) { return emulated_shared<float4>(from);
 inline uint4 load_shared_words(u32 from) { return emulated_shared<uint4>(from); }
 inline void store_shared(u32 to, float v) { emulated_shared<float>(to) = v; }
 inline void store_shared_pair(u32 to, float a, float b) { emulated_shared<float2>(to) = make_float2(a, b); }
+inline void store_shared_quad(u32 to, float a, float b, float c, float d) { emulated_shared<float4>(to) = make_float4(a, b, c, d); }
 inline void store_shared_words(u32 to, uint4 v) { emulated_shared<uint4>(to) = v; }
 inline void store_shared_half_word(u32 to, u16 v) { emulated_shared<u16>(to) = v; }
 

@@ -104,9 +104,11 @@ fn gemm_sources() -> Vec<Source> {
         }
     }
     let limited = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
-    let tile = GemmTile { row_tile: LARGE_ROW_TILE, shared: 1, splits: 1, wide: true };
-    for activation in [None, Some(Activation::default()), Some(limited)] {
-        sources.push(GemmConfig { format: WeightFormat::E4m3, tile, activation }.source());
+    for row_tile in [LARGE_ROW_TILE, WIDE_ROW_TILE] {
+        let tile = GemmTile { row_tile, shared: 1, splits: 1, wide: true };
+        for activation in [None, Some(Activation::default()), Some(limited)] {
+            sources.push(GemmConfig { format: WeightFormat::E4m3, tile, activation }.source());
+        }
     }
     sources.into_iter().map(|source| source.unwrap()).collect()
 }

@@ -444,8 +444,10 @@ fn an_activation_in_the_gemm_gives_the_bits_of_one_after_it() {
         (vec![33, 200], 64, 256, 128),
         (vec![70; 24], 16, 768, 400),
     ] {
-        for activation in [Activation::default(), limited] {
-            let (counts, format, tile) = (counts.clone(), WeightFormat::E4m3, large());
+        for (activation, tile) in
+            [(Activation::default(), wide(1)), (limited, wide(1)), (Activation::default(), large()), (limited, large())]
+        {
+            let (counts, format) = (counts.clone(), WeightFormat::E4m3);
             check_activation(device, &Case { counts, alignment, n, k, format, tile, seed: 9 }, activation);
         }
     }
@@ -467,7 +469,9 @@ fn sanitizer_runs_the_grouped_gemm() {
             check(device, &Case { counts: vec![3, 0, 41, 100], alignment: 8, n: 200, k: 1040, format, tile, seed: 8 });
         }
     }
-    let (counts, format, tile) = (vec![3, 0, 41, 200], WeightFormat::E4m3, large());
-    let case = Case { counts, alignment: 8, n: 512, k: 272, format, tile, seed: 8 };
-    check_activation(device, &case, Activation::default());
+    for tile in [wide(1), large()] {
+        let (counts, format) = (vec![3, 0, 41, 200], WeightFormat::E4m3);
+        let case = Case { counts, alignment: 8, n: 512, k: 272, format, tile, seed: 8 };
+        check_activation(device, &case, Activation::default());
+    }
 }

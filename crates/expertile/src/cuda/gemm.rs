@@ -61,25 +61,23 @@ pub struct GemmShape {
 
 impl GemmTile {
     /// The row tile for about `rows` live rows spread over `experts` experts: the smallest worth choosing that holds almost
-    /// every expert's rows, so that its weights are read once; where none does, the widest that there is for the format:
-    /// [`LARGE_ROW_TILE`] for e4m3, [`WIDE_ROW_TILE`] for bf16.
+    /// every expert's rows, so that its weights are read once; [`GemmTile::many_rows`] where none of those for few rows does.
     ///
     /// Tiles of 16 rows were never faster than those of 32 on an H200, nor those of 128 with weights on M than the wide ones.
     #[must_use]
     pub fn row_tile_for(rows: usize, experts: usize, format: WeightFormat) -> usize {
-        let mean = rows as f64 / active_experts(rows, experts).max(1.0);
-        // Two standard deviations of a count whose mean this is.
-        let most = mean + 2.0 * mean.sqrt();
-        [32, 64].into_iter().find(|&tile| tile as f64 >= most).unwrap_or_else(|| Self::widest(format))
+        let most = most_rows(rows, experts);
+        [32, 64].into_iter().find(|&tile| tile as f64 >= most).unwrap_or_else(|| Self::many_rows(rows, experts, format))
     }
 
-    /// The row tile for many rows.
+    /// The same of the wide kernels alone. For e4m3 the large tile, but where one of [`WIDE_ROW_TILE`] holds almost every
+    /// expert's rows and the large one does not: a large tile and a small one of the same expert go at different paces and read
+    /// weights twice, which an H200 takes up to a quarter more time for.
     #[must_use]
-    pub fn widest(format: WeightFormat) -> usize {
-        match format {
-            WeightFormat::E4m3 => LARGE_ROW_TILE,
-            WeightFormat::Bf16 => WIDE_ROW_TILE,
-        }
+    pub fn many_rows(rows: usize, experts: usize, format: WeightFormat) -> usize {
+        let most = most_rows(rows, experts);
+        let is_large = format == WeightFormat::E4m3 && (most <= LARGE_ROW_TILE as f64 || most > WIDE_ROW_TILE as f64);
+        if is_large { LARGE_ROW_TILE } else { WIDE_ROW_TILE }
     }
 
     /// The tile for a GEMM whose worklist has tiles of `row_tile` rows.
@@ -89,7 +87,7 @@ impl GemmTile {
             // Sharing rows saves reads of the cache, but two blocks wait for each other: on an H200 e4m3 lost 5 to 12 % by
             // it, and bf16, whose products take twice as long, won 4 to 8 %.
             let shared = if shape.format == WeightFormat::Bf16 && shape.n > OUTPUTS { 2 } else { 1 };
-            let wide = row_tile == WIDE_ROW_TILE || row_tile == Self::widest(shape.format);
+            let wide = row_tile == WIDE_ROW_TILE || (row_tile == LARGE_ROW_TILE && shape.format == WeightFormat::E4m3);
             return Self { row_tile, shared, splits: 1, wide };
         }
         let row_tiles = active_experts(shape.rows, shape.experts).max(1.0);
@@ -159,15 +157,16 @@ impl GemmTile {
     }
 
     /// Bytes of shared memory for a number of stages; `BARRIERS` and all before it in gemm.cuh, and the barriers.
-    fn shared_bytes(&self, stages: usize) -> usize {
+    fn shared_bytes(&self, stages: usize, activated: bool) -> usize {
         let operands = 128 * (self.outputs() + self.row_tile);
         let staging = match self {
             _ if self.is_large() => self.row_tile * (128 + 16),
+            Self { wide: true, .. } if activated => self.row_tile * (OUTPUTS * 2 + 16 + 12) + 80,
             Self { wide: true, .. } => self.row_tile * (OUTPUTS * 2 + 16),
             Self { splits: 2.., .. } => self.row_tile * (OUTPUTS * 4 + 16),
             _ => 2 * self.row_tile * (OUTPUTS + 16),
         };
-        let weight_scales = if self.is_large() { 8 } else { 4 };
+        let weight_scales = if activated || self.is_large() { 8 } else { 4 };
         let scales = stages * self.row_tile * 4 + (stages * weight_scales).next_multiple_of(16);
         let products = if self.wide { 0 } else { stages * 4 * (self.row_tile / 4 + 4) * 4 };
         // `NEXT_TILE` in gemm_large.cu, and its barriers.
@@ -196,6 +195,12 @@ fn active_experts(rows: usize, experts: usize) -> f64 {
     experts * (1.0 - (1.0 - 1.0 / experts).powf(rows))
 }
 
+/// Rows that almost every expert has at most: two standard deviations above the mean of those that have any.
+fn most_rows(rows: usize, experts: usize) -> f64 {
+    let mean = rows as f64 / active_experts(rows, experts).max(1.0);
+    mean + 2.0 * mean.sqrt()
+}
+
 /// Values in the 128 bytes that a block of K has of each row.
 fn values_of_block(format: WeightFormat) -> usize {
     128 / format.bytes()
@@ -209,7 +214,7 @@ pub struct GemmConfig {
     /// How the work is cut.
     pub tile: GemmTile,
     /// The activation that turns `[gate | up]` into the next GEMM's e4m3 rows before anything is stored. Only for e4m3 with a
-    /// wide tile of [`LARGE_ROW_TILE`] rows, and an `N / 2` that 128 divides; the results are those of [`super::Activate`].
+    /// wide tile whose rows are not shared, and an `N / 2` that 128 divides; the results are those of [`super::Activate`].
     pub activation: Option<Activation>,
 }
 
@@ -217,13 +222,19 @@ impl GemmConfig {
     /// Blocks of K that are on their way at once.
     #[must_use]
     pub fn stages(&self) -> usize {
-        let fits = |&stages: &usize| self.tile.shared_bytes(stages) <= SHARED_BYTES;
+        let activated = self.activation.is_some();
+        let fits = |&stages: &usize| self.tile.shared_bytes(stages, activated) <= SHARED_BYTES;
         (1..=MOST_STAGES).rev().find(fits).unwrap_or(1)
     }
 
-    /// Weight rows that are copied at once: all of a tile's, or those that have a scale of their own.
+    /// Blocks of a cluster; with an activation a pair, whose results share scales, unless a tile has all of those.
+    fn cluster(&self) -> usize {
+        self.tile.cluster() * if self.activation.is_some() && !self.tile.is_large() { 2 } else { 1 }
+    }
+
+    /// Weight rows that are copied at once: all of a tile's, or those that have a place or a scale of their own.
     fn weight_box_rows(&self) -> usize {
-        if self.tile.is_large() { self.tile.outputs() / 2 } else { self.tile.outputs() }
+        self.tile.outputs() / if self.activation.is_some() || self.tile.is_large() { 2 } else { 1 }
     }
 
     /// Fails unless there is a kernel for the format, with the activation.
@@ -236,15 +247,18 @@ impl GemmConfig {
         if self.format != WeightFormat::E4m3 {
             return Err(Error::WeightFormat { argument: "weights", actual: self.format.name(), expected });
         }
-        if !self.tile.is_large() {
-            let expected = format!("{LARGE_ROW_TILE} rows of a wide tile, for a GEMM with an activation");
+        if self.activation.is_some() && !self.tile.wide {
+            let expected = format!("{LARGE_ROW_TILE} or {WIDE_ROW_TILE} of a wide tile, for a GEMM with an activation");
             return Err(Error::value("row_tile", self.tile.row_tile, expected));
+        }
+        if self.activation.is_some() && self.tile.shared != 1 {
+            return Err(Error::value("shared", self.tile.shared, "1, for a GEMM with an activation"));
         }
         Ok(())
     }
 
     fn shared_bytes(&self) -> u32 {
-        self.tile.shared_bytes(self.stages()) as u32
+        self.tile.shared_bytes(self.stages(), self.activation.is_some()) as u32
     }
 
     /// The kernel's source for this configuration.
@@ -263,7 +277,7 @@ impl GemmConfig {
             ("SPLITS", self.tile.splits as i64),
             ("STAGES", self.stages() as i64),
         ];
-        if self.tile.is_large() {
+        if self.tile.wide {
             definitions.push(("ACTIVATION", i64::from(self.activation.is_some())));
         }
         if let Some(activation) = &self.activation {
@@ -350,7 +364,7 @@ impl Gemm {
         let kernel = device.kernel(&source, c"gemm")?;
         let shared_bytes = config.shared_bytes();
         kernel.allow_shared_bytes(shared_bytes)?;
-        let cluster = config.tile.cluster() as u32;
+        let cluster = config.cluster() as u32;
         let blocks = device.resident_clusters(&kernel, config.tile.threads(), shared_bytes, cluster)? * cluster;
         Ok(Self { device: device.clone(), config, kernel, blocks })
     }
@@ -490,6 +504,9 @@ mod tests {
             (512, 256, 4096, 7168, few(32, 1)),
             (1024, 32, 4096, 7168, few(64, 1)),
             (8192, 128, 3072, 4096, many),
+            (25_000, 256, 4096, 7168, many),
+            (32_768, 256, 4096, 7168, GemmTile { row_tile: 192, ..many }),
+            (45_000, 256, 4096, 7168, many),
             (131_072, 256, 7168, 2048, many),
             (0, 8, 4096, 4096, few(32, 2)),
         ] {
@@ -548,7 +565,7 @@ mod tests {
         let with = Some(Activation::default());
         assert!(refused(tile, with).starts_with("row_tile is 64"));
         let many = GemmTile { row_tile: WIDE_ROW_TILE, wide: true, ..tile };
-        assert!(refused(many, with).starts_with("row_tile is 192"));
+        assert!(refused(GemmTile { shared: 2, ..many }, with).starts_with("shared is 2"));
         let large = GemmTile { row_tile: LARGE_ROW_TILE, ..many };
         assert!(refused(GemmTile { shared: 2, ..large }, None).starts_with("shared is 2"));
         for activation in [None, with] {

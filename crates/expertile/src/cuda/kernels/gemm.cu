@@ -22,6 +22,7 @@ constexpr bool FIRST_STAGE_FIRST = false;
 constexpr int TOGETHER = 8;
 constexpr int PARTS = 1;
 constexpr bool PARTS_APART = false;
+constexpr int SIDE_BY_SIDE = SHARED;
 #include "gemm.cuh"
 
 static_assert(SCALING_WARPS <= 3, "the producer's warpgroup has three warps to spare");

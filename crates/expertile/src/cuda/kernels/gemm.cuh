@@ -5,13 +5,13 @@
 // come in its multiples), SHARED (blocks of a cluster that share rows), SPLITS (blocks of a cluster that each take a part of
 // K), STAGES. Set by the kernel: OUTPUTS (of a tile), GROUPS (warpgroups that multiply), STAGING_BYTES, SCALING_WARPS (0 where
 // the sums take the scales one by one), FIRST_STAGE_FIRST, TOGETHER (row tiles that are worked on side by side), PARTS (of a
-// tile's weights, each copied by itself and with a scale of its own) and PARTS_APART (whether those stand half an N apart: gate
-// and up).
+// tile's weights, each copied by itself and with a scale of its own), PARTS_APART (whether those stand half an N apart: gate and
+// up) and SIDE_BY_SIDE (blocks of a cluster that have the same rows and neighbouring outputs: SHARED, or more that do not share).
 #pragma once
 #include "quantize.cuh"
 #include "wgmma.cuh"
 
-constexpr int CLUSTER = SHARED * SPLITS;
+constexpr int CLUSTER = SIDE_BY_SIDE * SPLITS;
 constexpr int PATHS = TOKENS / STEP;
 constexpr int WARPGROUP = 128;
 constexpr int THREADS = (1 + GROUPS) * WARPGROUP;
@@ -71,7 +71,7 @@ struct Schedule {
     int columns;
 
     __device__ __forceinline__ explicit Schedule(const GemmArgs& a)
-        : tiles(a.header[2]), columns((a.n + OUTPUTS * SHARED - 1) / (OUTPUTS * SHARED)) {}
+        : tiles(a.header[2]), columns((a.n + OUTPUTS * SIDE_BY_SIDE - 1) / (OUTPUTS * SIDE_BY_SIDE)) {}
 
     __device__ __forceinline__ int items() const { return tiles * columns; }
 
@@ -84,7 +84,7 @@ struct Schedule {
         const int2 entry = a.worklist[index];
         const int left = a.psum[entry.x] - entry.y;
         const bool read_once = left <= TOKENS && (index == 0 || a.worklist[index - 1].x != entry.x);
-        const int column = place / together * SHARED + (SHARED > 1 ? rank : 0);
+        const int column = place / together * SIDE_BY_SIDE + (SIDE_BY_SIDE > 1 ? rank : 0);
         return Tile{read_once ? entry.x | READ_ONCE : entry.x, entry.y, min(max(left, 1), TOKENS),
                     column * (PARTS_APART ? OUTPUTS / PARTS : OUTPUTS)};
     }

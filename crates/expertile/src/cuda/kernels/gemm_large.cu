@@ -26,6 +26,7 @@ constexpr bool FIRST_STAGE_FIRST = true;
 constexpr int TOGETHER = 16;
 constexpr int PARTS = 2;
 constexpr bool PARTS_APART = ACTIVATION;
+constexpr int SIDE_BY_SIDE = 1;
 #if ACTIVATION
 #include "activation.cuh"
 #endif

@@ -62,13 +62,15 @@ impl LayerChoice {
         let rows = checked_mul("M * topk * E", slots, experts)?.div_ceil(config.global_experts).min(slots);
         let format = config.weight_format();
         let many_slots = config.activations == ActivationFormat::E4m3 && slots > permute::FEW_SLOTS;
-        let widest = GemmTile::widest(format);
-        let row_tile = if many_slots { widest } else { GemmTile::row_tile_for(rows, experts, format) };
+        let row_tile = if many_slots {
+            GemmTile::many_rows(rows, experts, format)
+        } else {
+            GemmTile::row_tile_for(rows, experts, format)
+        };
         let tile = |n, k| GemmTile::choose(&GemmShape { n, k, format, experts, rows }, row_tile, multiprocessors);
         let (gemm1, gemm2) = (tile(2 * intermediate, hidden), tile(hidden, intermediate));
-        let activation_inside_gemm1 = config.activations == ActivationFormat::E4m3
-            && row_tile == widest
-            && intermediate.is_multiple_of(WEIGHT_BLOCK);
+        let activation_inside_gemm1 =
+            config.activations == ActivationFormat::E4m3 && gemm1.wide && intermediate.is_multiple_of(WEIGHT_BLOCK);
         let offsets = Offsets::new(shape, config, &plan, row_tile, activation_inside_gemm1, multiprocessors)?;
         let choice = Self {
             plan,
@@ -308,7 +310,7 @@ mod tests {
                 (3840, 32, false),
                 (5888, 32, false),
                 (5896, 128, true),
-                (34560, 128, true),
+                (34560, 192, true),
                 (132864, 128, true),
             ],
             [
@@ -318,7 +320,7 @@ mod tests {
                 (2272, 32, false),
                 (4320, 32, false),
                 (4328, 128, true),
-                (32992, 128, true),
+                (32992, 192, true),
                 (131296, 128, true),
             ],
             [
@@ -336,8 +338,8 @@ mod tests {
                 (72, 32, false),
                 (184, 32, false),
                 (568, 128, true),
-                (1080, 128, true),
-                (1080, 128, true),
+                (1080, 192, true),
+                (1080, 192, true),
                 (8248, 128, true),
                 (32824, 128, true),
             ],
