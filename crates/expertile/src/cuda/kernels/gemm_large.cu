@@ -75,6 +75,7 @@ struct Claims {
     __device__ __forceinline__ Tile tile() const {
         const bool is_half = item >= whole;
         Tile tile = schedule.tile(a, is_half ? whole + (item - whole) / 2 : item, 0);
+        if (is_half) tile.expert &= ~READ_ONCE;
         if (is_half && (item - whole) % 2 == 0) {
             tile.rows = min(tile.rows, TOKENS / 2);
         } else if (is_half) {
@@ -167,7 +168,7 @@ __device__ __forceinline__ void add_quarter(float (&sum)[SUMS], float (&part)[QU
 // multiplied by.
 struct Tour {
     int warp;  // of the multiplying ones
-    u32 rows;
+    u32 rows;  // where those of the first stage stand
     float even[QUARTER / 2];
     float odd[QUARTER / 2];
 };
