@@ -265,25 +265,6 @@ __global__ void __launch_bounds__((MOST + 1) * 128, 1) rates(const u8* from, u32
     MODES(X, 256, false, MOST) MODES(X, 32, true, MOST) MODES(X, 64, true, MOST) MODES(X, 96, true, MOST)                      \
     MODES(X, 128, true, MOST) MODES(X, 192, true, MOST)
 
-#ifdef __CUDACC_RTC__
-// To see that it compiles where there is no nvcc.
-#ifndef ONLY_MOST
-#define ONLY_MOST 2
-#endif
-#define INSTANTIATE(N, REGISTERS, MODE, MOST)                             \
-    template <bool EXISTS = Config<N, REGISTERS, MODE, MOST>::exists>     \
-    __device__ void* kernel_##N##_##REGISTERS##_##MODE() {                \
-        if constexpr (EXISTS)                                             \
-            return (void*)rates<N, REGISTERS, MODE, MOST>;                \
-        else                                                              \
-            return nullptr;                                               \
-    }
-WIDTHS(INSTANTIATE, ONLY_MOST)
-extern "C" __global__ void all(void** out) {
-#define TAKE(N, REGISTERS, MODE, MOST) *out++ = kernel_##N##_##REGISTERS##_##MODE();
-    WIDTHS(TAKE, ONLY_MOST)
-}
-#else
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -368,4 +349,3 @@ int main() {
     WIDTHS(MEASURE, 3)
     return 0;
 }
-#endif

@@ -146,9 +146,12 @@ impl GemmTile {
         if !matches!(self.splits, 1 | 2 | 4 | 8) || (self.shared > 1 && self.splits > 1) {
             return Err(Error::value("splits", self.splits, "1, 2, 4 or 8, and 1 where rows are shared"));
         }
-        if self.wide && (!matches!(self.row_tile, LARGE_ROW_TILE | WIDE_ROW_TILE) || self.splits > 1) {
-            let expected = format!("{LARGE_ROW_TILE} or {WIDE_ROW_TILE}, with K in one part, for the wide kernels");
+        if self.wide && !matches!(self.row_tile, LARGE_ROW_TILE | WIDE_ROW_TILE) {
+            let expected = format!("{LARGE_ROW_TILE} or {WIDE_ROW_TILE}, for the wide kernels");
             return Err(Error::value("row_tile", self.row_tile, expected));
+        }
+        if self.wide && self.splits > 1 {
+            return Err(Error::value("splits", self.splits, "1, for the wide kernels"));
         }
         if self.is_large() && self.shared != 1 {
             return Err(Error::value("shared", self.shared, format!("1, for a wide tile of {LARGE_ROW_TILE} rows")));
@@ -568,8 +571,9 @@ mod tests {
         assert!(refused(GemmTile { shared: 2, ..many }, with).starts_with("shared is 2"));
         let large = GemmTile { row_tile: LARGE_ROW_TILE, ..many };
         assert!(refused(GemmTile { shared: 2, ..large }, None).starts_with("shared is 2"));
-        for activation in [None, with] {
-            let config = GemmConfig { format: WeightFormat::Bf16, tile: large, activation };
+        assert!(refused(GemmTile { splits: 2, ..large }, None).starts_with("splits is 2"));
+        for (tile, activation) in [(large, None), (large, with), (many, with)] {
+            let config = GemmConfig { format: WeightFormat::Bf16, tile, activation };
             let error = config.source().unwrap_err();
             assert!(matches!(error, Error::WeightFormat { argument: "weights", actual: "bf16", .. }), "{error}");
         }

@@ -7,7 +7,7 @@ use std::ffi::CStr;
 use std::fmt::Write as _;
 
 /// Headers, in memory: compiling reads no file.
-pub(super) const HEADERS: [(&CStr, &str); 12] = [
+pub(super) const HEADERS: [(&CStr, &str); 13] = [
     (c"access.cuh", include_str!("kernels/access.cuh")),
     (c"activation.cuh", include_str!("kernels/activation.cuh")),
     (c"convert.cuh", include_str!("kernels/convert.cuh")),
@@ -18,6 +18,7 @@ pub(super) const HEADERS: [(&CStr, &str); 12] = [
     (c"rows.cuh", include_str!("kernels/rows.cuh")),
     (c"scales.cuh", include_str!("kernels/scales.cuh")),
     (c"search.cuh", include_str!("kernels/search.cuh")),
+    (c"staging.cuh", include_str!("kernels/staging.cuh")),
     (c"wgmma.cuh", include_str!("kernels/wgmma.cuh")),
     (c"words.cuh", include_str!("kernels/words.cuh")),
 ];

@@ -31,6 +31,7 @@ constexpr int SIDE_BY_SIDE = 1;
 #include "activation.cuh"
 #endif
 #include "gemm.cuh"
+#include "staging.cuh"
 
 static_assert(TOKENS == GROUPS * ROWS_OF_GROUP && STEP == ROWS_OF_GROUP && SHARED == 1 && SPLITS == 1 && !BF16, "there is no kernel for this");
 
@@ -221,7 +222,7 @@ __device__ __forceinline__ Tile same_in_all(const Tile& tile) {
 
 // Waits for the first block of the next tile that has rows for the warpgroup, and passes those that have none. False after the
 // last one.
-__device__ __forceinline__ bool next_tile(Ring& ring, int group, int blocks) {
+__device__ __forceinline__ bool wait_for_tile(Ring& ring, int group, int blocks) {
     while (true) {
         wait_for_phase(ring.full(), ring.parity());
         const int rows = load_tile(ring.tile()).rows;
@@ -229,24 +230,6 @@ __device__ __forceinline__ bool next_tile(Ring& ring, int group, int blocks) {
         if (rows > group * ROWS_OF_GROUP) return true;
         pass_blocks(ring, blocks);
     }
-}
-
-// A warp's 16 rows of staged bytes to the places of those that are live, in rows of `width` bytes from byte `column` on.
-__device__ __forceinline__ void store_staged(void* out, i64 width, const Tile& tile, int first, int column, u32 staging) {
-    constexpr int CHUNKS = STAGED_BYTES / 16;
-    const u32 lane = read_lane();
-    const int at = column + lane % CHUNKS * 16;
-    __syncwarp();
-    uint4 chunks[16 * CHUNKS / 32];
-#pragma unroll
-    for (int i = 0; i < 16 * CHUNKS / 32; ++i)
-        chunks[i] = load_shared_words(staging + (i * 32 + lane) / CHUNKS * STAGING_ROW + lane % CHUNKS * 16);
-#pragma unroll
-    for (int i = 0; i < 16 * CHUNKS / 32; ++i) {
-        const int row = first + (i * 32 + lane) / CHUNKS;
-        if (row < tile.rows && at < width) *reinterpret_cast<uint4*>(static_cast<u8*>(out) + (tile.first + row) * width + at) = chunks[i];
-    }
-    __syncwarp();
 }
 
 #if ACTIVATION
@@ -274,33 +257,27 @@ __device__ __forceinline__ float activate_row(float (&sum)[SUMS], u32 staging) {
     return scale;
 }
 
-__device__ __forceinline__ void store_scale(const GemmArgs& a, const Tile& tile, int row, float scale) {
-    if (read_lane() % 4 == 0 && row < tile.rows)
-        a.out_scales[(i64)(tile.column / SCALE_BLOCK) * ((a.m_sum + 3) & ~3) + tile.first + row] = scale;
-}
-
 __device__ __forceinline__ void store_rows(const GemmArgs& a, const Tile& tile, u32 memory, float (&sum)[SUMS]) {
     const int first = (threadIdx.x - WARPGROUP) / 32 * 16;
     const u32 staging = memory + STAGING + first * STAGING_ROW;
     const int row = first + read_lane() / 4;
-    store_scale(a, tile, row, activate_row<1>(sum, staging));
-    store_scale(a, tile, row + 8, activate_row<0>(sum, staging));
-    store_staged(a.out, a.n / 2, tile, first, tile.column, staging);
+    const float upper = activate_row<1>(sum, staging);
+    if (read_lane() % 4 == 0) store_scale(a, tile, row, upper);
+    const float lower = activate_row<0>(sum, staging);
+    if (read_lane() % 4 == 0) store_scale(a, tile, row + 8, lower);
+    store_staged<STAGED_BYTES>(a.out, a.n / 2, tile, first, tile.column, staging);
+    __syncwarp();
 }
 #else
 __device__ __forceinline__ void store_rows(const GemmArgs& a, const Tile& tile, u32 memory, float (&sum)[SUMS]) {
     const int first = (threadIdx.x - WARPGROUP) / 32 * 16;
     const u32 staging = memory + STAGING + first * STAGING_ROW;
     const u32 lane = read_lane();
-    const u32 mine = staging + lane % 16 * STAGING_ROW + lane / 16 * 16;
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
-#pragma unroll
-        for (int i = 0; i < QUARTER / 2; i += 8) {
-            const float* s = sum + quarter * (QUARTER / 2) + i;
-            store_matrices(mine + i * 4, pack_bf16(s[0], s[1]), pack_bf16(s[2], s[3]), pack_bf16(s[4], s[5]), pack_bf16(s[6], s[7]));
-        }
-        store_staged(a.out, (i64)a.n * 2, tile, first, (tile.column + quarter * QUARTER) * 2, staging);
+        stage_rows<QUARTER / 2>(staging, lane, sum + quarter * (QUARTER / 2));
+        store_staged<STAGED_BYTES>(a.out, (i64)a.n * 2, tile, first, (tile.column + quarter * QUARTER) * 2, staging);
+        __syncwarp();
     }
 }
 #endif
@@ -311,7 +288,7 @@ __device__ __forceinline__ void multiply_tiles(const GemmArgs& a, Ring& ring, in
     Tour t;
     t.warp = __shfl_sync(WARP, (int)threadIdx.x / 32, 0) - WARPGROUP / 32;
     t.rows = ring.memory + WEIGHTS_BYTES + group * (ROWS_OF_GROUP * ROW_BYTES);
-    if (!next_tile(ring, group, blocks)) return;
+    if (!wait_for_tile(ring, group, blocks)) return;
     start_quarter(ring, t.rows, 0, t.even);
     wait_for_products<0>();
     while (true) {
@@ -322,7 +299,7 @@ __device__ __forceinline__ void multiply_tiles(const GemmArgs& a, Ring& ring, in
         Scales scales(load_scales(ring, t.warp));
         for (int left = blocks; !multiply_round<0>(ring, left, t, scales, sum); left -= STAGES) {
         }
-        const bool more = next_tile(ring, group, blocks);
+        const bool more = wait_for_tile(ring, group, blocks);
         if (!more) {
             add_quarter<3>(sum, t.odd, scales);
             store_rows(a, tile, ring.memory, sum);

@@ -31,6 +31,7 @@ constexpr int SIDE_BY_SIDE = ACTIVATION ? 2 : SHARED;
 #include "activation.cuh"
 #endif
 #include "gemm.cuh"
+#include "staging.cuh"
 
 static_assert(!ACTIVATION || (SHARED == 1 && !BF16), "there is no kernel for this");
 
@@ -117,46 +118,6 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int grou
     ring.end_tile();
 }
 
-// A warp's 16 staged rows of BYTES to the places of those that are live, in rows of `width` bytes from byte `column` on. (The bulk
-// copy engine takes one row at a time from a warp.)
-template <int BYTES>
-__device__ __forceinline__ void store_staged(void* out, i64 width, const Tile& tile, int first, int column, u32 staging) {
-    constexpr int CHUNKS = BYTES / 16;
-    constexpr int EACH = CHUNKS / 2;
-    constexpr int AT_ONCE = EACH < 4 ? EACH : 4;
-    static_assert(EACH % AT_ONCE == 0 && BYTES + 16 == STAGING_ROW, "lanes have as many chunks of 16 bytes, some at a time");
-    // Read here, so that nothing that follows from it takes a register while a tile is multiplied.
-    const int lane = read_lane();
-    __syncwarp();
-#pragma unroll
-    for (int begin = 0; begin < EACH; begin += AT_ONCE) {
-        uint4 chunks[AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int chunk = (begin + i) * 32 + lane;
-            chunks[i] = load_shared_words(staging + chunk / CHUNKS * STAGING_ROW + chunk % CHUNKS * 16);
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int chunk = (begin + i) * 32 + lane;
-            const int row = first + chunk / CHUNKS;
-            const int at = column + chunk % CHUNKS * 16;
-            if (row < tile.rows && at < width)
-                *reinterpret_cast<uint4*>(static_cast<u8*>(out) + (tile.first + row) * width + at) = chunks[i];
-        }
-    }
-}
-
-// Results to shared memory, a warp's 16 rows.
-__device__ __forceinline__ void stage_rows(u32 staging, const float (&sum)[SUMS]) {
-    const int lane = lane_of_thread();
-    const u32 mine = staging + lane % 16 * STAGING_ROW + lane / 16 * 16;
-#pragma unroll
-    for (int i = 0; i < SUMS; i += 8)
-        store_matrices(mine + i * 4, pack_bf16(sum[i], sum[i + 1]), pack_bf16(sum[i + 2], sum[i + 3]), pack_bf16(sum[i + 4], sum[i + 5]),
-                       pack_bf16(sum[i + 6], sum[i + 7]));
-}
-
 #if ACTIVATION
 constexpr int ACTIVATING_WARPS = 3;
 constexpr int ACTIVATED_STAGING = STAGING + TOKENS * STAGING_ROW;
@@ -187,7 +148,7 @@ __device__ __forceinline__ void set_up_activation(const Activation& s) {
 __device__ __forceinline__ void hand_over(const Activation& s, bool has_rows, u32 parity, const float (&sum)[SUMS]) {
     const int warp = (threadIdx.x - WARPGROUP) / 32;
     wait_for_phase(s.activated(), parity ^ 1);
-    if (has_rows) stage_rows(s.staging(warp * 16), sum);
+    if (has_rows) stage_rows<SUMS>(s.staging(warp * 16), lane_of_thread(), sum);
     __syncwarp();
     if (lane_of_thread() == 0) arrive(s.staged());
 }
@@ -229,14 +190,12 @@ __device__ __forceinline__ void quantize_row(const GemmArgs& a, const Activation
     const float scale = scale_of(fmaxf(load_shared(s.own_magnitude(row)), load_shared(s.other_magnitude(parity, row))), false);
     const float4 low = load_shared_quad(at + part * 32);
     const float4 high = load_shared_quad(at + part * 32 + 16);
+    const float y[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
     const Divisor<false> divisor(scale);
-    const u32 first = e4m3_pair(divisor.quotient(low.x), divisor.quotient(low.y)) | e4m3_pair(divisor.quotient(low.z), divisor.quotient(low.w)) << 16;
-    const u32 second = e4m3_pair(divisor.quotient(high.x), divisor.quotient(high.y)) | e4m3_pair(divisor.quotient(high.z), divisor.quotient(high.w)) << 16;
     if (row < tile.rows)
         *reinterpret_cast<uint2*>(static_cast<u8*>(a.out) + (i64)(tile.first + row) * (a.n / 2) + tile.column + part * 8) =
-            make_uint2(first, second);
-    if (rank == 0 && part == 0 && row < tile.rows)
-        a.out_scales[(i64)(tile.column / SCALE_BLOCK) * ((a.m_sum + 3) & ~3) + tile.first + row] = scale;
+            make_uint2(quantize_four(divisor, y), quantize_four(divisor, y + 4));
+    if (rank == 0 && part == 0) store_scale(a, tile, row, scale);
 }
 
 // What an activating warp does: the rows of one multiplying warpgroup, tile by tile.
@@ -266,7 +225,7 @@ __device__ __forceinline__ void store_rows(const GemmArgs& a, const Tile& tile, 
     const int first = (threadIdx.x - WARPGROUP) / 32 * 16;
     const u32 staging = memory + STAGING + first * STAGING_ROW;
     __syncwarp();
-    stage_rows(staging, sum);
+    stage_rows<SUMS>(staging, lane_of_thread(), sum);
     store_staged<OUTPUTS * 2>(a.out, (i64)a.n * 2, tile, first, tile.column * 2, staging);
 }
 #endif
