@@ -5,6 +5,8 @@
 inline void wait_for_previous_launch() { emulated_machine->wait_for_previous_launch(); }
 inline void let_next_launch_start() { emulated_machine->let_next_launch_start(); }
 
+template <typename Vector>
+inline void store_brief(void* to, Vector v) { *static_cast<Vector*>(to) = v; }
 inline uint4 load_once(const void* address) { return *static_cast<const uint4*>(address); }
 inline uint4 load_through_l1(const void* address) { return *static_cast<const uint4*>(address); }
 

@@ -24,12 +24,14 @@ struct Elements {
     u32 word[4];
 };
 
+// Where all slots of a token are live, an H200 reads rows through the L1 faster; where few are, past it.
+template <bool MANY>
 __device__ __forceinline__ Elements load_elements(const u8* from) {
     Elements e;
     if (VECTOR == 1) {
         e.word[0] = BYTES_IN == 4 ? *reinterpret_cast<const u32*>(from) : *reinterpret_cast<const u16*>(from);
     } else {
-        const uint4 v = load_once(from);
+        const uint4 v = MANY ? load_through_l1(from) : load_once(from);
         e.word[0] = v.x, e.word[1] = v.y, e.word[2] = v.z, e.word[3] = v.w;
     }
     return e;
@@ -54,11 +56,11 @@ __device__ __forceinline__ void store_sums(u8* to, const float (&sum)[VECTOR]) {
         else word[i] = pack_halves<OUTPUT>(sum[2 * i], sum[(2 * i + 1) % VECTOR]);
     }
     if (WORDS == 2) {
-        *reinterpret_cast<uint2*>(to) = make_uint2(word[0], word[1 % (WORDS > 0 ? WORDS : 1)]);
+        store_brief(to, make_uint2(word[0], word[1 % (WORDS > 0 ? WORDS : 1)]));
     } else {
 #pragma unroll
         for (int i = 0; i + 3 < WORDS; i += 4)
-            *reinterpret_cast<uint4*>(to + 4 * i) = make_uint4(word[i], word[i + 1], word[i + 2], word[i + 3]);
+            store_brief(to + 4 * i, make_uint4(word[i], word[i + 1], word[i + 2], word[i + 3]));
     }
 }
 
@@ -102,7 +104,7 @@ __device__ __forceinline__ void sum_steps(const UnpermuteArgs& a, const Slots& s
             const u8* from = static_cast<const u8*>(a.rows) + ((i64)row * HIDDEN + column) * BYTES_IN;
 #pragma unroll
             for (int step = 0; step < STEPS_AT_ONCE; ++step)
-                if (column + step * STRIDE < HIDDEN) e[k][step] = load_elements(from + step * STRIDE * BYTES_IN);
+                if (column + step * STRIDE < HIDDEN) e[k][step] = load_elements<(AT_ONCE > 4)>(from + step * STRIDE * BYTES_IN);
         }
 #pragma unroll
         for (int k = 0; k < AT_ONCE; ++k) {
