@@ -279,18 +279,9 @@ pub struct PermuteConfig {
 }
 
 impl PermuteConfig {
-    fn element_bytes(&self) -> usize {
-        match self.dtype {
-            Dtype::E4m3 | Dtype::U8 => 1,
-            Dtype::Bf16 | Dtype::F16 => 2,
-            Dtype::F32 | Dtype::I32 => 4,
-            Dtype::I64 => 8,
-        }
-    }
-
     /// Bytes moved at a time: what the addresses and a row's length allow.
     fn vector_bytes(&self) -> Result<usize> {
-        let row = checked_mul("bytes of a row", self.hidden, self.element_bytes())?;
+        let row = checked_mul("bytes of a row", self.hidden, self.dtype.bytes())?;
         if !self.alignment_bytes.is_power_of_two() {
             return Err(Error::value("alignment_bytes", self.alignment_bytes, "1, 2, 4, 8 or 16"));
         }
@@ -316,7 +307,7 @@ impl PermuteConfig {
             Some(format) => scale_definitions(format, self.hidden)?,
             None => Vec::new(),
         };
-        let row = checked_mul("bytes of a row", self.hidden, self.element_bytes())?;
+        let row = checked_mul("bytes of a row", self.hidden, self.dtype.bytes())?;
         definitions.extend([
             ("TOPK", self.topk as i64),
             ("ROW_BYTES", i64::from(require_int("bytes of a row", row)?)),
@@ -377,7 +368,7 @@ impl Permute {
             }
         }
         let mut arguments = RowsArgs::new(rows, layout, plan)?;
-        let row_bytes = checked_mul("bytes of a row", rows.x.row_stride, self.config.element_bytes())?;
+        let row_bytes = checked_mul("bytes of a row", rows.x.row_stride, self.config.dtype.bytes())?;
         if plan.tokens() > 1 && !row_bytes.is_multiple_of(vector) {
             return Err(Error::Stride {
                 argument: "x",

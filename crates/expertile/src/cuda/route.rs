@@ -235,7 +235,7 @@ pub(super) unsafe fn initialise_workspace(device: &Device, stream: Stream, works
 /// [`Route::workspace_bytes`] on a device of that many multiprocessors.
 pub(super) fn workspace_bytes(plan: &Plan, multiprocessors: usize) -> Result<usize> {
     require_experts(plan.local_experts())?;
-    Ok(STATE_BYTES + multiprocessors * plan.local_experts().next_multiple_of(4) * 4)
+    Ok(STATE_BYTES + multiprocessors * plan.local_experts().next_multiple_of(8) * 2)
 }
 
 /// # Safety

@@ -14,6 +14,8 @@ const THREADS: u32 = 128;
 /// Up to this many slots, of tokens with more than `SHORT_TOPK` each, a warp takes the shortest piece of a row that there is.
 const FEW_SLOTS: usize = 2048;
 const SHORT_TOPK: usize = 4;
+/// Rows and sums of that many bytes are twice what the L2 of an H200 holds.
+const LARGE_BYTES: usize = 96 << 20;
 
 /// What the kernel is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,6 +101,7 @@ pub struct Unpermute {
     config: UnpermuteConfig,
     many: Arc<Kernel>,
     few: Arc<Kernel>,
+    large: Arc<Kernel>,
 }
 
 impl Unpermute {
@@ -110,13 +113,27 @@ impl Unpermute {
         let source = config.source()?;
         let many = device.kernel(&source, c"unpermute")?;
         let few = device.kernel(&source, c"unpermute_few")?;
-        Ok(Self { device: device.clone(), config, many, few })
+        let large = device.kernel(&source, c"unpermute_large")?;
+        Ok(Self { device: device.clone(), config, many, few, large })
     }
 
-    /// What the kernels take of a multiprocessor: the one for many tokens, then the one for few.
+    /// What the kernels take of a multiprocessor: the one for many tokens, the one for few, and the one for more than a cache holds.
     #[must_use]
-    pub fn resources(&self) -> [Resources; 2] {
-        [self.many.resources(), self.few.resources()]
+    pub fn resources(&self) -> [Resources; 3] {
+        [self.many.resources(), self.few.resources(), self.large.resources()]
+    }
+
+    /// The kernel for so many tokens, and the steps of a row that a warp of it takes.
+    fn kernel(&self, tokens: usize) -> (&Kernel, usize) {
+        let UnpermuteConfig { hidden, topk, input, output, .. } = self.config;
+        let bytes_of_a_token = hidden.saturating_mul(topk * input.bytes() + output.bytes());
+        if topk > SHORT_TOPK && tokens.saturating_mul(topk) <= FEW_SLOTS {
+            (&self.few, 1)
+        } else if tokens.saturating_mul(bytes_of_a_token) >= LARGE_BYTES {
+            (&self.large, 2)
+        } else {
+            (&self.many, 2)
+        }
     }
 
     /// Queues the launch.
@@ -152,8 +169,7 @@ impl Unpermute {
             tokens,
             m_sum,
         };
-        let few = self.config.topk > SHORT_TOPK && call.tokens.saturating_mul(self.config.topk) <= FEW_SLOTS;
-        let (kernel, steps_of_a_warp) = if few { (&self.few, 1) } else { (&self.many, 2) };
+        let (kernel, steps_of_a_warp) = self.kernel(call.tokens);
         let steps = self.config.hidden.div_ceil(32 * self.config.vector());
         let warps = checked_mul("warps of a launch", call.tokens, steps.div_ceil(steps_of_a_warp))?;
         let blocks = require_int("blocks of a launch", warps.div_ceil(THREADS as usize / 32))? as u32;

@@ -63,6 +63,13 @@ fn sanitizer_runs_every_kernel_once() {
         check_activation(device, &Case { topk: 2, ..case }, Activation::default(), Some(format));
         check_activation(device, &Case { topk: 2, ..case }, Activation::default(), None);
     }
+    // More than a cache holds.
+    check_unpermute(
+        device,
+        &Case { tokens: 220, topk: 16, hidden: 14336, experts: 37, seed: 1506, ..BASE },
+        true,
+        true,
+    );
     // Rows enough for every multiprocessor to have several.
     let many = Case { tokens: 520, topk: 2, experts: 5, hidden: 14336, seed: 1505, ..BASE };
     check_activation(device, &many, Activation::default(), Some(BASE.format));

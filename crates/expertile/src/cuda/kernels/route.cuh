@@ -34,7 +34,7 @@ struct RouteArgs {
     int2* worklist;   // (expert, first row) of every row tile that holds a live row
     Status* status;
     Barrier* barrier;
-    int* chunk_counts;  // [chunks, experts rounded up to 4]
+    u16* chunk_counts;  // [chunks, experts rounded up to 8]
     int tokens;
     int experts;
     int ids_limit;

@@ -28,25 +28,28 @@ __device__ __forceinline__ void meet(Barrier* barrier) {
 
 // Adds up the chunks' counts: all of them into s.total, those before this block's into `before`.
 __device__ __forceinline__ void sum_chunks(const RouteArgs& a, int padded, Experts& s, int* before) {
-    const int quads = padded / 4;
-    const int rows_at_once = THREADS / quads;
-    const int quad = threadIdx.x % quads;
-    if (threadIdx.x / quads >= rows_at_once) return;
-    int4 all = make_int4(0, 0, 0, 0);
-    int4 earlier = all;
+    const int octets = padded / 8;
+    const int rows_at_once = THREADS / octets;
+    const int octet = threadIdx.x % octets;
+    if (threadIdx.x / octets >= rows_at_once) return;
+    int all[8] = {};
+    int earlier[8] = {};
 #pragma unroll 8
-    for (int chunk = threadIdx.x / quads; chunk < gridDim.x; chunk += rows_at_once) {
-        const int4 c = __ldcg(reinterpret_cast<const int4*>(a.chunk_counts + (i64)chunk * padded) + quad);
-        all = make_int4(all.x + c.x, all.y + c.y, all.z + c.z, all.w + c.w);
-        if (chunk < blockIdx.x) earlier = make_int4(earlier.x + c.x, earlier.y + c.y, earlier.z + c.z, earlier.w + c.w);
-    }
-    const int sums[4] = {all.x, all.y, all.z, all.w};
-    const int starts[4] = {earlier.x, earlier.y, earlier.z, earlier.w};
+    for (int chunk = threadIdx.x / octets; chunk < gridDim.x; chunk += rows_at_once) {
+        const uint4 c = __ldcg(reinterpret_cast<const uint4*>(a.chunk_counts + (i64)chunk * padded) + octet);
+        const u32 pairs[4] = {c.x, c.y, c.z, c.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (4 * quad + i >= a.experts) break;
-        if (sums[i] != 0) atomicAdd(&s.total[4 * quad + i], sums[i]);
-        if (starts[i] != 0) atomicAdd(&before[4 * quad + i], starts[i]);
+        for (int i = 0; i < 8; ++i) {
+            const int count = (int)(pairs[i / 2] >> (16 * (i % 2)) & 0xffffu);
+            all[i] += count;
+            if (chunk < blockIdx.x) earlier[i] += count;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (8 * octet + i >= a.experts) break;
+        if (all[i] != 0) atomicAdd(&s.total[8 * octet + i], all[i]);
+        if (earlier[i] != 0) atomicAdd(&before[8 * octet + i], earlier[i]);
     }
 }
 
@@ -87,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) route_plan(const __grid
     }
     __syncthreads();
 
-    const int padded = (a.experts + 3) & ~3;
+    const int padded = (a.experts + 7) & ~7;
     for (int expert = threadIdx.x; expert < padded; expert += THREADS) {
         int sum = 0;
         if (expert < a.experts) {
@@ -98,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) route_plan(const __grid
                 sum += count;
             }
         }
-        a.chunk_counts[(i64)blockIdx.x * padded + expert] = sum;
+        a.chunk_counts[(i64)blockIdx.x * padded + expert] = (u16)sum;
     }
     meet(a.barrier);
     let_next_launch_start();
