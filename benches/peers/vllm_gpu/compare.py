@@ -25,6 +25,8 @@ SHAPES = {  # name: (H, I, local experts, topk, global experts)
     "mixtral": (4096, 14336, 8, 2, 8),
 }
 ALIGNMENT = 128
+DECODE_ALIGNMENT = 8  # what our layer lays few tokens out with: its GEMM needs no more
+DECODE_TOKENS = 256
 L2_BYTES = 60 << 20
 
 
@@ -90,11 +92,11 @@ def local_ids(ids, expert_map):
     return ids if expert_map is None else expert_map[ids.long()]
 
 
-def stable_layout(ids, expert_map, experts):
+def stable_layout(ids, expert_map, experts, alignment=ALIGNMENT):
     """inv_perm [M, topk] and counts, from torch's stable sort."""
     local = local_ids(ids, expert_map).flatten().long()
     counts = torch.bincount(local[local >= 0], minlength=experts)
-    aligned = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    aligned = (counts + alignment - 1) // alignment * alignment
     starts = torch.cumsum(aligned, 0) - aligned
     order = torch.sort(torch.where(local < 0, experts, local), stable=True).indices
     live = int(counts.sum())
@@ -106,10 +108,10 @@ def stable_layout(ids, expert_map, experts):
     return inv, counts, starts + counts
 
 
-def check_permutation(bound, x, ids, expert_map, experts):
+def check_permutation(bound, x, ids, expert_map, experts, alignment=ALIGNMENT):
     """Bitwise, against torch on the device: layout, e4m3 bytes, scales, zeros in the padding's scales."""
     topk = ids.shape[1]
-    inv, counts, psum = stable_layout(ids, expert_map, experts)
+    inv, counts, psum = stable_layout(ids, expert_map, experts, alignment)
     assert torch.equal(bound.inv_perm.long(), inv), "inv_perm"
     assert torch.equal(bound.expert_num_tokens.long(), counts), "counts"
     assert torch.equal(bound.psum.long(), psum), "psum"
@@ -169,6 +171,14 @@ def measure(peer, shape, tokens, seed):
     row["ours_qp_graph"] = graph_us(bounds[:1])
     row["ours_qp_rotated"] = graph_us(bounds)
     row["ours_qp_eager"] = eager_us(bounds[0])
+    if tokens <= DECODE_TOKENS:
+        few = ours.Permutation(tokens, topk, experts, hidden, alignment=DECODE_ALIGNMENT, reference_size=False)
+        bound = few.bind(xs[0], ids, expert_map)
+        bound()
+        bound.check()
+        check_permutation(bound, xs[0], ids, expert_map, experts, DECODE_ALIGNMENT)
+        row["ours_qp_decode"] = graph_us([bound])
+        del bound, few
     if peer:
         def theirs(x, i):
             def call():
@@ -284,7 +294,8 @@ def print_row(row, copy):
                 text += f" {how[0]} {mine:.1f}" + (f"/{other:.1f}" if other else "")
         mine = row.get(f"ours_{step}_rotated")
         return text + (f" {100 * size / mine / 1e6 / copy:.0f}%" if mine else "")
-    print(f"{row['shape']:9} {row['tokens']:6} | qp{cell('qp', row['quantize_permute_bytes'])} | up{cell('up', row['unpermute_bytes'])}"
+    decode = f" by 8 {row['ours_qp_decode']:.1f}" if "ours_qp_decode" in row else ""
+    print(f"{row['shape']:9} {row['tokens']:6} | qp{cell('qp', row['quantize_permute_bytes'])}{decode} | up{cell('up', row['unpermute_bytes'])}"
           f" (cuda {row.get('theirs_up_cuda') or 0:.1f}) | act{cell('act', row['activation_bytes'])}", flush=True)
 
 
