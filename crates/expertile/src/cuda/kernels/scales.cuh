@@ -63,14 +63,18 @@ __device__ __forceinline__ void store_slab_scales(u32* scales, float scale, int 
     }
 }
 
-// Zeros in rows [begin, end) of one column of scales. Every lane of the warp calls.
+// Zeros in rows [begin, end) of one column of scales, a line of 32 words to a store: stores to the L2 take their time by lines, and
+// wider ones, which would have to begin on their own width, touch one line more. Every lane of the warp calls.
 __device__ __forceinline__ void zero_column(u32* column, int begin, int end) {
+    for (int row = (begin & ~31) + lane_of_thread(); row < end; row += 32)
+        if (row >= begin) column[row] = 0;
+}
+
+// Zeros in rows [begin, end) of the columns that are part `part` of `parts`: eight lanes to a column, where a warp would be too many.
+__device__ __forceinline__ void zero_few_rows(u32* scales, i64 stride, int begin, int end, int part, int parts) {
     const int lane = lane_of_thread();
-    const int head = min((begin + 3) & ~3, end);
-    const int tail = max(end & ~3, head);
-    if (lane < head - begin) column[begin + lane] = 0;
-    if (lane < end - tail) column[tail + lane] = 0;
-    for (int row = head + 4 * lane; row < tail; row += 128) *reinterpret_cast<uint4*>(column + row) = make_uint4(0, 0, 0, 0);
+    for (int column = part * 4 + lane / 8; column < WORDS_PER_ROW; column += parts * 4)
+        for (int row = begin + lane % 8; row < end; row += 8) scales[column * stride + row] = 0;
 }
 
 // Zeros in the scales of padding: behind each expert's rows up to the next one's, and behind the last one's up to m_sum and
@@ -91,6 +95,11 @@ __device__ __forceinline__ void zero_padding_scales(u32* scales, int m_sum, int 
             for (i64 word = (i64)from * WORDS_PER_ROW + part * 32 + lane; word < (i64)to * WORDS_PER_ROW; word += parts * 32)
                 scales[word] = 0;
         } else {
+            constexpr int FEW_ROWS = 16;
+            if (to - from <= FEW_ROWS) {
+                zero_few_rows(scales, stride, from, to, part, parts);
+                continue;
+            }
             for (int column = part; column < WORDS_PER_ROW; column += parts) zero_column(scales + (i64)column * stride, from, to);
         }
     }
