@@ -144,7 +144,6 @@ impl QuantizePermute {
     pub fn prepare(device: &Device, config: QuantizePermuteConfig) -> Result<Self> {
         let source = config.source()?;
         let few = device.kernel(&source, c"route_quantize_permute")?;
-        few.allow_shared_bytes(few_shared_bytes(route::MAX_EXPERTS, FEW_SLOTS))?;
         Ok(Self {
             device: device.clone(),
             config,
@@ -221,12 +220,17 @@ impl QuantizePermute {
         let shape = Launch {
             blocks: self.device.info().multiprocessors,
             threads: FEW_THREADS,
-            shared_bytes: few_shared_bytes(plan.local_experts(), slots),
+            shared_bytes: 0,
             cooperative: false,
             overlap: true,
         };
-        let pointers = [std::ptr::from_ref(&route).cast::<c_void>(), std::ptr::from_ref(&arguments).cast()];
-        // SAFETY: the kernel takes a `RouteArgs` and a `RowsArgs`; the rest is the caller's promise.
+        let few = FewArgs::new(plan, &self.config, shape.blocks)?;
+        let pointers = [
+            std::ptr::from_ref(&route).cast::<c_void>(),
+            std::ptr::from_ref(&arguments).cast(),
+            std::ptr::from_ref(&few).cast(),
+        ];
+        // SAFETY: the kernel takes a `RouteArgs`, a `RowsArgs` and a `FewArgs`; the rest is the caller's promise.
         unsafe { self.device.launch(&self.few, shape, stream, &pointers) }
     }
 
@@ -255,10 +259,26 @@ fn rows_threads(hidden: usize) -> u32 {
     (8 / warps_of_a_team * warps_of_a_team * 32) as u32
 }
 
-/// Dynamic shared memory of the single launch: a 16-bit counter for each expert and each warp that has slots.
-fn few_shared_bytes(experts: usize, slots: usize) -> u32 {
-    let rounds = slots.div_ceil(FEW_THREADS as usize).max(1);
-    (slots.div_ceil(32 * rounds) * experts * 2) as u32
+/// What the single launch would have to divide for.
+#[repr(C)]
+struct FewArgs {
+    units: i32,
+    more_units: i32,
+    alignment_inverse: u32,
+    tile_inverse: u32,
+}
+
+impl FewArgs {
+    fn new(plan: &Plan, config: &QuantizePermuteConfig, blocks: u32) -> Result<Self> {
+        let units = require_int("M * slabs", checked_mul("M * slabs", plan.tokens(), config.hidden.div_ceil(512))?)?;
+        let inverse = |divisor: usize| ((1u64 << 31) / divisor as u64) as u32;
+        Ok(Self {
+            units: units / blocks as i32,
+            more_units: units % blocks as i32,
+            alignment_inverse: inverse(plan.alignment()),
+            tile_inverse: inverse(config.route.row_tile),
+        })
+    }
 }
 
 /// What permuting rows as they are is specialised for.

@@ -1,8 +1,9 @@
 // Rows quantized and brought to their places: read once, scaled once, written once per live slot.
 //
 //   permute_rows            any number of tokens, after route_plan
-//   route_quantize_permute  up to 4096 slots, routing and plan included, in one launch: every block works the routing out
-//                           for itself, which at this size takes less time than telling the others would
+//   route_quantize_permute  up to 4096 slots, routing and plan included, in one launch: every block counts all slots for
+//                           itself, which at this size takes less time than telling the others would, and ranks only those
+//                           whose rows it brings
 //
 // Set by whoever compiles: HIDDEN (= WIDTH), TOPK, IDS_I64, INPUT (0 bf16, 1 f16), GROUP, SCALE_LAYOUT (0 row-major,
 // 1 MN-major, 2 packed UE8M0), POWER_OF_TWO, WEIGHTED, ZERO_ROWS, ALIGNED (x and its rows stand on 16 bytes), ROWS_THREADS (of a
@@ -244,12 +245,75 @@ constexpr int FEW_THREADS = 1024;
 constexpr int FEW_WARPS = FEW_THREADS / 32;
 constexpr int MAX_SLOTS = 4096;
 constexpr int MAX_ROUNDS = MAX_SLOTS / FEW_THREADS;
+static_assert(MAX_EXPERTS == FEW_THREADS, "a thread to an expert");
+
+// What the host works out for the single launch, so that nobody divides.
+struct FewArgs {
+    int units;       // (token, slab) pairs of every block,
+    int more_units;  // and one more for each of as many blocks, from the first on
+    u32 alignment_inverse;
+    u32 tile_inverse;
+};
+
+// The block's part of the rows: (token, slab) units, and the slots of the tokens they are of.
+struct Share {
+    int first_unit;
+    int end_unit;
+    int first_slot;
+    int slots;
+
+    __device__ __forceinline__ explicit Share(const FewArgs& f) {
+        const int block = blockIdx.x;
+        first_unit = block * f.units + min(block, f.more_units);
+        end_unit = first_unit + f.units + (block < f.more_units);
+        const int first_token = first_unit / SLABS;
+        first_slot = first_token * TOPK;
+        slots = end_unit > first_unit ? ((end_unit - 1) / SLABS + 1 - first_token) * TOPK : 0;
+    }
+};
+
+// What a block has counted and ranked: every slot is counted, only those of the block's own share are ranked.
+struct Counted {
+    u32 before[MAX_EXPERTS];  // slots ahead of the block's share
+    u16 seen[MAX_EXPERTS];    // in the share
+    u32 own[MAX_SLOTS];       // of each slot in the share, the expert (0xffff for none) and below it the rank in the share
+};
+
+// Counts every slot: into the totals, and those ahead of the share once more. Leaves the experts of the share's in c.own.
+__device__ __forceinline__ void count_slots(const RouteArgs& r, const Share& share, int slots, int thread, Experts& s, Counted& c) {
+    Id id[MAX_ROUNDS];
+#pragma unroll
+    for (int i = 0; i < MAX_ROUNDS; ++i) {
+        const int slot = i * FEW_THREADS + thread;
+        if (slot < slots) id[i] = *id_of_slot(r, slot);
+    }
+#pragma unroll
+    for (int i = 0; i < MAX_ROUNDS; ++i) {
+        const int slot = i * FEW_THREADS + thread;
+        if (slot >= slots) break;
+        const int expert = expert_of_id(r, slot, id[i], blockIdx.x == 0 ? r.status : nullptr);
+        const int in_share = slot - share.first_slot;
+        if (in_share >= 0 && in_share < share.slots) c.own[in_share] = expert;
+        if (expert < 0) continue;
+        atomicAdd(&s.total[expert], 1);
+        if (in_share < 0) atomicAdd(&c.before[expert], 1u);
+    }
+}
+
+// Ranks the share's slots; one warp, all of its lanes.
+__device__ __forceinline__ void rank_share(const Share& share, Counted& c, int experts) {
+    for (int base = 0; base < share.slots; base += 32) {
+        const int slot = base + lane_of_thread();
+        const int expert = slot < share.slots ? (int)c.own[slot] : -1;
+        const u32 rank = rank_in_warp(expert, experts, c.seen);
+        if (slot < share.slots) c.own[slot] = (u32)expert << 16 | rank;
+    }
+}
 
 extern "C" __global__ void __launch_bounds__(FEW_THREADS, 1)
-    route_quantize_permute(const __grid_constant__ RouteArgs r, const __grid_constant__ RowsArgs a) {
+    route_quantize_permute(const __grid_constant__ RouteArgs r, const __grid_constant__ RowsArgs a, const __grid_constant__ FewArgs f) {
     __shared__ Experts s;
-    __shared__ u32 expert_and_rank[MAX_SLOTS];  // 0xffff for no expert, below the rank among the warp's slots
-    extern __shared__ u16 seen[];               // [warps that have slots, experts]
+    __shared__ Counted c;
     const int warp = threadIdx.x >> 5;
     const int lane = lane_of_thread();
     // Rows are taken by warps from the first on, routing and plan by warps from the last on: where there are few of either,
@@ -257,72 +321,45 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, 1)
     const int planner = FEW_WARPS - 1 - warp;
     const int planner_thread = planner * 32 + lane;
     const int slots = r.tokens * TOPK;
-    const int rounds = (slots + FEW_THREADS - 1) / FEW_THREADS;
-    const int per_warp = max(rounds * 32, 1);
-    const int ranking_warps = (slots + per_warp - 1) / per_warp;
-    for (int i = threadIdx.x; i < ranking_warps * r.experts; i += FEW_THREADS) seen[i] = 0;
-    if (threadIdx.x == 0) s.live = 0;
+    s.total[threadIdx.x] = 0;
+    c.before[threadIdx.x] = 0;
+    c.seen[threadIdx.x] = 0;
+    const Share share(f);
+    const int first_unit = share.first_unit + warp;
+    const bool have_unit = first_unit < share.end_unit;
+    __syncthreads();
     wait_for_previous_launch();
     let_next_launch_start();
 
-    // The warp's first unit: its row is on its way while the routing is worked out.
-    const int unit_stride = gridDim.x * FEW_WARPS;
-    const int grid_warp = warp * gridDim.x + blockIdx.x;
-    const int units = r.tokens * SLABS;
-    const int unit_expert = grid_warp < units && lane < TOPK ? local_expert(r, grid_warp / SLABS * TOPK + lane, nullptr) : -1;
-    int expert[MAX_ROUNDS];
-    const int first = planner * per_warp + lane;
-#pragma unroll
-    for (int i = 0; i < MAX_ROUNDS; ++i) {
-        if (i >= rounds) break;
-        const int slot = first + i * 32;
-        expert[i] = slot < slots ? local_expert(r, slot, blockIdx.x == 0 ? r.status : nullptr) : -1;
-    }
-    const bool have_unit = __any_sync(WARP, unit_expert >= 0);
+    count_slots(r, share, slots, planner_thread, s, c);
+    // The warp's first unit: its row is on its way while the plan is worked out. Not before, where ids would queue behind it.
     Slab slab;
-    if (have_unit) slab = load_slab(a, grid_warp / SLABS, grid_warp % SLABS);
+    if (have_unit) slab = load_slab(a, first_unit / SLABS, first_unit % SLABS);
     __syncthreads();
-    if (planner < ranking_warps) {
-#pragma unroll
-        for (int i = 0; i < MAX_ROUNDS; ++i) {
-            if (i >= rounds) break;
-            const int rank = rank_in_warp(expert[i], r.experts, seen + planner * r.experts);
-            if (first + i * 32 < slots) expert_and_rank[first + i * 32] = (u32)expert[i] << 16 | rank;
-        }
-    }
-    __syncthreads();
-    for (int e = planner_thread; e < r.experts; e += FEW_THREADS) {
-        int sum = 0;
-#pragma unroll 4
-        for (int w = 0; w < ranking_warps; ++w) {
-            const int count = seen[w * r.experts + e];
-            seen[w * r.experts + e] = (u16)sum;
-            sum += count;
-        }
-        s.total[e] = sum;
-    }
+    // The warp after those that plan, if there is one.
+    if (planner == min((r.experts + 31) / 32, FEW_WARPS - 1)) rank_share(share, c, r.experts);
+    plan_few_slots(s, planner_thread, r.experts, r.alignment, f.alignment_inverse, f.tile_inverse);
     uint4 bytes;
     float scale;
     if (have_unit) {
-        apply_weight(a, grid_warp / SLABS, slab);
+        apply_weight(a, first_unit / SLABS, slab);
         bytes = quantize_slab<INPUT, GROUP, POWER_OF_TWO != 0>(slab.pairs, scale);
     }
-    // Each thread reads the totals that it has written: no barrier before the one inside.
-    plan_experts<FEW_THREADS, u32>(s, planner_thread, r.experts, r.alignment, r.row_tile);
+    __syncthreads();
     const auto row_of_slot = [&](int slot) {
-        const u32 packed = expert_and_rank[slot];
+        const u32 packed = c.own[slot - share.first_slot];
         const u32 e = packed >> 16;
         if (e == 0xffffu) return -1;
-        const int row = s.start[e] + seen[slot / per_warp * r.experts + e] + (int)(packed & 0xffffu);
+        const int row = s.start[e] + (int)(c.before[e] + (packed & 0xffffu));
         return row < r.m_sum ? row : -1;
     };
 
-    for (int unit = grid_warp; unit < units; unit += unit_stride) {
+    for (int unit = first_unit; unit < share.end_unit; unit += FEW_WARPS) {
         const int token = unit / SLABS;
         const int index = unit % SLABS;
         const int rows = lane < TOPK ? row_of_slot(token * TOPK + lane) : -1;
         if (!__any_sync(WARP, rows >= 0)) continue;
-        if (unit != grid_warp) {
+        if (unit != first_unit) {
             slab = load_slab(a, token, index);
             apply_weight(a, token, slab);
             bytes = quantize_slab<INPUT, GROUP, POWER_OF_TWO != 0>(slab.pairs, scale);
@@ -336,19 +373,26 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, 1)
     if (planner < LISTING_WARPS / 2) {
         const int thread = (planner * gridDim.x + blockIdx.x) * 32 + lane;
         const int threads = LISTING_WARPS / 2 * 32 * gridDim.x;
-        for (int slot = thread; slot < slots; slot += threads) write_slot(r, slot, row_of_slot(slot));
+        // Of a token whose slabs several blocks share, the block that has the first lists the slots.
+        const int after = (share.first_unit + SLABS - 1) / SLABS * TOPK;
+        for (int slot = after + planner_thread; slot < share.first_slot + share.slots; slot += LISTING_WARPS / 2 * 32)
+            write_slot(r, slot, row_of_slot(slot));
         write_experts(r, s, thread, threads);
         write_worklist(r, s, thread, threads);
     } else if (planner < LISTING_WARPS) {
         const int thread = ((planner - LISTING_WARPS / 2) * gridDim.x + blockIdx.x) * 32 + lane;
         write_m_indices(r, s, thread, LISTING_WARPS / 2 * 32 * gridDim.x);
     } else {
-        zero_padding_scales(
-            a.scales, a.m_sum, r.experts, min(s.rows, r.m_sum), grid_warp, (FEW_WARPS - LISTING_WARPS) * gridDim.x,
-            [&](int e) { return min(s.start[e], r.m_sum); }, [&](int e) { return min(s.start[e] + s.total[e], r.m_sum); });
+        // Left to the warps that have had no rows, if those are enough.
+        const int first = f.units < FEW_WARPS / 2 ? f.units + 1 : 0;
+        if (warp >= first)
+            zero_padding_scales(
+                a.scales, a.m_sum, r.experts, min(s.rows, r.m_sum), (warp - first) * gridDim.x + blockIdx.x,
+                (FEW_WARPS - LISTING_WARPS - first) * gridDim.x, [&](int e) { return min(s.start[e], r.m_sum); },
+                [&](int e) { return min(s.start[e] + s.total[e], r.m_sum); });
     }
     if (ZERO_ROWS)
-        zero_padding_rows<uint4>(a.out, HIDDEN, a.m_sum, grid_warp, unit_stride, [&](int row) {
+        zero_padding_rows<uint4>(a.out, HIDDEN, a.m_sum, warp * gridDim.x + blockIdx.x, FEW_WARPS * gridDim.x, [&](int row) {
             const int e = last_not_above(s.start, r.experts, row);
             return row < s.start[e] + s.total[e];
         });

@@ -67,14 +67,19 @@ struct CeilDiv {
     }
 };
 
-// The local expert of a slot; -1 for an empty or non-local one, and for one that `status` is told about.
-__device__ __forceinline__ int local_expert(const RouteArgs& a, int slot, Status* status) {
-    const i64 at = (i64)(slot / TOPK) * a.ids_row_stride + (i64)(slot % TOPK) * a.ids_col_stride;
 #if IDS_I64
-    const i64 id = static_cast<const i64*>(a.ids)[at];
+typedef i64 Id;
 #else
-    const i64 id = static_cast<const int*>(a.ids)[at];
+typedef int Id;
 #endif
+
+__device__ __forceinline__ const Id* id_of_slot(const RouteArgs& a, int slot) {
+    const i64 at = (i64)(slot / TOPK) * a.ids_row_stride + (i64)(slot % TOPK) * a.ids_col_stride;
+    return static_cast<const Id*>(a.ids) + at;
+}
+
+// The local expert of a slot's id; -1 for an empty or non-local one, and for one that `status` is told about.
+__device__ __forceinline__ int expert_of_id(const RouteArgs& a, int slot, i64 id, Status* status) {
     if (id < 0) return -1;
     if (id >= a.ids_limit) {
         if (status != nullptr) atomicMax(&status->id, (u64)~(u32)slot << 32 | (u32)min(id, (i64)0xffffffff));
@@ -89,18 +94,20 @@ __device__ __forceinline__ int local_expert(const RouteArgs& a, int slot, Status
     return expert < 0 ? -1 : expert;
 }
 
-// The lanes of the warp that hold the same expert (or none, -1) as this one. match.any takes time for every distinct value;
+__device__ __forceinline__ int local_expert(const RouteArgs& a, int slot, Status* status) {
+    return expert_of_id(a, slot, *id_of_slot(a, slot), status);
+}
+
+// The lanes of the warp that hold the same expert as this one, if it holds one (not -1). match.any takes time for every distinct value;
 // where most lanes differ, a vote for each bit is faster.
 __device__ __forceinline__ u32 peers_of(int expert, int experts) {
     constexpr int FEW_EXPERTS = 64;
     if (experts <= FEW_EXPERTS) return __match_any_sync(WARP, expert);
-    // A lane without an expert counts as one more of them, which has a bit pattern of its own.
-    const int value = expert < 0 ? experts : expert;
-    u32 peers = WARP;
-    for (int bits = 0; experts >> bits != 0; bits += 4) {
+    u32 peers = __ballot_sync(WARP, expert >= 0);
+    for (int bits = 0; (experts - 1) >> bits != 0; bits += 4) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const bool set = (value >> (bits + i) & 1) != 0;
+            const bool set = (expert >> (bits + i) & 1) != 0;
             const u32 vote = __ballot_sync(WARP, set);
             peers &= set ? vote : ~vote;
         }
@@ -192,6 +199,45 @@ __device__ __forceinline__ void plan_experts(Experts& s, int thread, int experts
         }
     }
     __syncthreads();
+}
+
+// n / d rounded up, for n of at most 4096, given floor(2^31 / d). Exact: over the multiple of d that is in n, what the inverse is
+// too small by adds up to less than 4096; where n reaches d the inverse is more, and what is left of n counts it at least once.
+__device__ __forceinline__ u32 few_ceil_div(u32 n, u32 inverse) { return (u32)(((u64)n * inverse + 0x7fffffffu) >> 31); }
+
+// As plan_experts, for at most 4096 slots and as many experts as there are threads, from totals that are there already: the threads of a
+// warp add up for themselves what the warps before theirs have, and nobody waits. The block's threads have to meet before they
+// read the result. The inverses are few_ceil_div's.
+__device__ __forceinline__ void plan_few_slots(Experts& s, int thread, int experts, int alignment, u32 alignment_inverse, u32 tile_inverse) {
+    const int warp_first = thread & ~31;
+    if (warp_first >= experts) return;
+    const auto pair_of = [&](u32 total) { return few_ceil_div(total, tile_inverse) << 16 | few_ceil_div(total, alignment_inverse); };
+    const u32 total = thread < experts ? s.total[thread] : 0;
+    const u32 pair = pair_of(total);
+    u32 before = 0;
+    u32 live = total;
+    for (int base = lane_of_thread(); base < warp_first; base += 8 * 32) {
+        u32 earlier[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) earlier[i] = base + i * 32 < warp_first ? s.total[base + i * 32] : 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            before += pair_of(earlier[i]);
+            live += earlier[i];
+        }
+    }
+    const u32 end = scan_warp(pair) + __reduce_add_sync(WARP, before);
+    if (thread < experts) {
+        s.start[thread] = (int)((end - pair) & 0xffffu) * alignment;
+        s.tile[thread] = (int)((end - pair) >> 16);
+    }
+    if (warp_first + 32 < experts) return;
+    live = __reduce_add_sync(WARP, live);
+    if (thread == experts - 1) {
+        s.live = live;
+        s.rows = (int)(end & 0xffffu) * alignment;
+        s.tiles = (int)(end >> 16);
+    }
 }
 
 // The lists of experts and the header; `thread` of `threads`. Ends are held within m_sum, so that whoever walks the lists
