@@ -9,6 +9,7 @@ template <typename Vector>
 inline void store_brief(void* to, Vector v) { *static_cast<Vector*>(to) = v; }
 inline uint4 load_once(const void* address) { return *static_cast<const uint4*>(address); }
 inline uint4 load_through_l1(const void* address) { return *static_cast<const uint4*>(address); }
+inline void prefetch_line(const void*) {}
 
 // The others go on meanwhile.
 inline u32 load_now(const u32* address) {

@@ -43,6 +43,9 @@ __device__ __forceinline__ void store_brief(void* to, uint2 v) {
     asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
 }
 
+// Brings a line to the L2. Nobody gets to see it by that, so the launch that writes it may still be running.
+__device__ __forceinline__ void prefetch_line(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 // A word as it is now: for whoever waits until another block has changed it.
 __device__ __forceinline__ u32 load_now(const u32* address) { return *const_cast<const volatile u32*>(address); }
 

@@ -40,6 +40,14 @@ __device__ __forceinline__ Slab load_slab(const RowsArgs& a, int token, int slab
     return s;
 }
 
+// What load_slab is going to read.
+__device__ __forceinline__ void prefetch_slab(const RowsArgs& a, int token, int slab) {
+    constexpr int LANES_TO_A_LINE = 128 / (2 * PER_LANE);
+    const int column = slab * SLAB + lane_of_thread() * PER_LANE;
+    if (lane_of_thread() % LANES_TO_A_LINE == 0 && column < HIDDEN)
+        prefetch_line(static_cast<const u16*>(a.x) + token * a.x_row_stride + column);
+}
+
 // The router weight times the row, rounded to the row's own type.
 __device__ __forceinline__ void apply_weight(const RowsArgs& a, int token, Slab& s) {
 #if WEIGHTED
@@ -327,6 +335,10 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, 1)
     const Share share(f);
     const int first_unit = share.first_unit + warp;
     const bool have_unit = first_unit < share.end_unit;
+    // Rows and ids may have left the L2 by now: they come back while the launch before ends.
+    if (have_unit) prefetch_slab(a, first_unit / SLABS, first_unit % SLABS);
+    constexpr int IDS_TO_A_LINE = 128 / sizeof(Id);
+    if (threadIdx.x * IDS_TO_A_LINE < slots) prefetch_line(id_of_slot(r, threadIdx.x * IDS_TO_A_LINE));
     __syncthreads();
     wait_for_previous_launch();
     let_next_launch_start();
