@@ -56,7 +56,7 @@ class Permutation:
     """Quantize + permute for one shape."""
 
     def __init__(self, tokens, topk, experts, hidden, alignment=128, reference_size=True, wide_ids=False,
-                 single_launch_slots=4096, row_tile=None):
+                 single_launch_slots=8192, row_tile=None):
         self._handle = _checked(_lib.expertile_permutation(
             tokens, topk, experts, hidden, alignment, row_tile or alignment, reference_size, wide_ids, single_launch_slots))
         self.alignment = alignment

@@ -18,9 +18,14 @@ use std::sync::Arc;
 const THREADS: u32 = 256;
 /// The single launch: one block to a multiprocessor, each of which works the routing out for itself.
 const FEW_THREADS: u32 = 1024;
-pub(super) const FEW_SLOTS: usize = 4096;
-/// What more slots than that take: the layout; then rows and scales.
-pub(super) const MANY_LAUNCHES: usize = 2;
+const FEW_SLOTS: usize = 8192;
+/// Slots that a block of it ranks at most.
+const OWN_SLOTS: usize = 4096;
+
+/// Launches of quantize + permute: more slots than one takes have two, the layout; then rows and scales.
+pub(super) fn launches(slots: usize) -> usize {
+    if slots <= FEW_SLOTS { 1 } else { 2 }
+}
 
 /// What quantize + permute is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,7 +129,7 @@ impl QuantizePermuteConfig {
 
 /// From routing to quantized rows in their places, prepared.
 ///
-/// Up to 4096 slots (256 tokens of 16) take one launch. More take two, the second set up while the first runs: the layout; then
+/// Up to 8192 slots (512 tokens of 16) take one launch. More take two, the second set up while the first runs: the layout; then
 /// the rows, and their scales, which are cheaper to write row by row once every token has its own.
 #[derive(Debug)]
 pub struct QuantizePermute {
@@ -154,7 +159,7 @@ impl QuantizePermute {
         })
     }
 
-    /// Takes two launches for more than `slots` (at most 4096, the default).
+    /// Takes two launches for more than `slots` (at most 8192, the default).
     #[must_use]
     pub fn with_single_launch_slots(self, slots: usize) -> Self {
         Self { single_launch_slots: slots.min(FEW_SLOTS), ..self }
@@ -209,8 +214,7 @@ impl QuantizePermute {
         let token_scales = workspace + self.route.workspace_bytes(plan)? as u64;
         let queue = workspace + route::QUEUE_OFFSET;
         let arguments = RowsArgs { token_scales, queue, ..RowsArgs::new(rows, layout, plan)? };
-        let slots = plan.tokens() * plan.topk();
-        if slots > self.single_launch_slots {
+        if !self.takes_one_launch(plan) {
             // SAFETY: the caller's promise.
             unsafe {
                 self.route.queue(stream, &route)?;
@@ -234,8 +238,13 @@ impl QuantizePermute {
         unsafe { self.device.launch(&self.few, shape, stream, &pointers) }
     }
 
-    /// # Safety
-    /// As [`Route::launch`].
+    fn takes_one_launch(&self, plan: &Plan) -> bool {
+        let slots = plan.tokens() * plan.topk();
+        // A block's share of the rows may begin and end within a token.
+        let own = slots / self.device.info().multiprocessors as usize + 3 * plan.topk();
+        slots <= self.single_launch_slots && own <= OWN_SLOTS
+    }
+
     /// As [`Route::check`].
     ///
     /// # Safety

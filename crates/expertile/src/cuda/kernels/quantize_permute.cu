@@ -1,7 +1,7 @@
 // Rows quantized and brought to their places: read once, scaled once, written once per live slot.
 //
 //   permute_rows            any number of tokens, after route_plan
-//   route_quantize_permute  up to 4096 slots, routing and plan included, in one launch: every block counts all slots for
+//   route_quantize_permute  up to 8192 slots, routing and plan included, in one launch: every block counts all slots for
 //                           itself, which at this size takes less time than telling the others would, and ranks only those
 //                           whose rows it brings
 //
@@ -251,8 +251,7 @@ extern "C" __global__ void __launch_bounds__(ROWS_THREADS, MANY_BLOCKS) permute_
 
 constexpr int FEW_THREADS = 1024;
 constexpr int FEW_WARPS = FEW_THREADS / 32;
-constexpr int MAX_SLOTS = 4096;
-constexpr int MAX_ROUNDS = MAX_SLOTS / FEW_THREADS;
+constexpr int OWN_SLOTS = 4096;
 static_assert(MAX_EXPERTS == FEW_THREADS, "a thread to an expert");
 
 // What the host works out for the single launch, so that nobody divides.
@@ -284,27 +283,30 @@ struct Share {
 struct Counted {
     u32 before[MAX_EXPERTS];  // slots ahead of the block's share
     u16 seen[MAX_EXPERTS];    // in the share
-    u32 own[MAX_SLOTS];       // of each slot in the share, the expert (0xffff for none) and below it the rank in the share
+    u32 own[OWN_SLOTS];       // of each slot in the share, the expert (0xffff for none) and below it the rank in the share
 };
 
 // Counts every slot: into the totals, and those ahead of the share once more. Leaves the experts of the share's in c.own.
 __device__ __forceinline__ void count_slots(const RouteArgs& r, const Share& share, int slots, int thread, Experts& s, Counted& c) {
-    Id id[MAX_ROUNDS];
+    constexpr int AT_ONCE = 4;
+    for (int base = thread; base < slots; base += AT_ONCE * FEW_THREADS) {
+        Id id[AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < MAX_ROUNDS; ++i) {
-        const int slot = i * FEW_THREADS + thread;
-        if (slot < slots) id[i] = *id_of_slot(r, slot);
-    }
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int slot = base + i * FEW_THREADS;
+            if (slot < slots) id[i] = *id_of_slot(r, slot);
+        }
 #pragma unroll
-    for (int i = 0; i < MAX_ROUNDS; ++i) {
-        const int slot = i * FEW_THREADS + thread;
-        if (slot >= slots) break;
-        const int expert = expert_of_id(r, slot, id[i], blockIdx.x == 0 ? r.status : nullptr);
-        const int in_share = slot - share.first_slot;
-        if (in_share >= 0 && in_share < share.slots) c.own[in_share] = expert;
-        if (expert < 0) continue;
-        atomicAdd(&s.total[expert], 1);
-        if (in_share < 0) atomicAdd(&c.before[expert], 1u);
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int slot = base + i * FEW_THREADS;
+            if (slot >= slots) break;
+            const int expert = expert_of_id(r, slot, id[i], blockIdx.x == 0 ? r.status : nullptr);
+            const int in_share = slot - share.first_slot;
+            if (in_share >= 0 && in_share < share.slots) c.own[in_share] = expert;
+            if (expert < 0) continue;
+            atomicAdd(&s.total[expert], 1);
+            if (in_share < 0) atomicAdd(&c.before[expert], 1u);
+        }
     }
 }
 
@@ -371,6 +373,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, 1)
         const int index = unit % SLABS;
         const int rows = lane < TOPK ? row_of_slot(token * TOPK + lane) : -1;
         if (!__any_sync(WARP, rows >= 0)) continue;
+        if (unit + FEW_WARPS < share.end_unit) prefetch_slab(a, (unit + FEW_WARPS) / SLABS, (unit + FEW_WARPS) % SLABS);
         if (unit != first_unit) {
             slab = load_slab(a, token, index);
             apply_weight(a, token, slab);

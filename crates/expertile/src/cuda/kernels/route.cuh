@@ -201,11 +201,11 @@ __device__ __forceinline__ void plan_experts(Experts& s, int thread, int experts
     __syncthreads();
 }
 
-// n / d rounded up, for n of at most 4096, given floor(2^31 / d). Exact: over the multiple of d that is in n, what the inverse is
-// too small by adds up to less than 4096; where n reaches d the inverse is more, and what is left of n counts it at least once.
+// n / d rounded up, for n of at most 8192, given floor(2^31 / d). Exact: over the multiple of d that is in n, what the inverse is
+// too small by adds up to less than 8192; where n reaches d the inverse is more, and what is left of n counts it at least once.
 __device__ __forceinline__ u32 few_ceil_div(u32 n, u32 inverse) { return (u32)(((u64)n * inverse + 0x7fffffffu) >> 31); }
 
-// As plan_experts, for at most 4096 slots and as many experts as there are threads, from totals that are there already: the threads of a
+// As plan_experts, for at most 8192 slots and as many experts as there are threads, from totals that are there already: the threads of a
 // warp add up for themselves what the warps before theirs have, and nobody waits. The block's threads have to meet before they
 // read the result. The inverses are few_ceil_div's.
 __device__ __forceinline__ void plan_few_slots(Experts& s, int thread, int experts, int alignment, u32 alignment_inverse, u32 tile_inverse) {

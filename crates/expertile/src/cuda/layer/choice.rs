@@ -13,6 +13,8 @@ use std::fmt;
 
 /// Parts of the workspace start on as many bytes, and so does the workspace itself.
 pub(super) const PART_BYTES: usize = 256;
+/// More slots than that always have the row tiles of many: those have the activation inside, and a launch fewer.
+const MANY_SLOTS: usize = 4096;
 
 /// What a call with a number of tokens does. Plain data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -61,8 +63,7 @@ impl LayerChoice {
         let slots = tokens * config.topk;
         let rows = checked_mul("M * topk * E", slots, experts)?.div_ceil(config.global_experts).min(slots);
         let format = config.weight_format();
-        let many_slots = config.activations == ActivationFormat::E4m3 && slots > permute::FEW_SLOTS;
-        let row_tile = if many_slots {
+        let row_tile = if config.activations == ActivationFormat::E4m3 && slots > MANY_SLOTS {
             GemmTile::many_rows(rows, experts, format)
         } else {
             GemmTile::row_tile_for(rows, experts, format)
@@ -88,8 +89,7 @@ impl LayerChoice {
 /// Routing and permute, two GEMMs, the activation, unpermute.
 fn launches(activations: ActivationFormat, slots: usize) -> usize {
     let before = match activations {
-        ActivationFormat::E4m3 if slots <= permute::FEW_SLOTS => 1,
-        ActivationFormat::E4m3 => permute::MANY_LAUNCHES,
+        ActivationFormat::E4m3 => permute::launches(slots),
         ActivationFormat::Bf16 => 2,
     };
     if slots == 0 { 0 } else { before + 4 }
@@ -361,9 +361,13 @@ mod tests {
         };
         assert_eq!([0, 1, 64, 128].map(|tokens| with(ActivationFormat::E4m3, tokens)), [0, 5, 5, 5]);
         assert_eq!(with(ActivationFormat::E4m3, 256), 4, "one for routing and permute, and the activation inside");
-        assert_eq!(with(ActivationFormat::E4m3, 2049), permute::MANY_LAUNCHES + 3);
+        assert_eq!(
+            [4096, 4097].map(|tokens| with(ActivationFormat::E4m3, tokens)),
+            [4, 5],
+            "routing is a launch of its own"
+        );
         let inside = choice(0, 513);
-        assert!(inside.activation_inside_gemm1 && inside.launches == permute::MANY_LAUNCHES + 3, "{inside}");
+        assert!(inside.activation_inside_gemm1 && inside.launches == 4, "{inside}");
         assert_eq!([0, 1, 4096].map(|tokens| with(ActivationFormat::Bf16, tokens)), [0, 6, 6]);
     }
 
