@@ -29,8 +29,8 @@ __device__ __forceinline__ Slab load_slab(const RowsArgs& a, int token, int slab
         return s;
     }
 #if ALIGNED
-    const uint4 low = load_once(row);
-    const uint4 high = load_once(row + 8);
+    const uint4 low = load_through_l1(row);
+    const uint4 high = load_through_l1(row + 8);
     s.pairs[0] = low.x, s.pairs[1] = low.y, s.pairs[2] = low.z, s.pairs[3] = low.w;
     s.pairs[4] = high.x, s.pairs[5] = high.y, s.pairs[6] = high.z, s.pairs[7] = high.w;
 #else
@@ -286,28 +286,35 @@ struct Counted {
     u32 own[OWN_SLOTS];       // of each slot in the share, the expert (0xffff for none) and below it the rank in the share
 };
 
+constexpr int COUNTED_AT_ONCE = 4;
+
+// Counts a thread's slots from `first` on, as many as it counts at once.
+__device__ __forceinline__ void count_some(const RouteArgs& r, const Share& share, int slots, int first, Experts& s, Counted& c) {
+    Id id[COUNTED_AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < COUNTED_AT_ONCE; ++i) {
+        const int slot = first + i * FEW_THREADS;
+        if (slot < slots) id[i] = *id_of_slot(r, slot);
+    }
+#pragma unroll
+    for (int i = 0; i < COUNTED_AT_ONCE; ++i) {
+        const int slot = first + i * FEW_THREADS;
+        if (slot >= slots) break;
+        const int expert = expert_of_id(r, slot, id[i], blockIdx.x == 0 ? r.status : nullptr);
+        const int in_share = slot - share.first_slot;
+        if (in_share >= 0 && in_share < share.slots) c.own[in_share] = expert;
+        if (expert < 0) continue;
+        atomicAdd(&s.total[expert], 1);
+        if (in_share < 0) atomicAdd(&c.before[expert], 1u);
+    }
+}
+
 // Counts every slot: into the totals, and those ahead of the share once more. Leaves the experts of the share's in c.own.
 __device__ __forceinline__ void count_slots(const RouteArgs& r, const Share& share, int slots, int thread, Experts& s, Counted& c) {
-    constexpr int AT_ONCE = 4;
-    for (int base = thread; base < slots; base += AT_ONCE * FEW_THREADS) {
-        Id id[AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int slot = base + i * FEW_THREADS;
-            if (slot < slots) id[i] = *id_of_slot(r, slot);
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const int slot = base + i * FEW_THREADS;
-            if (slot >= slots) break;
-            const int expert = expert_of_id(r, slot, id[i], blockIdx.x == 0 ? r.status : nullptr);
-            const int in_share = slot - share.first_slot;
-            if (in_share >= 0 && in_share < share.slots) c.own[in_share] = expert;
-            if (expert < 0) continue;
-            atomicAdd(&s.total[expert], 1);
-            if (in_share < 0) atomicAdd(&c.before[expert], 1u);
-        }
-    }
+    count_some(r, share, slots, thread, s, c);
+    constexpr int STEP = COUNTED_AT_ONCE * FEW_THREADS;
+    if (slots <= STEP) return;
+    for (int first = thread + STEP; first < slots; first += STEP) count_some(r, share, slots, first, s, c);
 }
 
 // Ranks the share's slots; one warp, all of its lanes.
@@ -373,6 +380,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, 1)
         const int index = unit % SLABS;
         const int rows = lane < TOPK ? row_of_slot(token * TOPK + lane) : -1;
         if (!__any_sync(WARP, rows >= 0)) continue;
+        // The row of the warp's next unit comes to the L2 meanwhile.
         if (unit + FEW_WARPS < share.end_unit) prefetch_slab(a, (unit + FEW_WARPS) / SLABS, (unit + FEW_WARPS) % SLABS);
         if (unit != first_unit) {
             slab = load_slab(a, token, index);
