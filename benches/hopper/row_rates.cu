@@ -8,6 +8,7 @@
 // where a token has eight experts.
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <vector>
 

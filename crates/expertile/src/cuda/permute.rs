@@ -16,10 +16,11 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 const THREADS: u32 = 256;
-/// The single launch: one block to a multiprocessor, each of which works the routing out for itself.
+/// The single launch: one block to a multiprocessor, each of which counts all slots for itself.
 const FEW_THREADS: u32 = 1024;
+/// Slots that it takes at most.
 const FEW_SLOTS: usize = 8192;
-/// Slots that a block of it ranks at most.
+/// Of them, those of the tokens whose rows a block brings: what its shared memory has room for.
 const OWN_SLOTS: usize = 4096;
 
 /// Launches of quantize + permute: more slots than one takes have two, the layout; then rows and scales.
@@ -91,6 +92,7 @@ impl QuantizePermuteConfig {
             ("ZERO_ROWS", i64::from(self.padding == Padding::Zero)),
             ("ALIGNED", i64::from(self.aligned)),
             ("ROWS_THREADS", i64::from(rows_threads(self.hidden))),
+            ("OWN_SLOTS", OWN_SLOTS as i64),
         ]);
         Ok(Source::new("quantize_permute.cu", include_str!("kernels/quantize_permute.cu"), definitions))
     }

@@ -7,7 +7,7 @@
 //
 // Set by whoever compiles: HIDDEN (= WIDTH), TOPK, IDS_I64, INPUT (0 bf16, 1 f16), GROUP, SCALE_LAYOUT (0 row-major,
 // 1 MN-major, 2 packed UE8M0), POWER_OF_TWO, WEIGHTED, ZERO_ROWS, ALIGNED (x and its rows stand on 16 bytes), ROWS_THREADS (of a
-// block of permute_rows).
+// block of permute_rows), OWN_SLOTS (that a block of the single launch has room for).
 #include "hopper.cuh"
 #include "route.cuh"
 #include "rows.cuh"
@@ -251,7 +251,6 @@ extern "C" __global__ void __launch_bounds__(ROWS_THREADS, MANY_BLOCKS) permute_
 
 constexpr int FEW_THREADS = 1024;
 constexpr int FEW_WARPS = FEW_THREADS / 32;
-constexpr int OWN_SLOTS = 4096;
 static_assert(MAX_EXPERTS == FEW_THREADS, "a thread to an expert");
 
 // What the host works out for the single launch, so that nobody divides.

@@ -127,52 +127,43 @@ __device__ __forceinline__ int rank_in_warp(int expert, int experts, u16* seen) 
     return before + __popc(peers & ((1u << lane) - 1u));
 }
 
-__device__ __forceinline__ u64 scan_warp(u64 x) {
+template <typename T>
+__device__ __forceinline__ T scan_warp(T x) {
     const int lane = lane_of_thread();
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-        const u64 below = __shfl_up_sync(WARP, x, distance);
-        if (lane >= distance) x += below;
-    }
-    return x;
-}
-
-__device__ __forceinline__ u32 scan_warp(u32 x) {
-    const int lane = lane_of_thread();
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const u32 below = __shfl_up_sync(WARP, x, distance);
+        const T below = __shfl_up_sync(WARP, x, distance);
         if (lane >= distance) x += below;
     }
     return x;
 }
 
 // From the experts' totals to the starts of their segments (multiples of `alignment`) and tiles, by a scan over all of
-// them. Pair holds alignments in its low half and tiles in its high one: u32 where neither can pass 65535, else u64. The
-// block's threads take EACH consecutive experts, in the order of `thread` (threadIdx.x, or its warps backwards); all of them
+// them: alignments in the low half of a word and tiles in its high one. The block's threads take EACH consecutive experts; all of them
 // call, and all may read the result afterwards.
-template <int THREADS, typename Pair>
-__device__ __forceinline__ void plan_experts(Experts& s, int thread, int experts, int alignment, int row_tile) {
+template <int THREADS>
+__device__ __forceinline__ void plan_experts(Experts& s, int experts, int alignment, int row_tile) {
     constexpr int EACH = (MAX_EXPERTS + THREADS - 1) / THREADS;
-    constexpr int HALF = sizeof(Pair) * 4;
+    constexpr int HALF = 32;
+    const int thread = threadIdx.x;
     const CeilDiv segments(alignment);
     const CeilDiv tiles(row_tile);
     const int first = thread * EACH;
     const int lane = lane_of_thread();
     const int warp = thread >> 5;
-    Pair pair[EACH];
-    Pair sum = 0;
+    u64 pair[EACH];
+    u64 sum = 0;
     u32 live = 0;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         const u32 total = first + i < experts ? s.total[first + i] : 0;
-        pair[i] = (Pair)tiles(total) << HALF | segments(total);
+        pair[i] = (u64)tiles(total) << HALF | segments(total);
         sum += pair[i];
         live += total;
     }
     // Warps without experts take part in the barriers only.
     const bool has_experts = warp * 32 * EACH < experts;
-    Pair scanned = 0;
+    u64 scanned = 0;
     if (has_experts) {
         scanned = scan_warp(sum);
         live = __reduce_add_sync(WARP, live);
@@ -182,19 +173,19 @@ __device__ __forceinline__ void plan_experts(Experts& s, int thread, int experts
     __syncthreads();
     if (has_experts) {
         const int warps = (experts + 32 * EACH - 1) / (32 * EACH);
-        const Pair sums = scan_warp(lane < warps ? (Pair)s.warp_sums[lane] : (Pair)0);
-        const Pair earlier = __shfl_sync(WARP, sums, (warp + 31) & 31);
-        Pair before = scanned - sum + (warp > 0 ? earlier : 0);
+        const u64 sums = scan_warp(lane < warps ? s.warp_sums[lane] : 0);
+        const u64 earlier = __shfl_sync(WARP, sums, (warp + 31) & 31);
+        u64 before = scanned - sum + (warp > 0 ? earlier : 0);
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             if (first + i < experts) {
-                s.start[first + i] = (int)(u32)(before & (((Pair)1 << HALF) - 1)) * alignment;
+                s.start[first + i] = (int)(u32)before * alignment;
                 s.tile[first + i] = (int)(before >> HALF);
             }
             before += pair[i];
         }
         if (first < experts && first + EACH >= experts) {
-            s.rows = (int)(u32)(before & (((Pair)1 << HALF) - 1)) * alignment;
+            s.rows = (int)(u32)before * alignment;
             s.tiles = (int)(before >> HALF);
         }
     }
@@ -205,7 +196,7 @@ __device__ __forceinline__ void plan_experts(Experts& s, int thread, int experts
 // too small by adds up to less than 8192; where n reaches d the inverse is more, and what is left of n counts it at least once.
 __device__ __forceinline__ u32 few_ceil_div(u32 n, u32 inverse) { return (u32)(((u64)n * inverse + 0x7fffffffu) >> 31); }
 
-// As plan_experts, for at most 8192 slots and as many experts as there are threads, from totals that are there already: the threads of a
+// As plan_experts, for at most 8192 slots and as many experts as there are threads, in the order of `thread`: the threads of a
 // warp add up for themselves what the warps before theirs have, and nobody waits. The block's threads have to meet before they
 // read the result. The inverses are few_ceil_div's.
 __device__ __forceinline__ void plan_few_slots(Experts& s, int thread, int experts, int alignment, u32 alignment_inverse, u32 tile_inverse) {
