@@ -40,7 +40,7 @@ impl PyLayer {
         let alignment = size("alignment", alignment)?;
         let w13 = pack(py, ("w13", w13), ("w13_scale", w13_scale))?;
         let w2 = pack(py, ("w2", w2), ("w2_scale", w2_scale))?;
-        let activation = Activation { alpha, beta, limit };
+        let activation = Activation::Swiglu { alpha, beta, limit };
         let options = LayerOptions { activation, activations, alignment, weight_on_input };
         Layer::new(w13, w2, options).map(Self).map_err(exception)
     }

@@ -188,6 +188,9 @@ impl<'a> Oracle<'a> {
             weight_on_input: false,
             w13_row: &|_, row, out| self.weights.w13_row(expert, row, out),
             w2_row: &|_, row, out| self.weights.w2_row(expert, row, out),
+            b13: None,
+            b2: None,
+            shared: None,
         };
         let token = |slot: &usize| &self.hidden_states[slot / self.topk * hidden..][..hidden];
         let inputs: Vec<f32> = slots.iter().flat_map(token).copied().collect();

@@ -12,14 +12,27 @@ pub struct LayerShape {
     hidden: usize,
     intermediate: usize,
     local_experts: usize,
+    gated: bool,
 }
 
 impl LayerShape {
-    /// `H`, `I` and `E`.
+    /// `H`, `I` and `E` of a layer with gate and up: `w13 [E, 2 I, H]`.
     ///
     /// # Errors
     /// [`Error::Value`] if one of them is zero, [`Error::Overflow`] if `E * 2 I * H` does not fit.
     pub fn new(hidden: usize, intermediate: usize, local_experts: usize) -> Result<Self> {
+        Self::with_gate(hidden, intermediate, local_experts, true)
+    }
+
+    /// `H`, `I` and `E` of a layer without a gate: `w13 [E, I, H]`.
+    ///
+    /// # Errors
+    /// As [`LayerShape::new`].
+    pub fn ungated(hidden: usize, intermediate: usize, local_experts: usize) -> Result<Self> {
+        Self::with_gate(hidden, intermediate, local_experts, false)
+    }
+
+    fn with_gate(hidden: usize, intermediate: usize, local_experts: usize, gated: bool) -> Result<Self> {
         for (argument, value) in [("hidden", hidden), ("intermediate", intermediate)] {
             if value == 0 {
                 return Err(Error::value(argument, 0, "at least 1"));
@@ -28,19 +41,25 @@ impl LayerShape {
         require_experts(local_experts)?;
         let columns = checked_mul("2 I", intermediate, 2)?;
         checked_mul("E * 2 I * H", checked_mul("2 I * H", columns, hidden)?, local_experts)?;
-        Ok(Self { hidden, intermediate, local_experts })
+        Ok(Self { hidden, intermediate, local_experts, gated })
     }
 
-    /// The sizes of a layer of `w13 [E, 2 I, H]` and `w2 [E, H, I]`; each given as `[E, N, K]` and its format.
+    /// The sizes of a layer of `w13 [E, 2 I, H]` (`[E, I, H]` without a gate) and `w2 [E, H, I]`; each given as
+    /// `[E, N, K]` and its format.
     ///
     /// # Errors
     /// [`Error::Shape`] and [`Error::WeightFormat`] if the two do not fit each other; as [`LayerShape::new`].
-    pub(crate) fn of_weights(w13: ([usize; 3], WeightFormat), w2: ([usize; 3], WeightFormat)) -> Result<Self> {
+    pub(crate) fn of_weights(
+        w13: ([usize; 3], WeightFormat),
+        w2: ([usize; 3], WeightFormat),
+        gated: bool,
+    ) -> Result<Self> {
         let [experts, hidden, intermediate] = w2.0;
-        let shape = Self::new(hidden, intermediate, experts)?;
-        let expected = [experts, 2 * intermediate, hidden];
+        let shape = Self::with_gate(hidden, intermediate, experts, gated)?;
+        let expected = [experts, shape.w13_rows(), hidden];
         if w13.0 != expected {
-            return Err(Error::shape("w13", &w13.0, format!("{expected:?}, which w2 asks for")));
+            let kind = if gated { "" } else { " without a gate" };
+            return Err(Error::shape("w13", &w13.0, format!("{expected:?}, which w2 asks for{kind}")));
         }
         if w13.1 != w2.1 {
             return Err(Error::WeightFormat { argument: "w2", actual: w2.1.name(), expected: w13.1.name() });
@@ -65,6 +84,18 @@ impl LayerShape {
     pub fn local_experts(&self) -> usize {
         self.local_experts
     }
+
+    /// Whether `w13` holds gate and up.
+    #[must_use]
+    pub fn is_gated(&self) -> bool {
+        self.gated
+    }
+
+    /// Rows of an expert's `w13`: `2 I`, or `I` without a gate.
+    #[must_use]
+    pub fn w13_rows(&self) -> usize {
+        if self.gated { 2 * self.intermediate } else { self.intermediate }
+    }
 }
 
 /// A stage of the layer, in the order of a token's path.
@@ -74,9 +105,9 @@ pub enum Stage {
     Routing,
     /// Rows to their place, quantized or converted on the way.
     Permute,
-    /// `[rows, H]` times `[2 I, H]`.
+    /// `[rows, H]` times `[2 I, H]` (`[I, H]` without a gate).
     Gemm1,
-    /// `silu(gate) * up`, quantized if the activations are e4m3.
+    /// `silu(gate) * up`, or another activation; quantized if the activations are e4m3.
     Activation,
     /// `[rows, I]` times `[H, I]`.
     Gemm2,
@@ -129,7 +160,7 @@ pub fn stage_cost(
     input_bytes: usize,
 ) -> StageCost {
     let live = layout.live_rows() as u64;
-    let (hidden, intermediate) = (shape.hidden as u64, shape.intermediate as u64);
+    let (hidden, intermediate, w13_rows) = (shape.hidden as u64, shape.intermediate as u64, shape.w13_rows() as u64);
     let active = layout.expert_num_tokens().iter().filter(|&&count| count > 0).count() as u64;
     let row = |cols: u64| match activations {
         ActivationFormat::Bf16 => 2 * cols,
@@ -155,8 +186,8 @@ pub fn stage_cost(
                 layout.inv_perm().chunks_exact(layout.topk()).filter(|slots| slots.iter().any(|&row| row >= 0));
             moved(routed.count() as u64 * hidden * input_bytes as u64 + live * row(hidden))
         }
-        Stage::Gemm1 => gemm(2 * intermediate, hidden),
-        Stage::Activation => moved(live * (4 * intermediate + row(intermediate))),
+        Stage::Gemm1 => gemm(w13_rows, hidden),
+        Stage::Activation => moved(live * (2 * w13_rows + row(intermediate))),
         Stage::Gemm2 => gemm(hidden, intermediate),
         Stage::Unpermute => moved((live + layout.tokens() as u64) * 2 * hidden),
     }

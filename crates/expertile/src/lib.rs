@@ -16,7 +16,7 @@ pub mod routing;
 pub use activation::Activation;
 pub use dtype::{Dtype, E4m3, Float, MatrixRef, RowElement};
 pub use error::{Error, Result};
-pub use gemm::{ActivationFormat, WeightFormat};
+pub use gemm::{ActivationFormat, GateUpOrder, WeightFormat};
 pub use layer::{LayerShape, Stage, StageCost};
 pub use layout::{Layout, Padding};
 pub use plan::{AlignmentRule, Arch, Plan, TokenExperts};

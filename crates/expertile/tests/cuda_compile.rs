@@ -77,7 +77,7 @@ fn sources() -> Vec<Source> {
             let config = PermuteConfig { topk, hidden, dtype: Dtype::E4m3, scales, padding, alignment_bytes: 16 };
             sources.push(config.source());
         }
-        let activation = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+        let activation = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
         sources.push(ActivateConfig { intermediate: 1536, activation, format: Some(format) }.source());
     }
     for format in [None, Some(ScaleFormat::HOPPER)] {
@@ -103,7 +103,7 @@ fn gemm_sources() -> Vec<Source> {
             }
         }
     }
-    let limited = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+    let limited = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
     for row_tile in [LARGE_ROW_TILE, WIDE_ROW_TILE] {
         let tile = GemmTile { row_tile, shared: 1, splits: 1, wide: true };
         for activation in [None, Some(Activation::default()), Some(limited)] {

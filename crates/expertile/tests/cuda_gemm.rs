@@ -438,7 +438,7 @@ fn check_activation(device: &Device, case: &Case, activation: Activation) {
 #[test]
 fn an_activation_in_the_gemm_gives_the_bits_of_one_after_it() {
     let Some(device) = hopper() else { return };
-    let limited = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+    let limited = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
     for (counts, alignment, n, k) in [
         (vec![0, 1, 16, 64, 65, 0, 193, 130, 500, 7], 8, 512, 640),
         (vec![33, 200], 64, 256, 128),

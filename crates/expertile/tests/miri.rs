@@ -199,6 +199,9 @@ fn a_layer_runs() {
         weight_on_input: false,
         w13_row: &|e, j, row| weight_row(&w13, 2 * intermediate, e, j, row),
         w2_row: &|e, j, row| weight_row(&w2, hidden, e, j, row),
+        b13: None,
+        b2: None,
+        shared: None,
     }
     .run(&x, &IDS, TOPK, Some(&weights), None);
     for cpu in machines() {

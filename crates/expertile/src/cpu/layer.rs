@@ -3,12 +3,12 @@
 //! The workspace holds the layout, the packed operand of the GEMM at hand, and two buffers that the stages use in turn:
 //! `front` (permuted rows, then activated ones) and `back` (`gate | up`, then the rows of GEMM 2).
 
-use super::gemm::{Activations, PackedWeights, grouped_gemm, grouped_gemm_workspace_bytes};
+use super::gemm::{Activations, PackedWeights, grouped_gemm_with_bias, grouped_gemm_workspace_bytes};
 use super::workspace::{Carver, Sizing};
 use super::{Cpu, activate, activate_quantize, permute_convert, quantize_permute, quantize_rows, unpermute};
 use crate::activation::Activation;
 use crate::dtype::{E4m3, Float, MatrixRef};
-use crate::error::{Error, Result, checked_mul, require_len};
+use crate::error::{Error, Result, checked_mul, require_exact, require_len};
 use crate::gemm::{ActivationFormat, WeightFormat};
 use crate::layer::{LayerShape, Stage, StageCost, stage_cost};
 use crate::layout::{Layout, Padding};
@@ -73,19 +73,25 @@ pub struct Layer {
     shape: LayerShape,
     w13: PackedWeights,
     w2: PackedWeights,
+    /// `[E, 2 I]` (`[E, I]` without a gate) and `[E, H]`.
+    b13: Option<Vec<f32>>,
+    b2: Option<Vec<f32>>,
     options: LayerOptions,
 }
 
 impl Layer {
-    /// A layer of `w13 [E, 2 I, H]` (gate rows first, then up) and `w2 [E, H, I]`.
+    /// A layer of `w13 [E, 2 I, H]` (gate rows first, then up; `[E, I, H]` for an activation without a gate) and
+    /// `w2 [E, H, I]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the two do not fit each other, [`Error::WeightFormat`] if their formats differ or e4m3
-    /// activations meet bf16 weights, [`Error::Value`] if e4m3 activations meet an `H` or `I` that 128 does not divide,
+    /// [`Error::Parameter`] as [`Activation::check`], [`Error::Shape`] if the two do not fit each other, [`Error::WeightFormat`] if their formats differ or e4m3
+    /// activations meet bf16 weights, [`Error::Value`] if e4m3 activations meet an `H` or `I` that 128 does not divide, or if
+    /// one block scale of `w13` serves rows of both gate and up,
     /// [`Error::Alignment`] for alignment 0.
     pub fn new(w13: PackedWeights, w2: PackedWeights, options: LayerOptions) -> Result<Self> {
         let what = |weights: &PackedWeights| ([weights.experts(), weights.n(), weights.k()], weights.format());
-        let shape = LayerShape::of_weights(what(&w13), what(&w2))?;
+        options.activation.check()?;
+        let shape = LayerShape::of_weights(what(&w13), what(&w2), options.activation.is_gated())?;
         if options.activations == ActivationFormat::E4m3 {
             if w13.format() != WeightFormat::E4m3 {
                 let actual = w13.format().name();
@@ -97,10 +103,34 @@ impl Layer {
                 Error::value("intermediate", shape.intermediate(), "a positive multiple of the group, 128")
             })?;
         }
+        if options.activation.is_gated() && !w13.halves_have_own_blocks() {
+            return Err(Error::value(
+                "intermediate",
+                shape.intermediate(),
+                "a multiple of 128, or a w13 packed as gate and up: each has row blocks of scales of its own",
+            ));
+        }
         if options.alignment == 0 {
             return Err(Error::Alignment { actual: 0, expected: "at least 1".into() });
         }
-        Ok(Self { shape, w13, w2, options })
+        Ok(Self { shape, w13, w2, b13: None, b2: None, options })
+    }
+
+    /// The same with biases: `b13 [E, 2 I]` (gate's first, then up's; `[E, I]` without a gate) and `b2 [E, H]`, each added to
+    /// its GEMM's f32 sums before anything else happens to them. [`crate::GateUpOrder::to_halves`] brings an interleaved one
+    /// into order.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless each has exactly that many values.
+    pub fn with_biases(self, b13: Option<Vec<f32>>, b2: Option<Vec<f32>>) -> Result<Self> {
+        let experts = self.shape.local_experts();
+        if let Some(b13) = &b13 {
+            require_exact("b13", b13.len(), &[experts, self.shape.w13_rows()])?;
+        }
+        if let Some(b2) = &b2 {
+            require_exact("b2", b2.len(), &[experts, self.shape.hidden()])?;
+        }
+        Ok(Self { b13, b2, ..self })
     }
 
     /// The layer's sizes.
@@ -246,7 +276,7 @@ impl Layer {
     /// Elements of the front buffer (bytes), its scales, the back buffer and the GEMM's own workspace.
     fn stage_sizes(&self, m_sum: usize) -> Result<StageSizes> {
         let widest_front = self.shape.hidden().max(self.shape.intermediate());
-        let widest_back = self.shape.hidden().max(2 * self.shape.intermediate());
+        let widest_back = self.shape.hidden().max(self.shape.w13_rows());
         let values = checked_mul("M_sum * max(H, I)", m_sum, widest_front)?;
         let (front, scales) = match self.options.activations {
             ActivationFormat::Bf16 => (checked_mul("front bytes", values, 2)?, 0),
@@ -359,18 +389,19 @@ impl Stages<'_> {
     /// GEMM 1, activation, GEMM 2.
     fn experts(&mut self) -> Result<()> {
         let started = Instant::now();
-        self.multiply(&self.layer.w13)?;
+        let Layer { w13, w2, b13, b2, .. } = self.layer;
+        self.multiply(w13, b13.as_deref())?;
         self.done(Stage::Gemm1, started, None);
         let started = Instant::now();
         self.activate()?;
         self.done(Stage::Activation, started, None);
         let started = Instant::now();
-        self.multiply(&self.layer.w2)?;
+        self.multiply(w2, b2.as_deref())?;
         self.done(Stage::Gemm2, started, Some(self.layout.m_sum() * self.layer.shape.hidden()));
         Ok(())
     }
 
-    fn multiply(&mut self, weights: &PackedWeights) -> Result<()> {
+    fn multiply(&mut self, weights: &PackedWeights, bias: Option<&[f32]>) -> Result<()> {
         let values = self.layout.m_sum() * weights.k();
         let activations = match self.layer.options.activations {
             ActivationFormat::Bf16 => Activations::Bf16(&bytemuck::cast_slice(self.front)[..values]),
@@ -380,7 +411,7 @@ impl Stages<'_> {
                 format: scale_format()?,
             },
         };
-        grouped_gemm(self.cpu, self.layout, activations, weights, self.gemm, self.back)
+        grouped_gemm_with_bias(self.cpu, self.layout, activations, weights, bias, self.gemm, self.back)
     }
 
     fn activate(&mut self) -> Result<()> {
@@ -476,6 +507,9 @@ mod tests {
             weight_on_input: false,
             w13_row: &|e, j, to| row(w13, 2 * INTERMEDIATE, e, j, to),
             w2_row: &|e, j, to| row(w2, HIDDEN, e, j, to),
+            b13: None,
+            b2: None,
+            shared: None,
         };
         layer.run(x, &IDS, 2, Some(weights), None).output
     }

@@ -284,7 +284,7 @@ impl GemmConfig {
             definitions.push(("ACTIVATION", i64::from(self.activation.is_some())));
         }
         if let Some(activation) = &self.activation {
-            definitions.extend(activation_definitions(activation));
+            definitions.extend(activation_definitions(activation)?);
         }
         Ok(if self.tile.is_large() {
             Source::new("gemm_large.cu", include_str!("kernels/gemm_large.cu"), definitions)

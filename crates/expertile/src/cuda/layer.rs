@@ -7,7 +7,7 @@ mod choice;
 
 pub use choice::{LayerChoice, LayerParts};
 
-use super::activation::{Activate, ActivateBuffers, ActivateConfig};
+use super::activation::{Activate, ActivateBuffers, ActivateConfig, activation_definitions};
 use super::arguments::{RoutingBuffers, RowsBuffers, Tensor2, require_aligned};
 use super::device::{Device, Stream};
 use super::gemm::{Gemm, GemmBuffers, GemmConfig, GemmTile};
@@ -223,13 +223,14 @@ impl Layer {
     /// afterwards.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the two do not fit each other, [`Error::WeightFormat`] if their formats differ from each other or
-    /// from the activations', [`Error::Value`] for a width, `topk`, number of experts or `max_tokens` that the kernels do
+    /// [`Error::Name`] for an activation other than SwiGLU, [`Error::Parameter`] as [`Activation::check`], [`Error::Shape`] if
+    /// the two do not fit each other, [`Error::WeightFormat`] if their formats differ from each other or from the activations', [`Error::Value`] for a width, `topk`, number of experts or `max_tokens` that the kernels do
     /// not take, [`Error::Dtype`] for types they do not take, [`Error::Device`] unless the device is a Hopper,
     /// [`Error::Kernel`] if a kernel does not compile, [`Error::Cuda`].
     pub fn prepare(device: &Device, w13: Weights, w2: Weights, config: LayerConfig, max_tokens: usize) -> Result<Self> {
         let what = |weights: &Weights| ([weights.experts(), weights.n(), weights.k()], weights.format());
-        let shape = LayerShape::of_weights(what(&w13), what(&w2))?;
+        activation_definitions(&config.activation)?;
+        let shape = LayerShape::of_weights(what(&w13), what(&w2), config.activation.is_gated())?;
         config.check(&shape, w13.format())?;
         let choices = Choices::new(&shape, &config, max_tokens, device.info().multiprocessors as usize)?;
         let format = config.weight_format();

@@ -2,14 +2,14 @@
 
 use expertile::cpu::{
     self, Activations, Cpu, Isa, Layer, LayerOptions, PackedWeights, PackedWeightsBuilder, RowScales, grouped_gemm,
-    grouped_gemm_workspace_bytes,
+    grouped_gemm_with_bias, grouped_gemm_workspace_bytes,
 };
 use expertile::plan::{
     compute_aligned_m, compute_aligned_m_and_alignment, expert_num_tokens_round_up_and_sum, round_up, tight_m_sum,
 };
 use expertile::{
-    Activation, ActivationFormat, AlignmentRule, Arch, E4m3, Error, Group, LayerShape, Layout, MatrixRef, Padding,
-    Plan, Result, Router, Routing, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut, TokenExperts,
+    Activation, ActivationFormat, AlignmentRule, Arch, E4m3, Error, GateUpOrder, Group, LayerShape, Layout, MatrixRef,
+    Padding, Plan, Result, Router, Routing, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut, TokenExperts,
     WeightFormat,
 };
 use half::bf16;
@@ -315,6 +315,10 @@ const ACTIVATION: &[Refusal] = &[
     }),
 ];
 
+const UNGATED: &[Refusal] = &[("BufferTooSmall", "gate_up holds 23 elements, expected at least 24", |out| {
+    cpu::activate(&Cpu::new(), &layout(), 3, &[bf16::ZERO; 23], &Activation::Relu2, &mut out.bf16)
+})];
+
 const UNPERMUTE: &[Refusal] = &[
     ("Shape", "rows has shape [7, 3], expected [8, 3]", |out| {
         cpu::unpermute(&Cpu::new(), zeros::<bf16>(7, 3), &layout(), None, &mut out.bf16)
@@ -372,13 +376,25 @@ fn builder(format: WeightFormat) -> PackedWeightsBuilder {
 
 fn add_rows(first_row: usize, expert: usize, rows: usize, k: usize) -> Result<PackedWeightsBuilder> {
     let mut builder = builder(WeightFormat::Bf16);
-    builder.pack_bf16_rows(&Cpu::new(), 0, 0, zeros(32, 128))?;
-    builder.pack_bf16_rows(&Cpu::new(), expert, first_row, zeros(rows, k))?;
+    builder.pack_bf16_rows(&Cpu::new(), 0, 0, zeros::<bf16>(32, 128))?;
+    builder.pack_bf16_rows(&Cpu::new(), expert, first_row, zeros::<bf16>(rows, k))?;
     Ok(builder)
 }
 
 fn add_e4m3_rows(format: WeightFormat, first_row: usize, scale_rows: usize) -> Result<()> {
     builder(format).pack_e4m3_rows(&Cpu::new(), 0, first_row, zeros(32, 128), zeros(scale_rows, 1))
+}
+
+/// Two experts' gate and up of 192 rows, K = 3.
+fn gate_up(weights: usize, scales: usize) -> Result<PackedWeights> {
+    let (weights, scales) = (vec![E4m3(0); weights], vec![1.0; scales]);
+    PackedWeights::pack_gate_up_e4m3(&Cpu::new(), &weights, &scales, 2, 192, 3, GateUpOrder::Halves)
+}
+
+/// Rows of gate and up of 70 rows each.
+fn gate_up_rows(first_row: usize, rows: usize, scale_rows: usize) -> Result<()> {
+    let mut builder = PackedWeightsBuilder::gate_up(WeightFormat::E4m3, 2, 70, 128)?;
+    builder.pack_e4m3_rows(&Cpu::new(), 0, first_row, zeros(rows, 128), zeros(scale_rows, 1))
 }
 
 const WEIGHTS: &[Refusal] = &[
@@ -387,20 +403,61 @@ const WEIGHTS: &[Refusal] = &[
     }),
     ("Value", "n is 0", |_| PackedWeights::pack_bf16(&Cpu::new(), &[bf16::ONE], 1, 0, 1).map(drop)),
     ("Value", "k is 0", |_| PackedWeights::pack_e4m3(&Cpu::new(), &[], &[], 1, 1, 0).map(drop)),
-    ("BufferTooSmall", "weights holds 5 elements, expected at least 6", |_| {
+    ("Shape", "weights has shape [5], expected [6], the elements of [1, 2, 3]", |_| {
         PackedWeights::pack_bf16(&Cpu::new(), &[bf16::ONE; 5], 1, 2, 3).map(drop)
     }),
-    ("BufferTooSmall", "weights holds 5 elements, expected at least 6", |_| {
+    ("Shape", "weights has shape [7], expected [6]", |_| {
+        PackedWeights::pack_bf16(&Cpu::new(), &[bf16::ONE; 7], 1, 2, 3).map(drop)
+    }),
+    ("Shape", "weights has shape [5], expected [6]", |_| {
         PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(0); 5], &[1.0], 1, 2, 3).map(drop)
     }),
-    ("BufferTooSmall", "scales holds 3 elements, expected at least 4", |_| {
+    ("Shape", "weights has shape [7], expected [6]", |_| {
+        PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(0); 7], &[1.0], 1, 2, 3).map(drop)
+    }),
+    ("Shape", "scales has shape [3], expected [4], the elements of [2, 2, 1]", |_| {
         PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(0); 2 * 129 * 3], &[1.0; 3], 2, 129, 3).map(drop)
+    }),
+    ("Shape", "scales has shape [8], expected [6], the elements of [2, 3, 1]", |_| {
+        // Two row blocks for each of gate and up, given for the two as one matrix.
+        PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(0); 2 * 384 * 3], &[1.0; 8], 2, 384, 3).map(drop)
+    }),
+    ("Shape", "scales has shape [6], expected [8], the elements of [2, 4, 1]", |_| gate_up(2 * 384 * 3, 6).map(drop)),
+    ("Shape", "scales has shape [9], expected [8]", |_| gate_up(2 * 384 * 3, 9).map(drop)),
+    ("Shape", "weights has shape [2303], expected [2304]", |_| gate_up(2 * 384 * 3 - 1, 8).map(drop)),
+    ("Shape", "weights has shape [2305], expected [2304]", |_| gate_up(2 * 384 * 3 + 1, 8).map(drop)),
+    ("Shape", "weights has shape [7], expected [6]", |_| {
+        let order = GateUpOrder::Interleaved;
+        PackedWeights::pack_gate_up_bf16(&Cpu::new(), &[bf16::ONE; 7], 1, 1, 3, order).map(drop)
+    }),
+    ("Value", "intermediate is 0, expected at least 1", |_| {
+        PackedWeightsBuilder::gate_up(WeightFormat::Bf16, 1, 0, 1).map(drop)
+    }),
+    ("Overflow", "2 I overflows", |_| PackedWeightsBuilder::gate_up(WeightFormat::Bf16, 1, usize::MAX, 1).map(drop)),
+    ("Value", "first_row is 65, expected a multiple of 32 of gate's or up's rows", |_| gate_up_rows(65, 8, 1)),
+    ("Shape", "rows has shape [40, 128], expected [R, 128] with R at most 38, the rest of gate's rows", |_| {
+        gate_up_rows(32, 40, 1)
+    }),
+    ("Shape", "scales has shape [2, 1], expected [1, 1]", |_| gate_up_rows(70, 70, 2)),
+    ("Shape", "rows has shape [64, 128], expected those of a builder that was made for gate and up", |_| {
+        builder(WeightFormat::Bf16).pack_gate_up_bf16_rows(&Cpu::new(), 0, zeros::<f32>(64, 128), GateUpOrder::Halves)
+    }),
+    ("Shape", "rows has shape [139, 128], expected [140, 128]", |_| {
+        let mut builder = PackedWeightsBuilder::gate_up(WeightFormat::Bf16, 2, 70, 128)?;
+        builder.pack_gate_up_bf16_rows(&Cpu::new(), 0, zeros::<bf16>(139, 128), GateUpOrder::Halves)
+    }),
+    ("Shape", "scales has shape [1, 1], expected [2, 1]", |_| {
+        let mut builder = PackedWeightsBuilder::gate_up(WeightFormat::E4m3, 2, 70, 128)?;
+        builder.pack_gate_up_e4m3_rows(&Cpu::new(), 0, zeros(140, 128), zeros(1, 1), GateUpOrder::Halves)
+    }),
+    ("Value", "values is 3, expected an even number of values, gate's and up's", |_| {
+        GateUpOrder::Interleaved.to_halves(&[1, 2, 3]).map(drop)
     }),
     ("Overflow", "bytes of the packed weights overflows", |_| {
         PackedWeights::pack_bf16(&Cpu::new(), &[], 1 << 40, 1 << 20, 1 << 20).map(drop)
     }),
     ("WeightFormat", "builder is packed as e4m3, expected bf16", |_| {
-        builder(WeightFormat::E4m3).pack_bf16_rows(&Cpu::new(), 0, 0, zeros(32, 128))
+        builder(WeightFormat::E4m3).pack_bf16_rows(&Cpu::new(), 0, 0, zeros::<bf16>(32, 128))
     }),
     ("WeightFormat", "builder is packed as bf16, expected e4m3", |_| add_e4m3_rows(WeightFormat::Bf16, 0, 1)),
     ("Value", "first_row is 33, expected a multiple of 32", |_| add_e4m3_rows(WeightFormat::E4m3, 33, 1)),
@@ -463,6 +520,11 @@ const GEMM: &[Refusal] = &[
         let bytes = grouped_gemm_workspace_bytes(layout().live_rows(), 128, ActivationFormat::Bf16)?;
         product(out, Activations::Bf16(&[bf16::ONE; 1024]), &bf16_weights([2, 64, 128]), bytes - 1)
     }),
+    ("Shape", "bias has shape [127], expected [128], the elements of [2, 64]", |out| {
+        let (x, weights) = (Activations::Bf16(&[bf16::ONE; 1024]), bf16_weights([2, 64, 128]));
+        let (bias, workspace) = ([0.0; 127], &mut [0; 1 << 16]);
+        grouped_gemm_with_bias(&Cpu::new(), &layout(), x, &weights, Some(&bias), workspace, &mut out.bf16)
+    }),
     ("BufferTooSmall", "out holds 511 elements, expected at least 512", |out| {
         let (x, weights) = (Activations::Bf16(&[bf16::ONE; 1024]), bf16_weights([2, 64, 128]));
         grouped_gemm(&Cpu::new(), &layout(), x, &weights, &mut [0; 1 << 16], &mut out.bf16[..511])
@@ -499,7 +561,35 @@ fn new_layer(w13: PackedWeights, w2: PackedWeights, activations: ActivationForma
     Layer::new(w13, w2, LayerOptions { activations, alignment, ..LayerOptions::default() }).map(drop)
 }
 
+/// A layer of plain bf16 weights with that activation.
+fn activated(activation: Activation) -> Result<()> {
+    let options = LayerOptions { activation, ..LayerOptions::default() };
+    Layer::new(bf16_weights([1, 128, 128]), bf16_weights([1, 128, 64]), options).map(drop)
+}
+
+fn biased(b13: usize, b2: usize) -> Result<()> {
+    layer(false).with_biases(Some(vec![0.0; b13]), Some(vec![0.0; b2])).map(drop)
+}
+
+fn swiglu(alpha: f32, beta: f32, limit: Option<f32>) -> Result<()> {
+    activated(Activation::Swiglu { alpha, beta, limit })
+}
+
 const LAYER: &[Refusal] = &[
+    ("Parameter", "alpha is NaN, expected a finite number", |_| swiglu(f32::NAN, 0.0, None)),
+    ("Parameter", "beta is -inf, expected a finite number", |_| swiglu(1.0, f32::NEG_INFINITY, None)),
+    ("Parameter", "limit is -1, expected at least 0, or none", |_| swiglu(1.0, 0.0, Some(-1.0))),
+    ("Parameter", "limit is NaN, expected at least 0, or none", |_| swiglu(1.0, 0.0, Some(f32::NAN))),
+    ("Shape", "w13 has shape [1, 128, 128], expected [1, 64, 128], which w2 asks for without a gate", |_| {
+        activated(Activation::Relu2)
+    }),
+    ("Value", "intermediate is 0", |_| LayerShape::ungated(1, 0, 1).map(drop)),
+    ("Value", "intermediate is 96, expected a multiple of 128, or a w13 packed as gate and up", |_| {
+        new_layer(e4m3_weights([1, 192, 128]), e4m3_weights([1, 128, 96]), ActivationFormat::Bf16, 1)
+    }),
+    ("Shape", "b13 has shape [127], expected [128], the elements of [2, 64]", |_| biased(127, 96)),
+    ("Shape", "b13 has shape [129], expected [128]", |_| biased(129, 96)),
+    ("Shape", "b2 has shape [97], expected [96], the elements of [2, 48]", |_| biased(128, 97)),
     ("Value", "hidden is 0", |_| LayerShape::new(0, 1, 1).map(drop)),
     ("Value", "intermediate is 0", |_| LayerShape::new(1, 0, 1).map(drop)),
     ("Value", "local_experts is 0", |_| LayerShape::new(1, 1, 0).map(drop)),
@@ -560,6 +650,7 @@ fn variant(error: &Error) -> &'static str {
         Error::Dtype { .. } => "Dtype",
         Error::Device { .. } => "Device",
         Error::Value { .. } => "Value",
+        Error::Parameter { .. } => "Parameter",
         Error::Alignment { .. } => "Alignment",
         Error::Name { .. } => "Name",
         Error::ExpertId { .. } => "ExpertId",
@@ -587,6 +678,7 @@ fn tables() -> Vec<Refusal> {
         WEIGHTS,
         GEMM,
         ACTIVATION,
+        UNGATED,
         UNPERMUTE,
         UNPERMUTE_SLOTS,
         LAYER,

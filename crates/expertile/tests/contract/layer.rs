@@ -1,5 +1,6 @@
 //! The whole layer against f64 on unquantized inputs, by row and by expert; the same bits on any number of threads.
 
+use crate::activation::in_f64;
 use crate::cases::{
     Noise, Number, RoutingCase, Strided, Strides, bits, config, exact, machines, routings, routings_of_one_slot,
     strides,
@@ -21,38 +22,46 @@ struct Make {
     intermediate: usize,
     weights: WeightFormat,
     activations: ActivationFormat,
-    clamped: bool,
+    activation: Activation,
+    biases: bool,
     weight_on_input: bool,
     seed: u64,
 }
 
 impl Make {
     fn tolerance(&self) -> Tolerance {
-        match self.activations {
+        let Tolerance { whole, row } = match self.activations {
             ActivationFormat::E4m3 => E4M3_LAYER,
             ActivationFormat::Bf16 => BF16_LAYER,
-        }
+        };
+        // A square doubles the relative error of what it is taken of, and distances are squares of those.
+        let factor = if self.activation == Activation::Relu2 { 4.0 } else { 1.0 };
+        Tolerance { whole: factor * whole, row: factor * row }
     }
 
-    fn activation(&self) -> Activation {
-        if self.clamped { Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) } } else { Activation::default() }
+    /// Rows of `w13`.
+    fn w13_rows(&self) -> usize {
+        if self.activation.is_gated() { 2 * self.intermediate } else { self.intermediate }
     }
 }
 
 fn makes() -> impl Strategy<Value = Make> {
     use {ActivationFormat as A, WeightFormat as W};
     let formats = select(&[(W::Bf16, A::Bf16), (W::E4m3, A::Bf16), (W::E4m3, A::E4m3)][..]);
-    (formats, any::<bool>(), any::<u64>()).prop_flat_map(|((weights, activations), clamped, seed)| {
+    let gpt_oss = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+    let kinds = select(vec![Activation::SWIGLU, gpt_oss, Activation::GegluTanh, Activation::Relu2]);
+    (formats, kinds, any::<bool>(), any::<u64>()).prop_flat_map(|((weights, activations), activation, biases, seed)| {
         let sizes: &[(usize, usize)] = match activations {
             A::E4m3 => &[(128, 128), (256, 128), (384, 256)],
-            A::Bf16 => &[(128, 128), (200, 72), (129, 65), (384, 256)],
+            A::Bf16 => &[(128, 128), (200, 72), (129, 65), (384, 192), (130, 96), (33, 1)],
         };
         select(sizes).prop_map(move |(hidden, intermediate)| Make {
             hidden,
             intermediate,
             weights,
             activations,
-            clamped,
+            activation,
+            biases,
             weight_on_input: false,
             seed,
         })
@@ -64,6 +73,8 @@ struct Bench<T> {
     make: Make,
     w13: Weights,
     w2: Weights,
+    /// `[E, 2 I]` (or `[E, I]`) and `[E, H]`.
+    biases: Option<[Vec<f32>; 2]>,
     x: Vec<T>,
     topk_weights: Vec<f32>,
 }
@@ -72,10 +83,15 @@ impl<T: Number> Bench<T> {
     fn new(make: Make, case: &RoutingCase) -> Self {
         let Make { hidden, intermediate, weights, seed, .. } = make;
         let mut noise = Noise(seed);
+        let extents = [case.local_experts, intermediate, hidden];
+        let w13 = if make.activation.is_gated() { Weights::gate_up } else { Weights::random };
         Self {
             make,
-            w13: Weights::random(weights, [case.local_experts, 2 * intermediate, hidden], noise.next()),
+            w13: w13(weights, extents, noise.next()),
             w2: Weights::random(weights, [case.local_experts, hidden, intermediate], noise.next()),
+            biases: make.biases.then(|| {
+                [make.w13_rows(), hidden].map(|n| (0..case.local_experts * n).map(|_| 0.5 * noise.normal()).collect())
+            }),
             x: (0..case.tokens() * hidden).map(|_| T::nearest(noise.normal())).collect(),
             topk_weights: (0..case.ids.len()).map(|_| 0.1 + noise.unit().abs()).collect(),
         }
@@ -83,27 +99,29 @@ impl<T: Number> Bench<T> {
 
     fn layer(&self, cpu: &Cpu, alignment: usize) -> Layer {
         let options = LayerOptions {
-            activation: self.make.activation(),
+            activation: self.make.activation,
             activations: self.make.activations,
             alignment,
             weight_on_input: self.make.weight_on_input,
         };
-        Layer::new(self.w13.pack(cpu), self.w2.pack(cpu), options).unwrap()
+        let layer = Layer::new(self.w13.pack(cpu), self.w2.pack(cpu), options).unwrap();
+        match self.biases.clone() {
+            Some([b13, b2]) => layer.with_biases(Some(b13), Some(b2)).unwrap(),
+            None => layer,
+        }
     }
 
     fn expected(&self, case: &RoutingCase) -> oracle::layer::LayerResult {
-        let activation = self.make.activation();
         let layer = oracle::layer::Layer {
             hidden: self.make.hidden,
             intermediate: self.make.intermediate,
-            activation: oracle::activation::Activation {
-                alpha: f64::from(activation.alpha),
-                beta: f64::from(activation.beta),
-                limit: activation.limit.map(f64::from),
-            },
+            activation: in_f64(self.make.activation),
             weight_on_input: self.make.weight_on_input,
             w13_row: &|e, j, row| self.w13.row(e, j, row),
             w2_row: &|e, j, row| self.w2.row(e, j, row),
+            b13: self.biases.as_ref().map(|[b13, _]| &b13[..]),
+            b2: self.biases.as_ref().map(|[_, b2]| &b2[..]),
+            shared: None,
         };
         layer.run(&exact(&self.x), &case.ids, case.topk, Some(&self.topk_weights), case.expert_map.as_deref())
     }
@@ -249,7 +267,8 @@ proptest! {
 }
 
 fn plain(hidden: usize, intermediate: usize, weights: WeightFormat, activations: ActivationFormat) -> Make {
-    Make { hidden, intermediate, weights, activations, clamped: false, weight_on_input: false, seed: 11 }
+    let activation = Activation::SWIGLU;
+    Make { hidden, intermediate, weights, activations, activation, biases: false, weight_on_input: false, seed: 11 }
 }
 
 fn crowd(tokens: usize) -> RoutingCase {
@@ -356,6 +375,12 @@ fn costs_count_live_rows_and_active_experts_once() {
         assert_eq!(cost(Stage::Gemm2, WeightFormat::Bf16, bf16), (gemm2, 2 * 5 * 256 * 128));
         assert_eq!(cost(Stage::Activation, WeightFormat::Bf16, bf16), (5 * (512 + 256), 0));
         assert_eq!(cost(Stage::Unpermute, WeightFormat::Bf16, bf16), ((5 + 3) * 512, 0));
+        // Without a gate there are I rows of first weights, and I values to activate.
+        let shape = expertile::LayerShape::ungated(256, 128, 4).unwrap();
+        assert_eq!((shape.w13_rows(), shape.is_gated()), (128, false));
+        let cost = |stage| stage_cost(stage, &shape, layout, WeightFormat::Bf16, bf16, 4);
+        assert_eq!(cost(Stage::Gemm1).flops, 2 * 5 * 128 * 256);
+        assert_eq!(cost(Stage::Activation).bytes, 5 * (256 + 256));
         Ok(())
     })
     .unwrap();

@@ -32,7 +32,7 @@ const MANY_ROWS: usize = 64;
 /// With bf16 there are no scales, only units of bf16.
 const BF16_TO_CPU: Tolerance = Tolerance { whole: 2e-6, row: 2e-5 };
 
-const GPT_OSS: Activation = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+const GPT_OSS: Activation = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
 
 /// The largest whole and row differences of a comparison.
 #[derive(Debug, Clone, Copy, Default)]

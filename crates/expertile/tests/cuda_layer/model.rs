@@ -43,7 +43,7 @@ pub(crate) const BASE: Spec = Spec {
     input: Dtype::Bf16,
     output: Dtype::Bf16,
     ids: Dtype::I32,
-    activation: Activation { alpha: 1.0, beta: 0.0, limit: None },
+    activation: Activation::SWIGLU,
     weight_on_input: false,
     max_tokens: 600,
 };
@@ -240,6 +240,7 @@ impl Model {
     /// The oracle's output for some of the tokens.
     pub(crate) fn oracle(&self, inputs: &Inputs, tokens: &[usize]) -> Vec<f64> {
         let Spec { hidden, intermediate, topk, activation, weight_on_input, .. } = self.spec;
+        let Activation::Swiglu { alpha, beta, limit } = activation else { unreachable!("{activation:?} on a GPU") };
         let rows = |width: usize| tokens.iter().flat_map(move |token| token * width..(token + 1) * width);
         let x: Vec<f32> = rows(hidden).map(|at| inputs.x[at]).collect();
         let ids: Vec<i64> = rows(topk).map(|at| inputs.ids[at]).collect();
@@ -247,14 +248,17 @@ impl Model {
         let layer = oracle::Layer {
             hidden,
             intermediate,
-            activation: expertile_oracle::activation::Activation {
-                alpha: f64::from(activation.alpha),
-                beta: f64::from(activation.beta),
-                limit: activation.limit.map(f64::from),
+            activation: expertile_oracle::activation::Activation::Swiglu {
+                alpha: f64::from(alpha),
+                beta: f64::from(beta),
+                limit: limit.map(f64::from),
             },
             weight_on_input,
             w13_row: &|expert, row, out| self.w13.row((2 * intermediate, hidden), expert, row, out),
             w2_row: &|expert, row, out| self.w2.row((hidden, intermediate), expert, row, out),
+            b13: None,
+            b2: None,
+            shared: None,
         };
         layer.run(&x, &ids, topk, Some(&weights), self.map.as_deref()).output
     }
