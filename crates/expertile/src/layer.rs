@@ -103,6 +103,8 @@ impl LayerShape {
 pub enum Stage {
     /// Counting, aligning and ranking: the layout.
     Routing,
+    /// The shared expert, whole, if the layer has one.
+    Shared,
     /// Rows to their place, quantized or converted on the way.
     Permute,
     /// `[rows, H]` times `[2 I, H]` (`[I, H]` without a gate).
@@ -116,15 +118,16 @@ pub enum Stage {
 }
 
 impl Stage {
-    /// Every stage, in order.
-    pub const ALL: [Self; 6] =
-        [Self::Routing, Self::Permute, Self::Gemm1, Self::Activation, Self::Gemm2, Self::Unpermute];
+    /// Every stage, in order; a layer without a shared expert leaves [`Stage::Shared`] out.
+    pub const ALL: [Self; 7] =
+        [Self::Routing, Self::Shared, Self::Permute, Self::Gemm1, Self::Activation, Self::Gemm2, Self::Unpermute];
 
     /// The name that tables and JSON print.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Routing => "routing",
+            Self::Shared => "shared",
             Self::Permute => "permute",
             Self::Gemm1 => "gemm1",
             Self::Activation => "activation",
@@ -149,7 +152,48 @@ pub struct StageCost {
     pub flops: u64,
 }
 
-/// The cost of every stage for one layout.
+/// Bytes of a row of so many activations, their scales included.
+fn row_bytes(activations: ActivationFormat, cols: u64) -> u64 {
+    match activations {
+        ActivationFormat::Bf16 => 2 * cols,
+        ActivationFormat::E4m3 => cols + cols.div_ceil(128) * 4,
+    }
+}
+
+/// Bytes of a weight matrix, its block scales included.
+fn weight_bytes(weights: WeightFormat, n: u64, k: u64) -> u64 {
+    let block = WEIGHT_BLOCK as u64;
+    let scales = match weights {
+        WeightFormat::E4m3 => n.div_ceil(block) * k.div_ceil(block) * 4,
+        WeightFormat::Bf16 => 0,
+    };
+    n * k * weights.bytes() as u64 + scales
+}
+
+/// The cost of [`Stage::Shared`]: a dense MLP of that shape (`E` = 1) over all tokens.
+///
+/// Its rows are read once and written once; what stands between its two products counts as it does for the other experts.
+#[must_use]
+pub fn shared_cost(
+    shape: &LayerShape,
+    tokens: usize,
+    weights: WeightFormat,
+    activations: ActivationFormat,
+    input_bytes: usize,
+) -> StageCost {
+    let (hidden, intermediate) = (shape.hidden as u64, shape.intermediate as u64);
+    let (tokens, w13_rows) = (tokens as u64, shape.w13_rows() as u64);
+    let row = |cols| row_bytes(activations, cols);
+    let weights = weight_bytes(weights, w13_rows, hidden) + weight_bytes(weights, hidden, intermediate);
+    // The input, converted and read again; gate and up, and what they become, written and read; the result.
+    let moved = hidden * input_bytes as u64 + 2 * row(hidden) + 4 * w13_rows + 2 * row(intermediate) + 2 * hidden;
+    StageCost {
+        bytes: if tokens == 0 { 0 } else { weights + tokens * moved },
+        flops: 2 * tokens * (w13_rows * hidden + hidden * intermediate),
+    }
+}
+
+/// The cost of every stage for one layout; of [`Stage::Shared`], which the layout does not know, see [`shared_cost`].
 #[must_use]
 pub fn stage_cost(
     stage: Stage,
@@ -162,18 +206,10 @@ pub fn stage_cost(
     let live = layout.live_rows() as u64;
     let (hidden, intermediate, w13_rows) = (shape.hidden as u64, shape.intermediate as u64, shape.w13_rows() as u64);
     let active = layout.expert_num_tokens().iter().filter(|&&count| count > 0).count() as u64;
-    let row = |cols: u64| match activations {
-        ActivationFormat::Bf16 => 2 * cols,
-        ActivationFormat::E4m3 => cols + cols.div_ceil(128) * 4,
-    };
+    let row = |cols| row_bytes(activations, cols);
     let gemm = |n: u64, k: u64| {
-        let block = WEIGHT_BLOCK as u64;
-        let scales = match weights {
-            WeightFormat::E4m3 => n.div_ceil(block) * k.div_ceil(block) * 4,
-            WeightFormat::Bf16 => 0,
-        };
-        let expert = n * k * weights.bytes() as u64 + scales;
-        StageCost { bytes: active * expert + live * (row(k) + 2 * n), flops: 2 * live * n * k }
+        let bytes = active * weight_bytes(weights, n, k) + live * (row(k) + 2 * n);
+        StageCost { bytes, flops: 2 * live * n * k }
     };
     let moved = |bytes| StageCost { bytes, flops: 0 };
     match stage {
@@ -181,6 +217,7 @@ pub fn stage_cost(
             let lists = 3 * layout.local_experts() + layout.m_sum() + 2 * layout.inv_perm().len();
             moved(4 * lists as u64)
         }
+        Stage::Shared => StageCost::default(),
         Stage::Permute => {
             let routed =
                 layout.inv_perm().chunks_exact(layout.topk()).filter(|slots| slots.iter().any(|&row| row >= 0));

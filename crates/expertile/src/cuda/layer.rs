@@ -359,6 +359,7 @@ impl Layer {
         match stage {
             Stage::Routing => matches!(self.entry, Entry::Plain { .. }),
             Stage::Activation => !call.choice.activation_inside_gemm1,
+            Stage::Shared => false,
             _ => true,
         }
     }
@@ -405,6 +406,8 @@ impl Layer {
         unsafe {
             match stage {
                 Stage::Routing => self.entry.route(stream, call),
+                // No layer on a GPU has one.
+                Stage::Shared => Ok(()),
                 Stage::Permute => self.entry.permute(stream, call),
                 Stage::Gemm1 => self.gemm1(stream, call),
                 Stage::Activation => self.activate.launch(stream, &call.activation(self.shape.local_experts())),

@@ -1,8 +1,8 @@
 //! Everything the library refuses: the variant, the message, and that nothing was written.
 
 use expertile::cpu::{
-    self, Activations, Cpu, Isa, Layer, LayerOptions, PackedWeights, PackedWeightsBuilder, RowScales, grouped_gemm,
-    grouped_gemm_with_bias, grouped_gemm_workspace_bytes,
+    self, Activations, Cpu, Isa, Layer, LayerOptions, PackedWeights, PackedWeightsBuilder, RowScales, SharedExpert,
+    grouped_gemm, grouped_gemm_with_bias, grouped_gemm_workspace_bytes,
 };
 use expertile::plan::{
     compute_aligned_m, compute_aligned_m_and_alignment, expert_num_tokens_round_up_and_sum, round_up, tight_m_sum,
@@ -567,6 +567,11 @@ fn activated(activation: Activation) -> Result<()> {
     Layer::new(bf16_weights([1, 128, 128]), bf16_weights([1, 128, 64]), options).map(drop)
 }
 
+fn with_shared(w13: [usize; 3], w2: [usize; 3], gate: usize) -> Result<()> {
+    let (w13, w2, gate) = (bf16_weights(w13), bf16_weights(w2), Some(vec![0.0; gate]));
+    layer(false).with_shared_expert(SharedExpert { w13, w2, gate }).map(drop)
+}
+
 fn biased(b13: usize, b2: usize) -> Result<()> {
     layer(false).with_biases(Some(vec![0.0; b13]), Some(vec![0.0; b2])).map(drop)
 }
@@ -586,6 +591,32 @@ const LAYER: &[Refusal] = &[
     ("Value", "intermediate is 0", |_| LayerShape::ungated(1, 0, 1).map(drop)),
     ("Value", "intermediate is 96, expected a multiple of 128, or a w13 packed as gate and up", |_| {
         new_layer(e4m3_weights([1, 192, 128]), e4m3_weights([1, 128, 96]), ActivationFormat::Bf16, 1)
+    }),
+    ("Shape", "shared w2 has shape [2, 48, 32], expected [1, 48, I]", |_| with_shared([2, 64, 48], [2, 48, 32], 48)),
+    ("Shape", "shared w2 has shape [1, 40, 32], expected [1, 48, I]", |_| with_shared([1, 64, 40], [1, 40, 32], 48)),
+    ("Shape", "w13 has shape [1, 32, 48], expected [1, 64, 48]", |_| with_shared([1, 32, 48], [1, 48, 32], 48)),
+    ("Shape", "shared gate has shape [47], expected [48]", |_| with_shared([1, 64, 48], [1, 48, 32], 47)),
+    ("WeightFormat", "w2 is packed as e4m3, expected bf16", |_| {
+        let shared = SharedExpert { w13: bf16_weights([1, 64, 48]), w2: e4m3_weights([1, 48, 32]), gate: None };
+        layer(false).with_shared_expert(shared).map(drop)
+    }),
+    ("Value", "intermediate is 96, expected a multiple of 128, or a w13 packed as gate and up", |_| {
+        let shared = SharedExpert { w13: e4m3_weights([1, 192, 48]), w2: e4m3_weights([1, 48, 96]), gate: None };
+        layer(false).with_shared_expert(shared).map(drop)
+    }),
+    ("Value", "intermediate is 64, expected a positive multiple of the group, 128", |_| {
+        let options = LayerOptions { activations: ActivationFormat::E4m3, ..LayerOptions::default() };
+        let layer = Layer::new(e4m3_weights([1, 256, 128]), e4m3_weights([1, 128, 128]), options)?;
+        let shared = SharedExpert { w13: e4m3_weights([1, 128, 128]), w2: e4m3_weights([1, 128, 64]), gate: None };
+        layer.with_shared_expert(shared).map(drop)
+    }),
+    ("BufferTooSmall", "workspace holds", |out| {
+        // What serves the layer without its shared expert does not serve it with one.
+        let bytes = layer(false).workspace_bytes(2, 2)?;
+        let shared = SharedExpert { w13: bf16_weights([1, 64, 48]), w2: bf16_weights([1, 48, 32]), gate: None };
+        let layer = layer(false).with_shared_expert(shared)?;
+        let (x, routing) = (zeros::<bf16>(2, 48), Routing::new(ids(2, 2, 0), 2, None)?);
+        layer.run(&Cpu::new(), x, &routing, zeros(2, 2), &mut vec![0; bytes], &mut out.bf16)
     }),
     ("Shape", "b13 has shape [127], expected [128], the elements of [2, 64]", |_| biased(127, 96)),
     ("Shape", "b13 has shape [129], expected [128]", |_| biased(129, 96)),
