@@ -213,7 +213,7 @@ fn multiply_block(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: &Pane
     }
 }
 
-/// Adds the bias to a block's sums, rounds them to bf16 and writes them to their rows.
+/// Scales a block's sums, adds the bias, rounds them to bf16 and writes them to their rows.
 fn store(
     block: &RowBlock,
     panel: usize,
@@ -223,6 +223,11 @@ fn store(
     out: &Disjoint<'_, bf16>,
 ) {
     let (n, columns) = (weights.n(), weights.columns(panel));
+    if let Some(scales) = weights.column_scales(block.expert(), columns.clone()) {
+        for sums in &mut *sums {
+            sums.iter_mut().zip(scales).for_each(|(sum, scale)| *sum *= scale);
+        }
+    }
     if let Some(bias) = bias {
         let bias = &bias[block.expert() * n..][columns.clone()];
         for sums in &mut *sums {

@@ -97,7 +97,9 @@ impl LayerConfig {
             (ActivationFormat::E4m3, Dtype::Bf16 | Dtype::F16) => {
                 ScaleFormat::HOPPER.groups(shape.hidden())?;
                 ScaleFormat::HOPPER.groups(shape.intermediate()).map_err(|_| {
-                    Error::value("intermediate", shape.intermediate(), "a positive multiple of the group, 128")
+                    let expected =
+                        "a positive multiple of the group, 128: gate and up have row blocks of scales of their own";
+                    Error::value("intermediate", shape.intermediate(), expected)
                 })?;
                 Ok(())
             }

@@ -385,6 +385,10 @@ fn add_e4m3_rows(format: WeightFormat, first_row: usize, scale_rows: usize) -> R
     builder(format).pack_e4m3_rows(&Cpu::new(), 0, first_row, zeros(32, 128), zeros(scale_rows, 1))
 }
 
+fn channel_rows(format: WeightFormat, first_row: usize, scales: usize) -> Result<()> {
+    builder(format).pack_e4m3_channel_rows(&Cpu::new(), 0, first_row, zeros(32, 128), &vec![1.0; scales])
+}
+
 /// Two experts' gate and up of 192 rows, K = 3.
 fn gate_up(weights: usize, scales: usize) -> Result<PackedWeights> {
     let (weights, scales) = (vec![E4m3(0); weights], vec![1.0; scales]);
@@ -439,6 +443,11 @@ const WEIGHTS: &[Refusal] = &[
         gate_up_rows(32, 40, 1)
     }),
     ("Shape", "scales has shape [2, 1], expected [1, 1]", |_| gate_up_rows(70, 70, 2)),
+    ("Shape", "scales has shape [31], expected [32], the elements of [32]", |_| {
+        channel_rows(WeightFormat::E4m3, 0, 31)
+    }),
+    ("Value", "first_row is 8, expected a multiple of 32", |_| channel_rows(WeightFormat::E4m3, 8, 32)),
+    ("WeightFormat", "builder is packed as bf16, expected e4m3", |_| channel_rows(WeightFormat::Bf16, 0, 32)),
     ("Shape", "rows has shape [64, 128], expected those of a builder that was made for gate and up", |_| {
         builder(WeightFormat::Bf16).pack_gate_up_bf16_rows(&Cpu::new(), 0, zeros::<f32>(64, 128), GateUpOrder::Halves)
     }),

@@ -411,6 +411,70 @@ fn a_bias_is_added_to_the_f32_sum() {
     .unwrap();
 }
 
+/// A column's own scale multiplies its sum once, before the bias: in one matrix and in gate and up, whole or in parts.
+#[test]
+fn a_scale_for_each_channel_multiplies_its_sums_once() {
+    let (half, k) = (70, 256);
+    let case = real_case();
+    let weights = Weights::random(WeightFormat::E4m3, [4, 2 * half, k], 4);
+    let mut noise = Noise(9);
+    let scales: Vec<f32> = (0..4 * 2 * half).map(|_| 0.5 + noise.unit().abs()).collect();
+    let bias: Vec<f32> = (0..4 * 2 * half).map(|_| noise.normal()).collect();
+    let bytes = |expert: usize, first: usize, rows: usize| match weights.part(expert, first, rows) {
+        Part::E4m3(bytes, _) => bytes,
+        Part::Bf16(_) => unreachable!("e4m3 weights"),
+    };
+    case.with_layout(|layout, oracle_layout| {
+        let m_indices = &oracle_layout.m_indices;
+        let rows = Rows::random(m_indices, k, None, 5);
+        let exact = oracle::gemm::grouped_gemm(&rows.meant, m_indices, 2 * half, k, |e, j, row| {
+            let stored = bytes(e, 0, 2 * half);
+            for (c, value) in row.iter_mut().enumerate() {
+                let scale = f64::from(scales[e * 2 * half + j]);
+                *value = oracle::quantize::e4m3_value(stored[j * k + c].0) * scale;
+            }
+        });
+        let exact: Vec<f64> = exact
+            .iter()
+            .enumerate()
+            .map(|(at, value)| match usize::try_from(m_indices[at / (2 * half)]) {
+                Ok(expert) => value + f64::from(bias[expert * 2 * half + at % (2 * half)]),
+                Err(_) => f64::NAN,
+            })
+            .collect();
+        for cpu in machines() {
+            // Whole, and gate and up apart, gate in two parts.
+            let mut whole = PackedWeightsBuilder::new(WeightFormat::E4m3, 4, 2 * half, k).unwrap();
+            let mut parts = PackedWeightsBuilder::gate_up(WeightFormat::E4m3, 4, half, k).unwrap();
+            for expert in 0..4 {
+                let pack = |builder: &mut PackedWeightsBuilder, first: usize, rows: usize| {
+                    let stored = bytes(expert, first, rows);
+                    let stored = Strided::new(&stored, rows, k, Strides::ColumnMajor, E4m3::NAN);
+                    let own = &scales[expert * 2 * half + first..][..rows];
+                    builder.pack_e4m3_channel_rows(&cpu, expert, first, stored.matrix(), own).unwrap();
+                };
+                pack(&mut whole, 0, 2 * half);
+                for (first, rows) in [(half, half), (32, half - 32), (0, 32)] {
+                    pack(&mut parts, first, rows);
+                }
+            }
+            let mut outs = Vec::new();
+            for packed in [whole.finish().unwrap(), parts.finish().unwrap()] {
+                let bytes = grouped_gemm_workspace_bytes(layout.live_rows(), k, ActivationFormat::Bf16).unwrap();
+                let mut out = vec![POISON; layout.m_sum() * 2 * half];
+                let (x, workspace) = (rows.activations(), &mut vec![0xff; bytes]);
+                grouped_gemm_with_bias(&cpu, layout, x, &packed, Some(&bias), workspace, &mut out).unwrap();
+                let actual: Vec<f64> = out.iter().map(|value| value.to_f64()).collect();
+                within(BF16_GEMM, &actual, &exact, m_indices, 2 * half)?;
+                outs.push(crate::cases::bits(&out));
+            }
+            prop_assert!(outs[0] == outs[1], "{}", cpu.isa());
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
 /// Gate's and up's blocks, where 128 does not divide I, are not those of the two taken as one matrix.
 #[test]
 fn blocks_of_up_start_at_ups_first_row() {

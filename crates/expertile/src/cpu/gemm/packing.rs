@@ -26,7 +26,9 @@ pub struct PackedWeights {
     scales: Vec<f32>,
     /// As `scales`: which lines of a block hold special bytes.
     special: Vec<u64>,
-    /// Whether row `N / 2` of every expert starts a block of rows with scales of its own.
+    /// `[E, N]`: what a column's sums are multiplied by; empty if no rows came with scales of their own.
+    column_scales: Vec<f32>,
+    /// Whether no block scale serves rows on both sides of row `N / 2`, in every expert.
     half_starts_a_block: bool,
 }
 
@@ -219,7 +221,8 @@ impl PackedWeights {
     /// Bytes held, scales and the padding of N and K included.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.bytes.as_slice().len() + size_of_val(&*self.scales) + size_of_val(&*self.special)
+        let scales = size_of_val(&*self.scales) + size_of_val(&*self.column_scales);
+        self.bytes.as_slice().len() + scales + size_of_val(&*self.special)
     }
 
     /// Whether the upper half of an expert's rows has block scales of its own: gate's and up's, each counted from its first
@@ -237,6 +240,11 @@ impl PackedWeights {
     /// The output columns of a panel.
     pub(super) fn columns(&self, panel: usize) -> Range<usize> {
         self.shape.columns(panel)
+    }
+
+    /// What the sums of those columns are multiplied by, if by anything.
+    pub(super) fn column_scales(&self, expert: usize, columns: Range<usize>) -> Option<&[f32]> {
+        self.column_scales.get(expert * self.n()..).filter(|rest| !rest.is_empty()).map(|rest| &rest[columns])
     }
 
     /// One panel of an expert.
@@ -299,7 +307,7 @@ pub struct PackedWeightsBuilder {
     weights: PackedWeights,
     /// `[E, N]`: which rows have come.
     packed: Vec<bool>,
-    /// `[E]`: whether rows with scales of their own started at row `N / 2`.
+    /// `[E]`: whether scales of rows from `N / 2` on serve no row before it.
     half_started: Vec<bool>,
 }
 
@@ -329,6 +337,7 @@ impl PackedWeightsBuilder {
             bytes: AlignedBytes::zeroed(bytes),
             scales: vec![0.0; scales],
             special: vec![0; scales],
+            column_scales: Vec::new(),
             half_starts_a_block: false,
         };
         Ok(Self { weights, packed, half_started: vec![false; shape.experts] })
@@ -468,6 +477,48 @@ impl PackedWeightsBuilder {
         rows: MatrixRef<'_, E4m3>,
         scales: MatrixRef<'_, f32>,
     ) -> Result<()> {
+        let shape = self.weights.shape;
+        self.check_e4m3_rows(first_row, &rows)?;
+        scales.require_shape("scales", rows.rows().div_ceil(WEIGHT_BLOCK), shape.blocks())?;
+        self.mark_packed(expert, first_row, rows.rows(), rows.cols())?;
+        self.half_started[expert] |= 2 * first_row == shape.n();
+        self.pack_e4m3(cpu, expert, first_row, rows, |row, block| scales.get(row / WEIGHT_BLOCK, block));
+        Ok(())
+    }
+
+    /// Packs `rows [R, k]` with a scale for each of them (a channel's) as rows `first_row..first_row + R` of an expert.
+    /// `first_row` is a multiple of 32, for up of its own rows.
+    ///
+    /// A column's f32 sum is multiplied by its scale once, before a bias is added.
+    ///
+    /// # Errors
+    /// As [`PackedWeightsBuilder::pack_e4m3_rows`]; [`Error::Shape`] unless there are `R` scales.
+    pub fn pack_e4m3_channel_rows(
+        &mut self,
+        cpu: &Cpu,
+        expert: usize,
+        first_row: usize,
+        rows: MatrixRef<'_, E4m3>,
+        scales: &[f32],
+    ) -> Result<()> {
+        let n = self.weights.shape.n();
+        self.check_e4m3_rows(first_row, &rows)?;
+        require_exact("scales", scales.len(), &[rows.rows()])?;
+        self.mark_packed(expert, first_row, rows.rows(), rows.cols())?;
+        let part = first_row..first_row + rows.rows();
+        // No scale serves two rows, those before and after the middle neither.
+        self.half_started[expert] |= part.contains(&(n / 2));
+        let column_scales = &mut self.weights.column_scales;
+        if column_scales.is_empty() {
+            column_scales.resize(self.packed.len(), 1.0);
+        }
+        column_scales[expert * n..][part].copy_from_slice(scales);
+        self.pack_e4m3(cpu, expert, first_row, rows, |_, _| 1.0);
+        Ok(())
+    }
+
+    /// Fails unless e4m3 rows may start at `first_row`.
+    fn check_e4m3_rows(&self, first_row: usize, rows: &MatrixRef<'_, E4m3>) -> Result<()> {
         self.require_format(WeightFormat::E4m3)?;
         let shape = self.weights.shape;
         if first_row < shape.n() && !(first_row % shape.segment).is_multiple_of(PANEL) {
@@ -480,22 +531,38 @@ impl PackedWeightsBuilder {
             let expected = format!("[R, {}] with R at most {room}, the rest of gate's rows", shape.k);
             return Err(Error::shape("rows", &[rows.rows(), rows.cols()], expected));
         }
-        scales.require_shape("scales", rows.rows().div_ceil(WEIGHT_BLOCK), shape.blocks())?;
-        self.mark_packed(expert, first_row, rows.rows(), rows.cols())?;
+        Ok(())
+    }
+
+    /// Packs e4m3 rows that were checked; `scale(row, block of K)` is that of the part's rows from `row` on.
+    fn pack_e4m3(
+        &mut self,
+        cpu: &Cpu,
+        expert: usize,
+        first_row: usize,
+        rows: MatrixRef<'_, E4m3>,
+        scale: impl Fn(usize, usize) -> f32 + Sync,
+    ) {
+        let shape = self.weights.shape;
+        let part = first_row..first_row + rows.rows();
         if part.is_empty() {
-            return Ok(());
+            return;
         }
-        self.half_started[expert] |= 2 * first_row == shape.n();
         self.for_each_panel(cpu, expert, part.clone(), |bytes, columns, row| {
             pack_e4m3_panel(rows, row..row + columns.len(), bytemuck::cast_slice_mut(bytes));
         });
         let panels = shape.panel_of(part.start)..shape.panel_of(part.end - 1) + 1;
-        self.note_blocks(cpu, expert, panels, scales);
-        Ok(())
+        self.note_blocks(cpu, expert, panels, scale);
     }
 
     /// Notes, for the panels of a part, the scales of their blocks and which of their lines hold special bytes.
-    fn note_blocks(&mut self, cpu: &Cpu, expert: usize, panels: Range<usize>, part_scales: MatrixRef<'_, f32>) {
+    fn note_blocks(
+        &mut self,
+        cpu: &Cpu,
+        expert: usize,
+        panels: Range<usize>,
+        part_scale: impl Fn(usize, usize) -> f32 + Sync,
+    ) {
         let PackedWeights { shape, bytes, scales, special, .. } = &mut self.weights;
         let (start, blocks) = (expert * shape.panels() + panels.start, shape.blocks());
         let bytes = bytes.as_slice()[start * shape.panel_bytes()..].par_chunks(shape.panel_bytes());
@@ -506,7 +573,7 @@ impl PackedWeightsBuilder {
                 let lines: &[ByteLine] = bytemuck::cast_slice(bytes);
                 let blocks = lines.chunks(BLOCK_PAIRS).zip(scales).zip(special);
                 for (block, ((lines, scale), special)) in blocks.enumerate() {
-                    *scale = part_scales.get(panel * PANEL / WEIGHT_BLOCK, block);
+                    *scale = part_scale(panel * PANEL, block);
                     *special = lines.iter().rev().fold(0, |mask, line| mask << 1 | u64::from(is_special(line)));
                 }
             });
