@@ -214,4 +214,15 @@ fn configurations_that_cannot_be_are_errors() {
     assert!(matches!(input, Error::Dtype { argument: "x", .. }), "{input}");
     let odd = ActivateConfig { intermediate: 8, activation: Activation::default(), format: None }.source().unwrap_err();
     assert!(odd.to_string().starts_with("intermediate is 8"), "{odd}");
+    for (activation, start) in [
+        (Activation::GegluTanh, "activation is \"geglu-tanh\", expected one of swiglu, on a GPU"),
+        (Activation::Relu2, "activation is \"relu2\", expected one of swiglu, on a GPU"),
+        (Activation::Swiglu { alpha: 1.0, beta: f32::NAN, limit: None }, "beta is NaN, expected a finite number"),
+    ] {
+        let error = ActivateConfig { intermediate: 128, activation, format: None }.source().unwrap_err();
+        assert!(error.to_string().starts_with(start), "{error}");
+        let tile = GemmTile { row_tile: WIDE_ROW_TILE, shared: 1, splits: 1, wide: true };
+        let inside = GemmConfig { format: WeightFormat::E4m3, tile, activation: Some(activation) }.source();
+        assert_eq!(inside.unwrap_err().to_string(), error.to_string());
+    }
 }

@@ -590,3 +590,30 @@ where
 fn prepared<'a, K: Eq + Hash, V>(all: &'a HashMap<K, V>, key: &K) -> &'a V {
     all.get(key).expect("every choice of up to max_tokens tokens is prepared")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Blocks of scales that gate and up share are refused with the reason, whatever the number of blocks.
+    #[test]
+    fn e4m3_takes_an_intermediate_size_that_blocks_of_scales_divide() {
+        let config = LayerConfig {
+            topk: 2,
+            ids: Dtype::I32,
+            global_experts: 4,
+            input: Dtype::Bf16,
+            output: Dtype::Bf16,
+            activation: Activation::SWIGLU,
+            activations: ActivationFormat::E4m3,
+            weight_on_input: false,
+        };
+        let check = |intermediate| config.check(&LayerShape::new(256, intermediate, 4).unwrap(), WeightFormat::E4m3);
+        assert_eq!(check(128), Ok(()));
+        for intermediate in [64, 96, 192] {
+            let error = check(intermediate).unwrap_err().to_string();
+            let start = format!("intermediate is {intermediate}, expected a positive multiple of the group, 128: gate");
+            assert!(error.starts_with(&start), "{error}");
+        }
+    }
+}
