@@ -20,6 +20,8 @@ use std::ops::{Deref, Range};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Element {
     E4m3,
+    /// A power of two, `2^(byte - 127)`.
+    E8m0,
     Bf16,
     F16,
     F32,
@@ -33,8 +35,9 @@ pub(crate) enum Element {
 
 impl Element {
     /// Names as torch and NumPy (with ml_dtypes) spell them.
-    const NAMED: [(&'static str, Self); 8] = [
+    const NAMED: [(&'static str, Self); 9] = [
         ("float8_e4m3fn", Self::E4m3),
+        ("float8_e8m0fnu", Self::E8m0),
         ("bfloat16", Self::Bf16),
         ("float16", Self::F16),
         ("float32", Self::F32),
@@ -47,7 +50,7 @@ impl Element {
     /// Its size; `None` if that has to be asked.
     fn bytes(self) -> Option<usize> {
         match self {
-            Self::E4m3 | Self::U8 | Self::I8 => Some(1),
+            Self::E4m3 | Self::E8m0 | Self::U8 | Self::I8 => Some(1),
             Self::Bf16 | Self::F16 => Some(2),
             Self::F32 | Self::I32 => Some(4),
             Self::I64 => Some(8),
@@ -62,8 +65,10 @@ impl Element {
         const FLOAT: u8 = 2;
         const BFLOAT: u8 = 4;
         const E4M3FN: u8 = 10;
+        const E8M0FNU: u8 = 14;
         match dtype {
             (E4M3FN, 8, 1) => Self::E4m3,
+            (E8M0FNU, 8, 1) => Self::E8m0,
             (BFLOAT, 16, 1) => Self::Bf16,
             (FLOAT, 16, 1) => Self::F16,
             (FLOAT, 32, 1) => Self::F32,
@@ -99,7 +104,7 @@ macro_rules! native {
 native! {
     // NumPy has no e4m3 of its own: bytes are taken for it.
     E4m3: E4m3 | U8 | I8;
-    u8: U8 | I8 | E4m3;
+    u8: U8 | I8 | E4m3 | E8m0;
     bf16: Bf16;
     f16: F16;
     f32: F32;

@@ -5,10 +5,12 @@ use crate::error::{exception, size};
 use crate::permute::Ids;
 use crate::pool::cpu;
 use expertile::cpu::{Layer, LayerOptions, PackedWeights};
-use expertile::{Activation, ActivationFormat, Float, MatrixRef, Routing};
+use expertile::quantize::ue8m0_value;
+use expertile::{Activation, ActivationFormat, Float, GateUpOrder, MatrixRef, Routing};
 use half::{bf16, f16};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use std::borrow::Cow;
 
 /// Prepacked weights and how to compute with them: what `expertile.torch.Layer` documents.
 #[pyclass(frozen, name = "Layer", module = "expertile._native")]
@@ -38,8 +40,8 @@ impl PyLayer {
             }
         };
         let alignment = size("alignment", alignment)?;
-        let w13 = pack(py, ("w13", w13), ("w13_scale", w13_scale))?;
-        let w2 = pack(py, ("w2", w2), ("w2_scale", w2_scale))?;
+        let w13 = pack(py, ("w13", w13), ("w13_scale", w13_scale), true)?;
+        let w2 = pack(py, ("w2", w2), ("w2_scale", w2_scale), false)?;
         let activation = Activation::Swiglu { alpha, beta, limit };
         let options = LayerOptions { activation, activations, alignment, weight_on_input };
         Layer::new(w13, w2, options).map(Self).map_err(exception)
@@ -94,25 +96,39 @@ impl PyLayer {
     }
 }
 
-/// Packs `[E, N, K]` bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K / 128)]`.
+/// Packs `[E, N, K]` bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K / 128)]`; for gate and up, `N = 2 I`, there are
+/// `ceil(I / 128)` row blocks for each of the two.
 fn pack(
     py: Python<'_>,
     (name, weights): (&'static str, &Bound<'_, PyAny>),
     (scale_name, scale): (&'static str, Option<&Bound<'_, PyAny>>),
+    gate_up: bool,
 ) -> PyResult<PackedWeights> {
     let weights = Array::new(name, weights)?;
     let &[experts, n, k] = weights.shape() else { return Err(weights.shape_error("[E, N, K]")) };
+    if gate_up && !n.is_multiple_of(2) {
+        return Err(weights.shape_error("[E, 2 I, H]"));
+    }
     let scale = Array::optional(scale_name, scale)?;
     let cpu = cpu()?;
     match (weights.element(), &scale) {
         (Element::Bf16, None) => {
             let weights = weights.contiguous::<bf16>()?;
-            py.detach(|| PackedWeights::pack_bf16(&cpu, weights, experts, n, k)).map_err(exception)
+            py.detach(|| match gate_up {
+                true => PackedWeights::pack_gate_up_bf16(&cpu, weights, experts, n / 2, k, GateUpOrder::Halves),
+                false => PackedWeights::pack_bf16(&cpu, weights, experts, n, k),
+            })
+            .map_err(exception)
         }
         (Element::E4m3, Some(scale)) => {
-            scale.require_shape(&[experts, n.div_ceil(128), k.div_ceil(128)])?;
-            let (weights, scale) = (weights.contiguous()?, scale.contiguous()?);
-            py.detach(|| PackedWeights::pack_e4m3(&cpu, weights, scale, experts, n, k)).map_err(exception)
+            let blocks = if gate_up { 2 * (n / 2).div_ceil(128) } else { n.div_ceil(128) };
+            scale.require_shape(&[experts, blocks, k.div_ceil(128)])?;
+            let (weights, scale) = (weights.contiguous()?, widened(scale)?);
+            py.detach(|| match gate_up {
+                true => PackedWeights::pack_gate_up_e4m3(&cpu, weights, &scale, experts, n / 2, k, GateUpOrder::Halves),
+                false => PackedWeights::pack_e4m3(&cpu, weights, &scale, experts, n, k),
+            })
+            .map_err(exception)
         }
         (Element::Bf16, Some(_)) => {
             Err(PyValueError::new_err(format!("{scale_name} is given, expected none for bfloat16 {name}")))
@@ -122,6 +138,18 @@ fn pack(
         }
         _ => Err(weights.dtype_error("bfloat16 or float8_e4m3fn")),
     }
+}
+
+/// Scales as f32, which holds all values of the other types.
+fn widened<'a>(scale: &'a Array<'_>) -> PyResult<Cow<'a, [f32]>> {
+    let wide = match scale.element() {
+        Element::F32 => return scale.contiguous().map(Cow::Borrowed),
+        Element::Bf16 => scale.contiguous::<bf16>()?.iter().map(|value| value.to_f32()).collect(),
+        Element::F16 => scale.contiguous::<f16>()?.iter().map(|value| value.to_f32()).collect(),
+        Element::E8m0 => scale.contiguous::<u8>()?.iter().map(|&byte| ue8m0_value(byte)).collect(),
+        _ => return Err(scale.dtype_error("float32, bfloat16, float16 or float8_e8m0fnu")),
+    };
+    Ok(Cow::Owned(wide))
 }
 
 struct Call<'a, 'py> {

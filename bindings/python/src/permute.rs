@@ -419,7 +419,7 @@ pub(crate) fn permute_rows<'py>(
         Element::F16 => rows_of!(f16),
         Element::F32 => rows_of!(f32),
         Element::I32 => rows_of!(i32),
-        Element::I64 | Element::Other => {
+        Element::E8m0 | Element::I64 | Element::Other => {
             Err(x.dtype_error("float8_e4m3fn, bfloat16, float16, float32, int32 or uint8"))
         }
     }?;

@@ -473,8 +473,10 @@ def unpermute(
 class Layer:
     """The expert half of a layer on the CPU: permute, GEMM 1, activation, GEMM 2, unpermute.
 
-    w13: ``[E, 2 I, H]``, gate rows first; w2: ``[E, H, I]``. Both bfloat16, or both float8_e4m3fn with float32 block
-    scales ``[E, ceil(N / 128), ceil(K / 128)]``. They are packed, once, into memory of the layer's own.
+    w13: ``[E, 2 I, H]``, gate rows first; w2: ``[E, H, I]``. Both bfloat16, or both float8_e4m3fn with block scales:
+    w13_scale ``[E, 2 ceil(I / 128), ceil(H / 128)]``, gate's row blocks, then up's; w2_scale ``[E, ceil(H / 128),
+    ceil(I / 128)]``. Scales are float32, or bfloat16, float16 or float8_e8m0fnu, which are widened exactly. Weights are
+    packed, once, into memory of the layer's own.
 
     activations: ``"bf16"``, or ``"e4m3"`` to quantize them (needs e4m3 weights, and 128 to divide H and I).
     alpha, beta, limit: ``glu = gate * sigmoid(alpha * gate)``, ``(up + beta) * glu``, gate clamped to at most `limit`, up
