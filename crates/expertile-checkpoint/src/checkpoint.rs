@@ -1,16 +1,22 @@
 //! The files of a checkpoint folder: config, index, shards.
 //!
+//! A folder with a `model.safetensors` is read from that file, whatever its index says (Transformers does the same, and an
+//! index may be left over); without one the index names the shards. Only regular files are opened, or links to them.
+//!
 //! Opening reads `config.json` and the index only; a shard is mapped when the first tensor in it is asked for, and its
 //! weights are read by whoever touches them. A mapped file must not be changed or cut while the [`Checkpoint`] lives
-//! (as for every program that maps files).
+//! (as for every program that maps files): a load past a new end is a `SIGBUS`. [`Checkpoint::mapped_files`] tells a program
+//! that handles the signal which file it was.
 
 use crate::config::{Config, Family};
 use crate::error::{Error, Result};
+use crate::json;
 use crate::moe_layer::MoeLayer;
+use crate::read;
 use crate::tensors::{Header, Tensor};
 use memmap2::Mmap;
 use std::collections::HashMap;
-use std::fs::File;
+use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -22,6 +28,8 @@ const INDEX: &str = "model.safetensors.index.json";
 #[derive(Debug)]
 pub struct Checkpoint<'a> {
     config: Config,
+    /// `None` if it was opened from bytes.
+    folder: Option<PathBuf>,
     shards: Vec<Shard<'a>>,
     /// Which shard holds a tensor; `None` when there is one shard and it holds everything.
     index: Option<Index>,
@@ -64,19 +72,20 @@ impl Checkpoint<'static> {
     /// Opens a Hugging Face checkpoint folder: `config.json` and `model.safetensors`, or its index with shards.
     ///
     /// # Errors
-    /// [`Error::Io`] for a file that cannot be read, [`Error::Json`] for one that is not JSON, [`Error::Config`],
+    /// [`Error::Io`] for a file that cannot be read, [`Error::Format`] for one that is no regular file, [`Error::Json`] for one that is not JSON, [`Error::Config`],
     /// [`Error::ShardName`] for an index entry that leads out of the folder.
     pub fn open(folder: &Path) -> Result<Self> {
         let file = folder.join(CONFIG);
-        let config = Config::parse(&file, &read(&file)?)?;
-        let file = folder.join(INDEX);
-        if !file.exists() {
-            return Ok(Self { config, shards: vec![Shard::closed(folder.join(SINGLE_FILE))], index: None });
+        let config = Config::parse(&file, &read::read_json(&file)?)?;
+        let (single, index) = (folder.join(SINGLE_FILE), folder.join(INDEX));
+        let folder = Some(folder.to_owned());
+        if single.is_file() || !index.exists() {
+            return Ok(Self { config, folder, shards: vec![Shard::closed(single)], index: None });
         }
-        let bytes = read(&file)?;
-        let (index, names) = Index::parse(file, &bytes)?;
-        let shards = names.iter().map(|name| Shard::closed(folder.join(name))).collect();
-        Ok(Self { config, shards, index: Some(index) })
+        let bytes = read::read_json(&index)?;
+        let (index, names) = Index::parse(index, &bytes)?;
+        let shards = names.iter().map(|name| Shard::closed(single.with_file_name(name))).collect();
+        Ok(Self { config, folder, shards, index: Some(index) })
     }
 }
 
@@ -90,7 +99,7 @@ impl<'a> Checkpoint<'a> {
         let name = PathBuf::from(SINGLE_FILE);
         let open = OpenShard { header: Header::parse(&name, file)?, bytes: Bytes::Borrowed(file) };
         let shard = Shard { file: name, open: OnceLock::from(open) };
-        Ok(Self { config, shards: vec![shard], index: None })
+        Ok(Self { config, folder: None, shards: vec![shard], index: None })
     }
 
     /// The model family.
@@ -108,6 +117,24 @@ impl<'a> Checkpoint<'a> {
     pub fn layer(&self, layer: usize) -> Result<MoeLayer<'_>> {
         self.config.check_layer(layer)?;
         MoeLayer::read(self, layer)
+    }
+
+    /// The files that make up the checkpoint, or would if they were there: what a program that reads it must not write.
+    pub fn files(&self) -> impl Iterator<Item = PathBuf> {
+        let folder = self.folder.iter();
+        let fixed = folder.flat_map(|folder| [CONFIG, SINGLE_FILE, INDEX].map(|name| folder.join(name)));
+        fixed.chain(self.shards.iter().map(|shard| shard.file.clone()))
+    }
+
+    /// The files that are mapped so far, and the addresses that they are mapped at.
+    pub fn mapped_files(&self) -> impl Iterator<Item = (&Path, Range<usize>)> {
+        self.shards.iter().filter_map(|shard| match &shard.open.get()?.bytes {
+            Bytes::Mapped(map) => {
+                let start = map.as_ptr().addr();
+                Some((shard.file.as_path(), start..start + map.len()))
+            }
+            Bytes::Borrowed(_) => None,
+        })
     }
 
     pub(crate) fn config(&self) -> &Config {
@@ -130,8 +157,7 @@ impl<'a> Checkpoint<'a> {
 impl Index {
     /// The index, and the names of the shards it speaks of.
     fn parse(file: PathBuf, bytes: &[u8]) -> Result<(Self, Vec<String>)> {
-        let index: serde_json::Value =
-            serde_json::from_slice(bytes).map_err(|source| Error::json(&file, "index", source))?;
+        let index = json::parse(&file, "index", bytes)?;
         let Some(serde_json::Value::Object(weight_map)) = index.get("weight_map") else {
             return Err(Error::format(&file, "weight_map", "missing or no object", "tensor names with file names"));
         };
@@ -176,13 +202,9 @@ impl<'a> Shard<'a> {
     }
 }
 
-fn read(file: &Path) -> Result<Vec<u8>> {
-    std::fs::read(file).map_err(|source| Error::io(file, source))
-}
-
 #[allow(unsafe_code)]
 fn map(file: &Path) -> Result<Mmap> {
-    let opened = File::open(file).map_err(|source| Error::io(file, source))?;
+    let (opened, _) = read::open(file)?;
     // SAFETY: the map is only read. That nobody changes or cuts the file meanwhile cannot be enforced; the module's
     // documentation asks it of the caller, and every value in the file is checked or is a number of any bits.
     unsafe { Mmap::map(&opened) }.map_err(|source| Error::io(file, source))

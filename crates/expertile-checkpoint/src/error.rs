@@ -125,6 +125,16 @@ pub enum Error {
         /// The entry.
         actual: String,
     },
+    /// A file, or a tensor of it, that memory does not hold.
+    #[error("{}: {part} takes {bytes} bytes, expected no more than memory can be had for", file.display())]
+    Memory {
+        /// The file.
+        file: PathBuf,
+        /// The tensor, or "the file".
+        part: String,
+        /// Bytes that it takes in memory.
+        bytes: u64,
+    },
     /// Weights that the library refuses to pack.
     #[error("{what} cannot be packed")]
     Pack {
@@ -138,6 +148,10 @@ pub enum Error {
 impl Error {
     pub(crate) fn io(file: &Path, source: std::io::Error) -> Self {
         Self::Io { file: file.to_owned(), source }
+    }
+
+    pub(crate) fn memory(file: &Path, part: impl Into<String>, bytes: u64) -> Self {
+        Self::Memory { file: file.to_owned(), part: part.into(), bytes }
     }
 
     pub(crate) fn json(file: &Path, part: &'static str, source: serde_json::Error) -> Self {

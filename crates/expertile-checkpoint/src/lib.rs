@@ -11,7 +11,9 @@ pub mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod ids;
+mod json;
 pub mod moe_layer;
+mod read;
 mod tensors;
 pub mod tokens;
 

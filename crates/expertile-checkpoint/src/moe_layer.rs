@@ -294,7 +294,7 @@ impl<'a> Reader<'a, '_> {
         };
         let tensor = self.typed(name, dtype, &[rows, cols])?;
         let values = match format {
-            WeightFormat::Bf16 => WeightValues::Bf16(tensor.bf16()),
+            WeightFormat::Bf16 => WeightValues::Bf16(tensor.bf16()?),
             WeightFormat::E4m3 => {
                 let blocks = [rows.div_ceil(WEIGHT_BLOCK), cols.div_ceil(WEIGHT_BLOCK)];
                 let scales = self.typed(&format!("{name}_scale_inv"), Dtype::F32, &blocks)?.to_f32()?;

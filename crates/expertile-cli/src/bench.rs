@@ -127,6 +127,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.repeat == Some(0) {
         return Err(Error::usage("--repeat is 0, expected at least 1"));
     }
+    let json = args.json.as_deref().filter(|file| *file != Path::new("-"));
+    output::prepare(&[("--json", json), ("--plot", args.plot.as_deref())], &[])?;
     if let Some(ordinal) = args.device {
         return run_on_gpu(args, ordinal);
     }

@@ -26,6 +26,16 @@ pub(crate) enum Error {
         /// What the operating system says.
         source: std::io::Error,
     },
+    /// A target that must not be written.
+    #[error("{option} is {}, expected {expected}", file.display())]
+    Target {
+        /// The option that names it.
+        option: &'static str,
+        /// The target.
+        file: PathBuf,
+        /// What would do.
+        expected: String,
+    },
     /// A result past its tolerance.
     #[error("{0}")]
     Check(String),

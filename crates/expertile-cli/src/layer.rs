@@ -10,7 +10,7 @@ use crate::preset::{MadeUp, Preset};
 use crate::progress::Progress;
 use crate::stages::{Call, Inputs, StageReport, StageTime, whole};
 use crate::weights::ExpertWeights;
-use crate::{format, output, router};
+use crate::{format, output, router, signals};
 use expertile::cpu::{Cpu, Layer, LayerOptions};
 use expertile::cuda::Device;
 use expertile::{ActivationFormat, MatrixRef, Routing, Stage, StageCost, TopkIds, WeightFormat};
@@ -233,13 +233,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     machine::pool(args.threads)?.install(|| match (&args.model, args.preset) {
         (Some(folder), _) => {
             let checkpoint = Checkpoint::open(folder)?;
+            prepare_output(args, checkpoint.files())?;
             let layer = checkpoint.layer(args.layer.unwrap_or_default())?;
+            signals::name_mapped_files(checkpoint.mapped_files());
             let input = open_input(args)?.ok_or_else(|| Error::usage("--input is missing"))?;
             run_weights(args, &runner, &layer, &input, &folder.display().to_string())
         }
         (None, Some(preset)) => {
             let format = args.weights.unwrap_or_else(|| preset.usual_format());
             choose_activations(args.activations, format)?;
+            prepare_output(args, std::iter::empty())?;
             let layer = MadeUp::new(preset, args.experts, format, args.seed, runner.memory_bytes())?;
             let input = match open_input(args)? {
                 Some(input) => input,
@@ -273,6 +276,12 @@ impl Runner {
             Self::Gpu(device) => Some(device.info().memory_bytes),
         }
     }
+}
+
+/// Checks `--output` against everything that the call reads.
+fn prepare_output(args: &Args, files: impl Iterator<Item = PathBuf>) -> Result<()> {
+    let inputs: Vec<PathBuf> = files.chain(args.input.clone()).collect();
+    output::prepare(&[("--output", args.output.as_deref())], &inputs)
 }
 
 fn open_input(args: &Args) -> Result<Option<LayerInput>> {

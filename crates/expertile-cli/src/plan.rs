@@ -121,6 +121,7 @@ struct Report {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    output::prepare(&[("--plot", args.plot.as_deref())], args.ids.as_slice())?;
     let question = Question::from_args(args)?;
     let report = Report::new(args, &question)?;
     if let Some(file) = &args.plot {

@@ -4,8 +4,8 @@
 //! again for the check. Only the packed weights are kept; beside them there is one expert's matrix at a time.
 
 use crate::error::{Error, Result};
-use crate::machine;
 use crate::weights::{ExpertWeights, Part, PartRows, Space, TakePart};
+use crate::{machine, output};
 use clap::ValueEnum;
 use expertile::cpu::{Cpu, PackedWeights, PackedWeightsBuilder};
 use expertile::gemm::WEIGHT_BLOCK;
@@ -125,7 +125,7 @@ impl MadeUp {
         }
         if fit < asked {
             let bytes = crate::format::bytes(expert_bytes.saturating_mul(asked as u64));
-            eprintln!("note: {asked} experts take {bytes}, more than the memory available; using {fit}");
+            output::tell(&format!("note: {asked} experts take {bytes}, more than the memory available; using {fit}"));
         }
         let mut random = Random::new(seed, [ROUTER, 0, 0]);
         // Logits of a spread that gives experts unlike, but not wildly unlike, shares.

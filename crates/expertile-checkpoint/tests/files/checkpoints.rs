@@ -220,6 +220,58 @@ fn missing_and_cut_off_files_are_named() {
 }
 
 #[test]
+fn a_single_file_is_read_whatever_an_index_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = Model::new("qwen3_moe", SIZES, false);
+    model.write(folder.path(), 3);
+    model.write(folder.path(), 1);
+    let single = folder.path().join("model.safetensors");
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert!(checkpoint.layer(LAYER).is_ok());
+    assert!(checkpoint.mapped_files().map(|(file, _)| file).eq([&single]));
+    // The index is left over: its shards are gone, or it is no index at all.
+    for shard in 1..=3 {
+        std::fs::remove_file(folder.path().join(format!("model-0000{shard}-of-00003.safetensors"))).unwrap();
+    }
+    assert!(Checkpoint::open(folder.path()).unwrap().layer(LAYER).is_ok());
+    std::fs::write(folder.path().join("model.safetensors.index.json"), "{").unwrap();
+    assert!(Checkpoint::open(folder.path()).unwrap().layer(LAYER).is_ok());
+    std::fs::remove_file(&single).unwrap();
+    assert!(Checkpoint::open(folder.path()).unwrap_err().to_string().contains("index is not valid"));
+}
+
+#[test]
+fn the_files_of_a_checkpoint_and_where_they_are_mapped_are_known() {
+    let folder = tempfile::tempdir().unwrap();
+    Model::new("qwen3_moe", SIZES, false).write(folder.path(), 3);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let mut names: Vec<String> =
+        checkpoint.files().map(|file| file.strip_prefix(folder.path()).unwrap().display().to_string()).collect();
+    names.sort();
+    let shard = |number| format!("model-0000{number}-of-00003.safetensors");
+    let fixed = ["config.json", "model.safetensors", "model.safetensors.index.json"].map(String::from);
+    let mut expected = [shard(1), shard(2), shard(3)].into_iter().chain(fixed).collect::<Vec<_>>();
+    expected.sort();
+    assert_eq!(names, expected);
+    assert_eq!(checkpoint.mapped_files().count(), 0);
+    checkpoint.layer(LAYER).unwrap();
+    for (file, addresses) in checkpoint.mapped_files() {
+        assert_eq!(addresses.len() as u64, file.metadata().unwrap().len());
+    }
+    assert_eq!(checkpoint.mapped_files().count(), 3);
+}
+
+#[test]
+fn an_entry_that_stands_twice_in_an_index_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    Model::new("qwen3_moe", SIZES, false).write(folder.path(), 2);
+    let text = r#"{"weight_map": {"t": "a.safetensors", "t": "b.safetensors"}}"#;
+    std::fs::write(folder.path().join("model.safetensors.index.json"), text).unwrap();
+    let message = with_causes(&Checkpoint::open(folder.path()).unwrap_err());
+    assert!(message.contains("index is not valid: key \"t\" stands twice"), "{message}");
+}
+
+#[test]
 fn an_index_cannot_lead_out_of_its_folder() {
     let folder = tempfile::tempdir().unwrap();
     Model::new("qwen3_moe", SIZES, false).write(folder.path(), 2);

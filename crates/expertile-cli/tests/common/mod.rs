@@ -21,6 +21,8 @@ pub(crate) fn succeed(folder: &Path, arguments: &[&str]) -> String {
     stdout
 }
 
+// Every test is a crate of its own, and not each uses all of this.
+#[allow(dead_code)]
 /// Runs it with `--json` at the end and parses what it printed.
 pub(crate) fn json(folder: &Path, arguments: &[&str]) -> serde_json::Value {
     serde_json::from_str(&succeed(folder, &[arguments, &["--json"]].concat())).unwrap()
