@@ -153,6 +153,14 @@ pub enum Error {
         /// Elements that are needed.
         needed: usize,
     },
+    /// Memory that cannot be had.
+    #[error("{what} takes {bytes} bytes, expected no more than memory can be had for")]
+    Memory {
+        /// What takes it.
+        what: &'static str,
+        /// Bytes that it takes.
+        bytes: usize,
+    },
     /// Prepacked weights of a format that the operation does not take.
     #[error("{argument} is packed as {actual}, expected {expected}")]
     WeightFormat {

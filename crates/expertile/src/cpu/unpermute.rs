@@ -7,7 +7,7 @@ use super::permute::live;
 use crate::dtype::{Float, MatrixRef};
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::layout::Layout;
-use crate::routing::Routing;
+use crate::routing::{Routing, require_slots};
 use rayon::prelude::*;
 
 /// Columns summed at a time: their f32 sums stay in the first-level cache.
@@ -57,7 +57,13 @@ pub fn unpermute_slots<T: Float, O: Float>(
         let actual = [routing.tokens(), routing.topk()];
         return Err(Error::shape("topk_ids", &actual, format!("[{tokens}, {topk}], as inv_perm")));
     }
-    let mut live = Vec::with_capacity(checked_mul("M * topk", tokens, topk)?);
+    // A matrix of strides 0 has any number of slots in a few bytes: nothing is walked or allocated before they are known to
+    // be as many as `out` has tokens for.
+    require_operands(rows.cols(), (tokens, topk), topk_weights, out.len())?;
+    let count = require_slots(tokens, topk)?;
+    let mut live = Vec::new();
+    let bytes = count.saturating_mul(size_of::<i32>());
+    live.try_reserve_exact(count).map_err(|_| Error::Memory { what: "the list of live slots", bytes })?;
     for token in 0..tokens {
         for slot in 0..topk {
             let row = inv_perm.get(token, slot);
@@ -82,14 +88,7 @@ fn reduce<T: Float, O: Float>(
 ) -> Result<()> {
     const VALUES_PER_TASK: usize = 1 << 16;
     let hidden = rows.cols();
-    if hidden == 0 {
-        return Err(Error::value("hidden", 0, "at least 1"));
-    }
-    if let Some(weights) = topk_weights {
-        weights.require_shape("topk_weights", tokens, topk)?;
-    }
-    let needed = checked_mul("M * H", tokens, hidden)?;
-    require_len("out", out.len(), needed)?;
+    let needed = require_operands(hidden, (tokens, topk), topk_weights, out.len())?;
     let by_size = VALUES_PER_TASK.div_ceil(hidden.saturating_mul(topk));
     let tokens_per_task = by_size.min(tokens.div_ceil(4 * cpu.threads()).max(1));
     let slots = |token: usize| inv_perm.get(token * topk..).map_or(&[][..], |rest| &rest[..topk.min(rest.len())]);
@@ -102,6 +101,24 @@ fn reduce<T: Float, O: Float>(
         });
     });
     Ok(())
+}
+
+/// `M * H`, if `out` holds as many and the weights are `[M, topk]`.
+fn require_operands(
+    hidden: usize,
+    (tokens, topk): (usize, usize),
+    topk_weights: Option<MatrixRef<'_, f32>>,
+    out: usize,
+) -> Result<usize> {
+    if hidden == 0 {
+        return Err(Error::value("hidden", 0, "at least 1"));
+    }
+    if let Some(weights) = topk_weights {
+        weights.require_shape("topk_weights", tokens, topk)?;
+    }
+    let needed = checked_mul("M * H", tokens, hidden)?;
+    require_len("out", out, needed)?;
+    Ok(needed)
 }
 
 multiversion! {

@@ -11,7 +11,7 @@
 //! or of the slot (renormalisation).
 
 use crate::dtype::MatrixRef;
-use crate::error::{Error, Result, require_len};
+use crate::error::{Error, Result, checked_mul, require_len};
 
 /// How a checkpoint turns logits into a choice of experts.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,13 +56,15 @@ impl Router {
     ///
     /// # Errors
     /// [`Error::Value`] if `topk` is 0 or above `G` (or above what the allowed groups hold), or if the groups do not cut
-    /// `G` evenly; [`Error::Shape`] for a bias that is not `[G]`; [`Error::BufferTooSmall`] for short outputs.
+    /// `G` evenly; [`Error::Shape`] for a bias that is not `[G]`; [`Error::BufferTooSmall`] for short outputs,
+    /// [`Error::Overflow`] for `M * topk`.
     pub fn route(&self, logits: MatrixRef<'_, f32>, topk_ids: &mut [i32], topk_weights: &mut [f32]) -> Result<()> {
         let (tokens, experts) = (logits.rows(), logits.cols());
         self.validate(experts)?;
         let topk = self.topk();
-        require_len("topk_ids", topk_ids.len(), tokens * topk)?;
-        require_len("topk_weights", topk_weights.len(), tokens * topk)?;
+        let slots = checked_mul("M * topk", tokens, topk)?;
+        require_len("topk_ids", topk_ids.len(), slots)?;
+        require_len("topk_weights", topk_weights.len(), slots)?;
         let mut scores = vec![0.0; experts];
         let mut keys = vec![0.0; experts];
         for token in 0..tokens {

@@ -123,6 +123,14 @@ const ROUTING: &[Refusal] = &[
     ("BufferTooSmall", "expert_num_tokens holds 1 elements, expected at least 2", |out| {
         Routing::new(ids(1, 1, 0), 2, None)?.count_expert_num_tokens(&mut out.i32[..1])
     }),
+    // One element in memory, by strides of zero more than could ever be walked.
+    ("Overflow", "M * topk overflows: 1099511627776 * 8 > 2147483647", |_| {
+        Routing::new(MatrixRef::with_strides(&[0i64], 1 << 40, 8, 0, 0)?, 2, None).map(drop)
+    }),
+    ("Overflow", "M * topk overflows: 4611686018427387904 * 4", |out| {
+        let logits = MatrixRef::with_strides(&[0.0f32], 1 << 62, 8, 0, 0)?;
+        Router::Softmax { topk: 4, renormalize: true }.route(logits, &mut out.i32, &mut out.f32)
+    }),
     ("Value", "topk is 0", |out| route(out, Router::Softmax { topk: 0, renormalize: true })),
     ("Value", "topk is 7", |out| route(out, Router::Softmax { topk: 7, renormalize: true })),
     ("Value", "topk is 3, expected 1 to 2", |out| route(out, sigmoid(3, 3, 1, 6))),
@@ -349,6 +357,14 @@ const UNPERMUTE_SLOTS: &[Refusal] = &[
     ("BufferTooSmall", "out holds 5 elements, expected at least 6", |out| {
         unpermute_slots(&mut out.bf16[..5], 1, None, 2)
     }),
+    ("BufferTooSmall", "out holds 5 elements, expected at least 3298534883328", |out| {
+        let expanded = MatrixRef::with_strides(&[0i32], 1 << 40, 1 << 20, 0, 0)?;
+        cpu::unpermute_slots(&Cpu::new(), zeros::<bf16>(8, 3), expanded, None, None, &mut out.bf16[..5])
+    }),
+    ("Overflow", "M * topk overflows: 1 * 1099511627776 > 2147483647", |out| {
+        let expanded = MatrixRef::with_strides(&[0i32], 1, 1 << 40, 0, 0)?;
+        cpu::unpermute_slots(&Cpu::new(), zeros::<bf16>(8, 3), expanded, None, None, &mut out.bf16)
+    }),
     ("Value", "topk is 0", |out| {
         cpu::unpermute_slots(&Cpu::new(), zeros::<bf16>(8, 3), zeros(2, 0), None, None, &mut out.bf16)
     }),
@@ -398,6 +414,16 @@ const WEIGHTS: &[Refusal] = &[
     }),
     ("Overflow", "bytes of the packed weights overflows", |_| {
         PackedWeights::pack_bf16(&Cpu::new(), &[], 1 << 40, 1 << 20, 1 << 20).map(drop)
+    }),
+    ("Memory", "packed_weights takes 2305843009213693952 bytes, expected", |_| {
+        PackedWeightsBuilder::new(WeightFormat::Bf16, 1 << 20, 1 << 20, 1 << 20).map(drop)
+    }),
+    // Nothing is allocated for weights that are not there.
+    ("BufferTooSmall", "weights holds 1 elements, expected at least 1152921504606846976", |_| {
+        PackedWeights::pack_bf16(&Cpu::new(), &[bf16::ONE], 1 << 20, 1 << 20, 1 << 20).map(drop)
+    }),
+    ("BufferTooSmall", "weights holds 1 elements, expected at least 1152921504606846976", |_| {
+        PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(0)], &[], 1 << 20, 1 << 20, 1 << 20).map(drop)
     }),
     ("WeightFormat", "builder is packed as e4m3, expected bf16", |_| {
         builder(WeightFormat::E4m3).pack_bf16_rows(&Cpu::new(), 0, 0, zeros(32, 128))
@@ -570,6 +596,7 @@ fn variant(error: &Error) -> &'static str {
         Error::Overflow { .. } => "Overflow",
         Error::BufferTooSmall { .. } => "BufferTooSmall",
         Error::WeightFormat { .. } => "WeightFormat",
+        Error::Memory { .. } => "Memory",
         Error::Cuda { .. } => "Cuda",
         Error::Kernel { .. } => "Kernel",
         _ => "a variant this test does not know",

@@ -13,6 +13,7 @@ use crate::cpu::arch::gemm::{
 use crate::dtype::{E4m3, MatrixRef};
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
+use bytemuck::allocation::try_zeroed_vec;
 use half::bf16;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -94,11 +95,12 @@ impl PackedWeights {
     ///
     /// # Errors
     /// [`Error::Value`] if an extent is zero, [`Error::BufferTooSmall`] if `weights` is shorter, [`Error::Overflow`] if the
-    /// size does not fit.
+    /// size does not fit, [`Error::Memory`] if there is no memory for it.
     pub fn pack_bf16(cpu: &Cpu, weights: &[bf16], experts: usize, n: usize, k: usize) -> Result<Self> {
-        let mut builder = PackedWeightsBuilder::new(WeightFormat::Bf16, experts, n, k)?;
+        Shape::new(WeightFormat::Bf16, experts, n, k)?.bytes()?;
         let len = checked_mul("n * k", n, k)?;
         require_len("weights", weights.len(), checked_mul("experts * n * k", experts, len)?)?;
+        let mut builder = PackedWeightsBuilder::new(WeightFormat::Bf16, experts, n, k)?;
         for (expert, weights) in weights.chunks_exact(len).take(experts).enumerate() {
             builder.pack_bf16_rows(cpu, expert, 0, MatrixRef::new(weights, n, k)?)?;
         }
@@ -109,13 +111,14 @@ impl PackedWeights {
     ///
     /// # Errors
     /// [`Error::Value`] if an extent is zero, [`Error::BufferTooSmall`] if `weights` or `scales` is shorter,
-    /// [`Error::Overflow`] if the size does not fit.
+    /// [`Error::Overflow`] if the size does not fit, [`Error::Memory`] if there is no memory for it.
     pub fn pack_e4m3(cpu: &Cpu, weights: &[E4m3], scales: &[f32], experts: usize, n: usize, k: usize) -> Result<Self> {
-        let mut builder = PackedWeightsBuilder::new(WeightFormat::E4m3, experts, n, k)?;
+        Shape::new(WeightFormat::E4m3, experts, n, k)?.bytes()?;
         let len = checked_mul("n * k", n, k)?;
         require_len("weights", weights.len(), checked_mul("experts * n * k", experts, len)?)?;
         let (rows, cols) = (n.div_ceil(WEIGHT_BLOCK), k.div_ceil(WEIGHT_BLOCK));
         require_len("scales", scales.len(), checked_mul("scales", experts, rows * cols)?)?;
+        let mut builder = PackedWeightsBuilder::new(WeightFormat::E4m3, experts, n, k)?;
         let parts = weights.chunks_exact(len).zip(scales.chunks_exact(rows * cols)).take(experts);
         for (expert, (weights, scales)) in parts.enumerate() {
             let (weights, scales) = (MatrixRef::new(weights, n, k)?, MatrixRef::new(scales, rows, cols)?);
@@ -225,14 +228,20 @@ impl PackedWeightsBuilder {
     /// Room for `[experts, n, k]` of `format`.
     ///
     /// # Errors
-    /// [`Error::Value`] if an extent is zero, [`Error::Overflow`] if the size does not fit.
+    /// [`Error::Value`] if an extent is zero, [`Error::Overflow`] if the size does not fit, [`Error::Memory`] if there is
+    /// no memory for it.
     pub fn new(format: WeightFormat, experts: usize, n: usize, k: usize) -> Result<Self> {
         let shape = Shape::new(format, experts, n, k)?;
         let (bytes, scales) = (shape.bytes()?, shape.scales()?);
-        let packed = vec![false; checked_mul("experts * n", experts, n)?];
-        let bytes = AlignedBytes::zeroed(bytes);
-        let weights = PackedWeights { shape, bytes, scales: vec![0.0; scales], special: vec![0; scales] };
-        Ok(Self { weights, packed })
+        let rows = checked_mul("experts * n", experts, n)?;
+        let no_memory = |()| Error::Memory { what: "packed_weights", bytes };
+        let weights = PackedWeights {
+            shape,
+            bytes: AlignedBytes::zeroed(bytes).ok_or(()).map_err(no_memory)?,
+            scales: try_zeroed_vec(scales).map_err(no_memory)?,
+            special: try_zeroed_vec(scales).map_err(no_memory)?,
+        };
+        Ok(Self { weights, packed: try_zeroed_vec(rows).map_err(no_memory)? })
     }
 
     /// Packs `rows [R, k]` as rows `first_row..first_row + R` of an expert.
