@@ -119,6 +119,16 @@ impl<'a> Checkpoint<'a> {
         MoeLayer::read(self, layer)
     }
 
+    /// Bytes that a layer on the CPU takes at the least: a byte to each weight that is packed, and the router's weight in
+    /// f32. By the config alone, so that a layer that cannot fit need not be opened.
+    #[must_use]
+    pub fn least_layer_bytes(&self) -> u128 {
+        let Config { hidden, intermediate, experts, .. } = self.config;
+        let [hidden, intermediate, experts] = [hidden, intermediate, experts].map(|extent| extent as u128);
+        let expert = (3 * hidden).saturating_mul(intermediate).saturating_add(4 * hidden);
+        expert.saturating_mul(experts)
+    }
+
     /// The files that make up the checkpoint, or would if they were there: what a program that reads it must not write.
     pub fn files(&self) -> impl Iterator<Item = PathBuf> {
         let folder = self.folder.iter();

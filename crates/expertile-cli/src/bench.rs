@@ -7,6 +7,7 @@ use crate::device::{self, DeviceNumber};
 use crate::error::{Error, Result};
 use crate::layer::{Packed, active_experts, choose_activations, parse_weights};
 use crate::machine::{self, Limits, parallel_copy};
+use crate::memory::{self, LayerMemory};
 use crate::preset::{MadeUp, Preset};
 use crate::progress::Progress;
 use crate::stages::{Call, Inputs, StageReport, StageTime, median, medians, whole};
@@ -190,7 +191,11 @@ fn local_experts(args: &Args, global: usize) -> Result<usize> {
 fn measure(args: &Args, cpu: &Cpu) -> Result<Report> {
     let format = args.weights.unwrap_or_else(|| args.preset.usual_format());
     let activations = choose_activations(args.activations, format)?;
-    let weights = MadeUp::new(args.preset, args.experts, format, args.seed, machine::available_memory())?;
+    let weights = MadeUp::new(args.preset, args.experts, format, args.seed, memory::available())?;
+    let (shape, topk) = (weights.shape(), weights.router().topk());
+    for &tokens in &args.tokens {
+        LayerMemory { shape, weights: format, activations, tokens, topk, check: false }.require()?;
+    }
     let packed = Packed::new(cpu, &weights, activations)?;
     let limits = Limits::measure(cpu, format, activations)?;
     let repeat = args.repeat.unwrap_or(5);
@@ -227,12 +232,12 @@ fn measure_size(
     repeat: usize,
 ) -> Result<Size> {
     let input = weights.tokens(tokens)?;
-    let (ids, topk_weights) = weights.uniform_routing(tokens, weights.shape().local_experts());
+    let (ids, topk_weights) = weights.uniform_routing(tokens, weights.shape().local_experts())?;
     let ids = MatrixRef::new(&ids, tokens, weights.router().topk())?;
     let routing = Routing::new(ids, weights.shape().local_experts(), None)?;
     let inputs = Inputs { hidden_states: input.hidden_states(), routing, topk_weights: &topk_weights };
     let mut call = Call::new(cpu, &packed.layer, inputs)?;
-    let mut copies: Vec<Memcpy> = call.time_once()?.iter().filter_map(Memcpy::new).collect();
+    let mut copies = call.time_once()?.iter().filter_map(Memcpy::new).collect::<Result<Vec<_>>>()?;
     copies.iter_mut().for_each(Memcpy::run);
     copies.iter_mut().for_each(|copy| copy.seconds.clear());
     let mut runs = Vec::new();
@@ -266,10 +271,16 @@ struct Memcpy {
 
 impl Memcpy {
     /// For the stages that move rows and do little else.
-    fn new(time: &StageTime) -> Option<Self> {
+    fn new(time: &StageTime) -> Option<Result<Self>> {
         let stage = time.stage.filter(|stage| matches!(stage, Stage::Permute | Stage::Unpermute))?;
         let words = (time.cost.bytes as usize).div_ceil(2 * size_of::<u64>());
-        Some(Self { stage, from: vec![1; words], to: vec![2; words], seconds: Vec::new() })
+        let written = |value: u64| {
+            let mut words = memory::zeroed("a copy to compare with", words)?;
+            // A page of zeros that nobody wrote is not memory.
+            words.fill(value);
+            Ok(words)
+        };
+        Some(written(1).and_then(|from| Ok(Self { stage, from, to: written(2)?, seconds: Vec::new() })))
     }
 
     fn run(&mut self) {

@@ -6,6 +6,7 @@ use crate::check::{self, Found};
 use crate::device::{self, Choice, DeviceNumber};
 use crate::error::{Error, Result};
 use crate::machine::{self, Limits};
+use crate::memory::{self, LayerMemory};
 use crate::preset::{MadeUp, Preset};
 use crate::progress::Progress;
 use crate::stages::{Call, Inputs, StageReport, StageTime, whole};
@@ -234,6 +235,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (Some(folder), _) => {
             let checkpoint = Checkpoint::open(folder)?;
             prepare_output(args, checkpoint.files())?;
+            if let Runner::Cpu(_) = runner {
+                memory::require("the layer, at one byte to a weight,", checkpoint.least_layer_bytes())?;
+            }
             let layer = checkpoint.layer(args.layer.unwrap_or_default())?;
             signals::name_mapped_files(checkpoint.mapped_files());
             let input = open_input(args)?.ok_or_else(|| Error::usage("--input is missing"))?;
@@ -272,7 +276,7 @@ impl Runner {
     /// Bytes of memory for weights, as far as the system says.
     fn memory_bytes(&self) -> Option<u64> {
         match self {
-            Self::Cpu(_) => machine::available_memory(),
+            Self::Cpu(_) => memory::available(),
             Self::Gpu(device) => Some(device.info().memory_bytes),
         }
     }
@@ -285,6 +289,7 @@ fn prepare_output(args: &Args, files: impl Iterator<Item = PathBuf>) -> Result<(
 }
 
 fn open_input(args: &Args) -> Result<Option<LayerInput>> {
+    args.input.as_deref().map_or(Ok(()), memory::require_file)?;
     Ok(args.input.as_deref().map(LayerInput::open).transpose()?)
 }
 
@@ -296,6 +301,11 @@ fn run_weights(
     source: &str,
 ) -> Result<()> {
     let activations = choose_activations(args.activations, weights.format())?;
+    if let Runner::Cpu(_) = runner {
+        let topk = input.routing().map_or_else(|| weights.router().topk(), |(ids, _)| ids.topk());
+        let (shape, tokens, check) = (weights.shape(), input.tokens(), args.check);
+        LayerMemory { shape, weights: weights.format(), activations, tokens, topk, check }.require()?;
+    }
     let tokens = Tokens::new(input, weights)?;
     let routing = Routing::new(tokens.ids()?, weights.shape().local_experts(), None)?;
     let inputs = Inputs { hidden_states: input.hidden_states(), routing, topk_weights: tokens.weights() };

@@ -11,6 +11,7 @@ mod error;
 mod format;
 mod layer;
 mod machine;
+mod memory;
 mod output;
 mod plan;
 mod plot;

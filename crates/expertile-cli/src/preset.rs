@@ -5,7 +5,7 @@
 
 use crate::error::{Error, Result};
 use crate::weights::{ExpertWeights, Part, PartRows, Space, TakePart};
-use crate::{machine, output};
+use crate::{memory, output};
 use clap::ValueEnum;
 use expertile::cpu::{Cpu, PackedWeights, PackedWeightsBuilder};
 use expertile::gemm::WEIGHT_BLOCK;
@@ -127,20 +127,24 @@ impl MadeUp {
             let bytes = crate::format::bytes(expert_bytes.saturating_mul(asked as u64));
             output::tell(&format!("note: {asked} experts take {bytes}, more than the memory available; using {fit}"));
         }
+        let shape = LayerShape::new(hidden, intermediate, fit)?;
+        memory::require("the router's weight", 4 * fit as u128 * hidden as u128)?;
         let mut random = Random::new(seed, [ROUTER, 0, 0]);
         // Logits of a spread that gives experts unlike, but not wildly unlike, shares.
         let size = 1.5 * unit_size(hidden);
         let router_weight = (0..fit * hidden).map(|_| bf16::from_f32(size * random.uniform()).to_f32()).collect();
-        let shape = LayerShape::new(hidden, intermediate, fit)?;
         Ok(Self { shape, format, router: preset.router(fit, seed), router_weight, seed })
     }
 
     /// Made-up hidden states `[tokens, H]` of unit variance, bf16.
     pub(crate) fn tokens(&self, tokens: usize) -> Result<LayerInput> {
         let hidden = self.shape.hidden();
-        let available = machine::available_memory().map_or(usize::MAX, |bytes| bytes as usize);
-        let values = tokens.checked_mul(hidden).filter(|&values| values < available / 4).ok_or_else(|| {
-            Error::usage(format!("--tokens is {tokens}, expected fewer: [{tokens}, {hidden}] does not fit in memory"))
+        let budget = memory::budget().map_or(u64::MAX, |budget| budget.bytes);
+        let values = tokens.checked_mul(hidden).filter(|&values| values as u64 <= budget / 4).ok_or_else(|| {
+            let budget = crate::format::bytes(budget);
+            Error::usage(format!(
+                "--tokens is {tokens}, expected fewer: [{tokens}, {hidden}] does not fit into {budget} of memory"
+            ))
         })?;
         let mut random = Random::new(self.seed, [TOKENS, 0, 0]);
         let values = (0..values).map(|_| bf16::from_f32(3f32.sqrt() * random.uniform())).collect();
@@ -149,8 +153,9 @@ impl MadeUp {
 
     /// Made-up `topk_ids` and `topk_weights [tokens, topk]`: every choice of distinct ones of `experts` experts equally
     /// likely.
-    pub(crate) fn uniform_routing(&self, tokens: usize, experts: usize) -> (Vec<i32>, Vec<f32>) {
+    pub(crate) fn uniform_routing(&self, tokens: usize, experts: usize) -> Result<(Vec<i32>, Vec<f32>)> {
         let topk = self.router.topk();
+        memory::require("the made-up routing", 8 * tokens as u128 * topk as u128 + 4 * experts as u128)?;
         let mut random = Random::new(self.seed, [ROUTING, 0, 0]);
         let mut all: Vec<i32> = (0..experts as i32).collect();
         let mut ids = Vec::with_capacity(tokens * topk);
@@ -162,7 +167,7 @@ impl MadeUp {
             ids.extend_from_slice(&all[..topk]);
         }
         let weights = (0..tokens * topk).map(|_| (1.0 + 0.5 * random.uniform()) / topk as f32).collect();
-        (ids, weights)
+        Ok((ids, weights))
     }
 
     fn random(&self, part: Part, expert: usize, row: usize) -> Random {
@@ -365,7 +370,7 @@ mod tests {
     #[test]
     fn made_up_routing_names_each_expert_at_most_once_per_token() {
         let layer = MadeUp::new(Preset::Qwen3, Some(11), WeightFormat::E4m3, 3, None).unwrap();
-        let (ids, weights) = layer.uniform_routing(200, 11);
+        let (ids, weights) = layer.uniform_routing(200, 11).unwrap();
         assert_eq!((ids.len(), weights.len()), (1600, 1600));
         let mut counts = [0; 11];
         for token in ids.chunks(8) {

@@ -85,7 +85,7 @@ fn measure_size(device: &Device, weights: &MadeUp, tokens: usize, copy: f64) -> 
     let HiddenStates::Bf16(hidden_states) = input.hidden_states() else {
         return Err(Error::usage("made-up hidden states are bf16"));
     };
-    let (topk_ids, _) = weights.uniform_routing(tokens, shape.local_experts());
+    let (topk_ids, _) = weights.uniform_routing(tokens, shape.local_experts())?;
     let plan = Plan::tight(tokens, topk, shape.local_experts(), ALIGNMENT, TokenExperts::Distinct)?;
     let times = stage_times(device, &Inputs { shape, plan, topk_ids: &topk_ids, hidden_states })?;
 

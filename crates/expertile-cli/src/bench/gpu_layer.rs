@@ -110,7 +110,7 @@ fn measure_size(device: &Device, layer: &Layer, weights: &MadeUp, limits: &Limit
     let (local, global) = (layer.shape().local_experts(), config.global_experts);
     let input = weights.tokens(tokens)?;
     let (_, hidden_states) = device::half_bits(input.hidden_states())?;
-    let (topk_ids, topk_weights) = weights.uniform_routing(tokens, global);
+    let (topk_ids, topk_weights) = weights.uniform_routing(tokens, global)?;
     // The first experts are this device's.
     let map: Vec<i32> = (0..global).map(|id| if id < local { id as i32 } else { -1 }).collect();
     let expert_map = (local < global).then_some(&map[..]);
