@@ -1,10 +1,11 @@
 //! Running the binary, and what it prints.
+// Each test program takes its share.
+#![allow(dead_code)]
 
 use std::path::Path;
 use std::process::{Command, Output};
 
 /// Small checkpoints, as the reader's own tests make them.
-#[allow(dead_code)]
 #[path = "../../../expertile-checkpoint/tests/files/made_up.rs"]
 pub(crate) mod made_up;
 
@@ -21,8 +22,6 @@ pub(crate) fn succeed(folder: &Path, arguments: &[&str]) -> String {
     stdout
 }
 
-// Every test is a crate of its own, and not each uses all of this.
-#[allow(dead_code)]
 /// Runs it with `--json` at the end and parses what it printed.
 pub(crate) fn json(folder: &Path, arguments: &[&str]) -> serde_json::Value {
     serde_json::from_str(&succeed(folder, &[arguments, &["--json"]].concat())).unwrap()
