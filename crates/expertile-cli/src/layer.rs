@@ -44,7 +44,8 @@ pub(crate) struct Args {
     /// topk_weights (f32); without them the router decides.
     #[arg(long, value_name = "FILE.safetensors")]
     input: Option<PathBuf>,
-    /// Where to write output [M, H] (bf16), topk_ids (i32) and topk_weights (f32).
+    /// Where to write output [M, H] (bf16), topk_ids (i32) and topk_weights (f32). A file is replaced whole or not at all; a
+    /// device or a pipe is written through.
     #[arg(long, value_name = "FILE.safetensors")]
     output: Option<PathBuf>,
     /// A known model's layer with made-up weights instead of a checkpoint.

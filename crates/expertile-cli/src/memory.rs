@@ -178,8 +178,8 @@ impl LayerMemory {
             ActivationFormat::E4m3 => front + 4 * front.div_ceil(128),
         };
         let workspace = rows * (front_bytes + 2 * back + 16) as u128 + gemm as u128;
-        // Hidden states widened for the router, its logits, the output.
-        let by_token = tokens as u128 * (4 * hidden + 4 * self.shape.local_experts() + 2 * hidden) as u128;
+        // Hidden states widened for the router, its logits; the output, and twice its bytes on their way into a file.
+        let by_token = tokens as u128 * (4 * hidden + 4 * self.shape.local_experts() + 3 * 2 * hidden) as u128;
         // GEMM 2's rows as they are and widened to f64, beside the oracle's; the output likewise.
         let checked = if check { rows * 18 * hidden as u128 + tokens as u128 * 20 * hidden as u128 } else { 0 };
         Ok(workspace + by_token + checked)
