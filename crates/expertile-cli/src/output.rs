@@ -49,7 +49,9 @@ pub(crate) fn prepare(targets: &[(&'static str, Option<&Path>)], inputs: &[PathB
                 if let Some((other, _)) = earlier.iter().find(|(_, other)| is_same_file(&file, other)) {
                     return refuse(format!("another file than {other}"));
                 }
-                // A file without a name, gone when closed: this is how the folder says whether it takes one.
+                // A file without a name, gone when closed: this is how the folder says whether it takes one. Under the
+                // lock, because where there are no such files it has a name for a moment.
+                let _unfinished = signals::unfinished();
                 tempfile::tempfile_in(folder_of(&file)).map_err(|source| Error::write(target, source))?;
                 earlier.push((option, file));
             }

@@ -12,6 +12,7 @@
 
 use crate::dtype::MatrixRef;
 use crate::error::{Error, Result, checked_mul, require_len};
+use bytemuck::allocation::try_zeroed_vec;
 
 /// How a checkpoint turns logits into a choice of experts.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,18 +56,24 @@ impl Router {
     /// A NaN score sorts below every other; under softmax one NaN logit makes all of its token's scores NaN.
     ///
     /// # Errors
-    /// [`Error::Value`] if `topk` is 0 or above `G` (or above what the allowed groups hold), or if the groups do not cut
+    /// [`Error::Value`] if `G` exceeds i32, `topk` is 0 or above `G` (or above what the allowed groups hold), or if the groups do not cut
     /// `G` evenly; [`Error::Shape`] for a bias that is not `[G]`; [`Error::BufferTooSmall`] for short outputs,
     /// [`Error::Overflow`] for `M * topk`.
     pub fn route(&self, logits: MatrixRef<'_, f32>, topk_ids: &mut [i32], topk_weights: &mut [f32]) -> Result<()> {
         let (tokens, experts) = (logits.rows(), logits.cols());
+        if i32::try_from(experts).is_err() {
+            return Err(Error::value("experts", experts, format!("at most {}", i32::MAX)));
+        }
         self.validate(experts)?;
         let topk = self.topk();
         let slots = checked_mul("M * topk", tokens, topk)?;
         require_len("topk_ids", topk_ids.len(), slots)?;
         require_len("topk_weights", topk_weights.len(), slots)?;
-        let mut scores = vec![0.0; experts];
-        let mut keys = vec![0.0; experts];
+        let room = || {
+            let bytes = experts.saturating_mul(size_of::<f32>());
+            try_zeroed_vec(experts).map_err(|()| Error::Memory { what: "a token's scores", bytes })
+        };
+        let (mut scores, mut keys): (Vec<f32>, Vec<f32>) = (room()?, room()?);
         for token in 0..tokens {
             for (expert, score) in scores.iter_mut().enumerate() {
                 *score = logits.get(token, expert);
