@@ -29,13 +29,13 @@ impl Random {
 
     fn extent(&mut self) -> usize {
         // Half of them ordinary, so that what meets an absurd one is not refused for another.
-        if self.draw() % 2 == 0 { self.of(&EXTENTS[..7]) } else { self.of(&EXTENTS) }
+        if self.draw().is_multiple_of(2) { self.of(&EXTENTS[..7]) } else { self.of(&EXTENTS) }
     }
 
     fn matrix<'a, T: Copy>(&mut self, data: &'a [T]) -> Result<MatrixRef<'a, T>> {
         let data = &data[..self.of(&[0, 1, 6, data.len()])];
         let (rows, cols) = (self.extent(), self.extent());
-        if self.draw() % 4 == 0 {
+        if self.draw().is_multiple_of(4) {
             return MatrixRef::new(data, rows, cols);
         }
         MatrixRef::with_strides(data, rows, cols, self.of(&STRIDES), self.of(&STRIDES))
@@ -64,7 +64,7 @@ fn case(random: &mut Random, out: &mut Outputs) -> Result<()> {
             routing.count_expert_num_tokens(&mut out.i32)
         }
         1 => {
-            let weights = if random.draw() % 2 == 0 { Some(random.matrix(&floats)?) } else { None };
+            let weights = if random.draw().is_multiple_of(2) { Some(random.matrix(&floats)?) } else { None };
             let (x, inv_perm) = (random.matrix(&values)?, random.matrix(&rows)?);
             cpu::unpermute_slots(&cpu, x, inv_perm, None, weights, &mut out.bf16)
         }
