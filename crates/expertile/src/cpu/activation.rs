@@ -117,6 +117,10 @@ fn each_row<O: RowElement, S>(
     space: impl Fn() -> S + Sync + Send,
     work: impl Fn(&mut S, usize, &[bf16], &mut [O]) + Sync + Send,
 ) {
+    if out.is_empty() {
+        // Without rows nothing bounds their width, and even no row would have its space.
+        return;
+    }
     cpu.install(|| {
         out.par_chunks_mut(ROWS_PER_TASK * intermediate).enumerate().for_each_init(&space, |space, (task, out)| {
             for (offset, out) in out.chunks_exact_mut(intermediate).enumerate() {

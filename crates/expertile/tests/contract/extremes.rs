@@ -4,8 +4,8 @@
 use expertile::cpu::{self, Cpu, PackedWeights, PackedWeightsBuilder, grouped_gemm_workspace_bytes};
 use expertile::plan::{compute_aligned_m_and_alignment, round_up, tight_m_sum};
 use expertile::{
-    ActivationFormat, E4m3, LayerShape, Layout, MatrixRef, Padding, Plan, Result, Router, Routing, ScaleFormat,
-    ScalesMut, TokenExperts, WeightFormat,
+    Activation, ActivationFormat, E4m3, LayerShape, Layout, MatrixRef, Padding, Plan, Result, Router, Routing,
+    ScaleFormat, ScalesMut, TokenExperts, WeightFormat,
 };
 use half::bf16;
 
@@ -112,18 +112,29 @@ fn case(random: &mut Random, out: &mut Outputs) -> Result<()> {
         6 => Layout::from_psum(&rows[..random.of(&[0, 1, 3, 16])], random.extent(), random.extent(), &mut out.i32)
             .map(drop),
         _ => {
-            // A layout of two tokens over two experts, and rows of any shape for it.
-            let plan = Plan::with_m_sum(2, 1, 2, 4, 8)?;
+            // A layout of two tokens over two experts, of rows for both or of none, and rows of any shape for it.
+            let (ids, m_sum) = random.of(&[([0i64, 1], 8), ([-1, -1], 0)]);
+            let plan = Plan::with_m_sum(2, 1, 2, 4, m_sum)?;
             let mut space = vec![0; Layout::space_len(&plan)?];
-            let layout = Layout::build(&plan, &Routing::new(MatrixRef::new(&[0i64, 1], 2, 1)?, 2, None)?, &mut space)?;
+            let layout = Layout::build(&plan, &Routing::new(MatrixRef::new(&ids, 2, 1)?, 2, None)?, &mut space)?;
             let padding = random.of(&[Padding::Zero, Padding::Untouched]);
-            match random.draw() % 4 {
+            let (swiglu, format) = (Activation::default(), ScaleFormat::HOPPER);
+            match random.draw() % 7 {
                 0 => cpu::permute_rows(&cpu, random.matrix(&values)?, &layout, padding, &mut out.bf16),
                 1 => cpu::permute_convert(&cpu, random.matrix(&floats)?, None, &layout, padding, &mut out.bf16),
                 2 => cpu::unpermute(&cpu, random.matrix(&values)?, &layout, None, &mut out.bf16),
+                3 => cpu::activate(&cpu, &layout, random.extent(), &values, &swiglu, &mut out.bf16),
+                4 => {
+                    let (width, scales) = (random.extent(), ScalesMut::F32(&mut out.f32));
+                    cpu::activate_quantize(&cpu, &layout, width, &values, &swiglu, format, &mut out.e4m3, scales)
+                }
+                5 => {
+                    let (x, scales) = (random.matrix(&floats)?, ScalesMut::F32(&mut out.f32));
+                    cpu::quantize_rows(&cpu, x, &layout, format, &mut out.e4m3, scales)
+                }
                 _ => {
                     let (x, scales) = (random.matrix(&floats)?, ScalesMut::F32(&mut out.f32));
-                    cpu::quantize_permute(&cpu, x, None, &layout, ScaleFormat::HOPPER, padding, &mut out.e4m3, scales)
+                    cpu::quantize_permute(&cpu, x, None, &layout, format, padding, &mut out.e4m3, scales)
                 }
             }
         }
