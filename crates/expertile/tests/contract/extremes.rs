@@ -4,8 +4,8 @@
 use expertile::cpu::{self, Cpu, PackedWeights, PackedWeightsBuilder, grouped_gemm_workspace_bytes};
 use expertile::plan::{compute_aligned_m_and_alignment, round_up, tight_m_sum};
 use expertile::{
-    Activation, ActivationFormat, E4m3, LayerShape, Layout, MatrixRef, Padding, Plan, Result, Router, Routing,
-    ScaleFormat, ScalesMut, TokenExperts, WeightFormat,
+    ActivationFormat, E4m3, LayerShape, Layout, MatrixRef, Padding, Plan, Result, Router, Routing, ScaleFormat,
+    ScalesMut, TokenExperts, WeightFormat,
 };
 use half::bf16;
 
@@ -118,7 +118,7 @@ fn case(random: &mut Random, out: &mut Outputs) -> Result<()> {
             let mut space = vec![0; Layout::space_len(&plan)?];
             let layout = Layout::build(&plan, &Routing::new(MatrixRef::new(&ids, 2, 1)?, 2, None)?, &mut space)?;
             let padding = random.of(&[Padding::Zero, Padding::Untouched]);
-            let (swiglu, format) = (Activation::default(), ScaleFormat::HOPPER);
+            let (swiglu, format) = (expertile::Activation::default(), ScaleFormat::HOPPER);
             match random.draw() % 7 {
                 0 => cpu::permute_rows(&cpu, random.matrix(&values)?, &layout, padding, &mut out.bf16),
                 1 => cpu::permute_convert(&cpu, random.matrix(&floats)?, None, &layout, padding, &mut out.bf16),
