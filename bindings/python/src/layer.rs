@@ -1,9 +1,11 @@
 //! The whole layer on the CPU.
 
 use crate::array::{Apart, Array, Element, Native};
+use crate::autograd::written;
 use crate::error::{exception, size};
+use crate::limits;
 use crate::permute::Ids;
-use crate::pool::cpu;
+use crate::pool::{cpu, work};
 use expertile::cpu::{Layer, LayerOptions, PackedWeights};
 use expertile::{Activation, ActivationFormat, Float, MatrixRef, Routing};
 use half::{bf16, f16};
@@ -38,9 +40,9 @@ impl PyLayer {
             }
         };
         let alignment = size("alignment", alignment)?;
+        let activation = activation(alpha, beta, limit)?;
         let w13 = pack(py, ("w13", w13), ("w13_scale", w13_scale))?;
         let w2 = pack(py, ("w2", w2), ("w2_scale", w2_scale))?;
-        let activation = Activation { alpha, beta, limit };
         let options = LayerOptions { activation, activations, alignment, weight_on_input };
         Layer::new(w13, w2, options).map(Self).map_err(exception)
     }
@@ -82,16 +84,36 @@ impl PyLayer {
             hidden_states: Array::new("hidden_states", hidden_states)?,
             ids: Ids::new(topk_ids, expert_map, &experts)?,
             weights: Array::new("topk_weights", topk_weights)?,
-            workspace: Array::new("workspace", workspace)?,
-            out: Array::new("out", out)?,
+            workspace: Array::output("workspace", workspace)?,
+            out: Array::output("out", out)?,
         };
         let (tokens, hidden) = call.hidden_states.matrix_shape("[M, H]")?;
         call.out.require_shape(&[tokens, hidden])?;
         let [ids, map] = call.ids.arrays();
         let inputs = [Some(&call.hidden_states), Some(&call.weights), ids, map];
         let apart = Apart::check(&[&call.out, &call.workspace], &inputs)?;
-        call.ids.routing(|routing| call.from(py, &routing, apart))
+        let done = call.ids.routing(py, |routing| call.from(py, &routing, apart));
+        // Also after an interruption, which leaves rows that are done.
+        written(py, &[&call.out, &call.workspace])?;
+        done
     }
+}
+
+/// The activation's numbers, checked: any other makes every result NaN, or nothing of it.
+fn activation(alpha: f32, beta: f32, limit: Option<f32>) -> PyResult<Activation> {
+    for (argument, value) in [("alpha", alpha), ("beta", beta)] {
+        if !value.is_finite() {
+            return Err(PyValueError::new_err(format!("{argument} is {value}, expected a finite number")));
+        }
+    }
+    if let Some(limit) = limit
+        && (limit.is_nan() || limit <= 0.0)
+    {
+        return Err(PyValueError::new_err(format!(
+            "limit is {limit}, expected a number above 0, or None for no limit"
+        )));
+    }
+    Ok(Activation { alpha, beta, limit })
 }
 
 /// Packs `[E, N, K]` bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K / 128)]`.
@@ -158,11 +180,43 @@ impl Call<'_, '_> {
         routing: &Routing<'_>,
         apart: Apart,
     ) -> PyResult<()> {
+        /// Multiplications between looks at whether the caller has been interrupted: seconds, with so many rows to an
+        /// expert that reading its weights once more costs nothing.
+        const PRODUCTS_AT_ONCE: usize = 1 << 40;
         let cpu = cpu()?;
+        let (tokens, topk) = (routing.tokens(), routing.topk());
         let rows = self.hidden_states.matrix::<T>()?;
         let weights: MatrixRef<'_, f32> = self.weights.matrix()?;
         let workspace = self.workspace.contiguous_mut::<u8>(apart)?;
         let out = self.out.contiguous_mut::<O>(apart)?;
-        py.detach(|| self.layer.run(&cpu, rows, routing, weights, workspace, out)).map_err(exception)
+        let shape = self.layer.shape();
+        let hidden = shape.hidden();
+        let of_token = (topk * 3).saturating_mul(hidden).saturating_mul(shape.intermediate());
+        let at_once = (PRODUCTS_AT_ONCE / of_token.max(1)).max(1);
+        if tokens <= at_once {
+            return work(py, || self.layer.run(&cpu, rows, routing, weights, workspace, out).map_err(exception));
+        }
+        self.hidden_states.require_shape(&[tokens, hidden])?;
+        self.weights.require_shape(&[tokens, topk])?;
+        let needed = self.layer.workspace_bytes(tokens, topk).map_err(exception)?;
+        if workspace.len() < needed {
+            let len = workspace.len();
+            return Err(PyValueError::new_err(format!("workspace holds {len} elements, expected at least {needed}")));
+        }
+        // A row's result does not depend on the rows beside it.
+        for first in (0..tokens).step_by(at_once) {
+            let part = first..tokens.min(first + at_once);
+            let (rows, weights) =
+                (self.hidden_states.matrix_rows::<T>(part.clone())?, self.weights.matrix_rows(part.clone())?);
+            let expert = |slot: usize| routing.local_expert(part.start + slot / topk, slot % topk);
+            let mut ids: Vec<i32> = limits::vec("topk_ids", part.len() * topk)?;
+            ids.extend((0..part.len() * topk).map(|slot| expert(slot).map_or(-1, |expert| expert as i32)));
+            let ids = MatrixRef::new(&ids, part.len(), topk).map_err(exception)?;
+            let routing = Routing::new(ids, shape.local_experts(), None).map_err(exception)?;
+            let out = &mut out[part.start * hidden..part.end * hidden];
+            work(py, || self.layer.run(&cpu, rows, &routing, weights, workspace, out).map_err(exception))?;
+            py.check_signals()?;
+        }
+        Ok(())
     }
 }
