@@ -4,12 +4,18 @@ What could take the process with it runs in one of its own.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import expertile
 from expertile import deep_gemm_utils
 
 try:
@@ -395,3 +401,496 @@ def test_a_trace_is_refused_by_functions_and_recorded_by_operators():
         assert torch.equal(
             make_fx(operators, tracing_mode=mode, _allow_non_fake_inputs=True)(x)(other), operators(other)
         )
+
+
+# -- nothing is half-written --------------------------------------------------------------------------------------------
+
+
+def scatter_arguments():
+    """Good arguments of ep_scatter, as NumPy arrays."""
+    return {
+        "recv_x": np.arange(3 * 128, dtype=np.uint8).reshape(3, 128),
+        "recv_x_scale": np.ones((3, 1), np.float32),
+        "recv_topk": np.array([[0, 1], [1, -1], [0, 0]]),
+        "num_recv_tokens_per_expert": np.array([3, 2], np.int32),
+        "expert_map": None,
+        "expert_start_loc": np.full(2, 77, np.int32),
+        "output_tensor": np.full((8, 128), 77, np.uint8),
+        "output_tensor_scale": np.full((8, 1), 77, np.float32),
+        "m_indices": np.full(8, 77, np.int32),
+        "output_index": np.full((3, 2), 77, np.int32),
+    }
+
+
+WRITTEN = ["expert_start_loc", "output_tensor", "output_tensor_scale", "m_indices", "output_index"]
+
+
+def as_kind(kind, array):
+    return torch.from_numpy(array) if kind == "torch" and isinstance(array, np.ndarray) else array
+
+
+def expanded(kind, array):
+    """The shape of `array`, with several elements in one place."""
+    one = array[(slice(0, 1),) * array.ndim].copy()
+    if kind == "torch":
+        return torch.from_numpy(one).expand(array.shape)
+    return np.lib.stride_tricks.as_strided(one, array.shape, (0,) * array.ndim, writeable=True)
+
+
+@given(st.data())
+@settings(max_examples=250, deadline=None)
+def test_a_scatter_that_is_refused_has_written_nothing(data):
+    kind = data.draw(st.sampled_from(KINDS))
+    wide = data.draw(st.booleans())
+    arguments = scatter_arguments()
+    if wide:
+        arguments["recv_x"] = arguments["recv_x"].astype(np.float32)
+        arguments["output_tensor"] = arguments["output_tensor"].astype(np.float32)
+    strided = data.draw(st.sets(st.sampled_from(WRITTEN)))
+    bases = {}
+    for name in WRITTEN:
+        # A target with strides is written by way of a copy: other checks, the same promise.
+        base = np.full((*arguments[name].shape[:-1], 2 * arguments[name].shape[-1]), 77, arguments[name].dtype)
+        bases[name] = base if name in strided else arguments[name]
+        arguments[name] = base[..., ::2] if name in strided else arguments[name]
+    arguments = {name: as_kind(kind, array) for name, array in arguments.items()}
+    victim = data.draw(st.sampled_from(WRITTEN))
+    other = data.draw(st.sampled_from([name for name in WRITTEN if name != victim]))
+    faults = ["expanded", "aliased", "wrong ids", "wrong counts", "wrong shape", "wrong dtype", "no array", "overlaps"]
+    fault = data.draw(st.sampled_from([*faults, *["read-only"] * (kind == "numpy"), *["gradient"] * (kind == "torch")]))
+    target = arguments[victim]
+    if fault == "expanded":
+        arguments[victim] = expanded(kind, scatter_arguments()[victim].astype(np.asarray(bases[victim]).dtype))
+    elif fault == "aliased":
+        space = np.full(4096, 77, np.uint8)
+        for name in (victim, other):
+            dtype, shape = np.asarray(bases[name]).dtype, tuple(arguments[name].shape)
+            bases[name] = np.ndarray(shape, dtype, space.data)
+            arguments[name] = as_kind(kind, bases[name])
+    elif fault == "overlaps":
+        arguments["recv_x"] = arguments["output_tensor"][2:5]
+    elif fault == "wrong ids":
+        arguments["recv_topk"] = as_kind(kind, np.array([[0, 1], [1, 2], [0, 0]]))
+    elif fault == "wrong counts":
+        arguments["num_recv_tokens_per_expert"] = as_kind(kind, np.array([2, 2], np.int32))
+    elif fault == "wrong shape":
+        arguments[victim] = target[:-1]
+    elif fault == "wrong dtype":
+        arguments[victim] = as_kind(kind, np.full(tuple(target.shape), 77, np.float64))
+    elif fault == "no array":
+        arguments[victim] = [77]
+    elif fault == "read-only":
+        arguments[victim] = target.view()
+        arguments[victim].flags.writeable = False
+    elif fault == "gradient":
+        victim = (
+            "output_tensor_scale" if not wide else data.draw(st.sampled_from(["output_tensor", "output_tensor_scale"]))
+        )
+        arguments[victim].requires_grad_() if arguments[victim].is_leaf else None
+    with pytest.raises((ValueError, TypeError)):
+        deep_gemm_utils.ep_scatter(**arguments, align_m=4)
+    for name in WRITTEN:
+        assert (np.asarray(bases[name]) == 77).all() or (fault == "aliased" and name in (victim, other)), (name, fault)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_targets_that_only_stand_beside_each_other_are_written(kind):
+    arguments = scatter_arguments()
+    expected = scatter_arguments()
+    deep_gemm_utils.ep_scatter(**expected, align_m=4)
+    numbers = np.full((8, 5), 77, np.int32)
+    arguments["m_indices"], arguments["output_index"] = numbers[:, 0], numbers[:3, 2:4]
+    bytes_ = np.full((8, 300), 77, np.uint8)
+    bytes_[:3, :128] = arguments["recv_x"]
+    arguments["recv_x"], arguments["output_tensor"] = bytes_[:3, :128], bytes_[:, 150:278]
+    arguments = {name: as_kind(kind, array) for name, array in arguments.items()}
+    if kind == "torch":
+        arguments["m_indices"] = torch.full((8,), 77, dtype=torch.int32)
+    else:
+        arguments["m_indices"] = np.full(8, 77, np.int32)
+    deep_gemm_utils.ep_scatter(**arguments, align_m=4)
+    for name in WRITTEN:
+        np.testing.assert_array_equal(np.asarray(arguments[name]), expected[name])
+
+
+@needs_torch
+@pytest.mark.parametrize("kinds", [("numpy", "torch"), ("torch", "numpy")])
+def test_a_scatter_takes_targets_of_the_other_kind(kinds):
+    inputs, outputs = kinds
+    expected = scatter_arguments()
+    deep_gemm_utils.ep_scatter(**expected, align_m=4)
+    arguments = {
+        name: as_kind(outputs if name in WRITTEN else inputs, array) for name, array in scatter_arguments().items()
+    }
+    arguments["output_tensor"] = as_kind(inputs, np.full((8, 128), 77, np.uint8))
+    deep_gemm_utils.ep_scatter(**arguments, align_m=4)
+    for name in WRITTEN:
+        np.testing.assert_array_equal(np.asarray(arguments[name]), expected[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_permute_of_wide_rows_that_is_refused_has_written_nothing(kind):
+    x, ids = as_kind(kind, np.ones((3, 128), np.float32)), as_kind(kind, np.array([[0, 1], [1, 2], [-1, 0]]))
+    out = as_kind(kind, np.full((512, 128), 77, np.float32))
+    for scale in (np.ones((3, 1)), np.ones((3, 2), np.float32), np.ones((4, 1), np.float32), np.ones(3, np.float32)):
+        with pytest.raises((TypeError, ValueError), match="^aq_scale has"):
+            deep_gemm_utils.deepgemm_moe_permute(x, as_kind(kind, scale), ids, 3, None, None, aq_out=out)
+    assert (np.asarray(out) == 77).all()
+    rows, scales, *_ = deep_gemm_utils.deepgemm_moe_permute(
+        x, as_kind(kind, np.ones((3, 1), np.float32)), ids, 3, None, None, aq_out=out
+    )
+    assert rows is out and tuple(scales.shape) == (512, 1) and float(scales.sum()) == 5
+
+
+@needs_torch
+def test_buffers_handed_in_are_left_alone_by_what_is_refused():
+    import expertile.torch as et
+
+    x, scale = torch.ones(3, 128), torch.ones(3, 1)
+    bytes_, ids = x.to(torch.float8_e4m3fn), torch.tensor([[0], [1], [5]])
+    sizes = et.sizes(3, 1, 2, 128, alignment=4)
+    layout = torch.full((sizes.layout_len,), 77, dtype=torch.int32)
+    out, scales = torch.full((sizes.m_sum, 128), 77.0), torch.full((sizes.scale_words,), 77.0)
+    out8 = out.to(torch.float8_e4m3fn)
+    common = {"alignment": 4, "layout": layout}
+    crowded = torch.tensor([[0], [0], [0]])
+    for wrong, message in ((ids, r"topk_ids\[2, 0\] is 5"), (crowded, "m_sum is 0, expected at least 4")):
+        m_sum = None if wrong is ids else 0
+        more = {**common, "m_sum": m_sum}
+        rows = out if m_sum is None else out[:0]
+        rows8 = out8 if m_sum is None else out8[:0]
+        for call, arguments in (
+            (et.build_layout, (wrong, 2)),
+            (partial(et.permute_rows, out=rows), (x, wrong, 2)),
+            (partial(et.permute_quantized, out=rows8, scales=scales), (bytes_, scale, wrong, 2)),
+            (partial(et.quantize_permute, out=rows8, scales=scales), (x, wrong, 2)),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(*arguments, **more)
+    expected = torch.full_like(out, 77.0).to(out8.dtype).view(torch.uint8)
+    assert (layout == 77).all() and (out == 77).all() and (scales == 77).all()
+    assert torch.equal(out8.view(torch.uint8), expected)
+
+
+# -- memory that another thread changes ---------------------------------------------------------------------------------
+
+RACES = """
+import sys, threading, time
+import numpy as np
+from expertile import deep_gemm_utils as dg, _native
+try:
+    import torch, expertile.torch as et
+except ImportError:
+    torch = None
+seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 0.6
+rng = np.random.default_rng(1)
+tokens, topk, experts = 5000, 4, 8
+good = rng.integers(0, experts, (tokens, topk))
+ids, expert_map = good.copy(), np.arange(experts, dtype=np.int32)
+counts = np.bincount(good.ravel(), minlength=experts).astype(np.int32)
+x, scale = np.ones((tokens, 128), np.uint8), np.ones((tokens, 1), np.float32)
+m_sum = dg.compute_aligned_M(tokens, topk, experts, 4, None)
+layout = np.zeros(_native.layout_len(tokens, topk, experts, 4, m_sum), np.int32)
+out, scales = np.zeros((m_sum, 128), np.uint8), np.zeros(m_sum, np.float32)
+rows, inv_perm = np.ones((m_sum, 128), np.float32), np.zeros((tokens, topk), np.int32)
+weights, result = np.ones((tokens, topk), np.float32), np.zeros((tokens, 128), np.float32)
+calls = [
+    (lambda: dg.count_expert_num_tokens(ids, experts, expert_map), (ids, expert_map)),
+    (lambda: _native.build_layout(ids, expert_map, experts, 4, m_sum, layout), (ids, expert_map, layout)),
+    (
+        lambda: _native.permute_quantized(
+            x, scale, ids, expert_map, experts, 4, m_sum, counts, 128, "row_major", True, out, scales, layout
+        ),
+        (ids, expert_map, counts, layout),
+    ),
+    (lambda: dg.ep_gather(rows, ids, weights, inv_perm, expert_map, result), (ids, expert_map, inv_perm)),
+    (lambda: dg.expert_num_tokens_round_up_and_sum(counts, 4), (counts,)),
+]
+if torch:
+    layer = et.Layer(torch.ones(experts, 64, 128).bfloat16(), torch.ones(experts, 128, 32).bfloat16())
+    hidden, workspace = torch.ones(tokens, 128), np.zeros(layer.workspace_bytes(tokens, topk), np.uint8)
+    arguments = hidden, torch.from_numpy(ids), torch.from_numpy(weights)
+    more = {"expert_map": torch.from_numpy(expert_map), "workspace": torch.from_numpy(workspace)}
+    calls.append((lambda: layer(*arguments, **more), (ids, expert_map, workspace[: 1 << 19])))
+sys.setswitchinterval(1e-5)
+refused = made = 0
+for call, victims in calls:
+    kept = [victim.copy() for victim in victims]
+    stop = False
+    def spoil():
+        generator = np.random.default_rng(2)
+        while not stop:
+            for victim, value in zip(victims, kept):
+                wild = generator.integers(-(2**30), 2**30, victim.size).astype(victim.dtype).reshape(victim.shape)
+                victim[...] = wild
+                time.sleep(2e-4)
+                victim[...] = value
+                time.sleep(2e-4)
+    threads = [threading.Thread(target=spoil) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            call()
+            made += 1
+        except (ValueError, TypeError) as error:
+            assert "panic" not in type(error).__name__.lower()
+            refused += 1
+    stop = True
+    for thread in threads:
+        thread.join()
+    for victim, value in zip(victims, kept):
+        victim[...] = value
+    call()
+assert made and refused, (made, refused)
+print("done")
+"""
+
+
+def test_memory_that_another_thread_changes_is_at_worst_an_error():
+    assert run_python(RACES).strip().endswith("done")
+
+
+# -- calls that would take long -----------------------------------------------------------------------------------------
+
+
+INTERRUPTED = """
+import signal, sys, threading, time
+import numpy as np
+from expertile import deep_gemm_utils as dg
+which = sys.argv[1]
+if which == "layer":
+    import torch, expertile.torch as et
+    layer = et.Layer(torch.ones(2, 2048, 2048).bfloat16(), torch.ones(2, 2048, 1024).bfloat16())
+    x, ids, weights = torch.ones(1, 2048), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    tokens = 2_000_000
+    out = torch.empty(tokens, 2048, dtype=torch.bfloat16)
+    workspace = torch.empty(layer.workspace_bytes(tokens, 1), dtype=torch.uint8)
+    of = [x.expand(tokens, 2048), ids.expand(tokens, 1), weights.expand(tokens, 1)]
+    call = lambda: layer(*of, workspace=workspace, out=out)
+elif which == "gather":
+    tokens, topk = 2**14, 2**16
+    of = lambda array: np.broadcast_to(array, (tokens, topk))
+    ids, inv_perm = of(np.zeros((1, 1), np.int64)), of(np.zeros((1, 1), np.int32))
+    call = lambda: dg.ep_gather(np.ones((1, 1024), np.float32), ids, of(np.ones((1, 1), np.float32)), inv_perm, None,
+                                np.empty((tokens, 1024), np.float32))
+else:
+    ids = np.broadcast_to(np.zeros((1, 1), np.int64), (2**31 - 1, 1))
+    call = lambda: [dg.count_expert_num_tokens(ids, 2, None) for _ in range(100)]
+started = time.monotonic()
+signal.setitimer(signal.ITIMER_REAL, 1.0) if which != "layer" else signal.setitimer(signal.ITIMER_REAL, 0.2)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+try:
+    call()
+    print("finished")
+except KeyboardInterrupt:
+    print("interrupted", time.monotonic() - started)
+except MemoryError as error:
+    print("memory", error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this platform")
+@pytest.mark.parametrize("which", ["count", "gather"])
+def test_a_call_of_minutes_can_be_interrupted(which):
+    printed = run_python(INTERRUPTED.replace("sys.argv[1]", repr(which))).split()
+    assert printed[0] in ("interrupted", "memory"), printed
+    assert printed[0] == "memory" or float(printed[1]) < 60
+
+
+@needs_torch
+def test_rows_of_a_layer_do_not_depend_on_the_rows_beside_them():
+    import expertile.torch as et
+
+    generator = torch.Generator().manual_seed(3)
+    w13, w2 = (torch.randn(4, *shape, generator=generator).bfloat16() / 8 for shape in ((64, 128), (128, 32)))
+    layer = et.Layer(w13, w2)
+    x = torch.randn(300, 128, generator=generator)
+    ids = torch.randint(-1, 4, (300, 3), generator=generator)
+    weights = torch.rand(300, 3, generator=generator)
+    whole = layer(x, ids, weights)
+    for first, last in ((0, 1), (0, 128), (1, 77), (250, 300)):
+        assert torch.equal(layer(x[first:last], ids[first:last], weights[first:last]), whole[first:last])
+
+
+def test_a_long_sum_is_the_same_in_parts():
+    tokens, topk, hidden = 1024, 2048, 256
+    rows = np.arange(3 * hidden, dtype=np.float32).reshape(3, hidden)
+    ids, weights = np.zeros((1, topk), np.int64), np.full((1, topk), 0.5, np.float32)
+    inv_perm = (np.arange(topk, dtype=np.int32) % 3)[None]
+    ids[0, ::7] = -1
+    inv_perm[0, ::7] = 99
+    expected = np.empty((1, hidden), np.float32)
+    deep_gemm_utils.ep_gather(rows, ids, weights, inv_perm, None, expected)
+    out = np.full((tokens, hidden), 77, np.float32)
+    of = [np.broadcast_to(array, (tokens, topk)) for array in (ids, weights, inv_perm)]
+    deep_gemm_utils.ep_gather(rows, *of, None, out)
+    np.testing.assert_array_equal(out, np.broadcast_to(expected, out.shape))
+    many = np.ascontiguousarray(of[2])
+    many[-1, 1] = 3
+    out[:] = 77
+    with pytest.raises(ValueError, match=r"input_index\[1023, 1\] is 3, expected a row below 3"):
+        deep_gemm_utils.ep_gather(rows, of[0], of[1], many, None, out)
+    assert (out == 77).all()
+
+
+def test_more_threads_than_is_sane_are_refused():
+    for threads in (1025, 65536, 2**63, 2**70):
+        with pytest.raises(ValueError, match="expected (1 to 1024|at most)"):
+            expertile.set_num_threads(threads)
+    program = """
+    import expertile
+    try:
+        expertile.get_num_threads()
+    except ValueError as error:
+        print(error)
+    expertile.set_num_threads(3)
+    print(expertile.get_num_threads())
+    """
+    printed = run_python(program, RAYON_NUM_THREADS="65536").splitlines()
+    assert printed == ["RAYON_NUM_THREADS is 65536, expected 1 to 1024", "3"]
+
+
+# -- processes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_forks_under_load_end_well_and_keep_the_number_of_threads():
+    program = """
+    import os, signal, threading, warnings
+    import numpy
+    import expertile
+    from expertile import deep_gemm_utils
+    warnings.simplefilter("ignore")
+    expertile.set_num_threads(3)
+    def permute():
+        aq, scale = numpy.ones((64, 1024), numpy.uint8), numpy.ones((64, 8), numpy.float32)
+        ids = numpy.arange(128).reshape(64, 2) % 8
+        return deep_gemm_utils.deepgemm_moe_permute(aq, scale, ids, 8, None, None)[1].sum()
+    expected, stop = permute(), False
+    def load():
+        while not stop:
+            permute()
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    failed = 0
+    for _ in range(40):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(0 if permute() == expected and expertile.get_num_threads() == 3 else 1)
+        failed += os.waitpid(child, 0)[1] != 0
+    stop = True
+    for thread in threads:
+        thread.join()
+    print(failed)
+    """
+    assert run_python(program).strip() == "0"
+
+
+def test_many_calls_do_not_grow():
+    pytest.importorskip("resource")
+    program = """
+    import resource
+    import numpy as np
+    from expertile import deep_gemm_utils as dg
+    ids, wrong = np.zeros((4, 2), np.int64), np.full((4, 2), 9)
+    x, scale = np.ones((4, 128), np.uint8), np.ones((4, 1), np.float32)
+    def some(count):
+        for _ in range(count):
+            dg.deepgemm_moe_permute(x, scale, ids, 4, None, None)
+            dg.count_expert_num_tokens(ids, 4, None)
+            try:
+                dg.count_expert_num_tokens(wrong, 4, None)
+            except ValueError:
+                pass
+    def held():
+        return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+    some(500)
+    before = held()
+    some(4000)
+    print(held() - before)
+    """
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("no /proc here")
+    assert int(run_python(program)) < 4 << 20
+
+
+# -- numbers, layers ----------------------------------------------------------------------------------------------------
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"limit": -1.0}, "limit is -1, expected a number above 0"),
+        ({"limit": 0.0}, "limit is 0, expected"),
+        ({"limit": float("nan")}, "limit is NaN, expected"),
+        ({"alpha": float("nan")}, "alpha is NaN, expected a finite number"),
+        ({"alpha": float("inf")}, "alpha is inf, expected"),
+        ({"beta": float("nan")}, "beta is NaN, expected a finite number"),
+        ({"beta": 1e39}, "beta is inf, expected"),
+    ],
+)
+def test_an_activation_that_is_no_function_is_refused(changed, message):
+    import expertile.torch as et
+
+    w13, w2 = torch.ones(2, 64, 128).bfloat16(), torch.ones(2, 128, 32).bfloat16()
+    with pytest.raises(ValueError, match=message):
+        et.Layer(w13, w2, **changed)
+    et.Layer(w13, w2, limit=float("inf"), alpha=-1.5, beta=0.0)
+
+
+@needs_torch
+def test_a_layer_is_copied_and_outlives_what_it_was_copied_from():
+    import copy
+    import pickle
+
+    import expertile.torch as et
+
+    layer = et.Layer(torch.ones(2, 64, 128).bfloat16(), torch.ones(2, 128, 32).bfloat16())
+    arguments = torch.ones(3, 128), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    expected, number = layer(*arguments), layer._number
+    with pytest.raises(TypeError, match="a Layer cannot be pickled"):
+        pickle.dumps(layer)
+    copies = [copy.copy(layer), copy.deepcopy(layer), copy.copy(copy.copy(layer))]
+    del layer
+    for other in copies:
+        assert torch.equal(other(*arguments), expected)
+    with pytest.raises(ValueError, match=f"layer is {number}, expected the number of a Layer that is alive"):
+        torch.ops.expertile.layer(number, *arguments, None, None, torch.empty(3, 128))
+
+
+@needs_torch
+def test_numbers_of_ours_raise_exceptions_of_ours():
+    import expertile.torch as et
+
+    x, ids = torch.ones(2, 128), torch.tensor([[0], [1]])
+    values = [
+        ({"m_sum": -1}, ValueError, "m_sum is -1, expected an integer of at least 0"),
+        ({"m_sum": 2**70}, ValueError, "m_sum is 1180591620717411303424"),
+        ({"m_sum": "many"}, TypeError, "m_sum is 'many'"),
+        ({"m_sum": 100}, ValueError, "m_sum is 100, expected a multiple"),
+        ({"alignment": -1}, ValueError, "alignment is -1"),
+        ({"alignment": 0}, ValueError, "alignment is 0"),
+        ({"alignment": 1.5}, TypeError, "alignment is 1.5"),
+        ({"expert_map": [0, 1]}, TypeError, "expert_map is a list"),
+        ({"out": [1]}, TypeError, "out is a list"),
+        ({"layout": [1]}, TypeError, "layout is a list"),
+        ({"zero_padding": "yes"}, TypeError, "zero_padding is a str"),
+    ]
+    for changed, kind, message in values:
+        for call in (et.permute_rows, et.quantize_permute):
+            with pytest.raises(kind, match=message):
+                call(x, ids, 2, **changed)
+    for experts, kind in ((-1, ValueError), ("two", TypeError), (2**40, ValueError), (None, TypeError)):
+        with pytest.raises(kind, match="local_experts is"):
+            et.quantize_permute(x, ids, experts)
+    with pytest.raises(TypeError, match="scales is a list"):
+        et.quantize_permute(x, ids, 2, scales=[1])
+    with pytest.raises(ValueError, match="m_sum is -1"):
+        et.sizes(2, 1, 2, 128, m_sum=-1)
+    with pytest.raises(TypeError, match="x is a tensor of layout"):
+        et.permute_rows(x.to_sparse(), ids, 2)

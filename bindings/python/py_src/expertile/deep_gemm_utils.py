@@ -586,6 +586,8 @@ def _permute(
             groups = out.shape[1] // group
             if _arrays.require_array("x_scales", x_scale, 2) != (tokens, groups):
                 raise ValueError(f"x_scales has shape {list(x_scale.shape)}, expected {[tokens, groups]}")
+            if _arrays.dtype_name(x_scale) != _arrays.dtype_name(scales):
+                raise TypeError(f"x_scales has dtype {x_scale.dtype}, expected float32")
             moved = _arrays.empty((m_sum, groups), scales.dtype, scales)
             _native.permute_rows(x_scale, *where, True, moved, lists)
             _native.permute_rows(x, *where, False, target, lists)
