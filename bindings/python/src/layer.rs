@@ -2,7 +2,7 @@
 
 use crate::array::{Apart, Array, Element, Native};
 use crate::autograd::written;
-use crate::error::{exception, size};
+use crate::error::{exception, optional_size, size};
 use crate::limits;
 use crate::permute::Ids;
 use crate::pool::{cpu, work};
@@ -67,7 +67,8 @@ impl PyLayer {
         self.0.workspace_bytes(size("tokens", tokens)?, size("topk", topk)?).map_err(exception)
     }
 
-    /// `hidden_states [M, H]` to `out [M, H]`.
+    /// `hidden_states [M, H]` to `out [M, H]`, `tokens_at_once` before it looks whether it has been interrupted.
+    #[pyo3(signature = (hidden_states, topk_ids, topk_weights, expert_map, workspace, out, *, tokens_at_once=None))]
     fn run(
         &self,
         py: Python<'_>,
@@ -77,6 +78,7 @@ impl PyLayer {
         expert_map: Option<&Bound<'_, PyAny>>,
         workspace: &Bound<'_, PyAny>,
         out: &Bound<'_, PyAny>,
+        tokens_at_once: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let experts = self.local_experts().into_pyobject(py)?.into_any();
         let call = Call {
@@ -86,6 +88,7 @@ impl PyLayer {
             weights: Array::new("topk_weights", topk_weights)?,
             workspace: Array::output("workspace", workspace)?,
             out: Array::output("out", out)?,
+            tokens_at_once: optional_size("tokens_at_once", tokens_at_once)?,
         };
         let (tokens, hidden) = call.hidden_states.matrix_shape("[M, H]")?;
         call.out.require_shape(&[tokens, hidden])?;
@@ -153,6 +156,7 @@ struct Call<'a, 'py> {
     weights: Array<'py>,
     workspace: Array<'py>,
     out: Array<'py>,
+    tokens_at_once: Option<usize>,
 }
 
 impl Call<'_, '_> {
@@ -180,9 +184,9 @@ impl Call<'_, '_> {
         routing: &Routing<'_>,
         apart: Apart,
     ) -> PyResult<()> {
-        /// Multiplications between looks at whether the caller has been interrupted: seconds, with so many rows to an
-        /// expert that reading its weights once more costs nothing.
-        const PRODUCTS_AT_ONCE: usize = 1 << 40;
+        /// Multiplications of a thread between looks at whether the caller has been interrupted: some seconds, with so many
+        /// rows to an expert that reading its weights once more costs next to nothing.
+        const PRODUCTS_AT_ONCE: usize = 1 << 36;
         let cpu = cpu()?;
         let (tokens, topk) = (routing.tokens(), routing.topk());
         let rows = self.hidden_states.matrix::<T>()?;
@@ -192,7 +196,7 @@ impl Call<'_, '_> {
         let shape = self.layer.shape();
         let hidden = shape.hidden();
         let of_token = (topk * 3).saturating_mul(hidden).saturating_mul(shape.intermediate());
-        let at_once = (PRODUCTS_AT_ONCE / of_token.max(1)).max(1);
+        let at_once = self.tokens_at_once.unwrap_or((PRODUCTS_AT_ONCE * cpu.threads()) / of_token.max(1)).max(1);
         if tokens <= at_once {
             return work(py, || self.layer.run(&cpu, rows, routing, weights, workspace, out).map_err(exception));
         }

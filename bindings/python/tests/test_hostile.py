@@ -660,16 +660,7 @@ import signal, sys, threading, time
 import numpy as np
 from expertile import deep_gemm_utils as dg
 which = sys.argv[1]
-if which == "layer":
-    import torch, expertile.torch as et
-    layer = et.Layer(torch.ones(2, 2048, 2048).bfloat16(), torch.ones(2, 2048, 1024).bfloat16())
-    x, ids, weights = torch.ones(1, 2048), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
-    tokens = 2_000_000
-    out = torch.empty(tokens, 2048, dtype=torch.bfloat16)
-    workspace = torch.empty(layer.workspace_bytes(tokens, 1), dtype=torch.uint8)
-    of = [x.expand(tokens, 2048), ids.expand(tokens, 1), weights.expand(tokens, 1)]
-    call = lambda: layer(*of, workspace=workspace, out=out)
-elif which == "gather":
+if which == "gather":
     tokens, topk = 2**14, 2**16
     of = lambda array: np.broadcast_to(array, (tokens, topk))
     ids, inv_perm = of(np.zeros((1, 1), np.int64)), of(np.zeros((1, 1), np.int32))
@@ -679,7 +670,7 @@ else:
     ids = np.broadcast_to(np.zeros((1, 1), np.int64), (2**31 - 1, 1))
     call = lambda: [dg.count_expert_num_tokens(ids, 2, None) for _ in range(100)]
 started = time.monotonic()
-signal.setitimer(signal.ITIMER_REAL, 1.0) if which != "layer" else signal.setitimer(signal.ITIMER_REAL, 0.2)
+signal.setitimer(signal.ITIMER_REAL, 1.0)
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 try:
     call()
@@ -712,6 +703,26 @@ def test_rows_of_a_layer_do_not_depend_on_the_rows_beside_them():
     whole = layer(x, ids, weights)
     for first, last in ((0, 1), (0, 128), (1, 77), (250, 300)):
         assert torch.equal(layer(x[first:last], ids[first:last], weights[first:last]), whole[first:last])
+    workspace = torch.empty(layer.workspace_bytes(300, 3), dtype=torch.uint8)
+    expert_map = torch.tensor([2, -1, 0, 1, 3, -1], dtype=torch.int32)
+    wide = torch.randint(-1, 6, (300, 3), generator=generator)
+    for some_ids, some_map in ((ids, None), (wide, expert_map)):
+        whole = layer(x, some_ids, weights, expert_map=some_map)
+        for tokens_at_once in (1, 7, 299, 300):
+            out = torch.full((300, 128), 77.0)
+            arguments = (x, some_ids, weights, some_map, workspace, out)
+            layer._native.run(*arguments, tokens_at_once=tokens_at_once)
+            assert torch.equal(out, whole), tokens_at_once
+    out = torch.full((300, 128), 77.0)
+    for wrong, message in (
+        ((x, ids, weights[:299], None, workspace, out), "topk_weights has shape"),
+        ((x[:299], ids, weights, None, workspace, out), "out has shape"),
+        ((x, ids, weights, None, workspace[:-1], out), "workspace holds"),
+        ((x, wide.clamp(min=5), weights, None, workspace, out), "topk_ids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer._native.run(*wrong, tokens_at_once=7)
+    assert (out == 77).all()
 
 
 def test_a_long_sum_is_the_same_in_parts():
@@ -788,6 +799,22 @@ def test_forks_under_load_end_well_and_keep_the_number_of_threads():
     print(failed)
     """
     assert run_python(program).strip() == "0"
+
+
+def test_subinterpreters_come_and_go():
+    program = """
+    try:
+        import _interpreters as interpreters
+    except ImportError:
+        import _xxsubinterpreters as interpreters
+    import expertile
+    for _ in range(5):
+        other = interpreters.create()
+        interpreters.run_string(other, "import expertile; print(expertile.Plan.tight(3, 1, 2).m_sum, flush=True)")
+        interpreters.destroy(other)
+    print(expertile.get_num_threads() >= 1)
+    """
+    assert run_python(program).split() == ["256"] * 5 + ["True"]
 
 
 def test_many_calls_do_not_grow():

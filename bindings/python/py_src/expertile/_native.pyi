@@ -125,7 +125,10 @@ class Layer:
         expert_map: Any | None,
         workspace: Any,
         out: Any,
-    ) -> None: ...
+        *,
+        tokens_at_once: int | None = None,
+    ) -> None:
+        """By default as many tokens at once as take some seconds; then it looks whether it has been interrupted."""
 
 def round_up(rows: int, alignment: int) -> int:
     """The smallest multiple of `alignment` that is at least `rows`."""

@@ -2,8 +2,8 @@
 
 Every function here allocates what is not handed to it and calls one operator of ``torch.ops.expertile``, which writes the
 caller's memory: operators can be compiled (``torch.compile(fullgraph=True)``) and, with buffers handed in, called without
-an allocation. On CUDA tensors the call goes past torch's dispatcher, unless a compiler, a mode, a transform, a profiler or
-autograd is there to see it. Nothing here is differentiable.
+making a tensor. On CUDA tensors the call goes past torch's dispatcher, unless a compiler, a mode, a transform, a profiler
+or autograd is there to see it. Nothing here is differentiable.
 
 Shapes: ``M`` tokens, ``H`` values each, ``topk`` slots, ``E`` local experts, ``A`` alignment, ``M_sum`` rows.
 
