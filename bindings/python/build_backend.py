@@ -13,11 +13,11 @@ from maturin import *  # noqa: F403  What a build front end calls.
 
 
 def _keep_folders_out() -> None:
-    home = Path.home()
+    home, here = Path.home(), Path(__file__).resolve()
     folders = {
         Path(os.environ.get("CARGO_HOME", home / ".cargo")): "cargo",
         Path(os.environ.get("RUSTUP_HOME", home / ".rustup")): "rustup",
-        Path(__file__).resolve().parent.parent.parent: "expertile",
+        next((folder for folder in here.parents if (folder / "crates").is_dir()), here.parent): "expertile",
     }
     flags = [f"--remap-path-prefix={folder}={name}" for folder, name in folders.items()]
     if "CARGO_ENCODED_RUSTFLAGS" in os.environ:
