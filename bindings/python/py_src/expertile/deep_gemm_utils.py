@@ -649,7 +649,7 @@ def _gather(
         _arrays.require_array("topk_weights", topk_weights, 2)
         slots = _arrays.require_array("inv_perm", inv_perm, 2)
         if _arrays.require_array("out", output, 2)[0] != slots[0]:
-            raise ValueError(f"out has shape {list(output.shape)}, expected {[slots[0], rows.shape[-1]]}")
+            raise ValueError(f"out has shape {list(output.shape)}, expected {[slots[0], output.shape[1]]}")
         if topk_weights.shape != inv_perm.shape:
             raise ValueError(f"topk_weights has shape {list(topk_weights.shape)}, expected {list(slots)}")
         _native.require_slots(*slots)
