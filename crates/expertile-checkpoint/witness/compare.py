@@ -198,6 +198,11 @@ def compare_one(
     """All runs over one checkpoint."""
     result = place / "output.safetensors"
     fixed = ["--threads", "1"]
+    if family.whole_layer:
+        done = command.layer(folders.checkpoint, family.layer, tokens, result, fixed)
+        named = done.status == 2 and family.family in done.message
+        yield Row(family.name, layout.name, "all of it", "refused" if named else "not refused", done.message)
+        return
     router = ["--router", "f32"] if "--router" in command.options else []
     exact = run(load(folders.reference, family, torch.float32), family, hidden.float())
 
@@ -213,8 +218,11 @@ def compare_one(
         done = layer(*router, "--activations", "e4m3")
         yield judge(family, layout, "f32 router, e4m3 activations", done, exact, exact.whole, e4m3=True)
     if layout == TRANSFORMERS and exact.shared is not None and "--parts" in command.options:
-        for part, output in (("routed", exact.routed), ("shared", exact.shared)):
-            yield judge(family, layout, f"f32 router, {part} alone", layer(*router, "--parts", part), exact, output)
+        done = layer(*router, "--parts", "routed")
+        yield judge(family, layout, "f32 router, routed alone", done, exact, exact.routed)
+        # Without routed experts there is nothing to choose from.
+        done = layer(*router, "--parts", "shared")
+        yield judge(family, layout, "shared alone", done, exact, exact.shared, routed=False)
     if layout == TRANSFORMERS and family.logits == "bf16" and "--router" in command.options:
         model = load(folders.reference, family, torch.bfloat16)
         rounded = run(model, family, hidden)
@@ -231,6 +239,7 @@ def judge(
     output: torch.Tensor,
     range_: Leeway | None = None,
     e4m3: bool = False,
+    routed: bool = True,
 ) -> Row:
     """Compares one run with what Transformers' block made of the same tokens."""
     row = Row(family.name, layout.name, name, "right")
@@ -239,7 +248,7 @@ def judge(
         row.verdict = "refused" if done.status == 2 and may_be_refused(family, layout, done.message) else "not read"
         return row
     ours = by_expert(done.ids, done.weights, EXPERTS)
-    theirs = by_expert(expected.ids, expected.weights, EXPERTS)
+    theirs = by_expert(expected.ids, expected.weights, EXPERTS) if routed else torch.zeros_like(ours)
     decided = torch.ones(TOKENS, dtype=torch.bool) if range_ is None else range_.decided
     same = ((ours > 0) == (theirs > 0)).all(dim=1) & decided
     row.same, row.decided = int(same.sum()), int(decided.sum())
@@ -267,9 +276,10 @@ def may_be_refused(family: Family, layout: Layout, message: str) -> bool:
         return True
     if layout.scheme is None:
         return False
-    # Groups of 128 activations share a scale, so that e4m3 ones need widths that are multiples of it.
-    if family.intermediate % BLOCK != 0 and "--activations bf16" in message:
-        return True
+    # Groups of 128 activations share a scale, so that e4m3 ones need widths that are multiples of it; and a scale that
+    # belongs to a row of weights need not have a product of its own.
+    if family.intermediate % BLOCK != 0 or layout.scheme.strategy == "channel":
+        return "--activations" in message and "bf16" in message
     return layout.scheme.strategy != "block" and layout.scheme.strategy in message
 
 

@@ -116,6 +116,10 @@ class Family:
     router: str = "gate"
     shared: str | None = None
     shared_beside: str | None = None
+    # A norm of the block's class through which its output goes, and which is not the experts': left out here.
+    norm: str | None = None
+    # There is no module that holds router and experts and nothing else: only a refusal is looked for.
+    whole_layer: bool = False
     # The router's logits: "bf16" is a product in the weights' format, "f32" one in f32 whatever the weights are.
     logits: str = "bf16"
     # The hub's format of the router's weight and bias, where it is not that of the experts.
@@ -670,7 +674,6 @@ FAMILIES: tuple[Family, ...] = (
         logits="f32",
         hub_router="bf16",
         vision=VISION,
-        optional=True,
     ),
     Family(
         "kimi_k25",
@@ -681,7 +684,6 @@ FAMILIES: tuple[Family, ...] = (
         logits="f32",
         hub_router="bf16",
         vision={"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64},
-        optional=True,
     ),
     Family(
         "exaone_moe",
@@ -701,7 +703,6 @@ FAMILIES: tuple[Family, ...] = (
         shared="shared_experts",
         logits="f32",
         hub_router="bf16",
-        optional=True,
     ),
     Family(
         "afmoe",
@@ -717,7 +718,6 @@ FAMILIES: tuple[Family, ...] = (
         Hub(set={"route_norm": True, "score_func": "sigmoid", "n_group": 1, "topk_group": 1}),
         router="router",
         shared="shared_experts",
-        optional=True,
     ),
     Family(
         "lfm2_moe",
@@ -733,7 +733,6 @@ FAMILIES: tuple[Family, ...] = (
             "layer_types": ["full_attention"] * LAYERS,
         },
         block="feed_forward",
-        optional=True,
     ),
     Family(
         "hy_v3",
@@ -748,7 +747,6 @@ FAMILIES: tuple[Family, ...] = (
         },
         shared="shared_experts",
         logits="f32",
-        optional=True,
     ),
     Family(
         "nemotron_h",
@@ -769,13 +767,87 @@ FAMILIES: tuple[Family, ...] = (
         shared="shared_experts",
         logits="f32",
         hub_router="bf16",
+    ),
+    # The norm on the block's output, which its class holds, lies beside the block on disk.
+    Family(
+        "axk1",
+        "axk1",
+        _grouped(LATENT_ATTENTION),
+        Hub(
+            set={**SIGMOID_KEYS, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
+            drop=("mlp_layer_types",),
+        ),
+        shared="shared_experts",
+        norm="post_mlp_layernorm",
+        logits="f32",
+        hub_router="bf16",
+    ),
+    Family(
+        "sarvam_moe",
+        "sarvam_moe",
+        _grouped(ATTENTION, first_k_dense_replace=1),
+        shared="shared_experts",
+        logits="f32",
+        hub_router="bf16",
+    ),
+    Family(
+        "cohere2_moe",
+        "cohere2_moe",
+        {**ATTENTION, "intermediate_size": INTERMEDIATE, "num_experts": EXPERTS, "num_experts_per_tok": TOPK},
+        optional=True,
+    ),
+    Family(
+        "laguna",
+        "laguna",
+        {**QWEN, "shared_expert_intermediate_size": SHARED, "moe_routed_scaling_factor": 2.5},
+        shared="shared_experts",
+        optional=True,
+    ),
+    Family(
+        "longcat_flash",
+        "longcat_flash",
+        {
+            **{key: value for key, value in LATENT_ATTENTION.items() if key != "num_hidden_layers"},
+            "num_layers": LAYERS,
+            "ffn_hidden_size": DENSE,
+            "expert_ffn_hidden_size": INTERMEDIATE,
+            "n_routed_experts": EXPERTS,
+            "zero_expert_num": 2,
+            "moe_topk": TOPK,
+        },
+        router="router",
+        logits="f32",
+        optional=True,
+    ),
+    Family(
+        "gemma4",
+        "gemma4",
+        {
+            **ATTENTION,
+            "intermediate_size": DENSE,
+            "moe_intermediate_size": INTERMEDIATE,
+            "num_experts": EXPERTS,
+            "top_k_experts": TOPK,
+            "enable_moe_block": True,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 64,
+        },
+        router="router",
+        vision={
+            "num_hidden_layers": 1,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "intermediate_size": 64,
+        },
+        whole_layer=True,
         optional=True,
     ),
     Family(
         "mellum",
         "mellum",
         {**QWEN, "norm_topk_prob": True, "layer_types": ["full_attention"] * LAYERS},
-        optional=True,
     ),
 )
 

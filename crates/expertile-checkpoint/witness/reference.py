@@ -67,7 +67,12 @@ def run(model: Any, family: Family, hidden: torch.Tensor) -> Result:
 
         return hook
 
+    def keep_input(_module: Any, inputs: Any) -> None:
+        seen["normed"] = inputs[0].clone()
+
     hooks = [getattr(block, family.router).register_forward_hook(keep("router"))]
+    if family.norm is not None:
+        hooks.append(getattr(block, family.norm).register_forward_pre_hook(keep_input))
     if family.transposed and family.shared is not None:
         hooks.append(getattr(block, family.shared).register_forward_hook(keep("shared")))
     else:
@@ -81,6 +86,8 @@ def run(model: Any, family: Family, hidden: torch.Tensor) -> Result:
     finally:
         for hook in hooks:
             hook.remove()
+    if family.norm is not None:
+        whole = seen["normed"].reshape(hidden.shape)
     whole = whole.double()
     shared: torch.Tensor | None = None
     if beside is not None:
@@ -132,6 +139,8 @@ def leeway(model: Any, family: Family, hidden: torch.Tensor, experts: int) -> Le
 
 
 def by_expert(ids: torch.Tensor, weights: torch.Tensor, experts: int) -> torch.Tensor:
-    """The weights as [M, E], zero where an expert is not chosen, so that the order of the chosen does not matter."""
-    dense = torch.zeros(ids.shape[0], experts, dtype=torch.float64)
-    return dense.scatter_(1, ids.long(), weights.double())
+    """The weights as [M, E], zero where an expert is not chosen: the order of the chosen does not matter."""
+    # A column more, for ids that choose no expert.
+    dense = torch.zeros(ids.shape[0], experts + 1, dtype=torch.float64)
+    chosen = torch.where(ids < 0, experts, ids.long())
+    return dense.scatter_(1, chosen, weights.double())[:, :experts]
