@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ class Run:
     output: torch.Tensor | None = None
     ids: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    # The parts of the block that the output holds, in the command's own words; none from a command that does not say.
+    parts: tuple[str, ...] | None = None
 
 
 class Command:
@@ -35,9 +38,11 @@ class Command:
         """Runs one layer on the tokens in a file; whatever lies at `result` is replaced."""
         result.unlink(missing_ok=True)
         arguments: list[str | Path] = [self.binary, "layer", "--model", model, "--layer", str(layer)]
-        arguments += ["--input", tokens, "--output", result, *options]
+        arguments += ["--input", tokens, "--output", result, "--json", *options]
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
         if done.returncode != 0 or not result.exists():
             return Run(done.returncode, done.stderr.strip() or "no output file and no message")
         tensors = load_file(result)
-        return Run(0, done.stderr.strip(), tensors["output"], tensors["topk_ids"], tensors["topk_weights"])
+        said = json.loads(done.stdout).get("parts")
+        parts = None if said is None else tuple(said)
+        return Run(0, done.stderr.strip(), tensors["output"], tensors["topk_ids"], tensors["topk_weights"], parts)

@@ -130,6 +130,9 @@ class Family:
     transposed: bool = False
     # On the hub: "experts" (a tensor of each), "fused" ([E, 2I, H]) or "transposed" ([E, H, 2I]).
     hub_experts: str = "experts"
+    # Part of a tensor's name that Transformers saves otherwise than it reads it, and what it reads: only the hub's layout
+    # is looked at.
+    misnamed: tuple[str, str] | None = None
     # Releases in FP8 exist.
     fp8: bool = False
     # Width of what a bias for the choice is drawn from, and the scale of gate and up (large where they are clamped).
@@ -419,6 +422,15 @@ FAMILIES: tuple[Family, ...] = (
         hub_router="bf16",
     ),
     Family(
+        "solar_open/ungrouped",
+        "solar_open",
+        _grouped(ATTENTION, n_group=1, topk_group=1),
+        Hub(set={"first_k_dense_replace": 0}, drop=("n_group", "topk_group")),
+        shared="shared_experts",
+        logits="f32",
+        hub_router="bf16",
+    ),
+    Family(
         "mimo_v2_flash",
         "mimo_v2_flash",
         {
@@ -562,7 +574,15 @@ FAMILIES: tuple[Family, ...] = (
             "moe_num_experts": EXPERTS,
             "moe_k": TOPK,
         },
-        Hub(set={"moe_capacity": [64, 64, 64], "moe_gate": "topk", "moe_use_aux_free": True}, drop=("moe_norm_min",)),
+        Hub(
+            set={
+                "moe_capacity": [64, 64, 64],
+                "moe_gate": "topk",
+                "moe_use_aux_free": True,
+                "moe_layer_end_index": -1,
+            },
+            drop=("moe_norm_min",),
+        ),
         shared="shared_experts",
         logits="f32",
         bias=0.05,
@@ -580,8 +600,6 @@ FAMILIES: tuple[Family, ...] = (
                 "moe_drop_tokens": False,
                 "moe_random_routing_dropped_token": False,
                 "group_limited_greedy": False,
-                "n_group": 8,
-                "topk_group": 4,
                 "norm_topk_prob": True,
                 "routed_scaling_factor": 1.0,
                 "capacity_factor": 1.0,
@@ -684,6 +702,7 @@ FAMILIES: tuple[Family, ...] = (
         logits="f32",
         hub_router="bf16",
         vision={"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64},
+        misnamed=("language_model.model.blocks.", "language_model.model.layers."),
     ),
     Family(
         "exaone_moe",
@@ -715,7 +734,17 @@ FAMILIES: tuple[Family, ...] = (
             "num_experts_per_tok": TOPK,
             "route_scale": 2.5,
         },
-        Hub(set={"route_norm": True, "score_func": "sigmoid", "n_group": 1, "topk_group": 1}),
+        Hub(
+            set={
+                "route_norm": True,
+                "score_func": "sigmoid",
+                "n_group": 1,
+                "topk_group": 1,
+                "num_expert_groups": 1,
+                "num_limited_groups": 1,
+                "use_grouped_mm": True,
+            }
+        ),
         router="router",
         shared="shared_experts",
     ),

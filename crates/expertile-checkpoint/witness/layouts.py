@@ -72,6 +72,8 @@ def write(model: Any, family: Family, layout: Layout, folder: Path) -> Folders:
 
     config: Config = json.loads((saved / "config.json").read_text())
     tensors = load_file(saved / "model.safetensors")
+    if family.misnamed is not None:
+        tensors = {name.replace(*family.misnamed): tensor for name, tensor in tensors.items()}
     if layout.byte_order_mark:
         save(checkpoint, config, tensors)
         (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8-sig")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-HEAD = """| family | Transformers 5 | public hub | FP8 | parts | largest distance |
-|---|---|---|---|---|---|
+HEAD = """| family | Transformers 5 | public hub | FP8 | bf16 router | shared expert alone | largest distance |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -22,30 +22,33 @@ def text(row: Any) -> str:
 
 
 def markdown(rows: Iterable[Any]) -> str:
-    """A line for each family, made of every comparison with its checkpoints."""
+    """A line for each family, made of all comparisons with its checkpoints."""
     families: dict[str, list[Any]] = {}
     for row in rows:
-        if row.verdict in ("right", "differs", "not read") or not row.run.startswith(row.family.split("/")[0]):
+        if row.decided > 0 or row.verdict == "not read":
             families.setdefault(row.family.split("/")[0], []).append(row)
     return HEAD + "".join(_line(family, of_family) for family, of_family in sorted(families.items()))
 
 
 def _line(family: str, rows: list[Any]) -> str:
-    fp8 = sorted({row.layout.removeprefix("hub, ") for row in rows if "fp8" in row.layout and row.verdict == "right"})
-    parts = "routed, shared" if any("shared alone" in row.run for row in rows) else "routed"
+    schemes = sorted({row.layout.removeprefix("hub, fp8").strip(", ") or "f32 scales" for row in rows if _fp8(row)})
     plain = [row for row in rows if "e4m3" not in row.run]
-    largest = max((row.whole for row in plain), default=0.0)
     cells = (
         f"`{family}`",
         _verdict(row for row in rows if row.layout.startswith("Transformers")),
-        _verdict(row for row in rows if row.layout in ("hub", "fused experts")) or "the same",
-        "; ".join(fp8) or "-",
-        parts,
-        f"{largest:.0e}",
+        _verdict(row for row in rows if row.layout in ("hub", "fused experts")),
+        ", ".join(schemes) or "-",
+        _verdict(row for row in rows if row.run == "bf16 router"),
+        _verdict(row for row in rows if row.run == "shared alone"),
+        f"{max(row.whole for row in plain):.1e}",
     )
     return "| " + " | ".join(cells) + " |\n"
 
 
+def _fp8(row: Any) -> bool:
+    return "fp8" in row.layout and row.verdict == "right"
+
+
 def _verdict(rows: Iterable[Any]) -> str:
-    verdicts = sorted({row.verdict for row in rows})
-    return ", ".join(verdicts)
+    """What all of these came to: one word, or all that there were."""
+    return ", ".join(sorted({row.verdict for row in rows})) or "-"
