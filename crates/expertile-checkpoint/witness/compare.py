@@ -72,6 +72,7 @@ EVERY_WAY = (
 FP8: dict[str, tuple[Scheme, ...]] = {
     "qwen3_moe": (BF16_BLOCKS, F32_BLOCKS, E8M0_BLOCKS, COMPRESSED_BLOCKS, COMPRESSED_CHANNELS, COMPRESSED_TENSORS),
     "qwen3_next": (BF16_BLOCKS,),
+    "qwen3_5_moe": (BF16_BLOCKS,),
     "qwen3_vl_moe": (BF16_BLOCKS,),
     "deepseek_v3": (F32_BLOCKS, UE8M0_IN_F32, E8M0_BLOCKS),
     "deepseek_v32": (UE8M0_IN_F32,),
@@ -249,7 +250,7 @@ def judge(
         row.message = done.message
         row.verdict = "refused" if done.status == 2 and may_be_refused(family, layout, done.message) else "not read"
         return row
-    parts = ("routed", "shared") if expected.shared is not None else ("routed",)
+    parts: tuple[str, ...] = ("routed", "shared") if expected.shared is not None else ("routed",)
     if "alone" in name:
         parts = tuple(part for part in parts if part in name)
     if done.parts is not None and done.parts != parts:

@@ -133,8 +133,9 @@ class Family:
     # Part of a tensor's name that Transformers saves otherwise than it reads it, and what it reads: only the hub's layout
     # is looked at.
     misnamed: tuple[str, str] | None = None
-    # Releases in FP8 exist.
+    # Releases in FP8 exist, with these keys in their quantization_config besides the scheme's own.
     fp8: bool = False
+    quantization: Mapping[str, Any] = field(default_factory=dict)
     # Width of what a bias for the choice is drawn from, and the scale of gate and up (large where they are clamped).
     bias: float = 0.2
     gain: float = 1.0
@@ -190,7 +191,12 @@ FAMILIES: tuple[Family, ...] = (
             drop=("num_local_experts",),
         ),
         fp8=True,
+        quantization={
+            "modules_to_not_convert": ["lm_head", "model.layers.0.input_layernorm", "model.layers.1.mlp.gate"]
+        },
     ),
+    # No release has it, but Transformers and the command know the activation for every family.
+    Family("qwen3_moe/gelu", "qwen3_moe", {**QWEN, "norm_topk_prob": True, "hidden_act": "gelu_pytorch_tanh"}),
     # Gate and up have 1.5 row blocks of scales each.
     Family(
         "qwen3_moe/192",
@@ -250,6 +256,7 @@ FAMILIES: tuple[Family, ...] = (
         shared="shared_expert",
         vision=VISION,
         hub_experts="fused",
+        fp8=True,
     ),
     Family(
         "qwen3_vl_moe",
@@ -452,6 +459,7 @@ FAMILIES: tuple[Family, ...] = (
         logits="f32",
         hub_router="bf16",
         fp8=True,
+        quantization={"ignored_layers": ["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"]},
     ),
     Family(
         "minimax",
@@ -479,6 +487,10 @@ FAMILIES: tuple[Family, ...] = (
         ),
         hub_router="f32",
         fp8=True,
+        quantization={
+            "fmt": "float8_e4m3fn",
+            "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+        },
     ),
     Family(
         "phimoe",

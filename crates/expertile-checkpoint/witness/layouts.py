@@ -94,7 +94,10 @@ def write(model: Any, family: Family, layout: Layout, folder: Path) -> Folders:
             return Folders(checkpoint, reference)
         return Folders(checkpoint, checkpoint)
     quantized, stands_for = quantize_experts(split(plain), layout.scheme)
-    save(checkpoint, {**config, "quantization_config": layout.scheme.config()}, quantized)
+    quantization = (
+        layout.scheme.config() if layout.scheme.compressed else {**layout.scheme.config(), **family.quantization}
+    )
+    save(checkpoint, {**config, "quantization_config": quantization}, quantized)
     save(reference, config, fuse(stands_for) if family.hub_experts == "transposed" else stands_for)
     return Folders(checkpoint, reference)
 
