@@ -223,9 +223,9 @@ def compare_one(
     if layout == TRANSFORMERS and exact.shared is not None and "--parts" in command.options:
         done = layer(*router, "--parts", "routed")
         yield judge(family, layout, "f32 router, routed alone", done, exact, exact.routed)
-        # Without routed experts there is nothing to choose from.
+        # Without routed experts there is nothing to choose, though a choice may be told.
         done = layer(*router, "--parts", "shared")
-        yield judge(family, layout, "shared alone", done, exact, exact.shared, routed=False)
+        yield judge(family, layout, "f32 router, shared alone", done, exact, exact.shared, routed=False)
     if layout == TRANSFORMERS and family.logits == "bf16" and "--router" in command.options:
         model = load(folders.reference, family, torch.bfloat16)
         rounded = run(model, family, hidden)
@@ -258,7 +258,9 @@ def judge(
         row.verdict = "differs"
         return row
     ours = by_expert(done.ids, done.weights, EXPERTS)
-    theirs = by_expert(expected.ids, expected.weights, EXPERTS) if routed else torch.zeros_like(ours)
+    theirs = by_expert(expected.ids, expected.weights, EXPERTS)
+    if not routed and not ours.any():
+        theirs = ours
     decided = torch.ones(TOKENS, dtype=torch.bool) if range_ is None else range_.decided
     same = ((ours > 0) == (theirs > 0)).all(dim=1) & decided
     row.same, row.decided = int(same.sum()), int(decided.sum())
