@@ -687,14 +687,22 @@ FAMILIES: tuple[Family, ...] = (
         bias=0.5,
         gain=4.0,
     ),
+    # Smaller, so that the activation is not flat where most gates are.
     Family(
         "gpt_oss/square",
         "gpt_oss",
-        {**ATTENTION, "intermediate_size": INTERMEDIATE, "num_local_experts": EXPERTS, "num_experts_per_tok": TOPK},
+        {
+            **ATTENTION,
+            "intermediate_size": INTERMEDIATE,
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": TOPK,
+            "swiglu_limit": 2.0,
+            "swiglu_alpha": 1.2,
+        },
         router="router",
         transposed=True,
         bias=0.5,
-        gain=4.0,
+        gain=1.5,
     ),
     Family(
         "glm4v_moe",
