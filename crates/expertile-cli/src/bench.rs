@@ -2,6 +2,7 @@
 
 mod gpu;
 mod gpu_layer;
+mod gpu_tiles;
 
 use crate::device::{self, DeviceNumber};
 use crate::error::{Error, Result};
@@ -32,7 +33,8 @@ use std::time::Instant;
 #[command(allow_negative_numbers = true)]
 pub(crate) struct Args {
     /// What to time on a GPU: the steps that any GPU runs, which are all but the GEMMs, with rows quantized to e4m3; or the
-    /// whole layer, which needs a Hopper. A CPU always runs the layer.
+    /// whole layer, or layers drawn at random whose GEMMs are cut in every way, to judge the choice of tiles; these two need a
+    /// Hopper. A CPU always runs the layer.
     #[arg(value_enum, value_name = "WHAT", default_value_t = What::Steps)]
     what: What,
     /// Numbers of tokens, separated by commas.
@@ -41,18 +43,25 @@ pub(crate) struct Args {
     /// The model whose layer is timed.
     #[arg(long, value_name = "NAME", default_value = "qwen3-30b-a3b")]
     preset: Preset,
-    /// Experts, if not the model's own number.
+    /// Experts, if not the model's own number; for tiles, if not drawn.
     #[arg(long, value_name = "N")]
     experts: Option<usize>,
     /// Experts on this device; the others' rows are elsewhere (all, unless given).
     #[arg(long, value_name = "N")]
     local_experts: Option<usize>,
+    /// I of the experts, if not the model's own: what a rank holds where every expert is split.
+    #[arg(long, value_name = "I")]
+    intermediate: Option<usize>,
     /// What the weights are made of: e4m3 or bf16 (what the model is published in, unless given).
     #[arg(long, value_name = "FORMAT", value_parser = parse_weights)]
     weights: Option<WeightFormat>,
     /// What the GEMMs read: e4m3 or bf16 (the weights' own format, unless given).
     #[arg(long, value_name = "FORMAT", value_parser = crate::plan::parse_activations)]
     activations: Option<ActivationFormat>,
+    /// Layers to draw, for tiles: H 1024 to 8192, I 128 to 16384, 8 to 512 experts, 1 to 10 of them per token, 1 to 16384 tokens,
+    /// as far as they fit in 24 GiB of weights, 32 GiB of rows and 30 TFLOP.
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    draws: usize,
     /// Threads (as many as the machine runs at once, unless given).
     #[arg(long, value_name = "T")]
     threads: Option<usize>,
@@ -80,6 +89,7 @@ pub(crate) struct Args {
 enum What {
     Steps,
     Layer,
+    Tiles,
 }
 
 #[derive(Debug, Serialize)]
@@ -130,8 +140,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if let Some(ordinal) = args.device {
         return run_on_gpu(args, ordinal);
     }
-    if args.local_experts.is_some() {
-        return Err(Error::usage("--local-experts goes with --device cuda:N layer only"));
+    for (option, given) in [("--local-experts", args.local_experts), ("--intermediate", args.intermediate)] {
+        if given.is_some() {
+            return Err(Error::usage(format!("{option} goes with --device cuda:N layer only")));
+        }
     }
     let cpu = machine::cpu(args.isa.as_deref())?;
     let report = machine::pool(args.threads)?.install(|| measure(args, &cpu))?;
@@ -152,7 +164,7 @@ fn tell<R: Serialize>(report: &R, json: Option<&Path>, text: impl FnOnce(&R) -> 
 }
 
 fn run_on_gpu(args: &Args, ordinal: usize) -> Result<()> {
-    let steps = args.what == What::Steps;
+    let (steps, tiles) = (args.what == What::Steps, args.what == What::Tiles);
     for (option, given, place) in [
         ("--weights bf16", steps && args.weights == Some(WeightFormat::Bf16), "--device cuda:N layer or cpu"),
         (
@@ -160,7 +172,10 @@ fn run_on_gpu(args: &Args, ordinal: usize) -> Result<()> {
             steps && args.activations == Some(ActivationFormat::Bf16),
             "--device cuda:N layer or cpu",
         ),
-        ("--local-experts", steps && args.local_experts.is_some(), "--device cuda:N layer"),
+        ("--local-experts", args.what != What::Layer && args.local_experts.is_some(), "--device cuda:N layer"),
+        ("--intermediate", args.what != What::Layer && args.intermediate.is_some(), "--device cuda:N layer"),
+        ("--weights", tiles && args.weights.is_some(), "a preset"),
+        ("--activations", tiles && args.activations.is_some(), "a preset"),
         ("--threads", args.threads.is_some(), "--device cpu"),
         ("--isa", args.isa.is_some(), "--device cpu"),
         ("--repeat", args.repeat.is_some(), "--device cpu"),
@@ -170,7 +185,11 @@ fn run_on_gpu(args: &Args, ordinal: usize) -> Result<()> {
             return Err(Error::usage(format!("{option} goes with {place} only")));
         }
     }
-    if steps { gpu::run(args, ordinal) } else { gpu_layer::run(args, ordinal) }
+    match args.what {
+        What::Steps => gpu::run(args, ordinal),
+        What::Layer => gpu_layer::run(args, ordinal),
+        What::Tiles => gpu_tiles::run(args, ordinal),
+    }
 }
 
 /// `--local-experts`, checked; as many as a token has, at least.

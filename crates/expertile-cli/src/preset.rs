@@ -135,6 +135,14 @@ impl MadeUp {
         Ok(Self { shape, format, router: preset.router(fit, seed), router_weight, seed })
     }
 
+    /// The same with another `I`: what a rank holds where experts are split.
+    pub(crate) fn with_intermediate(mut self, intermediate: Option<usize>) -> Result<Self> {
+        if let Some(intermediate) = intermediate {
+            self.shape = LayerShape::new(self.shape.hidden(), intermediate, self.shape.local_experts())?;
+        }
+        Ok(self)
+    }
+
     /// Made-up hidden states `[tokens, H]` of unit variance, bf16.
     pub(crate) fn tokens(&self, tokens: usize) -> Result<LayerInput> {
         let hidden = self.shape.hidden();

@@ -7,8 +7,8 @@ mod on_device;
 use expertile::cuda::compiler::Compiler;
 use expertile::cuda::kernel::Source;
 use expertile::cuda::{
-    ActivateConfig, GemmConfig, GemmTile, LARGE_ROW_TILE, PermuteConfig, QuantizePermuteConfig, ROW_TILES, RouteConfig,
-    UnpermuteConfig, WIDE_ROW_TILE,
+    ActivateConfig, GemmConfig, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, PermuteConfig, QuantizePermuteConfig,
+    RouteConfig, UnpermuteConfig, WIDE_ROW_TILE,
 };
 use expertile::{Activation, Dtype, Error, Group, Padding, ScaleFormat, ScaleLayout, ScaleRounding, WeightFormat};
 
@@ -90,22 +90,19 @@ fn sources() -> Vec<Source> {
 fn gemm_sources() -> Vec<Source> {
     let mut sources = Vec::new();
     for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
-        for shared in [1, 2] {
-            let tile = GemmTile { row_tile: WIDE_ROW_TILE, shared, splits: 1, wide: true };
+        for tile in GemmTile::all(format) {
             sources.push(GemmConfig { format, tile, activation: None }.source());
         }
-        for row_tile in ROW_TILES {
-            for (shared, splits) in [(1, 1), (2, 1), (1, 2), (1, 4), (1, 8)] {
-                if splits == 1 || row_tile <= 64 {
-                    let tile = GemmTile { row_tile, shared, splits, wide: false };
-                    sources.push(GemmConfig { format, tile, activation: None }.source());
-                }
+        for row_tile in [16, 32, 64] {
+            for splits in [2, 4, 8] {
+                let tile = GemmTile { row_tile, outputs: 128, shared: 1, splits, wide: false };
+                sources.push(GemmConfig { format, tile, activation: None }.source());
             }
         }
     }
     let limited = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
-    for row_tile in [LARGE_ROW_TILE, WIDE_ROW_TILE] {
-        let tile = GemmTile { row_tile, shared: 1, splits: 1, wide: true };
+    for (row_tile, outputs) in [(LARGE_ROW_TILE, LARGE_OUTPUTS), (WIDE_ROW_TILE, 128)] {
+        let tile = GemmTile { row_tile, outputs, shared: 1, splits: 1, wide: true };
         for activation in [None, Some(Activation::default()), Some(limited)] {
             sources.push(GemmConfig { format: WeightFormat::E4m3, tile, activation }.source());
         }

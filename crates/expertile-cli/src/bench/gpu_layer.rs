@@ -65,7 +65,8 @@ fn measure(args: &Args, device: &Device) -> Result<Report> {
     let activations = choose_activations(args.activations, format)?;
     let global_experts = args.experts.unwrap_or(args.preset.experts());
     let local = local_experts(args, global_experts)?;
-    let weights = MadeUp::new(args.preset, Some(local), format, args.seed, Some(device.info().memory_bytes))?;
+    let weights = MadeUp::new(args.preset, Some(local), format, args.seed, Some(device.info().memory_bytes))?
+        .with_intermediate(args.intermediate)?;
     let config = LayerConfig {
         topk: args.preset.topk(),
         ids: Dtype::I32,

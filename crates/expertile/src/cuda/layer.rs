@@ -564,7 +564,7 @@ fn each<K: Copy + Eq + Hash, V>(keys: &[K], prepare: impl Fn(K) -> Result<V>) ->
 }
 
 /// As [`each`], all at once: compiling takes a second or so for each.
-fn each_at_once<K, V>(keys: &[K], prepare: impl Fn(K) -> Result<V> + Sync) -> Result<HashMap<K, V>>
+pub(super) fn each_at_once<K, V>(keys: &[K], prepare: impl Fn(K) -> Result<V> + Sync) -> Result<HashMap<K, V>>
 where
     K: Copy + Eq + Hash + Send,
     V: Send,

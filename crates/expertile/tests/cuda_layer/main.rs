@@ -200,6 +200,68 @@ fn fifty_repeats_give_the_same_bits() {
     }
 }
 
+/// Runs a call on poisoned memory.
+fn run(device: &Device, model: &Model, inputs: &Inputs) -> Vec<u8> {
+    let call = Call::new(device, model, inputs);
+    call.poison(device);
+    call.launch(Stream(0));
+    call.check(Stream(0)).unwrap();
+    call.output_bytes()
+}
+
+#[test]
+fn a_token_has_the_same_bits_beside_any_others() {
+    let Some(device) = hopper() else { return };
+    // One expert has few tiles at any size; of several, most have few rows.
+    for (experts, topk) in [(1, 1), (12, 2)] {
+        for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+            let spec = Spec { hidden: 1024, intermediate: 128, experts, topk, format, max_tokens: 320, ..BASE };
+            let model = Model::new(device, spec);
+            let all = Inputs::new(&model, 320, Pattern::Even, 3);
+            let expected = run(device, &model, &all);
+            let row = 2 * spec.hidden;
+            for tokens in [1, 2, 3, 5, 8, 13, 16, 17, 31, 32, 33, 48, 64, 65, 100, 128, 129, 160, 200, 300] {
+                // Other neighbours, and another place, each time.
+                let first = tokens * 37 % (320 - tokens);
+                let found = run(device, &model, &all.some(first..first + tokens));
+                let differing = found.iter().zip(&expected[first * row..]).filter(|(a, b)| a != b).count();
+                let choice = model.on_device.choice(tokens).unwrap();
+                assert_eq!(differing, 0, "bytes differ: {tokens} tokens of {experts} experts, {format}: {choice}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_rank_of_some_experts_gives_the_bits_of_the_whole() {
+    let Some(device) = hopper() else { return };
+    for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+        let model = Model::new(device, Spec { intermediate: 128, experts: 8, topk: 2, format, ..BASE });
+        for tokens in [1, 40, 300] {
+            // Both experts of a token are on one rank: its output is whole there, and zero elsewhere.
+            let ranks = [0..1, 1..4, 4..8];
+            let mut inputs = Inputs::new(&model, tokens, Pattern::Even, 5);
+            let mut rank_of = Vec::new();
+            for ids in inputs.ids.chunks_mut(2) {
+                let rank = ranks.iter().position(|rank| rank.contains(&(ids[0] as usize))).unwrap();
+                ids[1] = (ranks[rank].start + (ids[1] as usize) % ranks[rank].len()) as i64;
+                rank_of.push(rank);
+            }
+            let whole = run(device, &model, &inputs);
+            for (number, experts) in ranks.into_iter().enumerate() {
+                let found = run(device, &model.rank(device, experts.clone()), &inputs);
+                for (token, (found, whole)) in found.chunks(1024).zip(whole.chunks(1024)).enumerate() {
+                    if rank_of[token] == number {
+                        assert!(found == whole, "token {token} of {tokens} on rank {experts:?}, {format}");
+                    } else {
+                        assert!(found.iter().all(|&byte| byte == 0), "token {token} is not of rank {experts:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// A stream of the test's own.
 struct OwnStream(sys::CUstream);
 

@@ -9,6 +9,7 @@ use expertile::{
 };
 use expertile_oracle::layer as oracle;
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// NaN in every type that the layer has.
 pub(crate) const POISON: u8 = 0xff;
@@ -113,6 +114,17 @@ impl Matrices {
         .unwrap()
     }
 
+    /// Some of the experts'.
+    fn of_experts(&self, experts: Range<usize>, all: usize) -> Self {
+        let part = |len: usize| experts.start * (len / all)..experts.end * (len / all);
+        match self {
+            Self::Bf16(values) => Self::Bf16(values[part(values.len())].to_vec()),
+            Self::E4m3(values, scales) => {
+                Self::E4m3(values[part(values.len())].to_vec(), scales[part(scales.len())].to_vec())
+            }
+        }
+    }
+
     fn row(&self, (n, k): (usize, usize), expert: usize, row: usize, out: &mut [f64]) {
         let start = (expert * n + row) * k;
         for (col, out) in out.iter_mut().enumerate() {
@@ -146,6 +158,22 @@ impl Model {
         let sizes = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate));
         let w13 = Matrices::new(spec.format, sizes.0, &mut random);
         let w2 = Matrices::new(spec.format, sizes.1, &mut random);
+        let map = (spec.global > 0).then(|| expert_map(&spec, &mut random));
+        Self::with_weights(device, spec, (w13, w2), map)
+    }
+
+    /// The same experts, but only some of them: a rank of an expert-parallel layer.
+    pub(crate) fn rank(&self, device: &Device, experts: Range<usize>) -> Self {
+        let all = self.spec.experts;
+        let local = |id: usize| if experts.contains(&id) { (id - experts.start) as i32 } else { -1 };
+        let weights = (self.w13.of_experts(experts.clone(), all), self.w2.of_experts(experts.clone(), all));
+        let spec = Spec { experts: experts.len(), global: all, ..self.spec };
+        Self::with_weights(device, spec, weights, Some((0..all).map(local).collect()))
+    }
+
+    fn with_weights(device: &Device, spec: Spec, (w13, w2): (Matrices, Matrices), map: Option<Vec<i32>>) -> Self {
+        let Spec { hidden, intermediate, experts, .. } = spec;
+        let sizes = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate));
         let cpu = Cpu::new();
         let options = LayerOptions {
             activation: spec.activation,
@@ -158,7 +186,6 @@ impl Model {
         let (up, down) = (w13.upload(device, sizes.0), w2.upload(device, sizes.1));
         let on_device = Layer::prepare(device, up, down, spec.config(), spec.max_tokens).unwrap();
         assert_eq!(on_device.shape(), &LayerShape::new(hidden, intermediate, experts).unwrap());
-        let map = (spec.global > 0).then(|| expert_map(&spec, &mut random));
         Self { spec, w13, w2, map, on_cpu, packed_w2, on_device, cpu }
     }
 
@@ -328,6 +355,19 @@ impl Inputs {
         }
         let weights = (0..tokens * spec.topk).map(|_| (1.0 + 0.9 * random.uniform()) / spec.topk as f32).collect();
         Self { tokens, x, ids, weights }
+    }
+}
+
+impl Inputs {
+    /// Some of the tokens, in the same order.
+    pub(crate) fn some(&self, tokens: Range<usize>) -> Self {
+        let rows = |len: usize| tokens.start * (len / self.tokens)..tokens.end * (len / self.tokens);
+        Self {
+            tokens: tokens.len(),
+            x: self.x[rows(self.x.len())].to_vec(),
+            ids: self.ids[rows(self.ids.len())].to_vec(),
+            weights: self.weights[rows(self.weights.len())].to_vec(),
+        }
     }
 }
 
