@@ -18,7 +18,6 @@ constexpr int STAGING_ROW = OUTPUTS_OF_GROUP * 2 + 16;
 constexpr int PARTIAL_ROW = 128 * 4 + 16;
 constexpr int STAGING_BYTES = SPLITS > 1 ? TOKENS * PARTIAL_ROW : GROUPS * TOKENS * STAGING_ROW;
 constexpr int SCALING_WARPS = BF16 ? 0 : (TOKENS / 2 + 31) / 32;
-constexpr bool FIRST_STAGE_FIRST = false;
 constexpr int TOGETHER = 8;
 constexpr int PARTS = 1;
 constexpr bool PARTS_APART = false;
