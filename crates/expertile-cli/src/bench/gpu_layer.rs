@@ -76,6 +76,7 @@ fn measure(args: &Args, device: &Device) -> Result<Report> {
         activation: Activation::default(),
         activations,
         weight_on_input: false,
+        split_k: false,
     };
     let started = Instant::now();
     let most = args.tokens.iter().copied().max().unwrap_or(1);

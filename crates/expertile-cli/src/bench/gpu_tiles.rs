@@ -184,6 +184,7 @@ impl Draw {
             activation: Activation::default(),
             activations: if self.e4m3 { ActivationFormat::E4m3 } else { ActivationFormat::Bf16 },
             weight_on_input: false,
+            split_k: false,
         };
         Ok(LayerChoice::new(&shape, &config, self.tokens, multiprocessors)?)
     }

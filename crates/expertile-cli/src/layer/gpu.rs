@@ -29,6 +29,7 @@ pub(super) fn run(
         activation: Activation::default(),
         activations,
         weight_on_input: false,
+        split_k: false,
     };
     let started = Instant::now();
     let layer = device::prepare(device, weights, config, routing.tokens())?;

@@ -5,6 +5,7 @@
 
 use super::activation::activation_definitions;
 use super::arguments::{require_aligned, require_int};
+use super::cost;
 use super::device::{Device, Launch, Stream};
 use super::kernel::{Kernel, Resources, Source};
 use super::tensor_map::TensorMap;
@@ -69,45 +70,39 @@ pub struct GemmShape {
     pub experts: usize,
     /// Live rows that are expected in all.
     pub rows: usize,
+    /// Most rows that one expert can have: as many as there are tokens.
+    pub most_rows: usize,
 }
 
 impl GemmTile {
-    /// The row tile for about `rows` live rows spread over `experts` experts: the smallest worth choosing that holds almost
-    /// every expert's rows, so that its weights are read once; [`GemmTile::many_rows`] where none of those for few rows does.
+    /// The tile that is expected to take least on a device of that many multiprocessors.
+    #[must_use]
+    pub fn choose(shape: &GemmShape, multiprocessors: usize) -> Self {
+        cost::cheapest(shape, false, multiprocessors).0
+    }
+
+    /// The same for a GEMM whose `[gate | up]` an activation follows, and whether that should be inside the GEMM. For bf16, and where
+    /// 256 does not divide N, it never is.
+    #[must_use]
+    pub fn choose_before_activation(shape: &GemmShape, multiprocessors: usize) -> (Self, bool) {
+        cost::cheapest(shape, true, multiprocessors)
+    }
+
+    /// The tile whose K is split, where so few tiles of few rows are expected that most multiprocessors would have none.
     ///
-    /// Tiles of 16 rows were never faster than those of 32 on an H200, nor those of 128 with weights on M than the wide ones.
+    /// Results then have other bits than those of tiles that do not split K, or that split it otherwise.
     #[must_use]
-    pub fn row_tile_for(rows: usize, experts: usize, format: WeightFormat) -> usize {
-        let most = most_rows(rows, experts);
-        [32, 64].into_iter().find(|&tile| tile as f64 >= most).unwrap_or_else(|| Self::many_rows(rows, experts, format))
-    }
-
-    /// The same of the wide kernels alone. For e4m3 the large tile, but where one of [`WIDE_ROW_TILE`] holds almost every
-    /// expert's rows and the large one does not: a large tile and a small one of the same expert go at different paces and read
-    /// weights twice, which an H200 takes up to a quarter more time for.
-    #[must_use]
-    pub fn many_rows(rows: usize, experts: usize, format: WeightFormat) -> usize {
-        let most = most_rows(rows, experts);
-        let is_large = format == WeightFormat::E4m3 && (most <= LARGE_ROW_TILE as f64 || most > WIDE_ROW_TILE as f64);
-        if is_large { LARGE_ROW_TILE } else { WIDE_ROW_TILE }
-    }
-
-    /// The tile for a GEMM whose worklist has tiles of `row_tile` rows.
-    #[must_use]
-    pub fn choose(shape: &GemmShape, row_tile: usize, multiprocessors: usize) -> Self {
-        if row_tile > 64 {
-            // Sharing rows saves reads of the cache, but two blocks wait for each other: on an H200 e4m3 lost 5 to 12 % by
-            // it, and bf16, whose products take twice as long, won 4 to 8 %.
-            let shared = if shape.format == WeightFormat::Bf16 && shape.n > OUTPUTS { 2 } else { 1 };
-            let wide = row_tile == WIDE_ROW_TILE || (row_tile == LARGE_ROW_TILE && shape.format == WeightFormat::E4m3);
-            let outputs = if wide && row_tile == LARGE_ROW_TILE { LARGE_OUTPUTS } else { OUTPUTS };
-            return Self { row_tile, outputs, shared, splits: 1, wide };
-        }
-        let row_tiles = active_experts(shape.rows, shape.experts).max(1.0);
-        let tiles = row_tiles * shape.n.div_ceil(OUTPUTS) as f64;
-        // Half of the multiprocessors already read weights as fast as all of them would with twice the tiles.
-        let outputs = if 2.0 * tiles <= multiprocessors as f64 { NARROW_OUTPUTS } else { OUTPUTS };
-        Self { row_tile, outputs, shared: 1, splits: 1, wide: false }
+    pub fn choose_split(shape: &GemmShape, multiprocessors: usize) -> Option<Self> {
+        /// Blocks of K below which a part spends its time on starting and on meeting the others.
+        const SHORTEST_PART: usize = 4;
+        let rows = shape.rows.div_ceil(shape.experts.max(1));
+        let row_tile = [16, 32, 64].into_iter().find(|&tile| rows <= tile)?;
+        let tiles = shape.experts.min(shape.rows) * shape.n.div_ceil(OUTPUTS);
+        let blocks = shape.k.div_ceil(values_of_block(shape.format));
+        // Half of the multiprocessors already read weights as fast as all of them would.
+        let fits = |splits: &usize| 2 * splits * tiles <= multiprocessors && blocks >= splits * SHORTEST_PART;
+        let splits = [8, 4, 2].into_iter().find(fits)?;
+        Some(Self { row_tile, outputs: OUTPUTS, shared: 1, splits, wide: false })
     }
 
     /// Whether tiles have 256 outputs.
@@ -240,20 +235,8 @@ impl fmt::Display for GemmTile {
     }
 }
 
-/// How many of `experts` experts `rows` rows that fall evenly are expected to meet.
-fn active_experts(rows: usize, experts: usize) -> f64 {
-    let (rows, experts) = (rows as f64, experts.max(1) as f64);
-    experts * (1.0 - (1.0 - 1.0 / experts).powf(rows))
-}
-
-/// Rows that almost every expert has at most: two standard deviations above the mean of those that have any.
-fn most_rows(rows: usize, experts: usize) -> f64 {
-    let mean = rows as f64 / active_experts(rows, experts).max(1.0);
-    mean + 2.0 * mean.sqrt()
-}
-
 /// Values in the 128 bytes that a block of K has of each row.
-fn values_of_block(format: WeightFormat) -> usize {
+pub(super) fn values_of_block(format: WeightFormat) -> usize {
     128 / format.bytes()
 }
 
@@ -544,41 +527,6 @@ impl Gemm {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// `(rows, experts, n, k)` and what an H200's 132 multiprocessors are given.
-    #[test]
-    fn tiles_are_chosen_by_the_rows_an_expert_has() {
-        let few = |row_tile, outputs| GemmTile { row_tile, outputs, shared: 1, splits: 1, wide: false };
-        let many = GemmTile { row_tile: 128, outputs: LARGE_OUTPUTS, shared: 1, splits: 1, wide: true };
-        for (rows, experts, n, k, expected) in [
-            // One token of eight, of which one expert in eight is here: 32 tiles for 132 multiprocessors.
-            (1, 32, 4096, 7168, few(32, 64)),
-            (1, 32, 7168, 2048, few(32, 128)),
-            (8, 128, 3072, 4096, few(32, 128)),
-            (512, 256, 4096, 7168, few(32, 128)),
-            (1024, 32, 4096, 7168, few(64, 128)),
-            (8192, 128, 3072, 4096, many),
-            (25_000, 256, 4096, 7168, many),
-            (32_768, 256, 4096, 7168, GemmTile { row_tile: 192, outputs: OUTPUTS, ..many }),
-            (45_000, 256, 4096, 7168, many),
-            (131_072, 256, 7168, 2048, many),
-            (0, 8, 4096, 4096, few(32, 64)),
-        ] {
-            let shape = GemmShape { n, k, format: WeightFormat::E4m3, experts, rows };
-            let tile = GemmTile::choose(&shape, GemmTile::row_tile_for(rows, experts, WeightFormat::E4m3), 132);
-            assert_eq!(tile, expected, "{shape:?}");
-        }
-        let wide = GemmShape { n: 4096, k: 4096, format: WeightFormat::Bf16, experts: 8, rows: 32768 };
-        let many = GemmTile { row_tile: 192, outputs: OUTPUTS, shared: 2, splits: 1, wide: true };
-        assert_eq!(GemmTile::choose(&wide, GemmTile::row_tile_for(32768, 8, wide.format), 132), many);
-        let narrow = GemmShape { n: 128, ..wide };
-        assert_eq!(
-            GemmTile::choose(&narrow, WIDE_ROW_TILE, 132),
-            GemmTile { shared: 1, ..many },
-            "nobody to share with"
-        );
-        assert!(!GemmTile::choose(&wide, 128, 132).wide, "the large kernel is for e4m3");
-    }
 
     #[test]
     fn a_tile_says_what_it_is() {

@@ -50,6 +50,10 @@ pub struct LayerConfig {
     pub activations: ActivationFormat,
     /// `apply_router_weight_on_input`: weights multiply the input instead of the output; only with `topk` 1 and e4m3.
     pub weight_on_input: bool,
+    /// Whether K may be split, by the size of a call, where few experts have few rows: up to twice as fast there. **A token's result then
+    /// depends on how many tokens the call has**: sums are added up in another order for some numbers than for others. Without it,
+    /// which is the usual, a result has the same bits whatever other tokens there are.
+    pub split_k: bool,
 }
 
 /// What one call works on.
@@ -178,6 +182,7 @@ enum Entry {
 ///     activation: Activation::default(),
 ///     activations: ActivationFormat::E4m3,
 ///     weight_on_input: false,
+///     split_k: false,
 /// };
 /// let layer = Layer::prepare(&device, w13, w2, config, 16384)?; // compiles; nothing afterwards does
 /// println!("{}", layer.choice(64)?);
@@ -288,7 +293,8 @@ impl Layer {
             return Err(Error::value("tokens", tokens, format!("at most {}, as prepared", self.max_tokens)));
         }
         let multiprocessors = self.device.info().multiprocessors as usize;
-        LayerChoice::with_offsets(&self.shape, &self.config, tokens, multiprocessors)
+        let tiles = self.choices.tiles(tokens);
+        LayerChoice::with_offsets(&self.shape, &self.config, tokens, tiles, multiprocessors)
     }
 
     /// Bytes of workspace that serve calls of up to that many tokens, a multiple of 256.
@@ -304,8 +310,8 @@ impl Layer {
     /// # Errors
     /// As [`Layer::choice`]; [`Error::Value`] unless `workspace` is 256-byte aligned.
     pub fn parts(&self, tokens: usize, workspace: u64) -> Result<LayerParts> {
-        let (LayerChoice { plan, row_tile, .. }, offsets) = self.choose(tokens)?;
-        offsets.at(workspace, &plan, row_tile)
+        let (choice, offsets) = self.choose(tokens)?;
+        offsets.at(workspace, &choice)
     }
 
     /// Readies a workspace; once, before its first call. Calls of different numbers of tokens may share it.
@@ -365,7 +371,7 @@ impl Layer {
     /// Checks everything that a call's launches ask for.
     pub(super) fn call<'a>(&self, tokens: usize, buffers: &'a LayerBuffers) -> Result<Call<'a>> {
         let (choice, offsets) = self.choose(tokens)?;
-        let call = Call { choice, parts: offsets.at(buffers.workspace, &choice.plan, choice.row_tile)?, buffers };
+        let call = Call { choice, parts: offsets.at(buffers.workspace, &choice)?, buffers };
         self.check_routing(&buffers.routing)?;
         if tokens > 0 {
             require_aligned("output", buffers.output, 16)?;
@@ -429,8 +435,11 @@ impl Layer {
     /// As [`Layer::launch_stage`].
     #[allow(unsafe_code)]
     unsafe fn gemm2(&self, stream: Stream, call: &Call<'_>) -> Result<()> {
-        let LayerParts { activated, activated_scales, back, .. } = call.parts;
-        let buffers = GemmBuffers { rows: activated, scales: activated_scales, out: back, ..call.gemm() };
+        let LayerParts { activated, activated_scales, back, second_worklist, .. } = call.parts;
+        let mut buffers = GemmBuffers { rows: activated, scales: activated_scales, out: back, ..call.gemm() };
+        if let Some(second) = second_worklist {
+            (buffers.header, buffers.worklist) = (second.header, second.worklist);
+        }
         // SAFETY: the caller's promise.
         unsafe { prepared(&self.gemms, &(call.choice.gemm2, false)).launch(stream, &self.w2, &buffers) }
     }
@@ -464,7 +473,11 @@ impl Entry {
         let LayerChoice { plan, row_tile, .. } = call.choice;
         let LayerBuffers { routing, workspace, .. } = call.buffers;
         // SAFETY: the caller's promise.
-        unsafe { prepared(route, &row_tile).launch(stream, &plan, routing, &call.parts.layout, *workspace) }
+        unsafe {
+            let parts = &call.parts;
+            let route = prepared(route, &row_tile);
+            route.launch_with(stream, &plan, routing, &parts.layout, parts.second_worklist.as_ref(), *workspace)
+        }
     }
 
     /// # Safety
@@ -474,11 +487,12 @@ impl Entry {
         let LayerChoice { plan, row_tile, .. } = call.choice;
         let LayerBuffers { routing, workspace, .. } = call.buffers;
         let (rows, layout) = (call.rows(), &call.parts.layout);
+        let lists = (layout, call.parts.second_worklist.as_ref());
         // SAFETY: the caller's promise.
         unsafe {
             match self {
                 Self::Quantized(steps) => {
-                    prepared(steps, &row_tile).launch(stream, &plan, routing, &rows, layout, *workspace)
+                    prepared(steps, &row_tile).launch_with(stream, &plan, routing, &rows, lists, *workspace)
                 }
                 Self::Plain { permute, .. } => permute.launch(stream, &plan, &rows, layout),
             }
@@ -497,7 +511,7 @@ impl Call<'_> {
         }
     }
 
-    /// What both GEMMs share.
+    /// What both GEMMs share, but for the worklist where their row tiles differ.
     fn gemm(&self) -> GemmBuffers {
         let LayerParts { layout, .. } = self.parts;
         GemmBuffers {

@@ -26,6 +26,7 @@ mod arguments;
 mod arithmetic;
 mod cache;
 pub mod compiler;
+mod cost;
 mod device;
 mod gemm;
 pub mod kernel;

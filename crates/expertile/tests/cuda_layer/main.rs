@@ -151,6 +151,47 @@ fn many_experts_are_right() {
 }
 
 #[test]
+fn a_layer_that_may_split_k_does_for_few_rows_and_is_right() {
+    let Some(device) = hopper() else { return };
+    for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+        let spec = Spec { hidden: 1024, intermediate: 128, experts: 1, topk: 1, max_tokens: 300, format, ..BASE };
+        let choices = |split_k| {
+            let model = Model::new(device, Spec { split_k, ..spec });
+            [1, 40, 300].map(|tokens| model.on_device.choice(tokens).unwrap().gemm1.splits)
+        };
+        assert_eq!(choices(false), [1; 3], "never, unless it may");
+        let [one, forty, many] = choices(true);
+        assert!(one > 1 && forty > 1 && many == 1, "K in {one}, {forty}, {many} parts");
+        check_model(Spec { split_k: true, ..spec }, &[1, 16, 40], &[Pattern::Even, Pattern::Skewed]);
+    }
+}
+
+#[test]
+fn gemms_whose_row_tiles_differ_have_a_worklist_each() {
+    let Some(device) = hopper() else { return };
+    let spec = Spec { hidden: 1024, intermediate: 128, experts: 24, topk: 3, max_tokens: 3000, ..BASE };
+    for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+        let model = Model::new(device, Spec { format, ..spec });
+        let differ = |&tokens: &usize| {
+            let choice = model.on_device.choice(tokens).unwrap();
+            choice.gemm1.row_tile != choice.gemm2.row_tile
+        };
+        // Routing in the permute's launch and before it.
+        let few = (1..2730).find(differ);
+        let many = (2740..3000).find(differ);
+        println!("{format}: {few:?} and {many:?} tokens");
+        let tokens: Vec<usize> = few.into_iter().chain(many).collect();
+        assert!(!tokens.is_empty(), "{format}: both GEMMs always have the same");
+        for tokens in tokens {
+            let [oracle, cpu, same_rows] = differences(device, &model, tokens, Pattern::Skewed);
+            let (to_oracle, to_cpu) = tolerances(&model.spec, tokens);
+            assert!(oracle.within(to_oracle), "{tokens} tokens, {format}: {oracle}");
+            assert!(cpu.within(to_cpu) && same_rows.within(SAME_ROWS), "{tokens} tokens, {format}: {cpu}, {same_rows}");
+        }
+    }
+}
+
+#[test]
 fn weights_on_the_input_are_right() {
     let spec = Spec { hidden: 384, intermediate: 128, experts: 4, topk: 1, weight_on_input: true, ..BASE };
     check_model(spec, &[1, 9, 200], &[Pattern::Even, Pattern::Skewed]);

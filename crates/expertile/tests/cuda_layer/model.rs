@@ -31,6 +31,7 @@ pub(crate) struct Spec {
     pub(crate) ids: Dtype,
     pub(crate) activation: Activation,
     pub(crate) weight_on_input: bool,
+    pub(crate) split_k: bool,
     pub(crate) max_tokens: usize,
 }
 
@@ -46,6 +47,7 @@ pub(crate) const BASE: Spec = Spec {
     ids: Dtype::I32,
     activation: Activation { alpha: 1.0, beta: 0.0, limit: None },
     weight_on_input: false,
+    split_k: false,
     max_tokens: 600,
 };
 
@@ -71,6 +73,7 @@ impl Spec {
             activation: self.activation,
             activations: self.activations(),
             weight_on_input: self.weight_on_input,
+            split_k: self.split_k,
         }
     }
 }

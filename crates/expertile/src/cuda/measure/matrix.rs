@@ -21,9 +21,9 @@ use crate::quantize::ScaleFormat;
 pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<f64> {
     const ROWS: usize = 16384;
     const WIDTH: usize = 8192;
-    let row_tile = GemmTile::row_tile_for(ROWS, 1, format);
-    let shape = GemmShape { n: WIDTH, k: WIDTH, format, experts: 1, rows: ROWS };
-    let tile = GemmTile::choose(&shape, row_tile, device.info().multiprocessors as usize);
+    let shape = GemmShape { n: WIDTH, k: WIDTH, format, experts: 1, rows: ROWS, most_rows: ROWS };
+    let tile = GemmTile::choose(&shape, device.info().multiprocessors as usize);
+    let row_tile = tile.row_tile;
     let gemm = Gemm::prepare(device, GemmConfig { format, tile, activation: None })?;
     let route = Route::prepare(device, RouteConfig { topk: 1, ids: Dtype::I32, row_tile })?;
     let plan = Plan::tight(ROWS, 1, 1, ALIGNMENT, TokenExperts::Distinct)?;
