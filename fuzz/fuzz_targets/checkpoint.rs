@@ -1,4 +1,5 @@
-//! The checkpoint reader over any bytes, and over whole checkpoints of the three families with damage done to them.
+//! The checkpoint reader over any bytes, and over whole checkpoints of several kinds with damage done to them: experts in
+//! tensors of their own and fused, plain and transposed, with shared experts, biases and a nested config.
 //!
 //! Whatever the bytes are, opening and reading a layer end in a value or an error; a value can be read throughout.
 #![no_main]
@@ -28,6 +29,12 @@ enum Family {
     Qwen3Moe,
     DeepSeekV3,
     Mixtral,
+    /// Fused and transposed, with biases.
+    GptOss,
+    /// Fused, in a nested config below another prefix, with a gated shared expert.
+    Qwen35Moe,
+    /// Without a gate.
+    NemotronH,
 }
 
 fuzz_target!(|input: Input| {
@@ -59,12 +66,20 @@ fn read(layer: &MoeLayer<'_>) {
     let shape = layer.shape();
     assert_eq!(layer.experts().len(), shape.local_experts());
     assert_eq!(layer.router_weight().len(), shape.local_experts() * shape.hidden());
-    let topk = layer.router().topk();
+    let topk = layer.router().topk;
     let logits = vec![0.0; shape.local_experts()];
     let logits = expertile::MatrixRef::new(&logits, 1, shape.local_experts()).expect("one row");
     layer.router().route(logits, &mut vec![0; topk], &mut vec![0.0; topk]).expect("a router that was checked");
+    if let Some(biases) = layer.biases() {
+        assert_eq!(biases.w13.len(), shape.local_experts() * shape.w13_rows());
+        assert_eq!(biases.w2.len(), shape.local_experts() * shape.hidden());
+    }
+    if let Some(shared) = layer.shared() {
+        assert!(shared.gate.as_ref().is_none_or(|gate| gate.len() == shape.hidden()));
+        shared.expert.down.write_row(0, &mut vec![0.0; shared.shape.intermediate()]);
+    }
     for expert in layer.experts() {
-        for matrix in [&expert.gate, &expert.up, &expert.down] {
+        for matrix in expert.gate.iter().chain([&expert.up, &expert.down]) {
             let mut row = vec![0.0; matrix.cols()];
             for j in 0..matrix.rows() {
                 matrix.write_row(j, &mut row);
@@ -82,39 +97,92 @@ fn whole_config(family: Family) -> Vec<u8> {
         Family::DeepSeekV3 => {
             r#""model_type":"deepseek_v3","n_routed_experts":2,"moe_intermediate_size":3,"n_group":1,"topk_group":1,
             "norm_topk_prob":true,"routed_scaling_factor":2.5,"first_k_dense_replace":1,"scoring_func":"sigmoid",
-            "topk_method":"noaux_tc""#
+            "topk_method":"noaux_tc","n_shared_experts":2"#
         }
         Family::Mixtral => r#""architectures":["MixtralForCausalLM"],"num_local_experts":2,"intermediate_size":3"#,
+        Family::GptOss => r#""model_type":"gpt_oss","num_local_experts":2,"intermediate_size":3,"swiglu_limit":7.0"#,
+        Family::Qwen35Moe => {
+            r#""model_type":"qwen3_5_moe_text","num_experts":2,"moe_intermediate_size":3,
+            "shared_expert_intermediate_size":5"#
+        }
+        Family::NemotronH => {
+            r#""model_type":"nemotron_h","n_routed_experts":2,"moe_intermediate_size":3,"n_group":1,"topk_group":1,
+            "norm_topk_prob":true,"routed_scaling_factor":null,"mlp_hidden_act":"relu2",
+            "time_step_limit":[0.0,Infinity],"hybrid_override_pattern":"ME","moe_shared_expert_intermediate_size":5"#
+        }
     };
-    format!(
-        r#"{{{own},"hidden_size":4,"num_experts_per_tok":1,"hidden_act":"silu","num_hidden_layers":2,
-        "quantization_config":{{"weight_block_size":[128,128]}}}}"#
-    )
+    let act = if family == Family::NemotronH { "" } else { r#""hidden_act":"silu","# };
+    let config = format!(
+        r#"{{{own},{act}"hidden_size":4,"num_experts_per_tok":1,"num_hidden_layers":2,
+        "quantization_config":{{"quant_method":"fp8","weight_block_size":[128,128]}}}}"#
+    );
+    match family {
+        Family::Qwen35Moe => format!(r#"{{"model_type":"qwen3_5_moe","text_config":{config}}}"#),
+        _ => config,
+    }
     .into_bytes()
 }
 
 fn whole_file(family: Family, e4m3: bool) -> Vec<u8> {
-    let prefix = if family == Family::Mixtral { "model.layers.1.block_sparse_moe" } else { "model.layers.1.mlp" };
-    let parts = if family == Family::Mixtral { ["w1", "w3", "w2"] } else { ["gate_proj", "up_proj", "down_proj"] };
-    let weight = if e4m3 { Dtype::F8_E4M3 } else { Dtype::BF16 };
-    let mut tensors = vec![(format!("{prefix}.gate.weight"), Dtype::F32, vec![EXPERTS, HIDDEN])];
-    if family == Family::DeepSeekV3 {
-        tensors.push((format!("{prefix}.gate.e_score_correction_bias"), Dtype::F32, vec![EXPERTS]));
+    let prefix = match family {
+        Family::Mixtral => "model.layers.1.block_sparse_moe",
+        Family::NemotronH => "backbone.layers.1.mixer",
+        Family::Qwen35Moe => "model.language_model.layers.1.mlp",
+        Family::Qwen3Moe | Family::DeepSeekV3 | Family::GptOss => "model.layers.1.mlp",
+    };
+    // Fused tensors have no e4m3 form whose blocks are known at this intermediate size.
+    let fused = matches!(family, Family::GptOss | Family::Qwen35Moe);
+    let weight = if e4m3 && !fused { Dtype::F8_E4M3 } else { Dtype::BF16 };
+    let router = if family == Family::GptOss { "router" } else { "gate" };
+    let mut tensors = vec![(format!("{router}.weight"), Dtype::F32, vec![EXPERTS, HIDDEN])];
+    if matches!(family, Family::DeepSeekV3 | Family::NemotronH) {
+        tensors.push(("gate.e_score_correction_bias".into(), Dtype::F32, vec![EXPERTS]));
     }
-    for expert in 0..EXPERTS {
-        let shapes = [[INTERMEDIATE, HIDDEN], [INTERMEDIATE, HIDDEN], [HIDDEN, INTERMEDIATE]];
-        for (part, shape) in parts.into_iter().zip(shapes) {
-            let name = format!("{prefix}.experts.{expert}.{part}.weight");
-            if e4m3 {
+    type Tensors = Vec<(String, Dtype, Vec<usize>)>;
+    let expert = |tensors: &mut Tensors, name: String, parts: &[&str], width: usize| {
+        for part in parts {
+            let shape = if matches!(*part, "down_proj" | "w2") { vec![HIDDEN, width] } else { vec![width, HIDDEN] };
+            let name = format!("{name}.{part}.weight");
+            if weight == Dtype::F8_E4M3 {
                 tensors.push((format!("{name}_scale_inv"), Dtype::F32, vec![1, 1]));
             }
-            tensors.push((name, weight, shape.to_vec()));
+            tensors.push((name, weight, shape));
+        }
+    };
+    let gated = ["gate_proj", "up_proj", "down_proj"];
+    for id in 0..EXPERTS {
+        match family {
+            Family::Mixtral => expert(&mut tensors, format!("experts.{id}"), &["w1", "w3", "w2"], INTERMEDIATE),
+            Family::NemotronH => expert(&mut tensors, format!("experts.{id}"), &gated[1..], INTERMEDIATE),
+            Family::Qwen3Moe | Family::DeepSeekV3 => {
+                expert(&mut tensors, format!("experts.{id}"), &gated, INTERMEDIATE)
+            }
+            Family::GptOss | Family::Qwen35Moe => {}
         }
     }
-    let data = [0x3c; 4 * EXPERTS * HIDDEN];
+    match family {
+        Family::DeepSeekV3 => expert(&mut tensors, "shared_experts".into(), &gated, 2 * INTERMEDIATE),
+        Family::NemotronH => expert(&mut tensors, "shared_experts".into(), &gated[1..], 5),
+        Family::Qwen35Moe => {
+            expert(&mut tensors, "shared_expert".into(), &gated, 5);
+            tensors.push(("shared_expert_gate.weight".into(), Dtype::BF16, vec![1, HIDDEN]));
+            tensors.push(("experts.gate_up_proj".into(), weight, vec![EXPERTS, 2 * INTERMEDIATE, HIDDEN]));
+            tensors.push(("experts.down_proj".into(), weight, vec![EXPERTS, HIDDEN, INTERMEDIATE]));
+        }
+        Family::GptOss => {
+            tensors.push(("router.bias".into(), Dtype::BF16, vec![EXPERTS]));
+            tensors.push(("experts.gate_up_proj".into(), weight, vec![EXPERTS, HIDDEN, 2 * INTERMEDIATE]));
+            tensors.push(("experts.gate_up_proj_bias".into(), weight, vec![EXPERTS, 2 * INTERMEDIATE]));
+            tensors.push(("experts.down_proj".into(), weight, vec![EXPERTS, INTERMEDIATE, HIDDEN]));
+            tensors.push(("experts.down_proj_bias".into(), weight, vec![EXPERTS, HIDDEN]));
+        }
+        Family::Qwen3Moe | Family::Mixtral => {}
+    }
+    let data = [0x3c; 4 * EXPERTS * 2 * INTERMEDIATE * HIDDEN];
     let views = tensors.into_iter().map(|(name, dtype, shape)| {
         let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
-        (name, TensorView::new(dtype, shape, &data[..bytes]).expect("as many bytes as the shape asks for"))
+        let view = TensorView::new(dtype, shape, &data[..bytes]).expect("as many bytes as the shape asks for");
+        (format!("{prefix}.{name}"), view)
     });
     safetensors::serialize(views, None).expect("a header of a few tensors")
 }

@@ -15,20 +15,22 @@ CUTS = ((1, 1), (2, 1), (1, 2), (1, 4), (1, 8))
 
 
 def all_tiles():
-    narrow = [(row_tile, *cut, 0) for row_tile in ROW_TILES for cut in CUTS if cut[1] == 1 or row_tile <= 64]
-    return narrow + [(192, shared, 1, 1) for shared in (1, 2)] + [(128, 1, 1, 1)]
+    """Each as row tile, blocks that share rows, parts of K, 1 for a wide kernel, outputs."""
+    few = [(row_tile, *cut, 0, 128) for row_tile in ROW_TILES for cut in CUTS if cut[1] == 1 or row_tile <= 64]
+    narrow = [(row_tile, 1, 1, 0, 64) for row_tile in ROW_TILES if row_tile <= 64]
+    return narrow + few + [(192, shared, 1, 1, 128) for shared in (1, 2)] + [(128, 1, 1, 1, 256)]
 
 
 def worthwhile_tiles(weights, call):
     """Those that do not read weights many times over, are not nearly empty, and split K only where tiles are few."""
     experts, n, k = weights.shape
     rows = call.live / call.active
-    for row_tile, shared, splits, wide in all_tiles():
+    for row_tile, shared, splits, wide, outputs in all_tiles():
         if row_tile * 4 < rows and row_tile < 128 or row_tile > 16 * max(rows, 2):
             continue
         tiles = call.active * -(-rows // row_tile) * -(-n // 128)
         if splits == 1 or tiles * splits <= 4 * 132:
-            yield row_tile, shared, splits, wide
+            yield row_tile, shared, splits, wide, outputs
 
 
 def compile_ours(tiles):
@@ -161,13 +163,15 @@ def measure(peer, shape, tokens, weights, chosen, options, sweep=False):
 
 
 def name(tile):
-    """Row tile / blocks that share rows / parts of K, and a w for the wide kernel."""
-    return "/".join(map(str, tile[:3])) + "w" * tile[3]
+    """Row tile / blocks that share rows / parts of K, and a w for a wide kernel or an n for a tile of 64 outputs."""
+    return "/".join(map(str, tile[:3])) + "w" * tile[3] + "n" * (tile[4] == 64)
 
 
 def tile_of(name):
     """The tile of such a name."""
-    return *map(int, name.rstrip("w").split("/")), int(name.endswith("w"))
+    row_tile, shared, splits = map(int, name.rstrip("wn").split("/"))
+    outputs = 64 if name.endswith("n") else 256 if name.endswith("w") and row_tile == 128 else 128
+    return row_tile, shared, splits, int(name.endswith("w")), outputs
 
 
 def show(row):

@@ -62,20 +62,23 @@ class Ours:
 
     def stages(self):
         hidden, _, experts, topk, _ = SHAPES[self.calls[0].shape]
-        step = ours.Permutation(self.calls[0].tokens, topk, experts, hidden, self.alignment, reference_size=False, row_tile=self.tiles[0][0])
-        permutes = [step.bind(c.x, c.ids, c.expert_map) for c in self.calls]
+        # Each GEMM's worklist has its own row tile; the rows are in the same places.
+        steps = [ours.Permutation(self.calls[0].tokens, topk, experts, hidden, self.alignment, reference_size=False, row_tile=tile[0])
+                 for tile in self.tiles]
+        step = steps[0]
+        permutes, seconds = ([step.bind(c.x, c.ids, c.expert_map) for c in self.calls] for step in steps)
         up, down = (w.pair for w in self.weights)
         wide = lambda pair: torch.empty((step.m_sum, pair[0].shape[1]), device="cuda", dtype=torch.bfloat16).normal_()
         mid, rows = wide(up), wide(down)
         gemm1 = [ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, mid, self.alignment) for p in permutes]
         activation = [ours.bind_activation(mid, p.psum, self.alignment) for p in permutes]
-        gemm2 = [ours.bind_gemm(self.tiles[1], down, a.rows, a.scales, p, rows, self.alignment) for a, p in zip(activation, permutes)]
+        gemm2 = [ours.bind_gemm(self.tiles[1], down, a.rows, a.scales, p, rows, self.alignment) for a, p in zip(activation, seconds)]
         unpermute = [ours.bind_unpermute(rows, p.inv_perm, c.weights, torch.empty_like(c.x)) for p, c in zip(permutes, self.calls)]
         found = dict(permute=permutes, gemm1=gemm1, activation=activation, gemm2=gemm2, unpermute=unpermute)
         if self.inside:
             found["gemm1 + activation"] = [
                 ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, a.rows, self.alignment, a.scales) for p, a in zip(permutes, activation)]
-        for step in [*permutes, *gemm1, *activation]:
+        for step in [*permutes, *seconds, *gemm1, *activation]:
             step()
         return found
 

@@ -20,7 +20,7 @@ _lib.expertile_bind_activation.argtypes = [_size, _word, _word, _word, _word, _s
 _lib.expertile_bind_unpermute.restype = _size
 _lib.expertile_bind_unpermute.argtypes = [_size] * 4 + [_word] * 4
 _lib.expertile_bind_gemm.restype = _size
-_lib.expertile_bind_gemm.argtypes = [_size] * 7 + [_word] * 9 + [_size] * 2
+_lib.expertile_bind_gemm.argtypes = [_size] * 8 + [_word] * 9 + [_size] * 2
 _lib.expertile_layer.restype = _size
 _lib.expertile_layer.argtypes = [_size] * 6 + [_word] * 4
 _lib.expertile_layer_choice.argtypes = [_size, _size, ctypes.POINTER(_size)]
@@ -136,10 +136,10 @@ class Layer:
 
     def choice(self, tokens):
         """-> workspace bytes, alignment, launches, whether GEMM 1 has the activation inside, the tile of each GEMM: row tile, blocks
-        that share rows, parts of K, 1 for the wide kernel."""
-        found = (_size * 12)()
+        that share rows, parts of K, 1 for the wide kernel, outputs."""
+        found = (_size * 14)()
         _checked(_lib.expertile_layer_choice(self._handle, tokens, found))
-        return *found[:3], bool(found[3]), tuple(found[4:8]), tuple(found[8:])
+        return *found[:3], bool(found[3]), tuple(found[4:9]), tuple(found[9:])
 
     def bind(self, x, ids, weights, out, workspace, expert_map=None):
         addresses = [0 if t is None else t.data_ptr() for t in (x, ids, expert_map, weights, out, workspace)]

@@ -4,9 +4,12 @@
 #
 #   run.sh FOLDER PART...
 #
-# FOLDER holds the test binaries (unit, cuda_kernels, cuda_gemm, cuda_layer), libexpertile_vllm_gpu.so and the Python files
-# of benches/peers/vllm_gpu; a part is one of: arithmetic, kernels, sanitize, alone, compare, sweep, layer. PEER_DIR names vLLM's
-# pieces. LAYER gives the last two their options (--shapes, --tokens), DG_JIT_CACHE_DIR where DeepGEMM keeps what it compiles.
+# FOLDER holds the test binaries (unit, cuda_kernels, cuda_gemm, cuda_layer), the command expertile, libexpertile_vllm_gpu.so and
+# the Python files of benches/peers/vllm_gpu; a part is one of: arithmetic, kernels, sanitize, tiles, promise, split, alone,
+# compare, sweep, layer. PEER_DIR names vLLM's pieces. LAYER gives the last two their options (--shapes, --tokens),
+# DG_JIT_CACHE_DIR where DeepGEMM keeps what it compiles. tiles: by how much the choice of tiles misses the best, on the seeds
+# in SEEDS; promise: what it costs that K is never split by a call's size, where experts are few; split: layers whose experts
+# are split among ranks.
 set -uo pipefail
 folder=$(cd "$1" && pwd)
 shift
@@ -42,6 +45,23 @@ for name in "$@"; do
             tests=${check%%:*} tool=${check##*:}
             part "$tests-$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/$tests" --test-threads 1 sanitizer
             tail -n 3 "$out/$tests-$tool.log"
+        done ;;
+    tiles)
+        for seed in ${SEEDS:-1}; do
+            part "tiles-$seed" 250 "$folder/expertile" bench --device cuda:0 tiles --seed "$seed" --json "$out/tiles-$seed.json" ${TILES:-}
+            grep -E "^[0-9t]|%" "$out/tiles-$seed.log" | tr -d '│┆' | tr -s ' '
+        done ;;
+    promise)
+        for experts in 1 2 4; do
+            part "promise-$experts" 60 "$folder/expertile" bench --device cuda:0 tiles --experts "$experts" --draws 24 \
+                --json "$out/promise-$experts.json"
+            tail -n 2 "$out/promise-$experts.log"
+        done ;;
+    split)
+        for shape in deepseek-v3:256 qwen3-235b-a22b:384; do
+            part "split-${shape%%:*}" 120 "$folder/expertile" bench --device cuda:0 layer --preset "${shape%%:*}" --weights e4m3 \
+                --intermediate "${shape##*:}" --tokens "${SPLIT_TOKENS:-777,1024,4096,5000,8192}" --json "$out/split-${shape%%:*}.json"
+            grep -E "layer|tokens:|gemm" "$out/split-${shape%%:*}.log" | tr -d '│┆' | tr -s ' '
         done ;;
     alone)
         part alone 240 python3 "$folder/compare.py" --alone --out "$out" ${ALONE:-}

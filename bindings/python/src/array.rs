@@ -1,9 +1,12 @@
 //! Arrays from Python (torch tensors, NumPy arrays) as checked views of their memory.
 //!
 //! Here a pointer that Python vouches for becomes slices, after checking the element type, the strides, the alignment and,
-//! for what will be written, that nothing else overlaps it.
+//! for what will be written, that nothing else overlaps it. Numbers that say where to read or write next (ids, rows, counts)
+//! are copied out of the caller's memory first, so that what was checked is what is used.
 
+use crate::autograd;
 use crate::exchange::{self, View};
+use crate::limits;
 use bytemuck::Pod;
 use expertile::{E4m3, MatrixRef};
 use half::{bf16, f16};
@@ -11,15 +14,17 @@ use pyo3::conversion::FromPyObjectOwned;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyTuple;
-use std::borrow::Cow;
 use std::ops::{Deref, Range};
 
 /// What an array is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Element {
     E4m3,
+    /// A power of two, `2^(byte - 127)`.
+    E8m0,
     Bf16,
     F16,
     F32,
@@ -33,8 +38,9 @@ pub(crate) enum Element {
 
 impl Element {
     /// Names as torch and NumPy (with ml_dtypes) spell them.
-    const NAMED: [(&'static str, Self); 8] = [
+    const NAMED: [(&'static str, Self); 9] = [
         ("float8_e4m3fn", Self::E4m3),
+        ("float8_e8m0fnu", Self::E8m0),
         ("bfloat16", Self::Bf16),
         ("float16", Self::F16),
         ("float32", Self::F32),
@@ -47,7 +53,7 @@ impl Element {
     /// Its size; `None` if that has to be asked.
     fn bytes(self) -> Option<usize> {
         match self {
-            Self::E4m3 | Self::U8 | Self::I8 => Some(1),
+            Self::E4m3 | Self::E8m0 | Self::U8 | Self::I8 => Some(1),
             Self::Bf16 | Self::F16 => Some(2),
             Self::F32 | Self::I32 => Some(4),
             Self::I64 => Some(8),
@@ -62,8 +68,10 @@ impl Element {
         const FLOAT: u8 = 2;
         const BFLOAT: u8 = 4;
         const E4M3FN: u8 = 10;
+        const E8M0FNU: u8 = 14;
         match dtype {
             (E4M3FN, 8, 1) => Self::E4m3,
+            (E8M0FNU, 8, 1) => Self::E8m0,
             (BFLOAT, 16, 1) => Self::Bf16,
             (FLOAT, 16, 1) => Self::F16,
             (FLOAT, 32, 1) => Self::F32,
@@ -99,7 +107,7 @@ macro_rules! native {
 native! {
     // NumPy has no e4m3 of its own: bytes are taken for it.
     E4m3: E4m3 | U8 | I8;
-    u8: U8 | I8 | E4m3;
+    u8: U8 | I8 | E4m3 | E8m0;
     bf16: Bf16;
     f16: F16;
     f32: F32;
@@ -157,6 +165,8 @@ pub(crate) struct Array<'py> {
     writable: bool,
     /// The CUDA device it is on, or the CPU.
     device: Option<usize>,
+    /// Whether torch keeps a record of it: a tensor that the caller has handed over.
+    tracked: bool,
 }
 
 /// The promise that what will be written overlaps nothing else; only [`Apart::check`] makes one.
@@ -164,15 +174,19 @@ pub(crate) struct Array<'py> {
 pub(crate) struct Apart(());
 
 impl Apart {
+    /// Everything that can be said about the memory of a call before its first byte is written.
+    ///
     /// # Errors
-    /// `ValueError` if one of `outputs` shares memory with another one or with one of `inputs`.
+    /// `ValueError` if one of `outputs` shares memory with another one or with one of `inputs`, or is part of a graph that
+    /// torch differentiates, `RuntimeError` if a trace is watching.
     pub(crate) fn check(outputs: &[&Array<'_>], inputs: &[Option<&Array<'_>>]) -> PyResult<Self> {
+        autograd::admit(outputs, inputs)?;
         for (index, output) in outputs.iter().enumerate() {
             let others = outputs[index + 1..].iter().copied().chain(inputs.iter().copied().flatten());
             let written = output.bytes()?;
             for other in others {
                 let read = other.bytes()?;
-                if written.start < read.end && read.start < written.end {
+                if written.start < read.end && read.start < written.end && !output.is_beside(other) {
                     let (output, other) = (output.argument, other.argument);
                     return Err(PyValueError::new_err(format!(
                         "{output} shares memory with {other}, expected memory of its own"
@@ -185,9 +199,52 @@ impl Apart {
 }
 
 impl<'py> Array<'py> {
+    /// An array to be read. Where torch keeps a tensor as the negative of what its memory holds, a true copy of it.
+    ///
     /// # Errors
     /// `TypeError` for anything but a dense torch tensor or a NumPy array, `ValueError` for one that is not on the CPU.
     pub(crate) fn new(argument: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let array = Self::of(argument, object)?;
+        if array.may_be_negative() && autograd::is_negative(object)? {
+            return Self::of(argument, &object.call_method0(intern!(object.py(), "resolve_neg"))?);
+        }
+        Ok(array)
+    }
+
+    /// An array to be written.
+    ///
+    /// # Errors
+    /// As [`Array::new`]; `ValueError` for one that is read-only, that has several elements in one place, or whose memory
+    /// holds the negative of its values.
+    pub(crate) fn output(argument: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let array = Self::target(argument, object)?;
+        if array.may_be_negative() && autograd::is_negative(object)? {
+            return Err(PyValueError::new_err(format!(
+                "{argument} is a view of negative values, expected a tensor that holds its values themselves"
+            )));
+        }
+        Ok(array)
+    }
+
+    /// An array to be written by assignment, which knows of negative values.
+    fn target(argument: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let array = Self::of(argument, object)?;
+        if !array.writable {
+            return Err(array.read_only_error());
+        }
+        if array.overlaps_itself() {
+            return Err(array.stride_error("memory of its own for each element"));
+        }
+        Ok(array)
+    }
+
+    /// A tensor that this call has made for its caller: nobody else knows of it.
+    pub(crate) fn made(argument: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
+        Ok(Self { tracked: false, ..Self::of(argument, object)? })
+    }
+
+    /// An array of which only the memory matters.
+    fn of(argument: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
         let py = object.py();
         if let Some(Some(array)) = exchange::view(object, |view| Self::from_view(argument, object, &view)) {
             Ok(array)
@@ -225,6 +282,7 @@ impl<'py> Array<'py> {
             item_bytes: (usize::from(bits) * usize::from(lanes)).div_ceil(8),
             writable: true,
             device: view.device,
+            tracked: true,
             object: object.clone(),
         })
     }
@@ -264,6 +322,7 @@ impl<'py> Array<'py> {
             },
             writable: true,
             device,
+            tracked: true,
             object: object.clone(),
         })
     }
@@ -296,6 +355,7 @@ impl<'py> Array<'py> {
             item_bytes,
             writable: !readonly,
             device: None,
+            tracked: false,
             object: object.clone(),
         })
     }
@@ -324,6 +384,21 @@ impl<'py> Array<'py> {
     /// The CUDA device it is on, or `None` for the CPU.
     pub(crate) fn device(&self) -> Option<usize> {
         self.device
+    }
+
+    /// The name it goes by in errors.
+    pub(crate) fn argument(&self) -> &'static str {
+        self.argument
+    }
+
+    /// Whether it is a tensor that torch keeps a record of.
+    pub(crate) fn is_tracked(&self) -> bool {
+        self.tracked
+    }
+
+    /// The tensor or NumPy array itself.
+    pub(crate) fn object(&self) -> &Bound<'py, PyAny> {
+        &self.object
     }
 
     /// The tensor or NumPy array itself.
@@ -426,9 +501,66 @@ impl<'py> Array<'py> {
         })
     }
 
+    /// Whether torch has to be asked if the tensor is a negative. That takes a tenth of a microsecond: on a GPU, where a call
+    /// takes few, not for what no public function of torch makes such a view of.
+    fn may_be_negative(&self) -> bool {
+        self.tracked
+            && (self.device.is_none()
+                || matches!(self.element, Element::Bf16 | Element::F16 | Element::F32 | Element::Other))
+    }
+
+    /// Whether two elements may have the same place: exact for what slicing, transposing and expanding make.
+    fn overlaps_itself(&self) -> bool {
+        if self.require_contiguous().is_ok() {
+            return false;
+        }
+        let strides = self.strides.iter().map(|stride| stride.unsigned_abs());
+        let mut dims: Vec<(usize, usize)> =
+            strides.zip(self.shape.iter().copied()).filter(|&(_, size)| size > 1).collect();
+        dims.sort_unstable();
+        let mut reached = 0usize;
+        dims.into_iter().any(|(stride, size)| {
+            let apart = stride > reached;
+            reached = reached.saturating_add(stride.saturating_mul(size - 1));
+            !apart
+        })
+    }
+
+    /// Whether two matrices of the same row stride stand side by side in it: columns of one wider matrix.
+    fn is_beside(&self, other: &Self) -> bool {
+        let columns = |array: &Self| match (&*array.shape, &*array.strides) {
+            (&[_, columns], &[row, 1]) if row > 0 => {
+                Some((row as usize * array.item_bytes, columns * array.item_bytes))
+            }
+            _ => None,
+        };
+        let (Some((row, mine)), Some((same_row, its))) = (columns(self), columns(other)) else { return false };
+        let offset = other.pointer.wrapping_sub(self.pointer) as isize;
+        row == same_row && {
+            let offset = offset.rem_euclid(row as isize) as usize;
+            offset >= mine && offset + its <= row
+        }
+    }
+
+    fn read_only_error(&self) -> PyErr {
+        PyValueError::new_err(format!("{} is read-only, expected to write to it", self.argument))
+    }
+
     /// The memory the array covers, gaps included.
     fn bytes(&self) -> PyResult<Range<usize>> {
-        Ok(self.pointer..self.pointer + self.span()? * self.item_bytes)
+        if let Some(covered) = self.covered {
+            return Ok(self.pointer..self.pointer.saturating_add(covered.saturating_mul(self.item_bytes)));
+        }
+        // Strides below zero start at the end of what they cover.
+        let (mut before, mut after) = (0usize, 0usize);
+        for (&size, &stride) in self.shape.iter().zip(&*self.strides).filter(|&(&size, _)| size > 1) {
+            let side = if stride < 0 { &mut before } else { &mut after };
+            let reach = (size - 1).checked_mul(stride.unsigned_abs()).and_then(|reach| side.checked_add(reach));
+            *side = reach.ok_or_else(|| self.stride_error("offsets that fit the address space"))?;
+        }
+        let [before, after] =
+            [before, after.saturating_add(1)].map(|elements| elements.saturating_mul(self.item_bytes));
+        Ok(self.pointer.saturating_sub(before)..self.pointer.saturating_add(after))
     }
 
     /// Fails unless the array is made of `T`.
@@ -483,7 +615,7 @@ impl<'py> Array<'py> {
     pub(crate) fn memory_mut<T: Native>(&self, _apart: Apart) -> PyResult<&mut [T]> {
         let len = self.check_on_cpu::<T>()?;
         if !self.writable {
-            return Err(PyValueError::new_err(format!("{} is read-only, expected to write to it", self.argument)));
+            return Err(self.read_only_error());
         }
         if len == 0 {
             return Ok(&mut []);
@@ -532,16 +664,117 @@ impl<'py> Array<'py> {
         MatrixRef::with_strides(memory, rows, cols, stride(0), stride(1)).map_err(crate::error::exception)
     }
 
-    /// A list, gathered if its elements do not stand next to each other.
-    pub(crate) fn vector<T: Native>(&self) -> PyResult<Cow<'_, [T]>> {
-        let [len] = *self.shape else { return Err(self.shape_error("one dimension")) };
+    /// The rows `rows` of a matrix with any (not negative) strides.
+    pub(crate) fn matrix_rows<T: Native>(&self, rows: Range<usize>) -> PyResult<MatrixRef<'_, T>> {
+        let (all, cols) = self.matrix_shape("two dimensions")?;
         let memory = self.memory()?;
-        Ok(match self.strides[0] {
-            _ if len <= 1 => Cow::Borrowed(memory),
-            1 => Cow::Borrowed(memory),
-            stride => Cow::Owned((0..len).map(|index| memory[index * stride as usize]).collect()),
-        })
+        let stride = |dimension: usize| usize::try_from(self.strides[dimension]).unwrap_or(0);
+        let (start, rows) = (rows.start.min(all), rows.end.min(all).saturating_sub(rows.start));
+        let memory = if rows == 0 || cols == 0 { &[] } else { &memory[start * stride(0)..] };
+        MatrixRef::with_strides(memory, rows, cols, stride(0), stride(1)).map_err(crate::error::exception)
     }
+
+    /// A copy of a matrix, row by row. Each element is read once: another thread may write it at any time, and what was
+    /// checked has to be what is used.
+    pub(crate) fn copied_matrix<T: Native + Send>(&self, py: Python<'_>) -> PyResult<Vec<T>> {
+        let (rows, _) = self.matrix_shape("two dimensions")?;
+        self.copied_rows(py, 0..rows)
+    }
+
+    /// The same of some of its rows.
+    pub(crate) fn copied_rows<T: Native + Send>(&self, py: Python<'_>, rows: Range<usize>) -> PyResult<Vec<T>> {
+        let (all, cols) = self.matrix_shape("two dimensions")?;
+        self.copied(py, rows.start.min(all)..rows.end.min(all), cols, (self.strides[0], self.strides[1]))
+    }
+
+    /// A copy of a list with at most as many elements as there may be experts.
+    pub(crate) fn copied_list<T: Native + Send>(&self, py: Python<'_>) -> PyResult<Vec<T>> {
+        let [len] = *self.shape else { return Err(self.shape_error("one dimension")) };
+        if len > limits::EXPERTS {
+            return Err(self.shape_error(&format!("at most {} elements", limits::EXPERTS)));
+        }
+        self.copied(py, 0..1, len, (0, self.strides[0]))
+    }
+
+    fn copied<T: Native + Send>(
+        &self,
+        py: Python<'_>,
+        rows: Range<usize>,
+        cols: usize,
+        (row_stride, col_stride): (isize, isize),
+    ) -> PyResult<Vec<T>> {
+        /// Between looks at whether the caller has been interrupted: a few milliseconds of copying.
+        const ELEMENTS_AT_ONCE: usize = 1 << 22;
+        self.check_on_cpu::<T>()?;
+        let len = rows.len().checked_mul(cols).ok_or_else(|| self.shape_error("as many elements as can be counted"))?;
+        let mut copy: Vec<T> = limits::vec(self.argument, len)?;
+        let start = self.pointer;
+        let mut from = 0;
+        while from < len {
+            let to = len.min(from + ELEMENTS_AT_ONCE);
+            let mut append = || {
+                let (mut row, mut col) = (rows.start + from / cols, from % cols);
+                for _ in from..to {
+                    let offset = row as isize * row_stride + col as isize * col_stride;
+                    let address = start.wrapping_add_signed(offset * size_of::<T>() as isize);
+                    #[allow(unsafe_code)]
+                    // SAFETY: `check_on_cpu` found the pointer aligned and every element of these strides within memory
+                    // that `self` keeps alive; the read is volatile because others may write there meanwhile.
+                    copy.push(unsafe { (address as *const T).read_volatile() });
+                    col += 1;
+                    if col == cols {
+                        (row, col) = (row + 1, 0);
+                    }
+                }
+            };
+            if to == len && from == 0 && len < 1 << 16 {
+                append();
+            } else {
+                py.detach(append);
+                py.check_signals()?;
+            }
+            from = to;
+        }
+        Ok(copy)
+    }
+}
+
+/// Fails unless arrays may be written as they are, by assignment: every one of `outputs` takes values, has memory of its own
+/// for each element, and none that another one or one of `inputs` has; all in one place.
+#[pyfunction]
+pub(crate) fn require_targets(
+    outputs: Vec<(PyBackedStr, Bound<'_, PyAny>)>,
+    inputs: Vec<(PyBackedStr, Option<Bound<'_, PyAny>>)>,
+) -> PyResult<()> {
+    let given = inputs.iter().filter_map(|(name, array)| array.as_ref().map(|array| (name, array)));
+    let inputs: Vec<_> = given.map(|(name, array)| Array::of(known(name), array)).collect::<PyResult<_>>()?;
+    let outputs: Vec<_> =
+        outputs.iter().map(|(name, array)| Array::target(known(name), array)).collect::<PyResult<_>>()?;
+    let of_outputs: Vec<_> = outputs.iter().collect();
+    let of_inputs: Vec<_> = inputs.iter().map(Some).collect();
+    Apart::check(&of_outputs, &of_inputs)?;
+    let all: Vec<_> = of_outputs.into_iter().map(Some).chain(of_inputs).collect();
+    Array::common_device(&all).map(drop)
+}
+
+/// The name of an argument, as arrays keep it.
+fn known(name: &str) -> &'static str {
+    const NAMES: [&str; 13] = [
+        "expert_map",
+        "expert_num_tokens",
+        "expert_start_loc",
+        "inv_perm",
+        "m_indices",
+        "out",
+        "output_index",
+        "rows",
+        "scales",
+        "topk_ids",
+        "topk_weights",
+        "x",
+        "x_scales",
+    ];
+    NAMES.into_iter().find(|known| *known == name).unwrap_or("an array")
 }
 
 fn place(device: Option<usize>) -> String {

@@ -310,7 +310,7 @@ impl Rows<'_> {
             Element::F16 => Ok(Dtype::F16),
             Element::F32 => Ok(Dtype::F32),
             Element::I32 => Ok(Dtype::I32),
-            Element::I64 | Element::Other => {
+            Element::E8m0 | Element::I64 | Element::Other => {
                 Err(self.x.dtype_error("float8_e4m3fn, bfloat16, float16, float32, int32 or uint8"))
             }
         }

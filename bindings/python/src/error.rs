@@ -1,14 +1,15 @@
 //! Errors of the library as exceptions, and numbers that come in as arguments.
 
 use expertile::Error;
-use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-/// `TypeError` for an element type, `RuntimeError` for what a machine lacks or fails at, `ValueError` for everything else;
-/// the message is the library's.
+/// `TypeError` for an element type, `MemoryError` for memory that cannot be had, `RuntimeError` for what a machine lacks or
+/// fails at, `ValueError` for everything else; the message is the library's.
 pub(crate) fn exception(error: Error) -> PyErr {
     match error {
         Error::Dtype { .. } => PyTypeError::new_err(error.to_string()),
+        Error::Memory { .. } => PyMemoryError::new_err(error.to_string()),
         Error::Device { .. } => PyRuntimeError::new_err(error.to_string()),
         #[cfg(feature = "cuda")]
         Error::Cuda { .. } | Error::Kernel { .. } => PyRuntimeError::new_err(error.to_string()),

@@ -1,14 +1,18 @@
 //! The whole layer on the CPU.
 
 use crate::array::{Apart, Array, Element, Native};
-use crate::error::{exception, size};
+use crate::autograd::written;
+use crate::error::{exception, optional_size, size};
+use crate::limits;
 use crate::permute::Ids;
-use crate::pool::cpu;
+use crate::pool::{cpu, work};
 use expertile::cpu::{Layer, LayerOptions, PackedWeights};
-use expertile::{Activation, ActivationFormat, Float, MatrixRef, Routing};
+use expertile::quantize::ue8m0_value;
+use expertile::{Activation, ActivationFormat, Float, GateUpOrder, MatrixRef, Routing};
 use half::{bf16, f16};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use std::borrow::Cow;
 
 /// Prepacked weights and how to compute with them: what `expertile.torch.Layer` documents.
 #[pyclass(frozen, name = "Layer", module = "expertile._native")]
@@ -38,9 +42,10 @@ impl PyLayer {
             }
         };
         let alignment = size("alignment", alignment)?;
-        let w13 = pack(py, ("w13", w13), ("w13_scale", w13_scale))?;
-        let w2 = pack(py, ("w2", w2), ("w2_scale", w2_scale))?;
-        let activation = Activation { alpha, beta, limit };
+        let activation = Activation::Swiglu { alpha, beta, limit };
+        activation.check().map_err(exception)?;
+        let w13 = pack(py, ("w13", w13), ("w13_scale", w13_scale), true)?;
+        let w2 = pack(py, ("w2", w2), ("w2_scale", w2_scale), false)?;
         let options = LayerOptions { activation, activations, alignment, weight_on_input };
         Layer::new(w13, w2, options).map(Self).map_err(exception)
     }
@@ -65,7 +70,8 @@ impl PyLayer {
         self.0.workspace_bytes(size("tokens", tokens)?, size("topk", topk)?).map_err(exception)
     }
 
-    /// `hidden_states [M, H]` to `out [M, H]`.
+    /// `hidden_states [M, H]` to `out [M, H]`, `tokens_at_once` before it looks whether it has been interrupted.
+    #[pyo3(signature = (hidden_states, topk_ids, topk_weights, expert_map, workspace, out, *, tokens_at_once=None))]
     fn run(
         &self,
         py: Python<'_>,
@@ -75,6 +81,7 @@ impl PyLayer {
         expert_map: Option<&Bound<'_, PyAny>>,
         workspace: &Bound<'_, PyAny>,
         out: &Bound<'_, PyAny>,
+        tokens_at_once: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let experts = self.local_experts().into_pyobject(py)?.into_any();
         let call = Call {
@@ -82,37 +89,55 @@ impl PyLayer {
             hidden_states: Array::new("hidden_states", hidden_states)?,
             ids: Ids::new(topk_ids, expert_map, &experts)?,
             weights: Array::new("topk_weights", topk_weights)?,
-            workspace: Array::new("workspace", workspace)?,
-            out: Array::new("out", out)?,
+            workspace: Array::output("workspace", workspace)?,
+            out: Array::output("out", out)?,
+            tokens_at_once: optional_size("tokens_at_once", tokens_at_once)?,
         };
         let (tokens, hidden) = call.hidden_states.matrix_shape("[M, H]")?;
         call.out.require_shape(&[tokens, hidden])?;
         let [ids, map] = call.ids.arrays();
         let inputs = [Some(&call.hidden_states), Some(&call.weights), ids, map];
         let apart = Apart::check(&[&call.out, &call.workspace], &inputs)?;
-        call.ids.routing(|routing| call.from(py, &routing, apart))
+        let done = call.ids.routing(py, |routing| call.from(py, &routing, apart));
+        // Also after an interruption, which leaves rows that are done.
+        written(py, &[&call.out, &call.workspace])?;
+        done
     }
 }
 
-/// Packs `[E, N, K]` bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K / 128)]`.
+/// Packs `[E, N, K]` bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K / 128)]`; for gate and up, `N = 2 I`, there are
+/// `ceil(I / 128)` row blocks for each of the two.
 fn pack(
     py: Python<'_>,
     (name, weights): (&'static str, &Bound<'_, PyAny>),
     (scale_name, scale): (&'static str, Option<&Bound<'_, PyAny>>),
+    gate_up: bool,
 ) -> PyResult<PackedWeights> {
     let weights = Array::new(name, weights)?;
     let &[experts, n, k] = weights.shape() else { return Err(weights.shape_error("[E, N, K]")) };
+    if gate_up && !n.is_multiple_of(2) {
+        return Err(weights.shape_error("[E, 2 I, H]"));
+    }
     let scale = Array::optional(scale_name, scale)?;
     let cpu = cpu()?;
     match (weights.element(), &scale) {
         (Element::Bf16, None) => {
             let weights = weights.contiguous::<bf16>()?;
-            py.detach(|| PackedWeights::pack_bf16(&cpu, weights, experts, n, k)).map_err(exception)
+            py.detach(|| match gate_up {
+                true => PackedWeights::pack_gate_up_bf16(&cpu, weights, experts, n / 2, k, GateUpOrder::Halves),
+                false => PackedWeights::pack_bf16(&cpu, weights, experts, n, k),
+            })
+            .map_err(exception)
         }
         (Element::E4m3, Some(scale)) => {
-            scale.require_shape(&[experts, n.div_ceil(128), k.div_ceil(128)])?;
-            let (weights, scale) = (weights.contiguous()?, scale.contiguous()?);
-            py.detach(|| PackedWeights::pack_e4m3(&cpu, weights, scale, experts, n, k)).map_err(exception)
+            let blocks = if gate_up { 2 * (n / 2).div_ceil(128) } else { n.div_ceil(128) };
+            scale.require_shape(&[experts, blocks, k.div_ceil(128)])?;
+            let (weights, scale) = (weights.contiguous()?, widened(scale)?);
+            py.detach(|| match gate_up {
+                true => PackedWeights::pack_gate_up_e4m3(&cpu, weights, &scale, experts, n / 2, k, GateUpOrder::Halves),
+                false => PackedWeights::pack_e4m3(&cpu, weights, &scale, experts, n, k),
+            })
+            .map_err(exception)
         }
         (Element::Bf16, Some(_)) => {
             Err(PyValueError::new_err(format!("{scale_name} is given, expected none for bfloat16 {name}")))
@@ -124,6 +149,18 @@ fn pack(
     }
 }
 
+/// Scales as f32, which holds all values of the other types.
+fn widened<'a>(scale: &'a Array<'_>) -> PyResult<Cow<'a, [f32]>> {
+    let wide = match scale.element() {
+        Element::F32 => return scale.contiguous().map(Cow::Borrowed),
+        Element::Bf16 => scale.contiguous::<bf16>()?.iter().map(|value| value.to_f32()).collect(),
+        Element::F16 => scale.contiguous::<f16>()?.iter().map(|value| value.to_f32()).collect(),
+        Element::E8m0 => scale.contiguous::<u8>()?.iter().map(|&byte| ue8m0_value(byte)).collect(),
+        _ => return Err(scale.dtype_error("float32, bfloat16, float16 or float8_e8m0fnu")),
+    };
+    Ok(Cow::Owned(wide))
+}
+
 struct Call<'a, 'py> {
     layer: &'a Layer,
     hidden_states: Array<'py>,
@@ -131,6 +168,7 @@ struct Call<'a, 'py> {
     weights: Array<'py>,
     workspace: Array<'py>,
     out: Array<'py>,
+    tokens_at_once: Option<usize>,
 }
 
 impl Call<'_, '_> {
@@ -158,11 +196,43 @@ impl Call<'_, '_> {
         routing: &Routing<'_>,
         apart: Apart,
     ) -> PyResult<()> {
+        /// Multiplications of a thread between looks at whether the caller has been interrupted: some seconds, with so many
+        /// rows to an expert that reading its weights once more costs next to nothing.
+        const PRODUCTS_AT_ONCE: usize = 1 << 36;
         let cpu = cpu()?;
+        let (tokens, topk) = (routing.tokens(), routing.topk());
         let rows = self.hidden_states.matrix::<T>()?;
         let weights: MatrixRef<'_, f32> = self.weights.matrix()?;
         let workspace = self.workspace.contiguous_mut::<u8>(apart)?;
         let out = self.out.contiguous_mut::<O>(apart)?;
-        py.detach(|| self.layer.run(&cpu, rows, routing, weights, workspace, out)).map_err(exception)
+        let shape = self.layer.shape();
+        let hidden = shape.hidden();
+        let of_token = (topk * 3).saturating_mul(hidden).saturating_mul(shape.intermediate());
+        let at_once = self.tokens_at_once.unwrap_or((PRODUCTS_AT_ONCE * cpu.threads()) / of_token.max(1)).max(1);
+        if tokens <= at_once {
+            return work(py, || self.layer.run(&cpu, rows, routing, weights, workspace, out).map_err(exception));
+        }
+        self.hidden_states.require_shape(&[tokens, hidden])?;
+        self.weights.require_shape(&[tokens, topk])?;
+        let needed = self.layer.workspace_bytes(tokens, topk).map_err(exception)?;
+        if workspace.len() < needed {
+            let len = workspace.len();
+            return Err(PyValueError::new_err(format!("workspace holds {len} elements, expected at least {needed}")));
+        }
+        // A row's result does not depend on the rows beside it.
+        for first in (0..tokens).step_by(at_once) {
+            let part = first..tokens.min(first + at_once);
+            let (rows, weights) =
+                (self.hidden_states.matrix_rows::<T>(part.clone())?, self.weights.matrix_rows(part.clone())?);
+            let expert = |slot: usize| routing.local_expert(part.start + slot / topk, slot % topk);
+            let mut ids: Vec<i32> = limits::vec("topk_ids", part.len() * topk)?;
+            ids.extend((0..part.len() * topk).map(|slot| expert(slot).map_or(-1, |expert| expert as i32)));
+            let ids = MatrixRef::new(&ids, part.len(), topk).map_err(exception)?;
+            let routing = Routing::new(ids, shape.local_experts(), None).map_err(exception)?;
+            let out = &mut out[part.start * hidden..part.end * hidden];
+            work(py, || self.layer.run(&cpu, rows, &routing, weights, workspace, out).map_err(exception))?;
+            py.check_signals()?;
+        }
+        Ok(())
     }
 }

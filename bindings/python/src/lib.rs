@@ -6,11 +6,13 @@
 #![cfg_attr(not(feature = "cuda"), allow(dead_code))] // What only CUDA tensors need.
 
 mod array;
+mod autograd;
 #[cfg_attr(not(feature = "cuda"), path = "no_cuda.rs")]
 mod cuda;
 mod error;
 mod exchange;
 mod layer;
+mod limits;
 mod permute;
 mod plan;
 mod pool;
@@ -30,6 +32,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(plan::tight_m_sum, module)?)?;
     module.add_function(wrap_pyfunction!(plan::theoretical_alignment, module)?)?;
     module.add_function(wrap_pyfunction!(plan::layout_len, module)?)?;
+    module.add_function(wrap_pyfunction!(array::require_targets, module)?)?;
+    module.add_function(wrap_pyfunction!(limits::require_memory_for, module)?)?;
+    module.add_function(wrap_pyfunction!(limits::require_slots, module)?)?;
     module.add_function(wrap_pyfunction!(permute::count_expert_num_tokens, module)?)?;
     module.add_function(wrap_pyfunction!(permute::build_layout, module)?)?;
     module.add_function(wrap_pyfunction!(permute::permute_rows, module)?)?;

@@ -1,14 +1,17 @@
 //! Rows to their place.
 
 use crate::array::{Apart, Array, Element};
+use crate::autograd::written;
 use crate::cuda;
 use crate::error::{exception, optional_size, size};
+use crate::limits;
 use crate::plan::{counts, layout_words, parse_rule, token_experts};
-use crate::pool::cpu;
+use crate::pool::{cpu, work};
 use crate::tensor::{self, Form};
 use expertile::cpu::{self, RowScales};
 use expertile::{
-    Group, Layout, MatrixRef, Padding, Plan, Routing, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut, TopkIds,
+    Error, Group, Layout, MatrixRef, Padding, Plan, Routing, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut,
+    TopkIds,
 };
 use half::{bf16, f16};
 use pyo3::exceptions::PyValueError;
@@ -29,27 +32,91 @@ impl<'py> Ids<'py> {
         expert_map: Option<&Bound<'py, PyAny>>,
         local_experts: &Bound<'py, PyAny>,
     ) -> PyResult<Self> {
-        Ok(Self {
+        let ids = Self {
             ids: Array::new("topk_ids", topk_ids)?,
             map: Array::optional("expert_map", expert_map)?,
             local_experts: size("local_experts", local_experts)?,
-        })
+        };
+        if let [tokens, topk] = *ids.ids.shape() {
+            limits::slots(tokens, topk)?;
+        }
+        Ok(ids)
+    }
+
+    fn dtype_error(&self) -> PyErr {
+        self.ids.dtype_error("int32 or int64")
     }
 
     pub(crate) fn arrays(&self) -> [Option<&Array<'py>>; 2] {
         [Some(&self.ids), self.map.as_ref()]
     }
 
-    /// Checks the ids and hands the routing to `work`.
-    pub(crate) fn routing<R>(&self, work: impl FnOnce(Routing<'_>) -> PyResult<R>) -> PyResult<R> {
-        let ids = match self.ids.element() {
-            Element::I32 => TopkIds::I32(self.ids.matrix()?),
-            Element::I64 => TopkIds::I64(self.ids.matrix()?),
-            _ => return Err(self.ids.dtype_error("int32 or int64")),
-        };
-        let map = self.map.as_ref().map(Array::vector::<i32>).transpose()?;
-        work(Routing::new(ids, self.local_experts, map.as_deref()).map_err(exception)?)
+    /// Writes how many rows each expert has, a stretch of tokens at a time.
+    fn count(&self, py: Python<'_>, counts: &mut [i32]) -> PyResult<()> {
+        const SLOTS_AT_ONCE: usize = 1 << 22;
+        let (tokens, topk) = self.ids.matrix_shape("two dimensions")?;
+        limits::at_most("local_experts", self.local_experts, limits::EXPERTS)?;
+        if counts.len() < self.local_experts {
+            let (len, needed) = (counts.len(), self.local_experts);
+            return Err(PyValueError::new_err(format!("out holds {len} elements, expected at least {needed}")));
+        }
+        let map = self.map.as_ref().map(|map| map.copied_list::<i32>(py)).transpose()?;
+        let (experts, map) = (self.local_experts, map.as_deref());
+        let at_once = (SLOTS_AT_ONCE / topk.max(1)).max(1);
+        let mut sums: Vec<i32> = limits::vec("out", self.local_experts)?;
+        let mut counted: Vec<i32> = limits::vec("out", self.local_experts)?;
+        sums.resize(self.local_experts, 0);
+        counted.resize(self.local_experts, 0);
+        // Also where there are no tokens: what else is wrong is said all the same.
+        for first in (0..tokens.max(1)).step_by(at_once) {
+            let part = first..tokens.min(first + at_once);
+            let mut count = |ids: TopkIds<'_>| {
+                let routing = Routing::new(ids, experts, map).map_err(|error| match error {
+                    Error::ExpertId { token, slot, id, limit } => {
+                        Error::ExpertId { token: token + first, slot, id, limit }
+                    }
+                    other => other,
+                });
+                routing.and_then(|routing| routing.count_expert_num_tokens(&mut counted)).map_err(exception)
+            };
+            match self.ids.element() {
+                Element::I32 => {
+                    let ids = self.ids.copied_rows(py, part.clone())?;
+                    work(py, || count(TopkIds::I32(copy_of(&ids, part.len(), topk)?)))?;
+                }
+                Element::I64 => {
+                    let ids = self.ids.copied_rows(py, part.clone())?;
+                    work(py, || count(TopkIds::I64(copy_of(&ids, part.len(), topk)?)))?;
+                }
+                _ => return Err(self.dtype_error()),
+            }
+            for (sum, count) in sums.iter_mut().zip(&counted) {
+                *sum += count;
+            }
+        }
+        counts[..self.local_experts].copy_from_slice(&sums);
+        Ok(())
     }
+
+    /// Checks a copy of the ids and hands the routing to `then`.
+    pub(crate) fn routing<R>(&self, py: Python<'_>, then: impl FnOnce(Routing<'_>) -> PyResult<R>) -> PyResult<R> {
+        let (tokens, topk) = self.ids.matrix_shape("two dimensions")?;
+        let map = self.map.as_ref().map(|map| map.copied_list::<i32>(py)).transpose()?;
+        let route = |ids: TopkIds<'_>| {
+            let (experts, map) = (self.local_experts, map.as_deref());
+            let routing = work(py, || Routing::new(ids, experts, map).map_err(exception))?;
+            then(routing)
+        };
+        match self.ids.element() {
+            Element::I32 => route(TopkIds::I32(copy_of(&self.ids.copied_matrix(py)?, tokens, topk)?)),
+            Element::I64 => route(TopkIds::I64(copy_of(&self.ids.copied_matrix(py)?, tokens, topk)?)),
+            _ => Err(self.dtype_error()),
+        }
+    }
+}
+
+fn copy_of<T: Copy>(copy: &[T], rows: usize, cols: usize) -> PyResult<MatrixRef<'_, T>> {
+    MatrixRef::new(copy, rows, cols).map_err(exception)
 }
 
 /// Where a layout's lists go, and how many rows it may have.
@@ -74,6 +141,7 @@ impl<'py> Place<'py> {
         let device = Array::common_device(&[first, second, id_list, map])?;
         let (tokens, topk) = ids.ids.matrix_shape("two dimensions")?;
         let (experts, alignment) = (ids.local_experts, size("alignment", alignment)?);
+        limits::at_most("local_experts", experts, limits::EXPERTS)?;
         let plan = match optional_size("m_sum", m_sum)? {
             Some(m_sum) => Plan::with_m_sum(tokens, topk, experts, alignment, m_sum),
             None => Plan::tight(tokens, topk, experts, alignment, token_experts(distinct)),
@@ -98,24 +166,41 @@ impl<'py> Place<'py> {
     fn hidden(&self, x: &Array<'_>) -> PyResult<usize> {
         let (_, hidden) = x.matrix_shape("two dimensions")?;
         x.require_shape(&[self.plan.tokens(), hidden])?;
+        limits::at_most("hidden", hidden, limits::HIDDEN)?;
         Ok(hidden)
     }
 
-    /// Builds the layout (which must have these counts, if some are given) and hands it to `work`.
-    fn layout<R>(
+    /// Builds the layout (which must have these counts, if some are given) and hands it to `rows`; then writes the lists.
+    ///
+    /// It is built in memory of the call's own: the lists say where rows go, so nobody else may write them meanwhile, and
+    /// the caller's are left as they were where something does not fit.
+    fn layout(
         &self,
+        py: Python<'_>,
         apart: Apart,
         expected_counts: Option<&[i32]>,
-        work: impl FnOnce(&Layout<'_>) -> PyResult<R>,
-    ) -> PyResult<R> {
-        self.ids.routing(|routing| {
-            let space = self.lists.contiguous_mut(apart)?;
-            let layout = Layout::build(&self.plan, &routing, space).map_err(exception)?;
-            if let Some(expected) = expected_counts {
-                require_counts(expected, layout.expert_num_tokens())?;
-            }
-            work(&layout)
-        })
+        rows: impl FnOnce(&Layout<'_>) -> expertile::Result<()> + Send,
+    ) -> PyResult<()> {
+        let lists = self.lists.contiguous_mut::<i32>(apart)?;
+        let words = Layout::space_len(&self.plan).map_err(exception)?;
+        if lists.len() < words {
+            let message = format!("layout holds {} elements, expected at least {words}", lists.len());
+            return Err(PyValueError::new_err(message));
+        }
+        let mut space = limits::vec("layout", words)?;
+        let plan = &self.plan;
+        self.ids.routing(py, |routing| {
+            work(py, || {
+                space.resize(words, 0);
+                let layout = Layout::build(plan, &routing, &mut space).map_err(exception)?;
+                if let Some(expected) = expected_counts {
+                    require_counts(expected, layout.expert_num_tokens())?;
+                }
+                rows(&layout).map_err(exception)
+            })
+        })?;
+        lists[..words].copy_from_slice(&space);
+        Ok(())
     }
 }
 
@@ -315,8 +400,9 @@ impl<'py> Quantized<'py> {
         Ok(Self { out, scales, matrix, apart, device })
     }
 
-    fn made(self, place: Place<'py>) -> MadeQuantized<'py> {
-        (self.out.into_object(), self.scales.into_object(), self.matrix, place.made())
+    fn made(self, py: Python<'py>, place: Place<'py>) -> PyResult<MadeQuantized<'py>> {
+        written(py, &[&self.out, &self.scales, &place.lists])?;
+        Ok((self.out.into_object(), self.scales.into_object(), self.matrix, place.made()))
     }
 }
 
@@ -342,10 +428,11 @@ pub(crate) fn count_expert_num_tokens(
     out: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
     let ids = Ids::new(topk_ids, expert_map, local_experts)?;
-    let out = Array::new("out", out)?;
+    let out = Array::output("out", out)?;
     let apart = Apart::check(&[&out], &ids.arrays())?;
     let counts = out.contiguous_mut(apart)?;
-    ids.routing(|routing| py.detach(|| routing.count_expert_num_tokens(counts)).map_err(exception))
+    ids.count(py, counts)?;
+    written(py, &[&out])
 }
 
 /// Writes a layout's lists.
@@ -367,8 +454,9 @@ pub(crate) fn build_layout<'py>(
     let apart = Apart::check(&[&place.lists], &[ids, map])?;
     match Array::common_device(&[ids, map, Some(&place.lists)])? {
         Some(ordinal) => cuda::build_layout(py, ordinal, &place)?,
-        None => place.layout(apart, None, |_| Ok(()))?,
+        None => place.layout(py, apart, None, |_| Ok(()))?,
     }
+    written(py, &[&place.lists])?;
     Ok(place.made())
 }
 
@@ -401,6 +489,7 @@ pub(crate) fn permute_rows<'py>(
     if let Some(ordinal) = Array::common_device(&all)? {
         let rows = Rows { x: &x, out: &out, scales: None, zero_padding };
         cuda::permute(py, ordinal, &place, &rows)?;
+        written(py, &[&out, &place.lists])?;
         return Ok((out.into_object(), place.made()));
     }
     let given = expert_num_tokens.map(counts).transpose()?;
@@ -408,8 +497,8 @@ pub(crate) fn permute_rows<'py>(
     macro_rules! rows_of {
         ($type:ty) => {{
             let (rows, to) = (x.matrix::<$type>()?, out.contiguous_mut::<$type>(apart)?);
-            place.layout(apart, given.as_deref(), |layout| {
-                py.detach(|| cpu::permute_rows(&cpu, rows, layout, padding(zero_padding), to)).map_err(exception)
+            place.layout(py, apart, given.as_deref(), |layout| {
+                cpu::permute_rows(&cpu, rows, layout, padding(zero_padding), to)
             })
         }};
     }
@@ -419,10 +508,11 @@ pub(crate) fn permute_rows<'py>(
         Element::F16 => rows_of!(f16),
         Element::F32 => rows_of!(f32),
         Element::I32 => rows_of!(i32),
-        Element::I64 | Element::Other => {
+        Element::E8m0 | Element::I64 | Element::Other => {
             Err(x.dtype_error("float8_e4m3fn, bfloat16, float16, float32, int32 or uint8"))
         }
     }?;
+    written(py, &[&out, &place.lists])?;
     Ok((out.into_object(), place.made()))
 }
 
@@ -457,7 +547,7 @@ pub(crate) fn permute_quantized<'py>(
     if let Some(ordinal) = to.device {
         let rows = Rows { x: &x, out: &to.out, scales: Some((&x_scales, &to.scales, format)), zero_padding };
         cuda::permute(py, ordinal, &place, &rows)?;
-        return Ok(to.made(place));
+        return to.made(py, place);
     }
     let given = expert_num_tokens.map(counts).transpose()?;
     let words = scale_memory(&to.scales, to.apart)?;
@@ -468,11 +558,10 @@ pub(crate) fn permute_quantized<'py>(
     };
     let (rows, out) = (x.matrix()?, to.out.contiguous_mut(to.apart)?);
     let cpu = cpu()?;
-    place.layout(to.apart, given.as_deref(), |layout| {
-        py.detach(|| cpu::permute_quantized(&cpu, rows, row_scales, layout, format, padding(zero_padding), out, words))
-            .map_err(exception)
+    place.layout(py, to.apart, given.as_deref(), |layout| {
+        cpu::permute_quantized(&cpu, rows, row_scales, layout, format, padding(zero_padding), out, words)
     })?;
-    Ok(to.made(place))
+    to.made(py, place)
 }
 
 /// What `expertile.deep_gemm_utils.deepgemm_moe_permute` returns: rows, scales, grouped layout, inv_perm, alignment.
@@ -499,7 +588,7 @@ pub(crate) fn deep_gemm_permute<'py>(
     let x = Array::new("x", x)?;
     let Some(ordinal) = x.device() else { return Ok(None) };
     let (x_scales, ids) = (Array::new("x_scales", x_scales)?, Ids::new(topk_ids, expert_map, local_experts)?);
-    let out = Array::optional("out", out)?;
+    let out = out.map(|out| Array::output("out", out)).transpose()?;
     let (tokens, topk) = ids.ids.matrix_shape("2 dimensions")?;
     let alignment = size("alignment", alignment)?;
     let plan = match optional_size("m_sum", m_sum)? {
@@ -520,15 +609,17 @@ pub(crate) fn deep_gemm_permute<'py>(
     }
     let (_, hidden) = x.matrix_shape("2 dimensions")?;
     x.require_shape(&[tokens, hidden])?;
+    limits::at_most("local_experts", ids.local_experts, limits::EXPERTS)?;
+    limits::at_most("hidden", hidden, limits::HIDDEN)?;
     let format = scale_format(if packed { "packed_ue8m0" } else { "row_major" }, group, None)?;
     require_row_scales(&x, &x_scales, format)?;
     let [id_list, map] = ids.arrays();
     let inputs = [Some(&x), Some(&x_scales), id_list, map];
     Array::common_device(&[inputs[0], inputs[1], id_list, map, out.as_ref()])?;
+    Apart::check(out.as_ref().as_slice(), &inputs)?;
     let out = match out {
         Some(out) => {
             require_rows_out(&out, m_sum, hidden, None)?;
-            Apart::check(&[&out], &inputs)?;
             out
         }
         None => rows_out(py, None, &x, x.element(), m_sum, hidden)?,
@@ -540,6 +631,7 @@ pub(crate) fn deep_gemm_permute<'py>(
     let rows = Rows { x: &x, out: &out, scales: Some((&x_scales, &scales, format)), zero_padding: false };
     let (psum, m_indices) = if use_psum_layout { (Some(&grouped), None) } else { (None, Some(&grouped)) };
     cuda::permute_to_lists(py, ordinal, &ids, plan, &rows, &Lists { psum, m_indices, inv_perm: &inv_perm })?;
+    written(py, &[&out])?;
     let inv_perm = inv_perm.into_object();
     // For the way back: a negative entry says all there is to know about an empty slot.
     inv_perm.setattr(intern!(py, "_expertile_complete"), true)?;
@@ -576,7 +668,7 @@ pub(crate) fn quantize_permute<'py>(
     if let Some(ordinal) = to.device {
         let rows = (&x, weights.as_ref(), &to.out, &to.scales);
         cuda::quantize_permute(py, ordinal, &place, rows, format, zero_padding)?;
-        return Ok(to.made(place));
+        return to.made(py, place);
     }
     let words = scale_memory(&to.scales, to.apart)?;
     let weights: Option<MatrixRef<'_, f32>> = weights.as_ref().map(Array::matrix).transpose()?;
@@ -585,11 +677,8 @@ pub(crate) fn quantize_permute<'py>(
     macro_rules! rows_of {
         ($type:ty) => {{
             let rows = x.matrix::<$type>()?;
-            place.layout(to.apart, None, |layout| {
-                py.detach(|| {
-                    cpu::quantize_permute(&cpu, rows, weights, layout, format, padding(zero_padding), out, words)
-                })
-                .map_err(exception)
+            place.layout(py, to.apart, None, |layout| {
+                cpu::quantize_permute(&cpu, rows, weights, layout, format, padding(zero_padding), out, words)
             })
         }};
     }
@@ -599,5 +688,5 @@ pub(crate) fn quantize_permute<'py>(
         Element::F32 => rows_of!(f32),
         _ => Err(x.dtype_error("bfloat16, float16 or float32")),
     }?;
-    Ok(to.made(place))
+    to.made(py, place)
 }

@@ -269,8 +269,8 @@ pub(crate) fn counts(counts: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
     }
     let array = Array::new(ARGUMENT, counts)?;
     match array.element() {
-        Element::I32 => Ok(array.vector::<i32>()?.into_owned()),
-        Element::I64 => narrow(ARGUMENT, &array.vector::<i64>()?),
+        Element::I32 => array.copied_list::<i32>(counts.py()),
+        Element::I64 => narrow(ARGUMENT, &array.copied_list::<i64>(counts.py())?),
         _ => Err(array.dtype_error("int32 or int64")),
     }
 }

@@ -72,7 +72,7 @@ pub(crate) fn empty(py: Python<'_>, ordinal: usize, form: Form) -> PyResult<Arra
     })?;
     let arguments = form.known_arguments(py)?;
     if let Some(quick) = quick {
-        let tensor = Array::new(ARGUMENT, &quick.bind(py).call1(&arguments)?)?;
+        let tensor = Array::made(ARGUMENT, &quick.bind(py).call1(&arguments)?)?;
         if tensor.device() == Some(ordinal) {
             return Ok(tensor);
         }
@@ -81,7 +81,7 @@ pub(crate) fn empty(py: Python<'_>, ordinal: usize, form: Form) -> PyResult<Arra
     options.set_item("dtype", arguments.get_item(2)?)?;
     options.set_item("device", format!("cuda:{ordinal}"))?;
     let shape_and_strides = arguments.get_slice(0, 2);
-    Array::new(ARGUMENT, &py.import("torch")?.call_method("empty_strided", shape_and_strides, Some(&options))?)
+    Array::made(ARGUMENT, &py.import("torch")?.call_method("empty_strided", shape_and_strides, Some(&options))?)
 }
 
 /// An array that a caller has handed over, or else one made on its device; on the CPU nothing is made.
@@ -93,8 +93,8 @@ pub(crate) fn given_or_made<'py>(
     form: impl FnOnce() -> PyResult<Form>,
 ) -> PyResult<Array<'py>> {
     match (given, device) {
-        (Some(array), _) => Array::new(argument, array),
+        (Some(array), _) => Array::output(argument, array),
         (None, Some(ordinal)) => empty(py, ordinal, form()?),
-        (None, None) => Array::new(argument, &py.None().into_bound(py)),
+        (None, None) => Array::output(argument, &py.None().into_bound(py)),
     }
 }

@@ -1,12 +1,14 @@
 //! Rows back to their tokens.
 
 use crate::array::{Apart, Array, Element, Native};
+use crate::autograd::written;
 use crate::cuda;
 use crate::error::exception;
+use crate::limits;
 use crate::permute::Ids;
-use crate::pool::cpu;
+use crate::pool::{cpu, work};
 use expertile::cpu::{self, Cpu};
-use expertile::{Float, MatrixRef, Routing};
+use expertile::{Error, Float, MatrixRef, Routing};
 use half::{bf16, f16};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -29,7 +31,7 @@ pub(crate) fn unpermute(
         rows: Array::new("rows", rows)?,
         inv_perm: Array::new("inv_perm", inv_perm)?,
         weights: Array::optional("topk_weights", topk_weights)?,
-        out: Array::new("out", out)?,
+        out: Array::output("out", out)?,
     };
     if let Some(ordinal) = call.device()? {
         if topk_ids.is_some() {
@@ -45,10 +47,11 @@ pub(crate) fn unpermute(
             let most = i32::MAX.into_pyobject(py)?.into_any();
             let ids = Ids::new(ids, expert_map, &most)?;
             let apart = call.apart(&ids.arrays())?;
-            ids.routing(|routing| call.from(py, Some(&routing), apart))
+            ids.routing(py, |routing| call.from(py, Some(&routing), apart))?;
         }
-        None => call.from(py, None, call.apart(&[None, None])?),
+        None => call.from(py, None, call.apart(&[None, None])?)?,
     }
+    written(py, &[&call.out])
 }
 
 /// `unpermute` on a GPU, of arrays that it can take as they are. False, and nothing done, for others.
@@ -65,7 +68,7 @@ pub(crate) fn deep_gemm_unpermute(
         return Ok(false);
     }
     let (inv_perm, weights) = (Array::new("inv_perm", inv_perm)?, Array::new("topk_weights", topk_weights)?);
-    let call = Call { rows, inv_perm, weights: Some(weights), out: Array::new("out", out)? };
+    let call = Call { rows, inv_perm, weights: Some(weights), out: Array::output("out", out)? };
     if !call.is_direct() {
         return Ok(false);
     }
@@ -84,7 +87,9 @@ impl Call<'_> {
     /// Where all of it is; fails unless the shapes go together.
     fn device(&self) -> PyResult<Option<usize>> {
         let (_, hidden) = self.rows.matrix_shape("two dimensions")?;
-        let (tokens, _) = self.inv_perm.matrix_shape("two dimensions")?;
+        let (tokens, topk) = self.inv_perm.matrix_shape("two dimensions")?;
+        limits::slots(tokens, topk)?;
+        limits::at_most("hidden", hidden, limits::HIDDEN)?;
         self.out.require_shape(&[tokens, hidden])?;
         Array::common_device(&[Some(&self.rows), Some(&self.inv_perm), self.weights.as_ref(), Some(&self.out)])
     }
@@ -100,7 +105,8 @@ impl Call<'_> {
         self.apart(&[None, None])?;
         self.rows.require_contiguous()?;
         self.out.require_contiguous()?;
-        cuda::unpermute(py, ordinal, &self.rows, &self.inv_perm, self.weights.as_ref(), &self.out)
+        cuda::unpermute(py, ordinal, &self.rows, &self.inv_perm, self.weights.as_ref(), &self.out)?;
+        written(py, &[&self.out])
     }
 
     fn apart(&self, ids: &[Option<&Array<'_>>; 2]) -> PyResult<Apart> {
@@ -134,9 +140,56 @@ impl Call<'_> {
         routing: Option<&Routing<'_>>,
         apart: Apart,
     ) -> PyResult<()> {
-        let weights: Option<MatrixRef<'_, f32>> = self.weights.as_ref().map(Array::matrix).transpose()?;
-        let (rows, inv_perm) = (self.rows.matrix::<T>()?, self.inv_perm.matrix()?);
-        let out = self.out.contiguous_mut::<O>(apart)?;
-        py.detach(|| cpu::unpermute_slots(cpu, rows, inv_perm, routing, weights, out)).map_err(exception)
+        /// Products between looks at whether the caller has been interrupted: a fraction of a second.
+        const PRODUCTS_AT_ONCE: usize = 1 << 28;
+        let (tokens, topk) = self.inv_perm.matrix_shape("two dimensions")?;
+        let (rows, out) = (self.rows.matrix::<T>()?, self.out.contiguous_mut::<O>(apart)?);
+        let inv_perm = self.inv_perm.copied_matrix::<i32>(py)?;
+        let hidden = rows.cols();
+        let at_once = (PRODUCTS_AT_ONCE / (topk * hidden).max(1)).max(1);
+        if tokens <= at_once {
+            let inv_perm = MatrixRef::new(&inv_perm, tokens, topk).map_err(exception)?;
+            let weights: Option<MatrixRef<'_, f32>> = self.weights.as_ref().map(Array::matrix).transpose()?;
+            let call = || cpu::unpermute_slots(cpu, rows, inv_perm, routing, weights, out).map_err(exception);
+            return work(py, call);
+        }
+        if let Some(weights) = &self.weights {
+            weights.require_shape(&[tokens, topk])?;
+            weights.require_dtype::<f32>()?;
+        }
+        let live = work(py, || live_slots(inv_perm, (tokens, topk), routing, rows.rows()))?;
+        for first in (0..tokens).step_by(at_once) {
+            let part = first..tokens.min(first + at_once);
+            let slots = &live[part.start * topk..part.end * topk];
+            let slots = MatrixRef::new(slots, part.len(), topk).map_err(exception)?;
+            let weights = self.weights.as_ref().map(|weights| weights.matrix_rows::<f32>(part.clone())).transpose()?;
+            let out = &mut out[part.start * hidden..part.end * hidden];
+            work(py, || cpu::unpermute_slots(cpu, rows, slots, None, weights, out).map_err(exception))?;
+            py.check_signals()?;
+        }
+        Ok(())
     }
+}
+
+/// `inv_perm [M, topk]` with -1 in every slot that `routing` says is empty, once all of it has been checked.
+fn live_slots(
+    mut inv_perm: Vec<i32>,
+    (tokens, topk): (usize, usize),
+    routing: Option<&Routing<'_>>,
+    rows: usize,
+) -> PyResult<Vec<i32>> {
+    if let Some(routing) = routing.filter(|routing| (routing.tokens(), routing.topk()) != (tokens, topk)) {
+        let actual = vec![routing.tokens(), routing.topk()];
+        let expected = format!("[{tokens}, {topk}], as inv_perm");
+        return Err(exception(Error::Shape { argument: "topk_ids", actual, expected }));
+    }
+    for (index, row) in inv_perm.iter_mut().enumerate() {
+        let (token, slot) = (index / topk, index % topk);
+        if *row < 0 || routing.is_some_and(|routing| routing.local_expert(token, slot).is_none()) {
+            *row = -1;
+        } else if *row as usize >= rows {
+            return Err(exception(Error::SlotRow { token, slot, row: *row, rows }));
+        }
+    }
+    Ok(inv_perm)
 }

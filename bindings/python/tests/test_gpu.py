@@ -319,6 +319,47 @@ def test_compiled_code_runs_on_the_gpu():
             assert torch.equal(mine, expected)
 
 
+def test_functions_know_what_torch_keeps_beside_memory():
+    ids, weights, _ = (cuda(x) for x in routing(5, 2, 4))
+    aq, scale = torch.randn(5, 128, device="cuda").to(torch.float8_e4m3fn), torch.rand(5, 1, device="cuda")
+    call = deep_gemm_utils.deepgemm_moe_permute
+    expected = call(aq, scale, ids, 4, None, None)
+    lazily = torch.complex(scale, -scale).conj().imag
+    found = call(aq, lazily, ids, 4, None, None)
+    assert all(torch.equal(mine, its) for mine, its in zip(found[1:4], expected[1:4], strict=True))
+    rows, out = torch.randn(expected[0].shape, device="cuda"), torch.zeros(5, 128, device="cuda")
+    reduce = deep_gemm_utils.deepgemm_unpermute_and_reduce
+    reduce(rows, ids, weights, expected[3], None, out)
+    again = torch.zeros_like(out)
+    reduce(torch._neg_view(-rows), ids, torch._neg_view(-weights), expected[3], None, again)
+    assert torch.equal(again, out)
+    with pytest.raises(ValueError, match="output is a view of negative values"):
+        reduce(rows, ids, weights, expected[3], None, torch._neg_view(again))
+    aq_out = torch.zeros_like(expected[0])
+    for target, write in (
+        (out, lambda: reduce(rows, ids, weights, expected[3], None, out)),
+        (out, lambda: et.unpermute(rows, expected[3], weights, out=out)),
+        (aq_out, lambda: call(aq, scale, ids, 4, None, None, aq_out=aq_out)),
+    ):
+        before = target._version
+        write()
+        assert target._version > before
+        with torch.inference_mode():
+            write()
+    gradient = torch.zeros(5, 128, device="cuda", requires_grad=True)
+    with pytest.raises(ValueError, match="output requires gradients"):
+        reduce(rows, ids, weights, expected[3], None, gradient)
+    with pytest.warns(UserWarning, match="rows requires gradients, which end here"):
+        et.unpermute(rows.clone().requires_grad_(), expected[3], weights)
+    with pytest.raises(RuntimeError, match="a trace is being recorded"):
+        torch.jit.trace(lambda x: call(x, scale, ids, 4, None, None)[0], (aq,), check_trace=False)
+    for shape in ((2**40, 1), (1, 2**40)):
+        with pytest.raises(ValueError):
+            call(aq[:1].expand(shape[0], 128), scale[:1].expand(shape[0], 1), ids[:1, :1].expand(shape), 4, None, None)
+        with pytest.raises(ValueError):
+            et.unpermute(rows, expected[3][:1, :1].expand(shape), out=out[:1])
+
+
 def host_us(call, calls=200):
     """Microseconds of the calling thread for one call, nothing waited for."""
     call()

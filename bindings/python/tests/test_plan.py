@@ -43,7 +43,7 @@ def test_plans_are_values():
         (lambda: expertile.theoretical_alignment("old", "sm90"), 'rule is "old", expected one of'),
         (lambda: expertile.theoretical_alignment("vllm-fork", "sm80"), 'arch is "sm80", expected one of'),
         (lambda: expertile.expert_num_tokens_round_up_and_sum([3, -1], 8), "expert_num_tokens\\[1\\] is -1"),
-        (lambda: expertile.set_num_threads(0), "threads is 0, expected 1 to 65536"),
+        (lambda: expertile.set_num_threads(0), "threads is 0, expected 1 to 1024"),
     ],
 )
 def test_impossible_requests_are_errors(call, message):

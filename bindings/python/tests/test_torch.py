@@ -140,7 +140,8 @@ def test_a_tensor_is_the_same_however_it_is_read():
         (torch.nn.Parameter(x, requires_grad=False), ids.expand(19, 2)),
     ]
     for x_read, ids_read in kinds:
-        rows, scales, layout = et.quantize_permute(x_read, ids_read, 4, zero_padding=True)
+        with torch.no_grad():  # A parameter whose gradient ends here is warned of.
+            rows, scales, layout = et.quantize_permute(x_read, ids_read, 4, zero_padding=True)
         assert torch.equal(rows.view(torch.uint8), expected.rows.view(torch.uint8)), (type(x_read), type(ids_read))
         assert torch.equal(scales, expected.scales) and torch.equal(layout.inv_perm, expected.layout.inv_perm)
     for wrong in (x.double(), x.as_subclass(Named).double()):
@@ -306,6 +307,70 @@ def test_an_e4m3_layer_takes_block_scales_and_a_bf16_layer_none():
         et.Layer(w13.bfloat16(), w2.bfloat16(), activations="fp4")
     with pytest.raises(ValueError, match="w13 has shape"):
         et.Layer(w13.bfloat16()[0], w2.bfloat16())
+
+
+@pytest.mark.parametrize("intermediate", [1, 31, 96, 128, 192])
+def test_gate_and_up_have_row_blocks_of_their_own_whatever_the_width(intermediate):
+    generator = torch.Generator().manual_seed(3)
+    blocks, hidden = -(-intermediate // 128), 160
+
+    def weights_and_scales(rows, cols):
+        weights = torch.randn(2, rows, cols, generator=generator).to(torch.float8_e4m3fn)
+        scales = torch.rand(2, -(-rows // 128), -(-cols // 128), generator=generator) + 0.25
+        widened = scales.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, :rows, :cols]
+        return weights, scales, weights.float() * widened
+
+    gate, gate_scale, gate_wide = weights_and_scales(intermediate, hidden)
+    up, up_scale, up_wide = weights_and_scales(intermediate, hidden)
+    w2, s2, w2_wide = weights_and_scales(hidden, intermediate)
+    w13, s13 = torch.cat([gate.view(torch.uint8), up.view(torch.uint8)], 1), torch.cat([gate_scale, up_scale], 1)
+    w13 = w13.view(torch.float8_e4m3fn)
+    layer = et.Layer(w13, w2, w13_scale=s13, w2_scale=s2)
+    assert (layer.hidden, layer.intermediate) == (hidden, intermediate)
+    ids, weights, generator = routing(9, 40, 1, 2)
+    x = torch.randn(40, hidden, generator=generator).to(torch.bfloat16)
+    expected = layer_by_definition(x, ids, weights, torch.cat([gate_wide, up_wide], 1), w2_wide)
+    out = layer(x, ids, weights, dtype=torch.float32).double()
+    assert 1 - 2 * (out * expected).sum() / (out**2 + expected**2).sum() < 2e-5
+    for shape in [(2, 2 * blocks + 1, 2), (2, 2 * blocks, 1), (1, 2 * blocks, 2)]:
+        with pytest.raises(ValueError, match=rf"w13_scale has shape .*, expected \[2, {2 * blocks}, 2\]"):
+            et.Layer(w13, w2, w13_scale=torch.ones(shape), w2_scale=s2)
+    with pytest.raises(ValueError, match=r"w2_scale has shape \[2, 3, .*, expected \[2, 2, "):
+        et.Layer(w13, w2, w13_scale=s13, w2_scale=torch.ones(2, 3, blocks))
+    with pytest.raises(ValueError, match=r"w13 has shape .*, expected \[E, 2 I, H\]"):
+        et.Layer(w13[:, 1:].contiguous(), w2, w13_scale=s13, w2_scale=s2)
+
+
+def test_scales_of_other_types_are_widened_exactly():
+    generator = torch.Generator().manual_seed(4)
+    w13 = torch.randn(2, 256, 128, generator=generator).to(torch.float8_e4m3fn)
+    w2 = torch.randn(2, 128, 128, generator=generator).to(torch.float8_e4m3fn)
+    ids, weights, generator = routing(9, 16, 1, 2)
+    x = torch.randn(16, 128, generator=generator).to(torch.bfloat16)
+    # Powers of two, so that all types have them; the smallest of e8m0 is subnormal in float32.
+    s13 = torch.tensor([0.25, 2.0**-3, 2.0, 1.0]).view(2, 2, 1)
+    s2 = torch.tensor([0.5, 2.0**-7]).view(2, 1, 1)
+
+    def out(w13_scale, w2_scale):
+        return et.Layer(w13, w2, w13_scale=w13_scale, w2_scale=w2_scale)(x, ids, weights, dtype=torch.float32)
+
+    expected = out(s13, s2)
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e8m0fnu):
+        assert torch.equal(out(s13.to(dtype), s2.to(dtype)), expected)
+    # Not powers of two: as the same numbers in float32.
+    odd = [torch.rand(2, 2, 1, generator=generator), torch.rand(2, 1, 1, generator=generator)]
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = [scale.to(dtype) for scale in odd]
+        assert torch.equal(out(*narrow), out(*[scale.float() for scale in narrow]))
+    for byte, value in [(0, 2.0**-127), (254, 2.0**127), (255, float("nan"))]:
+        extreme = torch.full((2, 1, 1), byte, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+        same = torch.full((2, 1, 1), value)
+        assert torch.equal(out(s13, extreme).nan_to_num(7.0), out(s13, same).nan_to_num(7.0))
+    for dtype in (torch.float64, torch.uint8, torch.float8_e4m3fn):
+        with pytest.raises(
+            TypeError, match="w13_scale has dtype .*, expected float32, bfloat16, float16 or float8_e8m0"
+        ):
+            out(s13.to(dtype), s2)
 
 
 # -- threads and processes ----------------------------------------------------------------------------------------------

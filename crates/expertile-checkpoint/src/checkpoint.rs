@@ -1,16 +1,23 @@
 //! The files of a checkpoint folder: config, index, shards.
 //!
+//! A folder with a `model.safetensors` is read from that file, whatever its index says (Transformers does the same, and an
+//! index may be left over); without one the index names the shards. Only regular files are opened, or links to them.
+//!
 //! Opening reads `config.json` and the index only; a shard is mapped when the first tensor in it is asked for, and its
 //! weights are read by whoever touches them. A mapped file must not be changed or cut while the [`Checkpoint`] lives
-//! (as for every program that maps files).
+//! (as for every program that maps files): a load past a new end is a `SIGBUS`. [`Checkpoint::mapped_files`] tells a program
+//! that handles the signal which file it was.
 
-use crate::config::{Config, Family};
+use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::family::Family;
+use crate::json;
 use crate::moe_layer::MoeLayer;
+use crate::read;
 use crate::tensors::{Header, Tensor};
 use memmap2::Mmap;
 use std::collections::HashMap;
-use std::fs::File;
+use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -22,6 +29,8 @@ const INDEX: &str = "model.safetensors.index.json";
 #[derive(Debug)]
 pub struct Checkpoint<'a> {
     config: Config,
+    /// `None` if it was opened from bytes.
+    folder: Option<PathBuf>,
     shards: Vec<Shard<'a>>,
     /// Which shard holds a tensor; `None` when there is one shard and it holds everything.
     index: Option<Index>,
@@ -64,19 +73,20 @@ impl Checkpoint<'static> {
     /// Opens a Hugging Face checkpoint folder: `config.json` and `model.safetensors`, or its index with shards.
     ///
     /// # Errors
-    /// [`Error::Io`] for a file that cannot be read, [`Error::Json`] for one that is not JSON, [`Error::Config`],
+    /// [`Error::Io`] for a file that cannot be read, [`Error::Format`] for one that is no regular file, [`Error::Json`] for one that is not JSON, [`Error::Config`],
     /// [`Error::ShardName`] for an index entry that leads out of the folder.
     pub fn open(folder: &Path) -> Result<Self> {
         let file = folder.join(CONFIG);
-        let config = Config::parse(&file, &read(&file)?)?;
-        let file = folder.join(INDEX);
-        if !file.exists() {
-            return Ok(Self { config, shards: vec![Shard::closed(folder.join(SINGLE_FILE))], index: None });
+        let config = Config::parse(&file, &read::read_json(&file)?)?;
+        let (single, index) = (folder.join(SINGLE_FILE), folder.join(INDEX));
+        let folder = Some(folder.to_owned());
+        if single.is_file() || !index.exists() {
+            return Ok(Self { config, folder, shards: vec![Shard::closed(single)], index: None });
         }
-        let bytes = read(&file)?;
-        let (index, names) = Index::parse(file, &bytes)?;
-        let shards = names.iter().map(|name| Shard::closed(folder.join(name))).collect();
-        Ok(Self { config, shards, index: Some(index) })
+        let bytes = read::read_json(&index)?;
+        let (index, names) = Index::parse(index, &bytes)?;
+        let shards = names.iter().map(|name| Shard::closed(single.with_file_name(name))).collect();
+        Ok(Self { config, folder, shards, index: Some(index) })
     }
 }
 
@@ -90,28 +100,85 @@ impl<'a> Checkpoint<'a> {
         let name = PathBuf::from(SINGLE_FILE);
         let open = OpenShard { header: Header::parse(&name, file)?, bytes: Bytes::Borrowed(file) };
         let shard = Shard { file: name, open: OnceLock::from(open) };
-        Ok(Self { config, shards: vec![shard], index: None })
+        Ok(Self { config, folder: None, shards: vec![shard], index: None })
     }
 
     /// The model family.
     #[must_use]
-    pub fn family(&self) -> Family {
+    pub fn family(&self) -> &'static Family {
         self.config.family
     }
 
     /// One MoE layer: its shape, its router, views of its weights. Maps the shards it stands in.
     ///
     /// # Errors
-    /// [`Error::Layer`] or [`Error::DenseLayer`] if there are no experts, [`Error::MissingTensor`], [`Error::Shape`],
-    /// [`Error::Dtype`], [`Error::Config`] for a block size that is not 128 x 128, [`Error::Router`], and whatever
-    /// opening a shard meets.
+    /// [`Error::Layer`] or [`Error::DenseLayer`] if there are no experts, [`Error::MissingTensor`],
+    /// [`Error::UnknownTensor`] for one that could change the block and that the family is not known to have,
+    /// [`Error::AmbiguousTensor`], [`Error::Shape`], [`Error::Dtype`], [`Error::Config`] for a key that is missing or has
+    /// a value that this crate does not take, [`Error::Router`], and whatever opening a shard meets.
     pub fn layer(&self, layer: usize) -> Result<MoeLayer<'_>> {
-        self.config.check_layer(layer)?;
         MoeLayer::read(self, layer)
+    }
+
+    /// Bytes that a layer on the CPU takes at the least: a byte to each weight that is packed, and the router's weight in
+    /// f32. By the config alone, so that a layer that cannot fit need not be opened; 0 if the config describes no such
+    /// layer.
+    #[must_use]
+    pub fn least_layer_bytes(&self, layer: usize) -> u128 {
+        let Ok(block) = self.config.block(layer) else { return 0 };
+        let shape = block.shape;
+        let [hidden, intermediate, experts, w13_rows] =
+            [shape.hidden(), shape.intermediate(), shape.local_experts(), shape.w13_rows()]
+                .map(|extent| extent as u128);
+        let shared = block.shared.unwrap_or(0) as u128;
+        let expert = hidden.saturating_mul(w13_rows + intermediate + 4);
+        expert.saturating_mul(experts).saturating_add(hidden.saturating_mul(2 * shared))
+    }
+
+    /// The files that make up the checkpoint, or would if they were there: what a program that reads it must not write.
+    pub fn files(&self) -> impl Iterator<Item = PathBuf> {
+        let folder = self.folder.iter();
+        let fixed = folder.flat_map(|folder| [CONFIG, SINGLE_FILE, INDEX].map(|name| folder.join(name)));
+        fixed.chain(self.shards.iter().map(|shard| shard.file.clone()))
+    }
+
+    /// The files that are mapped so far, and the addresses that they are mapped at.
+    pub fn mapped_files(&self) -> impl Iterator<Item = (&Path, Range<usize>)> {
+        self.shards.iter().filter_map(|shard| match &shard.open.get()?.bytes {
+            Bytes::Mapped(map) => {
+                let start = map.as_ptr().addr();
+                Some((shard.file.as_path(), start..start + map.len()))
+            }
+            Bytes::Borrowed(_) => None,
+        })
     }
 
     pub(crate) fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Whether there is a tensor of that name. Opens the file where there is no index.
+    pub(crate) fn has(&self, name: &str) -> Result<bool> {
+        match &self.index {
+            None => Ok(self.shards[0].open()?.header.has(name)),
+            Some(index) => Ok(index.shard_of.contains_key(name)),
+        }
+    }
+
+    /// The names of all tensors, in no particular order.
+    pub(crate) fn names(&self) -> Result<Vec<&str>> {
+        match &self.index {
+            None => Ok(self.shards[0].open()?.header.names().collect()),
+            Some(index) => Ok(index.shard_of.keys().map(String::as_str).collect()),
+        }
+    }
+
+    /// The file that holds (or should hold) a tensor.
+    pub(crate) fn file_of(&self, name: &str) -> &Path {
+        match &self.index {
+            None => &self.shards[0].file,
+            Some(index) => index.shard_of.get(name).map_or(&index.file, |&shard| &self.shards[shard].file),
+        }
     }
 
     /// The tensor of that name; `expected` describes it in case there is none.
@@ -130,8 +197,7 @@ impl<'a> Checkpoint<'a> {
 impl Index {
     /// The index, and the names of the shards it speaks of.
     fn parse(file: PathBuf, bytes: &[u8]) -> Result<(Self, Vec<String>)> {
-        let index: serde_json::Value =
-            serde_json::from_slice(bytes).map_err(|source| Error::json(&file, "index", source))?;
+        let index = json::parse(&file, "index", bytes)?;
         let Some(serde_json::Value::Object(weight_map)) = index.get("weight_map") else {
             return Err(Error::format(&file, "weight_map", "missing or no object", "tensor names with file names"));
         };
@@ -176,13 +242,9 @@ impl<'a> Shard<'a> {
     }
 }
 
-fn read(file: &Path) -> Result<Vec<u8>> {
-    std::fs::read(file).map_err(|source| Error::io(file, source))
-}
-
 #[allow(unsafe_code)]
 fn map(file: &Path) -> Result<Mmap> {
-    let opened = File::open(file).map_err(|source| Error::io(file, source))?;
+    let (opened, _) = read::open(file)?;
     // SAFETY: the map is only read. That nobody changes or cuts the file meanwhile cannot be enforced; the module's
     // documentation asks it of the caller, and every value in the file is checked or is a number of any bits.
     unsafe { Mmap::map(&opened) }.map_err(|source| Error::io(file, source))

@@ -61,6 +61,14 @@ pub enum Error {
         /// Which setting, and what was expected.
         source: expertile::Error,
     },
+    /// Sizes that no layer can have.
+    #[error("{}: the layer cannot be", file.display())]
+    Sizes {
+        /// The file.
+        file: PathBuf,
+        /// Which size, and what was expected.
+        source: expertile::Error,
+    },
     /// A layer number that the checkpoint does not have.
     #[error("{}: layer is {layer}, expected below {layers}", file.display())]
     Layer {
@@ -90,6 +98,26 @@ pub enum Error {
         tensor: String,
         /// Its dtype and shape, in words.
         expected: String,
+    },
+    /// A tensor of the block that the family is not known to have: it could change the numbers.
+    #[error("{}: tensor {tensor} is not known for {family}, expected none that could change the block", file.display())]
+    UnknownTensor {
+        /// The file that holds it.
+        file: PathBuf,
+        /// The tensor's name.
+        tensor: String,
+        /// The family's `model_type`.
+        family: &'static str,
+    },
+    /// Two tensors that could both be meant.
+    #[error("{}: tensors {tensor} and {other} are both there, expected one of them", file.display())]
+    AmbiguousTensor {
+        /// The checkpoint's config.
+        file: PathBuf,
+        /// One tensor's name.
+        tensor: String,
+        /// The other's.
+        other: String,
     },
     /// A tensor of another shape.
     #[error("{}: tensor {tensor} has shape {actual:?}, expected {expected}", file.display())]
@@ -125,6 +153,16 @@ pub enum Error {
         /// The entry.
         actual: String,
     },
+    /// A file, or a tensor of it, that memory does not hold.
+    #[error("{}: {part} takes {bytes} bytes, expected no more than memory can be had for", file.display())]
+    Memory {
+        /// The file.
+        file: PathBuf,
+        /// The tensor, or "the file".
+        part: String,
+        /// Bytes that it takes in memory.
+        bytes: u64,
+    },
     /// Weights that the library refuses to pack.
     #[error("{what} cannot be packed")]
     Pack {
@@ -138,6 +176,10 @@ pub enum Error {
 impl Error {
     pub(crate) fn io(file: &Path, source: std::io::Error) -> Self {
         Self::Io { file: file.to_owned(), source }
+    }
+
+    pub(crate) fn memory(file: &Path, part: impl Into<String>, bytes: u64) -> Self {
+        Self::Memory { file: file.to_owned(), part: part.into(), bytes }
     }
 
     pub(crate) fn json(file: &Path, part: &'static str, source: serde_json::Error) -> Self {

@@ -5,6 +5,7 @@
 //! holds nothing else.
 
 use crate::error::{Error, Result};
+use crate::read;
 use crate::tensors::{Header, Tensor, little_endian};
 use expertile::{MatrixRef, TopkIds};
 use safetensors::Dtype;
@@ -13,6 +14,10 @@ use std::path::Path;
 /// The tensor's name in a safetensors file.
 pub(crate) const TOPK_IDS: &str = "topk_ids";
 const NPY_MAGIC: &[u8] = b"\x93NUMPY";
+/// What a pipe's npy header may take; NumPy writes less than a kilobyte.
+const MOST_HEADER_BYTES: u64 = 1 << 20;
+/// Tokens, and slots to a token, are counted in i32 throughout the library.
+pub(crate) const MOST_ROWS: usize = i32::MAX as usize;
 
 /// Ids that own their memory.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,12 +35,12 @@ enum IdData {
 }
 
 impl Ids {
-    /// Reads a file.
+    /// Reads a regular file, or a pipe that is open already (`/dev/stdin`, a shell's `<(command)`).
     ///
     /// # Errors
-    /// [`Error::Io`], and as [`Ids::from_bytes`].
+    /// [`Error::Io`], [`Error::Format`] for another kind of file, [`Error::Memory`], and as [`Ids::from_bytes`].
     pub fn open(file: &Path) -> Result<Self> {
-        let bytes = std::fs::read(file).map_err(|source| Error::io(file, source))?;
+        let bytes = read::read_argument(file, |start| needed_bytes(file, start))?;
         Self::from_bytes(file, &bytes)
     }
 
@@ -49,9 +54,9 @@ impl Ids {
             return read_npy(file, bytes);
         }
         let header = Header::parse(file, bytes)?;
-        let names = header.names();
-        let name = match &names[..] {
-            [only] => only.as_str(),
+        let mut names = header.names();
+        let name = match (names.next(), names.next()) {
+            (Some(only), None) => only,
             _ => TOPK_IDS,
         };
         let tensor = header.tensor(bytes, name).ok_or_else(|| Error::MissingTensor {
@@ -64,13 +69,14 @@ impl Ids {
 
     pub(crate) fn from_tensor(tensor: &Tensor<'_>) -> Result<Self> {
         let data = match tensor.dtype {
-            Dtype::I32 => IdData::I32(little_endian(tensor.bytes, i32::from_le_bytes)),
-            Dtype::I64 => IdData::I64(little_endian(tensor.bytes, i64::from_le_bytes)),
+            Dtype::I32 => IdData::I32(tensor.decode(i32::from_le_bytes)?),
+            Dtype::I64 => IdData::I64(tensor.decode(i64::from_le_bytes)?),
             _ => return Err(tensor.wrong_dtype("I32 or I64")),
         };
         let &[tokens, topk] = tensor.shape else {
             return Err(Error::shape(tensor.file, &tensor.name, tensor.shape, "[M, topk]"));
         };
+        require_bearable(tensor.file, &tensor.name, [tokens, topk])?;
         Ok(Self { data, tokens, topk, fortran_order: false })
     }
 
@@ -102,28 +108,68 @@ impl Ids {
     }
 }
 
-fn read_npy(file: &Path, bytes: &[u8]) -> Result<Ids> {
-    let (text, data) = split_npy(file, bytes)?;
+/// Fails for a dimension that no routing has. Where the other one is 0, the file's length does not bound it, and whoever
+/// works through tokens or slots would never be done.
+fn require_bearable(file: &Path, tensor: &str, shape: [usize; 2]) -> Result<()> {
+    if shape.iter().any(|&extent| extent > MOST_ROWS) {
+        return Err(Error::shape(file, tensor, &shape, format!("[M, topk] with both at most {MOST_ROWS}")));
+    }
+    Ok(())
+}
+
+/// How many bytes a file of ids has at least that starts so, as [`read::read_argument`] asks.
+fn needed_bytes(file: &Path, start: &[u8]) -> Result<u64> {
+    if !start.starts_with(&NPY_MAGIC[..start.len().min(NPY_MAGIC.len())]) {
+        return Header::needed_bytes(file, start);
+    }
+    // Magic, version and the length of the header, which is in 2 bytes or in 4.
+    let fixed = NPY_MAGIC.len() + 2 + if start.get(NPY_MAGIC.len()) == Some(&1) { 2 } else { 4 };
+    if start.len() < fixed {
+        return Ok(fixed as u64);
+    }
+    let length = start[NPY_MAGIC.len() + 2..fixed].iter().rev().fold(0, |length, &byte| length << 8 | u64::from(byte));
+    if length > MOST_HEADER_BYTES {
+        let expected = format!("at most {MOST_HEADER_BYTES} bytes");
+        return Err(Error::format(file, "npy header", format!("{length} bytes"), expected));
+    }
+    if (start.len() as u64) < fixed as u64 + length {
+        return Ok(fixed as u64 + length);
+    }
+    let (header, _) = split_npy(file, start)?;
+    let (NpyHeader { shape, .. }, width) = parse_npy_header(file, header)?;
+    let data = shape.iter().try_fold(width, |bytes, &extent| bytes.checked_mul(extent)).unwrap_or(usize::MAX);
+    Ok((fixed as u64 + length).saturating_add(data as u64))
+}
+
+/// The header, and the bytes of an id.
+fn parse_npy_header(file: &Path, text: &str) -> Result<(NpyHeader, usize)> {
     let header = NpyHeader::parse(text)
         .map_err(|actual| Error::format(file, "npy header", actual, "a dict of descr, fortran_order and shape"))?;
-    let wrong_dtype = || Error::dtype(file, TOPK_IDS, &header.descr, "<i4 or <i8 (little-endian i32 or i64)");
     let width = match header.descr.as_str() {
         "<i4" => 4,
         "<i8" => 8,
-        _ => return Err(wrong_dtype()),
+        _ => return Err(Error::dtype(file, TOPK_IDS, &header.descr, "<i4 or <i8 (little-endian i32 or i64)")),
     };
+    Ok((header, width))
+}
+
+fn read_npy(file: &Path, bytes: &[u8]) -> Result<Ids> {
+    let (text, data) = split_npy(file, bytes)?;
+    let (header, width) = parse_npy_header(file, text)?;
     let &[tokens, topk] = &header.shape[..] else {
         return Err(Error::shape(file, TOPK_IDS, &header.shape, "[M, topk]"));
     };
+    require_bearable(file, TOPK_IDS, [tokens, topk])?;
     let needed = tokens.checked_mul(topk).and_then(|ids| ids.checked_mul(width));
     if needed != Some(data.len()) {
         let expected = format!("{tokens} * {topk} * {width}, as the npy header says");
         return Err(Error::format(file, "length of the npy data", format!("{} bytes", data.len()), expected));
     }
     let data = match width {
-        4 => IdData::I32(little_endian(data, i32::from_le_bytes)),
-        _ => IdData::I64(little_endian(data, i64::from_le_bytes)),
+        4 => little_endian(data, i32::from_le_bytes).map(IdData::I32),
+        _ => little_endian(data, i64::from_le_bytes).map(IdData::I64),
     };
+    let data = data.map_err(|bytes| Error::memory(file, "the ids", bytes))?;
     Ok(Ids { data, tokens, topk, fortran_order: header.fortran_order })
 }
 
@@ -269,8 +315,32 @@ mod tests {
         refuse("{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1)}", &[0; 4], "dtype <f4");
         refuse("{'descr': '<i4', 'fortran_order': False, 'shape': (4,)}", &[0; 16], "shape [4], expected [M, topk]");
         refuse("{'descr': '<i4', 'fortran_order': False, 'shape': (2, 2)}", &[0; 15], "npy data is 15 bytes");
-        let huge = format!("{{'descr': '<i8', 'fortran_order': False, 'shape': ({0}, {0})}}", usize::MAX);
-        refuse(&huge, &[], "npy data is 0 bytes");
+        for (order, shape) in
+            [("False", "(0, 2147483648)"), ("True", "(0, 1000000000000)"), ("False", "(4294967296, 0)")]
+        {
+            let header = format!("{{'descr': '<i4', 'fortran_order': {order}, 'shape': {shape}}}");
+            refuse(&header, &[], "expected [M, topk] with both at most 2147483647");
+        }
+        let huge = format!("{{'descr': '<i8', 'fortran_order': False, 'shape': (0, {})}}", usize::MAX);
+        refuse(&huge, &[], "shape [0, 18446744073709551615], expected [M, topk] with both at most 2147483647");
+        refuse(
+            "{'descr': '<i8', 'fortran_order': False, 'shape': (2147483647, 2147483647)}",
+            &[],
+            "npy data is 0 bytes",
+        );
+    }
+
+    #[test]
+    fn the_bytes_that_a_file_needs_are_known_from_its_header() {
+        let whole = npy("{'descr': '<i4', 'fortran_order': False, 'shape': (3, 2), }", &[7; 24]);
+        let needed = |start: &[u8]| needed_bytes(Path::new("x"), start).unwrap() as usize;
+        let data = whole.len() - 24;
+        for start in 0..data {
+            assert!(needed(&whole[..start]) > start && needed(&whole[..start]) <= data, "{start}");
+        }
+        assert_eq!((needed(&whole[..data]), needed(&whole)), (whole.len(), whole.len()));
+        let endless = needed_bytes(Path::new("x"), b"\x93NUMPY\x02\x00\xff\xff\xff\xff").unwrap_err().to_string();
+        assert!(endless.contains("npy header is 4294967295 bytes, expected at most 1048576 bytes"), "{endless}");
     }
 
     #[test]

@@ -1,75 +1,86 @@
-//! One MoE layer as views of its tensors.
+//! One block of experts as views of its tensors.
 
 use crate::checkpoint::Checkpoint;
-use crate::config::{Config, Family, Scoring};
+use crate::config::BlockConfig;
 use crate::error::{Error, Result};
+use crate::family::{ExpertNames, Family, SharedNames};
+use crate::matrix::{View, WEIGHT_DTYPES, WeightMatrix, WeightScales, matrix_scales, weight_format};
 use crate::tensors::Tensor;
 use expertile::cpu::{Cpu, PackedWeights, PackedWeightsBuilder};
 use expertile::gemm::WEIGHT_BLOCK;
 use expertile::layer::LayerShape;
-use expertile::{E4m3, MatrixRef, Router, WeightFormat};
-use half::bf16;
+use expertile::{Activation, GateUpOrder, Router, WeightFormat};
 use safetensors::Dtype;
-use std::borrow::Cow;
+use std::cell::RefCell;
+use std::collections::HashSet;
 
-/// One MoE layer of a checkpoint; weights stay in the mapped files until they are packed.
-///
-/// DeepSeek-V3's shared expert is a dense layer beside the routed experts and no part of this value.
+/// The experts of one layer of a checkpoint, with their router and their shared expert; weights stay in the mapped files
+/// until they are packed.
 #[derive(Debug)]
 pub struct MoeLayer<'a> {
     shape: LayerShape,
     weight_format: WeightFormat,
+    activation: Activation,
+    weight_on_input: bool,
     router: Router,
     router_weight: Vec<f32>,
     experts: Vec<Expert<'a>>,
+    biases: Option<Biases>,
+    shared: Option<SharedExpert<'a>>,
 }
 
-/// The three matrices of one expert.
+/// The matrices of one expert.
 #[derive(Debug)]
 pub struct Expert<'a> {
-    /// `[I, H]`: what goes through the SiLU (Mixtral's `w1`).
-    pub gate: WeightMatrix<'a>,
+    /// `[I, H]`: what goes through the activation (Mixtral's `w1`); `None` where experts have no gate.
+    pub gate: Option<WeightMatrix<'a>>,
     /// `[I, H]` (Mixtral's `w3`).
     pub up: WeightMatrix<'a>,
     /// `[H, I]` (Mixtral's `w2`).
     pub down: WeightMatrix<'a>,
 }
 
-/// A weight matrix `[rows, cols]`, row-major.
-#[derive(Debug)]
-pub struct WeightMatrix<'a> {
-    rows: usize,
-    cols: usize,
-    values: WeightValues<'a>,
+/// Biases of all experts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Biases {
+    /// `[E, 2 I]`, gate's first (or `[E, I]` where experts have no gate): added to the first GEMM's sums.
+    pub w13: Vec<f32>,
+    /// `[E, H]`: added to the second GEMM's sums.
+    pub w2: Vec<f32>,
 }
 
-/// The values of a weight matrix.
+/// The expert that every token visits.
 #[derive(Debug)]
-pub enum WeightValues<'a> {
-    /// bf16 (a copy only if the file does not align them).
-    Bf16(Cow<'a, [bf16]>),
-    /// e4m3 with f32 scales `[ceil(rows / 128), ceil(cols / 128)]`.
-    E4m3 {
-        /// The values.
-        values: &'a [E4m3],
-        /// One scale per block of 128 x 128; the weight is `value * scale`.
-        scales: Vec<f32>,
-    },
+pub struct SharedExpert<'a> {
+    /// `H`, its own `I`, and one expert.
+    pub shape: LayerShape,
+    /// Its matrices.
+    pub expert: Expert<'a>,
+    /// `[H]`: the sigmoid of its product with a token multiplies that token's output; `None` for no such gate.
+    pub gate: Option<Vec<f32>>,
 }
 
 impl<'a> MoeLayer<'a> {
     pub(crate) fn read(checkpoint: &'a Checkpoint<'_>, layer: usize) -> Result<Self> {
         let config = checkpoint.config();
-        let reader = Reader { checkpoint, config, prefix: prefix(config.family, layer) };
-        let (router, router_weight) = reader.router(layer)?;
-        let shape = LayerShape::new(config.hidden, config.intermediate, config.experts)
-            .map_err(|source| Error::Router { file: config.file.clone(), source })?;
-        let weight_format = reader.weight_format()?;
-        let mut experts = Vec::new();
-        for expert in 0..config.experts {
-            experts.push(reader.expert(expert, weight_format)?);
-        }
-        Ok(Self { shape, weight_format, router, router_weight, experts })
+        let block = config.block(layer)?;
+        let reader = Reader::find(checkpoint, block.clone(), layer)?;
+        let (router, router_weight) = reader.router()?;
+        let (experts, biases) = reader.experts()?;
+        let shared = reader.shared()?;
+        reader.check_all_read()?;
+        let weight_format = experts[0].up.format();
+        Ok(Self {
+            shape: block.shape,
+            weight_format,
+            activation: block.activation,
+            weight_on_input: config.family.weight_on_input,
+            router,
+            router_weight,
+            experts,
+            biases,
+            shared,
+        })
     }
 
     /// `H`, `I` and the number of experts.
@@ -78,10 +89,34 @@ impl<'a> MoeLayer<'a> {
         self.shape
     }
 
-    /// What all of the layer's weights are made of.
+    /// What all of the routed experts' weights are packed as.
     #[must_use]
     pub fn weight_format(&self) -> WeightFormat {
         self.weight_format
+    }
+
+    /// The type that the checkpoint holds them in, as safetensors names it.
+    #[must_use]
+    pub fn weight_dtype(&self) -> &'static str {
+        self.experts[0].up.dtype()
+    }
+
+    /// Whether packing rounds them: F16 and F32 become bf16.
+    #[must_use]
+    pub fn weights_are_rounded(&self) -> bool {
+        self.experts[0].up.is_rounded()
+    }
+
+    /// What stands between the GEMMs.
+    #[must_use]
+    pub fn activation(&self) -> Activation {
+        self.activation
+    }
+
+    /// Whether the router weight multiplies an expert's input instead of its output.
+    #[must_use]
+    pub fn weight_on_input(&self) -> bool {
+        self.weight_on_input
     }
 
     /// How logits become a choice of experts.
@@ -96,220 +131,456 @@ impl<'a> MoeLayer<'a> {
         &self.router_weight
     }
 
-    /// The experts, by id.
+    /// The routed experts, by id.
     #[must_use]
     pub fn experts(&self) -> &[Expert<'a>] {
         &self.experts
     }
 
-    /// Packs the weights for the CPU: `w13 [E, 2 I, H]` (gate rows first) and `w2 [E, H, I]`.
+    /// Their biases, if they have any.
+    #[must_use]
+    pub fn biases(&self) -> Option<&Biases> {
+        self.biases.as_ref()
+    }
+
+    /// The shared expert, if the block has one.
+    #[must_use]
+    pub fn shared(&self) -> Option<&SharedExpert<'a>> {
+        self.shared.as_ref()
+    }
+
+    /// Packs the routed experts for the CPU: `w13 [E, 2 I, H]` (gate rows first; `[E, I, H]` without a gate) and
+    /// `w2 [E, H, I]`.
     ///
-    /// `progress` is told the number of experts that are done, after each. This is where the file is read, so the time it
+    /// `progress` gets the number of experts that are done, after each. This is where the file is read, so the time it
     /// takes is the disk's unless the file is in memory already.
     ///
     /// # Errors
-    /// [`Error::Pack`] with the library's reason; e4m3 asks for an `I` that is a multiple of 32.
+    /// [`Error::Pack`] with the library's reason.
     pub fn pack(&self, cpu: &Cpu, progress: &mut dyn FnMut(usize)) -> Result<(PackedWeights, PackedWeights)> {
-        let (hidden, intermediate) = (self.shape.hidden(), self.shape.intermediate());
-        let pack = |what: &str| {
-            let what = what.to_owned();
-            move |source| Error::Pack { what, source }
-        };
-        let count = self.experts.len();
-        let builder = |n, k| PackedWeightsBuilder::new(self.weight_format, count, n, k);
-        let mut w13 = builder(2 * intermediate, hidden).map_err(pack("w13"))?;
-        let mut w2 = builder(hidden, intermediate).map_err(pack("w2"))?;
-        for (id, expert) in self.experts.iter().enumerate() {
-            expert.gate.pack(cpu, &mut w13, id, 0).map_err(pack(&format!("gate of expert {id}")))?;
-            expert.up.pack(cpu, &mut w13, id, intermediate).map_err(pack(&format!("up of expert {id}")))?;
-            expert.down.pack(cpu, &mut w2, id, 0).map_err(pack(&format!("down of expert {id}")))?;
-            progress(id + 1);
-        }
-        Ok((w13.finish().map_err(pack("w13"))?, w2.finish().map_err(pack("w2"))?))
+        pack(cpu, self.shape, &self.experts, progress)
     }
 }
 
-impl WeightMatrix<'_> {
-    /// Rows: outputs.
+impl SharedExpert<'_> {
+    /// What its weights are packed as.
     #[must_use]
-    pub fn rows(&self) -> usize {
-        self.rows
+    pub fn weight_format(&self) -> WeightFormat {
+        self.expert.up.format()
     }
 
-    /// Columns: inputs.
-    #[must_use]
-    pub fn cols(&self) -> usize {
-        self.cols
+    /// Packs its weights for the CPU, as those of a layer with one expert.
+    ///
+    /// # Errors
+    /// [`Error::Pack`] with the library's reason.
+    pub fn pack(&self, cpu: &Cpu) -> Result<(PackedWeights, PackedWeights)> {
+        pack(cpu, self.shape, std::slice::from_ref(&self.expert), &mut |_| {})
     }
+}
 
-    /// The values.
-    #[must_use]
-    pub fn values(&self) -> &WeightValues<'_> {
-        &self.values
-    }
-
-    fn pack(
-        &self,
-        cpu: &Cpu,
-        builder: &mut PackedWeightsBuilder,
-        expert: usize,
-        first_row: usize,
-    ) -> expertile::Result<()> {
-        let Self { rows, cols, .. } = *self;
-        match &self.values {
-            WeightValues::Bf16(values) => {
-                builder.pack_bf16_rows(cpu, expert, first_row, MatrixRef::new(values, rows, cols)?)
-            }
-            WeightValues::E4m3 { values, scales } => {
-                let blocks = [rows, cols].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
-                let scales = MatrixRef::new(scales, blocks[0], blocks[1])?;
-                builder.pack_e4m3_rows(cpu, expert, first_row, MatrixRef::new(values, rows, cols)?, scales)
-            }
+fn pack(
+    cpu: &Cpu,
+    shape: LayerShape,
+    experts: &[Expert<'_>],
+    progress: &mut dyn FnMut(usize),
+) -> Result<(PackedWeights, PackedWeights)> {
+    let (hidden, intermediate, count) = (shape.hidden(), shape.intermediate(), experts.len());
+    let pack = |what: &str| {
+        let what = what.to_owned();
+        move |source| Error::Pack { what, source }
+    };
+    let format = experts[0].up.format();
+    let w13 = if shape.is_gated() {
+        PackedWeightsBuilder::gate_up(format, count, intermediate, hidden)
+    } else {
+        PackedWeightsBuilder::new(format, count, intermediate, hidden)
+    };
+    let mut w13 = w13.map_err(pack("w13"))?;
+    let mut w2 = PackedWeightsBuilder::new(format, count, hidden, intermediate).map_err(pack("w2"))?;
+    for (id, expert) in experts.iter().enumerate() {
+        let mut first_row = 0;
+        if let Some(gate) = &expert.gate {
+            gate.pack(cpu, &mut w13, id, 0).map_err(pack(&format!("gate of expert {id}")))?;
+            first_row = intermediate;
         }
+        expert.up.pack(cpu, &mut w13, id, first_row).map_err(pack(&format!("up of expert {id}")))?;
+        expert.down.pack(cpu, &mut w2, id, 0).map_err(pack(&format!("down of expert {id}")))?;
+        progress(id + 1);
     }
-
-    /// Writes row `row` as f64, scales applied; panics outside the matrix or if `out` is not one row long.
-    pub fn write_row(&self, row: usize, out: &mut [f64]) {
-        assert_eq!(out.len(), self.cols, "a row has {} values", self.cols);
-        let own = row * self.cols..(row + 1) * self.cols;
-        match &self.values {
-            WeightValues::Bf16(values) => {
-                for (out, value) in out.iter_mut().zip(&values[own]) {
-                    *out = value.to_f64();
-                }
-            }
-            WeightValues::E4m3 { values, scales } => {
-                let blocks = self.cols.div_ceil(WEIGHT_BLOCK);
-                let scales = &scales[row / WEIGHT_BLOCK * blocks..][..blocks];
-                for (col, (out, value)) in out.iter_mut().zip(&values[own]).enumerate() {
-                    *out = f64::from(value.to_f32()) * f64::from(scales[col / WEIGHT_BLOCK]);
-                }
-            }
-        }
-    }
+    Ok((w13.finish().map_err(pack("w13"))?, w2.finish().map_err(pack("w2"))?))
 }
 
-fn prefix(family: Family, layer: usize) -> String {
-    match family {
-        Family::Qwen3Moe | Family::DeepSeekV3 => format!("model.layers.{layer}.mlp"),
-        Family::Mixtral => format!("model.layers.{layer}.block_sparse_moe"),
-    }
-}
-
-/// Names of gate, up and down within an expert.
-fn parts(family: Family) -> [&'static str; 3] {
-    match family {
-        Family::Qwen3Moe | Family::DeepSeekV3 => ["gate_proj", "up_proj", "down_proj"],
-        Family::Mixtral => ["w1", "w3", "w2"],
-    }
-}
+/// What may stand before the number of a layer: language models alone, inside multimodal ones, and without a head.
+const LAYER_PREFIXES: [&str; 7] = [
+    "model.layers.",
+    "model.language_model.layers.",
+    "language_model.model.layers.",
+    "layers.",
+    "language_model.layers.",
+    "backbone.layers.",
+    "thinker.model.layers.",
+];
 
 /// Finds and checks the tensors of one layer.
 struct Reader<'a, 'c> {
     checkpoint: &'a Checkpoint<'c>,
-    config: &'a Config,
-    prefix: String,
+    family: &'static Family,
+    block: BlockConfig,
+    /// `model.layers.7.`
+    layer_prefix: String,
+    /// Names that were read; what else stands in the block is an error.
+    read: RefCell<HashSet<String>>,
 }
 
-impl<'a> Reader<'a, '_> {
-    fn router(&self, layer: usize) -> Result<(Router, Vec<f32>)> {
-        let Config { experts, hidden, topk, .. } = *self.config;
-        let weight = match self.floats("gate.weight", &[experts, hidden]) {
-            Err(Error::MissingTensor { .. }) if self.is_dense() => {
-                let because = format!("there is a {}.gate_proj.weight", self.prefix);
-                return Err(Error::DenseLayer { file: self.config.file.clone(), layer, because });
+impl<'a, 'c> Reader<'a, 'c> {
+    /// Finds out where the layer's tensors are, by the router's weight.
+    fn find(checkpoint: &'a Checkpoint<'c>, block: BlockConfig, layer: usize) -> Result<Self> {
+        let config = checkpoint.config();
+        let family = config.family;
+        let prefixes = LAYER_PREFIXES.map(|prefix| format!("{prefix}{layer}."));
+        let router = |prefix: &str| format!("{prefix}{}.{}", family.block, family.router.weight);
+        let mut found = Vec::new();
+        for prefix in &prefixes {
+            if checkpoint.has(&router(prefix))? {
+                found.push(prefix);
             }
-            weight => weight?,
+        }
+        let layer_prefix = match found[..] {
+            [prefix] => prefix.clone(),
+            [] => {
+                for prefix in &prefixes {
+                    let name = format!("{prefix}{}.gate_proj.weight", family.block);
+                    if checkpoint.has(&name)? {
+                        let because = format!("there is a {name}");
+                        return Err(Error::DenseLayer { file: config.file.clone(), layer, because });
+                    }
+                }
+                prefixes[0].clone()
+            }
+            [first, second, ..] => {
+                return Err(Error::AmbiguousTensor {
+                    file: config.file.clone(),
+                    tensor: router(first),
+                    other: router(second),
+                });
+            }
         };
-        let router = match self.config.scoring {
-            Scoring::Softmax { renormalize } => Router::Softmax { topk, renormalize },
-            Scoring::Sigmoid { groups, topk_groups, renormalize, scaling_factor } => Router::Sigmoid {
-                topk,
-                correction_bias: self.floats("gate.e_score_correction_bias", &[experts])?,
-                groups,
-                topk_groups,
-                renormalize,
-                scaling_factor,
-            },
-        };
-        // Routing no tokens checks everything that does not depend on them.
-        MatrixRef::new(&[], 0, experts)
-            .and_then(|no_logits| router.route(no_logits, &mut [], &mut []))
-            .map_err(|source| Error::Router { file: self.config.file.clone(), source })?;
-        Ok((router, weight))
+        Ok(Self { checkpoint, family, block, layer_prefix, read: RefCell::default() })
     }
 
-    /// Whether the layer has one dense block where others have experts.
-    fn is_dense(&self) -> bool {
-        let name = format!("{}.gate_proj.weight", self.prefix);
-        self.checkpoint.tensor(&name, String::new).is_ok()
+    /// A tensor's full name.
+    fn name(&self, name: &str) -> String {
+        match name.strip_prefix('/') {
+            Some(of_layer) => format!("{}{of_layer}", self.layer_prefix),
+            None => format!("{}{}.{name}", self.layer_prefix, self.family.block),
+        }
     }
 
-    fn floats(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let name = format!("{}.{name}", self.prefix);
-        let tensor = self.checkpoint.tensor(&name, || format!("BF16, F16 or F32 {shape:?}"))?;
-        tensor.require_shape(shape)?;
+    fn has(&self, name: &str) -> Result<bool> {
+        self.checkpoint.has(&self.name(name))
+    }
+
+    /// The tensor of that name, from now on known to have been read.
+    fn tensor(&self, name: &str, expected: impl Fn() -> String) -> Result<Tensor<'a>> {
+        let name = self.name(name);
+        let tensor = self.checkpoint.tensor(&name, expected)?;
+        self.read.borrow_mut().insert(name);
+        Ok(tensor)
+    }
+
+    /// A tensor of floats in one of these shapes.
+    fn floats(&self, name: &str, shapes: &[&[usize]]) -> Result<Vec<f32>> {
+        let expected = || shapes.iter().map(|shape| format!("{shape:?}")).collect::<Vec<_>>().join(" or ");
+        let tensor = self.tensor(name, || format!("BF16, F16 or F32 {}", expected()))?;
+        if !shapes.contains(&tensor.shape) {
+            return Err(Error::shape(tensor.file, &tensor.name, tensor.shape, expected()));
+        }
         tensor.to_f32()
     }
 
-    /// The format of the first expert's first matrix, which all others must share.
-    fn weight_format(&self) -> Result<WeightFormat> {
-        let Config { hidden, intermediate, .. } = *self.config;
-        let name = format!("{}.experts.0.{}.weight", self.prefix, parts(self.config.family)[0]);
-        let tensor = self.checkpoint.tensor(&name, || format!("BF16 or F8_E4M3 [{intermediate}, {hidden}]"))?;
-        match tensor.dtype {
-            Dtype::BF16 => Ok(WeightFormat::Bf16),
-            Dtype::F8_E4M3 => self.check_weight_block().map(|()| WeightFormat::E4m3),
-            _ => Err(tensor.wrong_dtype("BF16 or F8_E4M3")),
+    fn router(&self) -> Result<(Router, Vec<f32>)> {
+        let (experts, hidden) = (self.block.shape.local_experts(), self.block.shape.hidden());
+        let weight = self.floats(self.family.router.weight, &[&[experts, hidden]])?;
+        let mut router = self.block.router.clone();
+        if let Some(name) = self.block.logit_bias {
+            router.logit_bias = self.floats(name, &[&[experts]])?;
         }
-    }
-
-    fn check_weight_block(&self) -> Result<()> {
-        if self.config.weight_block.as_deref() == Some(&[WEIGHT_BLOCK, WEIGHT_BLOCK]) {
-            return Ok(());
+        if let Some(name) = self.block.correction_bias {
+            router.correction_bias = self.floats(name, &[&[experts], &[1, experts]])?;
         }
-        Err(Error::Config {
-            file: self.config.file.clone(),
-            key: "quantization_config.weight_block_size".into(),
-            actual: self.config.weight_block.as_ref().map_or("missing".into(), |block| format!("{block:?}")),
-            expected: format!("[{WEIGHT_BLOCK}, {WEIGHT_BLOCK}] (the weights are F8_E4M3)"),
-        })
+        Ok((router, weight))
     }
 
-    fn expert(&self, expert: usize, format: WeightFormat) -> Result<Expert<'a>> {
-        let Config { hidden, intermediate, .. } = *self.config;
-        let [gate, up, down] =
-            parts(self.config.family).map(|part| format!("{}.experts.{expert}.{part}.weight", self.prefix));
-        Ok(Expert {
-            gate: self.matrix(&gate, intermediate, hidden, format)?,
-            up: self.matrix(&up, intermediate, hidden, format)?,
-            down: self.matrix(&down, hidden, intermediate, format)?,
-        })
-    }
-
-    fn matrix(&self, name: &str, rows: usize, cols: usize, format: WeightFormat) -> Result<WeightMatrix<'a>> {
-        let dtype = match format {
-            WeightFormat::Bf16 => Dtype::BF16,
-            WeightFormat::E4m3 => Dtype::F8_E4M3,
+    fn experts(&self) -> Result<(Vec<Expert<'a>>, Option<Biases>)> {
+        let first_tensor = |names: &ExpertNames| match *names {
+            ExpertNames::Each { gate, up, .. } => format!("experts.0.{}.weight", gate.unwrap_or(up)),
+            ExpertNames::Fused { gate_up, .. } => gate_up.to_owned(),
         };
-        let tensor = self.typed(name, dtype, &[rows, cols])?;
-        let values = match format {
-            WeightFormat::Bf16 => WeightValues::Bf16(tensor.bf16()),
-            WeightFormat::E4m3 => {
-                let blocks = [rows.div_ceil(WEIGHT_BLOCK), cols.div_ceil(WEIGHT_BLOCK)];
-                let scales = self.typed(&format!("{name}_scale_inv"), Dtype::F32, &blocks)?.to_f32()?;
-                WeightValues::E4m3 { values: bytemuck::cast_slice(tensor.bytes), scales }
+        for names in self.family.experts {
+            if !self.has(&first_tensor(names))? {
+                continue;
             }
-        };
-        Ok(WeightMatrix { rows, cols, values })
+            return match *names {
+                ExpertNames::Each { gate, up, down } => {
+                    let count = self.block.shape.local_experts();
+                    let first = self.weight_tensor(&first_tensor(names), self.block.shape.intermediate())?;
+                    let expert = |expert: usize| {
+                        let name = |part: &str| format!("experts.{expert}.{part}.weight");
+                        self.separate(gate.map(name), &name(up), &name(down), self.block.shape, Some(first.dtype))
+                    };
+                    Ok(((0..count).map(expert).collect::<Result<_>>()?, None))
+                }
+                ExpertNames::Fused { gate_up, down, biases, order } => {
+                    let experts = self.fused([gate_up, down], order)?;
+                    Ok((experts, biases.map(|names| self.biases(names, order)).transpose()?))
+                }
+            };
+        }
+        // Before a tensor is called missing: other methods have other tensors.
+        self.checkpoint.config().quantization.check_method()?;
+        let (intermediate, hidden) = (self.block.shape.intermediate(), self.block.shape.hidden());
+        self.tensor(&first_tensor(&self.family.experts[0]), || format!("{WEIGHT_DTYPES} [{intermediate}, {hidden}]"))?;
+        unreachable!("the tensor is not there")
     }
 
-    fn typed(&self, name: &str, dtype: Dtype, shape: &[usize]) -> Result<Tensor<'a>> {
-        let tensor = self.checkpoint.tensor(name, || format!("{dtype} {shape:?}"))?;
-        tensor.require_shape(shape)?;
-        if tensor.dtype != dtype {
-            return Err(tensor.wrong_dtype(dtype.to_string()));
+    /// A weight tensor, whatever its shape; `rows` describes it in case there is none.
+    fn weight_tensor(&self, name: &str, rows: usize) -> Result<Tensor<'a>> {
+        let tensor = self.tensor(name, || format!("{WEIGHT_DTYPES} [{rows}, ..]"))?;
+        if weight_format(tensor.dtype).is_none() {
+            return Err(tensor.wrong_dtype(WEIGHT_DTYPES));
         }
         Ok(tensor)
+    }
+
+    /// An expert whose matrices are tensors of their own; `dtype` is the one that they must have, if another expert's have
+    /// been seen.
+    fn separate(
+        &self,
+        gate: Option<String>,
+        up: &str,
+        down: &str,
+        shape: LayerShape,
+        dtype: Option<Dtype>,
+    ) -> Result<Expert<'a>> {
+        let (hidden, intermediate) = (shape.hidden(), shape.intermediate());
+        let gate = gate.map(|gate| self.matrix(&gate, intermediate, hidden, dtype)).transpose()?;
+        let dtype = gate.as_ref().map(|gate| gate.1).or(dtype);
+        let (up, dtype) = self.matrix(up, intermediate, hidden, dtype)?;
+        let (down, _) = self.matrix(down, hidden, intermediate, Some(dtype))?;
+        Ok(Expert { gate: gate.map(|gate| gate.0), up, down })
+    }
+
+    fn matrix(&self, name: &str, rows: usize, cols: usize, dtype: Option<Dtype>) -> Result<(WeightMatrix<'a>, Dtype)> {
+        let expected = || format!("{} [{rows}, {cols}]", dtype.map_or(WEIGHT_DTYPES.into(), |dtype| dtype.to_string()));
+        let tensor = self.tensor(name, expected)?;
+        tensor.require_shape(&[rows, cols])?;
+        match dtype {
+            Some(dtype) if dtype != tensor.dtype => return Err(tensor.wrong_dtype(dtype.to_string())),
+            None if weight_format(tensor.dtype).is_none() => return Err(tensor.wrong_dtype(WEIGHT_DTYPES)),
+            _ => {}
+        }
+        let scales = match tensor.dtype {
+            Dtype::F8_E4M3 => {
+                let scheme = self.checkpoint.config().quantization.scheme()?;
+                Some(matrix_scales(&self.scale_tensor(name)?, scheme, rows, cols)?)
+            }
+            _ => None,
+        };
+        let matrix = WeightMatrix::new(&tensor, View::whole(rows, cols), scales)?;
+        Ok((matrix, tensor.dtype))
+    }
+
+    /// The tensor of a weight's scales, by either of its names.
+    fn scale_tensor(&self, weight: &str) -> Result<Tensor<'a>> {
+        let names = ["_scale_inv", "_scale"].map(|ending| format!("{weight}{ending}"));
+        let expected = || "F32, BF16, F16 or F8_E8M0 scales (the weights are F8_E4M3)".to_owned();
+        match [self.has(&names[0])?, self.has(&names[1])?] {
+            [true, true] => Err(Error::AmbiguousTensor {
+                file: self.checkpoint.config().file.clone(),
+                tensor: self.name(&names[0]),
+                other: self.name(&names[1]),
+            }),
+            [false, true] => self.tensor(&names[1], expected),
+            _ => self.tensor(&names[0], expected),
+        }
+    }
+
+    /// All experts out of two tensors, `[E, 2 I, H]` and `[E, H, I]` or both transposed.
+    fn fused(&self, names: [&str; 2], order: GateUpOrder) -> Result<Vec<Expert<'a>>> {
+        let shape = self.block.shape;
+        let (hidden, intermediate, count) = (shape.hidden(), shape.intermediate(), shape.local_experts());
+        let gate_up = self.weight_tensor(names[0], 2 * intermediate)?;
+        let down = self.weight_tensor(names[1], hidden)?;
+        if down.dtype != gate_up.dtype {
+            return Err(down.wrong_dtype(gate_up.dtype.to_string()));
+        }
+        let plain = [[count, 2 * intermediate, hidden], [count, hidden, intermediate]];
+        let turned = [[count, hidden, 2 * intermediate], [count, intermediate, hidden]];
+        // The two shapes are never both the same turned: that would need 2 I = H and H = I.
+        let transposed = match (gate_up.shape == turned[0], down.shape == turned[1]) {
+            (true, true) if gate_up.shape != plain[0] || down.shape != plain[1] => true,
+            _ => {
+                let expected = |at: usize| format!("{:?}, or transposed with the other {:?}", plain[at], turned[at]);
+                for (at, tensor) in [(0, &gate_up), (1, &down)] {
+                    if tensor.shape != plain[at] {
+                        return Err(Error::shape(tensor.file, &tensor.name, tensor.shape, expected(at)));
+                    }
+                }
+                false
+            }
+        };
+        let mut scales = match gate_up.dtype {
+            Dtype::F8_E4M3 => Some([
+                self.fused_scales(names[0], true, transposed, order)?,
+                self.fused_scales(names[1], false, transposed, order)?,
+            ]),
+            _ => None,
+        };
+        let mut experts = Vec::new();
+        for expert in 0..count {
+            // Rows of a tensor `[2 I, H]` lie H apart, those of its transpose next to each other.
+            let (row, col) = if transposed { (1, 2 * intermediate) } else { (hidden, 1) };
+            let (up_start, step) = match order {
+                GateUpOrder::Halves => (intermediate * row, row),
+                GateUpOrder::Interleaved => (row, 2 * row),
+            };
+            let len = 2 * intermediate * hidden;
+            let gate = View {
+                rows: intermediate,
+                cols: hidden,
+                first: expert * len,
+                len,
+                start: 0,
+                row_stride: step,
+                col_stride: col,
+            };
+            let up = View { start: up_start, ..gate };
+            let len = hidden * intermediate;
+            let (row_stride, col_stride) = if transposed { (1, hidden) } else { (intermediate, 1) };
+            let down_view =
+                View { rows: hidden, cols: intermediate, first: expert * len, len, start: 0, row_stride, col_stride };
+            let mut take = |tensor: usize, part: usize| {
+                scales.as_mut().map(|scales| WeightScales::Block(std::mem::take(&mut scales[tensor][expert][part])))
+            };
+            experts.push(Expert {
+                gate: Some(WeightMatrix::new(&gate_up, gate, take(0, 0))?),
+                up: WeightMatrix::new(&gate_up, up, take(0, 1))?,
+                down: WeightMatrix::new(&down, down_view, take(1, 0))?,
+            });
+        }
+        Ok(experts)
+    }
+
+    /// Block scales of a fused tensor, by expert and part (gate and up, or down), each `[ceil(R / 128), ceil(C / 128)]`.
+    fn fused_scales(
+        &self,
+        weight: &str,
+        is_gate_up: bool,
+        transposed: bool,
+        order: GateUpOrder,
+    ) -> Result<Vec<Vec<Vec<f32>>>> {
+        let shape = self.block.shape;
+        let (hidden, intermediate, count) = (shape.hidden(), shape.intermediate(), shape.local_experts());
+        let config = self.checkpoint.config();
+        config.quantization.require_blocks(&self.name(weight))?;
+        let tensor = self.scale_tensor(weight)?;
+        let [rows, cols] = if is_gate_up { [intermediate, hidden] } else { [hidden, intermediate] };
+        let [row_blocks, col_blocks] = [rows, cols].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
+        let parts = if is_gate_up { 2 } else { 1 };
+        if is_gate_up && !intermediate.is_multiple_of(WEIGHT_BLOCK) {
+            // Blocks that count from up's first row and blocks over the joined rows cannot be told apart by their number.
+            let expected = "gate and up in tensors of their own, or an intermediate size that 128 divides";
+            return Err(Error::shape(tensor.file, &tensor.name, tensor.shape, expected));
+        }
+        if is_gate_up && order == GateUpOrder::Interleaved {
+            let expected = "weights in BF16, F16 or F32 where gate and up are interleaved";
+            return Err(Error::shape(tensor.file, &tensor.name, tensor.shape, expected));
+        }
+        let extents =
+            if transposed { [count, col_blocks, parts * row_blocks] } else { [count, parts * row_blocks, col_blocks] };
+        tensor.require_shape(&extents)?;
+        let values = tensor.to_f32()?;
+        let at = |expert: usize, row: usize, col: usize| {
+            let (first, second) = if transposed { (col, row) } else { (row, col) };
+            values[(expert * extents[1] + first) * extents[2] + second]
+        };
+        let part = |expert: usize, part: usize| {
+            let rows = part * row_blocks..(part + 1) * row_blocks;
+            rows.flat_map(|row| (0..col_blocks).map(move |col| (row, col)))
+                .map(|(row, col)| at(expert, row, col))
+                .collect()
+        };
+        Ok((0..count).map(|expert| (0..parts).map(|index| part(expert, index)).collect()).collect())
+    }
+
+    fn biases(&self, names: [&str; 2], order: GateUpOrder) -> Result<Biases> {
+        let shape = self.block.shape;
+        let (hidden, intermediate, count) = (shape.hidden(), shape.intermediate(), shape.local_experts());
+        let mut w13 = self.floats(names[0], &[&[count, 2 * intermediate]])?;
+        let w2 = self.floats(names[1], &[&[count, hidden]])?;
+        if order == GateUpOrder::Interleaved {
+            for expert in w13.chunks_exact_mut(2 * intermediate) {
+                let (gate, up): (Vec<f32>, Vec<f32>) = expert.chunks_exact(2).map(|pair| (pair[0], pair[1])).unzip();
+                expert[..intermediate].copy_from_slice(&gate);
+                expert[intermediate..].copy_from_slice(&up);
+            }
+        }
+        Ok(Biases { w13, w2 })
+    }
+
+    fn shared(&self) -> Result<Option<SharedExpert<'a>>> {
+        let (Some(row), Some(width)) = (&self.family.shared, self.block.shared) else { return Ok(None) };
+        let hidden = self.block.shape.hidden();
+        let shape = self.checkpoint.config().shape(hidden, width, 1, self.block.activation)?;
+        let expert = match row.names {
+            SharedNames::Separate(prefix) => {
+                let [gate, up, down] = ["gate", "up", "down"].map(|part| format!("{prefix}.{part}_proj.weight"));
+                self.separate(Some(gate), &up, &down, shape, None)?
+            }
+            SharedNames::Ungated(prefix) => {
+                let [up, down] = ["up", "down"].map(|part| format!("{prefix}.{part}_proj.weight"));
+                self.separate(None, &up, &down, shape, None)?
+            }
+            SharedNames::Fused([gate_up, down]) => self.fused_shared(gate_up, down, shape)?,
+        };
+        let gate = row.gate.map(|name| self.floats(name, &[&[1, hidden], &[hidden]])).transpose()?;
+        Ok(Some(SharedExpert { shape, expert, gate }))
+    }
+
+    /// A shared expert whose gate and up are halves of one matrix.
+    fn fused_shared(&self, gate_up: &str, down: &str, shape: LayerShape) -> Result<Expert<'a>> {
+        let (hidden, width) = (shape.hidden(), shape.intermediate());
+        let tensor = self.tensor(gate_up, || format!("BF16, F16 or F32 [{}, {hidden}]", 2 * width))?;
+        tensor.require_shape(&[2 * width, hidden])?;
+        if weight_format(tensor.dtype) != Some(WeightFormat::Bf16) {
+            return Err(tensor.wrong_dtype("BF16, F16 or F32"));
+        }
+        let half = View { len: 2 * width * hidden, ..View::whole(width, hidden) };
+        Ok(Expert {
+            gate: Some(WeightMatrix::new(&tensor, half, None)?),
+            up: WeightMatrix::new(&tensor, View { start: width * hidden, ..half }, None)?,
+            down: self.matrix(down, hidden, width, Some(tensor.dtype))?.0,
+        })
+    }
+
+    /// Fails if the block has a tensor that was not read: it could change the numbers.
+    fn check_all_read(&self) -> Result<()> {
+        let mut prefixes = vec![format!("{}{}.", self.layer_prefix, self.family.block)];
+        if let Some(SharedNames::Fused(names)) = self.family.shared.as_ref().map(|shared| shared.names) {
+            let folder = |name: &str| name.split_once('.').map_or(name.to_owned(), |(folder, _)| format!("{folder}."));
+            prefixes.push(self.name(&folder(names[0])));
+        }
+        let read = self.read.borrow();
+        let unread =
+            |name: &&str| prefixes.iter().any(|prefix| name.starts_with(prefix.as_str())) && !read.contains(*name);
+        // The first by name, so that the message does not depend on a map's order.
+        match self.checkpoint.names()?.into_iter().filter(unread).min() {
+            None => Ok(()),
+            Some(name) => Err(Error::UnknownTensor {
+                file: self.checkpoint.file_of(name).to_owned(),
+                tensor: name.to_owned(),
+                family: self.family.model_type(),
+            }),
+        }
     }
 }

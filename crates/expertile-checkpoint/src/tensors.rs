@@ -4,6 +4,7 @@
 //! a tensor's bytes are there and have the length that its shape and dtype say.
 
 use crate::error::{Error, Result};
+use crate::json;
 use bytemuck::Pod;
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -12,6 +13,7 @@ use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 const LENGTH_BYTES: usize = 8;
+const HEADER: &str = "safetensors header";
 /// The format's own limit, so that a hostile length does not make the JSON parser work through gigabytes.
 const MAX_HEADER_BYTES: usize = 100_000_000;
 
@@ -20,6 +22,8 @@ const MAX_HEADER_BYTES: usize = 100_000_000;
 pub(crate) struct Header {
     file: PathBuf,
     metadata: Metadata,
+    /// In the order of their data.
+    names: Vec<String>,
     data_start: usize,
 }
 
@@ -36,6 +40,7 @@ pub(crate) struct Tensor<'a> {
 impl Header {
     /// Parses the header of `bytes`, a whole file; `file` is its name in messages.
     pub(crate) fn parse(file: &Path, bytes: &[u8]) -> Result<Self> {
+        json::refuse_lfs_pointer(file, "kind of file", bytes)?;
         let Some((length, rest)) = bytes.split_first_chunk::<LENGTH_BYTES>() else {
             return Err(Error::format(
                 file,
@@ -52,8 +57,8 @@ impl Header {
         let (header, data) = rest.split_at(length);
         // Not `SafeTensors::deserialize`: its check that the tensors end where the file ends adds without checking, and
         // a hostile header can make that sum overflow.
-        let metadata: Metadata =
-            serde_json::from_slice(header).map_err(|source| Error::json(file, "safetensors header", source))?;
+        json::refuse_duplicate_keys(file, HEADER, header)?;
+        let metadata: Metadata = serde_json::from_slice(header).map_err(|source| Error::json(file, HEADER, source))?;
         if metadata.data_len() != data.len() {
             return Err(Error::format(
                 file,
@@ -62,16 +67,35 @@ impl Header {
                 format!("{}, as the header says", metadata.data_len()),
             ));
         }
-        Ok(Self { file: file.to_owned(), metadata, data_start: LENGTH_BYTES + length })
+        let names = metadata.offset_keys();
+        Ok(Self { file: file.to_owned(), metadata, names, data_start: LENGTH_BYTES + length })
+    }
+
+    /// How many bytes a file has at least that starts so, as [`read::read_argument`](crate::read::read_argument) asks.
+    pub(crate) fn needed_bytes(file: &Path, start: &[u8]) -> Result<u64> {
+        let Some((length, rest)) = start.split_first_chunk::<LENGTH_BYTES>() else { return Ok(LENGTH_BYTES as u64) };
+        let length = u64::from_le_bytes(*length);
+        if length > MAX_HEADER_BYTES as u64 {
+            let expected = format!("at most {MAX_HEADER_BYTES}");
+            return Err(Error::format(file, "header length", length.to_string(), expected));
+        }
+        let Some(header) = rest.get(..length as usize) else { return Ok(LENGTH_BYTES as u64 + length) };
+        let metadata: Metadata = serde_json::from_slice(header).map_err(|source| Error::json(file, HEADER, source))?;
+        Ok((LENGTH_BYTES as u64 + length).saturating_add(metadata.data_len() as u64))
     }
 
     pub(crate) fn file(&self) -> &Path {
         &self.file
     }
 
-    /// Names of all tensors, in the order of their data.
-    pub(crate) fn names(&self) -> Vec<String> {
-        self.metadata.offset_keys()
+    /// Names of all tensors, in no particular order.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.names.iter().map(String::as_str)
+    }
+
+    /// Whether there is a tensor of that name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.metadata.info(name).is_some()
     }
 
     /// The tensor of that name, if there is one; `bytes` is the file that was parsed.
@@ -96,31 +120,64 @@ impl<'a> Tensor<'a> {
         Error::dtype(self.file, &self.name, self.dtype, expected)
     }
 
-    /// A bf16, f16 or f32 tensor, widened.
+    /// The values, of `N` little-endian bytes each.
+    pub(crate) fn decode<const N: usize, T>(&self, decode: impl Fn([u8; N]) -> T) -> Result<Vec<T>> {
+        little_endian(self.bytes, decode)
+            .map_err(|bytes| Error::memory(self.file, format!("tensor {}", self.name), bytes))
+    }
+
+    /// A bf16, f16, f32 or e8m0 (`2^(byte - 127)`, 255 is NaN) tensor, widened.
     pub(crate) fn to_f32(&self) -> Result<Vec<f32>> {
         match self.dtype {
-            Dtype::F32 => Ok(little_endian(self.bytes, f32::from_le_bytes)),
-            Dtype::BF16 => Ok(little_endian(self.bytes, |bytes| bf16::from_le_bytes(bytes).to_f32())),
-            Dtype::F16 => Ok(little_endian(self.bytes, |bytes| f16::from_le_bytes(bytes).to_f32())),
-            _ => Err(self.wrong_dtype("BF16, F16 or F32")),
+            Dtype::F32 => self.decode(f32::from_le_bytes),
+            Dtype::BF16 => self.decode(|bytes| bf16::from_le_bytes(bytes).to_f32()),
+            Dtype::F16 => self.decode(|bytes| f16::from_le_bytes(bytes).to_f32()),
+            Dtype::F8_E8M0 => self.decode(|[byte]| power_of_two(byte)),
+            _ => Err(self.wrong_dtype("BF16, F16, F32 or F8_E8M0")),
         }
     }
 
-    /// The bf16 values in place, or copied where the file did not align them (or the machine is big-endian).
-    pub(crate) fn bf16(&self) -> Cow<'a, [bf16]> {
-        borrow_or_decode(self.bytes, bf16::from_le_bytes)
+    /// Values of `N` bytes each among the tensor's `bytes`, in place, or copied where the file did not align them (or the
+    /// machine is big-endian).
+    pub(crate) fn values<const N: usize, T: Pod>(
+        &self,
+        bytes: &'a [u8],
+        decode: impl Fn([u8; N]) -> T,
+    ) -> Result<Cow<'a, [T]>> {
+        borrow_or_decode(bytes, decode)
+            .map_err(|bytes| Error::memory(self.file, format!("tensor {}", self.name), bytes))
     }
 }
 
-/// Values of `N` little-endian bytes each.
-pub(crate) fn little_endian<const N: usize, T>(bytes: &[u8], decode: impl Fn([u8; N]) -> T) -> Vec<T> {
-    bytes.as_chunks::<N>().0.iter().map(|&chunk| decode(chunk)).collect()
+/// Values of `N` little-endian bytes each; the error is the number of bytes for which there is no memory.
+pub(crate) fn little_endian<const N: usize, T>(
+    bytes: &[u8],
+    decode: impl Fn([u8; N]) -> T,
+) -> std::result::Result<Vec<T>, u64> {
+    let chunks = bytes.as_chunks::<N>().0;
+    let mut values = Vec::new();
+    values.try_reserve_exact(chunks.len()).map_err(|_| (chunks.len() as u64).saturating_mul(size_of::<T>() as u64))?;
+    values.extend(chunks.iter().map(|&chunk| decode(chunk)));
+    Ok(values)
 }
 
-fn borrow_or_decode<const N: usize, T: Pod>(bytes: &[u8], decode: impl Fn([u8; N]) -> T) -> Cow<'_, [T]> {
+/// The value of an e8m0 byte.
+fn power_of_two(byte: u8) -> f32 {
+    match byte {
+        // Below f32's smallest normal number.
+        0 => f32::from_bits(1 << 22),
+        255 => f32::NAN,
+        exponent => f32::from_bits(u32::from(exponent) << 23),
+    }
+}
+
+fn borrow_or_decode<const N: usize, T: Pod>(
+    bytes: &[u8],
+    decode: impl Fn([u8; N]) -> T,
+) -> std::result::Result<Cow<'_, [T]>, u64> {
     match bytemuck::try_cast_slice(bytes) {
-        Ok(values) if cfg!(target_endian = "little") => Cow::Borrowed(values),
-        _ => Cow::Owned(little_endian(bytes, decode)),
+        Ok(values) if cfg!(target_endian = "little") => Ok(Cow::Borrowed(values)),
+        _ => little_endian(bytes, decode).map(Cow::Owned),
     }
 }
 
@@ -161,6 +218,35 @@ mod tests {
     }
 
     #[test]
+    fn a_name_or_an_entry_that_stands_twice_is_an_error() {
+        let one = r#"{"dtype":"U8","shape":[2],"data_offsets":[0,2]}"#;
+        let twice = refuse(&file(&format!(r#"{{"a":{one},"a":{one}}}"#), 2));
+        assert!(twice.contains("safetensors header is not valid: key \"a\" stands twice"), "{twice}");
+        let twice = refuse(&file(r#"{"a":{"dtype":"U8","shape":[2],"shape":[2],"data_offsets":[0,2]}}"#, 2));
+        assert!(twice.contains("key \"shape\" stands twice"), "{twice}");
+        let twice = refuse(&file(&format!(r#"{{"__metadata__":{{"k":"1","k":"2"}},"a":{one}}}"#), 2));
+        assert!(twice.contains("key \"k\" stands twice"), "{twice}");
+    }
+
+    #[test]
+    fn a_pointer_of_git_lfs_is_called_one() {
+        let pointer = refuse(b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n");
+        assert!(pointer.contains("is a Git LFS pointer, expected the file itself"), "{pointer}");
+    }
+
+    #[test]
+    fn the_bytes_that_a_file_needs_are_known_from_its_header() {
+        let whole = file(r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}"#, 2);
+        let needed = |start: &[u8]| Header::needed_bytes(Path::new("x"), start).unwrap();
+        assert_eq!((needed(&[]), needed(&whole[..7])), (8, 8));
+        for start in 8..whole.len() - 2 {
+            assert_eq!(needed(&whole[..start]), whole.len() as u64 - 2);
+        }
+        assert_eq!((needed(&whole[..whole.len() - 2]), needed(&whole)), (whole.len() as u64, whole.len() as u64));
+        assert!(Header::needed_bytes(Path::new("x"), b"y\ny\ny\ny\n").is_err());
+    }
+
+    #[test]
     fn tensors_whose_lengths_add_up_past_the_address_space_are_an_error() {
         let step = (1u64 << 61) - 1;
         let tensors: Vec<String> = (0..8)
@@ -174,6 +260,12 @@ mod tests {
     }
 
     #[test]
+    fn e8m0_bytes_are_powers_of_two() {
+        assert_eq!([0, 1, 127, 254].map(power_of_two), [2f32.powi(-127), 2f32.powi(-126), 1.0, 2f32.powi(127)]);
+        assert!(power_of_two(255).is_nan());
+    }
+
+    #[test]
     fn values_are_the_same_aligned_or_not() {
         let values: Vec<bf16> = (0..9).map(|i| bf16::from_f32(i as f32 - 3.5)).collect();
         let mut bytes = [0u8; 19];
@@ -181,7 +273,7 @@ mod tests {
             for (value, slot) in values.iter().zip(bytes[shift..].as_chunks_mut::<2>().0) {
                 *slot = value.to_le_bytes();
             }
-            let read: Cow<'_, [bf16]> = borrow_or_decode(&bytes[shift..shift + 18], bf16::from_le_bytes);
+            let read: Cow<'_, [bf16]> = borrow_or_decode(&bytes[shift..shift + 18], bf16::from_le_bytes).unwrap();
             assert_eq!(read, values);
         }
     }

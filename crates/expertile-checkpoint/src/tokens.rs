@@ -4,8 +4,9 @@
 //! (i32 or i64) with `topk_weights [M, topk]` (f32). Out: `output [M, H]` bf16, `topk_ids` i32, `topk_weights` f32.
 
 use crate::error::{Error, Result};
-use crate::ids::{Ids, TOPK_IDS};
-use crate::tensors::{Header, Tensor, little_endian};
+use crate::ids::{Ids, MOST_ROWS, TOPK_IDS};
+use crate::read;
+use crate::tensors::{Header, Tensor};
 use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -53,12 +54,12 @@ impl LayerInput {
         }
     }
 
-    /// Reads a file.
+    /// Reads a regular file, or a pipe that is open already (`/dev/stdin`, a shell's `<(command)`).
     ///
     /// # Errors
-    /// [`Error::Io`], and as [`LayerInput::from_bytes`].
+    /// [`Error::Io`], [`Error::Format`] for another kind of file, [`Error::Memory`], and as [`LayerInput::from_bytes`].
     pub fn open(file: &Path) -> Result<Self> {
-        let bytes = std::fs::read(file).map_err(|source| Error::io(file, source))?;
+        let bytes = read::read_argument(file, |start| Header::needed_bytes(file, start))?;
         Self::from_bytes(file, &bytes)
     }
 
@@ -79,6 +80,11 @@ impl LayerInput {
         let &[tokens, hidden] = states.shape else {
             return Err(Error::shape(file, HIDDEN_STATES, states.shape, "[M, H]"));
         };
+        // Without values, the file's length says nothing about the other dimension.
+        if tokens > MOST_ROWS || hidden > MOST_ROWS {
+            let expected = format!("[M, H] with both at most {MOST_ROWS}");
+            return Err(Error::shape(file, HIDDEN_STATES, states.shape, expected));
+        }
         let routing = match (find(TOPK_IDS), find(TOPK_WEIGHTS)) {
             (None, None) => None,
             (Some(ids), Some(weights)) => Some(read_routing(tokens, &ids, &weights)?),
@@ -128,9 +134,9 @@ fn read_routing(tokens: usize, ids: &Tensor<'_>, weights: &Tensor<'_>) -> Result
 impl HiddenStates {
     fn read(tensor: &Tensor<'_>) -> Result<Self> {
         match tensor.dtype {
-            Dtype::BF16 => Ok(Self::Bf16(little_endian(tensor.bytes, bf16::from_le_bytes))),
-            Dtype::F16 => Ok(Self::F16(little_endian(tensor.bytes, f16::from_le_bytes))),
-            Dtype::F32 => Ok(Self::F32(little_endian(tensor.bytes, f32::from_le_bytes))),
+            Dtype::BF16 => Ok(Self::Bf16(tensor.decode(bf16::from_le_bytes)?)),
+            Dtype::F16 => Ok(Self::F16(tensor.decode(f16::from_le_bytes)?)),
+            Dtype::F32 => Ok(Self::F32(tensor.decode(f32::from_le_bytes)?)),
             _ => Err(tensor.wrong_dtype("BF16, F16 or F32")),
         }
     }

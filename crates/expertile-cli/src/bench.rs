@@ -2,11 +2,13 @@
 
 mod gpu;
 mod gpu_layer;
+mod gpu_tiles;
 
 use crate::device::{self, DeviceNumber};
 use crate::error::{Error, Result};
-use crate::layer::{Packed, active_experts, choose_activations, parse_weights};
+use crate::layer::{Packed, Parts, active_experts, choose_activations, parse_weights};
 use crate::machine::{self, Limits, parallel_copy};
+use crate::memory::{self, LayerMemory};
 use crate::preset::{MadeUp, Preset};
 use crate::progress::Progress;
 use crate::stages::{Call, Inputs, StageReport, StageTime, median, medians, whole};
@@ -32,7 +34,8 @@ use std::time::Instant;
 #[command(allow_negative_numbers = true)]
 pub(crate) struct Args {
     /// What to time on a GPU: the steps that any GPU runs, which are all but the GEMMs, with rows quantized to e4m3; or the
-    /// whole layer, which needs a Hopper. A CPU always runs the layer.
+    /// whole layer, or layers drawn at random whose GEMMs are cut in every way, to judge the choice of tiles; these two need a
+    /// Hopper. A CPU always runs the layer.
     #[arg(value_enum, value_name = "WHAT", default_value_t = What::Steps)]
     what: What,
     /// Numbers of tokens, separated by commas.
@@ -41,18 +44,25 @@ pub(crate) struct Args {
     /// The model whose layer is timed.
     #[arg(long, value_name = "NAME", default_value = "qwen3-30b-a3b")]
     preset: Preset,
-    /// Experts, if not the model's own number.
+    /// Experts, if not the model's own number; for tiles, if not drawn.
     #[arg(long, value_name = "N")]
     experts: Option<usize>,
     /// Experts on this device; the others' rows are elsewhere (all, unless given).
     #[arg(long, value_name = "N")]
     local_experts: Option<usize>,
+    /// I of the experts, if not the model's own: what a rank holds where every expert is split.
+    #[arg(long, value_name = "I")]
+    intermediate: Option<usize>,
     /// What the weights are made of: e4m3 or bf16 (what the model is published in, unless given).
     #[arg(long, value_name = "FORMAT", value_parser = parse_weights)]
     weights: Option<WeightFormat>,
     /// What the GEMMs read: e4m3 or bf16 (the weights' own format, unless given).
     #[arg(long, value_name = "FORMAT", value_parser = crate::plan::parse_activations)]
     activations: Option<ActivationFormat>,
+    /// Layers to draw, for tiles: H 1024 to 8192, I 128 to 16384, 8 to 512 experts, 1 to 10 of them per token, 1 to 16384 tokens,
+    /// as far as they fit in 24 GiB of weights, 32 GiB of rows and 30 TFLOP.
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    draws: usize,
     /// Threads (as many as the machine runs at once, unless given).
     #[arg(long, value_name = "T")]
     threads: Option<usize>,
@@ -80,6 +90,7 @@ pub(crate) struct Args {
 enum What {
     Steps,
     Layer,
+    Tiles,
 }
 
 #[derive(Debug, Serialize)]
@@ -127,11 +138,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.repeat == Some(0) {
         return Err(Error::usage("--repeat is 0, expected at least 1"));
     }
+    let json = args.json.as_deref().filter(|file| *file != Path::new("-"));
+    output::prepare(&[("--json", json), ("--plot", args.plot.as_deref())], &[])?;
     if let Some(ordinal) = args.device {
         return run_on_gpu(args, ordinal);
     }
-    if args.local_experts.is_some() {
-        return Err(Error::usage("--local-experts goes with --device cuda:N layer only"));
+    for (option, given) in [("--local-experts", args.local_experts), ("--intermediate", args.intermediate)] {
+        if given.is_some() {
+            return Err(Error::usage(format!("{option} goes with --device cuda:N layer only")));
+        }
     }
     let cpu = machine::cpu(args.isa.as_deref())?;
     let report = machine::pool(args.threads)?.install(|| measure(args, &cpu))?;
@@ -152,7 +167,7 @@ fn tell<R: Serialize>(report: &R, json: Option<&Path>, text: impl FnOnce(&R) -> 
 }
 
 fn run_on_gpu(args: &Args, ordinal: usize) -> Result<()> {
-    let steps = args.what == What::Steps;
+    let (steps, tiles) = (args.what == What::Steps, args.what == What::Tiles);
     for (option, given, place) in [
         ("--weights bf16", steps && args.weights == Some(WeightFormat::Bf16), "--device cuda:N layer or cpu"),
         (
@@ -160,7 +175,10 @@ fn run_on_gpu(args: &Args, ordinal: usize) -> Result<()> {
             steps && args.activations == Some(ActivationFormat::Bf16),
             "--device cuda:N layer or cpu",
         ),
-        ("--local-experts", steps && args.local_experts.is_some(), "--device cuda:N layer"),
+        ("--local-experts", args.what != What::Layer && args.local_experts.is_some(), "--device cuda:N layer"),
+        ("--intermediate", args.what != What::Layer && args.intermediate.is_some(), "--device cuda:N layer"),
+        ("--weights", tiles && args.weights.is_some(), "a preset"),
+        ("--activations", tiles && args.activations.is_some(), "a preset"),
         ("--threads", args.threads.is_some(), "--device cpu"),
         ("--isa", args.isa.is_some(), "--device cpu"),
         ("--repeat", args.repeat.is_some(), "--device cpu"),
@@ -170,7 +188,11 @@ fn run_on_gpu(args: &Args, ordinal: usize) -> Result<()> {
             return Err(Error::usage(format!("{option} goes with {place} only")));
         }
     }
-    if steps { gpu::run(args, ordinal) } else { gpu_layer::run(args, ordinal) }
+    match args.what {
+        What::Steps => gpu::run(args, ordinal),
+        What::Layer => gpu_layer::run(args, ordinal),
+        What::Tiles => gpu_tiles::run(args, ordinal),
+    }
 }
 
 /// `--local-experts`, checked; as many as a token has, at least.
@@ -187,9 +209,13 @@ fn local_experts(args: &Args, global: usize) -> Result<usize> {
 
 fn measure(args: &Args, cpu: &Cpu) -> Result<Report> {
     let format = args.weights.unwrap_or_else(|| args.preset.usual_format());
-    let activations = choose_activations(args.activations, format)?;
-    let weights = MadeUp::new(args.preset, args.experts, format, args.seed, machine::available_memory())?;
-    let packed = Packed::new(cpu, &weights, activations)?;
+    let activations = choose_activations(args.activations, format, args.preset.shape()?)?;
+    let weights = MadeUp::new(args.preset, args.experts, format, args.seed, memory::available())?;
+    let (shape, topk) = (weights.shape(), weights.router().topk);
+    for &tokens in &args.tokens {
+        LayerMemory { shape, weights: format, activations, tokens, topk, check: false }.require()?;
+    }
+    let packed = Packed::new(cpu, &weights, activations, Parts::ROUTED)?;
     let limits = Limits::measure(cpu, format, activations)?;
     let repeat = args.repeat.unwrap_or(5);
     let progress = Progress::new("timing sizes", args.tokens.len());
@@ -206,7 +232,7 @@ fn measure(args: &Args, cpu: &Cpu) -> Result<Report> {
         hidden: shape.hidden(),
         intermediate: shape.intermediate(),
         experts: shape.local_experts(),
-        topk: weights.router().topk(),
+        topk: weights.router().topk,
         weights: format.name(),
         activations: activations.name(),
         weight_bytes: packed.bytes,
@@ -225,12 +251,12 @@ fn measure_size(
     repeat: usize,
 ) -> Result<Size> {
     let input = weights.tokens(tokens)?;
-    let (ids, topk_weights) = weights.uniform_routing(tokens, weights.shape().local_experts());
-    let ids = MatrixRef::new(&ids, tokens, weights.router().topk())?;
+    let (ids, topk_weights) = weights.uniform_routing(tokens, weights.shape().local_experts())?;
+    let ids = MatrixRef::new(&ids, tokens, weights.router().topk)?;
     let routing = Routing::new(ids, weights.shape().local_experts(), None)?;
     let inputs = Inputs { hidden_states: input.hidden_states(), routing, topk_weights: &topk_weights };
     let mut call = Call::new(cpu, &packed.layer, inputs)?;
-    let mut copies: Vec<Memcpy> = call.time_once()?.iter().filter_map(Memcpy::new).collect();
+    let mut copies = call.time_once()?.iter().filter_map(Memcpy::new).collect::<Result<Vec<_>>>()?;
     copies.iter_mut().for_each(Memcpy::run);
     copies.iter_mut().for_each(|copy| copy.seconds.clear());
     let mut runs = Vec::new();
@@ -264,10 +290,16 @@ struct Memcpy {
 
 impl Memcpy {
     /// For the stages that move rows and do little else.
-    fn new(time: &StageTime) -> Option<Self> {
+    fn new(time: &StageTime) -> Option<Result<Self>> {
         let stage = time.stage.filter(|stage| matches!(stage, Stage::Permute | Stage::Unpermute))?;
         let words = (time.cost.bytes as usize).div_ceil(2 * size_of::<u64>());
-        Some(Self { stage, from: vec![1; words], to: vec![2; words], seconds: Vec::new() })
+        let written = |value: u64| {
+            let mut words = memory::zeroed("a copy to compare with", words)?;
+            // A page of zeros that nobody wrote is not memory.
+            words.fill(value);
+            Ok(words)
+        };
+        Some(written(1).and_then(|from| Ok(Self { stage, from, to: written(2)?, seconds: Vec::new() })))
     }
 
     fn run(&mut self) {

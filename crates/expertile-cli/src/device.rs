@@ -44,7 +44,7 @@ pub(crate) fn half_bits(states: &HiddenStates) -> Result<(Dtype, &[u16])> {
 fn upload(weights: &dyn ExpertWeights, device: &Device, progress: &mut dyn FnMut(usize)) -> Result<[Weights; 2]> {
     let (shape, format) = (weights.shape(), weights.format());
     let (hidden, intermediate, experts) = (shape.hidden(), shape.intermediate(), shape.local_experts());
-    let mut w13 = WeightsBuilder::new(device, format, (experts, 2 * intermediate, hidden))?;
+    let mut w13 = WeightsBuilder::new(device, format, (experts, shape.w13_rows(), hidden))?;
     let mut w2 = WeightsBuilder::new(device, format, (experts, hidden, intermediate))?;
     weights.each_part(progress, &mut |place, rows| {
         let builder = if place.in_w13 { &mut w13 } else { &mut w2 };

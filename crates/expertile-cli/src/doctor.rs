@@ -3,6 +3,7 @@
 use crate::device;
 use crate::error::Result;
 use crate::machine::{self, Bandwidth};
+use crate::memory;
 use crate::{format, output};
 use expertile::cpu::{Cpu, Isa};
 use expertile::cuda::Device;
@@ -26,6 +27,8 @@ struct Report {
     threads: usize,
     memory_total_bytes: Option<u64>,
     memory_available_bytes: Option<u64>,
+    /// What leaves no more than that.
+    memory_limit: Option<&'static str>,
     #[serde(flatten)]
     bandwidth: Bandwidth,
     gemm_flops_per_second: Vec<Rate>,
@@ -52,7 +55,7 @@ struct Rate {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let report = Report::new()?;
+    let report = machine::pool(None)?.install(Report::new)?;
     if args.json { output::print_json(&report) } else { output::print(&report.text()) }
 }
 
@@ -104,14 +107,16 @@ impl Report {
             Ok(gpu) => (Some(gpu), None),
             Err(reason) => (None, Some(reason.to_string())),
         };
+        let budget = memory::budget();
         Ok(Self {
             processor: machine::processor(),
             isa_available: Isa::available().into_iter().map(Isa::name).collect(),
             isa_chosen: cpu.isa().name(),
             threads: cpu.threads(),
-            memory_total_bytes: machine::total_memory(),
-            memory_available_bytes: machine::available_memory(),
-            bandwidth: Bandwidth::measure(),
+            memory_total_bytes: memory::total(),
+            memory_available_bytes: budget.map(|budget| budget.bytes),
+            memory_limit: budget.map(|budget| budget.limit),
+            bandwidth: Bandwidth::measure()?,
             gemm_flops_per_second: rates,
             gpu,
             gpu_reason,

@@ -1,5 +1,6 @@
 //! Why the command stops, and with which exit code.
 
+use crate::format::bytes;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -25,6 +26,32 @@ pub(crate) enum Error {
         file: PathBuf,
         /// What the operating system says.
         source: std::io::Error,
+    },
+    /// More memory than there is.
+    #[error(
+        "{what} takes {} of memory, expected at most {}, which {limit} leaves",
+        bytes(u64::try_from(*needed).unwrap_or(u64::MAX)),
+        bytes(*available)
+    )]
+    Memory {
+        /// What takes it.
+        what: String,
+        /// Bytes that it takes.
+        needed: u128,
+        /// Bytes that may be taken.
+        available: u64,
+        /// Whose limit that is.
+        limit: &'static str,
+    },
+    /// A target that must not be written.
+    #[error("{option} is {}, expected {expected}", file.display())]
+    Target {
+        /// The option that names it.
+        option: &'static str,
+        /// The target.
+        file: PathBuf,
+        /// What would do.
+        expected: String,
     },
     /// A result past its tolerance.
     #[error("{0}")]

@@ -4,6 +4,7 @@
 //! must move at the bandwidth, or operations at the rate, whichever takes longer.
 
 use crate::error::{Error, Result};
+use crate::memory;
 use expertile::cpu::{Activations, Cpu, Isa, PackedWeights, grouped_gemm, grouped_gemm_workspace_bytes};
 use expertile::{ActivationFormat, E4m3, Layout, ScaleFormat, Scales, Stage, StageCost, WeightFormat};
 use half::bf16;
@@ -41,7 +42,7 @@ pub(crate) enum Bound {
 impl Limits {
     pub(crate) fn measure(cpu: &Cpu, weights: WeightFormat, activations: ActivationFormat) -> Result<Self> {
         Ok(Self {
-            bandwidth: Bandwidth::measure(),
+            bandwidth: Bandwidth::measure()?,
             gemm_flops_per_second: gemm_flops_per_second(cpu, weights, activations)?,
         })
     }
@@ -61,10 +62,13 @@ impl Limits {
 
 impl Bandwidth {
     /// Best of a few passes over buffers that no cache holds, by all threads of the current pool.
-    pub(crate) fn measure() -> Self {
+    pub(crate) fn measure() -> Result<Self> {
         const PASSES: usize = 4;
-        let len = uncached_bytes() / size_of::<u64>();
-        let mut words = vec![0u64; len];
+        const LEAST_BYTES: usize = 4 << 20;
+        // Where little memory is left, less of it is measured rather than nothing.
+        let bytes = memory::available().map_or(usize::MAX, |bytes| usize::try_from(bytes / 4).unwrap_or(usize::MAX));
+        let len = uncached_bytes().min(bytes).max(LEAST_BYTES) / size_of::<u64>();
+        let mut words = memory::zeroed::<u64>("measuring the bandwidth", len)?;
         // First touch by the threads that use it; a page of zeros that nobody wrote is not memory.
         words.par_chunks_mut(CHUNK_WORDS).for_each(|chunk| chunk.fill(1));
         let read = best(PASSES, || {
@@ -72,10 +76,10 @@ impl Bandwidth {
         });
         let (from, to) = words.split_at_mut(len / 2);
         let copy = best(PASSES, || parallel_copy(from, to));
-        Self {
+        Ok(Self {
             read_bytes_per_second: (len * size_of::<u64>()) as f64 / read.as_secs_f64(),
             copy_bytes_per_second: (len * size_of::<u64>()) as f64 / copy.as_secs_f64(),
-        }
+        })
     }
 }
 
@@ -152,31 +156,28 @@ pub(crate) fn cpu(isa: Option<&str>) -> Result<Cpu> {
     Ok(Cpu::with_isa(isa.map_or(Ok(Isa::best()), Isa::named)?))
 }
 
-/// A pool of that many threads, or of as many as the machine runs at once.
+/// A pool of that many threads, or of as many as rayon would start by itself.
 pub(crate) fn pool(threads: Option<usize>) -> Result<rayon::ThreadPool> {
-    const MOST: usize = 4096;
-    if threads.is_some_and(|threads| threads == 0 || threads > MOST) {
-        return Err(Error::usage(format!("--threads is {}, expected 1 to {MOST}", threads.unwrap_or_default())));
+    // Rayon's own default: its variable, else the processors that this process may use.
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let variable = || std::env::var("RAYON_NUM_THREADS").ok()?.parse().ok().filter(|&threads| threads > 0);
+    let (name, threads) = match (threads, variable()) {
+        (Some(threads), _) => ("--threads", threads),
+        (None, Some(threads)) => ("RAYON_NUM_THREADS", threads),
+        (None, None) => ("the number of threads", processors),
+    };
+    let most = most_threads(processors);
+    if threads == 0 || threads > most {
+        return Err(Error::usage(format!("{name} is {threads}, expected 1 to {most} on {processors} processors")));
     }
-    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
-    builder.build().map_err(|error| Error::usage(format!("threads cannot be started: {error}")))
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    builder.build().map_err(|error| Error::usage(format!("{threads} threads cannot be started: {error}")))
 }
 
-/// Bytes of memory that new data may take, if the system says.
-pub(crate) fn available_memory() -> Option<u64> {
-    memory_line("MemAvailable:")
-}
-
-/// Bytes of memory in all, if the system says.
-pub(crate) fn total_memory() -> Option<u64> {
-    memory_line("MemTotal:")
-}
-
-fn memory_line(name: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kibibytes.checked_mul(1024)
+/// Threads beyond the processors only wait for each other: thousands of them take a minute to do nothing. A few times as
+/// many are let be, and what a small machine may want to try.
+fn most_threads(processors: usize) -> usize {
+    processors.saturating_mul(4).max(64)
 }
 
 /// The processor's name, if the system says.
@@ -201,6 +202,16 @@ mod tests {
     }
 
     #[test]
+    fn more_threads_than_a_machine_could_use_are_refused() {
+        assert_eq!((most_threads(2), most_threads(128), most_threads(usize::MAX)), (64, 512, usize::MAX));
+        for threads in [0, 4096, usize::MAX] {
+            let error = pool(Some(threads)).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("--threads is {threads}, expected 1 to ")), "{error}");
+        }
+        assert_eq!(pool(Some(5)).unwrap().current_num_threads(), 5);
+    }
+
+    #[test]
     fn measurements_are_positive_in_every_format() {
         let cpu = Cpu::new();
         for (weights, activations) in [
@@ -210,7 +221,7 @@ mod tests {
         ] {
             assert!(gemm_flops_per_second(&cpu, weights, activations).unwrap() > 1e6);
         }
-        let measured = Bandwidth::measure();
+        let measured = Bandwidth::measure().unwrap();
         assert!(measured.read_bytes_per_second > 1e7 && measured.copy_bytes_per_second > 1e7, "{measured:?}");
     }
 }

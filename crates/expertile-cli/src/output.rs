@@ -1,38 +1,242 @@
-//! Results on their way out: files appear whole or not at all, and a closed pipe is no error.
+//! Results on their way out: files appear whole or not at all, inputs stay as they are, and a closed pipe is no error.
+//!
+//! What a target is decides how it is written. A regular file, or a name that is not taken, is written beside its place
+//! and renamed into it, with the old file's permissions (and, where we may, its owner); a symbolic link stays, and the file
+//! that it leads to is replaced. Anything else (a device, a FIFO, `/dev/stdout`, `>(command)`) is written through: opening
+//! a FIFO waits for its reader, as it does for every program.
+//!
+//! [`prepare`] finds before the work what would make writing fail after it: a folder that is missing or closed to us, a
+//! directory in the file's place, a target that is one of the call's inputs or that another option writes too.
+//!
+//! All text for people leaves through this module, which is where control characters, that names in hostile files may
+//! hold, are written as `\u001b` rather than sent to a terminal.
 
 use crate::error::{Error, Result};
+use crate::signals;
 use serde::Serialize;
-use std::io::{ErrorKind, Write};
-use std::path::Path;
+use std::borrow::Cow;
+use std::fs::{self, File, Metadata};
+use std::io::{self, ErrorKind, Write};
+use std::path::{Path, PathBuf};
 
-/// Writes a file beside its final place and renames it, so that nobody ever reads half of one.
+/// Symbolic links that are followed, as many as Linux does.
+const MOST_LINKS: usize = 40;
+
+/// How a target is written.
+enum Place {
+    /// Beside this name, then renamed into it; like the file that is there, if there is one.
+    Replace(PathBuf, Option<Metadata>),
+    /// Into what is there.
+    Through,
+    /// Where the report goes as well.
+    Stdout,
+}
+
+/// Checks that each option's target can be written when the time comes, is none of `inputs` and not the same as another's.
+///
+/// An input that does not exist counts too: a file of its name would be taken for it by the next call.
+pub(crate) fn prepare(targets: &[(&'static str, Option<&Path>)], inputs: &[PathBuf]) -> Result<()> {
+    let mut earlier: Vec<(&str, PathBuf)> = Vec::new();
+    for &(option, target) in targets {
+        let Some(target) = target else { continue };
+        let refuse = |expected: String| Err(Error::Target { option, file: target.to_owned(), expected });
+        match place(target).map_err(|source| Error::write(target, source))? {
+            Place::Through | Place::Stdout => {}
+            Place::Replace(file, _) => {
+                if let Some(input) = inputs.iter().find(|input| is_same_file(&file, input)) {
+                    return refuse(format!("a file that is not an input of this call ({})", input.display()));
+                }
+                if let Some((other, _)) = earlier.iter().find(|(_, other)| is_same_file(&file, other)) {
+                    return refuse(format!("another file than {other}"));
+                }
+                // A file without a name, gone when closed: this is how the folder says whether it takes one. Under the
+                // lock, because where there are no such files it has a name for a moment.
+                let _unfinished = signals::unfinished();
+                tempfile::tempfile_in(folder_of(&file)).map_err(|source| Error::write(target, source))?;
+                earlier.push((option, file));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Writes a file as its kind asks for.
 pub(crate) fn write_file(file: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let write = || {
-        let mut builder = tempfile::Builder::new();
-        #[cfg(unix)]
-        builder.permissions(ordinary_permissions());
-        let mut temporary = builder.tempfile_in(folder)?;
-        temporary.write_all(bytes)?;
-        temporary.persist(file).map_err(|error| error.error)?;
-        Ok(())
+    let write = || match place(file)? {
+        Place::Replace(file, old) => replace(&file, old.as_ref(), bytes),
+        Place::Through => tolerate_closed_pipe(File::options().write(true).open(file)?.write_all(bytes)),
+        Place::Stdout => write_stdout(bytes),
     };
     write().map_err(|source| Error::write(file, source))
 }
 
-/// What a newly created file gets (less the process's umask); temporary files are private by default.
+/// What stands at a target, or could.
+fn place(target: &Path) -> io::Result<Place> {
+    match fs::metadata(target) {
+        Ok(there) if there.is_dir() => Err(ErrorKind::IsADirectory.into()),
+        Ok(there) if !there.is_file() => Ok(Place::Through),
+        Ok(there) if is_stdout(&there) => Ok(Place::Stdout),
+        Ok(there) => Ok(Place::Replace(fs::canonicalize(target)?, Some(there))),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let file = end_of_links(target)?;
+            // `name/` asks for a directory.
+            if file.as_os_str().as_encoded_bytes().ends_with(b"/") || file.file_name().is_none() {
+                return Err(ErrorKind::IsADirectory.into());
+            }
+            Ok(Place::Replace(file, None))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Where a link leads whose end does not exist; the name itself if it is no link.
+fn end_of_links(name: &Path) -> io::Result<PathBuf> {
+    let mut name = name.to_owned();
+    for _ in 0..MOST_LINKS {
+        match fs::read_link(&name) {
+            Ok(to) => name = folder_of(&name).join(to),
+            Err(_) => return Ok(name),
+        }
+    }
+    Err(io::Error::other("too many symbolic links"))
+}
+
+fn folder_of(file: &Path) -> &Path {
+    file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Whether two names lead to one file, by whatever links, or would: the same name in the same folder.
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    let same = |a: &Path, b: &Path| match (fs::metadata(a), fs::metadata(b)) {
+        (Ok(a), Ok(b)) => identity(&a).is_some_and(|id| Some(id) == identity(&b)),
+        _ => false,
+    };
+    let same_path = || matches!((fs::canonicalize(a), fs::canonicalize(b)), (Ok(a), Ok(b)) if a == b);
+    same(a, b) || same_path() || (a.file_name() == b.file_name() && same(folder_of(a), folder_of(b)))
+}
+
+/// Device and number of a file.
 #[cfg(unix)]
-fn ordinary_permissions() -> std::fs::Permissions {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::Permissions::from_mode(0o666)
+fn identity(file: &Metadata) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    Some((file.dev(), file.ino()))
+}
+
+#[cfg(not(unix))]
+fn identity(_file: &Metadata) -> Option<(u64, u64)> {
+    None
+}
+
+/// Whether this is the file that the standard output goes to.
+#[cfg(unix)]
+fn is_stdout(file: &Metadata) -> bool {
+    use std::os::fd::AsFd;
+    let stdout = io::stdout().as_fd().try_clone_to_owned().and_then(|stdout| File::from(stdout).metadata());
+    stdout.is_ok_and(|stdout| identity(&stdout) == identity(file))
+}
+
+#[cfg(not(unix))]
+fn is_stdout(_file: &Metadata) -> bool {
+    false
+}
+
+/// Writes beside the file and renames, so that nobody ever reads half of one; a signal meanwhile leaves nothing behind.
+fn replace(file: &Path, old: Option<&Metadata>, bytes: &[u8]) -> io::Result<()> {
+    let mut temporary = {
+        let mut unfinished = signals::unfinished();
+        let mut builder = tempfile::Builder::new();
+        #[cfg(unix)]
+        builder.permissions(if old.is_some() { private() } else { ordinary() });
+        let temporary = builder.tempfile_in(folder_of(file))?;
+        *unfinished = Some(temporary.path().to_owned());
+        temporary
+    };
+    let written = temporary.write_all(bytes).and_then(|()| old.map_or(Ok(()), |old| be_like(temporary.as_file(), old)));
+    let mut unfinished = signals::unfinished();
+    let result = match written {
+        Ok(()) => temporary.persist(file).map(|_| ()).map_err(|error| error.error),
+        Err(error) => temporary.close().and(Err(error)),
+    };
+    *unfinished = None;
+    result
+}
+
+/// Gives a file the owner, where we may, and the permissions of the one that it replaces.
+#[cfg(unix)]
+fn be_like(file: &File, old: &Metadata) -> io::Result<()> {
+    use std::os::unix::fs::{MetadataExt, fchown};
+    let _ = fchown(file, Some(old.uid()), Some(old.gid()));
+    file.set_permissions(old.permissions())
+}
+
+#[cfg(not(unix))]
+fn be_like(_file: &File, _old: &Metadata) -> io::Result<()> {
+    Ok(())
+}
+
+/// What a newly created file gets (less the process's umask).
+#[cfg(unix)]
+fn ordinary() -> fs::Permissions {
+    std::os::unix::fs::PermissionsExt::from_mode(0o666)
+}
+
+/// What a file has until it gets the permissions of another.
+#[cfg(unix)]
+fn private() -> fs::Permissions {
+    std::os::unix::fs::PermissionsExt::from_mode(0o600)
 }
 
 /// Prints text; whoever reads the pipe may stop early.
 pub(crate) fn print(text: &str) -> Result<()> {
-    match std::io::stdout().lock().write_all(text.as_bytes()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::write(Path::new("the output"), error)),
-        _ => Ok(()),
+    write_stdout(printable(text).as_bytes()).map_err(|error| Error::write(Path::new("the output"), error))
+}
+
+fn write_stdout(bytes: &[u8]) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    tolerate_closed_pipe(stdout.write_all(bytes).and_then(|()| stdout.flush()))
+}
+
+fn tolerate_closed_pipe(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => result,
     }
+}
+
+/// Prints a line on stderr. One that cannot be written there has nowhere else to go, and the exit code still speaks.
+pub(crate) fn tell(line: &str) {
+    let _ = io::stderr().lock().write_all(format!("{}\n", one_line(line)).as_bytes());
+}
+
+/// Text that a terminal only shows, in one line of bearable length.
+pub(crate) fn one_line(text: &str) -> String {
+    const MOST: usize = 4000;
+    let line = printable(text).replace('\n', "\\n");
+    match line.char_indices().nth(MOST) {
+        Some((end, _)) => format!("{} ... ({} more bytes)", &line[..end], line.len() - end),
+        None => line,
+    }
+}
+
+/// Text that a terminal only shows: what would steer it is written as JSON writes it, so that JSON stays what it was.
+fn printable(text: &str) -> Cow<'_, str> {
+    // Beside control characters, those that reorder the text around them.
+    let steers = |c: char| {
+        c != '\n' && c.is_control()
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    if !text.contains(steers) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if steers(c) {
+            shown.push_str(&format!("\\u{:04x}", u32::from(c)));
+        } else {
+            shown.push(c);
+        }
+    }
+    Cow::Owned(shown)
 }
 
 /// Prints a report as JSON.
@@ -45,4 +249,36 @@ pub(crate) fn json(report: &impl Serialize) -> String {
     let mut text = serde_json::to_string_pretty(report).expect("reports hold numbers, names and lists only");
     text.push('\n');
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_steers_a_terminal_is_shown_as_it_is() {
+        assert_eq!(printable("a\nb é │"), "a\nb é │");
+        assert_eq!(printable("\u{1b}[2J\r\u{7f}\u{9b}\u{202e}\0"), "\\u001b[2J\\u000d\\u007f\\u009b\\u202e\\u0000");
+        assert_eq!(one_line("a\nb"), "a\\nb");
+        let json = format!("{{\"a\":\"{}\"}}", printable("\u{9b}x"));
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&json).unwrap()["a"], "\u{9b}x");
+        assert!(one_line(&"é".repeat(10_000)).len() < 9000);
+    }
+
+    #[test]
+    fn a_file_is_the_same_by_every_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::create_dir(at("sub")).unwrap();
+        fs::write(at("a"), "").unwrap();
+        fs::write(at("other"), "").unwrap();
+        assert!(is_same_file(&at("a"), &at("sub/../a")) && !is_same_file(&at("a"), &at("other")));
+        assert!(is_same_file(&at("none"), &at("sub/../none")) && !is_same_file(&at("none"), &at("none2")));
+        #[cfg(unix)]
+        {
+            fs::hard_link(at("a"), at("hard")).unwrap();
+            std::os::unix::fs::symlink("a", at("soft")).unwrap();
+            assert!(is_same_file(&at("a"), &at("hard")) && is_same_file(&at("soft"), &at("hard")));
+        }
+    }
 }

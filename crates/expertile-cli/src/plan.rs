@@ -1,7 +1,7 @@
 //! `expertile plan`: what padding costs.
 
 use crate::error::{Error, Result};
-use crate::{format, output, plot};
+use crate::{format, memory, output, plot};
 use expertile::plan::{compute_aligned_m_and_alignment, expert_num_tokens_round_up_and_sum, tight_m_sum};
 use expertile::{ActivationFormat, AlignmentRule, Arch, Routing, ScaleFormat, TokenExperts};
 use expertile_checkpoint::Ids;
@@ -77,6 +77,12 @@ pub(crate) fn parse_activations(name: &str) -> std::result::Result<ActivationFor
         .ok_or_else(|| "expected e4m3 or bf16".into())
 }
 
+/// Experts that are counted one by one: some thousand times what any model has.
+const MOST_EXPERTS: usize = 1 << 22;
+
+/// Experts that are drawn: a picture of more would be gigabytes, and nobody's screen is so wide.
+const MOST_BARS: usize = 1 << 16;
+
 /// What is to be sized, whatever options it came from.
 #[derive(Debug)]
 struct Question {
@@ -121,10 +127,15 @@ struct Report {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    output::prepare(&[("--plot", args.plot.as_deref())], args.ids.as_slice())?;
     let question = Question::from_args(args)?;
     let report = Report::new(args, &question)?;
     if let Some(file) = &args.plot {
         let counts = question.counts.as_deref().ok_or_else(|| Error::usage("--plot needs --ids or --counts"))?;
+        if counts.len() > MOST_BARS {
+            let bars = counts.len();
+            return Err(Error::usage(format!("--plot is of {bars} experts, expected at most {MOST_BARS}")));
+        }
         output::write_file(file, plot::tokens_per_expert(counts, report.asked.alignment).as_bytes())?;
     }
     if args.json { output::print_json(&report) } else { output::print(&report.text(args)) }
@@ -132,6 +143,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 impl Question {
     fn from_args(args: &Args) -> Result<Self> {
+        args.ids.as_deref().map_or(Ok(()), memory::require_file)?;
         let ids = args.ids.as_deref().map(Ids::open).transpose()?;
         let (tokens, topk) = match &ids {
             Some(ids) => (agree("--tokens", args.tokens, ids.tokens())?, agree("--topk", args.topk, ids.topk())?),
@@ -161,6 +173,13 @@ impl Question {
     }
 
     fn count(&mut self, ids: &Ids) -> Result<()> {
+        // Before there is a list of them.
+        if self.experts > MOST_EXPERTS {
+            return Err(Error::usage(format!(
+                "--experts is {}, expected at most {MOST_EXPERTS} with --ids",
+                self.experts
+            )));
+        }
         let map: Vec<i32> = (0..self.experts).map(|id| if id < self.local_experts { id as i32 } else { -1 }).collect();
         let map = (self.local_experts < self.experts).then_some(&map[..]);
         let mut counts = vec![0; self.local_experts];
@@ -247,7 +266,7 @@ fn agree(option: &str, given: Option<usize>, in_file: usize) -> Result<usize> {
 
 fn any_token_repeats(ids: &Ids) -> bool {
     let view = ids.view();
-    let mut row = Vec::with_capacity(view.topk());
+    let mut row = Vec::new();
     (0..view.tokens()).any(|token| {
         row.clear();
         row.extend((0..view.topk()).map(|slot| view.get(token, slot)).filter(|&id| id >= 0));

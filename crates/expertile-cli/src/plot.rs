@@ -40,7 +40,9 @@ pub(crate) fn tokens_per_expert(expert_num_tokens: &[i32], alignment: usize) -> 
         .iter()
         .map(|&count| {
             let live = i64::from(count);
-            (live, (live as u64).next_multiple_of(alignment as u64) as i64)
+            // An alignment beyond i64 has been asked for, not met.
+            let padded = (live as u64).checked_next_multiple_of(alignment as u64);
+            (live, padded.and_then(|rows| i64::try_from(rows).ok()).unwrap_or(i64::MAX))
         })
         .collect();
     let mut svg = String::new();
@@ -54,8 +56,8 @@ pub(crate) fn tokens_per_expert(expert_num_tokens: &[i32], alignment: usize) -> 
 
 fn draw_bars(area: &Area<'_>, bars: &[(i64, i64)], alignment: usize) -> Drawn {
     area.fill(&WHITE)?;
-    let live: i64 = bars.iter().map(|bar| bar.0).sum();
-    let rows: i64 = bars.iter().map(|bar| bar.1).sum();
+    let live: i128 = bars.iter().map(|bar| i128::from(bar.0)).sum();
+    let rows: i128 = bars.iter().map(|bar| i128::from(bar.1)).sum();
     let share = if rows == 0 { 0.0 } else { 100.0 * (rows - live) as f64 / rows as f64 };
     write_text(area, "Tokens per expert", (24, 16), 20, INK)?;
     let summary = format!(
@@ -259,5 +261,6 @@ mod tests {
         assert!(time_by_size("title", &[]).contains("</svg>"));
         assert!(tokens_per_expert(&[], 8).contains("</svg>"));
         assert!(tokens_per_expert(&[0, 0], 8).contains("0.0 %"));
+        assert!(tokens_per_expert(&[1, i32::MAX], usize::MAX).contains("100.0 %"));
     }
 }

@@ -4,12 +4,12 @@
 //! again for the check. Only the packed weights are kept; beside them there is one expert's matrix at a time.
 
 use crate::error::{Error, Result};
-use crate::machine;
 use crate::weights::{ExpertWeights, Part, PartRows, Space, TakePart};
+use crate::{memory, output};
 use clap::ValueEnum;
 use expertile::cpu::{Cpu, PackedWeights, PackedWeightsBuilder};
 use expertile::gemm::WEIGHT_BLOCK;
-use expertile::{E4m3, Float, LayerShape, MatrixRef, Router, WeightFormat};
+use expertile::{E4m3, Float, GroupWorth, Groups, LayerShape, MatrixRef, Normalization, Router, WeightFormat};
 use expertile_checkpoint::{HiddenStates, LayerInput};
 use half::bf16;
 use rayon::prelude::*;
@@ -42,6 +42,12 @@ impl Preset {
         }
     }
 
+    /// The model's sizes.
+    pub(crate) fn shape(self) -> Result<LayerShape> {
+        let (hidden, intermediate, experts, _) = self.sizes();
+        Ok(LayerShape::new(hidden, intermediate, experts)?)
+    }
+
     /// What the model is published in.
     pub(crate) fn usual_format(self) -> WeightFormat {
         match self {
@@ -67,18 +73,18 @@ impl Preset {
     fn router(self, experts: usize, seed: u64) -> Router {
         let topk = self.topk();
         if self != Self::DeepSeekV3 {
-            return Router::Softmax { topk, renormalize: true };
+            return Router::softmax(topk, true);
         }
         // Fewer experts than the model has may not be cut into its 8 groups.
         let grouped = experts.is_multiple_of(8) && experts / 8 * 4 >= topk;
         let mut random = Random::new(seed, [BIAS, 0, 0]);
-        Router::Sigmoid {
-            topk,
+        let (count, topk_groups) = if grouped { (8, 4) } else { (1, 1) };
+        Router {
             correction_bias: (0..experts).map(|_| 0.05 * random.uniform()).collect(),
-            groups: if grouped { 8 } else { 1 },
-            topk_groups: if grouped { 4 } else { 1 },
-            renormalize: true,
+            groups: Some(Groups { count, topk: topk_groups, worth: GroupWorth::BestTwo }),
+            normalization: Normalization::SumPlus(1e-20),
             scaling_factor: 2.5,
+            ..Router::sigmoid(topk)
         }
     }
 }
@@ -125,22 +131,34 @@ impl MadeUp {
         }
         if fit < asked {
             let bytes = crate::format::bytes(expert_bytes.saturating_mul(asked as u64));
-            eprintln!("note: {asked} experts take {bytes}, more than the memory available; using {fit}");
+            output::tell(&format!("note: {asked} experts take {bytes}, more than the memory available; using {fit}"));
         }
+        let shape = LayerShape::new(hidden, intermediate, fit)?;
+        memory::require("the router's weight", 4 * fit as u128 * hidden as u128)?;
         let mut random = Random::new(seed, [ROUTER, 0, 0]);
         // Logits of a spread that gives experts unlike, but not wildly unlike, shares.
         let size = 1.5 * unit_size(hidden);
         let router_weight = (0..fit * hidden).map(|_| bf16::from_f32(size * random.uniform()).to_f32()).collect();
-        let shape = LayerShape::new(hidden, intermediate, fit)?;
         Ok(Self { shape, format, router: preset.router(fit, seed), router_weight, seed })
+    }
+
+    /// The same with another `I`: what a rank holds where experts are split.
+    pub(crate) fn with_intermediate(mut self, intermediate: Option<usize>) -> Result<Self> {
+        if let Some(intermediate) = intermediate {
+            self.shape = LayerShape::new(self.shape.hidden(), intermediate, self.shape.local_experts())?;
+        }
+        Ok(self)
     }
 
     /// Made-up hidden states `[tokens, H]` of unit variance, bf16.
     pub(crate) fn tokens(&self, tokens: usize) -> Result<LayerInput> {
         let hidden = self.shape.hidden();
-        let available = machine::available_memory().map_or(usize::MAX, |bytes| bytes as usize);
-        let values = tokens.checked_mul(hidden).filter(|&values| values < available / 4).ok_or_else(|| {
-            Error::usage(format!("--tokens is {tokens}, expected fewer: [{tokens}, {hidden}] does not fit in memory"))
+        let budget = memory::budget().map_or(u64::MAX, |budget| budget.bytes);
+        let values = tokens.checked_mul(hidden).filter(|&values| values as u64 <= budget / 4).ok_or_else(|| {
+            let budget = crate::format::bytes(budget);
+            Error::usage(format!(
+                "--tokens is {tokens}, expected fewer: [{tokens}, {hidden}] does not fit into {budget} of memory"
+            ))
         })?;
         let mut random = Random::new(self.seed, [TOKENS, 0, 0]);
         let values = (0..values).map(|_| bf16::from_f32(3f32.sqrt() * random.uniform())).collect();
@@ -149,8 +167,9 @@ impl MadeUp {
 
     /// Made-up `topk_ids` and `topk_weights [tokens, topk]`: every choice of distinct ones of `experts` experts equally
     /// likely.
-    pub(crate) fn uniform_routing(&self, tokens: usize, experts: usize) -> (Vec<i32>, Vec<f32>) {
-        let topk = self.router.topk();
+    pub(crate) fn uniform_routing(&self, tokens: usize, experts: usize) -> Result<(Vec<i32>, Vec<f32>)> {
+        let topk = self.router.topk;
+        memory::require("the made-up routing", 8 * tokens as u128 * topk as u128 + 4 * experts as u128)?;
         let mut random = Random::new(self.seed, [ROUTING, 0, 0]);
         let mut all: Vec<i32> = (0..experts as i32).collect();
         let mut ids = Vec::with_capacity(tokens * topk);
@@ -162,7 +181,7 @@ impl MadeUp {
             ids.extend_from_slice(&all[..topk]);
         }
         let weights = (0..tokens * topk).map(|_| (1.0 + 0.5 * random.uniform()) / topk as f32).collect();
-        (ids, weights)
+        Ok((ids, weights))
     }
 
     fn random(&self, part: Part, expert: usize, row: usize) -> Random {
@@ -239,7 +258,7 @@ impl ExpertWeights for MadeUp {
     fn pack(&self, cpu: &Cpu, progress: &mut dyn FnMut(usize)) -> Result<(PackedWeights, PackedWeights)> {
         let (hidden, intermediate, experts) =
             (self.shape.hidden(), self.shape.intermediate(), self.shape.local_experts());
-        let mut w13 = PackedWeightsBuilder::new(self.format, experts, 2 * intermediate, hidden)?;
+        let mut w13 = PackedWeightsBuilder::gate_up(self.format, experts, intermediate, hidden)?;
         let mut w2 = PackedWeightsBuilder::new(self.format, experts, hidden, intermediate)?;
         self.each_part(progress, &mut |place, rows| {
             let builder = if place.in_w13 { &mut w13 } else { &mut w2 };
@@ -365,7 +384,7 @@ mod tests {
     #[test]
     fn made_up_routing_names_each_expert_at_most_once_per_token() {
         let layer = MadeUp::new(Preset::Qwen3, Some(11), WeightFormat::E4m3, 3, None).unwrap();
-        let (ids, weights) = layer.uniform_routing(200, 11);
+        let (ids, weights) = layer.uniform_routing(200, 11).unwrap();
         assert_eq!((ids.len(), weights.len()), (1600, 1600));
         let mut counts = [0; 11];
         for token in ids.chunks(8) {

@@ -5,20 +5,88 @@
 
 use crate::error::Result;
 use expertile::{MatrixRef, Router};
+use half::bf16;
 use rayon::prelude::*;
+use std::borrow::Cow;
+use std::str::FromStr;
+
+/// What a router computes in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RouterPrecision {
+    /// f32 throughout.
+    F32,
+    /// Hidden states, the router's weight, logits (their bias added) and the weights of the chosen experts are rounded to
+    /// bf16, as Transformers does for a Qwen3-MoE in bf16; sums, softmax and sigmoid are in f32.
+    Bf16,
+}
+
+impl RouterPrecision {
+    /// The name that the command takes and prints.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+impl FromStr for RouterPrecision {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        let mut all = [Self::F32, Self::Bf16].into_iter();
+        all.find(|precision| precision.name() == name).ok_or_else(|| "expected f32 or bf16".into())
+    }
+}
 
 /// `topk_ids` and `topk_weights [M, topk]` of `x [M, H]`, by a router whose weight is `[E, H]`.
-pub(crate) fn route(router: &Router, weight: &[f32], x: &[f32], hidden: usize) -> Result<(Vec<i32>, Vec<f32>)> {
-    let (tokens, experts, topk) = (x.len() / hidden, weight.len() / hidden, router.topk());
+pub(crate) fn route(
+    router: &Router,
+    weight: &[f32],
+    x: &[f32],
+    hidden: usize,
+    precision: RouterPrecision,
+) -> Result<(Vec<i32>, Vec<f32>)> {
+    match precision {
+        RouterPrecision::F32 => {
+            let logits = logits(weight, x, hidden);
+            choose(router, &logits, weight.len() / hidden)
+        }
+        RouterPrecision::Bf16 => {
+            let mut logits = logits(&rounded(weight), &rounded(x), hidden);
+            let experts = weight.len() / hidden;
+            for logits in logits.chunks_mut(experts) {
+                logits.iter_mut().zip(&router.logit_bias).for_each(|(logit, bias)| *logit += bias);
+            }
+            let unbiased = Router { logit_bias: Vec::new(), ..router.clone() };
+            let (ids, weights) = choose(&unbiased, &rounded(&logits), experts)?;
+            Ok((ids, rounded(&weights).into_owned()))
+        }
+    }
+}
+
+/// The values rounded to bf16.
+fn rounded(values: &[f32]) -> Cow<'_, [f32]> {
+    values.iter().map(|&value| bf16::from_f32(value).to_f32()).collect()
+}
+
+fn choose(router: &Router, logits: &[f32], experts: usize) -> Result<(Vec<i32>, Vec<f32>)> {
+    let (tokens, topk) = (logits.len() / experts, router.topk);
+    let (mut ids, mut weights) = (vec![0; tokens * topk], vec![0.0; tokens * topk]);
+    router.route(MatrixRef::new(logits, tokens, experts)?, &mut ids, &mut weights)?;
+    Ok((ids, weights))
+}
+
+/// `[M, E]`.
+fn logits(weight: &[f32], x: &[f32], hidden: usize) -> Vec<f32> {
+    let (tokens, experts) = (x.len() / hidden, weight.len() / hidden);
     let mut logits = vec![0.0; tokens * experts];
     logits.par_chunks_mut(experts).zip(x.par_chunks(hidden)).for_each(|(logits, x)| {
         for (logit, weight) in logits.iter_mut().zip(weight.chunks(hidden)) {
             *logit = dot(x, weight);
         }
     });
-    let (mut ids, mut weights) = (vec![0; tokens * topk], vec![0.0; tokens * topk]);
-    router.route(MatrixRef::new(&logits, tokens, experts)?, &mut ids, &mut weights)?;
-    Ok((ids, weights))
+    logits
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -44,8 +112,24 @@ mod tests {
             assert_eq!(dot(&a, &a), (0..len).map(|i| (i * i) as f32).sum::<f32>());
         }
         let weight = [1.0, 0.0, 0.0, 1.0, -1.0, -1.0];
-        let router = Router::Softmax { topk: 1, renormalize: true };
-        let (ids, weights) = route(&router, &weight, &[5.0, 1.0, 1.0, 5.0, -9.0, -1.0], 2).unwrap();
+        let router = Router::softmax(1, true);
+        let x = [5.0, 1.0, 1.0, 5.0, -9.0, -1.0];
+        let (ids, weights) = route(&router, &weight, &x, 2, RouterPrecision::F32).unwrap();
         assert_eq!((ids, weights), (vec![0, 1, 2], vec![1.0; 3]));
+    }
+
+    #[test]
+    fn bf16_rounds_logits_and_weights() {
+        // Logits 1 + 2^-9 and 1: one value in bf16, where the tie goes to the lower id.
+        let (weight, x) = ([1.0, 1.0 + 2f32.powi(-9)], [1.0]);
+        let choice = |router: &Router, precision| route(router, &weight, &x, 1, precision).unwrap();
+        assert_eq!(choice(&Router::softmax(1, true), RouterPrecision::F32).0, [1]);
+        assert_eq!(choice(&Router::softmax(1, true), RouterPrecision::Bf16).0, [0]);
+        // The bias is added before the rounding.
+        let biased = |bias| Router { logit_bias: vec![0.0, bias], ..Router::softmax(1, true) };
+        assert_eq!(choice(&biased(2f32.powi(-7)), RouterPrecision::Bf16).0, [1]);
+        assert_eq!(choice(&biased(2f32.powi(-9)), RouterPrecision::Bf16).0, [0]);
+        let (_, weights) = choice(&Router::sigmoid(1), RouterPrecision::Bf16);
+        assert_eq!(weights, [bf16::from_f32(1.0 / (1.0 + (-1f32).exp())).to_f32()]);
     }
 }

@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::format;
 use crate::machine::{Bound, Limits};
+use crate::memory;
 use expertile::cpu::{Cpu, Layer, StageDone};
 use expertile::{MatrixRef, Routing, Stage, StageCost};
 use expertile_checkpoint::HiddenStates;
@@ -51,8 +52,8 @@ pub(crate) struct StageReport {
 impl<'a> Call<'a> {
     pub(crate) fn new(cpu: &'a Cpu, layer: &'a Layer, inputs: Inputs<'a>) -> Result<Self> {
         let routing = &inputs.routing;
-        let workspace = vec![0; layer.workspace_bytes(routing.tokens(), routing.topk())?];
-        let output = vec![bf16::ZERO; routing.tokens() * layer.shape().hidden()];
+        let workspace = memory::zeroed("the workspace", layer.workspace_bytes(routing.tokens(), routing.topk())?)?;
+        let output = memory::zeroed("the output", routing.tokens() * layer.shape().hidden())?;
         Ok(Self { cpu, layer, inputs, workspace, output })
     }
 

@@ -1,10 +1,10 @@
 //! Where a layer's weights come from: a checkpoint, or made up.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use expertile::cpu::{Cpu, PackedWeights};
 use expertile::gemm::WEIGHT_BLOCK;
-use expertile::{E4m3, LayerShape, MatrixRef, Router, WeightFormat};
-use expertile_checkpoint::{MoeLayer, WeightValues};
+use expertile::{Activation, E4m3, LayerShape, MatrixRef, Router, WeightFormat};
+use expertile_checkpoint::{Biases, Expert, MoeLayer, SharedExpert, WeightMatrix, WeightRows, WeightScales};
 use half::bf16;
 
 /// The three matrices of an expert.
@@ -53,6 +53,39 @@ pub(crate) trait ExpertWeights: Sync {
     /// What the weights are made of.
     fn format(&self) -> WeightFormat;
 
+    /// Their type where they came from, as safetensors names it.
+    fn dtype(&self) -> &'static str {
+        match self.format() {
+            WeightFormat::E4m3 => "F8_E4M3",
+            WeightFormat::Bf16 => "BF16",
+        }
+    }
+
+    /// Whether they are rounded to their format.
+    fn are_rounded(&self) -> bool {
+        false
+    }
+
+    /// What stands between the GEMMs.
+    fn activation(&self) -> Activation {
+        Activation::SWIGLU
+    }
+
+    /// Whether the router weight multiplies an expert's input.
+    fn weight_on_input(&self) -> bool {
+        false
+    }
+
+    /// Biases of the routed experts.
+    fn biases(&self) -> Option<&Biases> {
+        None
+    }
+
+    /// The expert that every token visits.
+    fn shared(&self) -> Option<&SharedExpert<'_>> {
+        None
+    }
+
     /// How logits become a choice.
     fn router(&self) -> &Router;
 
@@ -70,9 +103,11 @@ pub(crate) trait ExpertWeights: Sync {
         let mut space = Space::default();
         for expert in 0..self.shape().local_experts() {
             for part in [Part::Gate, Part::Up, Part::Down] {
+                let gated = self.shape().is_gated();
                 let (in_w13, first_row) = match part {
+                    Part::Gate if !gated => continue,
                     Part::Gate => (true, 0),
-                    Part::Up => (true, self.shape().intermediate()),
+                    Part::Up => (true, if gated { self.shape().intermediate() } else { 0 }),
                     Part::Down => (false, 0),
                 };
                 self.with_part(part, expert, &mut space, &mut |rows| take(Place { in_w13, expert, first_row }, rows))?;
@@ -110,34 +145,83 @@ impl ExpertWeights for MoeLayer<'_> {
         Ok(self.pack(cpu, progress)?)
     }
 
-    fn with_part(&self, part: Part, expert: usize, _space: &mut Space, take: &mut TakePart<'_>) -> Result<()> {
+    fn dtype(&self) -> &'static str {
+        self.weight_dtype()
+    }
+
+    fn are_rounded(&self) -> bool {
+        self.weights_are_rounded()
+    }
+
+    fn activation(&self) -> Activation {
+        self.activation()
+    }
+
+    fn weight_on_input(&self) -> bool {
+        self.weight_on_input()
+    }
+
+    fn biases(&self) -> Option<&Biases> {
+        self.biases()
+    }
+
+    fn shared(&self) -> Option<&SharedExpert<'_>> {
+        self.shared()
+    }
+
+    fn with_part(&self, part: Part, expert: usize, space: &mut Space, take: &mut TakePart<'_>) -> Result<()> {
         let expert = &self.experts()[expert];
         let matrix = match part {
-            Part::Gate => &expert.gate,
+            Part::Gate => expert.gate.as_ref().expect("ungated layers are not asked for their gate"),
             Part::Up => &expert.up,
             Part::Down => &expert.down,
         };
-        let (rows, cols) = (matrix.rows(), matrix.cols());
-        let part = match matrix.values() {
-            WeightValues::Bf16(values) => PartRows::Bf16(MatrixRef::new(values, rows, cols)?),
-            WeightValues::E4m3 { values, scales } => {
-                let [block_rows, block_cols] = [rows, cols].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
-                let scales = MatrixRef::new(scales, block_rows, block_cols)?;
-                PartRows::E4m3 { values: MatrixRef::new(values, rows, cols)?, scales }
-            }
-        };
-        Ok(take(part)?)
+        with_rows(matrix, space, take)
     }
 
     fn w13_row(&self, expert: usize, row: usize, out: &mut [f64]) {
-        let (expert, intermediate) = (&self.experts()[expert], self.shape().intermediate());
-        match row.checked_sub(intermediate) {
-            None => expert.gate.write_row(row, out),
-            Some(row) => expert.up.write_row(row, out),
-        }
+        expert_w13_row(&self.experts()[expert], row, out);
     }
 
     fn w2_row(&self, expert: usize, row: usize, out: &mut [f64]) {
         self.experts()[expert].down.write_row(row, out);
     }
+}
+
+/// Row `row` of an expert's `[2 I, H]`, gate first, or of its `[I, H]` without a gate.
+pub(crate) fn expert_w13_row(expert: &Expert<'_>, row: usize, out: &mut [f64]) {
+    match &expert.gate {
+        None => expert.up.write_row(row, out),
+        Some(gate) => match row.checked_sub(gate.rows()) {
+            None => gate.write_row(row, out),
+            Some(row) => expert.up.write_row(row, out),
+        },
+    }
+}
+
+/// Hands over a matrix of a checkpoint with its rows one behind the other, as bf16 or e4m3.
+fn with_rows(matrix: &WeightMatrix<'_>, space: &mut Space, take: &mut TakePart<'_>) -> Result<()> {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let part = match matrix.view()? {
+        WeightRows::Bf16(values) if values.is_row_contiguous() => PartRows::Bf16(values),
+        WeightRows::E4m3 { values, scales: WeightScales::Block(scales) } => {
+            let [block_rows, block_cols] = [rows, cols].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
+            let scales = MatrixRef::new(scales, block_rows, block_cols)?;
+            let values = if values.is_row_contiguous() {
+                values
+            } else {
+                space.e4m3 = (0..rows * cols).map(|at| values.get(at / cols, at % cols)).collect();
+                MatrixRef::new(&space.e4m3, rows, cols)?
+            };
+            PartRows::E4m3 { values, scales }
+        }
+        WeightRows::E4m3 { scales: WeightScales::Row(_), .. } => {
+            return Err(Error::usage("--device is a GPU, expected cpu: the e4m3 weights have one scale per row"));
+        }
+        WeightRows::Bf16(_) | WeightRows::F16(_) | WeightRows::F32(_) => {
+            space.bf16 = matrix.to_bf16();
+            PartRows::Bf16(MatrixRef::new(&space.bf16, rows, cols)?)
+        }
+    };
+    Ok(take(part)?)
 }

@@ -16,7 +16,7 @@ fn main() -> expertile::Result<()> {
     let cpu = Cpu::new();
     let options = LayerOptions { activations: ActivationFormat::E4m3, ..LayerOptions::default() };
     let layer = Layer::new(pack_w13(&cpu)?, pack_w2(&cpu)?, options)?;
-    let router = Router::Softmax { topk: TOPK, renormalize: true };
+    let router = Router::softmax(TOPK, true);
 
     // One workspace for the largest batch serves them all; nothing is allocated per call.
     let batches = [64, 8, 1];

@@ -159,6 +159,11 @@ pub trait Float: RowElement {
     fn to_f32(self) -> f32;
     /// The nearest value, ties to even.
     fn from_f32(x: f32) -> Self;
+    /// The nearest bf16, ties to even.
+    #[inline(always)]
+    fn to_bf16(self) -> bf16 {
+        Float::from_f32(self.to_f32())
+    }
 }
 
 impl RowElement for E4m3 {
@@ -192,6 +197,10 @@ impl Float for bf16 {
         let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
         let quiet = (bits >> 16) as u16 | 0x40;
         Self::from_bits(if bits & 0x7fff_ffff > 0x7f80_0000 { quiet } else { rounded })
+    }
+    #[inline(always)]
+    fn to_bf16(self) -> bf16 {
+        self
     }
 }
 
@@ -295,6 +304,16 @@ impl<'a, T: Copy> MatrixRef<'a, T> {
     #[must_use]
     pub fn is_row_contiguous(&self) -> bool {
         self.col_stride == 1 || self.cols <= 1
+    }
+
+    /// Rows `first`, `first + step` and so on, `count` of them; panics outside the matrix.
+    pub(crate) fn every(&self, first: usize, step: usize, count: usize) -> Self {
+        if count == 0 || self.cols == 0 {
+            return Self { data: &[], rows: count, ..*self };
+        }
+        assert!(first + (count - 1) * step < self.rows);
+        let data = &self.data[first * self.row_stride..];
+        Self { data, rows: count, row_stride: step * self.row_stride, ..*self }
     }
 
     /// All elements as one slice, if nothing stands between them.

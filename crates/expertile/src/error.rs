@@ -61,6 +61,16 @@ pub enum Error {
         /// The range that would fit.
         expected: String,
     },
+    /// A parameter that must be a number of some kind, and is not.
+    #[error("{argument} is {actual}, expected {expected}")]
+    Parameter {
+        /// The argument's name.
+        argument: &'static str,
+        /// Its value.
+        actual: f32,
+        /// The numbers that would fit.
+        expected: &'static str,
+    },
     /// An alignment of zero, or one that a GEMM's row tile does not divide.
     #[error("alignment is {actual}, expected {expected}")]
     Alignment {
@@ -153,6 +163,14 @@ pub enum Error {
         /// Elements that are needed.
         needed: usize,
     },
+    /// Memory that cannot be had.
+    #[error("{what} takes {bytes} bytes, expected no more than memory can be had for")]
+    Memory {
+        /// What takes it.
+        what: &'static str,
+        /// Bytes that it takes.
+        bytes: usize,
+    },
     /// Prepacked weights of a format that the operation does not take.
     #[error("{argument} is packed as {actual}, expected {expected}")]
     WeightFormat {
@@ -195,6 +213,17 @@ impl Error {
     pub(crate) fn value(argument: &'static str, actual: usize, expected: impl Into<String>) -> Self {
         Self::Value { argument, actual: actual as i128, expected: expected.into() }
     }
+}
+
+/// Fails unless a slice of `actual` elements is exactly a tensor of that shape.
+pub(crate) fn require_exact(argument: &'static str, actual: usize, shape: &[usize]) -> Result<()> {
+    let needed = shape.iter().try_fold(1usize, |all, &extent| all.checked_mul(extent));
+    let needed = needed.ok_or_else(|| Error::Overflow { what: argument, detail: format!("elements of {shape:?}") })?;
+    if actual != needed {
+        let expected = format!("[{needed}], the elements of {shape:?}");
+        return Err(Error::shape(argument, &[actual], expected));
+    }
+    Ok(())
 }
 
 /// Fails unless `actual >= needed`.

@@ -3,7 +3,56 @@
 //! `D[r, n] = sum_k A[r, k] * sfa[r, k/128] * B[e, n, k] * sfb[e, n/128, k/128]` for every live row `r` of expert `e`:
 //! f32 accumulation, the scales applied (and the sum promoted) every 128 of K, bf16 out.
 
+use crate::error::{Error, Result};
 use std::fmt;
+
+/// How the rows of gate and up stand in a tensor that holds both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum GateUpOrder {
+    /// Gate's `I` rows, then up's.
+    #[default]
+    Halves,
+    /// Row by row: gate's first, up's first, gate's second (gpt-oss).
+    Interleaved,
+}
+
+impl GateUpOrder {
+    /// The name that messages and tables print.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Halves => "halves",
+            Self::Interleaved => "interleaved",
+        }
+    }
+
+    /// The first row of gate's and of up's, and the step from one to the next.
+    pub(crate) fn first_and_step(self, intermediate: usize) -> ([usize; 2], usize) {
+        match self {
+            Self::Halves => ([0, intermediate], 1),
+            Self::Interleaved => ([0, 1], 2),
+        }
+    }
+
+    /// A list `[2 I]` (a bias) in this order as gate's values, then up's: what a layer takes.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if the number of values is odd.
+    pub fn to_halves<T: Copy>(self, values: &[T]) -> Result<Vec<T>> {
+        if !values.len().is_multiple_of(2) {
+            return Err(Error::value("values", values.len(), "an even number of values, gate's and up's"));
+        }
+        let intermediate = values.len() / 2;
+        let (first, step) = self.first_and_step(intermediate);
+        Ok(first.iter().flat_map(|&first| (0..intermediate).map(move |i| values[first + i * step])).collect())
+    }
+}
+
+impl fmt::Display for GateUpOrder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
 
 /// Rows and columns of a weight block that share one scale.
 pub const WEIGHT_BLOCK: usize = 128;

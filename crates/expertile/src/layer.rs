@@ -12,14 +12,27 @@ pub struct LayerShape {
     hidden: usize,
     intermediate: usize,
     local_experts: usize,
+    gated: bool,
 }
 
 impl LayerShape {
-    /// `H`, `I` and `E`.
+    /// `H`, `I` and `E` of a layer with gate and up: `w13 [E, 2 I, H]`.
     ///
     /// # Errors
     /// [`Error::Value`] if one of them is zero, [`Error::Overflow`] if `E * 2 I * H` does not fit.
     pub fn new(hidden: usize, intermediate: usize, local_experts: usize) -> Result<Self> {
+        Self::with_gate(hidden, intermediate, local_experts, true)
+    }
+
+    /// `H`, `I` and `E` of a layer without a gate: `w13 [E, I, H]`.
+    ///
+    /// # Errors
+    /// As [`LayerShape::new`].
+    pub fn ungated(hidden: usize, intermediate: usize, local_experts: usize) -> Result<Self> {
+        Self::with_gate(hidden, intermediate, local_experts, false)
+    }
+
+    fn with_gate(hidden: usize, intermediate: usize, local_experts: usize, gated: bool) -> Result<Self> {
         for (argument, value) in [("hidden", hidden), ("intermediate", intermediate)] {
             if value == 0 {
                 return Err(Error::value(argument, 0, "at least 1"));
@@ -28,19 +41,25 @@ impl LayerShape {
         require_experts(local_experts)?;
         let columns = checked_mul("2 I", intermediate, 2)?;
         checked_mul("E * 2 I * H", checked_mul("2 I * H", columns, hidden)?, local_experts)?;
-        Ok(Self { hidden, intermediate, local_experts })
+        Ok(Self { hidden, intermediate, local_experts, gated })
     }
 
-    /// The sizes of a layer of `w13 [E, 2 I, H]` and `w2 [E, H, I]`; each given as `[E, N, K]` and its format.
+    /// The sizes of a layer of `w13 [E, 2 I, H]` (`[E, I, H]` without a gate) and `w2 [E, H, I]`; each given as
+    /// `[E, N, K]` and its format.
     ///
     /// # Errors
     /// [`Error::Shape`] and [`Error::WeightFormat`] if the two do not fit each other; as [`LayerShape::new`].
-    pub(crate) fn of_weights(w13: ([usize; 3], WeightFormat), w2: ([usize; 3], WeightFormat)) -> Result<Self> {
+    pub(crate) fn of_weights(
+        w13: ([usize; 3], WeightFormat),
+        w2: ([usize; 3], WeightFormat),
+        gated: bool,
+    ) -> Result<Self> {
         let [experts, hidden, intermediate] = w2.0;
-        let shape = Self::new(hidden, intermediate, experts)?;
-        let expected = [experts, 2 * intermediate, hidden];
+        let shape = Self::with_gate(hidden, intermediate, experts, gated)?;
+        let expected = [experts, shape.w13_rows(), hidden];
         if w13.0 != expected {
-            return Err(Error::shape("w13", &w13.0, format!("{expected:?}, which w2 asks for")));
+            let kind = if gated { "" } else { " without a gate" };
+            return Err(Error::shape("w13", &w13.0, format!("{expected:?}, which w2 asks for{kind}")));
         }
         if w13.1 != w2.1 {
             return Err(Error::WeightFormat { argument: "w2", actual: w2.1.name(), expected: w13.1.name() });
@@ -65,6 +84,18 @@ impl LayerShape {
     pub fn local_experts(&self) -> usize {
         self.local_experts
     }
+
+    /// Whether `w13` holds gate and up.
+    #[must_use]
+    pub fn is_gated(&self) -> bool {
+        self.gated
+    }
+
+    /// Rows of an expert's `w13`: `2 I`, or `I` without a gate.
+    #[must_use]
+    pub fn w13_rows(&self) -> usize {
+        if self.gated { 2 * self.intermediate } else { self.intermediate }
+    }
 }
 
 /// A stage of the layer, in the order of a token's path.
@@ -72,11 +103,13 @@ impl LayerShape {
 pub enum Stage {
     /// Counting, aligning and ranking: the layout.
     Routing,
+    /// The shared expert, whole, if the layer has one.
+    Shared,
     /// Rows to their place, quantized or converted on the way.
     Permute,
-    /// `[rows, H]` times `[2 I, H]`.
+    /// `[rows, H]` times `[2 I, H]` (`[I, H]` without a gate).
     Gemm1,
-    /// `silu(gate) * up`, quantized if the activations are e4m3.
+    /// `silu(gate) * up`, or another activation; quantized if the activations are e4m3.
     Activation,
     /// `[rows, I]` times `[H, I]`.
     Gemm2,
@@ -85,15 +118,16 @@ pub enum Stage {
 }
 
 impl Stage {
-    /// Every stage, in order.
-    pub const ALL: [Self; 6] =
-        [Self::Routing, Self::Permute, Self::Gemm1, Self::Activation, Self::Gemm2, Self::Unpermute];
+    /// Every stage, in order; a layer without a shared expert leaves [`Stage::Shared`] out.
+    pub const ALL: [Self; 7] =
+        [Self::Routing, Self::Shared, Self::Permute, Self::Gemm1, Self::Activation, Self::Gemm2, Self::Unpermute];
 
     /// The name that tables and JSON print.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Routing => "routing",
+            Self::Shared => "shared",
             Self::Permute => "permute",
             Self::Gemm1 => "gemm1",
             Self::Activation => "activation",
@@ -118,7 +152,48 @@ pub struct StageCost {
     pub flops: u64,
 }
 
-/// The cost of every stage for one layout.
+/// Bytes of a row of so many activations, their scales included.
+fn row_bytes(activations: ActivationFormat, cols: u64) -> u64 {
+    match activations {
+        ActivationFormat::Bf16 => 2 * cols,
+        ActivationFormat::E4m3 => cols + cols.div_ceil(128) * 4,
+    }
+}
+
+/// Bytes of a weight matrix, its block scales included.
+fn weight_bytes(weights: WeightFormat, n: u64, k: u64) -> u64 {
+    let block = WEIGHT_BLOCK as u64;
+    let scales = match weights {
+        WeightFormat::E4m3 => n.div_ceil(block) * k.div_ceil(block) * 4,
+        WeightFormat::Bf16 => 0,
+    };
+    n * k * weights.bytes() as u64 + scales
+}
+
+/// The cost of [`Stage::Shared`]: a dense MLP of that shape (`E` = 1) over all tokens.
+///
+/// Its rows are read once and written once; what stands between its two products counts as it does for the other experts.
+#[must_use]
+pub fn shared_cost(
+    shape: &LayerShape,
+    tokens: usize,
+    weights: WeightFormat,
+    activations: ActivationFormat,
+    input_bytes: usize,
+) -> StageCost {
+    let (hidden, intermediate) = (shape.hidden as u64, shape.intermediate as u64);
+    let (tokens, w13_rows) = (tokens as u64, shape.w13_rows() as u64);
+    let row = |cols| row_bytes(activations, cols);
+    let weights = weight_bytes(weights, w13_rows, hidden) + weight_bytes(weights, hidden, intermediate);
+    // The input, converted and read again; gate and up, and what they become, written and read; the result.
+    let moved = hidden * input_bytes as u64 + 2 * row(hidden) + 4 * w13_rows + 2 * row(intermediate) + 2 * hidden;
+    StageCost {
+        bytes: if tokens == 0 { 0 } else { weights + tokens * moved },
+        flops: 2 * tokens * (w13_rows * hidden + hidden * intermediate),
+    }
+}
+
+/// The cost of every stage for one layout; of [`Stage::Shared`], which the layout does not know, see [`shared_cost`].
 #[must_use]
 pub fn stage_cost(
     stage: Stage,
@@ -129,20 +204,12 @@ pub fn stage_cost(
     input_bytes: usize,
 ) -> StageCost {
     let live = layout.live_rows() as u64;
-    let (hidden, intermediate) = (shape.hidden as u64, shape.intermediate as u64);
+    let (hidden, intermediate, w13_rows) = (shape.hidden as u64, shape.intermediate as u64, shape.w13_rows() as u64);
     let active = layout.expert_num_tokens().iter().filter(|&&count| count > 0).count() as u64;
-    let row = |cols: u64| match activations {
-        ActivationFormat::Bf16 => 2 * cols,
-        ActivationFormat::E4m3 => cols + cols.div_ceil(128) * 4,
-    };
+    let row = |cols| row_bytes(activations, cols);
     let gemm = |n: u64, k: u64| {
-        let block = WEIGHT_BLOCK as u64;
-        let scales = match weights {
-            WeightFormat::E4m3 => n.div_ceil(block) * k.div_ceil(block) * 4,
-            WeightFormat::Bf16 => 0,
-        };
-        let expert = n * k * weights.bytes() as u64 + scales;
-        StageCost { bytes: active * expert + live * (row(k) + 2 * n), flops: 2 * live * n * k }
+        let bytes = active * weight_bytes(weights, n, k) + live * (row(k) + 2 * n);
+        StageCost { bytes, flops: 2 * live * n * k }
     };
     let moved = |bytes| StageCost { bytes, flops: 0 };
     match stage {
@@ -150,13 +217,14 @@ pub fn stage_cost(
             let lists = 3 * layout.local_experts() + layout.m_sum() + 2 * layout.inv_perm().len();
             moved(4 * lists as u64)
         }
+        Stage::Shared => StageCost::default(),
         Stage::Permute => {
             let routed =
                 layout.inv_perm().chunks_exact(layout.topk()).filter(|slots| slots.iter().any(|&row| row >= 0));
             moved(routed.count() as u64 * hidden * input_bytes as u64 + live * row(hidden))
         }
-        Stage::Gemm1 => gemm(2 * intermediate, hidden),
-        Stage::Activation => moved(live * (4 * intermediate + row(intermediate))),
+        Stage::Gemm1 => gemm(w13_rows, hidden),
+        Stage::Activation => moved(live * (2 * w13_rows + row(intermediate))),
         Stage::Gemm2 => gemm(hidden, intermediate),
         Stage::Unpermute => moved((live + layout.tokens() as u64) * 2 * hidden),
     }

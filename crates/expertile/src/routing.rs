@@ -75,13 +75,15 @@ impl<'a> Routing<'a> {
     ///
     /// # Errors
     /// [`Error::Value`] if `topk` or `local_experts` is zero or does not fit i32, [`Error::MapEntry`] for an entry
-    /// `>= local_experts`, [`Error::ExpertId`] for an id `>= local_experts` (without a map) or `>= expert_map.len()`.
+    /// `>= local_experts`, [`Error::ExpertId`] for an id `>= local_experts` (without a map) or `>= expert_map.len()`,
+    /// [`Error::Overflow`] if `M * topk` exceeds i32 (which is found before an id is looked at).
     pub fn new(ids: impl Into<TopkIds<'a>>, local_experts: usize, expert_map: Option<&'a [i32]>) -> Result<Self> {
         let ids = ids.into();
         if ids.topk() == 0 {
             return Err(Error::value("topk", 0, "at least 1"));
         }
         require_experts(local_experts)?;
+        require_slots(ids.tokens(), ids.topk())?;
         if let Some(map) = expert_map {
             let outside = |&(_, &value): &(usize, &i32)| i64::from(value) >= local_experts as i64;
             if let Some((index, &value)) = map.iter().enumerate().find(outside) {
@@ -138,13 +140,10 @@ impl<'a> Routing<'a> {
     /// Writes `expert_num_tokens [E]`: live rows per local expert, unaligned.
     ///
     /// # Errors
-    /// [`Error::BufferTooSmall`] if `counts` holds fewer than `E`, [`Error::Overflow`] if `M * topk` exceeds i32.
+    /// [`Error::BufferTooSmall`] if `counts` holds fewer than `E`.
     pub fn count_expert_num_tokens(&self, counts: &mut [i32]) -> Result<()> {
         require_len("expert_num_tokens", counts.len(), self.local_experts)?;
         let (tokens, topk) = (self.tokens(), self.topk());
-        if tokens.checked_mul(topk).is_none_or(|slots| i32::try_from(slots).is_err()) {
-            return Err(Error::Overflow { what: "M * topk", detail: format!("{tokens} * {topk} > {}", i32::MAX) });
-        }
         counts[..self.local_experts].fill(0);
         for token in 0..tokens {
             for slot in 0..topk {
@@ -155,6 +154,12 @@ impl<'a> Routing<'a> {
         }
         Ok(())
     }
+}
+
+/// `M * topk`, which is counted in i32.
+pub(crate) fn require_slots(tokens: usize, topk: usize) -> Result<usize> {
+    let slots = tokens.checked_mul(topk).filter(|&slots| i32::try_from(slots).is_ok());
+    slots.ok_or_else(|| Error::Overflow { what: "M * topk", detail: format!("{tokens} * {topk} > {}", i32::MAX) })
 }
 
 pub(crate) fn require_experts(local_experts: usize) -> Result<()> {

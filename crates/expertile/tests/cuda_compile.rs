@@ -7,8 +7,8 @@ mod on_device;
 use expertile::cuda::compiler::Compiler;
 use expertile::cuda::kernel::Source;
 use expertile::cuda::{
-    ActivateConfig, GemmConfig, GemmTile, LARGE_ROW_TILE, PermuteConfig, QuantizePermuteConfig, ROW_TILES, RouteConfig,
-    UnpermuteConfig, WIDE_ROW_TILE,
+    ActivateConfig, GemmConfig, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, PermuteConfig, QuantizePermuteConfig,
+    RouteConfig, UnpermuteConfig, WIDE_ROW_TILE,
 };
 use expertile::{Activation, Dtype, Error, Group, Padding, ScaleFormat, ScaleLayout, ScaleRounding, WeightFormat};
 
@@ -77,7 +77,7 @@ fn sources() -> Vec<Source> {
             let config = PermuteConfig { topk, hidden, dtype: Dtype::E4m3, scales, padding, alignment_bytes: 16 };
             sources.push(config.source());
         }
-        let activation = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+        let activation = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
         sources.push(ActivateConfig { intermediate: 1536, activation, format: Some(format) }.source());
     }
     for format in [None, Some(ScaleFormat::HOPPER)] {
@@ -90,22 +90,19 @@ fn sources() -> Vec<Source> {
 fn gemm_sources() -> Vec<Source> {
     let mut sources = Vec::new();
     for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
-        for shared in [1, 2] {
-            let tile = GemmTile { row_tile: WIDE_ROW_TILE, shared, splits: 1, wide: true };
+        for tile in GemmTile::all(format) {
             sources.push(GemmConfig { format, tile, activation: None }.source());
         }
-        for row_tile in ROW_TILES {
-            for (shared, splits) in [(1, 1), (2, 1), (1, 2), (1, 4), (1, 8)] {
-                if splits == 1 || row_tile <= 64 {
-                    let tile = GemmTile { row_tile, shared, splits, wide: false };
-                    sources.push(GemmConfig { format, tile, activation: None }.source());
-                }
+        for row_tile in [16, 32, 64] {
+            for splits in [2, 4, 8] {
+                let tile = GemmTile { row_tile, outputs: 128, shared: 1, splits, wide: false };
+                sources.push(GemmConfig { format, tile, activation: None }.source());
             }
         }
     }
-    let limited = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
-    for row_tile in [LARGE_ROW_TILE, WIDE_ROW_TILE] {
-        let tile = GemmTile { row_tile, shared: 1, splits: 1, wide: true };
+    let limited = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+    for (row_tile, outputs) in [(LARGE_ROW_TILE, LARGE_OUTPUTS), (WIDE_ROW_TILE, 128)] {
+        let tile = GemmTile { row_tile, outputs, shared: 1, splits: 1, wide: true };
         for activation in [None, Some(Activation::default()), Some(limited)] {
             sources.push(GemmConfig { format: WeightFormat::E4m3, tile, activation }.source());
         }
@@ -214,4 +211,15 @@ fn configurations_that_cannot_be_are_errors() {
     assert!(matches!(input, Error::Dtype { argument: "x", .. }), "{input}");
     let odd = ActivateConfig { intermediate: 8, activation: Activation::default(), format: None }.source().unwrap_err();
     assert!(odd.to_string().starts_with("intermediate is 8"), "{odd}");
+    for (activation, start) in [
+        (Activation::GegluTanh, "activation is \"geglu-tanh\", expected one of swiglu, on a GPU"),
+        (Activation::Relu2, "activation is \"relu2\", expected one of swiglu, on a GPU"),
+        (Activation::Swiglu { alpha: 1.0, beta: f32::NAN, limit: None }, "beta is NaN, expected a finite number"),
+    ] {
+        let error = ActivateConfig { intermediate: 128, activation, format: None }.source().unwrap_err();
+        assert!(error.to_string().starts_with(start), "{error}");
+        let tile = GemmTile { row_tile: WIDE_ROW_TILE, outputs: 128, shared: 1, splits: 1, wide: true };
+        let inside = GemmConfig { format: WeightFormat::E4m3, tile, activation: Some(activation) }.source();
+        assert_eq!(inside.unwrap_err().to_string(), error.to_string());
+    }
 }

@@ -7,8 +7,8 @@ use expertile::cpu::{
     grouped_gemm_workspace_bytes,
 };
 use expertile::{
-    Activation, ActivationFormat, E4m3, Group, Layout, MatrixRef, Padding, Plan, Router, Routing, ScaleFormat,
-    ScaleLayout, ScaleRounding, Scales, ScalesMut, TokenExperts,
+    Activation, ActivationFormat, E4m3, Group, GroupWorth, Groups, Layout, MatrixRef, Normalization, Padding, Plan,
+    Router, Routing, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut, Scoring, TokenExperts,
 };
 use expertile_oracle as oracle;
 use half::bf16;
@@ -62,16 +62,17 @@ fn routers_choose() {
     let logits = values(2 * 6, 3);
     let logits = MatrixRef::new(&logits, 2, 6).unwrap();
     let (mut ids, mut weights) = ([0; 4], [0.0; 4]);
-    Router::Softmax { topk: 2, renormalize: true }.route(logits, &mut ids, &mut weights).unwrap();
-    let sigmoid = Router::Sigmoid {
-        topk: 2,
+    Router::softmax(2, true).route(logits, &mut ids, &mut weights).unwrap();
+    let sigmoid = Router {
         correction_bias: vec![0.5; 6],
-        groups: 3,
-        topk_groups: 2,
-        renormalize: true,
+        groups: Some(Groups { count: 3, topk: 2, worth: GroupWorth::BestTwo }),
+        normalization: Normalization::SumPlus(1e-20),
         scaling_factor: 2.5,
+        ..Router::sigmoid(2)
     };
     sigmoid.route(logits, &mut ids, &mut weights).unwrap();
+    let mixer = Router { scoring: Scoring::SparseMixer { jitter: 0.01 }, ..Router::softmax(2, false) };
+    mixer.route(logits, &mut ids, &mut weights).unwrap();
     assert!(ids.iter().all(|&id| (0..6).contains(&id)));
 }
 
@@ -199,6 +200,9 @@ fn a_layer_runs() {
         weight_on_input: false,
         w13_row: &|e, j, row| weight_row(&w13, 2 * intermediate, e, j, row),
         w2_row: &|e, j, row| weight_row(&w2, hidden, e, j, row),
+        b13: None,
+        b2: None,
+        shared: None,
     }
     .run(&x, &IDS, TOPK, Some(&weights), None);
     for cpu in machines() {

@@ -272,9 +272,9 @@ pub extern "C" fn expertile_bind_unpermute(
     hand_over(make())
 }
 
-/// A tile as four words: row tile, blocks that share rows, parts of K, 1 for the wide kernel.
-fn words_of_tile(tile: GemmTile) -> [usize; 4] {
-    [tile.row_tile, tile.shared, tile.splits, usize::from(tile.wide)]
+/// A tile as five words: row tile, blocks that share rows, parts of K, 1 for the wide kernel, outputs.
+fn words_of_tile(tile: GemmTile) -> [usize; 5] {
+    [tile.row_tile, tile.shared, tile.splits, usize::from(tile.wide), tile.outputs]
 }
 
 /// Prepares and binds the grouped GEMM of e4m3 rows and weights `[experts, n, k]`, whose worklist has `row_tile`; with
@@ -288,6 +288,7 @@ pub unsafe extern "C" fn expertile_bind_gemm(
     shared: usize,
     splits: usize,
     wide: usize,
+    outputs: usize,
     experts: usize,
     n: usize,
     k: usize,
@@ -306,7 +307,7 @@ pub unsafe extern "C" fn expertile_bind_gemm(
     let make = || {
         let config = GemmConfig {
             format: WeightFormat::E4m3,
-            tile: GemmTile { row_tile, shared, splits, wide: wide != 0 },
+            tile: GemmTile { row_tile, outputs, shared, splits, wide: wide != 0 },
             activation: (out_scales != 0).then(Activation::default),
         };
         let step = Arc::new(Gemm::prepare(&device()?, config)?);
@@ -354,6 +355,7 @@ pub unsafe extern "C" fn expertile_layer(
             activation: Activation::default(),
             activations: ActivationFormat::E4m3,
             weight_on_input: false,
+            split_k: false,
         };
         Ok(Arc::new(Layer::prepare(&device()?, w13, w2, config, max_tokens)?))
     };
@@ -364,17 +366,17 @@ pub unsafe extern "C" fn expertile_layer(
 /// each GEMM's tile as [`words_of_tile`]; 1, or 0 on failure.
 ///
 /// # Safety
-/// `layer` came from [`expertile_layer`], `choice` holds twelve.
+/// `layer` came from [`expertile_layer`], `choice` holds fourteen.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn expertile_layer_choice(layer: *const Arc<Layer>, tokens: usize, choice: *mut usize) -> i32 {
     // SAFETY: the caller's promise.
-    let (layer, choice) = unsafe { (&*layer, std::slice::from_raw_parts_mut(choice, 12)) };
+    let (layer, choice) = unsafe { (&*layer, std::slice::from_raw_parts_mut(choice, 14)) };
     match layer.workspace_bytes(tokens).and_then(|bytes| Ok((bytes, layer.choice(tokens)?))) {
         Ok((bytes, found)) => {
             let inside = usize::from(found.activation_inside_gemm1);
             choice[..4].copy_from_slice(&[bytes, found.plan.alignment(), found.launches, inside]);
-            choice[4..8].copy_from_slice(&words_of_tile(found.gemm1));
-            choice[8..].copy_from_slice(&words_of_tile(found.gemm2));
+            choice[4..9].copy_from_slice(&words_of_tile(found.gemm1));
+            choice[9..].copy_from_slice(&words_of_tile(found.gemm2));
             1
         }
         Err(error) => {

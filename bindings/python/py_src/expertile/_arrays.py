@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 from typing import Any
+
+from . import _native
 
 Array = Any
 """A torch tensor or a NumPy array."""
@@ -30,10 +34,50 @@ def empty(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
     """An array of `like`'s kind (and device), of a dtype given by name or taken from an array."""
     if is_tensor(like):
         torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype, device=like.device)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return empty_tensor("a new tensor", shape, dtype, like.device)
     import numpy
 
+    require_memory("a new array", shape, numpy.dtype(dtype).itemsize)
     return numpy.empty(shape, dtype=dtype)
+
+
+def empty_tensor(argument: str, shape: tuple[int, ...], dtype: Any, device: Any) -> Array:
+    """``torch.empty``; on the CPU with Python's own MemoryError for what the machine does not have."""
+    torch = sys.modules["torch"]
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    require_memory(argument, shape, dtype.itemsize)
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        raise MemoryError(
+            f"{argument} of shape {list(shape)} needs {math.prod(shape) * dtype.itemsize} bytes"
+        ) from None
+
+
+def require_memory(argument: str, shape: tuple[int, ...], itemsize: int) -> None:
+    """Raises MemoryError for an array that the machine has no memory for: some promise it, and kill the process later."""
+    bytes = math.prod(shape) * itemsize
+    if bytes > _ASK_FROM_BYTES:
+        _native.require_memory(argument, bytes)
+
+
+_ASK_FROM_BYTES = 1 << 28
+
+
+def is_traced() -> bool:
+    """Whether torch records a trace, which would keep numbers that are computed here as constants."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    try:
+        key = torch._C._TorchDispatchModeKey.PROXY
+        return bool(torch._C._is_tracing()) or torch._C._get_dispatch_mode(key) is not None
+    except AttributeError:
+        return False
 
 
 def dtype_name(x: Array) -> str:
@@ -44,6 +88,11 @@ def dtype_name(x: Array) -> str:
 def strides(x: Array) -> tuple[int, ...]:
     """Strides in elements."""
     return x.stride() if is_tensor(x) else tuple(stride // x.itemsize for stride in x.strides)
+
+
+def is_contiguous(x: Array) -> bool:
+    """Whether all elements stand next to each other, row by row."""
+    return x.is_contiguous() if is_tensor(x) else x.flags.c_contiguous
 
 
 def contiguous(x: Array) -> Array:
@@ -80,5 +129,18 @@ def column_major(flat: Array, rows: int, columns: int) -> Array:
 def as_float32(x: Array) -> Array:
     """`x` as float32: itself, or an exact copy of a narrower float."""
     if dtype_name(x) in ("bfloat16", "float16"):
+        require_memory("topk_weights", tuple(x.shape), 4)  # Of an expanded array, the copy is not.
         return x.float() if is_tensor(x) else x.astype("float32")
     return x
+
+
+def assign(target: Array, values: Array) -> None:
+    """``target[...] = values``, also where one is a tensor and the other is not."""
+    if not is_tensor(target):
+        target[...] = values.numpy() if is_tensor(values) else values
+        return
+    torch = sys.modules["torch"]
+    values = values if is_tensor(values) else torch.from_numpy(values)
+    # torch refuses to assign to tensors of inference elsewhere; this package writes them wherever it is called.
+    with torch.inference_mode() if target.is_inference() else contextlib.nullcontext():
+        target[...] = values

@@ -20,6 +20,9 @@ __all__ = [
     "permute_quantized",
     "permute_rows",
     "quantize_permute",
+    "require_memory",
+    "require_slots",
+    "require_targets",
     "round_up",
     "scale_words",
     "set_num_threads",
@@ -122,7 +125,10 @@ class Layer:
         expert_map: Any | None,
         workspace: Any,
         out: Any,
-    ) -> None: ...
+        *,
+        tokens_at_once: int | None = None,
+    ) -> None:
+        """By default as many tokens at once as take some seconds; then it looks whether it has been interrupted."""
 
 def round_up(rows: int, alignment: int) -> int:
     """The smallest multiple of `alignment` that is at least `rows`."""
@@ -153,7 +159,16 @@ def get_num_threads() -> int:
     """Threads that CPU work is spread over."""
 
 def set_num_threads(threads: int) -> None:
-    """Spreads CPU work over `threads` threads from now on. Raises ValueError outside 1 to 65536."""
+    """Spreads CPU work over `threads` threads from now on. Raises ValueError outside 1 to 1024."""
+
+def require_memory(argument: str, bytes: int) -> None:
+    """Raises MemoryError if the machine has not as many bytes left."""
+
+def require_slots(tokens: int, topk: int) -> None:
+    """Raises ValueError for more slots than a call may have."""
+
+def require_targets(outputs: Sequence[tuple[str, Any]], inputs: Sequence[tuple[str, Any | None]]) -> None:
+    """Raises ValueError unless every output may be written: not read-only, each element in memory of its own."""
 
 def count_expert_num_tokens(topk_ids: Any, expert_map: Any | None, local_experts: int, out: Any) -> None: ...
 

@@ -9,6 +9,9 @@ creates are of the kind of its first argument. What differs is what the original
 - ids are checked against the map's length, and strides of every input are honoured;
 - counts that are handed over must agree with the ids (checked where both are on the CPU).
 
+Functions that look at tensors cannot be part of a trace (``torch.jit.trace``, ``make_fx``), which would keep one call's
+numbers: they raise RuntimeError. The operators of :mod:`expertile.torch` can.
+
 On a GPU an id past the experts (or the map) is treated as an empty slot, and :func:`check` raises for it.
 
 Shapes: ``M`` tokens, ``H`` values each, ``topk`` slots, ``E`` local experts, ``M_sum`` rows after alignment.
@@ -395,6 +398,14 @@ def ep_scatter(
             raise TypeError(f"{argument} has dtype {array.dtype}, expected int32")
     scale_layout = "packed_ue8m0" if pack_ue8m0 else "row_major"
     flat, scales = _scale_target(output_tensor_scale, rows, hidden, scale_layout, block_size)
+    outputs = [
+        ("out", output_tensor),
+        ("scales", output_tensor_scale),
+        ("expert_start_loc", expert_start_loc),
+        ("m_indices", m_indices),
+        ("output_index", output_index),
+    ]
+    _require_targets(outputs, recv_x, recv_x_scale, recv_topk, expert_map, _SCATTER_NAMES)
     lists = _permute(
         recv_x,
         recv_x_scale,
@@ -410,18 +421,35 @@ def ep_scatter(
         _SCATTER_NAMES,
     )
     if scales is not output_tensor_scale:
-        output_tensor_scale[...] = scales
-    expert_start_loc[...] = lists.psum
-    output_index[...] = lists.inv_perm
-    m_indices[...] = lists.psum if use_psum_layout else _where_live(lists.m_indices, m_indices)
+        _arrays.assign(output_tensor_scale, scales)
+    _arrays.assign(expert_start_loc, lists.psum)
+    _arrays.assign(output_index, lists.inv_perm)
+    _arrays.assign(m_indices, lists.psum if use_psum_layout else _where_live(lists.m_indices, m_indices))
 
 
 def _where_live(new: Array, old: Array) -> Array:
-    if _arrays.is_tensor(new):
-        return sys.modules["torch"].where(new >= 0, new, old)
-    import numpy
+    if not _arrays.is_tensor(new):
+        import numpy
 
-    return numpy.where(new >= 0, new, old)
+        return numpy.where(new >= 0, new, old.numpy() if _arrays.is_tensor(old) else old)
+    torch = sys.modules["torch"]
+    return torch.where(new >= 0, new, old if _arrays.is_tensor(old) else torch.from_numpy(old))
+
+
+def _require_targets(
+    outputs: list[tuple[str, Array]],
+    x: Array,
+    x_scale: Array,
+    topk_ids: Array,
+    expert_map: Array | None,
+    names: dict[str, str],
+) -> None:
+    """Checks what is written by assignment, at the end, before anything is written at all."""
+    inputs = [("x", x), ("x_scales", x_scale), ("topk_ids", topk_ids), ("expert_map", expert_map)]
+    try:
+        _native.require_targets(outputs, inputs)
+    except (TypeError, ValueError) as error:
+        raise _renamed(error, names) from None
 
 
 def _empty_scales(like: Array, rows: int, hidden: int, group: int, scale_layout: str) -> tuple[Array, Array]:
@@ -485,6 +513,11 @@ _UNPERMUTE_NAMES = {"rows": "a", "out": "output"}
 
 def _renamed(error: Exception, names: dict[str, str]) -> Exception:
     """The same error, where it speaks of an argument that has another name here."""
+    if _arrays.is_traced():
+        return RuntimeError(
+            "a trace is being recorded, which would keep the numbers of this call: expected a call outside of "
+            "torch.jit.trace and make_fx, or the operators of expertile.torch in them"
+        )
 
     def rename(match: re.Match[str]) -> str:
         return names.get(match[0], match[0])
@@ -538,6 +571,8 @@ def _permute(
     if out.dtype != x.dtype:
         raise TypeError(f"{names['out']} has dtype {out.dtype}, expected {x.dtype}, as {names['x']}")
     where = (topk_ids, expert_map, experts, alignment, m_sum, expert_num_tokens)
+    if not _arrays.is_contiguous(out) or x.itemsize != 1:
+        _require_targets([("out", out)], x, x_scale, topk_ids, expert_map, names)
     target = _arrays.contiguous(out)
     try:
         lists = _arrays.empty((_native.layout_len(tokens, topk, experts, alignment, m_sum),), "int32", x)
@@ -547,12 +582,20 @@ def _permute(
             # Wider rows cannot be e4m3; they are moved as they are, and so are their scales.
             if scale_layout != "row_major":
                 raise TypeError(f"x has dtype {x.dtype}, expected float8_e4m3fn with uint8 scales")
+            # The scales first, and not yet to their place: the rows, written last, may still be refused.
+            groups = out.shape[1] // group
+            if _arrays.require_array("x_scales", x_scale, 2) != (tokens, groups):
+                raise ValueError(f"x_scales has shape {list(x_scale.shape)}, expected {[tokens, groups]}")
+            if _arrays.dtype_name(x_scale) != _arrays.dtype_name(scales):
+                raise TypeError(f"x_scales has dtype {x_scale.dtype}, expected float32")
+            moved = _arrays.empty((m_sum, groups), scales.dtype, scales)
+            _native.permute_rows(x_scale, *where, True, moved, lists)
             _native.permute_rows(x, *where, False, target, lists)
-            _native.permute_rows(x_scale, *where, True, scales, lists)
+            _arrays.assign(scales, moved.reshape(scales.shape))
     except (TypeError, ValueError) as error:
         raise _renamed(error, names) from None
     if target is not out:
-        out[...] = target
+        _arrays.assign(out, target)
     return _Lists(lists, tokens, topk, experts, m_sum)
 
 
@@ -604,7 +647,15 @@ def _gather(
         ):
             return
         _arrays.require_array("topk_weights", topk_weights, 2)
-        _arrays.require_array("out", output, 2)
+        slots = _arrays.require_array("inv_perm", inv_perm, 2)
+        if _arrays.require_array("out", output, 2)[0] != slots[0]:
+            raise ValueError(f"out has shape {list(output.shape)}, expected {[slots[0], output.shape[1]]}")
+        if topk_weights.shape != inv_perm.shape:
+            raise ValueError(f"topk_weights has shape {list(topk_weights.shape)}, expected {list(slots)}")
+        _native.require_slots(*slots)
+        if not _arrays.is_contiguous(output):
+            inputs = [("rows", rows), ("inv_perm", inv_perm), ("topk_weights", topk_weights), ("topk_ids", topk_ids)]
+            _native.require_targets([("out", output)], [*inputs, ("expert_map", expert_map)])
         out = _arrays.contiguous(output)
         weights = _arrays.as_float32(topk_weights)
         if _arrays.on_gpu(rows):
@@ -617,7 +668,7 @@ def _gather(
     except (TypeError, ValueError) as error:
         raise _renamed(error, names) from None
     if out is not output:
-        output[...] = out
+        _arrays.assign(output, out)
 
 
 def deepgemm_unpermute_and_reduce(

@@ -2,8 +2,8 @@
 
 Every function here allocates what is not handed to it and calls one operator of ``torch.ops.expertile``, which writes the
 caller's memory: operators can be compiled (``torch.compile(fullgraph=True)``) and, with buffers handed in, called without
-an allocation. On CUDA tensors the call goes past torch's dispatcher, unless a compiler, a mode, a transform, a profiler or
-autograd is there to see it. Nothing here is differentiable.
+making a tensor. On CUDA tensors the call goes past torch's dispatcher, unless a compiler, a mode, a transform, a profiler
+or autograd is there to see it. Nothing here is differentiable.
 
 Shapes: ``M`` tokens, ``H`` values each, ``topk`` slots, ``E`` local experts, ``A`` alignment, ``M_sum`` rows.
 
@@ -19,6 +19,7 @@ Shapes: ``M`` tokens, ``H`` values each, ``topk`` slots, ``E`` local experts, ``
 from __future__ import annotations
 
 import itertools
+import re
 import weakref
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -193,10 +194,14 @@ def _layer(
     workspace: Tensor | None,
     out: Tensor,
 ) -> None:
-    native = Layer._alive[layer]._native
+    alive = Layer._alive.get(layer)
+    if alive is None:
+        raise ValueError(f"layer is {layer}, expected the number of a Layer that is alive")
+    native = alive._native
     if workspace is None:
         tokens, topk = topk_ids.shape
-        workspace = torch.empty(native.workspace_bytes(tokens, topk), dtype=torch.uint8)
+        size = (native.workspace_bytes(tokens, topk),)
+        workspace = _arrays.empty_tensor("workspace", size, torch.uint8, hidden_states.device)
     native.run(hidden_states, topk_ids, topk_weights, expert_map, workspace, out)
 
 
@@ -224,6 +229,34 @@ for _name in _SCHEMAS:
 
 # Looked up once: a call by attribute finds its overload anew each time.
 _ops = {name: getattr(torch.ops.expertile, name).default for name in _SCHEMAS}
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Calls an operator; what torch's dispatcher refuses is an error of this package's kind."""
+    if _is_dynamo_compiling():
+        _ops[name](*arguments)
+        return
+    try:
+        _ops[name](*arguments)
+    except RuntimeError as error:
+        raise _refusal(name, arguments, error) from None
+
+
+def _refusal(name: str, arguments: tuple[Any, ...], error: RuntimeError) -> Exception:
+    wrong = re.search(
+        r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'", str(error)
+    )
+    if wrong:
+        return TypeError(f"{wrong[2]} is a {wrong[3]}, expected {wrong[1]}")
+    if isinstance(error, NotImplementedError):
+        for argument, x in zip(_ops[name]._schema.arguments, arguments, strict=False):
+            if not isinstance(x, Tensor):
+                continue
+            if x.layout is not torch.strided:
+                return TypeError(f"{argument.name} is a tensor of layout {x.layout}, expected a dense one")
+            if x.device.type not in [key.lower() for key in _KERNELS[name][1:]]:
+                return ValueError(f"{argument.name} is on {x.device}, expected {' or '.join(_KERNELS[name][1:])}")
+    return error
 
 
 # An operator's way through torch's dispatcher takes longer than the call. It is for those who want to see the call:
@@ -262,8 +295,7 @@ def _unwatched(x: Any, weights: Any = None) -> bool:
         or _profiler._is_profiler_enabled
     ):
         return False
-    # A tensor may be the negative of what its memory holds; the dispatcher would make it a true one.
-    if x.is_neg() or (weights is not None and (type(weights) is not Tensor or weights.is_neg())):
+    if weights is not None and type(weights) is not Tensor:
         return False
     return not (_is_grad_enabled() and (x.requires_grad or (weights is not None and weights.requires_grad)))
 
@@ -313,7 +345,7 @@ def build_layout(
     tokens, topk = _matrix("topk_ids", topk_ids)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
     space = _space(topk_ids, tokens, topk, local_experts, alignment, m_sum, layout)
-    _ops["build_layout"](topk_ids, expert_map, local_experts, alignment, m_sum, space)
+    _call("build_layout", topk_ids, expert_map, local_experts, alignment, m_sum, space)
     return Layout(space, tokens, topk, local_experts, alignment, m_sum)
 
 
@@ -342,7 +374,7 @@ def permute_rows(
         return Permuted(rows, None, Layout(*made))
     out, lists = _targets(x, topk_ids, local_experts, alignment, m_sum, distinct, None, out, layout)
     where = (topk_ids, expert_map, local_experts, alignment, lists.m_sum)
-    _ops["permute_rows"](x, *where, zero_padding, out, lists.space)
+    _call("permute_rows", x, *where, zero_padding, out, lists.space)
     return Permuted(out, None, lists)
 
 
@@ -378,7 +410,7 @@ def permute_quantized(
     out, lists = _targets(x, topk_ids, local_experts, alignment, m_sum, distinct, None, out, layout)
     words, shaped = _scales(x, lists.m_sum, x.shape[1], group, scale_layout, scales)
     where = (topk_ids, expert_map, local_experts, alignment, lists.m_sum)
-    _ops["permute_quantized"](x, x_scales, *where, group, scale_layout, zero_padding, out, words, lists.space)
+    _call("permute_quantized", x, x_scales, *where, group, scale_layout, zero_padding, out, words, lists.space)
     return Permuted(out, shaped, lists)
 
 
@@ -434,8 +466,18 @@ def quantize_permute(
     words, shaped = _scales(x, lists.m_sum, x.shape[1], group, scale_layout, scales)
     where = (topk_ids, expert_map, local_experts, alignment, lists.m_sum)
     power_of_two = scale_layout == "packed_ue8m0" if power_of_two is None else power_of_two
-    _ops["quantize_permute"](
-        x, topk_weights, *where, group, scale_layout, power_of_two, zero_padding, out, words, lists.space
+    _call(
+        "quantize_permute",
+        x,
+        topk_weights,
+        *where,
+        group,
+        scale_layout,
+        power_of_two,
+        zero_padding,
+        out,
+        words,
+        lists.space,
     )
     return Permuted(out, shaped, lists)
 
@@ -462,19 +504,21 @@ def unpermute(
     if out is None or not direct:
         tokens, _ = _matrix("inv_perm", inv_perm)
         _, hidden = _matrix("rows", rows)
-        out = rows.new_empty((tokens, hidden), dtype=dtype) if out is None else out
+        out = _empty("out", (tokens, hidden), rows.dtype if dtype is None else dtype, rows) if out is None else out
     if direct:
         _native.unpermute(rows, inv_perm, None, expert_map, topk_weights, out)
     else:
-        _ops["unpermute"](rows, inv_perm, topk_ids, expert_map, topk_weights, out)
+        _call("unpermute", rows, inv_perm, topk_ids, expert_map, topk_weights, out)
     return out
 
 
 class Layer:
     """The expert half of a layer on the CPU: permute, GEMM 1, activation, GEMM 2, unpermute.
 
-    w13: ``[E, 2 I, H]``, gate rows first; w2: ``[E, H, I]``. Both bfloat16, or both float8_e4m3fn with float32 block
-    scales ``[E, ceil(N / 128), ceil(K / 128)]``. They are packed, once, into memory of the layer's own.
+    w13: ``[E, 2 I, H]``, gate rows first; w2: ``[E, H, I]``. Both bfloat16, or both float8_e4m3fn with block scales:
+    w13_scale ``[E, 2 ceil(I / 128), ceil(H / 128)]``, gate's row blocks, then up's; w2_scale ``[E, ceil(H / 128),
+    ceil(I / 128)]``. Scales are float32, or bfloat16, float16 or float8_e8m0fnu, which are widened exactly. Weights are
+    packed, once, into memory of the layer's own.
 
     activations: ``"bf16"``, or ``"e4m3"`` to quantize them (needs e4m3 weights, and 128 to divide H and I).
     alpha, beta, limit: ``glu = gate * sigmoid(alpha * gate)``, ``(up + beta) * glu``, gate clamped to at most `limit`, up
@@ -506,6 +550,22 @@ class Layer:
         # Operators take numbers and tensors: a layer is passed to its operator by number.
         self._number = next(Layer._numbers)
         Layer._alive[self._number] = self
+
+    def __copy__(self) -> Layer:
+        """Another layer with the same packed weights, which nothing can change."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._number = next(Layer._numbers)
+        Layer._alive[other._number] = other
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layer:
+        return self.__copy__()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Layer cannot be pickled: its weights are packed for this machine, expected to be packed anew"
+        )
 
     @property
     def local_experts(self) -> int:
@@ -543,11 +603,10 @@ class Layer:
 
         Raises ValueError or TypeError for what does not fit.
         """
-        _matrix("hidden_states", hidden_states)
-        out = (
-            torch.empty_like(hidden_states, dtype=dtype, memory_format=torch.contiguous_format) if out is None else out
-        )
-        _ops["layer"](self._number, hidden_states, topk_ids, topk_weights, expert_map, workspace, out)
+        shape = _matrix("hidden_states", hidden_states)
+        if out is None:
+            out = _empty("out", shape, hidden_states.dtype if dtype is None else dtype, hidden_states)
+        _call("layer", self._number, hidden_states, topk_ids, topk_weights, expert_map, workspace, out)
         return out
 
 
@@ -574,8 +633,8 @@ def _targets(
     tokens, topk = _matrix("topk_ids", topk_ids)
     _, hidden = _matrix("x", x)
     m_sum = _m_sum(tokens, topk, local_experts, alignment, m_sum, distinct)
-    out = x.new_empty((m_sum, hidden), dtype=dtype) if out is None else out
     space = _space(topk_ids, tokens, topk, local_experts, alignment, m_sum, layout)
+    out = _empty("out", (m_sum, hidden), x.dtype if dtype is None else dtype, x) if out is None else out
     return out, Layout(space, tokens, topk, local_experts, alignment, m_sum)
 
 
@@ -600,15 +659,27 @@ def _symbolic_tight_m_sum(tokens: int, topk: int, local_experts: int, alignment:
 def _space(
     like: Tensor, tokens: int, topk: int, local_experts: int, alignment: int, m_sum: int, space: Tensor | None
 ) -> Tensor:
-    # The lists, then room for a GPU's header, worklist and row numbers.
-    words = 3 * local_experts + m_sum + tokens * topk + 5 + 2 * (m_sum // max(alignment, 1)) + m_sum
+    if _is_dynamo_compiling() or isinstance(tokens, torch.SymInt):
+        # The lists, then room for a GPU's header, worklist and row numbers.
+        words = 3 * local_experts + m_sum + tokens * topk + 5 + 2 * (m_sum // max(alignment, 1)) + m_sum
+    else:
+        words = _native.layout_len(tokens, topk, local_experts, alignment, m_sum)
     if space is None:
-        return torch.empty(words, dtype=torch.int32, device=like.device)
+        return _empty("layout", (words,), torch.int32, like)
     _require_len("layout", space, words)
     return space
 
 
+def _empty(argument: str, shape: Any, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A new tensor on the device of `like`."""
+    if _is_dynamo_compiling() or type(like) is not Tensor:
+        return like.new_empty(shape, dtype=dtype)
+    return _arrays.empty_tensor(argument, shape, dtype, like.device)
+
+
 def _require_len(argument: str, x: Tensor, words: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{argument} is a {type(x).__qualname__}, expected a torch tensor")
     if x.numel() < words:
         raise ValueError(f"{argument} holds {x.numel()} elements, expected at least {words}")
 
@@ -620,7 +691,9 @@ def _scales(
     columns, column_major, dtype = _scale_columns(hidden, group, scale_layout)
     rows = (m_sum + 3) // 4 * 4 if column_major else m_sum
     if scales is None:
-        scales = torch.empty(columns * rows, dtype=dtype, device=x.device)
+        scales = _empty("scales", (columns * rows,), dtype, x)
+    if not isinstance(scales, Tensor):
+        raise TypeError(f"scales is a {type(scales).__qualname__}, expected a torch tensor")
     if scales.dim() != 1:
         return scales, scales
     _require_len("scales", scales, columns * rows)

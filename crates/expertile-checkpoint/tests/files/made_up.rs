@@ -52,13 +52,16 @@ impl Model {
             let bias: Vec<u8> = (0..experts).flat_map(|_| (0.1 * random.next()).to_le_bytes()).collect();
             let name = format!("{prefix}.gate.e_score_correction_bias");
             model.tensors.push(NewTensor { name, dtype: Dtype::F32, shape: vec![experts], bytes: bias });
-            model.add_bf16(format!("{prefix}.shared_experts.gate_proj.weight"), [intermediate, hidden], &mut random);
         }
-        for expert in 0..experts {
+        let mut names: Vec<String> = (0..experts).map(|expert| format!("experts.{expert}")).collect();
+        if family == "deepseek_v3" {
+            names.push("shared_experts".into());
+        }
+        for name in names {
             for (part, shape) in
                 parts.iter().zip([[intermediate, hidden], [intermediate, hidden], [hidden, intermediate]])
             {
-                let name = format!("{prefix}.experts.{expert}.{part}.weight");
+                let name = format!("{prefix}.{name}.{part}.weight");
                 if e4m3 {
                     model.add_e4m3(name, shape, &mut random);
                 } else {
@@ -139,6 +142,7 @@ fn config(family: &str, sizes: Sizes, e4m3: bool) -> Value {
         config["topk_group"] = json!(2);
         config["routed_scaling_factor"] = json!(2.5);
         config["scoring_func"] = json!("sigmoid");
+        config["n_shared_experts"] = json!(1);
     }
     if e4m3 {
         config["quantization_config"] = json!({"quant_method": "fp8", "weight_block_size": [128, 128]});

@@ -72,7 +72,7 @@ fn measure(args: &Args, device: &Device, weights: &MadeUp) -> Result<Report> {
         hidden: shape.hidden(),
         intermediate: shape.intermediate(),
         experts: shape.local_experts(),
-        topk: weights.router().topk(),
+        topk: weights.router().topk,
         alignment: ALIGNMENT,
         copy_bytes_per_second,
         sizes,
@@ -80,12 +80,12 @@ fn measure(args: &Args, device: &Device, weights: &MadeUp) -> Result<Report> {
 }
 
 fn measure_size(device: &Device, weights: &MadeUp, tokens: usize, copy: f64) -> Result<Size> {
-    let (shape, topk) = (weights.shape(), weights.router().topk());
+    let (shape, topk) = (weights.shape(), weights.router().topk);
     let input = weights.tokens(tokens)?;
     let HiddenStates::Bf16(hidden_states) = input.hidden_states() else {
         return Err(Error::usage("made-up hidden states are bf16"));
     };
-    let (topk_ids, _) = weights.uniform_routing(tokens, shape.local_experts());
+    let (topk_ids, _) = weights.uniform_routing(tokens, shape.local_experts())?;
     let plan = Plan::tight(tokens, topk, shape.local_experts(), ALIGNMENT, TokenExperts::Distinct)?;
     let times = stage_times(device, &Inputs { shape, plan, topk_ids: &topk_ids, hidden_states })?;
 

@@ -62,10 +62,11 @@ pub(super) fn run(args: &Args, ordinal: usize) -> Result<()> {
 
 fn measure(args: &Args, device: &Device) -> Result<Report> {
     let format = args.weights.unwrap_or_else(|| args.preset.usual_format());
-    let activations = choose_activations(args.activations, format)?;
+    let activations = choose_activations(args.activations, format, args.preset.shape()?)?;
     let global_experts = args.experts.unwrap_or(args.preset.experts());
     let local = local_experts(args, global_experts)?;
-    let weights = MadeUp::new(args.preset, Some(local), format, args.seed, Some(device.info().memory_bytes))?;
+    let weights = MadeUp::new(args.preset, Some(local), format, args.seed, Some(device.info().memory_bytes))?
+        .with_intermediate(args.intermediate)?;
     let config = LayerConfig {
         topk: args.preset.topk(),
         ids: Dtype::I32,
@@ -75,6 +76,7 @@ fn measure(args: &Args, device: &Device) -> Result<Report> {
         activation: Activation::default(),
         activations,
         weight_on_input: false,
+        split_k: false,
     };
     let started = Instant::now();
     let most = args.tokens.iter().copied().max().unwrap_or(1);
@@ -110,7 +112,7 @@ fn measure_size(device: &Device, layer: &Layer, weights: &MadeUp, limits: &Limit
     let (local, global) = (layer.shape().local_experts(), config.global_experts);
     let input = weights.tokens(tokens)?;
     let (_, hidden_states) = device::half_bits(input.hidden_states())?;
-    let (topk_ids, topk_weights) = weights.uniform_routing(tokens, global);
+    let (topk_ids, topk_weights) = weights.uniform_routing(tokens, global)?;
     // The first experts are this device's.
     let map: Vec<i32> = (0..global).map(|id| if id < local { id as i32 } else { -1 }).collect();
     let expert_map = (local < global).then_some(&map[..]);

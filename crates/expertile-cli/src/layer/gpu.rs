@@ -1,23 +1,32 @@
 //! `expertile layer --device cuda:N`: the layer on a GPU.
 
-use super::{Outcome, Place};
+use super::report::{Computed, Outcome, Place};
 use crate::check::{self, Found};
 use crate::device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::stages::{Inputs, whole};
 use crate::weights::ExpertWeights;
 use expertile::cuda::measure::{LayerCall, LayerInputs};
 use expertile::cuda::{Device, LayerConfig};
-use expertile::{Activation, ActivationFormat, Dtype, Routing};
+use expertile::{Dtype, Routing};
 use std::time::Instant;
 
 pub(super) fn run(
     device: &Device,
     weights: &dyn ExpertWeights,
     inputs: Inputs<'_>,
-    activations: ActivationFormat,
+    computed: Computed,
     check: bool,
 ) -> Result<Outcome> {
+    let Computed { activations, parts, .. } = computed;
+    if parts.shared {
+        return Err(Error::usage(
+            "--parts is shared, expected routed: a GPU does not compute the shared expert yet, give --parts routed",
+        ));
+    }
+    if weights.biases().is_some() {
+        return Err(Error::usage("--device is a GPU, expected cpu: a GPU does not add the experts' biases yet"));
+    }
     let (input, bits) = device::half_bits(inputs.hidden_states)?;
     let routing = inputs.routing;
     let config = LayerConfig {
@@ -26,9 +35,10 @@ pub(super) fn run(
         global_experts: routing.local_experts(),
         input,
         output: Dtype::Bf16,
-        activation: Activation::default(),
+        activation: weights.activation(),
         activations,
-        weight_on_input: false,
+        weight_on_input: weights.weight_on_input(),
+        split_k: false,
     };
     let started = Instant::now();
     let layer = device::prepare(device, weights, config, routing.tokens())?;
@@ -49,7 +59,7 @@ pub(super) fn run(
     let rows = check.then(|| call.rows()).transpose()?;
     let times = call.time()?;
     let check = rows.map(|(rows, row_of_slot)| {
-        check::check(&Found { output: &output, rows, row_of_slot }, &inputs, weights, activations)
+        check::check(&Found { output: &output, rows, row_of_slot }, &inputs, weights, activations, parts)
     });
     let stages = device::stage_times(&layer, &times, &routing)?;
     Ok(Outcome {

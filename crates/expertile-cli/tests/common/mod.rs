@@ -1,10 +1,11 @@
 //! Running the binary, and what it prints.
+// Each test program takes its share.
+#![allow(dead_code)]
 
 use std::path::Path;
 use std::process::{Command, Output};
 
 /// Small checkpoints, as the reader's own tests make them.
-#[allow(dead_code)]
 #[path = "../../../expertile-checkpoint/tests/files/made_up.rs"]
 pub(crate) mod made_up;
 

@@ -17,7 +17,7 @@ use super::arch::Isa;
 use super::arch::gemm::{BLOCK_PAIRS, BlockScales, BytePanel, PANEL, Sums, multiply, multiply_decoded, multiply_e4m3};
 use super::{Cpu, disjoint::Disjoint};
 use crate::dtype::{E4m3, Float};
-use crate::error::{Error, Result, checked_add, checked_mul, require_len};
+use crate::error::{Error, Result, checked_add, checked_mul, require_exact, require_len};
 use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
 use crate::layout::Layout;
 use crate::quantize::{Group, ScaleFormat, Scales};
@@ -85,10 +85,7 @@ fn scale_words(activations: ActivationFormat, k: usize) -> usize {
 /// Multiplies the live rows of every expert by its weights: `out [M_sum, N]`, padding rows untouched.
 ///
 /// # Errors
-/// [`Error::WeightFormat`] for e4m3 activations with bf16 weights, [`Error::Value`] if layout and weights differ in `E`, if
-/// e4m3 activations come in groups of 32, or if their K is no multiple of 128, [`Error::BufferTooSmall`] if `activations`,
-/// `activation_scales`, `workspace` (see [`grouped_gemm_workspace_bytes`]) or `out` are shorter than their shapes,
-/// [`Error::Dtype`] if the scales are not of their format's type. Nothing is written on an error.
+/// As [`grouped_gemm_with_bias`].
 pub fn grouped_gemm(
     cpu: &Cpu,
     layout: &Layout<'_>,
@@ -97,7 +94,30 @@ pub fn grouped_gemm(
     workspace: &mut [u8],
     out: &mut [bf16],
 ) -> Result<()> {
+    grouped_gemm_with_bias(cpu, layout, activations, weights, None, workspace, out)
+}
+
+/// [`grouped_gemm`] with `bias [E, N]` added to the f32 sums, before they are rounded.
+///
+/// # Errors
+/// [`Error::WeightFormat`] for e4m3 activations with bf16 weights, [`Error::Value`] if layout and weights differ in `E`, if
+/// e4m3 activations come in groups of 32, or if their K is no multiple of 128, [`Error::BufferTooSmall`] if `activations`,
+/// `activation_scales`, `workspace` (see [`grouped_gemm_workspace_bytes`]) or `out` are shorter than their shapes,
+/// [`Error::Dtype`] if the scales are not of their format's type, [`Error::Shape`] unless the bias holds exactly `E * N`
+/// values. Nothing is written on an error.
+pub fn grouped_gemm_with_bias(
+    cpu: &Cpu,
+    layout: &Layout<'_>,
+    activations: Activations<'_>,
+    weights: &PackedWeights,
+    bias: Option<&[f32]>,
+    workspace: &mut [u8],
+    out: &mut [bf16],
+) -> Result<()> {
     check(layout, activations, weights, workspace.len(), out.len())?;
+    if let Some(bias) = bias {
+        require_exact("bias", bias.len(), &[weights.experts(), weights.n()])?;
+    }
     let k = weights.k();
     let start = workspace.as_ptr().align_offset(WORKSPACE_ALIGN_BYTES);
     let words = layout.live_rows() * (ROW_BLOCK_WORDS + k.div_ceil(2) + scale_words(activations.format(), k));
@@ -116,7 +136,7 @@ pub fn grouped_gemm(
                 let sums = &mut sums[..block.rows().len()];
                 sums.fill([0.0; PANEL]);
                 multiply_block(cpu.isa(), block, rows, &weights.panel(block.expert(), panel), sums);
-                store(block, panel, weights.n(), sums, &out);
+                store(block, panel, weights, bias, sums, &out);
             },
         );
     });
@@ -193,15 +213,33 @@ fn multiply_block(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: &Pane
     }
 }
 
-/// Rounds a block's sums to bf16 and writes them to their rows.
-fn store(block: &RowBlock, panel: usize, n: usize, sums: &[Sums], out: &Disjoint<'_, bf16>) {
-    let first = panel * PANEL;
-    let columns = PANEL.min(n - first);
+/// Scales a block's sums, adds the bias, rounds them to bf16 and writes them to their rows.
+fn store(
+    block: &RowBlock,
+    panel: usize,
+    weights: &PackedWeights,
+    bias: Option<&[f32]>,
+    sums: &mut [Sums],
+    out: &Disjoint<'_, bf16>,
+) {
+    let (n, columns) = (weights.n(), weights.columns(panel));
+    if let Some(scales) = weights.column_scales(block.expert(), columns.clone()) {
+        for sums in &mut *sums {
+            sums.iter_mut().zip(scales).for_each(|(sum, scale)| *sum *= scale);
+        }
+    }
+    if let Some(bias) = bias {
+        let bias = &bias[block.expert() * n..][columns.clone()];
+        for sums in &mut *sums {
+            sums.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias);
+        }
+    }
     for (row, sums) in block.rows().zip(sums) {
-        // SAFETY: only this task has this expert's rows of this block in the columns of this panel.
+        // SAFETY: only this task has this expert's rows of this block in the columns of this panel: panels have columns of
+        // their own.
         #[allow(unsafe_code)]
-        let out = unsafe { out.part(row * n + first, columns) };
-        for (out, &sum) in out.iter_mut().zip(sums) {
+        let out = unsafe { out.part(row * n + columns.start, columns.len()) };
+        for (out, &mut sum) in out.iter_mut().zip(sums) {
             *out = <bf16 as Float>::from_f32(sum);
         }
     }

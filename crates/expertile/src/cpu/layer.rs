@@ -1,14 +1,18 @@
-//! The whole layer in the caller's workspace: permute, GEMM 1, activation, GEMM 2, unpermute.
+//! The whole layer in the caller's workspace: shared expert, permute, GEMM 1, activation, GEMM 2, unpermute.
 //!
 //! The workspace holds the layout, the packed operand of the GEMM at hand, and two buffers that the stages use in turn:
-//! `front` (permuted rows, then activated ones) and `back` (`gate | up`, then the rows of GEMM 2).
+//! `front` (permuted rows, then activated ones) and `back` (`gate | up`, then the rows of GEMM 2). A shared expert uses
+//! them before the others do, and leaves its rows in a buffer of its own.
 
-use super::gemm::{Activations, PackedWeights, grouped_gemm, grouped_gemm_workspace_bytes};
+mod shared;
+
+use super::gemm::{Activations, PackedWeights, grouped_gemm_with_bias, grouped_gemm_workspace_bytes};
+use super::unpermute::{SharedRows, unpermute_with_shared};
 use super::workspace::{Carver, Sizing};
-use super::{Cpu, activate, activate_quantize, permute_convert, quantize_permute, quantize_rows, unpermute};
+use super::{Cpu, activate, activate_quantize, permute_convert, quantize_permute, quantize_rows};
 use crate::activation::Activation;
 use crate::dtype::{E4m3, Float, MatrixRef};
-use crate::error::{Error, Result, checked_mul, require_len};
+use crate::error::{Error, Result, checked_mul, require_exact, require_len};
 use crate::gemm::{ActivationFormat, WeightFormat};
 use crate::layer::{LayerShape, Stage, StageCost, stage_cost};
 use crate::layout::{Layout, Padding};
@@ -17,6 +21,8 @@ use crate::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding, Scales, Sc
 use crate::routing::Routing;
 use half::bf16;
 use rayon::prelude::*;
+pub use shared::SharedExpert;
+use shared::{Shared, SharedSpace};
 use std::time::{Duration, Instant};
 
 /// How a layer computes.
@@ -73,34 +79,70 @@ pub struct Layer {
     shape: LayerShape,
     w13: PackedWeights,
     w2: PackedWeights,
+    /// `[E, 2 I]` (`[E, I]` without a gate) and `[E, H]`.
+    b13: Option<Vec<f32>>,
+    b2: Option<Vec<f32>>,
+    shared: Option<Shared>,
     options: LayerOptions,
 }
 
 impl Layer {
-    /// A layer of `w13 [E, 2 I, H]` (gate rows first, then up) and `w2 [E, H, I]`.
+    /// A layer of `w13 [E, 2 I, H]` (gate rows first, then up; `[E, I, H]` for an activation without a gate) and
+    /// `w2 [E, H, I]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the two do not fit each other, [`Error::WeightFormat`] if their formats differ or e4m3
-    /// activations meet bf16 weights, [`Error::Value`] if e4m3 activations meet an `H` or `I` that 128 does not divide,
+    /// [`Error::Parameter`] as [`Activation::check`], [`Error::Shape`] if the two do not fit each other, [`Error::WeightFormat`] if their formats differ or e4m3
+    /// activations meet bf16 weights, [`Error::Value`] if e4m3 activations meet an `H` or `I` that 128 does not divide, or if
+    /// one block scale of `w13` serves rows of both gate and up,
     /// [`Error::Alignment`] for alignment 0.
     pub fn new(w13: PackedWeights, w2: PackedWeights, options: LayerOptions) -> Result<Self> {
-        let what = |weights: &PackedWeights| ([weights.experts(), weights.n(), weights.k()], weights.format());
-        let shape = LayerShape::of_weights(what(&w13), what(&w2))?;
-        if options.activations == ActivationFormat::E4m3 {
-            if w13.format() != WeightFormat::E4m3 {
-                let actual = w13.format().name();
-                return Err(Error::WeightFormat { argument: "w13", actual, expected: "e4m3, for e4m3 activations" });
-            }
-            let format = scale_format()?;
-            format.groups(shape.hidden())?;
-            format.groups(shape.intermediate()).map_err(|_| {
-                Error::value("intermediate", shape.intermediate(), "a positive multiple of the group, 128")
-            })?;
+        options.activation.check()?;
+        if options.activations == ActivationFormat::E4m3 && w13.format() != WeightFormat::E4m3 {
+            let actual = w13.format().name();
+            return Err(Error::WeightFormat { argument: "w13", actual, expected: "e4m3, for e4m3 activations" });
         }
+        let shape = fit(&w13, &w2, &options.activation, options.activations)?;
         if options.alignment == 0 {
             return Err(Error::Alignment { actual: 0, expected: "at least 1".into() });
         }
-        Ok(Self { shape, w13, w2, options })
+        Ok(Self { shape, w13, w2, b13: None, b2: None, shared: None, options })
+    }
+
+    /// The same with biases: `b13 [E, 2 I]` (gate's first, then up's; `[E, I]` without a gate) and `b2 [E, H]`, each added to
+    /// its GEMM's f32 sums before anything else happens to them. [`crate::GateUpOrder::to_halves`] brings an interleaved one
+    /// into order.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless each has exactly that many values.
+    pub fn with_biases(self, b13: Option<Vec<f32>>, b2: Option<Vec<f32>>) -> Result<Self> {
+        let experts = self.shape.local_experts();
+        if let Some(b13) = &b13 {
+            require_exact("b13", b13.len(), &[experts, self.shape.w13_rows()])?;
+        }
+        if let Some(b2) = &b2 {
+            require_exact("b2", b2.len(), &[experts, self.shape.hidden()])?;
+        }
+        Ok(Self { b13, b2, ..self })
+    }
+
+    /// The same with an expert that every token visits, in [`Layer::run`]: what it says is added to the routed sum in f32,
+    /// before the one rounding to the output's type. Router weights do not touch it, on the input neither.
+    /// [`Layer::run_expanded`] leaves it out: its rows are slots, not tokens.
+    ///
+    /// With e4m3 activations, its activations are e4m3 if its weights are, else bf16.
+    ///
+    /// # Errors
+    /// As [`Layer::new`], for weights of one expert and the layer's activation; [`Error::Shape`] unless its `H` is the
+    /// layer's and a gate has `H` values.
+    pub fn with_shared_expert(self, shared: SharedExpert) -> Result<Self> {
+        let shared = Shared::new(shared, &self.shape, &self.options)?;
+        Ok(Self { shared: Some(shared), ..self })
+    }
+
+    /// The sizes of the shared expert, if there is one: `E` = 1.
+    #[must_use]
+    pub fn shared_shape(&self) -> Option<&LayerShape> {
+        self.shared.as_ref().map(|shared| &shared.shape)
     }
 
     /// The layer's sizes.
@@ -127,7 +169,12 @@ impl Layer {
     /// As [`Plan::tight`]; [`Error::Overflow`].
     pub fn workspace_bytes(&self, tokens: usize, topk: usize) -> Result<usize> {
         let plan = self.plan(tokens, topk)?;
-        Ok(self.size_stages(Sizing::new().add::<i32>(Layout::space_len(&plan)?)?, plan.m_sum())?.bytes())
+        let sizing = Sizing::new().add::<i32>(Layout::space_len(&plan)?)?;
+        let sizing = match &self.shared {
+            Some(shared) => shared.size(sizing, tokens)?,
+            None => sizing,
+        };
+        Ok(self.call_sizes(plan.m_sum(), tokens)?.add_to(sizing)?.bytes())
     }
 
     /// Bytes that [`Layer::run_expanded`] needs for a buffer of `m_sum` rows.
@@ -135,7 +182,7 @@ impl Layer {
     /// # Errors
     /// [`Error::Overflow`].
     pub fn expanded_workspace_bytes(&self, m_sum: usize) -> Result<usize> {
-        Ok(self.size_stages(Sizing::new(), m_sum)?.bytes())
+        Ok(self.stage_sizes(m_sum)?.add_to(Sizing::new())?.bytes())
     }
 
     fn plan(&self, tokens: usize, topk: usize) -> Result<Plan> {
@@ -201,11 +248,17 @@ impl Layer {
         let mut carver = Carver::new(workspace, self.workspace_bytes(tokens, topk)?)?;
         let started = Instant::now();
         let layout = Layout::build(&plan, routing, carver.take(Layout::space_len(&plan)?))?;
-        let mut stages = self.stages(cpu, &layout, size_of::<T>(), &mut carver, observe)?;
+        let shared = self.shared.as_ref().map(|shared| (shared, shared.carve(&mut carver, tokens)));
+        let sizes = self.call_sizes(plan.m_sum(), tokens)?;
+        let mut stages = self.stages(cpu, &layout, size_of::<T>(), sizes, &mut carver, observe);
         stages.done(Stage::Routing, started, None);
+        let shared = match shared {
+            Some((shared, space)) => Some(stages.shared(shared, hidden_states, space)?),
+            None => None,
+        };
         stages.permute(hidden_states, on_input.then_some(topk_weights))?;
         stages.experts()?;
-        stages.unpermute((!on_input).then_some(topk_weights), output)
+        stages.unpermute((!on_input).then_some(topk_weights), shared, output)
     }
 
     /// Runs only the experts on rows that a dispatcher delivers expanded and sorted ([`Layout::from_psum`]):
@@ -231,10 +284,11 @@ impl Layer {
         require_len("out", out.len(), checked_mul("M_sum * H", m_sum, hidden)?)?;
         let mut carver = Carver::new(workspace, self.expanded_workspace_bytes(m_sum)?)?;
         let mut observe = |_: &StageDone<'_>| {};
-        let mut stages = self.stages(cpu, layout, size_of::<T>(), &mut carver, &mut observe)?;
-        stages.take_expanded(rows)?;
+        let sizes = self.stage_sizes(m_sum)?;
+        let mut stages = self.stages(cpu, layout, size_of::<T>(), sizes, &mut carver, &mut observe);
+        stages.buffers.take(cpu, layout, self.options.activations, rows)?;
         stages.experts()?;
-        let done = &stages.back[..m_sum * hidden];
+        let done = &stages.buffers.back[..m_sum * hidden];
         for expert in 0..layout.local_experts() {
             let live = layout.expert_rows(expert);
             let range = live.start * hidden..live.end * hidden;
@@ -243,23 +297,18 @@ impl Layer {
         Ok(())
     }
 
-    /// Elements of the front buffer (bytes), its scales, the back buffer and the GEMM's own workspace.
+    /// Sizes for the routed experts' `m_sum` rows.
     fn stage_sizes(&self, m_sum: usize) -> Result<StageSizes> {
-        let widest_front = self.shape.hidden().max(self.shape.intermediate());
-        let widest_back = self.shape.hidden().max(2 * self.shape.intermediate());
-        let values = checked_mul("M_sum * max(H, I)", m_sum, widest_front)?;
-        let (front, scales) = match self.options.activations {
-            ActivationFormat::Bf16 => (checked_mul("front bytes", values, 2)?, 0),
-            ActivationFormat::E4m3 => (values, values / Group::G128.size()),
-        };
-        let back = checked_mul("M_sum * max(H, 2 I)", m_sum, widest_back)?;
-        let gemm = grouped_gemm_workspace_bytes(m_sum, widest_front, self.options.activations)?;
-        Ok(StageSizes { front, scales, back, gemm })
+        StageSizes::new(&self.shape, self.options.activations, m_sum)
     }
 
-    fn size_stages(&self, sizing: Sizing, m_sum: usize) -> Result<Sizing> {
+    /// Sizes that serve the routed experts and, before them, the shared one.
+    fn call_sizes(&self, m_sum: usize, tokens: usize) -> Result<StageSizes> {
         let sizes = self.stage_sizes(m_sum)?;
-        sizing.add::<u8>(sizes.front)?.add::<f32>(sizes.scales)?.add::<bf16>(sizes.back)?.add::<u8>(sizes.gemm)
+        match &self.shared {
+            Some(shared) => Ok(sizes.or(&StageSizes::new(&shared.shape, shared.activations, tokens)?)),
+            None => Ok(sizes),
+        }
     }
 
     fn stages<'a>(
@@ -267,29 +316,161 @@ impl Layer {
         cpu: &'a Cpu,
         layout: &'a Layout<'a>,
         input_bytes: usize,
+        sizes: StageSizes,
         carver: &mut Carver<'a>,
         observe: &'a mut (dyn FnMut(&StageDone<'_>) + Send),
-    ) -> Result<Stages<'a>> {
-        let sizes = self.stage_sizes(layout.m_sum())?;
-        Ok(Stages {
-            layer: self,
-            cpu,
-            layout,
-            input_bytes,
-            observe,
+    ) -> Stages<'a> {
+        let buffers = Buffers {
             front: carver.take(sizes.front),
             scales: carver.take(sizes.scales),
             back: carver.take(sizes.back),
             gemm: carver.take(sizes.gemm),
-        })
+        };
+        Stages { layer: self, cpu, layout, input_bytes, observe, buffers }
     }
 }
 
+/// The sizes of a layer of these weights; fails if they do not fit each other, the activation or the activations' format.
+fn fit(
+    w13: &PackedWeights,
+    w2: &PackedWeights,
+    activation: &Activation,
+    activations: ActivationFormat,
+) -> Result<LayerShape> {
+    let what = |weights: &PackedWeights| ([weights.experts(), weights.n(), weights.k()], weights.format());
+    let shape = LayerShape::of_weights(what(w13), what(w2), activation.is_gated())?;
+    let intermediate = shape.intermediate();
+    if activations == ActivationFormat::E4m3 {
+        let format = scale_format()?;
+        format.groups(shape.hidden())?;
+        let expected = "a positive multiple of the group, 128";
+        format.groups(intermediate).map_err(|_| Error::value("intermediate", intermediate, expected))?;
+    }
+    if activation.is_gated() && !w13.halves_have_own_blocks() {
+        let expected = "a multiple of 128, or a w13 packed as gate and up: each has row blocks of scales of its own";
+        return Err(Error::value("intermediate", intermediate, expected));
+    }
+    Ok(shape)
+}
+
+/// Elements of the front buffer (bytes), its scales, the back buffer and the GEMM's own workspace.
+#[derive(Clone, Copy)]
 struct StageSizes {
     front: usize,
     scales: usize,
     back: usize,
     gemm: usize,
+}
+
+impl StageSizes {
+    /// What experts of that shape need for so many rows.
+    fn new(shape: &LayerShape, activations: ActivationFormat, rows: usize) -> Result<Self> {
+        let widest_front = shape.hidden().max(shape.intermediate());
+        let widest_back = shape.hidden().max(shape.w13_rows());
+        let values = checked_mul("M_sum * max(H, I)", rows, widest_front)?;
+        let (front, scales) = match activations {
+            ActivationFormat::Bf16 => (checked_mul("front bytes", values, 2)?, 0),
+            ActivationFormat::E4m3 => (values, values / Group::G128.size()),
+        };
+        let back = checked_mul("M_sum * max(H, 2 I)", rows, widest_back)?;
+        let gemm = grouped_gemm_workspace_bytes(rows, widest_front, activations)?;
+        Ok(Self { front, scales, back, gemm })
+    }
+
+    /// The larger of each.
+    fn or(&self, other: &Self) -> Self {
+        Self {
+            front: self.front.max(other.front),
+            scales: self.scales.max(other.scales),
+            back: self.back.max(other.back),
+            gemm: self.gemm.max(other.gemm),
+        }
+    }
+
+    fn add_to(&self, sizing: Sizing) -> Result<Sizing> {
+        sizing.add::<u8>(self.front)?.add::<f32>(self.scales)?.add::<bf16>(self.back)?.add::<u8>(self.gemm)
+    }
+}
+
+/// The buffers that stages use in turn.
+struct Buffers<'a> {
+    front: &'a mut [u8],
+    scales: &'a mut [f32],
+    back: &'a mut [bf16],
+    gemm: &'a mut [u8],
+}
+
+impl Buffers<'_> {
+    /// Brings rows that already stand in their place into `front`.
+    fn take<T: Float>(
+        &mut self,
+        cpu: &Cpu,
+        layout: &Layout<'_>,
+        activations: ActivationFormat,
+        rows: MatrixRef<'_, T>,
+    ) -> Result<()> {
+        match activations {
+            ActivationFormat::Bf16 => {
+                let out: &mut [bf16] = bytemuck::cast_slice_mut(self.front);
+                cpu.install(|| {
+                    let experts = layout.m_indices();
+                    let all = out.par_chunks_exact_mut(rows.cols()).zip(experts).enumerate();
+                    all.filter(|(_, (_, expert))| **expert >= 0).for_each(|(row, (out, _))| match rows.row(row) {
+                        Some(from) => out.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_bf16()),
+                        None => out.iter_mut().enumerate().for_each(|(col, to)| *to = rows.get(row, col).to_bf16()),
+                    });
+                });
+                Ok(())
+            }
+            ActivationFormat::E4m3 => {
+                let out: &mut [E4m3] = bytemuck::cast_slice_mut(self.front);
+                quantize_rows(cpu, rows, layout, scale_format()?, out, ScalesMut::F32(self.scales))
+            }
+        }
+    }
+
+    /// The rows in `front` times `weights`, to `out` or to `back`.
+    fn multiply(
+        &mut self,
+        cpu: &Cpu,
+        layout: &Layout<'_>,
+        activations: ActivationFormat,
+        (weights, bias): (&PackedWeights, Option<&[f32]>),
+        out: Option<&mut [bf16]>,
+    ) -> Result<()> {
+        let values = layout.m_sum() * weights.k();
+        let rows = match activations {
+            ActivationFormat::Bf16 => Activations::Bf16(&bytemuck::cast_slice(self.front)[..values]),
+            ActivationFormat::E4m3 => Activations::E4m3 {
+                rows: &bytemuck::cast_slice(self.front)[..values],
+                scales: Scales::F32(self.scales),
+                format: scale_format()?,
+            },
+        };
+        grouped_gemm_with_bias(cpu, layout, rows, weights, bias, self.gemm, out.unwrap_or(self.back))
+    }
+
+    /// `back` to `front`.
+    fn activate(
+        &mut self,
+        cpu: &Cpu,
+        layout: &Layout<'_>,
+        activations: ActivationFormat,
+        intermediate: usize,
+        activation: &Activation,
+    ) -> Result<()> {
+        match activations {
+            ActivationFormat::Bf16 => {
+                let out: &mut [bf16] = bytemuck::cast_slice_mut(self.front);
+                activate(cpu, layout, intermediate, self.back, activation, out)
+            }
+            ActivationFormat::E4m3 => {
+                let out: &mut [E4m3] = bytemuck::cast_slice_mut(self.front);
+                let (scales, format) = (ScalesMut::F32(self.scales), scale_format()?);
+                activate_quantize(cpu, layout, intermediate, self.back, activation, format, out, scales)
+            }
+        }
+    }
 }
 
 /// A call under way: the layer, the layout, and the parts of the workspace.
@@ -299,32 +480,45 @@ struct Stages<'a> {
     layout: &'a Layout<'a>,
     input_bytes: usize,
     observe: &'a mut (dyn FnMut(&StageDone<'_>) + Send),
-    front: &'a mut [u8],
-    scales: &'a mut [f32],
-    back: &'a mut [bf16],
-    gemm: &'a mut [u8],
+    buffers: Buffers<'a>,
 }
 
 impl Stages<'_> {
     fn done(&mut self, stage: Stage, started: Instant, rows: Option<usize>) {
         let elapsed = started.elapsed();
-        let Layer { shape, options, w13, .. } = self.layer;
-        let cost = stage_cost(stage, shape, self.layout, w13.format(), options.activations, self.input_bytes);
-        let rows = rows.map(|len| &self.back[..len]);
+        let Layer { shape, options, w13, shared, .. } = self.layer;
+        let cost = match shared {
+            Some(shared) if stage == Stage::Shared => shared.cost(self.layout.tokens(), self.input_bytes),
+            _ => stage_cost(stage, shape, self.layout, w13.format(), options.activations, self.input_bytes),
+        };
+        let rows = rows.map(|len| &self.buffers.back[..len]);
         (self.observe)(&StageDone { stage, elapsed, cost, layout: self.layout, rows });
+    }
+
+    /// The shared expert over all tokens.
+    fn shared<'s, T: Float>(
+        &mut self,
+        shared: &Shared,
+        x: MatrixRef<'_, T>,
+        space: SharedSpace<'s>,
+    ) -> Result<SharedRows<'s, bf16>> {
+        let started = Instant::now();
+        let rows = shared.run(self.cpu, &self.layer.options.activation, x, &mut self.buffers, space)?;
+        self.done(Stage::Shared, started, None);
+        Ok(rows)
     }
 
     fn permute<T: Float>(&mut self, x: MatrixRef<'_, T>, weights: Option<MatrixRef<'_, f32>>) -> Result<()> {
         let started = Instant::now();
-        let (cpu, layout) = (self.cpu, self.layout);
+        let (cpu, layout, buffers) = (self.cpu, self.layout, &mut self.buffers);
         match self.layer.options.activations {
             ActivationFormat::Bf16 => {
-                let out: &mut [bf16] = bytemuck::cast_slice_mut(self.front);
+                let out: &mut [bf16] = bytemuck::cast_slice_mut(buffers.front);
                 permute_convert(cpu, x, weights, layout, Padding::Untouched, out)?;
             }
             ActivationFormat::E4m3 => {
-                let out: &mut [E4m3] = bytemuck::cast_slice_mut(self.front);
-                let scales = ScalesMut::F32(self.scales);
+                let out: &mut [E4m3] = bytemuck::cast_slice_mut(buffers.front);
+                let scales = ScalesMut::F32(buffers.scales);
                 quantize_permute(cpu, x, weights, layout, scale_format()?, Padding::Untouched, out, scales)?;
             }
         }
@@ -332,87 +526,32 @@ impl Stages<'_> {
         Ok(())
     }
 
-    /// Brings rows that already stand in their place into `front`.
-    fn take_expanded<T: Float>(&mut self, rows: MatrixRef<'_, T>) -> Result<()> {
-        let hidden = self.layer.shape.hidden();
-        match self.layer.options.activations {
-            ActivationFormat::Bf16 => {
-                let out: &mut [bf16] = bytemuck::cast_slice_mut(self.front);
-                let experts = self.layout.m_indices();
-                self.cpu.install(|| {
-                    let live = out.par_chunks_exact_mut(hidden).zip(experts).enumerate().filter(|(_, (_, e))| **e >= 0);
-                    live.for_each(|(row, (out, _))| {
-                        for (col, out) in out.iter_mut().enumerate() {
-                            *out = Float::from_f32(rows.get(row, col).to_f32());
-                        }
-                    });
-                });
-                Ok(())
-            }
-            ActivationFormat::E4m3 => {
-                let out: &mut [E4m3] = bytemuck::cast_slice_mut(self.front);
-                quantize_rows(self.cpu, rows, self.layout, scale_format()?, out, ScalesMut::F32(self.scales))
-            }
-        }
-    }
-
     /// GEMM 1, activation, GEMM 2.
     fn experts(&mut self) -> Result<()> {
+        let (cpu, layout) = (self.cpu, self.layout);
+        let Layer { shape, w13, w2, b13, b2, options, .. } = self.layer;
+        let activations = options.activations;
         let started = Instant::now();
-        self.multiply(&self.layer.w13)?;
+        self.buffers.multiply(cpu, layout, activations, (w13, b13.as_deref()), None)?;
         self.done(Stage::Gemm1, started, None);
         let started = Instant::now();
-        self.activate()?;
+        self.buffers.activate(cpu, layout, activations, shape.intermediate(), &options.activation)?;
         self.done(Stage::Activation, started, None);
         let started = Instant::now();
-        self.multiply(&self.layer.w2)?;
-        self.done(Stage::Gemm2, started, Some(self.layout.m_sum() * self.layer.shape.hidden()));
+        self.buffers.multiply(cpu, layout, activations, (w2, b2.as_deref()), None)?;
+        self.done(Stage::Gemm2, started, Some(layout.m_sum() * shape.hidden()));
         Ok(())
     }
 
-    fn multiply(&mut self, weights: &PackedWeights) -> Result<()> {
-        let values = self.layout.m_sum() * weights.k();
-        let activations = match self.layer.options.activations {
-            ActivationFormat::Bf16 => Activations::Bf16(&bytemuck::cast_slice(self.front)[..values]),
-            ActivationFormat::E4m3 => Activations::E4m3 {
-                rows: &bytemuck::cast_slice(self.front)[..values],
-                scales: Scales::F32(self.scales),
-                format: scale_format()?,
-            },
-        };
-        grouped_gemm(self.cpu, self.layout, activations, weights, self.gemm, self.back)
-    }
-
-    fn activate(&mut self) -> Result<()> {
-        let Layer { shape, options, .. } = self.layer;
-        let intermediate = shape.intermediate();
-        match options.activations {
-            ActivationFormat::Bf16 => {
-                let out: &mut [bf16] = bytemuck::cast_slice_mut(self.front);
-                activate(self.cpu, self.layout, intermediate, self.back, &options.activation, out)
-            }
-            ActivationFormat::E4m3 => {
-                let out: &mut [E4m3] = bytemuck::cast_slice_mut(self.front);
-                let scales = ScalesMut::F32(self.scales);
-                let format = scale_format()?;
-                activate_quantize(
-                    self.cpu,
-                    self.layout,
-                    intermediate,
-                    self.back,
-                    &options.activation,
-                    format,
-                    out,
-                    scales,
-                )
-            }
-        }
-    }
-
-    fn unpermute<O: Float>(&mut self, weights: Option<MatrixRef<'_, f32>>, output: &mut [O]) -> Result<()> {
+    fn unpermute<O: Float>(
+        &mut self,
+        weights: Option<MatrixRef<'_, f32>>,
+        shared: Option<SharedRows<'_, bf16>>,
+        output: &mut [O],
+    ) -> Result<()> {
         let started = Instant::now();
-        let rows = MatrixRef::new(&*self.back, self.layout.m_sum(), self.layer.shape.hidden())?;
-        unpermute(self.cpu, rows, self.layout, weights, output)?;
+        let rows = MatrixRef::new(&*self.buffers.back, self.layout.m_sum(), self.layer.shape.hidden())?;
+        unpermute_with_shared(self.cpu, rows, self.layout, weights, shared, output)?;
         self.done(Stage::Unpermute, started, None);
         Ok(())
     }
@@ -421,7 +560,7 @@ impl Stages<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::Isa;
+    use crate::cpu::{Isa, unpermute};
     use expertile_oracle::{activation::SWIGLU, compare, layer as oracle};
 
     const EXPERTS: usize = 3;
@@ -476,6 +615,9 @@ mod tests {
             weight_on_input: false,
             w13_row: &|e, j, to| row(w13, 2 * INTERMEDIATE, e, j, to),
             w2_row: &|e, j, to| row(w2, HIDDEN, e, j, to),
+            b13: None,
+            b2: None,
+            shared: None,
         };
         layer.run(x, &IDS, 2, Some(weights), None).output
     }

@@ -16,8 +16,11 @@ mod workspace;
 
 pub use activation::{activate, activate_quantize};
 pub use arch::Isa;
-pub use gemm::{Activations, PackedWeights, PackedWeightsBuilder, grouped_gemm, grouped_gemm_workspace_bytes};
-pub use layer::{Layer, LayerOptions, StageDone};
+pub use gemm::{
+    Activations, PackedWeights, PackedWeightsBuilder, grouped_gemm, grouped_gemm_with_bias,
+    grouped_gemm_workspace_bytes,
+};
+pub use layer::{Layer, LayerOptions, SharedExpert, StageDone};
 pub use permute::{RowScales, permute_convert, permute_quantized, permute_rows, quantize_permute};
 pub use quantize::quantize_rows;
 use std::sync::Arc;

@@ -275,6 +275,10 @@ fn each_token<S>(
 ) {
     // Enough values that a task outweighs its scheduling, few enough that all threads have tasks.
     const VALUES_PER_TASK: usize = 1 << 16;
+    if layout.m_sum() == 0 {
+        // Without rows nothing bounds their width, and even no row would have its space.
+        return;
+    }
     let topk = layout.topk();
     let by_size = VALUES_PER_TASK.div_ceil(cols.saturating_mul(topk).max(1));
     let by_threads = layout.tokens().div_ceil(4 * cpu.threads()).max(1);
@@ -321,7 +325,7 @@ fn weighted<'s, T: Float>(x: MatrixRef<'_, T>, token: usize, weight: f32, space:
 
 fn zero_padding<O: RowElement>(cpu: &Cpu, layout: &Layout<'_>, padding: Padding, cols: usize, out: &mut [O]) {
     const ROWS_PER_TASK: usize = 64;
-    if padding == Padding::Untouched {
+    if padding == Padding::Untouched || out.is_empty() {
         return;
     }
     cpu.install(|| {

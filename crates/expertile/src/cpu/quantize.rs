@@ -155,6 +155,10 @@ pub fn quantize_rows<T: Float>(
     scales.check("scales", format, layout.m_sum(), hidden)?;
     let needed = checked_mul("M_sum * H", layout.m_sum(), hidden)?;
     require_len("out", out.len(), needed)?;
+    if needed == 0 {
+        // Without rows nothing bounds their width, and even no row would have its space.
+        return Ok(());
+    }
     let sink = ScaleSink::new(format, layout, groups, scales);
     cpu.install(|| {
         out[..needed].par_chunks_exact_mut(hidden).zip(layout.m_indices()).enumerate().for_each_init(

@@ -7,7 +7,7 @@ use super::permute::live;
 use crate::dtype::{Float, MatrixRef};
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::layout::Layout;
-use crate::routing::Routing;
+use crate::routing::{Routing, require_slots};
 use rayon::prelude::*;
 
 /// Columns summed at a time: their f32 sums stay in the first-level cache.
@@ -29,8 +29,41 @@ pub fn unpermute<T: Float, O: Float>(
     topk_weights: Option<MatrixRef<'_, f32>>,
     out: &mut [O],
 ) -> Result<()> {
+    unpermute_with_shared(cpu, rows, layout, topk_weights, None, out)
+}
+
+/// What every token's sum ends with.
+#[derive(Clone, Copy)]
+pub(super) struct SharedRows<'a, T> {
+    /// `[M, H]`.
+    pub(super) rows: MatrixRef<'a, T>,
+    /// `[M]`: their weights; ones if absent.
+    pub(super) weights: Option<&'a [f32]>,
+}
+
+impl<T: Copy> SharedRows<'_, T> {
+    fn weight(&self, token: usize) -> f32 {
+        self.weights.map_or(1.0, |weights| weights[token])
+    }
+}
+
+/// [`unpermute`], with a row of its own added to every token's sum after its slots.
+///
+/// # Errors
+/// As [`unpermute`]; [`Error::Shape`] unless the shared rows are `[M, H]`.
+pub(super) fn unpermute_with_shared<T: Float, O: Float>(
+    cpu: &Cpu,
+    rows: MatrixRef<'_, T>,
+    layout: &Layout<'_>,
+    topk_weights: Option<MatrixRef<'_, f32>>,
+    shared: Option<SharedRows<'_, T>>,
+    out: &mut [O],
+) -> Result<()> {
     rows.require_shape("rows", layout.m_sum(), rows.cols())?;
-    reduce(cpu, rows, layout.inv_perm(), (layout.tokens(), layout.topk()), topk_weights, out)
+    if let Some(SharedRows { rows: shared, .. }) = shared {
+        shared.require_shape("shared_rows", layout.tokens(), rows.cols())?;
+    }
+    reduce(cpu, rows, layout.inv_perm(), (layout.tokens(), layout.topk()), topk_weights, shared, out)
 }
 
 /// The same for rows that someone else permuted: from `inv_perm [M, topk]` instead of a layout.
@@ -57,7 +90,13 @@ pub fn unpermute_slots<T: Float, O: Float>(
         let actual = [routing.tokens(), routing.topk()];
         return Err(Error::shape("topk_ids", &actual, format!("[{tokens}, {topk}], as inv_perm")));
     }
-    let mut live = Vec::with_capacity(checked_mul("M * topk", tokens, topk)?);
+    // A matrix of strides 0 has any number of slots in a few bytes: nothing is walked or allocated before they are known to
+    // be as many as `out` has tokens for.
+    require_operands(rows.cols(), (tokens, topk), topk_weights, out.len())?;
+    let count = require_slots(tokens, topk)?;
+    let mut live = Vec::new();
+    let bytes = count.saturating_mul(size_of::<i32>());
+    live.try_reserve_exact(count).map_err(|_| Error::Memory { what: "the list of live slots", bytes })?;
     for token in 0..tokens {
         for slot in 0..topk {
             let row = inv_perm.get(token, slot);
@@ -68,7 +107,7 @@ pub fn unpermute_slots<T: Float, O: Float>(
             live.push(if empty { -1 } else { row });
         }
     }
-    reduce(cpu, rows, &live, (tokens, topk), topk_weights, out)
+    reduce(cpu, rows, &live, (tokens, topk), topk_weights, None, out)
 }
 
 /// Sums `rows` into `out`; `inv_perm [M, topk]` holds rows that exist, or negative values.
@@ -78,18 +117,12 @@ fn reduce<T: Float, O: Float>(
     inv_perm: &[i32],
     (tokens, topk): (usize, usize),
     topk_weights: Option<MatrixRef<'_, f32>>,
+    shared: Option<SharedRows<'_, T>>,
     out: &mut [O],
 ) -> Result<()> {
     const VALUES_PER_TASK: usize = 1 << 16;
     let hidden = rows.cols();
-    if hidden == 0 {
-        return Err(Error::value("hidden", 0, "at least 1"));
-    }
-    if let Some(weights) = topk_weights {
-        weights.require_shape("topk_weights", tokens, topk)?;
-    }
-    let needed = checked_mul("M * H", tokens, hidden)?;
-    require_len("out", out.len(), needed)?;
+    let needed = require_operands(hidden, (tokens, topk), topk_weights, out.len())?;
     let by_size = VALUES_PER_TASK.div_ceil(hidden.saturating_mul(topk));
     let tokens_per_task = by_size.min(tokens.div_ceil(4 * cpu.threads()).max(1));
     let slots = |token: usize| inv_perm.get(token * topk..).map_or(&[][..], |rest| &rest[..topk.min(rest.len())]);
@@ -97,11 +130,29 @@ fn reduce<T: Float, O: Float>(
         out[..needed].par_chunks_mut(tokens_per_task * hidden).enumerate().for_each(|(task, out)| {
             for (offset, out) in out.chunks_exact_mut(hidden).enumerate() {
                 let token = task * tokens_per_task + offset;
-                reduce_token(cpu.isa(), rows, slots(token), slots(token + 1), topk_weights, token, out);
+                reduce_token(cpu.isa(), rows, slots(token), slots(token + 1), topk_weights, shared, token, out);
             }
         });
     });
     Ok(())
+}
+
+/// `M * H`, if `out` holds as many and the weights are `[M, topk]`.
+fn require_operands(
+    hidden: usize,
+    (tokens, topk): (usize, usize),
+    topk_weights: Option<MatrixRef<'_, f32>>,
+    out: usize,
+) -> Result<usize> {
+    if hidden == 0 {
+        return Err(Error::value("hidden", 0, "at least 1"));
+    }
+    if let Some(weights) = topk_weights {
+        weights.require_shape("topk_weights", tokens, topk)?;
+    }
+    let needed = checked_mul("M * H", tokens, hidden)?;
+    require_len("out", out, needed)?;
+    Ok(needed)
 }
 
 multiversion! {
@@ -111,6 +162,7 @@ multiversion! {
         slots: &[i32],
         next_slots: &[i32],
         topk_weights: Option<MatrixRef<'_, f32>>,
+        shared: Option<SharedRows<'_, T>>,
         token: usize,
         out: &mut [O],
     ) {
@@ -129,6 +181,10 @@ multiversion! {
             while let Some(first) = terms.next() {
                 let four = [Some(first), terms.next(), terms.next(), terms.next()];
                 add_terms(sums, rows, columns.start, four);
+            }
+            if let Some(shared) = shared {
+                let term = Some((token, shared.weight(token)));
+                add_terms(sums, shared.rows, columns.start, [term, None, None, None]);
             }
             for (out, &sum) in out.iter_mut().zip(&*sums) {
                 *out = O::from_f32(sum);

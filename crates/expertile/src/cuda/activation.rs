@@ -27,7 +27,8 @@ impl ActivateConfig {
     /// The kernel's source for this configuration.
     ///
     /// # Errors
-    /// [`Error::Value`] unless the group (16 for a bf16 result) divides `intermediate`.
+    /// [`Error::Value`] unless the group (16 for a bf16 result) divides `intermediate`, [`Error::Name`] for an activation
+    /// other than SwiGLU, [`Error::Parameter`] as [`Activation::check`].
     pub fn source(&self) -> Result<Source> {
         const PER_LANE: usize = 16;
         if self.intermediate == 0 || !self.intermediate.is_multiple_of(PER_LANE) {
@@ -39,7 +40,7 @@ impl ActivateConfig {
             Some(format) => scale_definitions(format, self.intermediate)?,
             None => scale_definitions(unused, 32)?,
         };
-        definitions.extend(activation_definitions(&self.activation));
+        definitions.extend(activation_definitions(&self.activation)?);
         definitions.extend([
             ("INTERMEDIATE", i64::from(require_int("intermediate", self.intermediate)?)),
             ("QUANTIZED", i64::from(self.format.is_some())),
@@ -50,14 +51,22 @@ impl ActivateConfig {
 }
 
 /// Definitions that describe an activation.
-pub(super) fn activation_definitions(activation: &Activation) -> [(&'static str, i64); 4] {
+///
+/// # Errors
+/// [`Error::Parameter`] as [`Activation::check`], [`Error::Name`] for one that the kernels do not compute.
+pub(super) fn activation_definitions(activation: &Activation) -> Result<[(&'static str, i64); 4]> {
+    activation.check()?;
+    let &Activation::Swiglu { alpha, beta, limit } = activation else {
+        let (argument, actual) = ("activation", activation.name().into());
+        return Err(Error::Name { argument, actual, expected: "swiglu, on a GPU" });
+    };
     let bits = |value: f32| i64::from(value.to_bits());
-    [
-        ("ALPHA", bits(activation.alpha)),
-        ("BETA", bits(activation.beta)),
-        ("LIMITED", i64::from(activation.limit.is_some())),
-        ("LIMIT", bits(activation.limit.unwrap_or(0.0))),
-    ]
+    Ok([
+        ("ALPHA", bits(alpha)),
+        ("BETA", bits(beta)),
+        ("LIMITED", i64::from(limit.is_some())),
+        ("LIMIT", bits(limit.unwrap_or(0.0))),
+    ])
 }
 
 /// What one call works on.

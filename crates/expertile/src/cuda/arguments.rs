@@ -161,6 +161,8 @@ pub(super) struct RouteArgs {
     pub(super) status: u64,
     pub(super) barrier: u64,
     pub(super) chunk_counts: u64,
+    pub(super) second_header: u64,
+    pub(super) second_worklist: u64,
     pub(super) tokens: i32,
     pub(super) experts: i32,
     pub(super) ids_limit: i32,
@@ -168,7 +170,48 @@ pub(super) struct RouteArgs {
     pub(super) m_sum: i32,
     pub(super) row_tile: i32,
     pub(super) worklist_capacity: i32,
+    pub(super) second_row_tile: i32,
+    pub(super) second_capacity: i32,
     pub(super) reserved: i32,
+}
+
+/// Another worklist of the same layout, for a GEMM whose row tile is another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SecondWorklist {
+    /// As [`LayoutBuffers::header`], for the GEMM: the first two words are not written.
+    pub(super) header: u64,
+    /// As [`LayoutBuffers::worklist`].
+    pub(super) worklist: u64,
+    pub(super) row_tile: usize,
+}
+
+impl SecondWorklist {
+    const HEADER_BYTES: usize = 16;
+
+    /// Bytes that [`SecondWorklist::carve`] takes.
+    pub(super) fn space_bytes(plan: &Plan, row_tile: usize) -> Result<usize> {
+        let list = checked_mul("bytes of a worklist", 8, worklist_capacity(plan, row_tile)?)?;
+        checked_add("bytes of a worklist", Self::HEADER_BYTES, list)
+    }
+
+    /// Header and list from `address` (16-byte aligned) on.
+    pub(super) fn carve(address: u64, row_tile: usize) -> Self {
+        Self { header: address, worklist: address + Self::HEADER_BYTES as u64, row_tile }
+    }
+}
+
+impl RouteArgs {
+    /// The same, with a second worklist.
+    pub(super) fn with_second(self, plan: &Plan, second: Option<&SecondWorklist>) -> Result<Self> {
+        let Some(second) = second else { return Ok(self) };
+        Ok(Self {
+            second_header: second.header,
+            second_worklist: second.worklist,
+            second_row_tile: require_int("row_tile", second.row_tile)?,
+            second_capacity: require_int("worklist", worklist_capacity(plan, second.row_tile)?)?,
+            ..self
+        })
+    }
 }
 
 /// The kernels' `RowsArgs`.

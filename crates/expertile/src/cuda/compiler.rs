@@ -92,6 +92,17 @@ impl Compiler {
             actual: format!("{} ({error})", path.display()),
             expected: "a CUDA compiler library, version 12 or later".into(),
         };
+        // The loader would wait for a FIFO's writer. (A bare name is the loader's to find.)
+        if let Ok(there) = std::fs::metadata(path)
+            && path.components().count() > 1
+            && !there.is_file()
+        {
+            return Err(Error::Device {
+                argument: "nvrtc",
+                actual: format!("{} (no regular file)", path.display()),
+                expected: "a CUDA compiler library, version 12 or later".into(),
+            });
+        }
         let mut libraries = Vec::new();
         // NVRTC opens its builtins by name, which a loader that was given a path does not find: open them first.
         for builtins in builtins_beside(path) {

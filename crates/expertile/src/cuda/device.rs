@@ -250,19 +250,26 @@ impl Device {
             return Ok(kernel.clone());
         }
         // Not under the lock: other threads may compile other kernels, or (harmlessly) the same one.
-        let cubin = match self.inner.cache.as_ref().and_then(|cache| cache.get(&key)) {
-            Some(cubin) => cubin,
+        let cached = self.inner.cache.as_ref().and_then(|cache| cache.get(&key));
+        let load = |cubin: &[u8]| {
+            let _current = self.current()?;
+            Kernel::load(source.file(), &arch, cubin, entry)
+        };
+        // A kept cubin that the driver refuses (it was damaged, or kept by another build) is compiled again.
+        let kernel = match cached.and_then(|cubin| load(&cubin).ok()) {
+            Some(kernel) => kernel,
             None => {
                 let cubin = self.inner.compiler.compile(source, &arch)?;
+                let kernel = load(&cubin)?;
                 if let Some(cache) = &self.inner.cache {
                     // A cache that cannot be written costs the next process a compilation, and nothing else.
                     let _ = cache.put(&key, &cubin);
                 }
-                cubin
+                kernel
             }
         };
         let _current = self.current()?;
-        let kernel = Arc::new(Kernel::load(source.file(), &arch, &cubin, entry)?);
+        let kernel = Arc::new(kernel);
         let mut kernels = loaded();
         if let Some(first) = kernels.get(&name) {
             kernel.unload();

@@ -5,6 +5,7 @@
 
 use super::activation::activation_definitions;
 use super::arguments::{require_aligned, require_int};
+use super::cost;
 use super::device::{Device, Launch, Stream};
 use super::kernel::{Kernel, Resources, Source};
 use super::tensor_map::TensorMap;
@@ -16,11 +17,18 @@ use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
 
-/// Weight rows (outputs) of a tile; the large one has twice as many.
+/// Weight rows (outputs) of most tiles.
 const OUTPUTS: usize = 128;
+/// Outputs of a narrow tile, and of a warpgroup of any that has weights on the matrix unit's M side.
+pub const NARROW_OUTPUTS: usize = 64;
+/// Outputs of the large tile.
+pub const LARGE_OUTPUTS: usize = 256;
+/// Most rows of a narrow tile.
+const NARROW_ROWS: usize = 64;
 /// Shared memory that a block of Hopper may have, and the most stages that are worth their barriers.
 const SHARED_BYTES: usize = 227 * 1024;
 const MOST_STAGES: usize = 12;
+const MOST_NARROW_STAGES: usize = 16;
 /// Row tiles there are kernels for, ascending.
 pub const ROW_TILES: [usize; 5] = [16, 32, 64, 128, 192];
 /// The row tile of the wide kernel.
@@ -34,9 +42,14 @@ pub struct GemmTile {
     /// Most rows of one tile; one of [`ROW_TILES`]. An expert's last tile costs what its rows cost. It is the row tile of
     /// the worklist: [`super::RouteConfig::row_tile`].
     pub row_tile: usize,
+    /// Weight rows (outputs) of one tile: 128; or, for tiles of few rows, [`NARROW_OUTPUTS`]: where there are few tiles, twice
+    /// as many multiprocessors then read weights. [`LARGE_OUTPUTS`] for a wide tile of [`LARGE_ROW_TILE`] rows, and only for it.
+    pub outputs: usize,
     /// Blocks of a cluster that share a tile's rows, each with 128 outputs of its own: 1 or 2.
     pub shared: usize,
-    /// Blocks of a cluster that each take a part of K of one tile: 1, 2, 4 or 8. Only where `shared` is 1.
+    /// Blocks of a cluster that each take a part of K of one tile: 1, 2, 4 or 8. Only where `shared` is 1. Every tile that does
+    /// not split K adds up in the same order, so that a row's results have the same bits in all of them; one that does has
+    /// an order of its own.
     pub splits: usize,
     /// Which operand's rows stand on the matrix unit's M side, in 64s: the weights' (for few rows; a tile's cost then grows
     /// by 16 or 32 rows) or, where `wide`, the tokens' (for many; by 64, and `row_tile` is [`WIDE_ROW_TILE`] or, for e4m3
@@ -57,59 +70,77 @@ pub struct GemmShape {
     pub experts: usize,
     /// Live rows that are expected in all.
     pub rows: usize,
+    /// Most rows that one expert can have: as many as there are tokens.
+    pub most_rows: usize,
 }
 
 impl GemmTile {
-    /// The row tile for about `rows` live rows spread over `experts` experts: the smallest worth choosing that holds almost
-    /// every expert's rows, so that its weights are read once; [`GemmTile::many_rows`] where none of those for few rows does.
+    /// The tile that is expected to take least on a device of that many multiprocessors.
+    #[must_use]
+    pub fn choose(shape: &GemmShape, multiprocessors: usize) -> Self {
+        cost::cheapest(shape, false, multiprocessors).0
+    }
+
+    /// The same for a GEMM whose `[gate | up]` an activation follows, and whether that should be inside the GEMM. For bf16, and where
+    /// 256 does not divide N, it never is.
+    #[must_use]
+    pub fn choose_before_activation(shape: &GemmShape, multiprocessors: usize) -> (Self, bool) {
+        cost::cheapest(shape, true, multiprocessors)
+    }
+
+    /// The tile whose K is split, where so few tiles of few rows are expected that most multiprocessors would have none.
     ///
-    /// Tiles of 16 rows were never faster than those of 32 on an H200, nor those of 128 with weights on M than the wide ones.
+    /// Results then have other bits than those of tiles that do not split K, or that split it otherwise.
     #[must_use]
-    pub fn row_tile_for(rows: usize, experts: usize, format: WeightFormat) -> usize {
-        let most = most_rows(rows, experts);
-        [32, 64].into_iter().find(|&tile| tile as f64 >= most).unwrap_or_else(|| Self::many_rows(rows, experts, format))
-    }
-
-    /// The same of the wide kernels alone. For e4m3 the large tile, but where one of [`WIDE_ROW_TILE`] holds almost every
-    /// expert's rows and the large one does not: a large tile and a small one of the same expert go at different paces and read
-    /// weights twice, which an H200 takes up to a quarter more time for.
-    #[must_use]
-    pub fn many_rows(rows: usize, experts: usize, format: WeightFormat) -> usize {
-        let most = most_rows(rows, experts);
-        let is_large = format == WeightFormat::E4m3 && (most <= LARGE_ROW_TILE as f64 || most > WIDE_ROW_TILE as f64);
-        if is_large { LARGE_ROW_TILE } else { WIDE_ROW_TILE }
-    }
-
-    /// The tile for a GEMM whose worklist has tiles of `row_tile` rows.
-    #[must_use]
-    pub fn choose(shape: &GemmShape, row_tile: usize, multiprocessors: usize) -> Self {
-        if row_tile > 64 {
-            // Sharing rows saves reads of the cache, but two blocks wait for each other: on an H200 e4m3 lost 5 to 12 % by
-            // it, and bf16, whose products take twice as long, won 4 to 8 %.
-            let shared = if shape.format == WeightFormat::Bf16 && shape.n > OUTPUTS { 2 } else { 1 };
-            let wide = row_tile == WIDE_ROW_TILE || (row_tile == LARGE_ROW_TILE && shape.format == WeightFormat::E4m3);
-            return Self { row_tile, shared, splits: 1, wide };
-        }
-        let row_tiles = active_experts(shape.rows, shape.experts).max(1.0);
-        let tiles = row_tiles * shape.n.div_ceil(OUTPUTS) as f64;
-        let blocks_of_k = shape.k.div_ceil(values_of_block(shape.format));
-        // A part shorter than this spends its time on starting and meeting the others; and half of the multiprocessors
-        // already read weights as fast as all of them would with twice the parts.
+    pub fn choose_split(shape: &GemmShape, multiprocessors: usize) -> Option<Self> {
+        /// Blocks of K below which a part spends its time on starting and on meeting the others.
         const SHORTEST_PART: usize = 4;
-        let splits = [8, 4, 2].into_iter().find(|&splits| {
-            2.0 * splits as f64 * tiles <= multiprocessors as f64 && blocks_of_k >= splits * SHORTEST_PART
-        });
-        Self { row_tile, shared: 1, splits: splits.unwrap_or(1), wide: false }
+        let rows = shape.rows.div_ceil(shape.experts.max(1));
+        let row_tile = [16, 32, 64].into_iter().find(|&tile| rows <= tile)?;
+        let tiles = shape.experts.min(shape.rows) * shape.n.div_ceil(OUTPUTS);
+        let blocks = shape.k.div_ceil(values_of_block(shape.format));
+        // Half of the multiprocessors already read weights as fast as all of them would.
+        let fits = |splits: &usize| 2 * splits * tiles <= multiprocessors && blocks >= splits * SHORTEST_PART;
+        let splits = [8, 4, 2].into_iter().find(fits)?;
+        Some(Self { row_tile, outputs: OUTPUTS, shared: 1, splits, wide: false })
     }
 
     /// Whether tiles have 256 outputs.
     fn is_large(&self) -> bool {
-        self.wide && self.row_tile == LARGE_ROW_TILE
+        self.outputs == LARGE_OUTPUTS
     }
 
-    /// Weight rows (outputs) of a tile.
-    fn outputs(&self) -> usize {
-        if self.is_large() { 2 * OUTPUTS } else { OUTPUTS }
+    /// Whether tiles have 64 outputs.
+    fn is_narrow(&self) -> bool {
+        self.outputs == NARROW_OUTPUTS
+    }
+
+    /// Every tile that there is a kernel for and that does not split K, by format: a row's results have the same bits in all of
+    /// them.
+    #[must_use]
+    pub fn all(format: WeightFormat) -> Vec<Self> {
+        let mut tiles = Vec::new();
+        for row_tile in ROW_TILES {
+            for (outputs, shared) in [(NARROW_OUTPUTS, 1), (OUTPUTS, 1), (OUTPUTS, 2), (LARGE_OUTPUTS, 1)] {
+                for wide in [false, true] {
+                    let config = GemmConfig {
+                        format,
+                        tile: Self { row_tile, outputs, shared, splits: 1, wide },
+                        activation: None,
+                    };
+                    if config.check().is_ok() {
+                        tiles.push(config.tile);
+                    }
+                }
+            }
+        }
+        tiles
+    }
+
+    /// Whether there is a kernel of this tile with an activation inside, for e4m3.
+    #[must_use]
+    pub fn takes_activation(&self) -> bool {
+        self.wide && self.shared == 1
     }
 
     fn cluster(&self) -> usize {
@@ -128,7 +159,11 @@ impl GemmTile {
 
     /// Threads of a block: a warpgroup that copies, and those that multiply.
     fn threads(&self) -> u32 {
-        let multiplying = if self.wide && !self.is_large() { 3 } else { 2 };
+        let multiplying = match self {
+            _ if self.is_narrow() => 1,
+            Self { wide: true, .. } if !self.is_large() => 3,
+            _ => 2,
+        };
         128 * (1 + multiplying)
     }
 
@@ -153,6 +188,14 @@ impl GemmTile {
         if self.wide && self.splits > 1 {
             return Err(Error::value("splits", self.splits, "1, for the wide kernels"));
         }
+        let outputs = match self {
+            Self { wide: true, row_tile: LARGE_ROW_TILE, .. } => [LARGE_OUTPUTS; 2],
+            Self { wide: false, row_tile: ..=NARROW_ROWS, shared: 1, splits: 1, .. } => [NARROW_OUTPUTS, OUTPUTS],
+            _ => [OUTPUTS; 2],
+        };
+        if !outputs.contains(&self.outputs) {
+            return Err(Error::value("outputs", self.outputs, format!("one of {outputs:?}, for such a tile")));
+        }
         if self.is_large() && self.shared != 1 {
             return Err(Error::value("shared", self.shared, format!("1, for a wide tile of {LARGE_ROW_TILE} rows")));
         }
@@ -161,13 +204,13 @@ impl GemmTile {
 
     /// Bytes of shared memory for a number of stages; `BARRIERS` and all before it in gemm.cuh, and the barriers.
     fn shared_bytes(&self, stages: usize, activated: bool) -> usize {
-        let operands = 128 * (self.outputs() + self.row_tile);
+        let operands = 128 * (self.outputs + self.row_tile);
         let staging = match self {
             _ if self.is_large() => self.row_tile * (128 + 16),
             Self { wide: true, .. } if activated => self.row_tile * (OUTPUTS * 2 + 16 + 12) + 80,
             Self { wide: true, .. } => self.row_tile * (OUTPUTS * 2 + 16),
             Self { splits: 2.., .. } => self.row_tile * (OUTPUTS * 4 + 16),
-            _ => 2 * self.row_tile * (OUTPUTS + 16),
+            _ => self.outputs / NARROW_OUTPUTS * self.row_tile * (2 * NARROW_OUTPUTS + 16),
         };
         let weight_scales = if activated || self.is_large() { 8 } else { 4 };
         let scales = stages * self.row_tile * 4 + (stages * weight_scales).next_multiple_of(16);
@@ -181,7 +224,7 @@ impl GemmTile {
 impl fmt::Display for GemmTile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let side = if self.wide { "tokens" } else { "weights" };
-        write!(f, "{} outputs x {} rows ({side} on M)", self.outputs(), self.row_tile)?;
+        write!(f, "{} outputs x {} rows ({side} on M)", self.outputs, self.row_tile)?;
         if self.shared > 1 {
             write!(f, ", {} blocks share rows", self.shared)?;
         }
@@ -192,20 +235,8 @@ impl fmt::Display for GemmTile {
     }
 }
 
-/// How many of `experts` experts `rows` rows that fall evenly are expected to meet.
-fn active_experts(rows: usize, experts: usize) -> f64 {
-    let (rows, experts) = (rows as f64, experts.max(1) as f64);
-    experts * (1.0 - (1.0 - 1.0 / experts).powf(rows))
-}
-
-/// Rows that almost every expert has at most: two standard deviations above the mean of those that have any.
-fn most_rows(rows: usize, experts: usize) -> f64 {
-    let mean = rows as f64 / active_experts(rows, experts).max(1.0);
-    mean + 2.0 * mean.sqrt()
-}
-
 /// Values in the 128 bytes that a block of K has of each row.
-fn values_of_block(format: WeightFormat) -> usize {
+pub(super) fn values_of_block(format: WeightFormat) -> usize {
     128 / format.bytes()
 }
 
@@ -227,7 +258,8 @@ impl GemmConfig {
     pub fn stages(&self) -> usize {
         let activated = self.activation.is_some();
         let fits = |&stages: &usize| self.tile.shared_bytes(stages, activated) <= SHARED_BYTES;
-        (1..=MOST_STAGES).rev().find(fits).unwrap_or(1)
+        let most = if self.tile.is_narrow() { MOST_NARROW_STAGES } else { MOST_STAGES };
+        (1..=most).rev().find(fits).unwrap_or(1)
     }
 
     /// Blocks of a cluster; with an activation a pair, whose results share scales, unless a tile has all of those.
@@ -237,11 +269,12 @@ impl GemmConfig {
 
     /// Weight rows that are copied at once: all of a tile's, or those that have a place or a scale of their own.
     fn weight_box_rows(&self) -> usize {
-        self.tile.outputs() / if self.activation.is_some() || self.tile.is_large() { 2 } else { 1 }
+        self.tile.outputs / if self.activation.is_some() || self.tile.is_large() { 2 } else { 1 }
     }
 
-    /// Fails unless there is a kernel for the format, with the activation.
-    fn check_format(&self) -> Result<()> {
+    /// Fails unless there is a kernel for the tile and the format, with the activation.
+    fn check(&self) -> Result<()> {
+        self.tile.check()?;
         let expected = match (self.activation.is_some(), self.tile.is_large()) {
             (true, _) => "e4m3, for a GEMM with an activation",
             (false, true) => "e4m3, for a tile of 256 outputs",
@@ -270,8 +303,7 @@ impl GemmConfig {
     /// [`Error::Value`] for a tile that there is no kernel for, [`Error::WeightFormat`] for bf16 with an activation or a
     /// wide tile of [`LARGE_ROW_TILE`] rows.
     pub fn source(&self) -> Result<Source> {
-        self.tile.check()?;
-        self.check_format()?;
+        self.check()?;
         let mut definitions = vec![
             ("BF16", i64::from(self.format == WeightFormat::Bf16)),
             ("TOKENS", self.tile.row_tile as i64),
@@ -282,9 +314,11 @@ impl GemmConfig {
         ];
         if self.tile.wide {
             definitions.push(("ACTIVATION", i64::from(self.activation.is_some())));
+        } else {
+            definitions.push(("OUTPUTS_OF_TILE", self.tile.outputs as i64));
         }
         if let Some(activation) = &self.activation {
-            definitions.extend(activation_definitions(activation));
+            definitions.extend(activation_definitions(activation)?);
         }
         Ok(if self.tile.is_large() {
             Source::new("gemm_large.cu", include_str!("kernels/gemm_large.cu"), definitions)
@@ -494,56 +528,25 @@ impl Gemm {
 mod tests {
     use super::*;
 
-    /// `(rows, experts, n, k)` and what an H200's 132 multiprocessors are given.
-    #[test]
-    fn tiles_are_chosen_by_the_rows_an_expert_has() {
-        let few = |row_tile, splits| GemmTile { row_tile, shared: 1, splits, wide: false };
-        let many = GemmTile { row_tile: 128, shared: 1, splits: 1, wide: true };
-        for (rows, experts, n, k, expected) in [
-            // One token of eight, of which one expert in eight is here: 32 tiles for 132 multiprocessors.
-            (1, 32, 4096, 7168, few(32, 2)),
-            (1, 32, 7168, 2048, few(32, 1)),
-            (8, 128, 3072, 4096, few(32, 1)),
-            (512, 256, 4096, 7168, few(32, 1)),
-            (1024, 32, 4096, 7168, few(64, 1)),
-            (8192, 128, 3072, 4096, many),
-            (25_000, 256, 4096, 7168, many),
-            (32_768, 256, 4096, 7168, GemmTile { row_tile: 192, ..many }),
-            (45_000, 256, 4096, 7168, many),
-            (131_072, 256, 7168, 2048, many),
-            (0, 8, 4096, 4096, few(32, 2)),
-        ] {
-            let shape = GemmShape { n, k, format: WeightFormat::E4m3, experts, rows };
-            let tile = GemmTile::choose(&shape, GemmTile::row_tile_for(rows, experts, WeightFormat::E4m3), 132);
-            assert_eq!(tile, expected, "{shape:?}");
-        }
-        let wide = GemmShape { n: 4096, k: 4096, format: WeightFormat::Bf16, experts: 8, rows: 32768 };
-        let many = GemmTile { row_tile: 192, shared: 2, splits: 1, wide: true };
-        assert_eq!(GemmTile::choose(&wide, GemmTile::row_tile_for(32768, 8, wide.format), 132), many);
-        let narrow = GemmShape { n: 128, ..wide };
-        assert_eq!(
-            GemmTile::choose(&narrow, WIDE_ROW_TILE, 132),
-            GemmTile { shared: 1, ..many },
-            "nobody to share with"
-        );
-        assert!(!GemmTile::choose(&wide, 128, 132).wide, "the large kernel is for e4m3");
-    }
-
     #[test]
     fn a_tile_says_what_it_is() {
-        let tile = GemmTile { row_tile: 32, shared: 1, splits: 2, wide: false };
+        let tile = GemmTile { row_tile: 32, outputs: OUTPUTS, shared: 1, splits: 2, wide: false };
         assert_eq!(tile.to_string(), "128 outputs x 32 rows (weights on M), K in 2 parts");
-        let tile = GemmTile { row_tile: 192, shared: 2, splits: 1, wide: true };
+        let tile = GemmTile { row_tile: 192, outputs: OUTPUTS, shared: 2, splits: 1, wide: true };
         assert_eq!(tile.to_string(), "128 outputs x 192 rows (tokens on M), 2 blocks share rows");
-        let tile = GemmTile { row_tile: 128, shared: 1, splits: 1, wide: true };
+        let tile = GemmTile { row_tile: 128, outputs: LARGE_OUTPUTS, shared: 1, splits: 1, wide: true };
         assert_eq!(tile.to_string(), "256 outputs x 128 rows (tokens on M)");
     }
 
     #[test]
     fn every_tile_fits_a_multiprocessor_with_at_least_four_stages() {
         for row_tile in ROW_TILES {
-            for (shared, splits, wide) in [(1, 1, false), (2, 1, false), (1, 8, false), (1, 1, true), (2, 1, true)] {
-                let tile = GemmTile { row_tile, shared, splits, wide };
+            for ((shared, splits, wide), outputs) in
+                [(1, 1, false), (2, 1, false), (1, 8, false), (1, 1, true), (2, 1, true)]
+                    .into_iter()
+                    .flat_map(|tile| [NARROW_OUTPUTS, OUTPUTS, LARGE_OUTPUTS].map(|outputs| (tile, outputs)))
+            {
+                let tile = GemmTile { row_tile, outputs, shared, splits, wide };
                 if tile.check().is_err() || (splits > 1 && row_tile > 64) {
                     continue;
                 }
@@ -556,7 +559,7 @@ mod tests {
 
     #[test]
     fn tiles_without_a_kernel_are_refused() {
-        let tile = GemmTile { row_tile: 64, shared: 1, splits: 1, wide: false };
+        let tile = GemmTile { row_tile: 64, outputs: OUTPUTS, shared: 1, splits: 1, wide: false };
         let refused = |tile: GemmTile, activation| {
             GemmConfig { format: WeightFormat::E4m3, tile, activation }.source().unwrap_err().to_string()
         };
@@ -569,7 +572,18 @@ mod tests {
         assert!(refused(tile, with).starts_with("row_tile is 64"));
         let many = GemmTile { row_tile: WIDE_ROW_TILE, wide: true, ..tile };
         assert!(refused(GemmTile { shared: 2, ..many }, with).starts_with("shared is 2"));
-        let large = GemmTile { row_tile: LARGE_ROW_TILE, ..many };
+        let large = GemmTile { row_tile: LARGE_ROW_TILE, outputs: LARGE_OUTPUTS, ..many };
+        assert!(refused(GemmTile { outputs: OUTPUTS, ..large }, None).starts_with("outputs is 128"));
+        let narrow = GemmTile { outputs: NARROW_OUTPUTS, ..tile };
+        for tile in [
+            GemmTile { outputs: 32, ..tile },
+            GemmTile { row_tile: 128, ..narrow },
+            GemmTile { shared: 2, ..narrow },
+            GemmTile { splits: 2, ..narrow },
+            GemmTile { outputs: NARROW_OUTPUTS, ..many },
+        ] {
+            assert!(refused(tile, None).starts_with("outputs is "), "{tile}");
+        }
         assert!(refused(GemmTile { shared: 2, ..large }, None).starts_with("shared is 2"));
         assert!(refused(GemmTile { splits: 2, ..large }, None).starts_with("splits is 2"));
         for (tile, activation) in [(large, None), (large, with), (many, with)] {

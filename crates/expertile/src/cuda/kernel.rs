@@ -100,12 +100,21 @@ impl Kernel {
     /// Loads a cubin in the current context. A kernel with local memory is refused: on these paths a spill is a defect.
     #[allow(unsafe_code)]
     pub(super) fn load(file: &'static str, arch: &str, cubin: &[u8], entry: &CStr) -> Result<Self> {
+        let refused = |error: Error| Error::Kernel {
+            kernel: file,
+            arch: arch.into(),
+            detail: format!("the driver does not take its cubin of {} bytes: {error}", cubin.len()),
+        };
+        // What does not begin as a cubin is text to the driver, which ends with a zero: let there be one, and room to look.
+        let image = [cubin, &[0; 256]].concat();
         let mut module = std::ptr::null_mut();
         let mut function = std::ptr::null_mut();
         // SAFETY: a cubin is self-contained and says its own length; pointers are valid for the calls.
         unsafe {
-            check_call("cuModuleLoadData", sys::cuModuleLoadData(&mut module, cubin.as_ptr().cast()))?;
-            check_call("cuModuleGetFunction", sys::cuModuleGetFunction(&mut function, module, entry.as_ptr()))?;
+            check_call("cuModuleLoadData", sys::cuModuleLoadData(&mut module, image.as_ptr().cast()))
+                .map_err(refused)?;
+            check_call("cuModuleGetFunction", sys::cuModuleGetFunction(&mut function, module, entry.as_ptr()))
+                .map_err(refused)?;
         }
         let resources = read_resources(function)?;
         if resources.local_bytes != 0 {

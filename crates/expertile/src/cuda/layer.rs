@@ -7,7 +7,7 @@ mod choice;
 
 pub use choice::{LayerChoice, LayerParts};
 
-use super::activation::{Activate, ActivateBuffers, ActivateConfig};
+use super::activation::{Activate, ActivateBuffers, ActivateConfig, activation_definitions};
 use super::arguments::{RoutingBuffers, RowsBuffers, Tensor2, require_aligned};
 use super::device::{Device, Stream};
 use super::gemm::{Gemm, GemmBuffers, GemmConfig, GemmTile};
@@ -50,6 +50,10 @@ pub struct LayerConfig {
     pub activations: ActivationFormat,
     /// `apply_router_weight_on_input`: weights multiply the input instead of the output; only with `topk` 1 and e4m3.
     pub weight_on_input: bool,
+    /// Whether K may be split, by the size of a call, where few experts have few rows: up to twice as fast there. **A token's result then
+    /// depends on how many tokens the call has**: sums are added up in another order for some numbers than for others. Without it,
+    /// which is the usual, a result has the same bits whatever other tokens there are.
+    pub split_k: bool,
 }
 
 /// What one call works on.
@@ -97,7 +101,9 @@ impl LayerConfig {
             (ActivationFormat::E4m3, Dtype::Bf16 | Dtype::F16) => {
                 ScaleFormat::HOPPER.groups(shape.hidden())?;
                 ScaleFormat::HOPPER.groups(shape.intermediate()).map_err(|_| {
-                    Error::value("intermediate", shape.intermediate(), "a positive multiple of the group, 128")
+                    let expected =
+                        "a positive multiple of the group, 128: gate and up have row blocks of scales of their own";
+                    Error::value("intermediate", shape.intermediate(), expected)
                 })?;
                 Ok(())
             }
@@ -178,6 +184,7 @@ enum Entry {
 ///     activation: Activation::default(),
 ///     activations: ActivationFormat::E4m3,
 ///     weight_on_input: false,
+///     split_k: false,
 /// };
 /// let layer = Layer::prepare(&device, w13, w2, config, 16384)?; // compiles; nothing afterwards does
 /// println!("{}", layer.choice(64)?);
@@ -223,13 +230,14 @@ impl Layer {
     /// afterwards.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the two do not fit each other, [`Error::WeightFormat`] if their formats differ from each other or
-    /// from the activations', [`Error::Value`] for a width, `topk`, number of experts or `max_tokens` that the kernels do
+    /// [`Error::Name`] for an activation other than SwiGLU, [`Error::Parameter`] as [`Activation::check`], [`Error::Shape`] if
+    /// the two do not fit each other, [`Error::WeightFormat`] if their formats differ from each other or from the activations', [`Error::Value`] for a width, `topk`, number of experts or `max_tokens` that the kernels do
     /// not take, [`Error::Dtype`] for types they do not take, [`Error::Device`] unless the device is a Hopper,
     /// [`Error::Kernel`] if a kernel does not compile, [`Error::Cuda`].
     pub fn prepare(device: &Device, w13: Weights, w2: Weights, config: LayerConfig, max_tokens: usize) -> Result<Self> {
         let what = |weights: &Weights| ([weights.experts(), weights.n(), weights.k()], weights.format());
-        let shape = LayerShape::of_weights(what(&w13), what(&w2))?;
+        activation_definitions(&config.activation)?;
+        let shape = LayerShape::of_weights(what(&w13), what(&w2), config.activation.is_gated())?;
         config.check(&shape, w13.format())?;
         let choices = Choices::new(&shape, &config, max_tokens, device.info().multiprocessors as usize)?;
         let format = config.weight_format();
@@ -288,7 +296,8 @@ impl Layer {
             return Err(Error::value("tokens", tokens, format!("at most {}, as prepared", self.max_tokens)));
         }
         let multiprocessors = self.device.info().multiprocessors as usize;
-        LayerChoice::with_offsets(&self.shape, &self.config, tokens, multiprocessors)
+        let tiles = self.choices.tiles(tokens);
+        LayerChoice::with_offsets(&self.shape, &self.config, tokens, tiles, multiprocessors)
     }
 
     /// Bytes of workspace that serve calls of up to that many tokens, a multiple of 256.
@@ -304,8 +313,8 @@ impl Layer {
     /// # Errors
     /// As [`Layer::choice`]; [`Error::Value`] unless `workspace` is 256-byte aligned.
     pub fn parts(&self, tokens: usize, workspace: u64) -> Result<LayerParts> {
-        let (LayerChoice { plan, row_tile, .. }, offsets) = self.choose(tokens)?;
-        offsets.at(workspace, &plan, row_tile)
+        let (choice, offsets) = self.choose(tokens)?;
+        offsets.at(workspace, &choice)
     }
 
     /// Readies a workspace; once, before its first call. Calls of different numbers of tokens may share it.
@@ -358,6 +367,7 @@ impl Layer {
         match stage {
             Stage::Routing => matches!(self.entry, Entry::Plain { .. }),
             Stage::Activation => !call.choice.activation_inside_gemm1,
+            Stage::Shared => false,
             _ => true,
         }
     }
@@ -365,7 +375,7 @@ impl Layer {
     /// Checks everything that a call's launches ask for.
     pub(super) fn call<'a>(&self, tokens: usize, buffers: &'a LayerBuffers) -> Result<Call<'a>> {
         let (choice, offsets) = self.choose(tokens)?;
-        let call = Call { choice, parts: offsets.at(buffers.workspace, &choice.plan, choice.row_tile)?, buffers };
+        let call = Call { choice, parts: offsets.at(buffers.workspace, &choice)?, buffers };
         self.check_routing(&buffers.routing)?;
         if tokens > 0 {
             require_aligned("output", buffers.output, 16)?;
@@ -404,6 +414,8 @@ impl Layer {
         unsafe {
             match stage {
                 Stage::Routing => self.entry.route(stream, call),
+                // No layer on a GPU has one.
+                Stage::Shared => Ok(()),
                 Stage::Permute => self.entry.permute(stream, call),
                 Stage::Gemm1 => self.gemm1(stream, call),
                 Stage::Activation => self.activate.launch(stream, &call.activation(self.shape.local_experts())),
@@ -429,8 +441,11 @@ impl Layer {
     /// As [`Layer::launch_stage`].
     #[allow(unsafe_code)]
     unsafe fn gemm2(&self, stream: Stream, call: &Call<'_>) -> Result<()> {
-        let LayerParts { activated, activated_scales, back, .. } = call.parts;
-        let buffers = GemmBuffers { rows: activated, scales: activated_scales, out: back, ..call.gemm() };
+        let LayerParts { activated, activated_scales, back, second_worklist, .. } = call.parts;
+        let mut buffers = GemmBuffers { rows: activated, scales: activated_scales, out: back, ..call.gemm() };
+        if let Some(second) = second_worklist {
+            (buffers.header, buffers.worklist) = (second.header, second.worklist);
+        }
         // SAFETY: the caller's promise.
         unsafe { prepared(&self.gemms, &(call.choice.gemm2, false)).launch(stream, &self.w2, &buffers) }
     }
@@ -464,7 +479,11 @@ impl Entry {
         let LayerChoice { plan, row_tile, .. } = call.choice;
         let LayerBuffers { routing, workspace, .. } = call.buffers;
         // SAFETY: the caller's promise.
-        unsafe { prepared(route, &row_tile).launch(stream, &plan, routing, &call.parts.layout, *workspace) }
+        unsafe {
+            let parts = &call.parts;
+            let route = prepared(route, &row_tile);
+            route.launch_with(stream, &plan, routing, &parts.layout, parts.second_worklist.as_ref(), *workspace)
+        }
     }
 
     /// # Safety
@@ -474,11 +493,12 @@ impl Entry {
         let LayerChoice { plan, row_tile, .. } = call.choice;
         let LayerBuffers { routing, workspace, .. } = call.buffers;
         let (rows, layout) = (call.rows(), &call.parts.layout);
+        let lists = (layout, call.parts.second_worklist.as_ref());
         // SAFETY: the caller's promise.
         unsafe {
             match self {
                 Self::Quantized(steps) => {
-                    prepared(steps, &row_tile).launch(stream, &plan, routing, &rows, layout, *workspace)
+                    prepared(steps, &row_tile).launch_with(stream, &plan, routing, &rows, lists, *workspace)
                 }
                 Self::Plain { permute, .. } => permute.launch(stream, &plan, &rows, layout),
             }
@@ -497,7 +517,7 @@ impl Call<'_> {
         }
     }
 
-    /// What both GEMMs share.
+    /// What both GEMMs share, but for the worklist where their row tiles differ.
     fn gemm(&self) -> GemmBuffers {
         let LayerParts { layout, .. } = self.parts;
         GemmBuffers {
@@ -564,7 +584,7 @@ fn each<K: Copy + Eq + Hash, V>(keys: &[K], prepare: impl Fn(K) -> Result<V>) ->
 }
 
 /// As [`each`], all at once: compiling takes a second or so for each.
-fn each_at_once<K, V>(keys: &[K], prepare: impl Fn(K) -> Result<V> + Sync) -> Result<HashMap<K, V>>
+pub(super) fn each_at_once<K, V>(keys: &[K], prepare: impl Fn(K) -> Result<V> + Sync) -> Result<HashMap<K, V>>
 where
     K: Copy + Eq + Hash + Send,
     V: Send,
@@ -583,4 +603,32 @@ where
 /// What `choices` found has been prepared, and a call chooses nothing else.
 fn prepared<'a, K: Eq + Hash, V>(all: &'a HashMap<K, V>, key: &K) -> &'a V {
     all.get(key).expect("every choice of up to max_tokens tokens is prepared")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Blocks of scales that gate and up share are refused with the reason, whatever the number of blocks.
+    #[test]
+    fn e4m3_takes_an_intermediate_size_that_blocks_of_scales_divide() {
+        let config = LayerConfig {
+            topk: 2,
+            ids: Dtype::I32,
+            global_experts: 4,
+            input: Dtype::Bf16,
+            output: Dtype::Bf16,
+            activation: Activation::SWIGLU,
+            activations: ActivationFormat::E4m3,
+            weight_on_input: false,
+            split_k: false,
+        };
+        let check = |intermediate| config.check(&LayerShape::new(256, intermediate, 4).unwrap(), WeightFormat::E4m3);
+        assert_eq!(check(128), Ok(()));
+        for intermediate in [64, 96, 192] {
+            let error = check(intermediate).unwrap_err().to_string();
+            let start = format!("intermediate is {intermediate}, expected a positive multiple of the group, 128: gate");
+            assert!(error.starts_with(&start), "{error}");
+        }
+    }
 }

@@ -7,13 +7,16 @@ mod clock;
 mod layer;
 mod matrix;
 mod steps;
+mod tiles;
 
 pub use layer::{LayerCall, LayerInputs, LayerTimes};
 pub use matrix::matrix_flops_per_second;
 pub use steps::{Inputs, stage_times};
+pub use tiles::{TileBench, TileInputs, TileTime, TileTimes};
 
 use super::{Buffer, Device};
 use crate::error::Result;
+use crate::gemm::WeightFormat;
 use crate::layer::Stage;
 use clock::Clock;
 
@@ -45,4 +48,22 @@ fn uploaded<T: bytemuck::NoUninit>(device: &Device, values: &[T]) -> Result<Buff
     let buffer = device.allocate(size_of_val(values))?;
     buffer.upload(values)?;
     Ok(buffer)
+}
+
+/// Bytes of `count` values without a NaN among them. Power, and with it the clock, depends on how many bits change.
+fn random_bytes(format: WeightFormat, count: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let words = (0..count * format.bytes() / 8).flat_map(|_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        match format {
+            // Without the highest exponent bit: below 2 in magnitude.
+            WeightFormat::E4m3 => state & 0xbfbf_bfbf_bfbf_bfbf,
+            // Signs and mantissas: from 1 to below 2 in magnitude.
+            WeightFormat::Bf16 => state & 0x807f_807f_807f_807f | 0x3f80_3f80_3f80_3f80,
+        }
+        .to_le_bytes()
+    });
+    words.collect()
 }

@@ -26,6 +26,7 @@ mod arguments;
 mod arithmetic;
 mod cache;
 pub mod compiler;
+mod cost;
 mod device;
 mod gemm;
 pub mod kernel;
@@ -42,7 +43,10 @@ pub use activation::{Activate, ActivateBuffers, ActivateConfig};
 pub use arguments::{LayoutBuffers, RoutingBuffers, RowsBuffers, Tensor2};
 pub use cache::CubinCache;
 pub use device::{Buffer, Device, Info, Stream, availability};
-pub use gemm::{Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, LARGE_ROW_TILE, ROW_TILES, WIDE_ROW_TILE};
+pub use gemm::{
+    Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, NARROW_OUTPUTS, ROW_TILES,
+    WIDE_ROW_TILE,
+};
 pub use kernel::Resources;
 pub use layer::{ALIGNMENT, Layer, LayerBuffers, LayerChoice, LayerConfig, LayerParts};
 pub use permute::{Permute, PermuteConfig, QuantizePermute, QuantizePermuteConfig};

@@ -1,7 +1,7 @@
 //! Rows to their places: quantized on the way, with the routing in the same launch where the slots are few; or as they are.
 
 use super::arguments::{
-    LayoutBuffers, RoutingBuffers, RowsArgs, RowsBuffers, require_aligned, require_columns, require_int,
+    LayoutBuffers, RoutingBuffers, RowsArgs, RowsBuffers, SecondWorklist, require_aligned, require_columns, require_int,
 };
 use super::device::{Device, Launch, Stream};
 use super::kernel::{Kernel, Resources, Source};
@@ -211,8 +211,26 @@ impl QuantizePermute {
         layout: &LayoutBuffers,
         workspace: u64,
     ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(stream, plan, routing, rows, (layout, None), workspace) }
+    }
+
+    /// The same, with a second worklist.
+    ///
+    /// # Safety
+    /// As [`Route::launch`].
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn launch_with(
+        &self,
+        stream: Stream,
+        plan: &Plan,
+        routing: &RoutingBuffers,
+        rows: &RowsBuffers,
+        (layout, second): (&LayoutBuffers, Option<&SecondWorklist>),
+        workspace: u64,
+    ) -> Result<()> {
         self.config.check(rows, plan)?;
-        let route = self.config.route.arguments(plan, routing, layout, workspace)?;
+        let route = self.config.route.arguments(plan, routing, layout, workspace)?.with_second(plan, second)?;
         let token_scales = workspace + self.route.workspace_bytes(plan)? as u64;
         let queue = workspace + route::QUEUE_OFFSET;
         let arguments = RowsArgs { token_scales, queue, ..RowsArgs::new(rows, layout, plan)? };
@@ -230,7 +248,7 @@ impl QuantizePermute {
             cooperative: false,
             overlap: true,
         };
-        let few = FewArgs::new(plan, &self.config, shape.blocks)?;
+        let few = FewArgs::new(plan, &self.config, second, shape.blocks)?;
         let pointers = [
             std::ptr::from_ref(&route).cast::<c_void>(),
             std::ptr::from_ref(&arguments).cast(),
@@ -277,10 +295,11 @@ struct FewArgs {
     more_units: i32,
     alignment_inverse: u32,
     tile_inverse: u32,
+    second_inverse: u32,
 }
 
 impl FewArgs {
-    fn new(plan: &Plan, config: &QuantizePermuteConfig, blocks: u32) -> Result<Self> {
+    fn new(plan: &Plan, config: &QuantizePermuteConfig, second: Option<&SecondWorklist>, blocks: u32) -> Result<Self> {
         let units = require_int("M * slabs", checked_mul("M * slabs", plan.tokens(), config.hidden.div_ceil(512))?)?;
         let inverse = |divisor: usize| ((1u64 << 31) / divisor as u64) as u32;
         Ok(Self {
@@ -288,6 +307,7 @@ impl FewArgs {
             more_units: units % blocks as i32,
             alignment_inverse: inverse(plan.alignment()),
             tile_inverse: inverse(config.route.row_tile),
+            second_inverse: second.map_or(0, |second| inverse(second.row_tile)),
         })
     }
 }

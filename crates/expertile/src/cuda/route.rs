@@ -1,6 +1,8 @@
 //! Routing, plan and layout on the device: one launch, the CPU backend's bits.
 
-use super::arguments::{LayoutBuffers, RouteArgs, RoutingBuffers, require_aligned, require_int, worklist_capacity};
+use super::arguments::{
+    LayoutBuffers, RouteArgs, RoutingBuffers, SecondWorklist, require_aligned, require_int, worklist_capacity,
+};
 use super::device::{Device, Launch, Stream};
 use super::kernel::{Kernel, Resources, Source};
 use crate::dtype::Dtype;
@@ -96,6 +98,8 @@ impl RouteConfig {
             status: workspace,
             barrier: workspace + STATUS_BYTES as u64,
             chunk_counts: workspace + STATE_BYTES as u64,
+            second_header: 0,
+            second_worklist: 0,
             tokens: plan.tokens() as i32,
             experts: experts as i32,
             ids_limit: require_int("global_experts", limit)?,
@@ -103,6 +107,8 @@ impl RouteConfig {
             m_sum: require_int("m_sum", plan.m_sum())?,
             row_tile: self.row_tile as i32,
             worklist_capacity: worklist_capacity(plan, self.row_tile)? as i32,
+            second_row_tile: 0,
+            second_capacity: 0,
             reserved: 0,
         })
     }
@@ -180,7 +186,25 @@ impl Route {
         layout: &LayoutBuffers,
         workspace: u64,
     ) -> Result<()> {
-        let arguments = self.config.arguments(plan, routing, layout, workspace)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(stream, plan, routing, layout, None, workspace) }
+    }
+
+    /// The same, with a second worklist.
+    ///
+    /// # Safety
+    /// As [`Route::launch`].
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn launch_with(
+        &self,
+        stream: Stream,
+        plan: &Plan,
+        routing: &RoutingBuffers,
+        layout: &LayoutBuffers,
+        second: Option<&SecondWorklist>,
+        workspace: u64,
+    ) -> Result<()> {
+        let arguments = self.config.arguments(plan, routing, layout, workspace)?.with_second(plan, second)?;
         // SAFETY: the caller's promise.
         unsafe { self.queue(stream, &arguments) }
     }

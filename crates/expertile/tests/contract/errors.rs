@@ -1,16 +1,16 @@
 //! Everything the library refuses: the variant, the message, and that nothing was written.
 
 use expertile::cpu::{
-    self, Activations, Cpu, Isa, Layer, LayerOptions, PackedWeights, PackedWeightsBuilder, RowScales, grouped_gemm,
-    grouped_gemm_workspace_bytes,
+    self, Activations, Cpu, Isa, Layer, LayerOptions, PackedWeights, PackedWeightsBuilder, RowScales, SharedExpert,
+    grouped_gemm, grouped_gemm_with_bias, grouped_gemm_workspace_bytes,
 };
 use expertile::plan::{
     compute_aligned_m, compute_aligned_m_and_alignment, expert_num_tokens_round_up_and_sum, round_up, tight_m_sum,
 };
 use expertile::{
-    Activation, ActivationFormat, AlignmentRule, Arch, E4m3, Error, Group, LayerShape, Layout, MatrixRef, Padding,
-    Plan, Result, Router, Routing, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut, TokenExperts,
-    WeightFormat,
+    Activation, ActivationFormat, AlignmentRule, Arch, E4m3, Error, GateUpOrder, Group, GroupWorth, Groups, LayerShape,
+    Layout, MatrixRef, Padding, Plan, Result, Router, Routing, ScaleFormat, ScaleLayout, ScaleRounding, Scales,
+    ScalesMut, Scoring, TokenExperts, WeightFormat,
 };
 use half::bf16;
 use std::collections::BTreeSet;
@@ -81,14 +81,15 @@ fn route(out: &mut Outputs, router: Router) -> Result<()> {
 }
 
 fn sigmoid(topk: usize, groups: usize, topk_groups: usize, bias: usize) -> Router {
-    Router::Sigmoid {
-        topk,
+    Router {
         correction_bias: vec![0.0; bias],
-        groups,
-        topk_groups,
-        renormalize: true,
-        scaling_factor: 1.0,
+        groups: Some(Groups { count: groups, topk: topk_groups, worth: GroupWorth::BestTwo }),
+        ..Router::sigmoid(topk)
     }
+}
+
+fn sparse_mixer(topk: usize, jitter: f32) -> Router {
+    Router { scoring: Scoring::SparseMixer { jitter }, ..Router::softmax(topk, false) }
 }
 
 /// A call that must be refused: the variant, how its message begins, the call.
@@ -123,20 +124,33 @@ const ROUTING: &[Refusal] = &[
     ("BufferTooSmall", "expert_num_tokens holds 1 elements, expected at least 2", |out| {
         Routing::new(ids(1, 1, 0), 2, None)?.count_expert_num_tokens(&mut out.i32[..1])
     }),
-    ("Value", "topk is 0", |out| route(out, Router::Softmax { topk: 0, renormalize: true })),
-    ("Value", "topk is 7", |out| route(out, Router::Softmax { topk: 7, renormalize: true })),
+    // One element in memory, by strides of zero more than could ever be walked.
+    ("Overflow", "M * topk overflows: 1099511627776 * 8 > 2147483647", |_| {
+        Routing::new(MatrixRef::with_strides(&[0i64], 1 << 40, 8, 0, 0)?, 2, None).map(drop)
+    }),
+    ("Overflow", "M * topk overflows: 4611686018427387904 * 4", |out| {
+        let logits = MatrixRef::with_strides(&[0.0f32], 1 << 62, 8, 0, 0)?;
+        Router::softmax(4, true).route(logits, &mut out.i32, &mut out.f32)
+    }),
+    ("Value", "topk is 0", |out| route(out, Router::softmax(0, true))),
+    ("Value", "topk is 7", |out| route(out, Router::softmax(7, true))),
     ("Value", "topk is 3, expected 1 to 2", |out| route(out, sigmoid(3, 3, 1, 6))),
     ("Value", "groups is 0", |out| route(out, sigmoid(1, 0, 1, 6))),
     ("Value", "groups is 4", |out| route(out, sigmoid(1, 4, 1, 6))),
     ("Value", "topk_groups is 0", |out| route(out, sigmoid(1, 3, 0, 6))),
     ("Value", "topk_groups is 4", |out| route(out, sigmoid(1, 3, 4, 6))),
     ("Shape", "correction_bias has shape [5], expected [6]", |out| route(out, sigmoid(1, 3, 3, 5))),
+    ("Shape", "logit_bias has shape [5], expected [6]", |out| {
+        route(out, Router { logit_bias: vec![0.0; 5], ..Router::softmax(1, true) })
+    }),
+    ("Value", "topk is 1, expected 2 for a sparse mixer", |out| route(out, sparse_mixer(1, 0.01))),
+    ("Parameter", "jitter is -1, expected a finite number of at least 0", |out| route(out, sparse_mixer(2, -1.0))),
     ("BufferTooSmall", "topk_ids holds 3 elements, expected at least 4", |out| {
-        let router = Router::Softmax { topk: 2, renormalize: true };
+        let router = Router::softmax(2, true);
         router.route(zeros::<f32>(2, 6), &mut out.i32[..3], &mut out.f32)
     }),
     ("BufferTooSmall", "topk_weights holds 3 elements, expected at least 4", |out| {
-        let router = Router::Softmax { topk: 2, renormalize: true };
+        let router = Router::softmax(2, true);
         router.route(zeros::<f32>(2, 6), &mut out.i32, &mut out.f32[..3])
     }),
 ];
@@ -315,6 +329,10 @@ const ACTIVATION: &[Refusal] = &[
     }),
 ];
 
+const UNGATED: &[Refusal] = &[("BufferTooSmall", "gate_up holds 23 elements, expected at least 24", |out| {
+    cpu::activate(&Cpu::new(), &layout(), 3, &[bf16::ZERO; 23], &Activation::Relu2, &mut out.bf16)
+})];
+
 const UNPERMUTE: &[Refusal] = &[
     ("Shape", "rows has shape [7, 3], expected [8, 3]", |out| {
         cpu::unpermute(&Cpu::new(), zeros::<bf16>(7, 3), &layout(), None, &mut out.bf16)
@@ -349,6 +367,14 @@ const UNPERMUTE_SLOTS: &[Refusal] = &[
     ("BufferTooSmall", "out holds 5 elements, expected at least 6", |out| {
         unpermute_slots(&mut out.bf16[..5], 1, None, 2)
     }),
+    ("BufferTooSmall", "out holds 5 elements, expected at least 3298534883328", |out| {
+        let expanded = MatrixRef::with_strides(&[0i32], 1 << 40, 1 << 20, 0, 0)?;
+        cpu::unpermute_slots(&Cpu::new(), zeros::<bf16>(8, 3), expanded, None, None, &mut out.bf16[..5])
+    }),
+    ("Overflow", "M * topk overflows: 1 * 1099511627776 > 2147483647", |out| {
+        let expanded = MatrixRef::with_strides(&[0i32], 1, 1 << 40, 0, 0)?;
+        cpu::unpermute_slots(&Cpu::new(), zeros::<bf16>(8, 3), expanded, None, None, &mut out.bf16)
+    }),
     ("Value", "topk is 0", |out| {
         cpu::unpermute_slots(&Cpu::new(), zeros::<bf16>(8, 3), zeros(2, 0), None, None, &mut out.bf16)
     }),
@@ -372,13 +398,29 @@ fn builder(format: WeightFormat) -> PackedWeightsBuilder {
 
 fn add_rows(first_row: usize, expert: usize, rows: usize, k: usize) -> Result<PackedWeightsBuilder> {
     let mut builder = builder(WeightFormat::Bf16);
-    builder.pack_bf16_rows(&Cpu::new(), 0, 0, zeros(32, 128))?;
-    builder.pack_bf16_rows(&Cpu::new(), expert, first_row, zeros(rows, k))?;
+    builder.pack_bf16_rows(&Cpu::new(), 0, 0, zeros::<bf16>(32, 128))?;
+    builder.pack_bf16_rows(&Cpu::new(), expert, first_row, zeros::<bf16>(rows, k))?;
     Ok(builder)
 }
 
 fn add_e4m3_rows(format: WeightFormat, first_row: usize, scale_rows: usize) -> Result<()> {
     builder(format).pack_e4m3_rows(&Cpu::new(), 0, first_row, zeros(32, 128), zeros(scale_rows, 1))
+}
+
+fn channel_rows(format: WeightFormat, first_row: usize, scales: usize) -> Result<()> {
+    builder(format).pack_e4m3_channel_rows(&Cpu::new(), 0, first_row, zeros(32, 128), &vec![1.0; scales])
+}
+
+/// Two experts' gate and up of 192 rows, K = 3.
+fn gate_up(weights: usize, scales: usize) -> Result<PackedWeights> {
+    let (weights, scales) = (vec![E4m3(0); weights], vec![1.0; scales]);
+    PackedWeights::pack_gate_up_e4m3(&Cpu::new(), &weights, &scales, 2, 192, 3, GateUpOrder::Halves)
+}
+
+/// Rows of gate and up of 70 rows each.
+fn gate_up_rows(first_row: usize, rows: usize, scale_rows: usize) -> Result<()> {
+    let mut builder = PackedWeightsBuilder::gate_up(WeightFormat::E4m3, 2, 70, 128)?;
+    builder.pack_e4m3_rows(&Cpu::new(), 0, first_row, zeros(rows, 128), zeros(scale_rows, 1))
 }
 
 const WEIGHTS: &[Refusal] = &[
@@ -387,20 +429,76 @@ const WEIGHTS: &[Refusal] = &[
     }),
     ("Value", "n is 0", |_| PackedWeights::pack_bf16(&Cpu::new(), &[bf16::ONE], 1, 0, 1).map(drop)),
     ("Value", "k is 0", |_| PackedWeights::pack_e4m3(&Cpu::new(), &[], &[], 1, 1, 0).map(drop)),
-    ("BufferTooSmall", "weights holds 5 elements, expected at least 6", |_| {
+    ("Shape", "weights has shape [5], expected [6], the elements of [1, 2, 3]", |_| {
         PackedWeights::pack_bf16(&Cpu::new(), &[bf16::ONE; 5], 1, 2, 3).map(drop)
     }),
-    ("BufferTooSmall", "weights holds 5 elements, expected at least 6", |_| {
+    ("Shape", "weights has shape [7], expected [6]", |_| {
+        PackedWeights::pack_bf16(&Cpu::new(), &[bf16::ONE; 7], 1, 2, 3).map(drop)
+    }),
+    ("Shape", "weights has shape [5], expected [6]", |_| {
         PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(0); 5], &[1.0], 1, 2, 3).map(drop)
     }),
-    ("BufferTooSmall", "scales holds 3 elements, expected at least 4", |_| {
+    ("Shape", "weights has shape [7], expected [6]", |_| {
+        PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(0); 7], &[1.0], 1, 2, 3).map(drop)
+    }),
+    ("Shape", "scales has shape [3], expected [4], the elements of [2, 2, 1]", |_| {
         PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(0); 2 * 129 * 3], &[1.0; 3], 2, 129, 3).map(drop)
+    }),
+    ("Shape", "scales has shape [8], expected [6], the elements of [2, 3, 1]", |_| {
+        // Two row blocks for each of gate and up, given for the two as one matrix.
+        PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(0); 2 * 384 * 3], &[1.0; 8], 2, 384, 3).map(drop)
+    }),
+    ("Shape", "scales has shape [6], expected [8], the elements of [2, 4, 1]", |_| gate_up(2 * 384 * 3, 6).map(drop)),
+    ("Shape", "scales has shape [9], expected [8]", |_| gate_up(2 * 384 * 3, 9).map(drop)),
+    ("Shape", "weights has shape [2303], expected [2304]", |_| gate_up(2 * 384 * 3 - 1, 8).map(drop)),
+    ("Shape", "weights has shape [2305], expected [2304]", |_| gate_up(2 * 384 * 3 + 1, 8).map(drop)),
+    ("Shape", "weights has shape [7], expected [6]", |_| {
+        let order = GateUpOrder::Interleaved;
+        PackedWeights::pack_gate_up_bf16(&Cpu::new(), &[bf16::ONE; 7], 1, 1, 3, order).map(drop)
+    }),
+    ("Value", "intermediate is 0, expected at least 1", |_| {
+        PackedWeightsBuilder::gate_up(WeightFormat::Bf16, 1, 0, 1).map(drop)
+    }),
+    ("Overflow", "2 I overflows", |_| PackedWeightsBuilder::gate_up(WeightFormat::Bf16, 1, usize::MAX, 1).map(drop)),
+    ("Value", "first_row is 65, expected a multiple of 32 of gate's or up's rows", |_| gate_up_rows(65, 8, 1)),
+    ("Shape", "rows has shape [40, 128], expected [R, 128] with R at most 38, the rest of gate's rows", |_| {
+        gate_up_rows(32, 40, 1)
+    }),
+    ("Shape", "scales has shape [2, 1], expected [1, 1]", |_| gate_up_rows(70, 70, 2)),
+    ("Shape", "scales has shape [31], expected [32], the elements of [32]", |_| {
+        channel_rows(WeightFormat::E4m3, 0, 31)
+    }),
+    ("Value", "first_row is 8, expected a multiple of 32", |_| channel_rows(WeightFormat::E4m3, 8, 32)),
+    ("WeightFormat", "builder is packed as bf16, expected e4m3", |_| channel_rows(WeightFormat::Bf16, 0, 32)),
+    ("Shape", "rows has shape [64, 128], expected those of a builder that was made for gate and up", |_| {
+        builder(WeightFormat::Bf16).pack_gate_up_bf16_rows(&Cpu::new(), 0, zeros::<f32>(64, 128), GateUpOrder::Halves)
+    }),
+    ("Shape", "rows has shape [139, 128], expected [140, 128]", |_| {
+        let mut builder = PackedWeightsBuilder::gate_up(WeightFormat::Bf16, 2, 70, 128)?;
+        builder.pack_gate_up_bf16_rows(&Cpu::new(), 0, zeros::<bf16>(139, 128), GateUpOrder::Halves)
+    }),
+    ("Shape", "scales has shape [1, 1], expected [2, 1]", |_| {
+        let mut builder = PackedWeightsBuilder::gate_up(WeightFormat::E4m3, 2, 70, 128)?;
+        builder.pack_gate_up_e4m3_rows(&Cpu::new(), 0, zeros(140, 128), zeros(1, 1), GateUpOrder::Halves)
+    }),
+    ("Value", "values is 3, expected an even number of values, gate's and up's", |_| {
+        GateUpOrder::Interleaved.to_halves(&[1, 2, 3]).map(drop)
     }),
     ("Overflow", "bytes of the packed weights overflows", |_| {
         PackedWeights::pack_bf16(&Cpu::new(), &[], 1 << 40, 1 << 20, 1 << 20).map(drop)
     }),
+    ("Memory", "packed_weights takes 2305843009213693952 bytes, expected", |_| {
+        PackedWeightsBuilder::new(WeightFormat::Bf16, 1 << 20, 1 << 20, 1 << 20).map(drop)
+    }),
+    // Nothing is allocated for weights that are not there.
+    ("Shape", "weights has shape [1], expected [1152921504606846976]", |_| {
+        PackedWeights::pack_bf16(&Cpu::new(), &[bf16::ONE], 1 << 20, 1 << 20, 1 << 20).map(drop)
+    }),
+    ("Shape", "weights has shape [1], expected [1152921504606846976]", |_| {
+        PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(0)], &[], 1 << 20, 1 << 20, 1 << 20).map(drop)
+    }),
     ("WeightFormat", "builder is packed as e4m3, expected bf16", |_| {
-        builder(WeightFormat::E4m3).pack_bf16_rows(&Cpu::new(), 0, 0, zeros(32, 128))
+        builder(WeightFormat::E4m3).pack_bf16_rows(&Cpu::new(), 0, 0, zeros::<bf16>(32, 128))
     }),
     ("WeightFormat", "builder is packed as bf16, expected e4m3", |_| add_e4m3_rows(WeightFormat::Bf16, 0, 1)),
     ("Value", "first_row is 33, expected a multiple of 32", |_| add_e4m3_rows(WeightFormat::E4m3, 33, 1)),
@@ -463,6 +561,11 @@ const GEMM: &[Refusal] = &[
         let bytes = grouped_gemm_workspace_bytes(layout().live_rows(), 128, ActivationFormat::Bf16)?;
         product(out, Activations::Bf16(&[bf16::ONE; 1024]), &bf16_weights([2, 64, 128]), bytes - 1)
     }),
+    ("Shape", "bias has shape [127], expected [128], the elements of [2, 64]", |out| {
+        let (x, weights) = (Activations::Bf16(&[bf16::ONE; 1024]), bf16_weights([2, 64, 128]));
+        let (bias, workspace) = ([0.0; 127], &mut [0; 1 << 16]);
+        grouped_gemm_with_bias(&Cpu::new(), &layout(), x, &weights, Some(&bias), workspace, &mut out.bf16)
+    }),
     ("BufferTooSmall", "out holds 511 elements, expected at least 512", |out| {
         let (x, weights) = (Activations::Bf16(&[bf16::ONE; 1024]), bf16_weights([2, 64, 128]));
         grouped_gemm(&Cpu::new(), &layout(), x, &weights, &mut [0; 1 << 16], &mut out.bf16[..511])
@@ -499,7 +602,66 @@ fn new_layer(w13: PackedWeights, w2: PackedWeights, activations: ActivationForma
     Layer::new(w13, w2, LayerOptions { activations, alignment, ..LayerOptions::default() }).map(drop)
 }
 
+/// A layer of plain bf16 weights with that activation.
+fn activated(activation: Activation) -> Result<()> {
+    let options = LayerOptions { activation, ..LayerOptions::default() };
+    Layer::new(bf16_weights([1, 128, 128]), bf16_weights([1, 128, 64]), options).map(drop)
+}
+
+fn with_shared(w13: [usize; 3], w2: [usize; 3], gate: usize) -> Result<()> {
+    let (w13, w2, gate) = (bf16_weights(w13), bf16_weights(w2), Some(vec![0.0; gate]));
+    layer(false).with_shared_expert(SharedExpert { w13, w2, gate }).map(drop)
+}
+
+fn biased(b13: usize, b2: usize) -> Result<()> {
+    layer(false).with_biases(Some(vec![0.0; b13]), Some(vec![0.0; b2])).map(drop)
+}
+
+fn swiglu(alpha: f32, beta: f32, limit: Option<f32>) -> Result<()> {
+    activated(Activation::Swiglu { alpha, beta, limit })
+}
+
 const LAYER: &[Refusal] = &[
+    ("Parameter", "alpha is NaN, expected a finite number", |_| swiglu(f32::NAN, 0.0, None)),
+    ("Parameter", "beta is -inf, expected a finite number", |_| swiglu(1.0, f32::NEG_INFINITY, None)),
+    ("Parameter", "limit is -1, expected a number above 0, or none", |_| swiglu(1.0, 0.0, Some(-1.0))),
+    ("Parameter", "limit is NaN, expected a number above 0, or none", |_| swiglu(1.0, 0.0, Some(f32::NAN))),
+    ("Shape", "w13 has shape [1, 128, 128], expected [1, 64, 128], which w2 asks for without a gate", |_| {
+        activated(Activation::Relu2)
+    }),
+    ("Value", "intermediate is 0", |_| LayerShape::ungated(1, 0, 1).map(drop)),
+    ("Value", "intermediate is 96, expected a multiple of 128, or a w13 packed as gate and up", |_| {
+        new_layer(e4m3_weights([1, 192, 128]), e4m3_weights([1, 128, 96]), ActivationFormat::Bf16, 1)
+    }),
+    ("Shape", "shared w2 has shape [2, 48, 32], expected [1, 48, I]", |_| with_shared([2, 64, 48], [2, 48, 32], 48)),
+    ("Shape", "shared w2 has shape [1, 40, 32], expected [1, 48, I]", |_| with_shared([1, 64, 40], [1, 40, 32], 48)),
+    ("Shape", "w13 has shape [1, 32, 48], expected [1, 64, 48]", |_| with_shared([1, 32, 48], [1, 48, 32], 48)),
+    ("Shape", "shared gate has shape [47], expected [48]", |_| with_shared([1, 64, 48], [1, 48, 32], 47)),
+    ("WeightFormat", "w2 is packed as e4m3, expected bf16", |_| {
+        let shared = SharedExpert { w13: bf16_weights([1, 64, 48]), w2: e4m3_weights([1, 48, 32]), gate: None };
+        layer(false).with_shared_expert(shared).map(drop)
+    }),
+    ("Value", "intermediate is 96, expected a multiple of 128, or a w13 packed as gate and up", |_| {
+        let shared = SharedExpert { w13: e4m3_weights([1, 192, 48]), w2: e4m3_weights([1, 48, 96]), gate: None };
+        layer(false).with_shared_expert(shared).map(drop)
+    }),
+    ("Value", "intermediate is 64, expected a positive multiple of the group, 128", |_| {
+        let options = LayerOptions { activations: ActivationFormat::E4m3, ..LayerOptions::default() };
+        let layer = Layer::new(e4m3_weights([1, 256, 128]), e4m3_weights([1, 128, 128]), options)?;
+        let shared = SharedExpert { w13: e4m3_weights([1, 128, 128]), w2: e4m3_weights([1, 128, 64]), gate: None };
+        layer.with_shared_expert(shared).map(drop)
+    }),
+    ("BufferTooSmall", "workspace holds", |out| {
+        // What serves the layer without its shared expert does not serve it with one.
+        let bytes = layer(false).workspace_bytes(2, 2)?;
+        let shared = SharedExpert { w13: bf16_weights([1, 64, 48]), w2: bf16_weights([1, 48, 32]), gate: None };
+        let layer = layer(false).with_shared_expert(shared)?;
+        let (x, routing) = (zeros::<bf16>(2, 48), Routing::new(ids(2, 2, 0), 2, None)?);
+        layer.run(&Cpu::new(), x, &routing, zeros(2, 2), &mut vec![0; bytes], &mut out.bf16)
+    }),
+    ("Shape", "b13 has shape [127], expected [128], the elements of [2, 64]", |_| biased(127, 96)),
+    ("Shape", "b13 has shape [129], expected [128]", |_| biased(129, 96)),
+    ("Shape", "b2 has shape [97], expected [96], the elements of [2, 48]", |_| biased(128, 97)),
     ("Value", "hidden is 0", |_| LayerShape::new(0, 1, 1).map(drop)),
     ("Value", "intermediate is 0", |_| LayerShape::new(1, 0, 1).map(drop)),
     ("Value", "local_experts is 0", |_| LayerShape::new(1, 1, 0).map(drop)),
@@ -560,6 +722,7 @@ fn variant(error: &Error) -> &'static str {
         Error::Dtype { .. } => "Dtype",
         Error::Device { .. } => "Device",
         Error::Value { .. } => "Value",
+        Error::Parameter { .. } => "Parameter",
         Error::Alignment { .. } => "Alignment",
         Error::Name { .. } => "Name",
         Error::ExpertId { .. } => "ExpertId",
@@ -570,6 +733,7 @@ fn variant(error: &Error) -> &'static str {
         Error::Overflow { .. } => "Overflow",
         Error::BufferTooSmall { .. } => "BufferTooSmall",
         Error::WeightFormat { .. } => "WeightFormat",
+        Error::Memory { .. } => "Memory",
         Error::Cuda { .. } => "Cuda",
         Error::Kernel { .. } => "Kernel",
         _ => "a variant this test does not know",
@@ -587,6 +751,7 @@ fn tables() -> Vec<Refusal> {
         WEIGHTS,
         GEMM,
         ACTIVATION,
+        UNGATED,
         UNPERMUTE,
         UNPERMUTE_SLOTS,
         LAYER,

@@ -1,12 +1,14 @@
 //! The grouped GEMM within the contract's tolerances, by row and by expert; the same bits on any number of threads.
 
 use crate::cases::{Noise, RoutingCase, Strided, Strides, config, exact, machines, routings};
-use crate::weights::{Part, Weights};
+use crate::weights::{Part, Weights, reordered};
 use expertile::cpu::{
-    Activations, Cpu, Isa, PackedWeights, PackedWeightsBuilder, grouped_gemm, grouped_gemm_workspace_bytes,
+    Activations, Cpu, Isa, PackedWeights, PackedWeightsBuilder, grouped_gemm, grouped_gemm_with_bias,
+    grouped_gemm_workspace_bytes,
 };
 use expertile::{
-    ActivationFormat, E4m3, Group, Layout, MatrixRef, ScaleFormat, ScaleLayout, ScaleRounding, Scales, WeightFormat,
+    ActivationFormat, E4m3, GateUpOrder, Group, Layout, MatrixRef, ScaleFormat, ScaleLayout, ScaleRounding, Scales,
+    WeightFormat,
 };
 use expertile_oracle as oracle;
 use half::bf16;
@@ -247,6 +249,257 @@ proptest! {
             Ok(())
         })?;
     }
+}
+
+proptest! {
+    #![proptest_config(config(40))]
+
+    /// Gate's and up's own row blocks, any number of rows, any order and any strides.
+    #[test]
+    fn gate_and_up_multiply_the_same_however_they_come(
+        case in small_routings(),
+        half in select(&[1, 7, 32, 65, 96, 128, 160, 192][..]),
+        k in select(&[1, 64, 127, 200, 256][..]),
+        e4m3: bool,
+        strides in crate::cases::strides(),
+        seed: u64,
+    ) {
+        let experts = case.local_experts;
+        let format = if e4m3 { WeightFormat::E4m3 } else { WeightFormat::Bf16 };
+        let weights = Weights::gate_up(format, [experts, half, k], seed);
+        let cpu = Cpu::new();
+        let mut parts = PackedWeightsBuilder::gate_up(format, experts, half, k).unwrap();
+        let mut fused = PackedWeightsBuilder::gate_up(format, experts, half, k).unwrap();
+        let order = GateUpOrder::Interleaved;
+        for expert in (0..experts).rev() {
+            for first_row in [half, 0] {
+                match weights.part(expert, first_row, half) {
+                    Part::E4m3(bytes, scales) => {
+                        let rows = Strided::new(&bytes, half, k, strides, E4m3::NAN);
+                        let scales = Strided::new(&scales, half.div_ceil(128), k.div_ceil(128), strides, f32::NAN);
+                        parts.pack_e4m3_rows(&cpu, expert, first_row, rows.matrix(), scales.matrix()).unwrap();
+                    }
+                    Part::Bf16(values) => {
+                        let rows = Strided::new(&values, half, k, strides, bf16::NAN);
+                        parts.pack_bf16_rows(&cpu, expert, first_row, rows.matrix()).unwrap();
+                    }
+                }
+            }
+            match [weights.part(expert, 0, half), weights.part(expert, half, half)] {
+                [Part::E4m3(gate, mut scales), Part::E4m3(up, up_scales)] => {
+                    let rows = reordered(&[gate, up].concat(), half, k, order);
+                    let rows = Strided::new(&rows, 2 * half, k, strides, E4m3::NAN);
+                    scales.extend(up_scales);
+                    let scales = Strided::new(&scales, 2 * half.div_ceil(128), k.div_ceil(128), strides, f32::NAN);
+                    fused.pack_gate_up_e4m3_rows(&cpu, expert, rows.matrix(), scales.matrix(), order).unwrap();
+                }
+                [Part::Bf16(gate), Part::Bf16(up)] => {
+                    let rows = reordered(&[gate, up].concat(), half, k, order);
+                    let rows = Strided::new(&rows, 2 * half, k, strides, bf16::NAN);
+                    fused.pack_gate_up_bf16_rows(&cpu, expert, rows.matrix(), order).unwrap();
+                }
+                _ => unreachable!("parts of one format"),
+            }
+        }
+        let all = [
+            weights.pack_in(&cpu, GateUpOrder::Halves),
+            weights.pack_in(&cpu, GateUpOrder::Interleaved),
+            parts.finish().unwrap(),
+            fused.finish().unwrap(),
+        ];
+        case.with_layout(|layout, oracle_layout| {
+            let rows = Rows::random(&oracle_layout.m_indices, k, None, seed);
+            let m_indices = &oracle_layout.m_indices;
+            let exact = oracle::gemm::grouped_gemm(&rows.meant, m_indices, 2 * half, k, |e, j, row| weights.row(e, j, row));
+            for cpu in Isa::available().into_iter().map(Cpu::with_isa) {
+                let [first, others @ ..] = all.each_ref().map(|packed| multiply(&cpu, layout, &rows, packed));
+                for other in others {
+                    prop_assert!(crate::cases::bits(&first) == crate::cases::bits(&other), "{}", cpu.isa());
+                }
+                let actual: Vec<f64> = first[..layout.m_sum() * 2 * half].iter().map(|value| value.to_f64()).collect();
+                // Rows of two values have no direction to compare: those of K = 1 are compared as a whole below.
+                if half > 1 {
+                    within(BF16_GEMM, &actual, &exact, m_indices, 2 * half)?;
+                }
+                let (actual, exact) = (live(&actual, m_indices, 2 * half), live(&exact, m_indices, 2 * half));
+                let slack = |sum: f64| sum.abs() / 200.0 + 1e-5;
+                prop_assert!(actual.iter().zip(&exact).all(|(a, e)| (a - e).abs() <= slack(*e)), "{}", cpu.isa());
+            }
+            Ok(())
+        })?;
+    }
+
+    /// f32 and f16 weights are those rounded to bf16 beforehand, through any strides.
+    #[test]
+    fn weights_of_other_types_are_rounded_to_the_nearest_bf16(
+        n in select(&[1, 5, 33, 70][..]),
+        k in select(&[1, 2, 9, 130][..]),
+        strides in crate::cases::strides(),
+        seed: u64,
+    ) {
+        fn rows_of<T: crate::cases::Number>(weights: &[f32], [n, k]: [usize; 2], strides: Strides) -> PackedWeights {
+            let weights: Vec<T> = weights.iter().map(|&weight| T::nearest(weight)).collect();
+            let rows = Strided::new(&weights, n, k, strides, T::nearest(f32::NAN));
+            let mut builder = PackedWeightsBuilder::new(WeightFormat::Bf16, 1, n, k).unwrap();
+            builder.pack_bf16_rows(&Cpu::new(), 0, 0, rows.matrix()).unwrap();
+            builder.finish().unwrap()
+        }
+        let mut noise = Noise(seed);
+        // f16 has these as well, so that the three differ in nothing but their type.
+        let weights: Vec<f32> = (0..n * k).map(|_| half::f16::from_f32(noise.normal()).to_f32()).collect();
+        let rounded: Vec<f32> = weights.iter().map(|&weight| bf16::from_f32(weight).to_f32()).collect();
+        let all = [
+            rows_of::<f32>(&weights, [n, k], strides),
+            rows_of::<half::f16>(&weights, [n, k], strides),
+            rows_of::<bf16>(&rounded, [n, k], Strides::Contiguous),
+        ];
+        let case = RoutingCase { topk: 1, local_experts: 1, alignment: 1, ids: vec![0; 3], expert_map: None, slack: 0 };
+        case.with_layout(|layout, oracle_layout| {
+            let rows = Rows::random(&oracle_layout.m_indices, k, None, seed);
+            let outs = all.each_ref().map(|packed| crate::cases::bits(&multiply(&Cpu::new(), layout, &rows, packed)));
+            prop_assert!(outs[0] == outs[2] && outs[1] == outs[2]);
+            Ok(())
+        })?;
+    }
+}
+
+/// A bias joins the sum before it is rounded, in live rows only; a bias of zero changes nothing.
+#[test]
+fn a_bias_is_added_to_the_f32_sum() {
+    let (n, k) = (70, 2);
+    let case = real_case();
+    // 1 + 2^-9 alone would be rounded to 1, and with the bias' 3 * 2^-10 then to 1 again; together they pass the middle.
+    let (one, little) = (bf16::ONE, bf16::from_f32(2f32.powi(-9)));
+    let weights: Vec<bf16> = (0..4 * n).flat_map(|_| [one, little]).collect();
+    let bias: Vec<f32> = (0..4 * n)
+        .map(|at| match at / n {
+            1 => f32::NAN,
+            expert => (expert + 1) as f32 * (at % n + 1) as f32 * 3.0 * 2f32.powi(-10),
+        })
+        .collect();
+    case.with_layout(|layout, oracle_layout| {
+        let m_indices = &oracle_layout.m_indices;
+        let x: Vec<bf16> =
+            m_indices.iter().flat_map(|&expert| [if expert < 0 { bf16::NAN } else { bf16::ONE }; 2]).collect();
+        for cpu in machines() {
+            let packed = PackedWeights::pack_bf16(&cpu, &weights, 4, n, k).unwrap();
+            let multiply = |bias: Option<&[f32]>| {
+                let bytes = grouped_gemm_workspace_bytes(layout.live_rows(), k, ActivationFormat::Bf16).unwrap();
+                let mut out = vec![POISON; layout.m_sum() * n + 3];
+                let rows = Activations::Bf16(&x);
+                grouped_gemm_with_bias(&cpu, layout, rows, &packed, bias, &mut vec![0xff; bytes], &mut out).unwrap();
+                out
+            };
+            let out = multiply(Some(&bias));
+            for (row, &expert) in m_indices.iter().enumerate() {
+                for column in 0..n {
+                    let actual = out[row * n + column];
+                    if expert < 0 {
+                        prop_assert_eq!(actual.to_bits(), POISON.to_bits());
+                        continue;
+                    }
+                    let sum = 1.0 + 2f32.powi(-9) + bias[expert as usize * n + column];
+                    prop_assert_eq!(actual, bf16::from_f32(sum), "{} row {} column {}", cpu.isa(), row, column);
+                }
+            }
+            prop_assert!(out[layout.m_sum() * n..].iter().all(|value| value.to_bits() == POISON.to_bits()));
+            let (zero, none) = (multiply(Some(&vec![0.0; 4 * n])), multiply(None));
+            prop_assert!(crate::cases::bits(&zero) == crate::cases::bits(&none));
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// A column's own scale multiplies its sum once, before the bias: in one matrix and in gate and up, whole or in parts.
+#[test]
+fn a_scale_for_each_channel_multiplies_its_sums_once() {
+    let (half, k) = (70, 256);
+    let case = real_case();
+    let weights = Weights::random(WeightFormat::E4m3, [4, 2 * half, k], 4);
+    let mut noise = Noise(9);
+    let scales: Vec<f32> = (0..4 * 2 * half).map(|_| 0.5 + noise.unit().abs()).collect();
+    let bias: Vec<f32> = (0..4 * 2 * half).map(|_| noise.normal()).collect();
+    let bytes = |expert: usize, first: usize, rows: usize| match weights.part(expert, first, rows) {
+        Part::E4m3(bytes, _) => bytes,
+        Part::Bf16(_) => unreachable!("e4m3 weights"),
+    };
+    case.with_layout(|layout, oracle_layout| {
+        let m_indices = &oracle_layout.m_indices;
+        let rows = Rows::random(m_indices, k, None, 5);
+        let exact = oracle::gemm::grouped_gemm(&rows.meant, m_indices, 2 * half, k, |e, j, row| {
+            let stored = bytes(e, 0, 2 * half);
+            for (c, value) in row.iter_mut().enumerate() {
+                let scale = f64::from(scales[e * 2 * half + j]);
+                *value = oracle::quantize::e4m3_value(stored[j * k + c].0) * scale;
+            }
+        });
+        let exact: Vec<f64> = exact
+            .iter()
+            .enumerate()
+            .map(|(at, value)| match usize::try_from(m_indices[at / (2 * half)]) {
+                Ok(expert) => value + f64::from(bias[expert * 2 * half + at % (2 * half)]),
+                Err(_) => f64::NAN,
+            })
+            .collect();
+        for cpu in machines() {
+            // Whole, and gate and up apart, gate in two parts.
+            let mut whole = PackedWeightsBuilder::new(WeightFormat::E4m3, 4, 2 * half, k).unwrap();
+            let mut parts = PackedWeightsBuilder::gate_up(WeightFormat::E4m3, 4, half, k).unwrap();
+            for expert in 0..4 {
+                let pack = |builder: &mut PackedWeightsBuilder, first: usize, rows: usize| {
+                    let stored = bytes(expert, first, rows);
+                    let stored = Strided::new(&stored, rows, k, Strides::ColumnMajor, E4m3::NAN);
+                    let own = &scales[expert * 2 * half + first..][..rows];
+                    builder.pack_e4m3_channel_rows(&cpu, expert, first, stored.matrix(), own).unwrap();
+                };
+                pack(&mut whole, 0, 2 * half);
+                for (first, rows) in [(half, half), (32, half - 32), (0, 32)] {
+                    pack(&mut parts, first, rows);
+                }
+            }
+            let mut outs = Vec::new();
+            for packed in [whole.finish().unwrap(), parts.finish().unwrap()] {
+                let bytes = grouped_gemm_workspace_bytes(layout.live_rows(), k, ActivationFormat::Bf16).unwrap();
+                let mut out = vec![POISON; layout.m_sum() * 2 * half];
+                let (x, workspace) = (rows.activations(), &mut vec![0xff; bytes]);
+                grouped_gemm_with_bias(&cpu, layout, x, &packed, Some(&bias), workspace, &mut out).unwrap();
+                let actual: Vec<f64> = out.iter().map(|value| value.to_f64()).collect();
+                within(BF16_GEMM, &actual, &exact, m_indices, 2 * half)?;
+                outs.push(crate::cases::bits(&out));
+            }
+            prop_assert!(outs[0] == outs[1], "{}", cpu.isa());
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// Gate's and up's blocks, where 128 does not divide I, are not those of the two taken as one matrix.
+#[test]
+fn blocks_of_up_start_at_ups_first_row() {
+    let (half, k, experts) = (192, 128, 2);
+    let ones = vec![E4m3(0x38); experts * 2 * half * k];
+    let scales: Vec<f32> = (1..=8u8).map(f32::from).collect();
+    let case = RoutingCase { topk: 1, local_experts: 2, alignment: 1, ids: vec![0, 1], expert_map: None, slack: 0 };
+    case.with_layout(|layout, _| {
+        for cpu in machines() {
+            let order = GateUpOrder::Halves;
+            let packed = PackedWeights::pack_gate_up_e4m3(&cpu, &ones, &scales, experts, half, k, order).unwrap();
+            let mut x = vec![bf16::ZERO; 2 * k];
+            (x[5], x[k + 7]) = (bf16::ONE, bf16::ONE);
+            let mut out = vec![POISON; 2 * 2 * half];
+            let bytes = grouped_gemm_workspace_bytes(2, k, ActivationFormat::Bf16).unwrap();
+            grouped_gemm(&cpu, layout, Activations::Bf16(&x), &packed, &mut vec![0; bytes], &mut out).unwrap();
+            for (at, value) in out.iter().enumerate() {
+                let (expert, column) = (at / (2 * half), at % (2 * half));
+                let block = 4 * expert + column / half * 2 + column % half / 128;
+                prop_assert_eq!(value.to_f32(), scales[block], "{} expert {} column {}", cpu.isa(), expert, column);
+            }
+        }
+        Ok(())
+    })
+    .unwrap();
 }
 
 /// One expert of a few rows, one without, one with more than a block of rows.

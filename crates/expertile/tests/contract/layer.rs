@@ -1,12 +1,13 @@
 //! The whole layer against f64 on unquantized inputs, by row and by expert; the same bits on any number of threads.
 
+use crate::activation::in_f64;
 use crate::cases::{
     Noise, Number, RoutingCase, Strided, Strides, bits, config, exact, machines, routings, routings_of_one_slot,
     strides,
 };
 use crate::gemm::within;
 use crate::weights::Weights;
-use expertile::cpu::{self, Cpu, Isa, Layer, LayerOptions};
+use expertile::cpu::{self, Cpu, Isa, Layer, LayerOptions, SharedExpert};
 use expertile::{Activation, ActivationFormat, Layout, MatrixRef, Padding, Stage, WeightFormat};
 use expertile_oracle as oracle;
 use half::{bf16, f16};
@@ -21,38 +22,63 @@ struct Make {
     intermediate: usize,
     weights: WeightFormat,
     activations: ActivationFormat,
-    clamped: bool,
+    activation: Activation,
+    biases: bool,
+    shared: Option<SharedMake>,
     weight_on_input: bool,
     seed: u64,
 }
 
+/// A shared expert's width, weights and gate.
+#[derive(Debug, Clone, Copy)]
+struct SharedMake {
+    intermediate: usize,
+    weights: WeightFormat,
+    gate: bool,
+}
+
 impl Make {
     fn tolerance(&self) -> Tolerance {
-        match self.activations {
+        let Tolerance { whole, row } = match self.activations {
             ActivationFormat::E4m3 => E4M3_LAYER,
             ActivationFormat::Bf16 => BF16_LAYER,
-        }
+        };
+        // A square doubles the relative error of what it is taken of, and distances are squares of those.
+        let factor = if self.activation == Activation::Relu2 { 4.0 } else { 1.0 };
+        Tolerance { whole: factor * whole, row: factor * row }
     }
 
-    fn activation(&self) -> Activation {
-        if self.clamped { Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) } } else { Activation::default() }
+    /// Rows of `w13`.
+    fn w13_rows(&self) -> usize {
+        if self.activation.is_gated() { 2 * self.intermediate } else { self.intermediate }
     }
 }
 
 fn makes() -> impl Strategy<Value = Make> {
     use {ActivationFormat as A, WeightFormat as W};
     let formats = select(&[(W::Bf16, A::Bf16), (W::E4m3, A::Bf16), (W::E4m3, A::E4m3)][..]);
-    (formats, any::<bool>(), any::<u64>()).prop_flat_map(|((weights, activations), clamped, seed)| {
+    let gpt_oss = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+    let kinds = select(vec![Activation::SWIGLU, gpt_oss, Activation::GegluTanh, Activation::Relu2]);
+    (formats, kinds, any::<bool>(), any::<u64>()).prop_flat_map(|((weights, activations), activation, biases, seed)| {
         let sizes: &[(usize, usize)] = match activations {
             A::E4m3 => &[(128, 128), (256, 128), (384, 256)],
-            A::Bf16 => &[(128, 128), (200, 72), (129, 65), (384, 256)],
+            A::Bf16 => &[(128, 128), (200, 72), (129, 65), (384, 192), (130, 96), (33, 40)],
         };
-        select(sizes).prop_map(move |(hidden, intermediate)| Make {
+        let shared_widths: &[usize] = match activations {
+            A::E4m3 => &[128, 384],
+            A::Bf16 => &[1, 40, 96, 300],
+        };
+        let shared_formats: &[W] = if weights == W::Bf16 { &[W::Bf16] } else { &[W::Bf16, W::E4m3] };
+        let shared = (select(shared_widths), select(shared_formats), any::<bool>());
+        let shared = shared.prop_map(|(intermediate, weights, gate)| SharedMake { intermediate, weights, gate });
+        (select(sizes), prop::option::of(shared)).prop_map(move |((hidden, intermediate), shared)| Make {
             hidden,
             intermediate,
             weights,
             activations,
-            clamped,
+            activation,
+            biases,
+            shared,
             weight_on_input: false,
             seed,
         })
@@ -64,18 +90,41 @@ struct Bench<T> {
     make: Make,
     w13: Weights,
     w2: Weights,
+    /// `[E, 2 I]` (or `[E, I]`) and `[E, H]`.
+    biases: Option<[Vec<f32>; 2]>,
+    shared: Option<SharedBench>,
     x: Vec<T>,
     topk_weights: Vec<f32>,
+}
+
+struct SharedBench {
+    w13: Weights,
+    w2: Weights,
+    gate: Option<Vec<f32>>,
 }
 
 impl<T: Number> Bench<T> {
     fn new(make: Make, case: &RoutingCase) -> Self {
         let Make { hidden, intermediate, weights, seed, .. } = make;
         let mut noise = Noise(seed);
+        let extents = [case.local_experts, intermediate, hidden];
+        let w13 = if make.activation.is_gated() { Weights::gate_up } else { Weights::random };
         Self {
             make,
-            w13: Weights::random(weights, [case.local_experts, 2 * intermediate, hidden], noise.next()),
+            w13: w13(weights, extents, noise.next()),
             w2: Weights::random(weights, [case.local_experts, hidden, intermediate], noise.next()),
+            biases: make.biases.then(|| {
+                [make.w13_rows(), hidden].map(|n| (0..case.local_experts * n).map(|_| 0.5 * noise.normal()).collect())
+            }),
+            shared: make.shared.map(|shared| SharedBench {
+                w13: if make.activation.is_gated() {
+                    Weights::gate_up(shared.weights, [1, shared.intermediate, hidden], noise.next())
+                } else {
+                    Weights::random(shared.weights, [1, shared.intermediate, hidden], noise.next())
+                },
+                w2: Weights::random(shared.weights, [1, hidden, shared.intermediate], noise.next()),
+                gate: shared.gate.then(|| (0..hidden).map(|_| noise.normal() / (hidden as f32).sqrt()).collect()),
+            }),
             x: (0..case.tokens() * hidden).map(|_| T::nearest(noise.normal())).collect(),
             topk_weights: (0..case.ids.len()).map(|_| 0.1 + noise.unit().abs()).collect(),
         }
@@ -83,35 +132,53 @@ impl<T: Number> Bench<T> {
 
     fn layer(&self, cpu: &Cpu, alignment: usize) -> Layer {
         let options = LayerOptions {
-            activation: self.make.activation(),
+            activation: self.make.activation,
             activations: self.make.activations,
             alignment,
             weight_on_input: self.make.weight_on_input,
         };
-        Layer::new(self.w13.pack(cpu), self.w2.pack(cpu), options).unwrap()
+        let mut layer = Layer::new(self.w13.pack(cpu), self.w2.pack(cpu), options).unwrap();
+        if let Some([b13, b2]) = self.biases.clone() {
+            layer = layer.with_biases(Some(b13), Some(b2)).unwrap();
+        }
+        if let Some(SharedBench { w13, w2, gate }) = &self.shared {
+            let shared = SharedExpert { w13: w13.pack(cpu), w2: w2.pack(cpu), gate: gate.clone() };
+            layer = layer.with_shared_expert(shared).unwrap();
+        }
+        layer
     }
 
     fn expected(&self, case: &RoutingCase) -> oracle::layer::LayerResult {
-        let activation = self.make.activation();
+        let shared = || self.shared.as_ref().expect("only asked for if there is one");
+        let shared_w13_row = |j: usize, row: &mut [f64]| shared().w13.row(0, j, row);
+        let shared_w2_row = |j: usize, row: &mut [f64]| shared().w2.row(0, j, row);
         let layer = oracle::layer::Layer {
             hidden: self.make.hidden,
             intermediate: self.make.intermediate,
-            activation: oracle::activation::Activation {
-                alpha: f64::from(activation.alpha),
-                beta: f64::from(activation.beta),
-                limit: activation.limit.map(f64::from),
-            },
+            activation: in_f64(self.make.activation),
             weight_on_input: self.make.weight_on_input,
             w13_row: &|e, j, row| self.w13.row(e, j, row),
             w2_row: &|e, j, row| self.w2.row(e, j, row),
+            b13: self.biases.as_ref().map(|[b13, _]| &b13[..]),
+            b2: self.biases.as_ref().map(|[_, b2]| &b2[..]),
+            shared: self.shared.as_ref().map(|shared| oracle::layer::SharedExpert {
+                intermediate: shared.w2.k,
+                w13_row: &shared_w13_row,
+                w2_row: &shared_w2_row,
+                gate: shared.gate.as_deref(),
+            }),
         };
         layer.run(&exact(&self.x), &case.ids, case.topk, Some(&self.topk_weights), case.expert_map.as_deref())
     }
 
     /// Runs in a poisoned, unaligned workspace of exactly the size asked for; also the rows of GEMM 2, by slot.
     fn run<O: Number>(&self, cpu: &Cpu, case: &RoutingCase, strides: Strides) -> (Vec<O>, Vec<f64>) {
+        self.run_in(&self.layer(cpu, case.alignment), cpu, case, strides)
+    }
+
+    /// The same in a layer that [`Bench::layer`] made.
+    fn run_in<O: Number>(&self, layer: &Layer, cpu: &Cpu, case: &RoutingCase, strides: Strides) -> (Vec<O>, Vec<f64>) {
         let (tokens, hidden) = (case.tokens(), self.make.hidden);
-        let layer = self.layer(cpu, case.alignment);
         let x = Strided::new(&self.x, tokens, hidden, strides, T::nearest(f32::NAN));
         let weights = Strided::new(&self.topk_weights, tokens, case.topk, strides, f32::NAN);
         let mut workspace = vec![0xff; layer.workspace_bytes(tokens, case.topk).unwrap() + 1];
@@ -143,7 +210,9 @@ impl<T: Number> Bench<T> {
                 },
             )
             .unwrap();
-        assert_eq!(stages, Stage::ALL);
+        let has_shared = self.shared.is_some();
+        let expected: Vec<Stage> = Stage::ALL.into_iter().filter(|&s| has_shared || s != Stage::Shared).collect();
+        assert_eq!(stages, expected);
         assert!(output[tokens * hidden..].iter().all(|value| value.bits() == poison.bits()));
         output.truncate(tokens * hidden);
         (output, slot_rows)
@@ -249,7 +318,18 @@ proptest! {
 }
 
 fn plain(hidden: usize, intermediate: usize, weights: WeightFormat, activations: ActivationFormat) -> Make {
-    Make { hidden, intermediate, weights, activations, clamped: false, weight_on_input: false, seed: 11 }
+    let activation = Activation::SWIGLU;
+    Make {
+        hidden,
+        intermediate,
+        weights,
+        activations,
+        activation,
+        biases: false,
+        shared: None,
+        weight_on_input: false,
+        seed: 11,
+    }
 }
 
 fn crowd(tokens: usize) -> RoutingCase {
@@ -356,7 +436,126 @@ fn costs_count_live_rows_and_active_experts_once() {
         assert_eq!(cost(Stage::Gemm2, WeightFormat::Bf16, bf16), (gemm2, 2 * 5 * 256 * 128));
         assert_eq!(cost(Stage::Activation, WeightFormat::Bf16, bf16), (5 * (512 + 256), 0));
         assert_eq!(cost(Stage::Unpermute, WeightFormat::Bf16, bf16), ((5 + 3) * 512, 0));
+        // Without a gate there are I rows of first weights, and I values to activate.
+        let shape = expertile::LayerShape::ungated(256, 128, 4).unwrap();
+        assert_eq!((shape.w13_rows(), shape.is_gated()), (128, false));
+        let cost = |stage| stage_cost(stage, &shape, layout, WeightFormat::Bf16, bf16, 4);
+        assert_eq!(cost(Stage::Gemm1).flops, 2 * 5 * 128 * 256);
+        assert_eq!(cost(Stage::Activation).bytes, 5 * (256 + 256));
         Ok(())
     })
     .unwrap();
+}
+
+/// The shared expert's rows reach every token: those that no expert has, too. A gate of zeros halves them; a NaN in a token
+/// or in its gate's sum stays with the token.
+#[test]
+fn a_shared_expert_reaches_every_token_and_no_other() {
+    let shared = SharedMake { intermediate: 96, weights: WeightFormat::Bf16, gate: true };
+    for activations in [ActivationFormat::Bf16, ActivationFormat::E4m3] {
+        let make = Make { shared: Some(shared), ..plain(256, 128, WeightFormat::E4m3, activations) };
+        let nowhere = RoutingCase { ids: vec![-1; 3 * 8], ..crowd(8) };
+        for cpu in machines() {
+            let mut bench = Bench::<bf16>::new(make, &nowhere);
+            let mut ungated = Bench::<bf16>::new(make, &nowhere);
+            ungated.shared.as_mut().unwrap().gate = None;
+            bench.shared.as_mut().unwrap().gate = Some(vec![0.0; 256]);
+            let (halved, _) = bench.run::<f32>(&cpu, &nowhere, Strides::Contiguous);
+            let (whole, _) = ungated.run::<f32>(&cpu, &nowhere, Strides::GapsEverywhere);
+            assert!(whole.iter().all(|value| *value != 0.0) && halved.len() == 8 * 256);
+            assert!(halved.iter().zip(&whole).all(|(half, whole)| 2.0 * half == *whole), "{}", cpu.isa());
+
+            ungated.x[3 * 256 + 9] = bf16::NAN;
+            let (output, _) = ungated.run::<f32>(&cpu, &nowhere, Strides::Contiguous);
+            for token in 0..8 {
+                let (output, whole) = (&output[token * 256..][..256], &whole[token * 256..][..256]);
+                if token == 3 {
+                    assert!(output.iter().all(|value| value.is_nan()), "{}", cpu.isa());
+                } else {
+                    assert_eq!(bits(output), bits(whole), "{} token {token}", cpu.isa());
+                }
+            }
+        }
+    }
+}
+
+/// A router weight on the input is the routed experts' alone.
+#[test]
+fn a_weight_on_the_input_does_not_touch_the_shared_expert() {
+    let case = RoutingCase { topk: 1, local_experts: 2, alignment: 1, ids: vec![-1; 5], expert_map: None, slack: 0 };
+    let shared = Some(SharedMake { intermediate: 64, weights: WeightFormat::Bf16, gate: false });
+    let make = Make { shared, ..plain(64, 64, WeightFormat::Bf16, ActivationFormat::Bf16) };
+    let mut bench = Bench::<bf16>::new(make, &case);
+    for cpu in machines() {
+        bench.make.weight_on_input = false;
+        let (expected, _) = bench.run::<bf16>(&cpu, &case, Strides::Contiguous);
+        bench.make.weight_on_input = true;
+        let (output, _) = bench.run::<bf16>(&cpu, &case, Strides::Contiguous);
+        assert_eq!(bits(&output), bits(&expected), "{}", cpu.isa());
+    }
+}
+
+#[test]
+fn the_shared_experts_cost_counts_its_weights_once_and_every_token() {
+    use expertile::layer::shared_cost;
+    let shape = expertile::LayerShape::new(256, 128, 1).unwrap();
+    let cost = shared_cost(&shape, 5, WeightFormat::Bf16, ActivationFormat::Bf16, 4);
+    let rows = 5 * (256 * 4 + 2 * 2 * 256 + 2 * 2 * 256 + 2 * 2 * 128 + 2 * 256);
+    assert_eq!(cost.bytes, 2 * (256 * 256 + 256 * 128) + rows);
+    assert_eq!(cost.flops, 2 * 5 * (256 * 256 + 256 * 128));
+    assert_eq!(shared_cost(&shape, 0, WeightFormat::E4m3, ActivationFormat::E4m3, 4), Default::default());
+}
+
+/// Promise 2 of the contract: a token has the same bits whatever the number of tokens is and whatever they are.
+#[test]
+fn a_token_comes_out_with_the_same_bits_in_any_company() {
+    use {ActivationFormat as A, WeightFormat as W};
+    const TOKENS: usize = 260;
+    let mut noise = Noise(3);
+    let ids: Vec<i64> = (0..3 * TOKENS)
+        .map(|_| match noise.next() % 16 {
+            // Half of all slots on one expert, so that it has several blocks of rows.
+            0..8 => 1,
+            8..15 => (noise.next() % 4) as i64,
+            _ => -1,
+        })
+        .collect();
+    let all = RoutingCase { topk: 3, local_experts: 4, alignment: 1, ids, expert_map: None, slack: 0 };
+    for (weights, activations) in [(W::Bf16, A::Bf16), (W::E4m3, A::Bf16), (W::E4m3, A::E4m3)] {
+        let shared = Some(SharedMake { intermediate: 256, weights, gate: true });
+        // K = 384 and 256: several blocks of it in both GEMMs.
+        let make = Make { biases: true, shared, ..plain(384, 256, weights, activations) };
+        let bench = Bench::<bf16>::new(make, &all);
+        let mut part = Bench::<bf16>::new(make, &all);
+        let layer = bench.layer(&Cpu::new(), 1);
+        for isa in Isa::available() {
+            let (expected, _) = bench.run_in::<f32>(&layer, &Cpu::with_isa(isa), &all, Strides::Contiguous);
+            let sizes = [1, 2, 3, 4, 5, 6, 8, 11, 12, 13, 16, 17, 24, 25, 31, 48, 64, 97, 130, 200];
+            for (step, tokens) in sizes.into_iter().enumerate() {
+                // Another first token for each size, and backwards for every second.
+                let first = step * 37 % (TOKENS - tokens + 1);
+                let mut chosen: Vec<usize> = (first..first + tokens).collect();
+                if step % 2 == 1 {
+                    chosen.reverse();
+                }
+                let case = RoutingCase {
+                    ids: chosen.iter().flat_map(|token| all.ids[3 * token..][..3].to_vec()).collect(),
+                    ..all.clone()
+                };
+                part.x = chosen.iter().flat_map(|token| bench.x[384 * token..][..384].to_vec()).collect();
+                part.topk_weights =
+                    chosen.iter().flat_map(|token| bench.topk_weights[3 * token..][..3].to_vec()).collect();
+                for cpu in machines().filter(|cpu| cpu.isa() == isa) {
+                    let (output, _) = part.run_in::<f32>(&layer, &cpu, &case, Strides::Contiguous);
+                    for (at, token) in chosen.iter().enumerate() {
+                        assert!(
+                            bits(&output[384 * at..][..384]) == bits(&expected[384 * token..][..384]),
+                            "{isa}, {} threads, {weights} weights, {activations} rows: token {token} as {at} of {tokens}",
+                            cpu.threads()
+                        );
+                    }
+                }
+            }
+        }
+    }
 }

@@ -7,6 +7,7 @@
 mod activation;
 mod cases;
 mod errors;
+mod extremes;
 mod gemm;
 mod layer;
 mod layout;

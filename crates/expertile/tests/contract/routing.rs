@@ -1,8 +1,8 @@
 //! Counts, and the routers against the oracle's.
 
-use crate::cases::{Strided, config, routings, strides};
-use expertile::{MatrixRef, Router, Routing};
-use expertile_oracle::routing::{SigmoidRouter, softmax_router};
+use crate::cases::{Strided, Strides, config, routings, strides};
+use expertile::{GroupWorth, Groups, Normalization, Router, Routing, Scoring};
+use expertile_oracle::routing as oracle;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -60,24 +60,7 @@ proptest! {
     }
 
     #[test]
-    fn softmax_routers_equal_the_oracles(
-        (experts, topk, logits) in (1..=16usize, 0..4usize).prop_flat_map(|(experts, tokens)| {
-            (Just(experts), 1..=experts, logits(experts, tokens))
-        }),
-        renormalize: bool,
-        strides in strides(),
-    ) {
-        let tokens = logits.len() / experts;
-        let (mut ids, mut weights) = (vec![-9; tokens * topk], vec![-9.0; tokens * topk]);
-        let matrix = Strided::new(&logits, tokens, experts, strides, f32::NAN);
-        Router::Softmax { topk, renormalize }.route(matrix.matrix(), &mut ids, &mut weights).unwrap();
-        let (expected_ids, expected_weights) = softmax_router(&logits, experts, topk, renormalize);
-        prop_assert_eq!(ids, expected_ids);
-        prop_assert!(close(&weights, &expected_weights), "{:?} {:?}", weights, expected_weights);
-    }
-
-    #[test]
-    fn sigmoid_routers_equal_the_oracles(
+    fn routers_equal_the_oracles(
         (groups, topk_groups, topk, logits, bias) in (1..=4usize, 1..=6usize, 0..4usize)
             .prop_flat_map(|(groups, size, tokens)| (Just((groups, size, tokens)), 1..=groups))
             .prop_flat_map(|((groups, size, tokens), topk_groups)| (
@@ -88,22 +71,88 @@ proptest! {
                 // A power of two, so that the biased scores tie exactly where the scores do.
                 vec(prop_oneof![Just(0.0f32), Just(1.0)], groups * size),
             )),
-        biased: bool,
-        renormalize: bool,
+        softmax: bool,
+        biased: (bool, bool),
+        worth in prop_oneof![Just(GroupWorth::BestTwo), Just(GroupWorth::Best)],
+        (normalization, divisor) in divisors(),
         scaling_factor in prop_oneof![Just(1.0f32), Just(2.5)],
+        strides in strides(),
     ) {
         let (experts, tokens) = (bias.len(), logits.len() / bias.len());
-        let correction_bias = if biased { bias } else { vec![] };
-        let expected = SigmoidRouter {
-            topk, correction_bias: &correction_bias, groups, topk_groups, renormalize, scaling_factor,
+        let bias_if = |present: bool| if present { bias.clone() } else { vec![] };
+        let router = Router {
+            topk,
+            scoring: if softmax { Scoring::Softmax } else { Scoring::Sigmoid },
+            logit_bias: bias_if(biased.0),
+            correction_bias: bias_if(biased.1),
+            groups: Some(Groups { count: groups, topk: topk_groups, worth }),
+            normalization,
+            scaling_factor,
         };
-        let (expected_ids, expected_weights) = expected.route(&logits, experts);
-        let router = Router::Sigmoid {
-            topk, correction_bias: correction_bias.clone(), groups, topk_groups, renormalize, scaling_factor,
+        let expected = oracle::Router {
+            topk,
+            scoring: if softmax { oracle::Scoring::Softmax } else { oracle::Scoring::Sigmoid },
+            logit_bias: &router.logit_bias,
+            correction_bias: &router.correction_bias,
+            groups: (groups, topk_groups),
+            group_best: if worth == GroupWorth::Best { 1 } else { 2 },
+            divisor,
+            scaling_factor,
         };
-        let (mut ids, mut weights) = (vec![-9; tokens * topk], vec![-9.0; tokens * topk]);
-        router.route(MatrixRef::new(&logits, tokens, experts).unwrap(), &mut ids, &mut weights).unwrap();
-        prop_assert_eq!(ids, expected_ids);
-        prop_assert!(close(&weights, &expected_weights), "{:?} {:?}", weights, expected_weights);
+        check(&router, &expected, &logits, tokens, experts, strides)?;
     }
+
+    #[test]
+    fn a_sparse_mixer_equals_the_oracles(
+        (experts, logits) in (2..=16usize, 0..4usize)
+            .prop_flat_map(|(experts, tokens)| (Just(experts), vec(-40..=40i32, experts * tokens))),
+        jitter in prop_oneof![Just(0.01f32), Just(0.25), Just(1.0)],
+        strides in strides(),
+    ) {
+        // Odd multiples of 1/8: neither zeros, whose relative distance is no number, nor distances at the threshold.
+        let logits: Vec<f32> = logits.iter().map(|&x| (2 * x + 1) as f32 / 8.0).collect();
+        let tokens = logits.len() / experts;
+        let router = Router { scoring: Scoring::SparseMixer { jitter: jitter + 1e-3 }, ..Router::softmax(2, false) };
+        let expected = oracle::Router {
+            topk: 2,
+            scoring: oracle::Scoring::SparseMixer(f64::from(jitter + 1e-3)),
+            logit_bias: &[],
+            correction_bias: &[],
+            groups: (1, 1),
+            group_best: 2,
+            divisor: None,
+            scaling_factor: 1.0,
+        };
+        check(&router, &expected, &logits, tokens, experts, strides)?;
+    }
+}
+
+/// What the oracle divides by.
+type Divisor = Option<fn(f64) -> f64>;
+
+/// A normalization, and what the oracle divides by for it.
+fn divisors() -> impl Strategy<Value = (Normalization, Divisor)> {
+    prop_oneof![
+        Just((Normalization::None, None)),
+        Just((Normalization::Sum, Some((|sum| sum) as fn(f64) -> f64))),
+        Just((Normalization::SumPlus(0.5), Some((|sum| sum + 0.5) as fn(f64) -> f64))),
+        Just((Normalization::SumAtLeast(0.5), Some((|sum| if sum < 0.5 { 0.5 } else { sum }) as fn(f64) -> f64))),
+    ]
+}
+
+fn check(
+    router: &Router,
+    expected: &oracle::Router<'_>,
+    logits: &[f32],
+    tokens: usize,
+    experts: usize,
+    strides: Strides,
+) -> Result<(), TestCaseError> {
+    let (mut ids, mut weights) = (vec![-9; tokens * router.topk], vec![-9.0; tokens * router.topk]);
+    let matrix = Strided::new(logits, tokens, experts, strides, f32::NAN);
+    router.route(matrix.matrix(), &mut ids, &mut weights).unwrap();
+    let (expected_ids, expected_weights) = expected.route(logits, experts);
+    prop_assert_eq!(ids, expected_ids);
+    prop_assert!(close(&weights, &expected_weights), "{:?} {:?}", weights, expected_weights);
+    Ok(())
 }

@@ -2,7 +2,7 @@
 
 use crate::cases::Noise;
 use expertile::cpu::{Cpu, PackedWeights};
-use expertile::{E4m3, WeightFormat};
+use expertile::{E4m3, GateUpOrder, WeightFormat};
 use expertile_oracle as oracle;
 use half::bf16;
 
@@ -11,6 +11,8 @@ pub(crate) struct Weights {
     pub(crate) experts: usize,
     pub(crate) n: usize,
     pub(crate) k: usize,
+    /// Matrices that stand one below the other, each with row blocks of its own: gate and up, or one.
+    segments: usize,
     data: Data,
 }
 
@@ -32,7 +34,16 @@ pub(crate) enum Part {
 
 impl Weights {
     /// Normal weights of standard deviation `1 / sqrt(k)`, so that products stay near 1.
-    pub(crate) fn random(format: WeightFormat, [experts, n, k]: [usize; 3], seed: u64) -> Self {
+    pub(crate) fn random(format: WeightFormat, extents: [usize; 3], seed: u64) -> Self {
+        Self::of_segments(format, extents, 1, seed)
+    }
+
+    /// Gate's `intermediate` rows, then up's.
+    pub(crate) fn gate_up(format: WeightFormat, [experts, intermediate, k]: [usize; 3], seed: u64) -> Self {
+        Self::of_segments(format, [experts, 2 * intermediate, k], 2, seed)
+    }
+
+    fn of_segments(format: WeightFormat, [experts, n, k]: [usize; 3], segments: usize, seed: u64) -> Self {
         let mut noise = Noise(seed);
         let size = 1.0 / (k as f32).sqrt();
         let exact: Vec<f32> = (0..experts * n * k).map(|_| size * noise.normal()).collect();
@@ -40,29 +51,52 @@ impl Weights {
             WeightFormat::Bf16 => Data::Bf16(exact.into_iter().map(bf16::from_f32).collect()),
             WeightFormat::E4m3 => {
                 let (mut bytes, mut scales) = (Vec::new(), Vec::new());
-                for weights in exact.chunks(n * k) {
-                    let (own_bytes, own_scales) = quantize_blocks(weights, n, k);
+                for weights in exact.chunks(n / segments * k) {
+                    let (own_bytes, own_scales) = quantize_blocks(weights, n / segments, k);
                     bytes.extend(own_bytes);
                     scales.extend(own_scales);
                 }
                 Data::E4m3 { bytes, scales, exact }
             }
         };
-        Self { experts, n, k, data }
+        Self { experts, n, k, segments, data }
     }
 
     pub(crate) fn pack(&self, cpu: &Cpu) -> PackedWeights {
         let [experts, n, k] = [self.experts, self.n, self.k];
+        if self.segments == 2 {
+            return self.pack_in(cpu, GateUpOrder::Halves);
+        }
         match &self.data {
             Data::Bf16(weights) => PackedWeights::pack_bf16(cpu, weights, experts, n, k).unwrap(),
             Data::E4m3 { bytes, scales, .. } => {
-                let bytes: Vec<E4m3> = bytes.iter().map(|&byte| E4m3(byte)).collect();
-                PackedWeights::pack_e4m3(cpu, &bytes, scales, experts, n, k).unwrap()
+                PackedWeights::pack_e4m3(cpu, &e4m3s(bytes), scales, experts, n, k).unwrap()
             }
         }
     }
 
-    /// Rows of one expert as they are stored; with block scales (`first_row` a multiple of 128) if there are any.
+    /// Packs gate and up from a tensor in that order.
+    pub(crate) fn pack_in(&self, cpu: &Cpu, order: GateUpOrder) -> PackedWeights {
+        let [experts, half, k] = [self.experts, self.n / 2, self.k];
+        match &self.data {
+            Data::Bf16(weights) => {
+                let weights = reordered(weights, half, k, order);
+                PackedWeights::pack_gate_up_bf16(cpu, &weights, experts, half, k, order).unwrap()
+            }
+            Data::E4m3 { bytes, scales, .. } => {
+                let bytes = reordered(&e4m3s(bytes), half, k, order);
+                PackedWeights::pack_gate_up_e4m3(cpu, &bytes, scales, experts, half, k, order).unwrap()
+            }
+        }
+    }
+
+    /// Row blocks of an expert's scales before that row.
+    fn blocks_before(&self, row: usize) -> usize {
+        let segment = self.n / self.segments;
+        row / segment * segment.div_ceil(128) + row % segment / 128
+    }
+
+    /// Rows of one expert as they are stored; with block scales (`first_row` the first of a block) if there are any.
     pub(crate) fn part(&self, expert: usize, first_row: usize, rows: usize) -> Part {
         let first = (expert * self.n + first_row) * self.k;
         let values = first..first + rows * self.k;
@@ -70,9 +104,8 @@ impl Weights {
             Data::Bf16(weights) => Part::Bf16(weights[values].to_vec()),
             Data::E4m3 { bytes, scales, .. } => {
                 let blocks = self.k.div_ceil(128);
-                let first = (expert * self.n.div_ceil(128) + first_row / 128) * blocks;
-                let bytes = bytes[values].iter().map(|&byte| E4m3(byte)).collect();
-                Part::E4m3(bytes, scales[first..][..rows.div_ceil(128) * blocks].to_vec())
+                let first = (expert * self.blocks_before(self.n) + self.blocks_before(first_row)) * blocks;
+                Part::E4m3(e4m3s(&bytes[values]), scales[first..][..rows.div_ceil(128) * blocks].to_vec())
             }
         }
     }
@@ -86,9 +119,12 @@ impl Weights {
                 row.iter_mut().zip(stored).for_each(|(to, from)| *to = from.to_f64());
             }
             Data::E4m3 { bytes, scales, .. } => {
-                let blocks = self.n.div_ceil(128) * self.k.div_ceil(128);
-                let (bytes, scales) = (&bytes[expert * matrix..], &scales[expert * blocks..]);
-                oracle::gemm::e4m3_weight_row(bytes, scales, self.k, j, row);
+                let segment = self.n / self.segments;
+                let first_row = j / segment * segment;
+                let first_block = expert * self.blocks_before(self.n) + self.blocks_before(first_row);
+                let (bytes, scales) =
+                    (&bytes[expert * matrix + first_row * self.k..], &scales[first_block * self.k.div_ceil(128)..]);
+                oracle::gemm::e4m3_weight_row(bytes, scales, self.k, j - first_row, row);
             }
         }
     }
@@ -103,6 +139,25 @@ impl Weights {
             }
         }
     }
+}
+
+fn e4m3s(bytes: &[u8]) -> Vec<E4m3> {
+    bytes.iter().map(|&byte| E4m3(byte)).collect()
+}
+
+/// Experts of gate's rows, then up's, as a tensor in that order.
+pub(crate) fn reordered<T: Copy>(weights: &[T], half: usize, k: usize, order: GateUpOrder) -> Vec<T> {
+    let mut out = Vec::new();
+    for expert in weights.chunks(2 * half * k) {
+        let (gate, up) = expert.split_at(half * k);
+        match order {
+            GateUpOrder::Halves => out.extend(expert),
+            GateUpOrder::Interleaved => {
+                gate.chunks(k).zip(up.chunks(k)).for_each(|(gate, up)| out.extend(gate.iter().chain(up)));
+            }
+        }
+    }
+    out
 }
 
 /// Blocks of 128 by 128 with one scale each: `amax / 448`.

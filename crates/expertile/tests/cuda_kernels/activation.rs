@@ -14,7 +14,7 @@ use half::bf16;
 fn activation_is_the_cpus_quantized_and_not() {
     let Some(device) = device() else { return };
     let swiglu = Activation::default();
-    let clamped = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+    let clamped = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
     let packed = format(Group::G32, ScaleLayout::PackedUe8m0, ScaleRounding::PowerOfTwo);
     let row_major = format(Group::G128, ScaleLayout::RowMajor, ScaleRounding::Exact);
     let mut seed = 1000;
@@ -24,7 +24,7 @@ fn activation_is_the_cpus_quantized_and_not() {
         (768, swiglu, Some(row_major)),
         (14336, swiglu, Some(BASE.format)),
         (14336, clamped, Some(packed)),
-        (512, Activation { alpha: 0.0, ..swiglu }, None),
+        (512, Activation::Swiglu { alpha: 0.0, beta: 0.0, limit: None }, None),
         (2048, clamped, None),
         (48, swiglu, None),
     ] {

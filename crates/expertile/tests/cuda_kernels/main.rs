@@ -8,6 +8,7 @@
 mod activation;
 mod case;
 mod graph;
+mod kept_cubins;
 #[path = "../on_device/mod.rs"]
 mod on_device;
 mod permute;

@@ -32,7 +32,7 @@ const MANY_ROWS: usize = 64;
 /// With bf16 there are no scales, only units of bf16.
 const BF16_TO_CPU: Tolerance = Tolerance { whole: 2e-6, row: 2e-5 };
 
-const GPT_OSS: Activation = Activation { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+const GPT_OSS: Activation = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
 
 /// The largest whole and row differences of a comparison.
 #[derive(Debug, Clone, Copy, Default)]
@@ -151,6 +151,47 @@ fn many_experts_are_right() {
 }
 
 #[test]
+fn a_layer_that_may_split_k_does_for_few_rows_and_is_right() {
+    let Some(device) = hopper() else { return };
+    for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+        let spec = Spec { hidden: 1024, intermediate: 128, experts: 1, topk: 1, max_tokens: 300, format, ..BASE };
+        let choices = |split_k| {
+            let model = Model::new(device, Spec { split_k, ..spec });
+            [1, 40, 300].map(|tokens| model.on_device.choice(tokens).unwrap().gemm1.splits)
+        };
+        assert_eq!(choices(false), [1; 3], "never, unless it may");
+        let [one, forty, many] = choices(true);
+        assert!(one > 1 && forty > 1 && many == 1, "K in {one}, {forty}, {many} parts");
+        check_model(Spec { split_k: true, ..spec }, &[1, 16, 40], &[Pattern::Even, Pattern::Skewed]);
+    }
+}
+
+#[test]
+fn gemms_whose_row_tiles_differ_have_a_worklist_each() {
+    let Some(device) = hopper() else { return };
+    let spec = Spec { hidden: 1024, intermediate: 128, experts: 24, topk: 3, max_tokens: 3000, ..BASE };
+    for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+        let model = Model::new(device, Spec { format, ..spec });
+        let differ = |&tokens: &usize| {
+            let choice = model.on_device.choice(tokens).unwrap();
+            choice.gemm1.row_tile != choice.gemm2.row_tile
+        };
+        // Routing in the permute's launch and before it.
+        let few = (1..2730).find(differ);
+        let many = (2740..3000).find(differ);
+        println!("{format}: {few:?} and {many:?} tokens");
+        let tokens: Vec<usize> = few.into_iter().chain(many).collect();
+        assert!(!tokens.is_empty(), "{format}: both GEMMs always have the same");
+        for tokens in tokens {
+            let [oracle, cpu, same_rows] = differences(device, &model, tokens, Pattern::Skewed);
+            let (to_oracle, to_cpu) = tolerances(&model.spec, tokens);
+            assert!(oracle.within(to_oracle), "{tokens} tokens, {format}: {oracle}");
+            assert!(cpu.within(to_cpu) && same_rows.within(SAME_ROWS), "{tokens} tokens, {format}: {cpu}, {same_rows}");
+        }
+    }
+}
+
+#[test]
 fn weights_on_the_input_are_right() {
     let spec = Spec { hidden: 384, intermediate: 128, experts: 4, topk: 1, weight_on_input: true, ..BASE };
     check_model(spec, &[1, 9, 200], &[Pattern::Even, Pattern::Skewed]);
@@ -195,6 +236,68 @@ fn fifty_repeats_give_the_same_bits() {
                 call.output.fill(POISON).unwrap();
                 call.launch(Stream(0));
                 assert!(call.output_bytes() == first, "repeat {repeat} of {tokens} tokens, {format}");
+            }
+        }
+    }
+}
+
+/// Runs a call on poisoned memory.
+fn run(device: &Device, model: &Model, inputs: &Inputs) -> Vec<u8> {
+    let call = Call::new(device, model, inputs);
+    call.poison(device);
+    call.launch(Stream(0));
+    call.check(Stream(0)).unwrap();
+    call.output_bytes()
+}
+
+#[test]
+fn a_token_has_the_same_bits_beside_any_others() {
+    let Some(device) = hopper() else { return };
+    // One expert has few tiles at any size; of several, most have few rows.
+    for (experts, topk) in [(1, 1), (12, 2)] {
+        for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+            let spec = Spec { hidden: 1024, intermediate: 128, experts, topk, format, max_tokens: 320, ..BASE };
+            let model = Model::new(device, spec);
+            let all = Inputs::new(&model, 320, Pattern::Even, 3);
+            let expected = run(device, &model, &all);
+            let row = 2 * spec.hidden;
+            for tokens in [1, 2, 3, 5, 8, 13, 16, 17, 31, 32, 33, 48, 64, 65, 100, 128, 129, 160, 200, 300] {
+                // Other neighbours, and another place, each time.
+                let first = tokens * 37 % (320 - tokens);
+                let found = run(device, &model, &all.some(first..first + tokens));
+                let differing = found.iter().zip(&expected[first * row..]).filter(|(a, b)| a != b).count();
+                let choice = model.on_device.choice(tokens).unwrap();
+                assert_eq!(differing, 0, "bytes differ: {tokens} tokens of {experts} experts, {format}: {choice}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_rank_of_some_experts_gives_the_bits_of_the_whole() {
+    let Some(device) = hopper() else { return };
+    for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+        let model = Model::new(device, Spec { intermediate: 128, experts: 8, topk: 2, format, ..BASE });
+        for tokens in [1, 40, 300] {
+            // Both experts of a token are on one rank: its output is whole there, and zero elsewhere.
+            let ranks = [0..1, 1..4, 4..8];
+            let mut inputs = Inputs::new(&model, tokens, Pattern::Even, 5);
+            let mut rank_of = Vec::new();
+            for ids in inputs.ids.chunks_mut(2) {
+                let rank = ranks.iter().position(|rank| rank.contains(&(ids[0] as usize))).unwrap();
+                ids[1] = (ranks[rank].start + (ids[1] as usize) % ranks[rank].len()) as i64;
+                rank_of.push(rank);
+            }
+            let whole = run(device, &model, &inputs);
+            for (number, experts) in ranks.into_iter().enumerate() {
+                let found = run(device, &model.rank(device, experts.clone()), &inputs);
+                for (token, (found, whole)) in found.chunks(1024).zip(whole.chunks(1024)).enumerate() {
+                    if rank_of[token] == number {
+                        assert!(found == whole, "token {token} of {tokens} on rank {experts:?}, {format}");
+                    } else {
+                        assert!(found.iter().all(|&byte| byte == 0), "token {token} is not of rank {experts:?}");
+                    }
+                }
             }
         }
     }

@@ -9,6 +9,7 @@ use expertile::{
 };
 use expertile_oracle::layer as oracle;
 use half::{bf16, f16};
+use std::ops::Range;
 
 /// NaN in every type that the layer has.
 pub(crate) const POISON: u8 = 0xff;
@@ -30,6 +31,7 @@ pub(crate) struct Spec {
     pub(crate) ids: Dtype,
     pub(crate) activation: Activation,
     pub(crate) weight_on_input: bool,
+    pub(crate) split_k: bool,
     pub(crate) max_tokens: usize,
 }
 
@@ -43,8 +45,9 @@ pub(crate) const BASE: Spec = Spec {
     input: Dtype::Bf16,
     output: Dtype::Bf16,
     ids: Dtype::I32,
-    activation: Activation { alpha: 1.0, beta: 0.0, limit: None },
+    activation: Activation::SWIGLU,
     weight_on_input: false,
+    split_k: false,
     max_tokens: 600,
 };
 
@@ -70,6 +73,7 @@ impl Spec {
             activation: self.activation,
             activations: self.activations(),
             weight_on_input: self.weight_on_input,
+            split_k: self.split_k,
         }
     }
 }
@@ -113,6 +117,17 @@ impl Matrices {
         .unwrap()
     }
 
+    /// Some of the experts'.
+    fn of_experts(&self, experts: Range<usize>, all: usize) -> Self {
+        let part = |len: usize| experts.start * (len / all)..experts.end * (len / all);
+        match self {
+            Self::Bf16(values) => Self::Bf16(values[part(values.len())].to_vec()),
+            Self::E4m3(values, scales) => {
+                Self::E4m3(values[part(values.len())].to_vec(), scales[part(scales.len())].to_vec())
+            }
+        }
+    }
+
     fn row(&self, (n, k): (usize, usize), expert: usize, row: usize, out: &mut [f64]) {
         let start = (expert * n + row) * k;
         for (col, out) in out.iter_mut().enumerate() {
@@ -146,6 +161,22 @@ impl Model {
         let sizes = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate));
         let w13 = Matrices::new(spec.format, sizes.0, &mut random);
         let w2 = Matrices::new(spec.format, sizes.1, &mut random);
+        let map = (spec.global > 0).then(|| expert_map(&spec, &mut random));
+        Self::with_weights(device, spec, (w13, w2), map)
+    }
+
+    /// The same experts, but only some of them: a rank of an expert-parallel layer.
+    pub(crate) fn rank(&self, device: &Device, experts: Range<usize>) -> Self {
+        let all = self.spec.experts;
+        let local = |id: usize| if experts.contains(&id) { (id - experts.start) as i32 } else { -1 };
+        let weights = (self.w13.of_experts(experts.clone(), all), self.w2.of_experts(experts.clone(), all));
+        let spec = Spec { experts: experts.len(), global: all, ..self.spec };
+        Self::with_weights(device, spec, weights, Some((0..all).map(local).collect()))
+    }
+
+    fn with_weights(device: &Device, spec: Spec, (w13, w2): (Matrices, Matrices), map: Option<Vec<i32>>) -> Self {
+        let Spec { hidden, intermediate, experts, .. } = spec;
+        let sizes = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate));
         let cpu = Cpu::new();
         let options = LayerOptions {
             activation: spec.activation,
@@ -158,7 +189,6 @@ impl Model {
         let (up, down) = (w13.upload(device, sizes.0), w2.upload(device, sizes.1));
         let on_device = Layer::prepare(device, up, down, spec.config(), spec.max_tokens).unwrap();
         assert_eq!(on_device.shape(), &LayerShape::new(hidden, intermediate, experts).unwrap());
-        let map = (spec.global > 0).then(|| expert_map(&spec, &mut random));
         Self { spec, w13, w2, map, on_cpu, packed_w2, on_device, cpu }
     }
 
@@ -240,6 +270,7 @@ impl Model {
     /// The oracle's output for some of the tokens.
     pub(crate) fn oracle(&self, inputs: &Inputs, tokens: &[usize]) -> Vec<f64> {
         let Spec { hidden, intermediate, topk, activation, weight_on_input, .. } = self.spec;
+        let Activation::Swiglu { alpha, beta, limit } = activation else { unreachable!("{activation:?} on a GPU") };
         let rows = |width: usize| tokens.iter().flat_map(move |token| token * width..(token + 1) * width);
         let x: Vec<f32> = rows(hidden).map(|at| inputs.x[at]).collect();
         let ids: Vec<i64> = rows(topk).map(|at| inputs.ids[at]).collect();
@@ -247,14 +278,17 @@ impl Model {
         let layer = oracle::Layer {
             hidden,
             intermediate,
-            activation: expertile_oracle::activation::Activation {
-                alpha: f64::from(activation.alpha),
-                beta: f64::from(activation.beta),
-                limit: activation.limit.map(f64::from),
+            activation: expertile_oracle::activation::Activation::Swiglu {
+                alpha: f64::from(alpha),
+                beta: f64::from(beta),
+                limit: limit.map(f64::from),
             },
             weight_on_input,
             w13_row: &|expert, row, out| self.w13.row((2 * intermediate, hidden), expert, row, out),
             w2_row: &|expert, row, out| self.w2.row((hidden, intermediate), expert, row, out),
+            b13: None,
+            b2: None,
+            shared: None,
         };
         layer.run(&x, &ids, topk, Some(&weights), self.map.as_deref()).output
     }
@@ -328,6 +362,19 @@ impl Inputs {
         }
         let weights = (0..tokens * spec.topk).map(|_| (1.0 + 0.9 * random.uniform()) / spec.topk as f32).collect();
         Self { tokens, x, ids, weights }
+    }
+}
+
+impl Inputs {
+    /// Some of the tokens, in the same order.
+    pub(crate) fn some(&self, tokens: Range<usize>) -> Self {
+        let rows = |len: usize| tokens.start * (len / self.tokens)..tokens.end * (len / self.tokens);
+        Self {
+            tokens: tokens.len(),
+            x: self.x[rows(self.x.len())].to_vec(),
+            ids: self.ids[rows(self.ids.len())].to_vec(),
+            weights: self.weights[rows(self.weights.len())].to_vec(),
+        }
     }
 }
 

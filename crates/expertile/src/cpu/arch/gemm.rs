@@ -82,6 +82,9 @@ impl Ahead<'_> {
 
 /// `sums[r][c] += sum_k rows[r, k] * panel[c, k]`.
 ///
+/// One call for several blocks of K gives the bits of one call for each, and a row those it has in any other tile: callers
+/// cut K and rows by what the caches hold, and a token's result must not depend on its company.
+///
 /// `ahead`, here and below, is asked for bit by bit as the kernel goes, by those for AVX-512.
 pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: Ahead<'_>) {
     check_tile(rows, panel.len(), sums);

@@ -1,6 +1,6 @@
 //! GEMM kernels in plain Rust, written so that the compiler can use whatever vectors the target has.
 
-use super::gemm::{ByteLine, DECODED_UNIT, PANEL, PairLine, Sums};
+use super::gemm::{BLOCK_PAIRS, ByteLine, DECODED_UNIT, PANEL, PairLine, Sums};
 use crate::dtype::E4M3_VALUES;
 
 /// Columns and rows whose sums stay in registers: 4 by 8 f32 are eight 128-bit registers.
@@ -10,13 +10,17 @@ const ROWS: usize = 4;
 /// See [`super::gemm::multiply`].
 pub(super) fn multiply(rows: &[u32], panel: &[PairLine], sums: &mut [Sums]) {
     let tile = sums.len();
-    for first in (0..tile).step_by(ROWS) {
-        let part = &mut sums[first..tile.min(first + ROWS)];
-        match part.len() {
-            1 => multiply_rows::<1>(&rows[first..], tile, panel, part),
-            2 => multiply_rows::<2>(&rows[first..], tile, panel, part),
-            3 => multiply_rows::<3>(&rows[first..], tile, panel, part),
-            _ => multiply_rows::<ROWS>(&rows[first..], tile, panel, part),
+    // A sum of its own for every block of K, as a caller with several tiles asks for them: a row's sums do not depend on
+    // how many rows there are.
+    for (rows, panel) in rows.chunks(BLOCK_PAIRS * tile).zip(panel.chunks(BLOCK_PAIRS)) {
+        for first in (0..tile).step_by(ROWS) {
+            let part = &mut sums[first..tile.min(first + ROWS)];
+            match part.len() {
+                1 => multiply_rows::<1>(&rows[first..], tile, panel, part),
+                2 => multiply_rows::<2>(&rows[first..], tile, panel, part),
+                3 => multiply_rows::<3>(&rows[first..], tile, panel, part),
+                _ => multiply_rows::<ROWS>(&rows[first..], tile, panel, part),
+            }
         }
     }
 }

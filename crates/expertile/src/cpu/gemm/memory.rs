@@ -29,9 +29,11 @@ enum Memory {
 }
 
 impl AlignedBytes {
-    pub(super) fn zeroed(len: usize) -> Self {
-        let memory = huge_pages(len).unwrap_or_else(|| Memory::Lines(vec![Line::zeroed(); len.div_ceil(64)]));
-        Self { memory, len }
+    /// `None` where memory cannot be had.
+    pub(super) fn zeroed(len: usize) -> Option<Self> {
+        let lines = || bytemuck::allocation::try_zeroed_vec(len.div_ceil(64)).ok().map(Memory::Lines);
+        let memory = huge_pages(len).or_else(lines)?;
+        Some(Self { memory, len })
     }
 
     pub(super) fn as_slice(&self) -> &[u8] {
@@ -76,12 +78,19 @@ mod tests {
     #[test]
     fn memory_is_zeroed_aligned_and_of_the_length_asked_for() {
         for len in [0, 1, 64, 1000, if cfg!(miri) { 4096 } else { 5 << 20 }] {
-            let mut bytes = AlignedBytes::zeroed(len);
+            let mut bytes = AlignedBytes::zeroed(len).unwrap();
             assert_eq!(bytes.as_slice().len(), len);
             assert!(bytes.as_slice().iter().all(|&byte| byte == 0));
             assert!(len == 0 || bytes.as_slice().as_ptr().addr().is_multiple_of(64));
             bytes.as_mut_slice().fill(7);
             assert!(bytes.as_slice().iter().all(|&byte| byte == 7));
+        }
+    }
+
+    #[test]
+    fn memory_that_cannot_be_had_is_no_abort() {
+        for len in [usize::MAX, usize::MAX / 2, 1 << 60] {
+            assert!(AlignedBytes::zeroed(len).is_none());
         }
     }
 }

@@ -491,11 +491,11 @@ fn parts_that_do_not_fit_are_errors() {
     let error = PackedWeightsBuilder::new(WeightFormat::E4m3, 1 << 40, 1 << 40, 1).err().unwrap();
     assert!(matches!(error, Error::Overflow { .. }), "{error}");
     let error = PackedWeights::pack_bf16(&cpu, &[bf16::ONE; 5], 1, 2, 3).unwrap_err();
-    assert_eq!(error, Error::BufferTooSmall { argument: "weights", actual: 5, needed: 6 });
+    assert_eq!(error, Error::shape("weights", &[5], "[6], the elements of [1, 2, 3]"));
     let error = PackedWeights::pack_e4m3(&cpu, &[E4m3(1); 257], &[1.0; 2], 1, 2, 129).unwrap_err();
-    assert_eq!(error, Error::BufferTooSmall { argument: "weights", actual: 257, needed: 258 });
+    assert_eq!(error, Error::shape("weights", &[257], "[258], the elements of [1, 2, 129]"));
     let error = PackedWeights::pack_e4m3(&cpu, &[E4m3(1); 258], &[1.0], 1, 2, 129).unwrap_err();
-    assert_eq!(error, Error::BufferTooSmall { argument: "scales", actual: 1, needed: 2 });
+    assert_eq!(error, Error::shape("scales", &[1], "[2], the elements of [1, 1, 2]"));
 
     let (wide, narrow) = ([bf16::ONE; 600], [E4m3(1); 600]);
     let rows = |rows, cols| MatrixRef::new(&wide[..], rows, cols).unwrap();

@@ -5,26 +5,26 @@
 // the worklist that the plan left on the device, so padding is never read for its own sake, computed or stored.
 //
 // A block is persistent: one thread keeps the copy engine STAGES blocks of K ahead, two warpgroups multiply, 64 outputs
-// each. With e4m3 the sums of each 128 of K are scaled and added outside the matrix unit, which keeps fewer bits.
+// each; or one, where a tile has 64 outputs, so that few tiles keep more multiprocessors reading. With e4m3 the sums of each 128 of K are scaled and added outside the matrix unit, which keeps fewer bits.
 // A cluster of SHARED blocks takes neighbouring outputs of the same rows, each copying its share of them to all; a cluster of
 // SPLITS blocks takes parts of K of the same tile and adds them up in the order of the parts, for when tiles are few.
 //
-// Set by whoever compiles: as gemm.cuh says; one of SHARED and SPLITS is 1.
-constexpr int OUTPUTS = 128;
-constexpr int GROUPS = 2;
+// Set by whoever compiles: as gemm.cuh says; one of SHARED and SPLITS is 1; OUTPUTS_OF_TILE is 128, or 64 where both are 1.
+constexpr int OUTPUTS = OUTPUTS_OF_TILE;
 constexpr int OUTPUTS_OF_GROUP = 64;
+constexpr int GROUPS = OUTPUTS / OUTPUTS_OF_GROUP;
 // A row of results: padded, so that eight of them start on different banks.
 constexpr int STAGING_ROW = OUTPUTS_OF_GROUP * 2 + 16;
 constexpr int PARTIAL_ROW = 128 * 4 + 16;
-constexpr int STAGING_BYTES = SPLITS > 1 ? TOKENS * PARTIAL_ROW : 2 * TOKENS * STAGING_ROW;
+constexpr int STAGING_BYTES = SPLITS > 1 ? TOKENS * PARTIAL_ROW : GROUPS * TOKENS * STAGING_ROW;
 constexpr int SCALING_WARPS = BF16 ? 0 : (TOKENS / 2 + 31) / 32;
-constexpr bool FIRST_STAGE_FIRST = false;
 constexpr int TOGETHER = 8;
 constexpr int PARTS = 1;
 constexpr bool PARTS_APART = false;
 constexpr int SIDE_BY_SIDE = SHARED;
 #include "gemm.cuh"
 
+static_assert(OUTPUTS == 128 || (OUTPUTS == 64 && SHARED == 1 && SPLITS == 1), "there is no kernel for this");
 static_assert(SCALING_WARPS <= 3, "the producer's warpgroup has three warps to spare");
 
 // Multiplies the rows' scales by the weights' once for all warps that use them; `thread` of the scaling warps has two rows.
@@ -146,7 +146,7 @@ __device__ __forceinline__ void add_and_store_rows(const GemmArgs& a, const Tile
     wait_for_cluster(partials_ready(memory), parity);
     constexpr int QUADS = OUTPUTS / 4;
     constexpr int SHARE = N * QUADS / SPLITS;
-    for (int i = thread; i < SHARE; i += 2 * WARPGROUP) {
+    for (int i = thread; i < SHARE; i += GROUPS * WARPGROUP) {
         const int row = (rank * SHARE + i) / QUADS;
         const int quad = i % QUADS;
         float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -194,7 +194,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     wait_for_previous_launch();
     let_next_launch_start();
     if (group < 0) {
-        give_registers<40>();
+        // One warpgroup that multiplies has as many as it may from the start.
+        if (GROUPS > 1) give_registers<40>();
         const int warp = threadIdx.x / 32;
         if (warp == 0) {
             if (threadIdx.x == 0) produce(a, ring, Rounds(a, cluster, clusters, rank), rank);
@@ -203,7 +204,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             multiply_scales(ring, depth.end - depth.begin, threadIdx.x - 32);
         }
     } else {
-        take_registers<232>();
+        if (GROUPS > 1) take_registers<232>();
         const Depth depth(a.k, rank);
         u32 parity = 0;
         while (true) {

@@ -4,7 +4,7 @@
 // Set by whoever compiles: BF16 (operands; else e4m3), TOKENS (most rows of a tile), STEP (a divisor of it: copies of rows
 // come in its multiples), SHARED (blocks of a cluster that share rows), SPLITS (blocks of a cluster that each take a part of
 // K), STAGES. Set by the kernel: OUTPUTS (of a tile), GROUPS (warpgroups that multiply), STAGING_BYTES, SCALING_WARPS (0 where
-// the sums take the scales one by one), FIRST_STAGE_FIRST, TOGETHER (row tiles that are worked on side by side), PARTS (of a
+// the sums take the scales one by one), TOGETHER (row tiles that are worked on side by side), PARTS (of a
 // tile's weights, each copied by itself and with a scale of its own), PARTS_APART (whether those stand half an N apart: gate and
 // up) and SIDE_BY_SIDE (blocks of a cluster that have the same rows and neighbouring outputs: SHARED, or more that do not share).
 #pragma once
@@ -144,10 +144,6 @@ struct Ring {
         parities ^= 1u << stage;
         stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
-    // Where the consumers know a block's stage when they are compiled, every tile starts at the first one.
-    __device__ __forceinline__ void end_tile() {
-        if (FIRST_STAGE_FIRST) stage = 0;
-    }
 };
 
 __device__ __forceinline__ u32 partials_ready(u32 memory) { return memory + BARRIERS + 3 * STAGES * 8; }
@@ -207,7 +203,6 @@ __device__ __forceinline__ void produce(const GemmArgs& a, Ring ring, Source sou
             }
             ring.advance();
         }
-        ring.end_tile();
     }
     // A tile without rows comes last.
     wait_for_phase(ring.empty(), ring.parity() ^ 1);
@@ -241,7 +236,6 @@ __device__ __forceinline__ void pass_blocks(Ring& ring, int blocks) {
         release(ring.empty());
         ring.advance();
     }
-    ring.end_tile();
 }
 
 __device__ __forceinline__ u32 pack_bf16(float low, float high) { return pack_halves<0>(low, high); }

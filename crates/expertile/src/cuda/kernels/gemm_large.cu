@@ -21,7 +21,6 @@ constexpr int STAGED_BYTES = 128;
 constexpr int STAGING_ROW = STAGED_BYTES + 16;
 constexpr int STAGING_BYTES = TOKENS * STAGING_ROW;
 constexpr int SCALING_WARPS = 0;
-constexpr bool FIRST_STAGE_FIRST = true;
 // Tiles that run together then have about as many rows as outputs.
 constexpr int TOGETHER = 16;
 constexpr int PARTS = 2;
@@ -174,11 +173,11 @@ struct Tour {
     float odd[QUARTER / 2];
 };
 
-// The blocks of K from `BLOCK` of a round on to its last; true after the tile's last block. A block's first quarter has been started
-// before. After the tile's last block the last quarter is still to be added.
-template <int BLOCK>
-__device__ __forceinline__ bool multiply_round(Ring& ring, int blocks, Tour& t, Scales& scales, float (&sum)[SUMS]) {
-    ring.stage = BLOCK;
+// The block of K in a stage, whose first quarter has been started before; true if it is the tile's last, of which the last quarter
+// is still to be added.
+template <int STAGE>
+__device__ __forceinline__ bool multiply_block(Ring& ring, bool is_last, Tour& t, Scales& scales, float (&sum)[SUMS]) {
+    ring.stage = STAGE;
     start_quarter(ring, t.rows, 1, t.odd);
     wait_for_products<1>();
     add_quarter<0>(sum, t.even, scales);
@@ -188,13 +187,12 @@ __device__ __forceinline__ bool multiply_round(Ring& ring, int blocks, Tour& t, 
     start_quarter(ring, t.rows, 3, t.odd);
     const u32 empty = ring.empty();
     ring.advance();
-    if (blocks == BLOCK + 1) {
+    if (is_last) {
         wait_for_products<1>();
         add_quarter<2>(sum, t.even, scales);
         wait_for_products<0>();
         hold(t.odd);
         release_at_once(empty);
-        ring.end_tile();
         return true;
     }
     // Asked before the sums are added, so that the answer is there after them.
@@ -208,8 +206,15 @@ __device__ __forceinline__ bool multiply_round(Ring& ring, int blocks, Tour& t, 
     release_at_once(empty);
     add_quarter<3>(sum, t.odd, scales);
     scales = Scales(next);
-    if constexpr (BLOCK + 1 < STAGES) {
-        return multiply_round<BLOCK + 1>(ring, blocks, t, scales, sum);
+    return false;
+}
+
+// The blocks of K in the stages `first` to `end - 1`, as far as there are any from `STAGE` on; true after the tile's last block.
+template <int STAGE>
+__device__ __forceinline__ bool multiply_round(Ring& ring, int first, int end, Tour& t, Scales& scales, float (&sum)[SUMS]) {
+    if (first <= STAGE && multiply_block<STAGE>(ring, end == STAGE + 1, t, scales, sum)) return true;
+    if constexpr (STAGE + 1 < STAGES) {
+        return multiply_round<STAGE + 1>(ring, first, end, t, scales, sum);
     } else {
         return false;
     }
@@ -297,8 +302,9 @@ __device__ __forceinline__ void multiply_tiles(const GemmArgs& a, Ring& ring, in
 #pragma unroll
         for (int i = 0; i < SUMS; ++i) sum[i] = 0.0f;
         Scales scales(load_scales(ring, t.warp));
-        for (int left = blocks; !multiply_round<0>(ring, left, t, scales, sum); left -= STAGES) {
-        }
+        // A tile starts at the stage after the last tile's.
+        int first = ring.stage;
+        for (int end = first + blocks; !multiply_round<0>(ring, first, end, t, scales, sum); end -= STAGES) first = 0;
         const bool more = wait_for_tile(ring, group, blocks);
         if (!more) {
             add_quarter<3>(sum, t.odd, scales);

@@ -20,7 +20,6 @@ constexpr int STAGING_ROW = OUTPUTS * 2 + 16;
 // in turn; the tiles that these are; and barriers: staged, activated, and one for the magnitudes of each activating warp.
 constexpr int STAGING_BYTES = TOKENS * STAGING_ROW + (ACTIVATION ? 3 * TOKENS * 4 + 80 : 0);
 constexpr int SCALING_WARPS = 0;
-constexpr bool FIRST_STAGE_FIRST = true;
 // The more, the less often weights are read, and the more rows have to stay in the cache meanwhile: on an H200 12 took 8 % less to
 // 2 % more time than 8.
 constexpr int TOGETHER = 12;
@@ -44,16 +43,17 @@ __device__ __forceinline__ void start_block(const Ring& ring, int group, float (
 }
 
 #if BF16
+__device__ __forceinline__ Ring stage_before(Ring ring) {
+    ring.stage = ring.stage > 0 ? ring.stage - 1 : STAGES - 1;
+    return ring;
+}
+
 __device__ __forceinline__ void multiply_block(Ring& ring, int group, bool first, float (&sum)[SUMS]) {
     wait_for_phase(ring.full(), ring.parity());
     start_block(ring, group, sum, true);
     // The products before these are done: their operands may go.
     wait_for_products<1>();
-    if (!first) {
-        Ring previous = ring;
-        previous.stage = ring.stage > 0 ? ring.stage - 1 : STAGES - 1;
-        release(previous.empty());
-    }
+    if (!first) release(stage_before(ring).empty());
 }
 #else
 // `ready` says whether the block has been seen to be there, and then whether the next one has: that is asked before the sums are
@@ -96,9 +96,11 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int grou
     float part[SUMS];
     bool ready = false;
 #endif
-    for (int first = 0; first < blocks; first += STAGES) {
+    // A block's stage is known when this is compiled; a tile starts at the one after the last tile's.
+    for (int first = -ring.stage; first < blocks; first += STAGES) {
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
+            if (first + stage < 0) continue;
             if (first + stage >= blocks) break;
             ring.stage = stage;
 #if BF16
@@ -112,10 +114,8 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int grou
 #if BF16
     wait_for_products<0>();
     hold(sum);
-    ring.stage = (blocks - 1) % STAGES;
-    release(ring.empty());
+    release(stage_before(ring).empty());
 #endif
-    ring.end_tile();
 }
 
 #if ACTIVATION

@@ -259,6 +259,7 @@ struct FewArgs {
     int more_units;  // and one more for each of as many blocks, from the first on
     u32 alignment_inverse;
     u32 tile_inverse;
+    u32 second_inverse;  // 0 without a second worklist
 };
 
 // The block's part of the rows: (token, slab) units, and the slots of the tokens they are of.
@@ -358,7 +359,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, 1)
     __syncthreads();
     // The warp after those that plan, if there is one.
     if (planner == min((r.experts + 31) / 32, FEW_WARPS - 1)) rank_share(share, c, r.experts);
-    plan_few_slots(s, planner_thread, r.experts, r.alignment, f.alignment_inverse, f.tile_inverse);
+    plan_few_slots(s, planner_thread, r.experts, r.alignment, f.alignment_inverse, f.tile_inverse, f.second_inverse);
     uint4 bytes;
     float scale;
     if (have_unit) {
@@ -400,7 +401,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, 1)
         for (int slot = after + planner_thread; slot < share.first_slot + share.slots; slot += LISTING_WARPS / 2 * 32)
             write_slot(r, slot, row_of_slot(slot));
         write_experts(r, s, thread, threads);
-        write_worklist(r, s, thread, threads);
+        write_worklists(r, s, thread, threads);
     } else if (planner < LISTING_WARPS) {
         const int thread = ((planner - LISTING_WARPS / 2) * gridDim.x + blockIdx.x) * 32 + lane;
         write_m_indices(r, s, thread, LISTING_WARPS / 2 * 32 * gridDim.x);

@@ -35,6 +35,8 @@ struct RouteArgs {
     Status* status;
     Barrier* barrier;
     u16* chunk_counts;  // [chunks, experts rounded up to 8]
+    int* second_header;  // as the header, of which the tiles are written, and 0 after them
+    int2* second_worklist;
     int tokens;
     int experts;
     int ids_limit;
@@ -42,6 +44,8 @@ struct RouteArgs {
     int m_sum;
     int row_tile;
     int worklist_capacity;
+    int second_row_tile;  // 0 without a second worklist
+    int second_capacity;
     int reserved;
 };
 
@@ -50,10 +54,13 @@ struct Experts {
     int total[MAX_EXPERTS];
     int start[MAX_EXPERTS];
     int tile[MAX_EXPERTS];
+    int second_tile[MAX_EXPERTS];  // of the second worklist, if there is one
     u64 warp_sums[32];
+    u32 second_sums[32];
     int live;
     int rows;
     int tiles;
+    int second_tiles;
 };
 
 // n / d rounded up; by a shift where d is a power of two, as alignments mostly are.
@@ -139,36 +146,48 @@ __device__ __forceinline__ T scan_warp(T x) {
 }
 
 // From the experts' totals to the starts of their segments (multiples of `alignment`) and tiles, by a scan over all of
-// them: alignments in the low half of a word and tiles in its high one. The block's threads take EACH consecutive experts; all of them
+// them: alignments in the low half of a word and tiles in its high one, and the second worklist's tiles by themselves. The block's
+// threads take EACH consecutive experts; all of them
 // call, and all may read the result afterwards.
 template <int THREADS>
-__device__ __forceinline__ void plan_experts(Experts& s, int experts, int alignment, int row_tile) {
+__device__ __forceinline__ void plan_experts(Experts& s, int experts, int alignment, int row_tile, int second_row_tile) {
     constexpr int EACH = (MAX_EXPERTS + THREADS - 1) / THREADS;
     constexpr int HALF = 32;
     const int thread = threadIdx.x;
     const CeilDiv segments(alignment);
     const CeilDiv tiles(row_tile);
+    const bool has_second = second_row_tile > 0;
+    const CeilDiv second_tiles(has_second ? second_row_tile : row_tile);
     const int first = thread * EACH;
     const int lane = lane_of_thread();
     const int warp = thread >> 5;
     u64 pair[EACH];
+    u32 second[EACH];
     u64 sum = 0;
+    u32 second_sum = 0;
     u32 live = 0;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         const u32 total = first + i < experts ? s.total[first + i] : 0;
         pair[i] = (u64)tiles(total) << HALF | segments(total);
+        second[i] = has_second ? second_tiles(total) : 0;
         sum += pair[i];
+        second_sum += second[i];
         live += total;
     }
     // Warps without experts take part in the barriers only.
     const bool has_experts = warp * 32 * EACH < experts;
     u64 scanned = 0;
+    u32 second_scanned = 0;
     if (has_experts) {
         scanned = scan_warp(sum);
+        if (has_second) second_scanned = scan_warp(second_sum);
         live = __reduce_add_sync(WARP, live);
         if (lane == 0) atomicAdd(&s.live, (int)live);
-        if (lane == 31) s.warp_sums[warp] = scanned;
+        if (lane == 31) {
+            s.warp_sums[warp] = scanned;
+            s.second_sums[warp] = second_scanned;
+        }
     }
     __syncthreads();
     if (has_experts) {
@@ -176,17 +195,25 @@ __device__ __forceinline__ void plan_experts(Experts& s, int experts, int alignm
         const u64 sums = scan_warp(lane < warps ? s.warp_sums[lane] : 0);
         const u64 earlier = __shfl_sync(WARP, sums, (warp + 31) & 31);
         u64 before = scanned - sum + (warp > 0 ? earlier : 0);
+        u32 second_before = 0;
+        if (has_second) {
+            const u32 second_earlier = __shfl_sync(WARP, scan_warp(lane < warps ? s.second_sums[lane] : 0), (warp + 31) & 31);
+            second_before = second_scanned - second_sum + (warp > 0 ? second_earlier : 0);
+        }
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             if (first + i < experts) {
                 s.start[first + i] = (int)(u32)before * alignment;
                 s.tile[first + i] = (int)(before >> HALF);
+                if (has_second) s.second_tile[first + i] = (int)second_before;
             }
             before += pair[i];
+            second_before += second[i];
         }
         if (first < experts && first + EACH >= experts) {
             s.rows = (int)(u32)before * alignment;
             s.tiles = (int)(before >> HALF);
+            s.second_tiles = (int)second_before;
         }
     }
     __syncthreads();
@@ -198,14 +225,16 @@ __device__ __forceinline__ u32 few_ceil_div(u32 n, u32 inverse) { return (u32)((
 
 // As plan_experts, for at most 8192 slots and as many experts as there are threads, in the order of `thread`: the threads of a
 // warp add up for themselves what the warps before theirs have, and nobody waits. The block's threads have to meet before they
-// read the result. The inverses are few_ceil_div's.
-__device__ __forceinline__ void plan_few_slots(Experts& s, int thread, int experts, int alignment, u32 alignment_inverse, u32 tile_inverse) {
+// read the result. The inverses are few_ceil_div's; the second tile's is 0 without a second worklist.
+__device__ __forceinline__ void plan_few_slots(Experts& s, int thread, int experts, int alignment, u32 alignment_inverse, u32 tile_inverse,
+                                               u32 second_inverse) {
     const int warp_first = thread & ~31;
     if (warp_first >= experts) return;
     const auto pair_of = [&](u32 total) { return few_ceil_div(total, tile_inverse) << 16 | few_ceil_div(total, alignment_inverse); };
     const u32 total = thread < experts ? s.total[thread] : 0;
     const u32 pair = pair_of(total);
     u32 before = 0;
+    u32 second_before = 0;
     u32 live = total;
     for (int base = lane_of_thread(); base < warp_first; base += 8 * 32) {
         u32 earlier[8];
@@ -214,8 +243,15 @@ __device__ __forceinline__ void plan_few_slots(Experts& s, int thread, int exper
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             before += pair_of(earlier[i]);
+            if (second_inverse != 0) second_before += few_ceil_div(earlier[i], second_inverse);
             live += earlier[i];
         }
+    }
+    if (second_inverse != 0) {
+        const u32 own = few_ceil_div(total, second_inverse);
+        const u32 second_end = scan_warp(own) + __reduce_add_sync(WARP, second_before);
+        if (thread < experts) s.second_tile[thread] = (int)(second_end - own);
+        if (thread == experts - 1) s.second_tiles = (int)second_end;
     }
     const u32 end = scan_warp(pair) + __reduce_add_sync(WARP, before);
     if (thread < experts) {
@@ -246,17 +282,28 @@ __device__ __forceinline__ void write_experts(const RouteArgs& a, const Experts&
         a.header[1] = min(s.rows, a.m_sum);
         a.header[2] = min(s.tiles, a.worklist_capacity);
         a.header[3] = 0;
+        if (a.second_row_tile > 0) {
+            a.second_header[2] = min(s.second_tiles, a.second_capacity);
+            a.second_header[3] = 0;
+        }
         if (s.rows > a.m_sum) atomicMax(&a.status->rows_needed, (u32)s.rows);
     }
 }
 
-// The list by tile: threads of the whole grid share it; `thread` of `threads`.
-__device__ __forceinline__ void write_worklist(const RouteArgs& a, const Experts& s, int thread, int threads) {
-    const int tiles = min(s.tiles, a.worklist_capacity);
+// A list by tile: threads of the whole grid share it; `thread` of `threads`.
+__device__ __forceinline__ void write_tiles(int2* list, int tiles, int row_tile, const int* first_tile, const Experts& s, int experts,
+                                            int thread, int threads) {
     for (int tile = thread; tile < tiles; tile += threads) {
-        const int expert = last_not_above(s.tile, a.experts, tile);
-        a.worklist[tile] = make_int2(expert, s.start[expert] + (tile - s.tile[expert]) * a.row_tile);
+        const int expert = last_not_above(first_tile, experts, tile);
+        list[tile] = make_int2(expert, s.start[expert] + (tile - first_tile[expert]) * row_tile);
     }
+}
+
+__device__ __forceinline__ void write_worklists(const RouteArgs& a, const Experts& s, int thread, int threads) {
+    write_tiles(a.worklist, min(s.tiles, a.worklist_capacity), a.row_tile, s.tile, s, a.experts, thread, threads);
+    if (a.second_row_tile > 0)
+        write_tiles(a.second_worklist, min(s.second_tiles, a.second_capacity), a.second_row_tile, s.second_tile, s, a.experts, thread,
+                    threads);
 }
 
 // The row of a slot, and the slot's token at that row.

@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) route_plan(const __grid
     let_next_launch_start();
     sum_chunks(a, padded, s, before);
     __syncthreads();
-    plan_experts<THREADS>(s, a.experts, a.alignment, a.row_tile);
+    plan_experts<THREADS>(s, a.experts, a.alignment, a.row_tile, a.second_row_tile);
 
     const auto row_of = [&](int e, int r) {
         const int row = e < 0 ? -1 : s.start[e] + before[e] + seen[warp * a.experts + e] + r;
@@ -127,6 +127,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) route_plan(const __grid
     }
     if (blockIdx.x == 0) write_experts(a, s, threadIdx.x, THREADS);
     const int thread = blockIdx.x * THREADS + threadIdx.x;
-    write_worklist(a, s, thread, gridDim.x * THREADS);
+    write_worklists(a, s, thread, gridDim.x * THREADS);
     write_m_indices(a, s, thread, gridDim.x * THREADS);
 }

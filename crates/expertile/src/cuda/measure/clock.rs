@@ -67,6 +67,31 @@ impl<'a> Clock<'a> {
         Ok((self.median(calls, |_| graph.replay(self.stream))?, eager_seconds))
     }
 
+    /// Median seconds of one call of each of `works` inside a graph of several; all of them by turns, so that they meet the
+    /// same clock.
+    pub(super) fn in_turns(&self, works: &[impl Fn(Stream) -> Result<()>]) -> Result<Vec<f64>> {
+        const ROUNDS: usize = 5;
+        /// Seconds of a replay; there are many.
+        const SHORT: f64 = 0.002;
+        let mut graphs = Vec::with_capacity(works.len());
+        for work in works {
+            self.elapsed(work)?;
+            let calls = ((SHORT / self.elapsed(work)?.max(1e-9)) as usize).clamp(1, CALLS);
+            graphs.push((self.capture(|stream| (0..calls).try_for_each(|_| work(stream)))?, calls));
+        }
+        let mut seconds = vec![Vec::with_capacity(ROUNDS); works.len()];
+        for _ in 0..ROUNDS {
+            for ((graph, calls), seconds) in graphs.iter().zip(&mut seconds) {
+                seconds.push(self.elapsed(|_| graph.replay(self.stream))? / *calls as f64);
+            }
+        }
+        let median = |mut seconds: Vec<f64>| {
+            seconds.sort_by(f64::total_cmp);
+            seconds[ROUNDS / 2]
+        };
+        Ok(seconds.into_iter().map(median).collect())
+    }
+
     /// Median seconds of `work`, which is `calls` calls, after two that do not count.
     pub(super) fn median(&self, calls: usize, work: impl Fn(Stream) -> Result<()>) -> Result<f64> {
         let mut seconds = Vec::with_capacity(REPEATS);

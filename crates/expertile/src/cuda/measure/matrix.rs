@@ -1,7 +1,7 @@
 //! What a matrix product can do.
 
 use super::clock::Clock;
-use super::uploaded;
+use super::{random_bytes, uploaded};
 use crate::cuda::{
     ALIGNMENT, Device, Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, LayoutBuffers, Route, RouteConfig,
     RoutingBuffers, Stream, Tensor2, Weights,
@@ -21,9 +21,9 @@ use crate::quantize::ScaleFormat;
 pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<f64> {
     const ROWS: usize = 16384;
     const WIDTH: usize = 8192;
-    let row_tile = GemmTile::row_tile_for(ROWS, 1, format);
-    let shape = GemmShape { n: WIDTH, k: WIDTH, format, experts: 1, rows: ROWS };
-    let tile = GemmTile::choose(&shape, row_tile, device.info().multiprocessors as usize);
+    let shape = GemmShape { n: WIDTH, k: WIDTH, format, experts: 1, rows: ROWS, most_rows: ROWS };
+    let tile = GemmTile::choose(&shape, device.info().multiprocessors as usize);
+    let row_tile = tile.row_tile;
     let gemm = Gemm::prepare(device, GemmConfig { format, tile, activation: None })?;
     let route = Route::prepare(device, RouteConfig { topk: 1, ids: Dtype::I32, row_tile })?;
     let plan = Plan::tight(ROWS, 1, 1, ALIGNMENT, TokenExperts::Distinct)?;
@@ -64,22 +64,4 @@ pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<
         let (seconds, _) = clock.graph_and_eager(|stream| gemm.launch(stream, &weights, &call))?;
         Ok((2 * ROWS * WIDTH * WIDTH) as f64 / seconds)
     }
-}
-
-/// Bytes of `count` values without a NaN among them. Power, and with it the clock, depends on how many bits change.
-fn random_bytes(format: WeightFormat, count: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let words = (0..count * format.bytes() / 8).flat_map(|_| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        match format {
-            // Without the highest exponent bit: below 2 in magnitude.
-            WeightFormat::E4m3 => state & 0xbfbf_bfbf_bfbf_bfbf,
-            // Signs and mantissas: from 1 to below 2 in magnitude.
-            WeightFormat::Bf16 => state & 0x807f_807f_807f_807f | 0x3f80_3f80_3f80_3f80,
-        }
-        .to_le_bytes()
-    });
-    words.collect()
 }

@@ -195,7 +195,7 @@ impl Call {
 
 /// Fills `bytes` at `to` with the `period` bytes at `from`, over and over.
 #[allow(unsafe_code)]
-fn repeat(device: &Device, from: u64, period: usize, to: u64, bytes: usize) -> Result<()> {
+pub(super) fn repeat(device: &Device, from: u64, period: usize, to: u64, bytes: usize) -> Result<()> {
     let _current = device.current()?;
     let mut done = 0;
     while done < bytes {

@@ -51,14 +51,18 @@ fn multiply_rows<const R: usize>(rows: &SplitRows, first: usize, panel: &[PairLi
     for column in (0..PANEL).step_by(COLUMNS) {
         let mut tile = [[_mm256_setzero_ps(); 2]; R];
         for ([even, odd], line) in rows.iter().zip(panel) {
-            // SAFETY: 16 columns of a line from `column` on are two registers of 8 u32; unaligned loads.
-            let pairs = unsafe {
-                [0, 8].map(|offset| _mm256_loadu_si256(line[column + offset..column + offset + 8].as_ptr().cast()))
+            // Written out: `map` is compiled without AVX2, and what it calls is then not inlined.
+            let columns = &line[column..column + COLUMNS];
+            // SAFETY: 16 columns are two registers of 8 u32; unaligned loads.
+            let [a, b] = unsafe {
+                [_mm256_loadu_si256(columns.as_ptr().cast()), _mm256_loadu_si256(columns[8..].as_ptr().cast())]
             };
-            let weights = pairs.map(|pairs| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)));
+            let weights = [_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b)];
+            let weights = [_mm256_castsi256_ps(weights[0]), _mm256_castsi256_ps(weights[1])];
             accumulate(&mut tile, &even[first..first + R], weights);
             let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-            let weights = pairs.map(|pairs| _mm256_castsi256_ps(_mm256_and_si256(pairs, high)));
+            let weights = [_mm256_and_si256(a, high), _mm256_and_si256(b, high)];
+            let weights = [_mm256_castsi256_ps(weights[0]), _mm256_castsi256_ps(weights[1])];
             accumulate(&mut tile, &odd[first..first + R], weights);
         }
         for (sums, tile) in sums.iter_mut().zip(&tile) {

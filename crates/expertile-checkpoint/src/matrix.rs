@@ -1,0 +1,251 @@
+//! A weight matrix as a view of a tensor in a mapped file.
+
+use crate::error::{Error, Result};
+use crate::quantization::Scheme;
+use crate::tensors::Tensor;
+use expertile::cpu::{Cpu, PackedWeightsBuilder};
+use expertile::gemm::WEIGHT_BLOCK;
+use expertile::{E4m3, MatrixRef, WeightFormat};
+use half::{bf16, f16};
+use safetensors::Dtype;
+use std::borrow::Cow;
+
+/// A weight matrix `[rows, cols]` (outputs, inputs), possibly a strided view of a fused or transposed tensor.
+#[derive(Debug)]
+pub struct WeightMatrix<'a> {
+    rows: usize,
+    cols: usize,
+    /// Position of the first element, and of its neighbours, in `values`.
+    start: usize,
+    row_stride: usize,
+    col_stride: usize,
+    values: Values<'a>,
+    /// Of e4m3 values.
+    scales: Option<WeightScales>,
+}
+
+#[derive(Debug, Clone)]
+enum Values<'a> {
+    Bf16(Cow<'a, [bf16]>),
+    F16(Cow<'a, [f16]>),
+    F32(Cow<'a, [f32]>),
+    E4m3(&'a [E4m3]),
+}
+
+/// The scales of e4m3 weights; a weight is `value * scale`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum WeightScales {
+    /// `[ceil(rows / 128), ceil(cols / 128)]`, one per block of 128 x 128.
+    Block(Vec<f32>),
+    /// `[rows]`, one per row.
+    Row(Vec<f32>),
+}
+
+/// The rows of a matrix in the type that the checkpoint holds.
+#[derive(Debug, Clone, Copy)]
+pub enum WeightRows<'m> {
+    /// bf16.
+    Bf16(MatrixRef<'m, bf16>),
+    /// f16.
+    F16(MatrixRef<'m, f16>),
+    /// f32.
+    F32(MatrixRef<'m, f32>),
+    /// e4m3 with scales.
+    E4m3 {
+        /// The values.
+        values: MatrixRef<'m, E4m3>,
+        /// Their scales.
+        scales: &'m WeightScales,
+    },
+}
+
+/// Where a matrix lies in a tensor of one or several experts.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct View {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    /// Of the tensor's elements, those that this expert has.
+    pub(crate) first: usize,
+    pub(crate) len: usize,
+    /// Position of element [0, 0] among these.
+    pub(crate) start: usize,
+    pub(crate) row_stride: usize,
+    pub(crate) col_stride: usize,
+}
+
+impl View {
+    /// All of a tensor `[rows, cols]`.
+    pub(crate) fn whole(rows: usize, cols: usize) -> Self {
+        Self { rows, cols, first: 0, len: rows * cols, start: 0, row_stride: cols, col_stride: 1 }
+    }
+}
+
+/// The type that weights of this dtype are packed as.
+pub(crate) fn weight_format(dtype: Dtype) -> Option<WeightFormat> {
+    match dtype {
+        Dtype::BF16 | Dtype::F16 | Dtype::F32 => Some(WeightFormat::Bf16),
+        Dtype::F8_E4M3 => Some(WeightFormat::E4m3),
+        _ => None,
+    }
+}
+
+/// The dtypes of weights, for messages.
+pub(crate) const WEIGHT_DTYPES: &str = "BF16, F16, F32 or F8_E4M3";
+
+impl<'a> WeightMatrix<'a> {
+    /// The view of a tensor whose shape was checked; `scales` for e4m3.
+    pub(crate) fn new(tensor: &Tensor<'a>, view: View, scales: Option<WeightScales>) -> Result<Self> {
+        let View { rows, cols, first, len, start, row_stride, col_stride } = view;
+        let size = tensor.dtype.bitsize() / 8;
+        let bytes = &tensor.bytes[first * size..][..len * size];
+        let values = match tensor.dtype {
+            Dtype::BF16 => Values::Bf16(tensor.values(bytes, bf16::from_le_bytes)?),
+            Dtype::F16 => Values::F16(tensor.values(bytes, f16::from_le_bytes)?),
+            Dtype::F32 => Values::F32(tensor.values(bytes, f32::from_le_bytes)?),
+            Dtype::F8_E4M3 => Values::E4m3(bytemuck::cast_slice(bytes)),
+            _ => return Err(tensor.wrong_dtype(WEIGHT_DTYPES)),
+        };
+        Ok(Self { rows, cols, start, row_stride, col_stride, values, scales })
+    }
+
+    /// Rows: outputs.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns: inputs.
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// What the matrix is packed as: e4m3, or bf16 for bf16, f16 and f32 (rounded to nearest even).
+    #[must_use]
+    pub fn format(&self) -> WeightFormat {
+        match self.values {
+            Values::Bf16(_) | Values::F16(_) | Values::F32(_) => WeightFormat::Bf16,
+            Values::E4m3(_) => WeightFormat::E4m3,
+        }
+    }
+
+    /// Whether packing rounds the values: f16 and f32 become bf16.
+    #[must_use]
+    pub fn is_rounded(&self) -> bool {
+        matches!(self.values, Values::F16(_) | Values::F32(_))
+    }
+
+    /// The type that the checkpoint holds, as safetensors names it.
+    #[must_use]
+    pub fn dtype(&self) -> &'static str {
+        match self.values {
+            Values::Bf16(_) => "BF16",
+            Values::F16(_) => "F16",
+            Values::F32(_) => "F32",
+            Values::E4m3(_) => "F8_E4M3",
+        }
+    }
+
+    /// The rows, in place.
+    ///
+    /// # Errors
+    /// None for a matrix that this crate made: its strides were checked against the tensor.
+    pub fn view(&self) -> expertile::Result<WeightRows<'_>> {
+        Ok(match (&self.values, &self.scales) {
+            (Values::Bf16(values), _) => WeightRows::Bf16(self.strided(values)?),
+            (Values::F16(values), _) => WeightRows::F16(self.strided(values)?),
+            (Values::F32(values), _) => WeightRows::F32(self.strided(values)?),
+            (Values::E4m3(values), Some(scales)) => WeightRows::E4m3 { values: self.strided(values)?, scales },
+            (Values::E4m3(_), None) => unreachable!("e4m3 matrices are made with scales"),
+        })
+    }
+
+    fn strided<'m, T: Copy>(&self, values: &'m [T]) -> expertile::Result<MatrixRef<'m, T>> {
+        let values = values.get(self.start..).unwrap_or_default();
+        MatrixRef::with_strides(values, self.rows, self.cols, self.row_stride, self.col_stride)
+    }
+
+    pub(crate) fn pack(
+        &self,
+        cpu: &Cpu,
+        builder: &mut PackedWeightsBuilder,
+        expert: usize,
+        first_row: usize,
+    ) -> expertile::Result<()> {
+        match self.view()? {
+            WeightRows::Bf16(rows) => builder.pack_bf16_rows(cpu, expert, first_row, rows),
+            WeightRows::F16(rows) => builder.pack_bf16_rows(cpu, expert, first_row, rows),
+            WeightRows::F32(rows) => builder.pack_bf16_rows(cpu, expert, first_row, rows),
+            WeightRows::E4m3 { values, scales: WeightScales::Block(scales) } => {
+                let [block_rows, block_cols] = self.blocks();
+                let scales = MatrixRef::new(scales, block_rows, block_cols)?;
+                builder.pack_e4m3_rows(cpu, expert, first_row, values, scales)
+            }
+            WeightRows::E4m3 { values, scales: WeightScales::Row(scales) } => {
+                builder.pack_e4m3_channel_rows(cpu, expert, first_row, values, scales)
+            }
+        }
+    }
+
+    fn blocks(&self) -> [usize; 2] {
+        [self.rows, self.cols].map(|extent| extent.div_ceil(WEIGHT_BLOCK))
+    }
+
+    /// Writes row `row` as f64, scales applied; panics outside the matrix or if `out` is not one row long.
+    pub fn write_row(&self, row: usize, out: &mut [f64]) {
+        assert_eq!(out.len(), self.cols, "a row has {} values", self.cols);
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        let at = |col: usize| self.start + row * self.row_stride + col * self.col_stride;
+        let blocks = self.blocks()[1];
+        for (col, out) in out.iter_mut().enumerate() {
+            *out = match &self.values {
+                Values::Bf16(values) => values[at(col)].to_f64(),
+                Values::F16(values) => values[at(col)].to_f64(),
+                Values::F32(values) => f64::from(values[at(col)]),
+                Values::E4m3(values) => {
+                    let scale = match &self.scales {
+                        Some(WeightScales::Block(scales)) => scales[row / WEIGHT_BLOCK * blocks + col / WEIGHT_BLOCK],
+                        Some(WeightScales::Row(scales)) => scales[row],
+                        None => unreachable!("e4m3 matrices are made with scales"),
+                    };
+                    f64::from(values[at(col)].to_f32()) * f64::from(scale)
+                }
+            };
+        }
+    }
+
+    /// The values as bf16, row by row, rounded to nearest even; for matrices that are packed as bf16.
+    #[must_use]
+    pub fn to_bf16(&self) -> Vec<bf16> {
+        let mut row = vec![0.0; self.cols];
+        let mut values = Vec::with_capacity(self.rows * self.cols);
+        for index in 0..self.rows {
+            self.write_row(index, &mut row);
+            // f32 holds every bf16, f16 and f32 value exactly.
+            values.extend(row.iter().map(|&value| bf16::from_f32(value as f32)));
+        }
+        values
+    }
+}
+
+/// The scales of a whole matrix `[rows, cols]` out of their tensor.
+pub(crate) fn matrix_scales(tensor: &Tensor<'_>, scheme: Scheme, rows: usize, cols: usize) -> Result<WeightScales> {
+    let blocks = [rows, cols].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
+    match scheme {
+        Scheme::Block => {
+            tensor.require_shape(&blocks)?;
+            Ok(WeightScales::Block(tensor.to_f32()?))
+        }
+        Scheme::TensorOrRow => match tensor.shape {
+            [] | [1] if rows > 1 || tensor.shape.is_empty() => {
+                let scale = tensor.to_f32()?[0];
+                Ok(WeightScales::Block(vec![scale; blocks[0] * blocks[1]]))
+            }
+            [count] | [count, 1] if *count == rows => Ok(WeightScales::Row(tensor.to_f32()?)),
+            shape => {
+                let expected = format!("[], [1], [{rows}] or [{rows}, 1]");
+                Err(Error::shape(tensor.file, &tensor.name, shape, expected))
+            }
+        },
+    }
+}

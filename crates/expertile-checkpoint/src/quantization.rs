@@ -1,0 +1,158 @@
+//! `quantization_config`: how e4m3 weights were scaled.
+//!
+//! | method | scheme | scale tensor |
+//! |---|---|---|
+//! | `fp8` | `weight_block_size` 128 x 128 | `<weight>_scale_inv`, `[ceil(rows/128), ceil(cols/128)]` |
+//! | `fp8` without a block size | one scale per tensor, or per row | `<weight>_scale_inv` or `<weight>_scale` |
+//! | `compressed-tensors`, `float-quantized` | strategy `block`, `tensor` or `channel` | `<weight>_scale` |
+//!
+//! Scales may be F32, BF16, F16 or F8_E8M0; all are widened exactly. Static scales of activations are refused: they would
+//! change the numbers.
+
+use crate::error::{Error, Result};
+use crate::keys::Keys;
+use expertile::gemm::WEIGHT_BLOCK;
+use serde_json::{Map, Value};
+use std::path::{Path, PathBuf};
+
+/// The quantization that a config speaks of, as far as it concerns e4m3 weights.
+#[derive(Debug, Clone)]
+pub(crate) struct Quantization {
+    file: PathBuf,
+    entries: Option<Map<String, Value>>,
+}
+
+/// What shares a scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scheme {
+    /// 128 x 128 weights.
+    Block,
+    /// A tensor, or a row: the scale's shape tells.
+    TensorOrRow,
+}
+
+const PATH: &str = "quantization_config.";
+
+impl Quantization {
+    pub(crate) fn parse(file: &Path, value: Option<Value>) -> Result<Self> {
+        let entries = match value {
+            None => None,
+            Some(Value::Object(entries)) => Some(entries),
+            Some(other) => {
+                let keys = Keys { file, path: "", entries: &Map::new() };
+                return Err(keys.wrong("quantization_config", &other.to_string(), "an object"));
+            }
+        };
+        Ok(Self { file: file.to_owned(), entries })
+    }
+
+    /// The method, if the config names one.
+    fn method(&self) -> Option<&Value> {
+        self.entries.as_ref()?.get("quant_method").filter(|value| !value.is_null())
+    }
+
+    /// An error that names the method, if it is one whose weights have other tensors than those that were looked for.
+    pub(crate) fn check_method(&self) -> Result<()> {
+        const KNOWN: [&str; 2] = ["fp8", "compressed-tensors"];
+        match self.method() {
+            Some(method) if !method.as_str().is_some_and(|name| KNOWN.contains(&name)) => {
+                let expected = "\"fp8\" or \"compressed-tensors\", or weights in bf16, f16 or f32";
+                Err(self.wrong("quant_method", method.to_string(), expected))
+            }
+            Some(method) if method == "compressed-tensors" => {
+                let format = self.entries.as_ref().and_then(|entries| entries.get("format"));
+                match format {
+                    Some(format) if format != "float-quantized" => {
+                        Err(self.wrong("format", format.to_string(), "\"float-quantized\""))
+                    }
+                    _ => Ok(()),
+                }
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// How e4m3 weights of this checkpoint are scaled.
+    pub(crate) fn scheme(&self) -> Result<Scheme> {
+        self.check_method()?;
+        let Some(entries) = &self.entries else {
+            return Err(self.wrong("weight_block_size", "missing", "[128, 128] (the weights are F8_E4M3)"));
+        };
+        let keys = Keys { file: &self.file, path: PATH, entries };
+        if self.method().is_some_and(|method| method == "compressed-tensors") {
+            return self.compressed_scheme(entries);
+        }
+        keys.one_of("activation_scheme", &["dynamic"])?;
+        keys.one_of("fmt", &["e4m3", "float8_e4m3fn"])?;
+        match keys.list("weight_block_size")? {
+            Some(block) if block == [WEIGHT_BLOCK, WEIGHT_BLOCK] => Ok(Scheme::Block),
+            Some(block) => Err(self.wrong("weight_block_size", format!("{block:?}"), "[128, 128]")),
+            None if self.method().is_some() => Ok(Scheme::TensorOrRow),
+            None => Err(self.wrong("weight_block_size", "missing", "[128, 128] (the weights are F8_E4M3)")),
+        }
+    }
+
+    /// Fails unless the e4m3 weights called `weight` have block scales.
+    pub(crate) fn require_blocks(&self, weight: &str) -> Result<()> {
+        match self.scheme()? {
+            Scheme::Block => Ok(()),
+            Scheme::TensorOrRow => {
+                Err(self.wrong("weight_block_size", "missing", &format!("[128, 128] for the fused {weight}")))
+            }
+        }
+    }
+
+    fn compressed_scheme(&self, entries: &Map<String, Value>) -> Result<Scheme> {
+        let groups = entries.get("config_groups").and_then(Value::as_object);
+        let mut scheme = None;
+        for (name, group) in groups.into_iter().flatten() {
+            let (weights, inputs) = (group.get("weights"), group.get("input_activations"));
+            let Some(Value::Object(weights)) = weights else { continue };
+            let path = format!("{PATH}config_groups.{name}.");
+            let keys = Keys { file: &self.file, path: &format!("{path}weights."), entries: weights };
+            keys.one_of("type", &["float"])?;
+            if let Some(bits) = keys.count("num_bits")?.filter(|&bits| bits != 8) {
+                return Err(keys.wrong("num_bits", &bits.to_string(), "8"));
+            }
+            if let Some(Value::Object(inputs)) = inputs {
+                let keys = Keys { file: &self.file, path: &format!("{path}input_activations."), entries: inputs };
+                if inputs.get("dynamic") == Some(&Value::Bool(false)) {
+                    return Err(keys.wrong("dynamic", "false", "true: static scales of activations are not supported"));
+                }
+            }
+            let own = match keys.name("strategy")? {
+                Some("block") => match keys.list("block_structure")? {
+                    Some(block) if block == [WEIGHT_BLOCK, WEIGHT_BLOCK] => Scheme::Block,
+                    Some(block) => return Err(keys.wrong("block_structure", &format!("{block:?}"), "[128, 128]")),
+                    None => return Err(keys.wrong("block_structure", "missing", "[128, 128]")),
+                },
+                Some("tensor" | "channel") => Scheme::TensorOrRow,
+                other => {
+                    let actual = other.map_or("missing".into(), |name| Value::from(name).to_string());
+                    return Err(keys.wrong("strategy", &actual, "\"block\", \"channel\" or \"tensor\""));
+                }
+            };
+            if scheme.is_some_and(|scheme| scheme != own) {
+                return Err(keys.wrong("strategy", "another than in an earlier group", "one scheme for all groups"));
+            }
+            scheme = Some(own);
+        }
+        scheme.ok_or_else(|| self.wrong("config_groups", "missing or without weights", "a group of float weights"))
+    }
+
+    fn wrong(&self, key: &str, actual: impl Into<String>, expected: &str) -> Error {
+        let keys = Keys { file: &self.file, path: PATH, entries: &Map::new() };
+        keys.wrong(key, &actual.into(), expected)
+    }
+}
+
+impl Keys<'_> {
+    fn one_of(&self, key: &str, names: &[&str]) -> Result<()> {
+        match self.get(key) {
+            Some(value) if !value.as_str().is_some_and(|name| names.contains(&name)) => {
+                Err(self.wrong(key, &value.to_string(), &format!("{names:?}")))
+            }
+            _ => Ok(()),
+        }
+    }
+}

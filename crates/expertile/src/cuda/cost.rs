@@ -1,0 +1,279 @@
+//! What a grouped GEMM is expected to take, cut in a given way: what a choice of tiles goes by.
+//!
+//! A tile takes a time of its own and one for each of its blocks of K; tiles are spread over the multiprocessors; meanwhile
+//! weights come from memory, and rows come and go. The slower of the two decides, softly. How many tiles of how many rows there
+//! are depends on how tokens choose experts, which nobody knows beforehand: a cut is judged by two guesses together, that all
+//! experts are as likely, and that they are as likely as 1, 1/2, 1/3, ...
+//!
+//! The constants were fitted to what an H200 took for layers drawn at random (`expertile bench --device cuda:0 tiles`), and are
+//! judged by layers of another seed.
+
+use super::gemm::{GemmShape, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, WIDE_ROW_TILE, values_of_block};
+use crate::gemm::WeightFormat;
+use table::COSTS;
+
+mod table;
+
+/// What one kernel takes. Times in microseconds, of which some depend on the rows of a tile: one for each step of
+/// [`GemmTile::row_step`].
+#[derive(Debug)]
+pub(super) struct Cost {
+    pub(super) format: WeightFormat,
+    pub(super) tile: GemmTile,
+    /// Whether the activation is inside.
+    pub(super) activated: bool,
+    /// Before the first tile and after the last one.
+    start: f64,
+    /// A tile, besides its blocks of K; see [`Cost::activates_meanwhile`].
+    tile_times: &'static [f64],
+    /// A block of K.
+    block_times: &'static [f64],
+    /// Tiles of its last round that a multiprocessor waits for, in the mean, where there are several to each.
+    tail: f64,
+    /// How far rounds are whole ones.
+    whole: f64,
+    /// Bytes of weights that are read in a microsecond.
+    weight_bytes: f64,
+    /// Bytes of rows and results that are moved in a microsecond.
+    row_bytes: f64,
+    /// How hard the larger of work and memory decides: the exponent of the norm that adds the two.
+    hardness: f64,
+}
+
+/// How many experts have how many rows, but for those that have none.
+#[derive(Debug)]
+struct Population {
+    /// `(rows, experts)`
+    groups: Vec<(usize, f64)>,
+    experts: f64,
+    rows: f64,
+}
+
+impl Population {
+    fn add(&mut self, mean: f64, experts: f64) {
+        /// From this mean on, rows are taken to be spread normally.
+        const MANY: f64 = 24.0;
+        if mean < MANY {
+            let mut share = (-mean).exp();
+            for rows in 1..=(mean + 6.0 * mean.sqrt() + 6.0) as usize {
+                share *= mean / rows as f64;
+                if share > 1e-6 {
+                    self.add_group(rows, share * experts);
+                }
+            }
+            return;
+        }
+        for (deviations, share) in [(-1.6, 0.1), (-0.9, 0.18), (-0.3, 0.22), (0.3, 0.22), (0.9, 0.18), (1.6, 0.1)] {
+            self.add_group((mean + deviations * mean.sqrt()).round().max(1.0) as usize, share * experts);
+        }
+    }
+
+    fn add_group(&mut self, rows: usize, experts: f64) {
+        self.groups.push((rows, experts));
+        self.experts += experts;
+        self.rows += rows as f64 * experts;
+    }
+
+    fn none() -> Self {
+        Self { groups: Vec::new(), experts: 0.0, rows: 0.0 }
+    }
+
+    /// All experts are as likely.
+    fn even(shape: &GemmShape) -> Self {
+        let mut population = Self::none();
+        population.add(shape.rows as f64 / shape.experts.max(1) as f64, shape.experts as f64);
+        population
+    }
+
+    /// Experts are as likely as 1, 1/2, 1/3, ..., but none has more rows than there are tokens.
+    fn skewed(shape: &GemmShape) -> Self {
+        /// From an expert to the first of the next group, which are taken together.
+        const GROUP: f64 = 1.35;
+        let mut groups = Vec::new();
+        let mut first = 1;
+        while first <= shape.experts {
+            let next = ((first as f64 * GROUP) as usize).clamp(first + 1, shape.experts + 1);
+            let weight = (first..next).map(|place| 1.0 / place as f64).sum::<f64>();
+            groups.push((weight / (next - first) as f64, (next - first) as f64));
+            first = next;
+        }
+        let most = shape.most_rows.max(1) as f64;
+        let rows = |strength: f64, weight: f64| most * (1.0 - (-strength * weight).exp());
+        let total = |strength| groups.iter().map(|&(weight, experts)| experts * rows(strength, weight)).sum::<f64>();
+        let (mut low, mut high) = (1e-9f64, 1e9f64);
+        for _ in 0..60 {
+            let middle = (low * high).sqrt();
+            if total(middle) < shape.rows as f64 { low = middle } else { high = middle }
+        }
+        let mut population = Self::none();
+        for &(weight, experts) in &groups {
+            population.add(rows(low, weight), experts);
+        }
+        population
+    }
+}
+
+/// Most steps that a tile's rows have.
+const MOST_STEPS: usize = 6;
+
+impl Cost {
+    /// Whether a tile is activated while the next one is multiplied: the slower of the two decides then, and the last tile's
+    /// activation comes after all.
+    fn activates_meanwhile(&self) -> bool {
+        self.activated && self.tile.row_tile == WIDE_ROW_TILE
+    }
+
+    /// Microseconds.
+    fn of(&self, shape: &GemmShape, population: &Population, multiprocessors: usize) -> f64 {
+        let GemmTile { row_tile, outputs, shared, .. } = self.tile;
+        let step = self.tile.row_step();
+        let blocks = shape.k.div_ceil(values_of_block(shape.format)) as f64;
+        let columns = (shared * shape.n.div_ceil(outputs * shared)) as f64;
+        // Tiles of each number of steps.
+        let mut counts = [0.0; MOST_STEPS];
+        for &(rows, experts) in &population.groups {
+            let (full, rest) = (rows / row_tile, rows % row_tile);
+            counts[row_tile / step - 1] += columns * experts * full as f64;
+            if rest > 0 {
+                counts[rest.div_ceil(step) - 1] += columns * experts;
+            }
+        }
+        let (mut work, mut tiles, mut longest, mut after) = (0.0, 0.0, 0.0, 0.0);
+        for ((&count, &of_tile), &of_block) in counts.iter().zip(self.tile_times).zip(self.block_times) {
+            let of_blocks = blocks * of_block;
+            let time = if self.activates_meanwhile() {
+                (of_tile.powi(4) + of_blocks.powi(4)).powf(0.25)
+            } else {
+                of_tile + of_blocks
+            };
+            work += count * time;
+            tiles += count;
+            // The largest that is likely to be there.
+            if count >= 0.5 || longest == 0.0 {
+                longest = time;
+                after = if self.activates_meanwhile() { of_tile } else { 0.0 };
+            }
+        }
+        if tiles == 0.0 {
+            return self.start;
+        }
+        let rounds = tiles / multiprocessors as f64;
+        let spread = (1.0 - self.whole) * (rounds + self.tail * rounds.min(1.0)) + self.whole * rounds.ceil();
+        let work = (work / tiles * spread).max(longest);
+        let element = shape.format.bytes() as f64;
+        let result = if self.activated { 0.5 } else { 2.0 };
+        // A large tile and the small one that holds the rest of an expert's rows go at different paces and read its weights
+        // twice. Past the wide tile's rows that is so of the wide one too, and decides nothing between them.
+        let twice = |&&(rows, _): &&(usize, f64)| {
+            row_tile == LARGE_ROW_TILE
+                && outputs == LARGE_OUTPUTS
+                && (LARGE_ROW_TILE + 1..=WIDE_ROW_TILE).contains(&rows)
+        };
+        let again: f64 = population.groups.iter().filter(twice).map(|(_, experts)| experts).sum();
+        let reads = population.experts.min(shape.experts as f64) + again;
+        let weights = reads * (shape.n * shape.k) as f64 * element;
+        let rows = population.rows * (shape.k as f64 * element + shape.n as f64 * result);
+        let memory = weights / self.weight_bytes + rows / self.row_bytes;
+        self.start + after + (work.powf(self.hardness) + memory.powf(self.hardness)).powf(1.0 / self.hardness)
+    }
+}
+
+/// Microseconds of an activation by itself, of `2 n` values a row.
+fn activation(format: WeightFormat, rows: f64, n: usize) -> f64 {
+    const START: f64 = 2.2;
+    const BYTES: f64 = 3.0e6;
+    START + rows * (n / 2 * (4 + format.bytes())) as f64 / BYTES
+}
+
+/// The tile that is expected to take least; with `activation_follows`, which is then counted, of tiles that have it inside and of
+/// those that do not.
+pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> (GemmTile, bool) {
+    let populations = [Population::even(shape), Population::skewed(shape)];
+    let fits = |cost: &&Cost| {
+        cost.format == shape.format
+            && (!cost.activated || (activation_follows && shape.n.is_multiple_of(256)))
+            && (cost.tile.shared == 1 || shape.n > cost.tile.outputs)
+    };
+    let expected = |cost: &Cost| {
+        let one = |population: &Population| {
+            let apart = activation_follows && !cost.activated;
+            let after = if apart { activation(shape.format, population.rows, shape.n) } else { 0.0 };
+            cost.of(shape, population, multiprocessors) + after
+        };
+        populations.iter().map(one).product::<f64>()
+    };
+    let costs = COSTS.iter().filter(fits).map(|cost| (expected(cost), cost));
+    let least = costs.min_by(|a, b| a.0.total_cmp(&b.0)).map_or(&COSTS[0], |(_, cost)| cost);
+    (least.tile, least.activated)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const H200: usize = 132;
+
+    fn shape(
+        format: WeightFormat,
+        (n, k): (usize, usize),
+        experts: usize,
+        (rows, most_rows): (usize, usize),
+    ) -> GemmShape {
+        GemmShape { n, k, format, experts, rows, most_rows }
+    }
+
+    #[test]
+    fn a_population_has_the_rows_it_is_made_of() {
+        for (experts, rows, most) in [(8, 2, 1), (8, 8192, 4096), (256, 8, 1), (256, 2048, 256), (32, 4096, 4096)] {
+            let shape = shape(WeightFormat::E4m3, (128, 128), experts, (rows, most));
+            for population in [Population::even(&shape), Population::skewed(&shape)] {
+                assert!((population.rows / rows as f64 - 1.0).abs() < 0.1, "{population:?}, expected {rows} rows");
+                assert!(population.experts <= experts as f64 * 1.01, "{population:?} of {experts} experts");
+            }
+        }
+    }
+
+    #[test]
+    fn every_kernel_has_a_time_for_each_of_its_steps_and_more_work_takes_longer() {
+        for cost in COSTS {
+            let steps = cost.tile.row_tile / cost.tile.row_step();
+            assert_eq!((cost.tile_times.len(), cost.block_times.len()), (steps, steps), "{cost:?}");
+            assert!(steps <= MOST_STEPS && cost.hardness >= 1.0 && (0.0..=1.0).contains(&cost.whole), "{cost:?}");
+            let time = |sizes, experts, rows| {
+                let shape = shape(cost.format, sizes, experts, rows);
+                cost.of(&shape, &Population::even(&shape), H200)
+            };
+            let small = time((1024, 1024), 8, (64, 32));
+            for larger in [
+                time((8192, 1024), 8, (64, 32)),
+                time((1024, 8192), 8, (64, 32)),
+                time((1024, 1024), 64, (512, 32)),
+                time((1024, 1024), 8, (8192, 4096)),
+            ] {
+                assert!(small < larger, "{small}, {larger}: {cost:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn few_rows_get_tiles_of_few_rows_and_many_the_wide_ones() {
+        use WeightFormat::{Bf16, E4m3};
+        let chosen = |format, sizes, experts, rows| cheapest(&shape(format, sizes, experts, rows), false, H200).0;
+        let inside = |format, n| cheapest(&shape(format, (n, 7168), 256, (131_072, 16384)), true, H200).1;
+        for format in [E4m3, Bf16] {
+            let tile = chosen(format, (4096, 4096), 128, (32, 4));
+            assert!(!tile.wide && tile.row_tile <= 64, "{tile}");
+            let tile = chosen(format, (4096, 4096), 8, (32768, 16384));
+            assert!(tile.row_tile >= 128, "{tile}");
+        }
+        assert!(chosen(E4m3, (7168, 256), 256, (32768, 4096)).wide, "also where K is short");
+        assert!(inside(E4m3, 4096));
+        for (experts, rows) in [(256, (32768, 4096)), (32, (4096, 4096))] {
+            let tile = chosen(E4m3, (4096, 7168), experts, rows);
+            assert_eq!(tile.row_tile, WIDE_ROW_TILE, "half of the experts have more rows than the large tile: {tile}");
+        }
+        assert!(!inside(E4m3, 4096 + 128), "256 does not divide N");
+        assert!(!inside(Bf16, 4096), "there is no such kernel of bf16");
+        assert_eq!(chosen(Bf16, (128, 1024), 8, (32768, 16384)).shared, 1, "nobody to share with");
+    }
+}

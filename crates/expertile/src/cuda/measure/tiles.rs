@@ -1,0 +1,372 @@
+//! Every way to cut a layer's GEMMs, timed in turns on one routing: what a choice of tiles is judged by.
+
+use super::clock::Clock;
+use super::steps::repeat;
+use super::{random_bytes, uploaded};
+use crate::activation::Activation;
+use crate::cuda::layer::each_at_once;
+use crate::cuda::{
+    ALIGNMENT, Activate, ActivateBuffers, ActivateConfig, Buffer, Device, Gemm, GemmBuffers, GemmConfig, GemmTile,
+    LayoutBuffers, ROW_TILES, Route, RouteConfig, RoutingBuffers, Stream, Tensor2, Weights, route,
+};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result, checked_mul};
+use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
+use crate::layer::{LayerShape, Stage};
+use crate::plan::{Plan, TokenExperts};
+use crate::quantize::ScaleFormat;
+use std::cell::Cell;
+use std::collections::{BTreeSet, HashMap};
+
+/// Weights are read from as many different places as have that many bytes, several times the cache.
+const ROTATED_BYTES: usize = 200 << 20;
+const MOST_ROTATED: usize = 8;
+/// Bytes of random values that operands repeat.
+const PERIOD: usize = 32 << 20;
+/// Rows of every result that are compared.
+const COMPARED_ROWS: usize = 48;
+/// Rows of an expert over rows of a tile, above which a tile is not tried: its weights would be read that often.
+const MOST_TILES_OF_AN_EXPERT: usize = 24;
+const POISON: u8 = 0xa5;
+
+/// One layer call's routing.
+#[derive(Debug, Clone, Copy)]
+pub struct TileInputs<'a> {
+    /// The layer.
+    pub shape: LayerShape,
+    /// What both operands are made of.
+    pub format: WeightFormat,
+    /// The local expert of every slot that has one, in the order of the slots.
+    pub experts: &'a [i32],
+}
+
+/// How long a GEMM takes, cut in one way.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TileTime {
+    /// [`Stage::Gemm1`] or [`Stage::Gemm2`].
+    pub gemm: Stage,
+    /// How it is cut.
+    pub tile: GemmTile,
+    /// Whether the activation is inside.
+    pub activated: bool,
+    /// Seconds of one of many calls, weights not in the cache.
+    pub seconds: f64,
+}
+
+/// The GEMMs of a call, cut in every way.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TileTimes {
+    /// Seconds of an activation that is not inside GEMM 1.
+    pub activation_seconds: f64,
+    /// Every way.
+    pub gemms: Vec<TileTime>,
+}
+
+/// Everything that is compiled, for any number of calls.
+#[derive(Debug)]
+pub struct TileBench<'a> {
+    device: &'a Device,
+    /// By row tile: one kernel.
+    routes: HashMap<usize, Route>,
+    gemms: HashMap<(bool, GemmTile, bool), Gemm>,
+    activations: HashMap<(bool, usize), Activate>,
+}
+
+impl<'a> TileBench<'a> {
+    /// Compiles (or loads) every tile of both formats, and the activations of the given formats and intermediate sizes.
+    ///
+    /// # Errors
+    /// As [`Gemm::prepare`], [`Activate::prepare`] and [`Route::prepare`].
+    pub fn prepare(device: &'a Device, layers: &[(WeightFormat, usize)]) -> Result<Self> {
+        let mut keys = Vec::new();
+        for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+            for tile in GemmTile::all(format).into_iter().chain(splitting_tiles()) {
+                keys.extend([false, true].map(|activated| (format == WeightFormat::E4m3, tile, activated)));
+            }
+        }
+        keys.retain(|&(e4m3, tile, activated)| !activated || (e4m3 && tile.takes_activation()));
+        let gemms = each_at_once(&keys, |(e4m3, tile, activated)| {
+            let activation = activated.then(Activation::default);
+            Gemm::prepare(device, GemmConfig { format: format_of(e4m3), tile, activation })
+        })?;
+        let layers: BTreeSet<_> = layers.iter().map(|&(format, i)| (format == WeightFormat::E4m3, i)).collect();
+        let activations = each_at_once(&Vec::from_iter(layers), |(e4m3, intermediate)| {
+            let format = e4m3.then_some(ScaleFormat::HOPPER);
+            Activate::prepare(device, ActivateConfig { intermediate, activation: Activation::default(), format })
+        })?;
+        let routes = ROW_TILES.map(|row_tile| {
+            Ok((row_tile, Route::prepare(device, RouteConfig { topk: 1, ids: Dtype::I32, row_tile })?))
+        });
+        Ok(Self { device, routes: routes.into_iter().collect::<Result<_>>()?, gemms, activations })
+    }
+
+    /// Times every tile, after its results were found to be those of the first one, bit for bit; and where there are few
+    /// tiles, what it takes to split K, whose results are not.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for no slots or results that differ; whatever preparing and launching the steps may refuse.
+    #[allow(unsafe_code)]
+    pub fn time(&self, inputs: &TileInputs<'_>) -> Result<TileTimes> {
+        let TileInputs { shape, format, experts } = *inputs;
+        let e4m3 = format == WeightFormat::E4m3;
+        let Some(activate) = self.activations.get(&(e4m3, shape.intermediate())) else {
+            return Err(Error::value("intermediate", shape.intermediate(), "one that was prepared"));
+        };
+        let call = Call::new(self, inputs)?;
+        let clock = Clock::new(self.device)?;
+        // SAFETY: `call` owns every buffer, each as large as its step asks, and outlives the clock's waits.
+        let activation_seconds = clock.graph_and_eager(|stream| unsafe { activate.launch(stream, &call.activate) })?.0;
+        let active = experts.iter().collect::<BTreeSet<_>>().len();
+        let mut gemms = Vec::new();
+        for (gemm, n, k) in [
+            (Stage::Gemm1, 2 * shape.intermediate(), shape.hidden()),
+            (Stage::Gemm2, shape.hidden(), shape.intermediate()),
+        ] {
+            let mut ways: Vec<_> = self
+                .gemms
+                .iter()
+                .filter(|((of_e4m3, tile, activated), _)| {
+                    let fits =
+                        !activated || (gemm == Stage::Gemm1 && shape.intermediate().is_multiple_of(WEIGHT_BLOCK));
+                    let few = active * n.div_ceil(128) * tile.splits <= 2 * self.device.info().multiprocessors as usize;
+                    let splits = tile.splits == 1 || (few && tile.splits * WEIGHT_BLOCK < k);
+                    *of_e4m3 == e4m3 && fits && splits && call.layouts.contains_key(&tile.row_tile)
+                })
+                .collect();
+            ways.sort_by_key(|((_, tile, activated), _)| {
+                (*activated, tile.splits, tile.wide, tile.row_tile, tile.outputs, tile.shared)
+            });
+            let sets = call.weights(format, (shape.local_experts(), n, k), experts)?;
+            call.compare(self.device, &ways, &sets[0], n)?;
+            let next = Cell::new(0);
+            let works: Vec<_> = ways
+                .iter()
+                .map(|((_, tile, activated), gemm)| {
+                    let (buffers, sets, next) = (call.gemm(tile, *activated), &sets, &next);
+                    move |stream| {
+                        next.set(next.get() + 1);
+                        // SAFETY: as above.
+                        unsafe { gemm.launch(stream, &sets[next.get() % sets.len()], &buffers) }
+                    }
+                })
+                .collect();
+            let seconds = clock.in_turns(&works)?;
+            let times = ways.iter().zip(seconds);
+            gemms.extend(times.map(|(&(&(_, tile, activated), _), seconds)| TileTime {
+                gemm,
+                tile,
+                activated,
+                seconds,
+            }));
+        }
+        Ok(TileTimes { activation_seconds, gemms })
+    }
+}
+
+/// Tiles whose K is split.
+fn splitting_tiles() -> impl Iterator<Item = GemmTile> {
+    [16, 32, 64].into_iter().flat_map(|row_tile| {
+        [2, 4, 8].map(|splits| GemmTile { row_tile, outputs: 128, shared: 1, splits, wide: false })
+    })
+}
+
+fn format_of(e4m3: bool) -> WeightFormat {
+    if e4m3 { WeightFormat::E4m3 } else { WeightFormat::Bf16 }
+}
+
+/// Device memory of one call, with a layout for each row tile.
+struct Call {
+    plan: Plan,
+    layouts: HashMap<usize, LayoutBuffers>,
+    /// A live row of each of several experts.
+    compared: Vec<usize>,
+    activate: ActivateBuffers,
+    rows: Buffer,
+    row_scales: Buffer,
+    out: Buffer,
+    out_scales: Buffer,
+    values: Buffer,
+    value_scales: Buffer,
+    _memory: Vec<Buffer>,
+}
+
+impl Call {
+    #[allow(unsafe_code)]
+    fn new(bench: &TileBench<'_>, inputs: &TileInputs<'_>) -> Result<Self> {
+        let TileInputs { shape, format, experts } = *inputs;
+        let device = bench.device;
+        let (hidden, intermediate, local) = (shape.hidden(), shape.intermediate(), shape.local_experts());
+        if experts.is_empty() {
+            return Err(Error::value("experts", 0, "at least one slot, to time tiles"));
+        }
+        let plan = Plan::tight(experts.len(), 1, local, ALIGNMENT, TokenExperts::MayRepeat)?;
+        let m_sum = plan.m_sum();
+        let mut counts = vec![0usize; local];
+        for &expert in experts {
+            let expert = usize::try_from(expert).ok().filter(|&expert| expert < local);
+            let Some(expert) = expert else { return Err(Error::value("experts", 0, format!("ids below {local}"))) };
+            counts[expert] += 1;
+        }
+        let ids = uploaded(device, experts)?;
+        let matrix = Tensor2 { address: ids.address(), row_stride: 1, col_stride: 1 };
+        let routing = RoutingBuffers { ids: matrix, expert_map: 0, global_experts: local };
+        let workspace = device.allocate(route::workspace_bytes(&plan, device.info().multiprocessors as usize)?)?;
+        let most = counts.iter().copied().max().unwrap_or(0);
+        let (mut layouts, mut memory) = (HashMap::new(), Vec::new());
+        for (&row_tile, route) in &bench.routes {
+            if row_tile < 128 && most > row_tile * MOST_TILES_OF_AN_EXPERT {
+                continue;
+            }
+            let lists = device.allocate(LayoutBuffers::space_bytes(&plan, row_tile)?)?;
+            let layout = LayoutBuffers::carve(lists.address(), &plan, row_tile)?;
+            // SAFETY: every buffer is as large as its step says and outlives the wait of `check`.
+            unsafe {
+                route.initialise_workspace(Stream(0), workspace.address())?;
+                route.launch(Stream(0), &plan, &routing, &layout, workspace.address())?;
+                route.check(Stream(0), &plan, &routing, workspace.address())?;
+            }
+            layouts.insert(row_tile, layout);
+            memory.push(lists);
+        }
+        let mut compared = Vec::new();
+        let (mut start, active) = (0, counts.iter().filter(|&&count| count > 0).count());
+        for (index, &count) in counts.iter().filter(|&&count| count > 0).enumerate() {
+            if index * COMPARED_ROWS / active != (index + 1) * COMPARED_ROWS / active || active <= COMPARED_ROWS {
+                compared.extend([start, start + count / 2, start + count - 1]);
+            }
+            start += count.next_multiple_of(ALIGNMENT);
+        }
+
+        let widest = hidden.max(intermediate);
+        let rows = random(device, format, checked_mul("rows", m_sum, widest)?)?;
+        let row_scales = scales(device, ScaleFormat::HOPPER.words(m_sum, widest.next_multiple_of(WEIGHT_BLOCK))?)?;
+        let out = device.allocate(checked_mul("results", 2 * m_sum, hidden.max(2 * intermediate))?)?;
+        out.fill(0)?;
+        let out_scales =
+            scales(device, ScaleFormat::HOPPER.words(m_sum, intermediate.next_multiple_of(WEIGHT_BLOCK))?)?;
+        let activated = device.allocate(checked_mul("activated rows", 2 * m_sum, intermediate)?)?;
+        let any = layouts.values().next().copied().unwrap_or_default();
+        let activate = ActivateBuffers {
+            gate_up: out.address(),
+            psum: any.psum,
+            out: activated.address(),
+            scales: out_scales.address(),
+            local_experts: local,
+            alignment: plan.alignment(),
+            m_sum,
+        };
+        memory.extend([ids, workspace, activated]);
+        // Weights of either GEMM, and as many again of those that a call reads, or as one expert has.
+        let expert = checked_mul("an expert's weights", 2 * intermediate, hidden)?;
+        let (places, step) = places(expert * format.bytes(), local, active);
+        let values = random(device, format, local * expert + (places - 1) * step / format.bytes())?;
+        let blocks =
+            checked_mul("scales", 2 * intermediate.div_ceil(WEIGHT_BLOCK) + 1, hidden.div_ceil(WEIGHT_BLOCK) + 1)?;
+        let value_scales = scales(device, local * blocks)?;
+        Ok(Self {
+            plan,
+            layouts,
+            compared,
+            activate,
+            rows,
+            row_scales,
+            out,
+            out_scales,
+            values,
+            value_scales,
+            _memory: memory,
+        })
+    }
+
+    /// The weights of a GEMM, in several places.
+    #[allow(unsafe_code)]
+    fn weights(
+        &self,
+        format: WeightFormat,
+        (experts, n, k): (usize, usize, usize),
+        ids: &[i32],
+    ) -> Result<Vec<Weights>> {
+        let active = ids.iter().collect::<BTreeSet<_>>().len();
+        let (places, step) = places(n * k * format.bytes(), experts, active);
+        let scales = if format == WeightFormat::E4m3 { self.value_scales.address() } else { 0 };
+        let place = |place: usize| {
+            let address = self.values.address() + (place * step) as u64;
+            // SAFETY: the buffer has room for every place of the larger GEMM's, and outlives the value.
+            unsafe { Weights::from_device(format, (experts, n, k), address, scales) }
+        };
+        (0..places).map(place).collect()
+    }
+
+    fn gemm(&self, tile: &GemmTile, activated: bool) -> GemmBuffers {
+        let layout = &self.layouts[&tile.row_tile];
+        GemmBuffers {
+            rows: self.rows.address(),
+            scales: self.row_scales.address(),
+            out: self.out.address(),
+            out_scales: if activated { self.out_scales.address() } else { 0 },
+            header: layout.header,
+            worklist: layout.worklist,
+            psum: layout.psum,
+            m_sum: self.plan.m_sum(),
+            alignment: self.plan.alignment(),
+        }
+    }
+
+    /// Fails unless every way gives the first one's results, with the activation inside and without.
+    #[allow(unsafe_code)]
+    fn compare(
+        &self,
+        device: &Device,
+        ways: &[(&(bool, GemmTile, bool), &Gemm)],
+        weights: &Weights,
+        n: usize,
+    ) -> Result<()> {
+        let mut first: HashMap<bool, Vec<u8>> = HashMap::new();
+        for ((_, tile, activated), gemm) in ways.iter().filter(|((_, tile, _), _)| tile.splits == 1) {
+            let row_bytes = if *activated { n / 2 } else { 2 * n };
+            self.out.fill(POISON)?;
+            let mut found = vec![0u8; self.compared.len() * row_bytes];
+            // SAFETY: every buffer is the call's own, and outlives the wait.
+            unsafe {
+                gemm.launch(Stream(0), weights, &self.gemm(tile, *activated))?;
+                device.synchronize(Stream(0))?;
+            }
+            for (&row, found) in self.compared.iter().zip(found.chunks_mut(row_bytes)) {
+                self.out.download_at(row * row_bytes, found)?;
+            }
+            let expected = first.entry(*activated).or_insert_with(|| found.clone());
+            if *expected != found {
+                let differing = expected.iter().zip(&found).filter(|(a, b)| a != b).count();
+                let expected = format!("the bits of the first tile, at {tile}, activated {activated}");
+                return Err(Error::value("differing bytes", differing, expected));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// In how many places a GEMM's weights should be, and the bytes from one to the next: past each other, or, where a call reads
+/// few of them, an expert further.
+fn places(expert_bytes: usize, experts: usize, active: usize) -> (usize, usize) {
+    let places = ROTATED_BYTES.div_ceil(expert_bytes * active.max(1)).clamp(1, MOST_ROTATED);
+    let step = if active * 4 > experts { expert_bytes * experts } else { expert_bytes };
+    (places, step)
+}
+
+/// So many random values.
+fn random(device: &Device, format: WeightFormat, count: usize) -> Result<Buffer> {
+    let bytes = checked_mul("bytes", count, format.bytes())?;
+    let period = uploaded(device, &random_bytes(format, PERIOD.min(bytes.next_multiple_of(8)) / format.bytes()))?;
+    let buffer = device.allocate(bytes)?;
+    repeat(device, period.address(), period.bytes().min(bytes), buffer.address(), bytes)?;
+    Ok(buffer)
+}
+
+/// So many scales, all different from their neighbours.
+fn scales(device: &Device, count: usize) -> Result<Buffer> {
+    let values: Vec<f32> = (0..count.clamp(1, 1 << 20)).map(|i| 0.5 + (i * 37 % 101) as f32 / 101.0).collect();
+    let period = uploaded(device, &values)?;
+    let buffer = device.allocate(4 * count.max(1))?;
+    repeat(device, period.address(), period.bytes(), buffer.address(), buffer.bytes())?;
+    Ok(buffer)
+}
