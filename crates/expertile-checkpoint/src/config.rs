@@ -561,7 +561,7 @@ fn speaks_of_the_block(key: &str) -> bool {
     has(&["expert", "experts", "moe", "routed", "router", "routing"]) || (has(BLOCK_WORDS) && !has(OTHER_WORDS))
 }
 
-/// Whether `word` stands in `key` between underscores, dots or its ends, in any case.
+/// Whether `key` contains `word` between underscores, dots, hyphens or its ends, in any case.
 fn has_word(key: &str, word: &str) -> bool {
     let key = format!("_{}_", key.to_ascii_lowercase().replace(['-', '.'], "_"));
     key.contains(&format!("_{word}_"))

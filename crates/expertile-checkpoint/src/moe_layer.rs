@@ -228,7 +228,7 @@ struct Reader<'a, 'c> {
     block: BlockConfig,
     /// `model.layers.7.`
     layer_prefix: String,
-    /// Names that were read; what else stands in the block is an error.
+    /// Names that were read; any other tensor of the block is an error.
     read: RefCell<HashSet<String>>,
 }
 
