@@ -70,7 +70,7 @@ pub(crate) fn write_file(file: &Path, bytes: &[u8]) -> Result<()> {
     write().map_err(|source| Error::write(file, source))
 }
 
-/// What stands at a target, or could.
+/// The kind of file at a target, or the lack of one.
 fn place(target: &Path) -> io::Result<Place> {
     match fs::metadata(target) {
         Ok(there) if there.is_dir() => Err(ErrorKind::IsADirectory.into()),
