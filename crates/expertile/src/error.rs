@@ -181,6 +181,18 @@ pub enum Error {
         /// The formats that would fit.
         expected: &'static str,
     },
+    /// What one backend does and this one does not.
+    #[error("{argument} is {actual}, which the {backend} backend does not take; expected {expected}")]
+    Unsupported {
+        /// The argument's name.
+        argument: &'static str,
+        /// What it is.
+        actual: &'static str,
+        /// The backend.
+        backend: &'static str,
+        /// What the backend takes instead.
+        expected: &'static str,
+    },
     /// A call into the CUDA driver that failed. After some of these (an illegal address, say) the context is lost.
     #[error("{call} failed with {name} ({code}): {message}")]
     Cuda {

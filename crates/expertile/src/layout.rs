@@ -305,7 +305,7 @@ fn write_starts(lists: &mut Lists<'_>, alignment: usize, m_sum: usize) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dtype::MatrixRef;
+    use crate::matrix::MatrixRef;
     use crate::plan::TokenExperts;
 
     #[test]

@@ -6,8 +6,8 @@
 
 pub mod router;
 
-use crate::dtype::MatrixRef;
 use crate::error::{Error, Result, require_len};
+use crate::matrix::MatrixRef;
 
 /// `topk_ids [M, topk]`, i32 or i64, with any strides.
 #[derive(Debug, Clone, Copy)]

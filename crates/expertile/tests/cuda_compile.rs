@@ -4,11 +4,9 @@
 
 mod on_device;
 
-use expertile::cuda::compiler::Compiler;
-use expertile::cuda::kernel::Source;
 use expertile::cuda::{
-    ActivateConfig, GemmConfig, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, PermuteConfig, QuantizePermuteConfig,
-    RouteConfig, UnpermuteConfig, WIDE_ROW_TILE,
+    ActivateConfig, Compiler, GemmConfig, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, PermuteConfig,
+    QuantizePermuteConfig, RouteConfig, Source, UnpermuteConfig, WIDE_ROW_TILE,
 };
 use expertile::{Activation, Dtype, Error, Group, Padding, ScaleFormat, ScaleLayout, ScaleRounding, WeightFormat};
 

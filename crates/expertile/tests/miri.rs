@@ -3,12 +3,12 @@
 //! `CONTRIBUTING.md` has the command. Natively this is a small smoke test; the properties are in `tests/contract`.
 
 use expertile::cpu::{
-    self, Activations, Cpu, Isa, Layer, LayerOptions, PackedWeights, RowScales, grouped_gemm,
-    grouped_gemm_workspace_bytes,
+    self, Activations, Cpu, Isa, Layer, PackedWeights, RowScales, grouped_gemm, grouped_gemm_workspace_bytes,
 };
 use expertile::{
-    Activation, ActivationFormat, E4m3, Group, GroupWorth, Groups, Layout, MatrixRef, Normalization, Padding, Plan,
-    Router, Routing, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut, Scoring, TokenExperts,
+    Activation, ActivationFormat, Dtype, E4m3, Group, GroupWorth, Groups, LayerConfig, Layout, MatrixRef,
+    Normalization, Padding, Plan, Router, Routing, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut, Scoring,
+    TokenExperts,
 };
 use expertile_oracle as oracle;
 use half::bf16;
@@ -206,17 +206,20 @@ fn a_layer_runs() {
     }
     .run(&x, &IDS, TOPK, Some(&weights), None);
     for cpu in machines() {
-        let layer = Layer::new(
-            PackedWeights::pack_bf16(&cpu, &to_bf16(&w13), EXPERTS, 2 * intermediate, hidden).unwrap(),
-            PackedWeights::pack_bf16(&cpu, &to_bf16(&w2), EXPERTS, hidden, intermediate).unwrap(),
-            LayerOptions { activation: Activation::default(), alignment: ALIGNMENT, ..LayerOptions::default() },
-        )
-        .unwrap();
-        let mut workspace = vec![0xff; layer.workspace_bytes(TOKENS, TOPK).unwrap() + 1];
+        let config = LayerConfig {
+            input: Dtype::F32,
+            output: Dtype::F32,
+            alignment: Some(ALIGNMENT),
+            ..LayerConfig::new(TOPK, EXPERTS, ActivationFormat::Bf16)
+        };
+        let w13 = PackedWeights::pack_bf16(&cpu, &to_bf16(&w13), EXPERTS, 2 * intermediate, hidden).unwrap();
+        let w2 = PackedWeights::pack_bf16(&cpu, &to_bf16(&w2), EXPERTS, hidden, intermediate).unwrap();
+        let layer = Layer::prepare(&cpu, w13, w2, config, TOKENS).unwrap();
+        let mut workspace = vec![0xff; layer.workspace_bytes(TOKENS).unwrap() + 1];
         let mut output = vec![f32::NAN; TOKENS * hidden];
         let x = MatrixRef::new(&x, TOKENS, hidden).unwrap();
         let weights = MatrixRef::new(&weights, TOKENS, TOPK).unwrap();
-        layer.run(&cpu, x, &routing(), weights, &mut workspace[1..], &mut output).unwrap();
+        layer.run(x, &routing(), weights, &mut workspace[1..], &mut output).unwrap();
         let output: Vec<f64> = output.into_iter().map(f64::from).collect();
         let difference = oracle::compare::difference(&output, &expected.output);
         assert!(difference < oracle::compare::BF16_LAYER.whole, "{difference}");
@@ -225,9 +228,10 @@ fn a_layer_runs() {
         let layout = Layout::from_psum(&[2, 4, 7], 4, 8, &mut space).unwrap();
         let mut workspace = vec![0xff; layer.expanded_workspace_bytes(8).unwrap() + 1];
         let rows = to_bf16(&values(8 * hidden, 2));
+        let layer = layer.with_config(LayerConfig { input: Dtype::Bf16, ..config }, TOKENS).unwrap();
         let mut out = vec![bf16::NAN; 8 * hidden];
         let rows = MatrixRef::new(&rows, 8, hidden).unwrap();
-        layer.run_expanded(&cpu, rows, &layout, &mut workspace[1..], &mut out).unwrap();
+        layer.run_expanded(rows, &layout, &mut workspace[1..], &mut out).unwrap();
         let nan = |row: usize| out[row * hidden..][..hidden].iter().all(|x| x.is_nan());
         assert_eq!([0, 1, 2, 3, 4, 5, 6, 7].map(nan), [false, false, true, true, false, false, false, true]);
     }

@@ -6,6 +6,7 @@
 
 mod activation;
 pub mod arch;
+mod backend;
 mod disjoint;
 pub mod gemm;
 mod layer;
@@ -20,7 +21,7 @@ pub use gemm::{
     Activations, PackedWeights, PackedWeightsBuilder, grouped_gemm, grouped_gemm_with_bias,
     grouped_gemm_workspace_bytes,
 };
-pub use layer::{Layer, LayerOptions, SharedExpert, StageDone};
+pub use layer::{ALIGNMENT, Layer, LayerChoice, SharedExpert, StageDone};
 pub use permute::{RowScales, permute_convert, permute_quantized, permute_rows, quantize_permute};
 pub use quantize::quantize_rows;
 use std::sync::Arc;

@@ -7,9 +7,10 @@ use super::Cpu;
 use super::arch::{Isa, multiversion, stream};
 use super::disjoint::Disjoint;
 use super::quantize::{ScaleSink, quantize_row};
-use crate::dtype::{E4m3, Float, MatrixRef, RowElement};
+use crate::dtype::{E4m3, Float, RowElement};
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::layout::{Layout, Padding};
+use crate::matrix::MatrixRef;
 use crate::quantize::{ScaleFormat, ScaleLayout, ScalesMut};
 use rayon::prelude::*;
 

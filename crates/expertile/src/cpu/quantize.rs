@@ -4,9 +4,10 @@ use super::Cpu;
 use super::arch::multiversion;
 use super::disjoint::Disjoint;
 use super::permute::{gather, gather_space};
-use crate::dtype::{E4m3, Float, MatrixRef, e4m3_byte};
+use crate::dtype::{E4m3, Float, e4m3_byte};
 use crate::error::{Result, checked_mul, require_len};
 use crate::layout::Layout;
+use crate::matrix::MatrixRef;
 use crate::quantize::{ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut, scale_of, ue8m0_byte};
 use rayon::prelude::*;
 

@@ -4,9 +4,10 @@ use super::Cpu;
 use super::arch::multiversion;
 use super::arch::stream::prefetch;
 use super::permute::live;
-use crate::dtype::{Float, MatrixRef};
+use crate::dtype::Float;
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::layout::Layout;
+use crate::matrix::MatrixRef;
 use crate::routing::{Routing, require_slots};
 use rayon::prelude::*;
 

@@ -24,32 +24,37 @@ mod activation;
 mod arguments;
 #[cfg(test)]
 mod arithmetic;
-mod cache;
-pub mod compiler;
+mod backend;
+mod call;
 mod cost;
-mod device;
+mod definitions;
+mod driver;
 mod gemm;
-pub mod kernel;
 mod layer;
 pub mod measure;
 mod permute;
-mod resident;
+mod quantize_permute;
 mod route;
-mod tensor_map;
 mod unpermute;
 mod weights;
 
-pub use activation::{Activate, ActivateBuffers, ActivateConfig};
-pub use arguments::{LayoutBuffers, RoutingBuffers, RowsBuffers, Tensor2};
-pub use cache::CubinCache;
-pub use device::{Buffer, Device, Info, Stream, availability};
+pub use activation::{Activate, ActivateCall, ActivateConfig};
+pub use call::{DeviceMatrix, LayoutPtrs, RoutingPtrs, RowsPtrs};
+pub use driver::{
+    Compiler, CubinCache, Device, DeviceBuffer, DevicePtr, Graph, Info, Resources, Source, Stream, availability,
+};
 pub use gemm::{
-    Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, NARROW_OUTPUTS, ROW_TILES,
+    Gemm, GemmCall, GemmConfig, GemmShape, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, NARROW_OUTPUTS, ROW_TILES,
     WIDE_ROW_TILE,
 };
-pub use kernel::Resources;
-pub use layer::{ALIGNMENT, Layer, LayerBuffers, LayerChoice, LayerConfig, LayerParts};
-pub use permute::{Permute, PermuteConfig, QuantizePermute, QuantizePermuteConfig};
-pub use route::{Route, RouteConfig};
-pub use unpermute::{Unpermute, UnpermuteBuffers, UnpermuteConfig};
+pub use layer::{ALIGNMENT, CapturedLayer, Layer, LayerCall, LayerChoice, LayerParts, Workspace};
+pub use permute::{Permute, PermuteCall, PermuteConfig};
+pub use quantize_permute::{QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig};
+pub use route::{Route, RouteCall, RouteConfig};
+pub use unpermute::{Unpermute, UnpermuteCall, UnpermuteConfig};
 pub use weights::{Weights, WeightsBuilder};
+
+/// One call's inputs in device memory.
+pub type LayerInputs<'a, T> = crate::backend::LayerInputs<'a, Device, T>;
+/// A call's ids in device memory.
+pub type Ids<'a> = crate::backend::Ids<'a, Device>;

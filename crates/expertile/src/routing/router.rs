@@ -13,8 +13,8 @@
 //! sum: the same real numbers. Phi-3.5-MoE's sparse mixer is a [`Scoring`] of its own. Ties go to the lower id. Sums are
 //! in f32, in ascending order of the expert id (softmax) or of the slot (normalization).
 
-use crate::dtype::MatrixRef;
 use crate::error::{Error, Result, checked_mul, require_len};
+use crate::matrix::MatrixRef;
 use bytemuck::allocation::try_zeroed_vec;
 
 /// How a checkpoint turns logits into a choice of experts.

@@ -87,7 +87,7 @@ fn case(random: &mut Random, out: &mut Outputs) -> Result<()> {
                 1 => PackedWeights::pack_e4m3(&cpu, &bytes, &floats, experts, n, k).map(drop),
                 // A builder asks for memory before it has weights: as much as this is not to be had, or little.
                 _ if experts.saturating_mul(n).saturating_mul(k) < 1 << 20 || experts > 1 << 40 => {
-                    PackedWeightsBuilder::new(WeightFormat::Bf16, experts, n, k).map(drop)
+                    PackedWeightsBuilder::new(&Cpu::new(), WeightFormat::Bf16, experts, n, k).map(drop)
                 }
                 _ => Ok(()),
             }

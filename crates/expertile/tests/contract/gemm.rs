@@ -224,18 +224,18 @@ proptest! {
         let format = if e4m3 { WeightFormat::E4m3 } else { WeightFormat::Bf16 };
         let weights = Weights::random(format, [experts, 2 * half, k], seed);
         let cpu = Cpu::new();
-        let mut builder = PackedWeightsBuilder::new(format, experts, 2 * half, k).unwrap();
+        let mut builder = PackedWeightsBuilder::new(&cpu, format, experts, 2 * half, k).unwrap();
         for expert in (0..experts).rev() {
             for first_row in [half, 0] {
                 match weights.part(expert, first_row, half) {
                     Part::E4m3(bytes, scales) => {
                         let rows = MatrixRef::new(&bytes, half, k).unwrap();
                         let scales = MatrixRef::new(&scales, 1, 2).unwrap();
-                        builder.pack_e4m3_rows(&cpu, expert, first_row, rows, scales).unwrap();
+                        builder.add_e4m3_rows(expert, first_row, rows, scales).unwrap();
                     }
                     Part::Bf16(values) => {
                         let rows = Strided::new(&values, half, k, Strides::ColumnMajor, bf16::NAN);
-                        builder.pack_bf16_rows(&cpu, expert, first_row, rows.matrix()).unwrap();
+                        builder.add_bf16_rows(expert, first_row, rows.matrix()).unwrap();
                     }
                 }
             }
@@ -268,8 +268,8 @@ proptest! {
         let format = if e4m3 { WeightFormat::E4m3 } else { WeightFormat::Bf16 };
         let weights = Weights::gate_up(format, [experts, half, k], seed);
         let cpu = Cpu::new();
-        let mut parts = PackedWeightsBuilder::gate_up(format, experts, half, k).unwrap();
-        let mut fused = PackedWeightsBuilder::gate_up(format, experts, half, k).unwrap();
+        let mut parts = PackedWeightsBuilder::gate_up(&cpu, format, experts, half, k).unwrap();
+        let mut fused = PackedWeightsBuilder::gate_up(&cpu, format, experts, half, k).unwrap();
         let order = GateUpOrder::Interleaved;
         for expert in (0..experts).rev() {
             for first_row in [half, 0] {
@@ -277,11 +277,11 @@ proptest! {
                     Part::E4m3(bytes, scales) => {
                         let rows = Strided::new(&bytes, half, k, strides, E4m3::NAN);
                         let scales = Strided::new(&scales, half.div_ceil(128), k.div_ceil(128), strides, f32::NAN);
-                        parts.pack_e4m3_rows(&cpu, expert, first_row, rows.matrix(), scales.matrix()).unwrap();
+                        parts.add_e4m3_rows(expert, first_row, rows.matrix(), scales.matrix()).unwrap();
                     }
                     Part::Bf16(values) => {
                         let rows = Strided::new(&values, half, k, strides, bf16::NAN);
-                        parts.pack_bf16_rows(&cpu, expert, first_row, rows.matrix()).unwrap();
+                        parts.add_bf16_rows(expert, first_row, rows.matrix()).unwrap();
                     }
                 }
             }
@@ -291,12 +291,12 @@ proptest! {
                     let rows = Strided::new(&rows, 2 * half, k, strides, E4m3::NAN);
                     scales.extend(up_scales);
                     let scales = Strided::new(&scales, 2 * half.div_ceil(128), k.div_ceil(128), strides, f32::NAN);
-                    fused.pack_gate_up_e4m3_rows(&cpu, expert, rows.matrix(), scales.matrix(), order).unwrap();
+                    fused.add_gate_up_e4m3_rows(expert, rows.matrix(), scales.matrix(), order).unwrap();
                 }
                 [Part::Bf16(gate), Part::Bf16(up)] => {
                     let rows = reordered(&[gate, up].concat(), half, k, order);
                     let rows = Strided::new(&rows, 2 * half, k, strides, bf16::NAN);
-                    fused.pack_gate_up_bf16_rows(&cpu, expert, rows.matrix(), order).unwrap();
+                    fused.add_gate_up_bf16_rows(expert, rows.matrix(), order).unwrap();
                 }
                 _ => unreachable!("parts of one format"),
             }
@@ -340,8 +340,8 @@ proptest! {
         fn rows_of<T: crate::cases::Number>(weights: &[f32], [n, k]: [usize; 2], strides: Strides) -> PackedWeights {
             let weights: Vec<T> = weights.iter().map(|&weight| T::nearest(weight)).collect();
             let rows = Strided::new(&weights, n, k, strides, T::nearest(f32::NAN));
-            let mut builder = PackedWeightsBuilder::new(WeightFormat::Bf16, 1, n, k).unwrap();
-            builder.pack_bf16_rows(&Cpu::new(), 0, 0, rows.matrix()).unwrap();
+            let mut builder = PackedWeightsBuilder::new(&Cpu::new(), WeightFormat::Bf16, 1, n, k).unwrap();
+            builder.add_bf16_rows(0, 0, rows.matrix()).unwrap();
             builder.finish().unwrap()
         }
         let mut noise = Noise(seed);
@@ -444,14 +444,14 @@ fn a_scale_for_each_channel_multiplies_its_sums_once() {
             .collect();
         for cpu in machines() {
             // Whole, and gate and up apart, gate in two parts.
-            let mut whole = PackedWeightsBuilder::new(WeightFormat::E4m3, 4, 2 * half, k).unwrap();
-            let mut parts = PackedWeightsBuilder::gate_up(WeightFormat::E4m3, 4, half, k).unwrap();
+            let mut whole = PackedWeightsBuilder::new(&cpu, WeightFormat::E4m3, 4, 2 * half, k).unwrap();
+            let mut parts = PackedWeightsBuilder::gate_up(&cpu, WeightFormat::E4m3, 4, half, k).unwrap();
             for expert in 0..4 {
                 let pack = |builder: &mut PackedWeightsBuilder, first: usize, rows: usize| {
                     let stored = bytes(expert, first, rows);
                     let stored = Strided::new(&stored, rows, k, Strides::ColumnMajor, E4m3::NAN);
                     let own = &scales[expert * 2 * half + first..][..rows];
-                    builder.pack_e4m3_channel_rows(&cpu, expert, first, stored.matrix(), own).unwrap();
+                    builder.add_e4m3_channel_rows(expert, first, stored.matrix(), own).unwrap();
                 };
                 pack(&mut whole, 0, 2 * half);
                 for (first, rows) in [(half, half), (32, half - 32), (0, 32)] {

@@ -6,7 +6,7 @@ use crate::case::{
 use crate::on_device::{Random, device, upload};
 use crate::unpermute::number_bits;
 use expertile::cpu::{self, Cpu};
-use expertile::cuda::{Activate, ActivateBuffers, ActivateConfig, Device, Stream};
+use expertile::cuda::{Activate, ActivateCall, ActivateConfig, Device, Stream};
 use expertile::{Activation, E4m3, Group, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut};
 use half::bf16;
 
@@ -77,11 +77,11 @@ pub(crate) fn check_activation(device: &Device, case: &Case, activation: Activat
     let step = Activate::prepare(device, ActivateConfig { intermediate, activation, format }).unwrap();
     let (from, ends) = (upload(device, &gate_up), upload(device, &psum));
     let (to, scales) = (poisoned(device, halves.len() * 2), poisoned(device, words * 4));
-    let call = ActivateBuffers {
-        gate_up: from.address(),
-        psum: ends.address(),
-        out: to.address(),
-        scales: scales.address(),
+    let call = ActivateCall {
+        gate_up: from.ptr().cast(),
+        psum: ends.ptr().cast(),
+        out: to.ptr(),
+        scales: Some(scales.ptr()),
         local_experts: case.experts,
         alignment: case.alignment,
         m_sum,

@@ -5,7 +5,7 @@ use crate::case::{
 };
 use crate::on_device::device;
 use expertile::cpu::{self, Cpu};
-use expertile::cuda::{Device, QuantizePermute, QuantizePermuteConfig, RouteConfig, Stream};
+use expertile::cuda::{Device, DevicePtr, QuantizePermute, QuantizePermuteConfig, RouteConfig, Stream};
 use expertile::{Dtype, E4m3, Group, MatrixRef, Padding, Plan, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut};
 use half::{bf16, f16};
 
@@ -66,8 +66,8 @@ impl Expected {
 pub(crate) fn lists(device: &OnDevice, case: &Case, plan: &Plan) -> Vec<i32> {
     let words = device.layout_space.bytes() / 4;
     let space: Vec<i32> = download(&device.layout_space, words);
-    let at = |address: u64, len: usize| {
-        let start = ((address - device.layout_space.address()) / 4) as usize;
+    let at = |list: DevicePtr<i32>, len: usize| {
+        let start = ((list.address() - device.layout_space.ptr().address()) / 4) as usize;
         &space[start..start + len]
     };
     let layout = &device.layout;
@@ -84,7 +84,7 @@ pub(crate) fn lists(device: &OnDevice, case: &Case, plan: &Plan) -> Vec<i32> {
 pub(crate) fn check_lists(device: &OnDevice, case: &Case, plan: &Plan, expected: &Expected) {
     assert_same("layout", case, &lists(device, case, plan), &expected.lists);
     let space: Vec<i32> = download(&device.layout_space, device.layout_space.bytes() / 4);
-    let start = |address: u64| ((address - device.layout_space.address()) / 4) as usize;
+    let start = |list: DevicePtr<i32>| ((list.address() - device.layout_space.ptr().address()) / 4) as usize;
     let tiles = expected.worklist.len();
     let header = &space[start(device.layout.header)..][..4];
     let starts = &expected.lists[case.experts..2 * case.experts];
@@ -134,11 +134,11 @@ pub(crate) fn check_quantize_permute(device: &Device, case: &Case) {
         let on = OnDevice::new(device, case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
         let stream = Stream(0);
         unsafe {
-            step.initialise_workspace(stream, on.workspace.address()).unwrap();
+            step.initialise_workspace(stream, on.workspace.ptr()).unwrap();
             for _ in 0..2 {
                 on.poison();
-                step.launch(stream, &inputs.plan, &on.routing, &on.rows, &on.layout, on.workspace.address()).unwrap();
-                step.check(stream, &inputs.plan, &on.routing, on.workspace.address()).unwrap();
+                step.launch(stream, &on.call(inputs.plan)).unwrap();
+                step.check(stream, &on.call(inputs.plan)).unwrap();
                 check_outputs(&on, case, &inputs.plan, &expected);
             }
         }
@@ -254,9 +254,9 @@ fn a_permuted_buffer_of_more_than_4_gib_is_the_cpus() {
     let step = QuantizePermute::prepare(device, config(&case)).unwrap();
     let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
     unsafe {
-        step.initialise_workspace(Stream(0), on.workspace.address()).unwrap();
-        step.launch(Stream(0), &inputs.plan, &on.routing, &on.rows, &on.layout, on.workspace.address()).unwrap();
-        step.check(Stream(0), &inputs.plan, &on.routing, on.workspace.address()).unwrap();
+        step.initialise_workspace(Stream(0), on.workspace.ptr()).unwrap();
+        step.launch(Stream(0), &on.call(inputs.plan)).unwrap();
+        step.check(Stream(0), &on.call(inputs.plan)).unwrap();
     }
     check_outputs(&on, &case, &inputs.plan, &expected);
 }
@@ -270,12 +270,11 @@ fn fifty_repeats_give_the_same_bits() {
         let expected = expected(&case, &inputs);
         let step = QuantizePermute::prepare(device, config(&case)).unwrap();
         let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
-        unsafe { step.initialise_workspace(Stream(0), on.workspace.address()).unwrap() };
+        unsafe { step.initialise_workspace(Stream(0), on.workspace.ptr()).unwrap() };
         for _ in 0..50 {
             on.poison();
             unsafe {
-                step.launch(Stream(0), &inputs.plan, &on.routing, &on.rows, &on.layout, on.workspace.address())
-                    .unwrap();
+                step.launch(Stream(0), &on.call(inputs.plan)).unwrap();
             }
             check_outputs(&on, &case, &inputs.plan, &expected);
         }

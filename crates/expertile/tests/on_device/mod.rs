@@ -2,7 +2,7 @@
 // Each test program takes its share.
 #![allow(dead_code)]
 
-use expertile::cuda::{Buffer, Device};
+use expertile::cuda::{Device, DeviceBuffer};
 use std::fmt::Display;
 use std::io::Write;
 use std::sync::OnceLock;
@@ -65,14 +65,14 @@ impl Random {
 }
 
 /// Device memory with its contents.
-pub(crate) fn upload<T: bytemuck::NoUninit>(device: &Device, values: &[T]) -> Buffer {
+pub(crate) fn upload<T: bytemuck::NoUninit>(device: &Device, values: &[T]) -> DeviceBuffer {
     let buffer = device.allocate(size_of_val(values).max(16)).unwrap();
-    buffer.upload(values).unwrap();
+    buffer.upload_at(0, values).unwrap();
     buffer
 }
 
 /// Device memory full of one byte.
-pub(crate) fn filled(device: &Device, bytes: usize, byte: u8) -> Buffer {
+pub(crate) fn filled(device: &Device, bytes: usize, byte: u8) -> DeviceBuffer {
     let buffer = device.allocate(bytes.max(16)).unwrap();
     buffer.fill(byte).unwrap();
     buffer

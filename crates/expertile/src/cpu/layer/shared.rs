@@ -1,17 +1,18 @@
 //! The expert that every token visits: a dense MLP of its own width, with a gate of its own if it has one.
 
-use super::{Buffers, LayerOptions, fit};
+use super::{Buffers, fit};
 use crate::activation::{Activation, sigmoid};
 use crate::cpu::Cpu;
 use crate::cpu::arch::multiversion;
 use crate::cpu::gemm::PackedWeights;
 use crate::cpu::unpermute::SharedRows;
 use crate::cpu::workspace::{Carver, Sizing};
-use crate::dtype::{Float, MatrixRef};
+use crate::dtype::Float;
 use crate::error::{Error, Result, checked_add, checked_mul, require_exact};
 use crate::gemm::{ActivationFormat, WeightFormat};
-use crate::layer::{LayerShape, StageCost, shared_cost};
+use crate::layer::{LayerConfig, LayerShape, StageCost, shared_cost};
 use crate::layout::Layout;
+use crate::matrix::MatrixRef;
 use half::bf16;
 use rayon::prelude::*;
 
@@ -47,10 +48,10 @@ fn layout_len(tokens: usize) -> Result<usize> {
 }
 
 impl Shared {
-    pub(super) fn new(expert: SharedExpert, layer: &LayerShape, options: &LayerOptions) -> Result<Self> {
+    pub(super) fn new(expert: SharedExpert, layer: &LayerShape, config: &LayerConfig) -> Result<Self> {
         let SharedExpert { w13, w2, gate } = &expert;
         let activations = match w13.format() {
-            WeightFormat::E4m3 => options.activations,
+            WeightFormat::E4m3 => config.activation_format,
             WeightFormat::Bf16 => ActivationFormat::Bf16,
         };
         let (hidden, w2_shape) = (layer.hidden(), [w2.experts(), w2.n(), w2.k()]);
@@ -58,7 +59,7 @@ impl Shared {
             let expected = format!("[1, {hidden}, I], for one expert of the layer's H");
             return Err(Error::shape("shared w2", &w2_shape, expected));
         }
-        let shape = fit(w13, w2, &options.activation, activations)?;
+        let shape = fit(w13, w2, &config.activation, activations)?;
         if let Some(gate) = gate {
             require_exact("shared gate", gate.len(), &[hidden])?;
         }

@@ -1,14 +1,16 @@
 //! How a call of the layer is cut: a pure function of the layer, the number of tokens and the device.
 
-use super::{ALIGNMENT, LayerConfig};
-use crate::cuda::arguments::{LayoutBuffers, SecondWorklist, require_aligned};
+use crate::cuda::arguments::SecondWorklist;
+use crate::cuda::call::LayoutPtrs;
+use crate::cuda::driver::DevicePtr;
 use crate::cuda::gemm::{GemmShape, GemmTile};
-use crate::cuda::{permute, route};
+use crate::cuda::{quantize_permute, route};
 use crate::error::{Error, Result, checked_add, checked_mul};
 use crate::gemm::ActivationFormat;
-use crate::layer::LayerShape;
+use crate::layer::{LayerConfig, LayerShape};
 use crate::plan::{Plan, TokenExperts};
 use crate::quantize::ScaleFormat;
+use half::bf16;
 use std::fmt;
 
 /// Parts of the workspace start on as many bytes, and so does the workspace itself.
@@ -54,7 +56,13 @@ impl LayerChoice {
         tiles: &Tiles,
         multiprocessors: usize,
     ) -> Result<(Self, Offsets)> {
-        let plan = Plan::tight(tokens, config.topk, shape.local_experts(), ALIGNMENT, TokenExperts::MayRepeat)?;
+        let plan = Plan::tight(
+            tokens,
+            config.topk,
+            shape.local_experts(),
+            config.layout_alignment(),
+            TokenExperts::MayRepeat,
+        )?;
         let Tiles { gemm1, gemm2, activation_inside_gemm1 } = *tiles;
         let slots = tokens * config.topk;
         let row_tiles = (gemm1.row_tile, second_row_tile(&gemm1, &gemm2));
@@ -65,7 +73,7 @@ impl LayerChoice {
             gemm1,
             gemm2,
             activation_inside_gemm1,
-            launches: launches(config.activations, slots, activation_inside_gemm1),
+            launches: launches(config.activation_format, slots, activation_inside_gemm1),
             workspace_bytes: offsets.end,
         };
         Ok((choice, offsets))
@@ -118,7 +126,7 @@ fn alike(tokens: usize) -> usize {
 /// Routing and permute, two GEMMs, the activation unless it is inside, unpermute.
 fn launches(activations: ActivationFormat, slots: usize, activation_inside: bool) -> usize {
     let before = match activations {
-        ActivationFormat::E4m3 => permute::launches(slots),
+        ActivationFormat::E4m3 => quantize_permute::launches(slots),
         ActivationFormat::Bf16 => 2,
     };
     if slots == 0 { 0 } else { before + 4 - usize::from(activation_inside) }
@@ -208,6 +216,8 @@ pub(super) struct Offsets {
     activated_scales: usize,
     back: usize,
     end: usize,
+    /// Whether rows have scales.
+    scaled: bool,
 }
 
 /// Parts one behind the other.
@@ -232,7 +242,7 @@ impl Offsets {
         multiprocessors: usize,
     ) -> Result<Self> {
         let (m_sum, hidden, intermediate) = (plan.m_sum(), shape.hidden(), shape.intermediate());
-        let e4m3 = config.activations == ActivationFormat::E4m3;
+        let e4m3 = config.activation_format == ActivationFormat::E4m3;
         let rows =
             |width: usize, bytes: usize| checked_mul("bytes of rows", m_sum, checked_mul("width", width, bytes)?);
         let operand = |width: usize| rows(width, config.weight_format().bytes());
@@ -246,7 +256,7 @@ impl Offsets {
         };
         let mut carver = Carver(0);
         carver.part(routing)?;
-        let layout = carver.part(LayoutBuffers::space_bytes(plan, row_tile)?)?;
+        let layout = carver.part(LayoutPtrs::space_bytes(plan, row_tile)?)?;
         let second_bytes = second_row_tile.map_or(Ok(0), |tile| SecondWorklist::space_bytes(plan, tile))?;
         let second_worklist = carver.part(second_bytes)?;
         if activation_inside_gemm1 {
@@ -266,6 +276,7 @@ impl Offsets {
                 activated_scales,
                 back: front,
                 end,
+                scaled: e4m3,
             });
         }
         // The permuted rows have been multiplied when the activated ones are written, and so have `gate | up` by then.
@@ -281,22 +292,24 @@ impl Offsets {
             activated_scales: front_scales,
             back,
             end: carver.0,
+            scaled: e4m3,
         })
     }
 
     /// The parts of the workspace that starts at this address.
-    pub(super) fn at(&self, workspace: u64, choice: &LayerChoice) -> Result<LayerParts> {
-        require_aligned("workspace", workspace, PART_BYTES as u64)?;
-        let part = |offset: usize| workspace + offset as u64;
+    pub(super) fn at(&self, workspace: DevicePtr, choice: &LayerChoice) -> Result<LayerParts> {
+        workspace.require_aligned("workspace", PART_BYTES as u64)?;
+        let part = |offset: usize| workspace.byte_add(offset);
+        let scales = |offset: usize| self.scaled.then(|| part(offset).cast());
         let second = choice.second_row_tile().map(|tile| SecondWorklist::carve(part(self.second_worklist), tile));
         Ok(LayerParts {
-            layout: LayoutBuffers::carve(part(self.layout), &choice.plan, choice.row_tile)?,
+            layout: LayoutPtrs::carve(part(self.layout), &choice.plan, choice.row_tile)?,
             second_worklist: second,
             front: part(self.front),
-            front_scales: part(self.front_scales),
+            front_scales: scales(self.front_scales),
             activated: part(self.activated),
-            activated_scales: part(self.activated_scales),
-            back: part(self.back),
+            activated_scales: scales(self.activated_scales),
+            back: part(self.back).cast(),
         })
     }
 }
@@ -306,41 +319,29 @@ impl Offsets {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerParts {
     /// The layout's lists.
-    pub layout: LayoutBuffers,
+    pub layout: LayoutPtrs,
     /// GEMM 2's own, where its row tile is another than GEMM 1's.
     pub(super) second_worklist: Option<SecondWorklist>,
     /// Permuted rows `[M_sum, H]`: e4m3 or bf16.
-    pub front: u64,
-    /// Scales of `front`, [`ScaleFormat::HOPPER`]; of no size where it is bf16.
-    pub front_scales: u64,
+    pub front: DevicePtr,
+    /// Scales of `front`, [`ScaleFormat::HOPPER`]; none where it is bf16.
+    pub front_scales: Option<DevicePtr<f32>>,
     /// Activated rows `[M_sum, I]`: e4m3 or bf16.
-    pub activated: u64,
+    pub activated: DevicePtr,
     /// Scales of `activated`, as those of `front`.
-    pub activated_scales: u64,
+    pub activated_scales: Option<DevicePtr<f32>>,
     /// GEMM 1's `gate | up` `[M_sum, 2 I]` unless the activation is inside it, then GEMM 2's rows `[M_sum, H]`: bf16.
-    pub back: u64,
+    pub back: DevicePtr<bf16>,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::activation::Activation;
-    use crate::dtype::Dtype;
 
     const H200: usize = 132;
 
     fn config(topk: usize, global_experts: usize, activations: ActivationFormat) -> LayerConfig {
-        LayerConfig {
-            topk,
-            ids: Dtype::I32,
-            global_experts,
-            input: Dtype::Bf16,
-            output: Dtype::Bf16,
-            activation: Activation::default(),
-            activations,
-            weight_on_input: false,
-            split_k: false,
-        }
+        LayerConfig::new(topk, global_experts, activations)
     }
 
     /// Name, `H`, `I`, `E`, `G`, `topk`.
@@ -441,20 +442,21 @@ mod tests {
         e4m3: bool,
     ) -> Vec<Vec<(u64, usize)>> {
         let m_sum = choice.plan.m_sum();
-        let operand = |at: u64, width: usize| (at, m_sum * width * if e4m3 { 1 } else { 2 });
-        let scales = |at: u64, width: usize| (at, if e4m3 { 4 * m_sum * width / 128 } else { 0 });
-        let front = [operand(parts.front, hidden), scales(parts.front_scales, hidden)];
+        let operand = |at: DevicePtr, width: usize| (at.address(), m_sum * width * if e4m3 { 1 } else { 2 });
+        let scales = |at: Option<DevicePtr<f32>>, width: usize| {
+            assert_eq!(at.is_some(), e4m3);
+            (at.unwrap_or(parts.front.cast()).address(), 4 * m_sum * width / 128)
+        };
+        let with_scales = if e4m3 { 2 } else { 1 };
+        let front = &[operand(parts.front, hidden), scales(parts.front_scales, hidden)][..with_scales];
         let activated = [operand(parts.activated, intermediate), scales(parts.activated_scales, intermediate)];
-        let gate_up = (parts.back, 4 * m_sum * intermediate);
-        let rows = (parts.back, 2 * m_sum * hidden);
+        let activated = &activated[..with_scales];
+        let gate_up = (parts.back.address(), 4 * m_sum * intermediate);
+        let rows = (parts.back.address(), 2 * m_sum * hidden);
         if choice.activation_inside_gemm1 {
-            return vec![[activated, front].concat(), [&activated[..], &[rows]].concat()];
+            return vec![[activated, front].concat(), [activated, &[rows]].concat()];
         }
-        vec![
-            [&front[..], &[gate_up]].concat(),
-            [&activated[..], &[gate_up]].concat(),
-            [&activated[..], &[rows]].concat(),
-        ]
+        vec![[front, &[gate_up]].concat(), [activated, &[gate_up]].concat(), [activated, &[rows]].concat()]
     }
 
     #[test]
@@ -474,12 +476,13 @@ mod tests {
                 let (choice, offsets) = LayerChoice::with_offsets(&shape, &config, tokens, &tiles, H200).unwrap();
                 let LayerChoice { plan, row_tile, activation_inside_gemm1, .. } = choice;
                 inside += usize::from(activation_inside_gemm1);
-                let parts = offsets.at(4096, &choice).unwrap();
+                let parts = offsets.at(DevicePtr::new(4096), &choice).unwrap();
                 let routing = route::workspace_bytes(&plan, H200).unwrap();
-                let lists = LayoutBuffers::space_bytes(&plan, row_tile).unwrap();
-                let mut before = vec![(4096, routing), (parts.layout.expert_num_tokens, lists)];
+                let lists = LayoutPtrs::space_bytes(&plan, row_tile).unwrap();
+                let mut before = vec![(4096, routing), (parts.layout.expert_num_tokens.address(), lists)];
                 if let Some(second) = parts.second_worklist {
-                    before.push((second.header, SecondWorklist::space_bytes(&plan, second.row_tile).unwrap()));
+                    before
+                        .push((second.header.address(), SecondWorklist::space_bytes(&plan, second.row_tile).unwrap()));
                     with_second += 1;
                 }
                 let e4m3 = activations == ActivationFormat::E4m3;
@@ -491,7 +494,7 @@ mod tests {
                     }
                     assert!(end <= 4096 + choice.workspace_bytes as u64, "{end}: {spans:?} {choice}");
                 }
-                assert!(offsets.at(4096 + 16, &choice).is_err());
+                assert!(offsets.at(DevicePtr::new(4096 + 16), &choice).is_err());
             }
         }
         assert!(inside > 0 && with_second > 0, "{inside}, {with_second}");

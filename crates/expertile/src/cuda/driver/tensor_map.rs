@@ -1,24 +1,24 @@
 //! Descriptions of matrices for Hopper's copy engine.
 
-use super::device::check_call;
+use super::check_call;
 use crate::error::{Error, Result};
 use cudarc::driver::sys;
 
 /// Bytes of a row of a box: the width of the swizzle.
-pub(super) const BOX_ROW_BYTES: usize = 128;
+pub(in crate::cuda) const BOX_ROW_BYTES: usize = 128;
 
 /// What the copy engine needs to know of a matrix, as a kernel takes it.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct TensorMap([u64; 16]);
+pub(in crate::cuda) struct TensorMap([u64; 16]);
 
 impl TensorMap {
-    pub(super) const EMPTY: Self = Self([0; 16]);
+    pub(in crate::cuda) const EMPTY: Self = Self([0; 16]);
 
     /// `matrices` (1, where `rank` is 2) row-major matrices of `rows` by `columns`, one behind the other, of which boxes of `box_rows` rows by 128
     /// bytes are copied, swizzled. What a box has past an edge is zeros.
     #[allow(unsafe_code)]
-    pub(super) fn encode(
+    pub(in crate::cuda) fn encode(
         address: u64,
         element_bytes: usize,
         rank: u32,
