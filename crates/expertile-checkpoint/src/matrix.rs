@@ -3,9 +3,8 @@
 use crate::error::{Error, Result};
 use crate::quantization::Scheme;
 use crate::tensors::Tensor;
-use expertile::cpu::{Cpu, PackedWeightsBuilder};
 use expertile::gemm::WEIGHT_BLOCK;
-use expertile::{E4m3, MatrixRef, WeightFormat};
+use expertile::{E4m3, MatrixRef, WeightFormat, WeightsBuilder};
 use half::{bf16, f16};
 use safetensors::Dtype;
 use std::borrow::Cow;
@@ -165,24 +164,23 @@ impl<'a> WeightMatrix<'a> {
         MatrixRef::with_strides(values, self.rows, self.cols, self.row_stride, self.col_stride)
     }
 
-    pub(crate) fn pack(
+    pub(crate) fn add_to<B: WeightsBuilder>(
         &self,
-        cpu: &Cpu,
-        builder: &mut PackedWeightsBuilder,
+        builder: &mut B,
         expert: usize,
         first_row: usize,
     ) -> expertile::Result<()> {
         match self.view()? {
-            WeightRows::Bf16(rows) => builder.pack_bf16_rows(cpu, expert, first_row, rows),
-            WeightRows::F16(rows) => builder.pack_bf16_rows(cpu, expert, first_row, rows),
-            WeightRows::F32(rows) => builder.pack_bf16_rows(cpu, expert, first_row, rows),
+            WeightRows::Bf16(rows) => builder.add_bf16_rows(expert, first_row, rows),
+            WeightRows::F16(rows) => builder.add_bf16_rows(expert, first_row, rows),
+            WeightRows::F32(rows) => builder.add_bf16_rows(expert, first_row, rows),
             WeightRows::E4m3 { values, scales: WeightScales::Block(scales) } => {
                 let [block_rows, block_cols] = self.blocks();
                 let scales = MatrixRef::new(scales, block_rows, block_cols)?;
-                builder.pack_e4m3_rows(cpu, expert, first_row, values, scales)
+                builder.add_e4m3_rows(expert, first_row, values, scales)
             }
             WeightRows::E4m3 { values, scales: WeightScales::Row(scales) } => {
-                builder.pack_e4m3_channel_rows(cpu, expert, first_row, values, scales)
+                builder.add_e4m3_channel_rows(expert, first_row, values, scales)
             }
         }
     }

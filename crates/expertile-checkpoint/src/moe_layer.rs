@@ -6,10 +6,9 @@ use crate::error::{Error, Result};
 use crate::family::{ExpertNames, Family, SharedNames};
 use crate::matrix::{View, WEIGHT_DTYPES, WeightMatrix, WeightScales, matrix_scales, weight_format};
 use crate::tensors::Tensor;
-use expertile::cpu::{Cpu, PackedWeights, PackedWeightsBuilder};
 use expertile::gemm::WEIGHT_BLOCK;
 use expertile::layer::LayerShape;
-use expertile::{Activation, GateUpOrder, Router, WeightFormat};
+use expertile::{Activation, Backend, GateUpOrder, Router, WeightFormat, WeightsBuilder};
 use safetensors::Dtype;
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -149,7 +148,7 @@ impl<'a> MoeLayer<'a> {
         self.shared.as_ref()
     }
 
-    /// Packs the routed experts for the CPU: `w13 [E, 2 I, H]` (gate rows first; `[E, I, H]` without a gate) and
+    /// Loads the routed experts into a backend: `w13 [E, 2 I, H]` (gate rows first; `[E, I, H]` without a gate) and
     /// `w2 [E, H, I]`.
     ///
     /// `progress` gets the number of experts that are done, after each. This is where the file is read, so the time it
@@ -157,57 +156,51 @@ impl<'a> MoeLayer<'a> {
     ///
     /// # Errors
     /// [`Error::Pack`] with the library's reason.
-    pub fn pack(&self, cpu: &Cpu, progress: &mut dyn FnMut(usize)) -> Result<(PackedWeights, PackedWeights)> {
-        pack(cpu, self.shape, &self.experts, progress)
+    pub fn load<B: Backend>(&self, backend: &B, progress: &mut dyn FnMut(usize)) -> Result<(B::Weights, B::Weights)> {
+        load(backend, self.shape, &self.experts, progress)
     }
 }
 
 impl SharedExpert<'_> {
-    /// What its weights are packed as.
+    /// What its weights are loaded as.
     #[must_use]
     pub fn weight_format(&self) -> WeightFormat {
         self.expert.up.format()
     }
 
-    /// Packs its weights for the CPU, as those of a layer with one expert.
+    /// Loads its weights, as those of a layer with one expert.
     ///
     /// # Errors
     /// [`Error::Pack`] with the library's reason.
-    pub fn pack(&self, cpu: &Cpu) -> Result<(PackedWeights, PackedWeights)> {
-        pack(cpu, self.shape, std::slice::from_ref(&self.expert), &mut |_| {})
+    pub fn load<B: Backend>(&self, backend: &B) -> Result<(B::Weights, B::Weights)> {
+        load(backend, self.shape, std::slice::from_ref(&self.expert), &mut |_| {})
     }
 }
 
-fn pack(
-    cpu: &Cpu,
+fn load<B: Backend>(
+    backend: &B,
     shape: LayerShape,
     experts: &[Expert<'_>],
     progress: &mut dyn FnMut(usize),
-) -> Result<(PackedWeights, PackedWeights)> {
-    let (hidden, intermediate, count) = (shape.hidden(), shape.intermediate(), experts.len());
-    let pack = |what: &str| {
+) -> Result<(B::Weights, B::Weights)> {
+    let failed = |what: &str| {
         let what = what.to_owned();
         move |source| Error::Pack { what, source }
     };
     let format = experts[0].up.format();
-    let w13 = if shape.is_gated() {
-        PackedWeightsBuilder::gate_up(format, count, intermediate, hidden)
-    } else {
-        PackedWeightsBuilder::new(format, count, intermediate, hidden)
-    };
-    let mut w13 = w13.map_err(pack("w13"))?;
-    let mut w2 = PackedWeightsBuilder::new(format, count, hidden, intermediate).map_err(pack("w2"))?;
+    let mut w13 = backend.w13_builder(format, &shape).map_err(failed("w13"))?;
+    let mut w2 = backend.w2_builder(format, &shape).map_err(failed("w2"))?;
     for (id, expert) in experts.iter().enumerate() {
         let mut first_row = 0;
         if let Some(gate) = &expert.gate {
-            gate.pack(cpu, &mut w13, id, 0).map_err(pack(&format!("gate of expert {id}")))?;
-            first_row = intermediate;
+            gate.add_to(&mut w13, id, 0).map_err(failed(&format!("gate of expert {id}")))?;
+            first_row = shape.intermediate();
         }
-        expert.up.pack(cpu, &mut w13, id, first_row).map_err(pack(&format!("up of expert {id}")))?;
-        expert.down.pack(cpu, &mut w2, id, 0).map_err(pack(&format!("down of expert {id}")))?;
+        expert.up.add_to(&mut w13, id, first_row).map_err(failed(&format!("up of expert {id}")))?;
+        expert.down.add_to(&mut w2, id, 0).map_err(failed(&format!("down of expert {id}")))?;
         progress(id + 1);
     }
-    Ok((w13.finish().map_err(pack("w13"))?, w2.finish().map_err(pack("w2"))?))
+    Ok((w13.finish().map_err(failed("w13"))?, w2.finish().map_err(failed("w2"))?))
 }
 
 /// What may stand before the number of a layer: language models alone, inside multimodal ones, and without a head.

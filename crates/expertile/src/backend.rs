@@ -110,12 +110,12 @@ pub trait WeightsBuilder: Sized {
     /// What comes out.
     type Weights;
 
-    /// Adds `rows [R, K]` as rows `first_row..first_row + R` of an expert.
+    /// Adds `rows [R, K]`, rounded to the nearest bf16, as rows `first_row..first_row + R` of an expert.
     ///
     /// # Errors
     /// [`Error::WeightFormat`] if this is a builder of another format, [`Error::Value`] if there is no such expert,
     /// [`Error::Shape`] if the rows do not fit, [`Error::Count`] if one of them was added before.
-    fn add_bf16_rows(&mut self, expert: usize, first_row: usize, rows: MatrixRef<'_, bf16>) -> Result<()>;
+    fn add_bf16_rows<T: Float>(&mut self, expert: usize, first_row: usize, rows: MatrixRef<'_, T>) -> Result<()>;
 
     /// Adds `rows [R, K]` with block scales `[ceil(R / 128), ceil(K / 128)]`, as rows `first_row..first_row + R` of an expert.
     ///

@@ -92,14 +92,11 @@ impl<'a, T: Copy> MatrixRef<'a, T> {
         Self { data, rows: count, row_stride: step * self.row_stride, ..*self }
     }
 
-    /// All elements as one slice, if nothing stands between them.
+    /// All elements as one slice, if there are no gaps.
     #[cfg(feature = "cuda")]
-    pub(crate) fn require_contiguous(&self, argument: &'static str) -> Result<&'a [T]> {
-        if !self.is_row_contiguous() || (self.row_stride != self.cols && self.rows > 1) {
-            let actual = vec![self.row_stride, self.col_stride];
-            return Err(Error::Stride { argument, actual, expected: format!("[{}, 1]", self.cols) });
-        }
-        Ok(&self.data[..self.rows * self.cols])
+    pub(crate) fn contiguous(&self) -> Option<&'a [T]> {
+        let contiguous = self.is_row_contiguous() && (self.row_stride == self.cols || self.rows <= 1);
+        contiguous.then(|| &self.data[..self.rows * self.cols])
     }
 
     pub(crate) fn require_shape(&self, argument: &'static str, rows: usize, cols: usize) -> Result<()> {

@@ -58,7 +58,7 @@ impl Backend for Cpu {
 impl WeightsBuilder for PackedWeightsBuilder {
     type Weights = PackedWeights;
 
-    fn add_bf16_rows(&mut self, expert: usize, first_row: usize, rows: MatrixRef<'_, bf16>) -> Result<()> {
+    fn add_bf16_rows<T: Float>(&mut self, expert: usize, first_row: usize, rows: MatrixRef<'_, T>) -> Result<()> {
         self.add_bf16_rows(expert, first_row, rows)
     }
 

@@ -90,7 +90,7 @@ pub struct Layer {
     /// `[E, 2 I]` (`[E, I]` without a gate) and `[E, H]`.
     b13: Option<Arc<[f32]>>,
     b2: Option<Arc<[f32]>>,
-    shared: Option<Arc<Shared>>,
+    shared: Option<Shared>,
 }
 
 impl Layer {
@@ -117,17 +117,11 @@ impl Layer {
     /// A layer of the same weights for other calls: another `topk`, other types, another number of tokens.
     ///
     /// # Errors
-    /// As [`Layer::prepare`]; [`Error::Name`] for another activation and [`Error::WeightFormat`] for another activation
-    /// format, which a shared expert was checked with.
+    /// As [`Layer::prepare`] and [`Layer::with_shared_expert`].
     pub fn with_config(&self, config: LayerConfig, max_tokens: usize) -> Result<Self> {
         let shape = check(&self.w13, &self.w2, &config, max_tokens)?;
-        let same =
-            (config.activation, config.activation_format) == (self.config.activation, self.config.activation_format);
-        if self.shared.is_some() && !same {
-            let (argument, actual) = ("activation", config.activation.name().into());
-            return Err(Error::Name { argument, actual, expected: "the activation that the shared expert has" });
-        }
-        Ok(Self { shape, config, max_tokens, ..self.clone() })
+        let shared = self.shared.as_ref().map(|shared| shared.with_config(&shape, &config)).transpose()?;
+        Ok(Self { shape, config, max_tokens, shared, ..self.clone() })
     }
 
     /// The same layer on other threads or another instruction set.
@@ -163,8 +157,8 @@ impl Layer {
     /// As [`Layer::prepare`], for weights of one expert and the layer's activation; [`Error::Shape`] unless its `H` is the
     /// layer's and a gate has `H` values.
     pub fn with_shared_expert(self, shared: SharedExpert) -> Result<Self> {
-        let shared = Shared::new(shared, &self.shape, &self.config)?;
-        Ok(Self { shared: Some(Arc::new(shared)), ..self })
+        let shared = Shared::new(Arc::new(shared), &self.shape, &self.config)?;
+        Ok(Self { shared: Some(shared), ..self })
     }
 
     /// The sizes of the shared expert, if there is one: `E` = 1.
@@ -329,7 +323,10 @@ impl Layer {
         out: &mut [bf16],
     ) -> Result<()> {
         let (m_sum, hidden) = (layout.m_sum(), self.shape.hidden());
-        self.config.require_types(T::DTYPE, self.config.output)?;
+        let prepared = self.config.input;
+        if T::DTYPE != prepared {
+            return Err(Error::Dtype { argument: "rows", actual: T::DTYPE, expected: prepared.as_prepared() });
+        }
         rows.require_shape("rows", m_sum, hidden)?;
         if layout.local_experts() != self.shape.local_experts() {
             let expected = self.shape.local_experts().to_string();
@@ -743,12 +740,13 @@ mod tests {
         let x_rows = MatrixRef::new(&x[..], TOKENS, HIDDEN).unwrap();
         permute_convert(cpu, x_rows, None, &built, Padding::Untouched, &mut rows).unwrap();
 
+        let expanded = layer.with_config(LayerConfig { input: Dtype::Bf16, ..F32 }, TOKENS).unwrap();
         let mut space = vec![0; 3 * EXPERTS + plan.m_sum()];
         let given = Layout::from_psum(built.psum(), 4, plan.m_sum(), &mut space).unwrap();
-        let mut workspace = vec![0; layer.expanded_workspace_bytes(plan.m_sum()).unwrap()];
+        let mut workspace = vec![0; expanded.expanded_workspace_bytes(plan.m_sum()).unwrap()];
         let mut out = vec![bf16::NAN; plan.m_sum() * HIDDEN];
         let rows = MatrixRef::new(&rows[..], plan.m_sum(), HIDDEN).unwrap();
-        layer.run_expanded(rows, &given, &mut workspace, &mut out).unwrap();
+        expanded.run_expanded(rows, &given, &mut workspace, &mut out).unwrap();
         for (row, &expert) in built.m_indices().iter().enumerate() {
             let untouched = out[row * HIDDEN..][..HIDDEN].iter().all(|value| value.is_nan());
             assert_eq!(untouched, expert < 0, "row {row}");

@@ -12,6 +12,7 @@ pub mod gemm;
 mod layer;
 mod permute;
 mod quantize;
+mod rows;
 mod unpermute;
 mod workspace;
 

@@ -7,6 +7,7 @@ use super::Cpu;
 use super::arch::{Isa, multiversion, stream};
 use super::disjoint::Disjoint;
 use super::quantize::{ScaleSink, quantize_row};
+use super::rows::{each_token, gather, gather_space, live};
 use crate::dtype::{E4m3, Float, RowElement};
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::layout::{Layout, Padding};
@@ -259,60 +260,6 @@ fn write_scales(sink: &ScaleSink<'_>, rows: &[i32], scales: &[f32]) {
     for row in live(rows) {
         // SAFETY: as in `Target::write`: the row is this token's alone.
         unsafe { sink.write_row(row, scales) };
-    }
-}
-
-pub(super) fn live(rows: &[i32]) -> impl Iterator<Item = usize> + '_ {
-    rows.iter().filter_map(|&row| usize::try_from(row).ok())
-}
-
-/// Calls `work` with every token that has a live slot and the rows of its slots, each token once.
-fn each_token<S>(
-    cpu: &Cpu,
-    layout: &Layout<'_>,
-    cols: usize,
-    space: impl Fn() -> S + Sync + Send,
-    work: impl Fn(&mut S, usize, &[i32]) + Sync + Send,
-) {
-    // Enough values that a task outweighs its scheduling, few enough that all threads have tasks.
-    const VALUES_PER_TASK: usize = 1 << 16;
-    if layout.m_sum() == 0 {
-        // Without rows nothing bounds their width, and even no row would have its space.
-        return;
-    }
-    let topk = layout.topk();
-    let by_size = VALUES_PER_TASK.div_ceil(cols.saturating_mul(topk).max(1));
-    let by_threads = layout.tokens().div_ceil(4 * cpu.threads()).max(1);
-    let tokens_per_task = by_size.min(by_threads);
-    cpu.install(|| {
-        layout.inv_perm().par_chunks(tokens_per_task * topk).enumerate().for_each_init(
-            &space,
-            |space, (task, slots)| {
-                for (offset, rows) in slots.chunks_exact(topk).enumerate() {
-                    if live(rows).next().is_some() {
-                        work(space, task * tokens_per_task + offset, rows);
-                    }
-                }
-                stream::fence();
-            },
-        );
-    });
-}
-
-/// Room to gather a row into, where its elements do not stand next to each other.
-pub(super) fn gather_space<T: RowElement>(x: MatrixRef<'_, T>) -> Vec<T> {
-    if x.is_row_contiguous() { Vec::new() } else { vec![T::zeroed(); x.cols()] }
-}
-
-pub(super) fn gather<'s, T: RowElement>(x: MatrixRef<'s, T>, token: usize, space: &'s mut [T]) -> &'s [T] {
-    match x.row(token) {
-        Some(row) => row,
-        None => {
-            for (col, value) in space.iter_mut().enumerate() {
-                *value = x.get(token, col);
-            }
-            space
-        }
     }
 }
 

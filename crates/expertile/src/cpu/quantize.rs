@@ -3,7 +3,7 @@
 use super::Cpu;
 use super::arch::multiversion;
 use super::disjoint::Disjoint;
-use super::permute::{gather, gather_space};
+use super::rows::{gather, gather_space};
 use crate::dtype::{E4m3, Float, e4m3_byte};
 use crate::error::{Result, checked_mul, require_len};
 use crate::layout::Layout;

@@ -3,7 +3,7 @@
 use super::Cpu;
 use super::arch::multiversion;
 use super::arch::stream::prefetch;
-use super::permute::live;
+use super::rows::{live, tokens_per_task};
 use crate::dtype::Float;
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::layout::Layout;
@@ -121,11 +121,9 @@ fn reduce<T: Float, O: Float>(
     shared: Option<SharedRows<'_, T>>,
     out: &mut [O],
 ) -> Result<()> {
-    const VALUES_PER_TASK: usize = 1 << 16;
     let hidden = rows.cols();
     let needed = require_operands(hidden, (tokens, topk), topk_weights, out.len())?;
-    let by_size = VALUES_PER_TASK.div_ceil(hidden.saturating_mul(topk));
-    let tokens_per_task = by_size.min(tokens.div_ceil(4 * cpu.threads()).max(1));
+    let tokens_per_task = tokens_per_task(cpu, tokens, hidden.saturating_mul(topk));
     let slots = |token: usize| inv_perm.get(token * topk..).map_or(&[][..], |rest| &rest[..topk.min(rest.len())]);
     cpu.install(|| {
         out[..needed].par_chunks_mut(tokens_per_task * hidden).enumerate().for_each(|(task, out)| {

@@ -1,7 +1,7 @@
 //! An expert layer's weights in device memory, knowing what they are.
 
 use super::driver::{Device, DeviceBuffer, DevicePtr};
-use crate::dtype::E4m3;
+use crate::dtype::{Dtype, E4m3, Float};
 use crate::error::{Error, Result, checked_mul, require_exact, require_len};
 use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
 use crate::matrix::MatrixRef;
@@ -188,17 +188,23 @@ impl WeightsBuilder {
         Ok(Self { weights, values, scales, ledger })
     }
 
-    /// Copies `rows [R, K]` as rows `first_row..first_row + R` of an expert.
+    /// Copies `rows [R, K]`, rounded to the nearest bf16, as rows `first_row..first_row + R` of an expert. Rows of bf16 that are
+    /// contiguous are copied as they are, others by way of a copy on the host.
     ///
     /// # Errors
     /// [`Error::WeightFormat`] if this is a builder of e4m3, [`Error::Value`] if there is no such expert,
-    /// [`Error::Shape`] if the rows do not fit, [`Error::Stride`] unless they stand one behind the other,
-    /// [`Error::Count`] if one of them has come before, [`Error::Cuda`].
-    pub fn add_bf16_rows(&mut self, expert: usize, first_row: usize, rows: MatrixRef<'_, bf16>) -> Result<()> {
+    /// [`Error::Shape`] if the rows do not fit, [`Error::Count`] if one of them was added before, [`Error::Cuda`].
+    pub fn add_bf16_rows<T: Float>(&mut self, expert: usize, first_row: usize, rows: MatrixRef<'_, T>) -> Result<()> {
         self.ledger.require_format(WeightFormat::Bf16)?;
-        let values = rows.require_contiguous("rows")?;
         self.ledger.add(expert, first_row, rows.rows(), rows.cols())?;
-        self.copy_values::<u16>(expert, first_row, bytemuck::must_cast_slice(values))
+        let contiguous = rows.contiguous().filter(|_| T::DTYPE == Dtype::Bf16);
+        match contiguous {
+            Some(values) => self.copy_values(expert, first_row, bytemuck::cast_slice::<T, u8>(values)),
+            None => {
+                let values: Vec<bf16> = elements(rows).map(Float::to_bf16).collect();
+                self.copy_values(expert, first_row, bytemuck::cast_slice(&values))
+            }
+        }
     }
 
     /// Copies `rows [R, K]` with block scales `[ceil(R / 128), ceil(K / 128)]` as rows `first_row..first_row + R` of an
@@ -223,13 +229,18 @@ impl WeightsBuilder {
                 return Err(Error::value(argument, row, format!("a multiple of {WEIGHT_BLOCK} on a GPU, or {n}")));
             }
         }
-        let (values, scale_values) = (rows.require_contiguous("rows")?, scales.require_contiguous("scales")?);
         self.ledger.add(expert, first_row, rows.rows(), rows.cols())?;
         let start = (expert * n.div_ceil(WEIGHT_BLOCK) + first_row / WEIGHT_BLOCK) * blocks;
         if let Some(buffer) = &self.scales {
-            buffer.upload_from(start, scale_values)?;
+            buffer.upload_from(start, &elements(scales).collect::<Vec<_>>())?;
         }
-        self.copy_values::<u8>(expert, first_row, bytemuck::must_cast_slice(values))
+        match rows.contiguous() {
+            Some(values) => self.copy_values(expert, first_row, bytemuck::must_cast_slice(values)),
+            None => {
+                let values: Vec<E4m3> = elements(rows).collect();
+                self.copy_values(expert, first_row, bytemuck::must_cast_slice(&values))
+            }
+        }
     }
 
     /// The weights on the device.
@@ -242,10 +253,15 @@ impl WeightsBuilder {
         Ok(Weights { _memory: memory, ..self.weights })
     }
 
-    fn copy_values<T: bytemuck::NoUninit>(&self, expert: usize, first_row: usize, values: &[T]) -> Result<()> {
-        let Weights { n, k, .. } = self.weights;
-        self.values.upload_at((expert * n + first_row) * k * size_of::<T>(), values)
+    fn copy_values(&self, expert: usize, first_row: usize, values: &[u8]) -> Result<()> {
+        let Weights { n, k, format, .. } = self.weights;
+        self.values.upload_from((expert * n + first_row) * k * format.bytes(), values)
     }
+}
+
+/// A matrix's elements, row by row.
+fn elements<T: Copy>(matrix: MatrixRef<'_, T>) -> impl Iterator<Item = T> + '_ {
+    (0..matrix.rows()).flat_map(move |row| (0..matrix.cols()).map(move |col| matrix.get(row, col)))
 }
 
 fn check_sizes(experts: usize, n: usize, k: usize) -> Result<()> {

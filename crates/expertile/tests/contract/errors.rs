@@ -509,9 +509,9 @@ const WEIGHTS: &[Refusal] = &[
     ("Shape", "rows has shape [33, 128], expected [R, 128] with R at most 32", |_| add_rows(32, 0, 33, 128).map(drop)),
     ("Shape", "rows has shape [1, 128], expected [R, 128] with R at most 0", |_| add_rows(99, 0, 1, 128).map(drop)),
     ("Shape", "rows has shape [32, 127], expected [R, 128]", |_| add_rows(32, 0, 32, 127).map(drop)),
-    ("Count", "packed_rows[0] is 31, expected a row that was not packed before", |_| add_rows(31, 0, 2, 128).map(drop)),
-    ("Count", "packed_rows[1] is 0, expected 64", |_| add_rows(32, 0, 32, 128)?.finish().map(drop)),
-    ("Count", "packed_rows[0] is 63, expected 64", |_| add_rows(32, 0, 31, 128)?.finish().map(drop)),
+    ("Count", "added_rows[0] is 31, expected a row that was not added before", |_| add_rows(31, 0, 2, 128).map(drop)),
+    ("Count", "added_rows[1] is 0, expected 64", |_| add_rows(32, 0, 32, 128)?.finish().map(drop)),
+    ("Count", "added_rows[0] is 63, expected 64", |_| add_rows(32, 0, 31, 128)?.finish().map(drop)),
 ];
 
 /// A product over [`layout`]: `M_sum` = 8, three live rows, N = 64.
@@ -729,11 +729,20 @@ const LAYER: &[Refusal] = &[
         let layer = layer(false).with_config(*layer(false).config(), 16)?;
         layer.choice(17).map(drop)
     }),
-    ("Name", "activation is \"relu2\"", |_| {
-        let shared = SharedExpert { w13: bf16_weights([1, 64, 48]), w2: bf16_weights([1, 48, 32]), gate: None };
-        let layer = layer(false).with_shared_expert(shared)?;
-        let config = LayerConfig { activation: Activation::Relu2, ..*layer.config() };
-        layer.with_config(config, 1).map(drop)
+    ("WeightFormat", "w13 is packed as bf16, expected e4m3, for e4m3 activations", |_| {
+        let config = LayerConfig { activation_format: ActivationFormat::E4m3, ..*layer(false).config() };
+        layer(false).with_config(config, 1).map(drop)
+    }),
+    ("Value", "intermediate is 64, expected a positive multiple of the group, 128", |_| {
+        // A shared expert that takes bf16 rows and no quantized ones.
+        let config = LayerConfig::new(1, 1, ActivationFormat::Bf16);
+        let layer = prepared(e4m3_weights([1, 256, 128]), e4m3_weights([1, 128, 128]), config)?;
+        let gate_up = (&[E4m3(0); 128 * 128][..], &[1.0; 2][..]);
+        let (cpu, order) = (Cpu::new(), GateUpOrder::Halves);
+        let w13 = PackedWeights::pack_gate_up_e4m3(&cpu, gate_up.0, gate_up.1, 1, 64, 128, order)?;
+        let shared = SharedExpert { w13, w2: e4m3_weights([1, 128, 64]), gate: None };
+        let layer = layer.with_shared_expert(shared).expect("bf16 rows need no groups");
+        layer.with_config(LayerConfig::new(1, 1, ActivationFormat::E4m3), 1).map(drop)
     }),
     ("Dtype", "hidden_states has dtype f32, expected bf16, as prepared", |out| {
         let routing = Routing::new(ids(2, 2, 0), 2, None)?;
@@ -856,8 +865,12 @@ fn every_variant_is_refused_somewhere() {
         .collect();
     assert!(variants.contains("ExpertId"), "{variants:?}");
     let mut refused: BTreeSet<&str> = tables().iter().map(|(kind, ..)| *kind).collect();
-    // What only another machine refuses: one that lacks an instruction set, one that compiles for a GPU.
-    let elsewhere = [("Device", include_str!("../miri.rs")), ("Kernel", include_str!("../cuda_compile.rs"))];
+    // What only another machine refuses: one that lacks an instruction set, one that compiles for a GPU, one that has it.
+    let elsewhere = [
+        ("Device", include_str!("../miri.rs")),
+        ("Kernel", include_str!("../cuda_compile.rs")),
+        ("Unsupported", include_str!("../cuda_layer/safe.rs")),
+    ];
     for (variant, tests) in elsewhere {
         assert!(tests.contains(&format!("Error::{variant} ")), "no test names {variant}");
         refused.insert(variant);

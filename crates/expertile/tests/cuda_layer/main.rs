@@ -9,10 +9,13 @@
 mod model;
 #[path = "../on_device/mod.rs"]
 mod on_device;
+mod safe;
 
 use cudarc::driver::sys;
 use expertile::cuda::{Device, DeviceMatrix, DevicePtr, Layer, LayerCall, Stream, Weights, WeightsBuilder};
-use expertile::{Activation, Dtype, E4m3, Error, LayerConfig, MatrixRef, WeightFormat};
+use expertile::{
+    Activation, Dtype, E4m3, Error, LayerConfig, MatrixRef, WeightFormat, WeightsBuilder as WeightsBuilderTrait,
+};
 use expertile_oracle::compare::{self, Tolerance};
 use half::bf16;
 use model::{BASE, Call, Inputs, Matrices, Model, POISON, Pattern, Spec};
@@ -510,16 +513,20 @@ fn weights_leave_the_builder_only_when_all_of_them_have_come() {
     refused(builder.add_e4m3_rows(0, 0, rows(64), blocks(1)), "first_row + rows is 64");
     refused(builder.add_e4m3_rows(0, 64, rows(64), blocks(1)), "first_row is 64");
     refused(builder.add_e4m3_rows(2, 0, rows(128), blocks(1)), "expert is 2");
-    refused(builder.add_e4m3_rows(0, 256, rows(128), blocks(1)), "rows has shape [128, 64], expected [at most 0, 64]");
+    refused(
+        builder.add_e4m3_rows(0, 256, rows(128), blocks(1)),
+        "rows has shape [128, 64], expected [R, 64] with R at most 0",
+    );
     refused(builder.add_e4m3_rows(0, 0, rows(128), blocks(2)), "scales has shape [2, 1]");
     refused(
         builder.add_e4m3_rows(0, 0, MatrixRef::new(&values, 128, 32).unwrap(), blocks(1)),
         "rows has shape [128, 32]",
     );
-    let strided = MatrixRef::with_strides(&values, 128, 64, 65, 1).unwrap();
-    refused(builder.add_e4m3_rows(0, 0, strided, blocks(1)), "rows has strides [65, 1]");
     let halves = [bf16::ONE; 64];
     refused(builder.add_bf16_rows(0, 0, MatrixRef::new(&halves, 1, 64).unwrap()), "builder is packed as e4m3");
+    let scales = vec![1.0; 128];
+    let channels = WeightsBuilderTrait::add_e4m3_channel_rows(&mut builder, 0, 0, rows(128), &scales);
+    refused(channels, "scales is one for each row of the weights, which the cuda backend does not take");
     builder.add_e4m3_rows(0, 0, rows(128), blocks(1)).unwrap();
     let error = builder.finish().unwrap_err();
     assert!(error.to_string().starts_with("added_rows[1] is 0, expected 256"), "{error}");

@@ -511,10 +511,10 @@ fn parts_that_do_not_fit_are_errors() {
     }
     builder.add_bf16_rows(0, 0, rows(40, 3)).unwrap();
     let error = builder.add_bf16_rows(0, 39, rows(1, 3)).unwrap_err();
-    assert!(error.to_string().starts_with("packed_rows[0] is 39, expected a row that was not packed"), "{error}");
+    assert!(error.to_string().starts_with("added_rows[0] is 39, expected a row that was not added"), "{error}");
     builder.add_bf16_rows(1, 1, rows(39, 3)).unwrap();
     let error = builder.finish().unwrap_err();
-    assert!(error.to_string().starts_with("packed_rows[1] is 39, expected 40"), "{error}");
+    assert!(error.to_string().starts_with("added_rows[1] is 39, expected 40"), "{error}");
 
     let mut builder = PackedWeightsBuilder::new(&Cpu::new(), WeightFormat::E4m3, 1, 40, 3).unwrap();
     let error = builder.add_bf16_rows(0, 0, rows(40, 3)).unwrap_err();

@@ -15,6 +15,7 @@ use crate::layout::Layout;
 use crate::matrix::MatrixRef;
 use half::bf16;
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// An expert that every token visits.
 #[derive(Debug)]
@@ -28,11 +29,11 @@ pub struct SharedExpert {
 }
 
 /// A shared expert that fits its layer.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Shared {
     pub(super) shape: LayerShape,
     pub(super) activations: ActivationFormat,
-    expert: SharedExpert,
+    expert: Arc<SharedExpert>,
 }
 
 /// What a call's workspace holds for it.
@@ -48,8 +49,8 @@ fn layout_len(tokens: usize) -> Result<usize> {
 }
 
 impl Shared {
-    pub(super) fn new(expert: SharedExpert, layer: &LayerShape, config: &LayerConfig) -> Result<Self> {
-        let SharedExpert { w13, w2, gate } = &expert;
+    pub(super) fn new(expert: Arc<SharedExpert>, layer: &LayerShape, config: &LayerConfig) -> Result<Self> {
+        let SharedExpert { w13, w2, gate } = &*expert;
         let activations = match w13.format() {
             WeightFormat::E4m3 => config.activation_format,
             WeightFormat::Bf16 => ActivationFormat::Bf16,
@@ -64,6 +65,11 @@ impl Shared {
             require_exact("shared gate", gate.len(), &[hidden])?;
         }
         Ok(Self { shape, activations, expert })
+    }
+
+    /// The same expert in a layer of another configuration.
+    pub(super) fn with_config(&self, layer: &LayerShape, config: &LayerConfig) -> Result<Self> {
+        Self::new(self.expert.clone(), layer, config)
     }
 
     pub(super) fn size(&self, sizing: Sizing, tokens: usize) -> Result<Sizing> {
@@ -98,7 +104,7 @@ impl Shared {
         let end = i32::try_from(tokens)
             .map_err(|_| Error::Overflow { what: "M", detail: format!("{tokens} > {}", i32::MAX) })?;
         let layout = &Layout::from_psum(&[end], 1, tokens, layout)?;
-        let SharedExpert { w13, w2, gate } = &self.expert;
+        let SharedExpert { w13, w2, gate } = &*self.expert;
         buffers.take(cpu, layout, self.activations, x)?;
         buffers.multiply(cpu, layout, self.activations, (w13, None), None)?;
         buffers.activate(cpu, layout, self.activations, self.shape.intermediate(), activation)?;

@@ -79,7 +79,7 @@ fn driver() -> Result<i32> {
         .get_or_init(|| {
             // SAFETY: loading the driver's library runs its initialisers, which is what it is for.
             if !unsafe { sys::is_culib_present() } {
-                return Err(missing("without a driver", "the NVIDIA driver's library (libcuda.so.1) on this machine"));
+                return Err(missing("not available", "an NVIDIA driver (libcuda.so.1) on this machine"));
             }
             let mut version = 0;
             // SAFETY: both functions exist in every driver; the pointer is valid for the call.
