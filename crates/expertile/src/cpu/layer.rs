@@ -280,9 +280,9 @@ impl Layer {
         let hidden = self.shape.hidden();
         self.config.require_types(T::DTYPE, O::DTYPE)?;
         for (argument, actual, prepared) in [
+            ("local_experts", routing.local_experts(), self.shape.local_experts()),
             ("topk", topk, self.config.topk),
             ("global_experts", routing.global_experts(), self.config.global_experts),
-            ("local_experts", routing.local_experts(), self.shape.local_experts()),
         ] {
             if actual != prepared {
                 return Err(Error::value(argument, actual, format!("{prepared}, as prepared")));
