@@ -101,8 +101,10 @@ fn time(cpu: &Cpu, weights: &PackedWeights, e4m3_rows: bool, tokens: usize) -> T
     let activations = match e4m3_rows {
         true => Activations::E4m3 {
             rows: &bytes,
-            scales: Scales::F32(&scales),
-            format: ScaleFormat::new(Group::G128, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap(),
+            scales: Scales::f32(
+                ScaleFormat::new(Group::G128, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap(),
+                &scales,
+            ),
         },
         false => Activations::Bf16(&rows),
     };

@@ -1,6 +1,7 @@
 #![doc = include_str!("../../../README.md")]
 
 pub mod activation;
+pub mod alignment;
 pub mod backend;
 pub mod cpu;
 #[cfg(feature = "cuda")]
@@ -17,6 +18,7 @@ pub mod routing;
 mod weights;
 
 pub use activation::Activation;
+pub use alignment::{AlignmentRule, Arch};
 pub use backend::{Backend, ExpertLayer, WeightsBuilder};
 pub use dtype::{Dtype, E4m3, Float, RowElement};
 pub use error::{Error, Result};
@@ -24,7 +26,7 @@ pub use gemm::{ActivationFormat, GateUpOrder, WeightFormat};
 pub use layer::{LayerConfig, LayerShape, Stage, StageCost};
 pub use layout::{Layout, Padding};
 pub use matrix::MatrixRef;
-pub use plan::{AlignmentRule, Arch, Plan, TokenExperts};
+pub use plan::{Plan, TokenExperts};
 pub use quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut};
 pub use routing::router::{GroupWorth, Groups, Normalization, Router, Scoring};
 pub use routing::{Routing, TopkIds};

@@ -7,7 +7,7 @@ use crate::activation::{Activation, gelu_tanh, relu2, swiglu};
 use crate::dtype::{E4m3, Float, RowElement};
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::layout::Layout;
-use crate::quantize::{ScaleFormat, ScalesMut};
+use crate::quantize::ScalesMut;
 use half::bf16;
 use rayon::prelude::*;
 
@@ -56,14 +56,14 @@ pub fn activate_quantize(
     intermediate: usize,
     gate_up: &[bf16],
     activation: &Activation,
-    format: ScaleFormat,
     out: &mut [E4m3],
     scales: ScalesMut<'_>,
 ) -> Result<()> {
+    let format = scales.format();
     let groups = format.groups(intermediate)?;
-    scales.check("scales", format, layout.m_sum(), intermediate)?;
+    scales.check("scales", layout.m_sum(), intermediate)?;
     let out = rows_out(layout, intermediate, gate_up, activation, out)?;
-    let sink = ScaleSink::new(format, layout, groups, scales);
+    let sink = ScaleSink::new(layout, groups, scales);
     each_row(
         cpu,
         layout,

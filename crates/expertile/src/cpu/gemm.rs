@@ -20,7 +20,7 @@ use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result, checked_add, checked_mul, require_exact, require_len};
 use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
 use crate::layout::Layout;
-use crate::quantize::{Group, ScaleFormat, Scales};
+use crate::quantize::{Group, Scales};
 use half::bf16;
 use packing::{Panel, PanelWeights};
 use rayon::prelude::*;
@@ -40,8 +40,6 @@ pub enum Activations<'a> {
         rows: &'a [E4m3],
         /// Their scales, one per group of 128.
         scales: Scales<'a>,
-        /// Where the scales stand.
-        format: ScaleFormat,
     },
 }
 
@@ -157,7 +155,8 @@ fn check(
     }
     let len = match activations {
         Activations::Bf16(rows) => rows.len(),
-        Activations::E4m3 { rows, scales, format } => {
+        Activations::E4m3 { rows, scales } => {
+            let format = scales.format();
             if weights.format() != WeightFormat::E4m3 {
                 let actual = weights.format().name();
                 return Err(Error::WeightFormat { argument: "weights", actual, expected: "e4m3, as the activations" });
@@ -165,7 +164,7 @@ fn check(
             if format.group() != Group::G128 {
                 return Err(Error::value("group", format.group().size(), "128, as the weights' blocks"));
             }
-            scales.check("activation_scales", format, m_sum, k)?;
+            scales.check("activation_scales", m_sum, k)?;
             rows.len()
         }
     };

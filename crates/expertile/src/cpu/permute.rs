@@ -94,7 +94,7 @@ multiversion! {
     }
 }
 
-/// Quantizes rows on their way: `x [M, H]` to `out [M_sum, H]` e4m3 and its scales. `weights [M, 1]`, if given, multiply
+/// Quantizes rows while it permutes them: `x [M, H]` to `out [M_sum, H]` e4m3 and its scales. `weights [M, 1]`, if given, multiply
 /// the input first (rounded to `T`): `apply_router_weight_on_input`.
 ///
 /// # Errors
@@ -106,17 +106,16 @@ pub fn quantize_permute<T: Float>(
     x: MatrixRef<'_, T>,
     weights: Option<MatrixRef<'_, f32>>,
     layout: &Layout<'_>,
-    format: ScaleFormat,
     padding: Padding,
     out: &mut [E4m3],
     scales: ScalesMut<'_>,
 ) -> Result<()> {
-    let hidden = x.cols();
+    let (hidden, format) = (x.cols(), scales.format());
     let groups = format.groups(hidden)?;
     check_weights(weights, layout)?;
-    scales.check("scales", format, layout.m_sum(), hidden)?;
+    scales.check("scales", layout.m_sum(), hidden)?;
     let out = rows_out("out", x, layout, out)?;
-    let sink = ScaleSink::new(format, layout, groups, scales);
+    let sink = ScaleSink::new(layout, groups, scales);
     let target = Target::new(cpu, out, hidden);
     each_token(
         cpu,
@@ -148,17 +147,16 @@ pub fn permute_quantized(
     x: MatrixRef<'_, E4m3>,
     x_scales: RowScales<'_>,
     layout: &Layout<'_>,
-    format: ScaleFormat,
     padding: Padding,
     out: &mut [E4m3],
     scales: ScalesMut<'_>,
 ) -> Result<()> {
-    let hidden = x.cols();
+    let (hidden, format) = (x.cols(), scales.format());
     let groups = format.groups(hidden)?;
     check_row_scales(x_scales, format, layout.tokens(), groups)?;
-    scales.check("scales", format, layout.m_sum(), hidden)?;
+    scales.check("scales", layout.m_sum(), hidden)?;
     let out = rows_out("out", x, layout, out)?;
-    let sink = ScaleSink::new(format, layout, groups, scales);
+    let sink = ScaleSink::new(layout, groups, scales);
     let target = Target::new(cpu, out, hidden);
     each_token(
         cpu,

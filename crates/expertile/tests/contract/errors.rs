@@ -61,15 +61,15 @@ fn ids(rows: usize, cols: usize, id: i64) -> MatrixRef<'static, i64> {
 
 fn quantize(out: &mut Outputs, layout: &Layout<'_>, x: MatrixRef<'_, f32>, weights: Option<usize>) -> Result<()> {
     let weights = weights.map(|rows| zeros::<f32>(rows, 1));
-    let scales = ScalesMut::F32(&mut out.f32);
-    cpu::quantize_permute(&Cpu::new(), x, weights, layout, ScaleFormat::HOPPER, Padding::Zero, &mut out.e4m3, scales)
+    let scales = ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32);
+    cpu::quantize_permute(&Cpu::new(), x, weights, layout, Padding::Zero, &mut out.e4m3, scales)
 }
 
 fn ready(out: &mut Outputs, scales: RowScales<'_>) -> Result<()> {
     let x = zeros::<E4m3>(2, 128);
     let format = ScaleFormat::HOPPER;
-    let sink = ScalesMut::F32(&mut out.f32);
-    cpu::permute_quantized(&Cpu::new(), x, scales, &layout(), format, Padding::Zero, &mut out.e4m3, sink)
+    let sink = ScalesMut::f32(format, &mut out.f32);
+    cpu::permute_quantized(&Cpu::new(), x, scales, &layout(), Padding::Zero, &mut out.e4m3, sink)
 }
 
 fn packed() -> ScaleFormat {
@@ -235,29 +235,29 @@ const PERMUTE: &[Refusal] = &[
     }),
     ("Dtype", "scales has dtype i32, expected f32", |out| {
         let (x, format) = (zeros::<f32>(2, 128), ScaleFormat::HOPPER);
-        let scales = ScalesMut::Ue8m0(&mut out.i32);
-        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), format, Padding::Zero, &mut out.e4m3, scales)
+        let scales = ScalesMut::ue8m0(format, &mut out.i32);
+        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), Padding::Zero, &mut out.e4m3, scales)
     }),
     ("Dtype", "scales has dtype f32, expected i32", |out| {
         let x = zeros::<f32>(2, 128);
-        let scales = ScalesMut::F32(&mut out.f32);
-        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), packed(), Padding::Zero, &mut out.e4m3, scales)
+        let scales = ScalesMut::f32(packed(), &mut out.f32);
+        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), Padding::Zero, &mut out.e4m3, scales)
     }),
     ("BufferTooSmall", "scales holds 7 elements, expected at least 8", |out| {
         let (x, format) = (zeros::<f32>(2, 128), ScaleFormat::HOPPER);
-        let scales = ScalesMut::F32(&mut out.f32[..7]);
-        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), format, Padding::Zero, &mut out.e4m3, scales)
+        let scales = ScalesMut::f32(format, &mut out.f32[..7]);
+        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), Padding::Zero, &mut out.e4m3, scales)
     }),
     ("BufferTooSmall", "out holds 1023 elements, expected at least 1024", |out| {
         let (x, format) = (zeros::<f32>(2, 128), ScaleFormat::HOPPER);
-        let (rows, scales) = (&mut out.e4m3[..1023], ScalesMut::F32(&mut out.f32));
-        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), format, Padding::Zero, rows, scales)
+        let (rows, scales) = (&mut out.e4m3[..1023], ScalesMut::f32(format, &mut out.f32));
+        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), Padding::Zero, rows, scales)
     }),
     ("Dtype", "x_scales has dtype u8, expected f32", |out| ready(out, RowScales::Ue8m0(zeros(2, 1)))),
     ("Dtype", "x_scales has dtype f32, expected u8", |out| {
         let (x, scales) = (zeros::<E4m3>(2, 128), RowScales::F32(zeros(2, 1)));
-        let sink = ScalesMut::Ue8m0(&mut out.i32);
-        cpu::permute_quantized(&Cpu::new(), x, scales, &layout(), packed(), Padding::Zero, &mut out.e4m3, sink)
+        let sink = ScalesMut::ue8m0(packed(), &mut out.i32);
+        cpu::permute_quantized(&Cpu::new(), x, scales, &layout(), Padding::Zero, &mut out.e4m3, sink)
     }),
     ("Shape", "x_scales has shape [2, 2], expected [2, 1]", |out| ready(out, RowScales::F32(zeros(2, 2)))),
     ("Shape", "x_scales has shape [1, 1], expected [2, 1]", |out| ready(out, RowScales::F32(zeros(1, 1)))),
@@ -282,20 +282,24 @@ const PERMUTE: &[Refusal] = &[
 ];
 
 fn in_place(out: &mut [E4m3], scales: ScalesMut<'_>, rows: usize, hidden: usize) -> Result<()> {
-    cpu::quantize_rows(&Cpu::new(), zeros::<f32>(rows, hidden), &layout(), ScaleFormat::HOPPER, out, scales)
+    cpu::quantize_rows(&Cpu::new(), zeros::<f32>(rows, hidden), &layout(), out, scales)
 }
 
 const IN_PLACE: &[Refusal] = &[
     ("Shape", "rows has shape [7, 128], expected [8, 128]", |out| {
-        in_place(&mut out.e4m3, ScalesMut::F32(&mut out.f32), 7, 128)
+        in_place(&mut out.e4m3, ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32), 7, 128)
     }),
-    ("Value", "hidden is 100", |out| in_place(&mut out.e4m3, ScalesMut::F32(&mut out.f32), 8, 100)),
-    ("Dtype", "scales has dtype i32", |out| in_place(&mut out.e4m3, ScalesMut::Ue8m0(&mut out.i32), 8, 128)),
+    ("Value", "hidden is 100", |out| {
+        in_place(&mut out.e4m3, ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32), 8, 100)
+    }),
+    ("Dtype", "scales has dtype i32", |out| {
+        in_place(&mut out.e4m3, ScalesMut::ue8m0(ScaleFormat::HOPPER, &mut out.i32), 8, 128)
+    }),
     ("BufferTooSmall", "scales holds 7 elements", |out| {
-        in_place(&mut out.e4m3, ScalesMut::F32(&mut out.f32[..7]), 8, 128)
+        in_place(&mut out.e4m3, ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32[..7]), 8, 128)
     }),
     ("BufferTooSmall", "out holds 1023 elements", |out| {
-        in_place(&mut out.e4m3[..1023], ScalesMut::F32(&mut out.f32), 8, 128)
+        in_place(&mut out.e4m3[..1023], ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32), 8, 128)
     }),
 ];
 
@@ -313,19 +317,19 @@ const ACTIVATION: &[Refusal] = &[
         cpu::activate(&Cpu::new(), &layout(), usize::MAX, &[], &Activation::default(), &mut out.bf16)
     }),
     ("Value", "hidden is 64, expected a positive multiple of the group, 128", |out| {
-        let (gate_up, scales) = (vec![bf16::ZERO; 1024], ScalesMut::F32(&mut out.f32));
-        let (activation, format) = (Activation::default(), ScaleFormat::HOPPER);
-        cpu::activate_quantize(&Cpu::new(), &layout(), 64, &gate_up, &activation, format, &mut out.e4m3, scales)
+        let (gate_up, scales) = (vec![bf16::ZERO; 1024], ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32));
+        let activation = Activation::default();
+        cpu::activate_quantize(&Cpu::new(), &layout(), 64, &gate_up, &activation, &mut out.e4m3, scales)
     }),
     ("Dtype", "scales has dtype i32, expected f32", |out| {
-        let (gate_up, scales) = (vec![bf16::ZERO; 2048], ScalesMut::Ue8m0(&mut out.i32));
-        let (activation, format) = (Activation::default(), ScaleFormat::HOPPER);
-        cpu::activate_quantize(&Cpu::new(), &layout(), 128, &gate_up, &activation, format, &mut out.e4m3, scales)
+        let (gate_up, scales) = (vec![bf16::ZERO; 2048], ScalesMut::ue8m0(ScaleFormat::HOPPER, &mut out.i32));
+        let activation = Activation::default();
+        cpu::activate_quantize(&Cpu::new(), &layout(), 128, &gate_up, &activation, &mut out.e4m3, scales)
     }),
     ("BufferTooSmall", "gate_up holds 2047 elements, expected at least 2048", |out| {
-        let (gate_up, scales) = (vec![bf16::ZERO; 2047], ScalesMut::F32(&mut out.f32));
-        let (activation, format) = (Activation::default(), ScaleFormat::HOPPER);
-        cpu::activate_quantize(&Cpu::new(), &layout(), 128, &gate_up, &activation, format, &mut out.e4m3, scales)
+        let (gate_up, scales) = (vec![bf16::ZERO; 2047], ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32));
+        let activation = Activation::default();
+        cpu::activate_quantize(&Cpu::new(), &layout(), 128, &gate_up, &activation, &mut out.e4m3, scales)
     }),
 ];
 
@@ -519,9 +523,9 @@ fn product(out: &mut Outputs, activations: Activations<'_>, weights: &PackedWeig
     grouped_gemm(&Cpu::new(), &layout(), activations, weights, &mut vec![0; workspace], &mut out.bf16)
 }
 
-fn e4m3_product(out: &mut Outputs, k: usize, format: ScaleFormat, scales: Scales<'_>, rows: usize) -> Result<()> {
+fn e4m3_product(out: &mut Outputs, k: usize, scales: Scales<'_>, rows: usize) -> Result<()> {
     let rows = vec![E4m3(0); rows * k];
-    product(out, Activations::E4m3 { rows: &rows, scales, format }, &e4m3_weights([2, 64, k]), 1 << 20)
+    product(out, Activations::E4m3 { rows: &rows, scales }, &e4m3_weights([2, 64, k]), 1 << 20)
 }
 
 const GEMM: &[Refusal] = &[
@@ -533,28 +537,28 @@ const GEMM: &[Refusal] = &[
         product(out, Activations::Bf16(&[bf16::ONE; 1024]), &bf16_weights([3, 64, 128]), 1 << 20)
     }),
     ("WeightFormat", "weights is packed as bf16, expected e4m3, as the activations", |out| {
-        let (rows, scales) = ([E4m3(0); 1024], Scales::F32(&[1.0; 8]));
-        let activations = Activations::E4m3 { rows: &rows, scales, format: ScaleFormat::HOPPER };
+        let (rows, scales) = ([E4m3(0); 1024], Scales::f32(ScaleFormat::HOPPER, &[1.0; 8]));
+        let activations = Activations::E4m3 { rows: &rows, scales };
         product(out, activations, &bf16_weights([2, 64, 128]), 1 << 20)
     }),
     ("Value", "group is 32, expected 128, as the weights' blocks", |out| {
         let format = ScaleFormat::new(Group::G32, ScaleLayout::RowMajor, ScaleRounding::Exact)?;
-        e4m3_product(out, 128, format, Scales::F32(&[1.0; 32]), 8)
+        e4m3_product(out, 128, Scales::f32(format, &[1.0; 32]), 8)
     }),
     ("Value", "hidden is 192, expected a positive multiple of the group, 128", |out| {
-        e4m3_product(out, 192, ScaleFormat::HOPPER, Scales::F32(&[1.0; 32]), 8)
+        e4m3_product(out, 192, Scales::f32(ScaleFormat::HOPPER, &[1.0; 32]), 8)
     }),
     ("Dtype", "activation_scales has dtype i32, expected f32", |out| {
-        e4m3_product(out, 128, ScaleFormat::HOPPER, Scales::Ue8m0(&[1; 32]), 8)
+        e4m3_product(out, 128, Scales::ue8m0(ScaleFormat::HOPPER, &[1; 32]), 8)
     }),
     ("Dtype", "activation_scales has dtype f32, expected i32", |out| {
-        e4m3_product(out, 128, packed(), Scales::F32(&[1.0; 32]), 8)
+        e4m3_product(out, 128, Scales::f32(packed(), &[1.0; 32]), 8)
     }),
     ("BufferTooSmall", "activation_scales holds 7 elements, expected at least 8", |out| {
-        e4m3_product(out, 128, ScaleFormat::HOPPER, Scales::F32(&[1.0; 7]), 8)
+        e4m3_product(out, 128, Scales::f32(ScaleFormat::HOPPER, &[1.0; 7]), 8)
     }),
     ("BufferTooSmall", "activations holds 896 elements, expected at least 1024", |out| {
-        e4m3_product(out, 128, ScaleFormat::HOPPER, Scales::F32(&[1.0; 8]), 7)
+        e4m3_product(out, 128, Scales::f32(ScaleFormat::HOPPER, &[1.0; 8]), 7)
     }),
     ("BufferTooSmall", "activations holds 1023 elements, expected at least 1024", |out| {
         product(out, Activations::Bf16(&[bf16::ONE; 1023]), &bf16_weights([2, 64, 128]), 1 << 20)

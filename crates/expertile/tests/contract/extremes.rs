@@ -127,16 +127,16 @@ fn case(random: &mut Random, out: &mut Outputs) -> Result<()> {
                     cpu::activate(&cpu, &layout, width, &values, &swiglu, &mut out.bf16)
                 }
                 4 => {
-                    let (width, scales) = (random.extent(), ScalesMut::F32(&mut out.f32));
-                    cpu::activate_quantize(&cpu, &layout, width, &values, &swiglu, format, &mut out.e4m3, scales)
+                    let (width, scales) = (random.extent(), ScalesMut::f32(format, &mut out.f32));
+                    cpu::activate_quantize(&cpu, &layout, width, &values, &swiglu, &mut out.e4m3, scales)
                 }
                 5 => {
-                    let (x, scales) = (random.matrix(&floats)?, ScalesMut::F32(&mut out.f32));
-                    cpu::quantize_rows(&cpu, x, &layout, format, &mut out.e4m3, scales)
+                    let (x, scales) = (random.matrix(&floats)?, ScalesMut::f32(format, &mut out.f32));
+                    cpu::quantize_rows(&cpu, x, &layout, &mut out.e4m3, scales)
                 }
                 _ => {
-                    let (x, scales) = (random.matrix(&floats)?, ScalesMut::F32(&mut out.f32));
-                    cpu::quantize_permute(&cpu, x, None, &layout, format, padding, &mut out.e4m3, scales)
+                    let (x, scales) = (random.matrix(&floats)?, ScalesMut::f32(format, &mut out.f32));
+                    cpu::quantize_permute(&cpu, x, None, &layout, padding, &mut out.e4m3, scales)
                 }
             }
         }

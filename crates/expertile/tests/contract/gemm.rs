@@ -105,10 +105,9 @@ impl Rows {
             Some(format) => Activations::E4m3 {
                 rows: &self.e4m3,
                 scales: match format.layout() {
-                    ScaleLayout::PackedUe8m0 => Scales::Ue8m0(&self.ue8m0_scales),
-                    _ => Scales::F32(&self.f32_scales),
+                    ScaleLayout::PackedUe8m0 => Scales::ue8m0(format, &self.ue8m0_scales),
+                    _ => Scales::f32(format, &self.f32_scales),
                 },
-                format,
             },
         }
     }
@@ -596,7 +595,7 @@ fn every_block_of_k_has_its_own_scales() {
             let scales: Vec<f32> = (0..20u8)
                 .flat_map(|row| [1.0, 0.0625, 0.0, 1e38].map(|scale| scale * f32::from(1 + row % 2)))
                 .collect();
-            let activations = Activations::E4m3 { rows: &rows, scales: Scales::F32(&scales), format };
+            let activations = Activations::E4m3 { rows: &rows, scales: Scales::f32(format, &scales) };
             let mut workspace = vec![0xff; grouped_gemm_workspace_bytes(20, k, ActivationFormat::E4m3).unwrap()];
             let mut out = vec![POISON; 20 * n];
             grouped_gemm(&cpu, layout, activations, &weights, &mut workspace, &mut out).unwrap();
@@ -628,9 +627,8 @@ fn every_e4m3_byte_is_the_weight_it_stands_for() {
     case.with_layout(|layout, _| {
         for cpu in machines() {
             let weights = PackedWeights::pack_e4m3(&cpu, &stored, &[0.5], 1, n, k).unwrap();
-            let scales = Scales::F32(&[1.0; 128]);
-            let format = ScaleFormat::HOPPER;
-            for activations in [Activations::Bf16(&bf16_rows), Activations::E4m3 { rows: &e4m3_rows, scales, format }] {
+            let scales = Scales::f32(ScaleFormat::HOPPER, &[1.0; 128]);
+            for activations in [Activations::Bf16(&bf16_rows), Activations::E4m3 { rows: &e4m3_rows, scales }] {
                 let bytes_needed = grouped_gemm_workspace_bytes(k, k, activations.format()).unwrap();
                 let mut out = vec![POISON; k * n];
                 grouped_gemm(&cpu, layout, activations, &weights, &mut vec![0xff; bytes_needed], &mut out).unwrap();

@@ -65,10 +65,12 @@ pub(crate) fn check_activation(device: &Device, case: &Case, activation: Activat
         let cpu = Cpu::new();
         match format {
             Some(format) => {
-                let scales =
-                    if packed { ScalesMut::Ue8m0(&mut packed_scales) } else { ScalesMut::F32(&mut f32_scales) };
-                cpu::activate_quantize(&cpu, layout, intermediate, values, &activation, format, &mut bytes, scales)
-                    .unwrap();
+                let scales = if packed {
+                    ScalesMut::ue8m0(format, &mut packed_scales)
+                } else {
+                    ScalesMut::f32(format, &mut f32_scales)
+                };
+                cpu::activate_quantize(&cpu, layout, intermediate, values, &activation, &mut bytes, scales).unwrap();
             }
             None => cpu::activate(&cpu, layout, intermediate, values, &activation, &mut halves).unwrap(),
         }

@@ -46,11 +46,17 @@ pub(crate) fn check_permute_quantized(device: &Device, case: &Case) {
     with_layout(&inputs, case.topk, case.experts, |layout| {
         let x = MatrixRef::new(&rows, case.tokens, case.hidden).unwrap();
         let (from, to) = if packed {
-            (RowScales::Ue8m0(MatrixRef::new(&bytes, case.tokens, groups).unwrap()), ScalesMut::Ue8m0(&mut out_packed))
+            (
+                RowScales::Ue8m0(MatrixRef::new(&bytes, case.tokens, groups).unwrap()),
+                ScalesMut::ue8m0(case.format, &mut out_packed),
+            )
         } else {
-            (RowScales::F32(MatrixRef::new(&f32_scales, case.tokens, groups).unwrap()), ScalesMut::F32(&mut out_f32))
+            (
+                RowScales::F32(MatrixRef::new(&f32_scales, case.tokens, groups).unwrap()),
+                ScalesMut::f32(case.format, &mut out_f32),
+            )
         };
-        cpu::permute_quantized(&Cpu::new(), x, from, layout, case.format, case.padding, &mut out, to).unwrap();
+        cpu::permute_quantized(&Cpu::new(), x, from, layout, case.padding, &mut out, to).unwrap();
     });
     let expected_scales: Vec<u32> = if packed { words_of(&out_packed) } else { words_of(&out_f32) };
     let route = Route::prepare(device, config(case).route).unwrap();

@@ -26,18 +26,22 @@ pub(crate) fn expected(case: &Case, inputs: &Inputs) -> Expected {
     let mut packed_scales = vec![word::<i32>(); words];
     let packed = case.format.layout() == ScaleLayout::PackedUe8m0;
     with_layout(inputs, case.topk, case.experts, |layout| {
-        let scales = if packed { ScalesMut::Ue8m0(&mut packed_scales) } else { ScalesMut::F32(&mut f32_scales) };
+        let scales = if packed {
+            ScalesMut::ue8m0(case.format, &mut packed_scales)
+        } else {
+            ScalesMut::f32(case.format, &mut f32_scales)
+        };
         let weights = MatrixRef::new(&inputs.weights, case.tokens, 1).unwrap();
         let weights = case.weighted.then_some(weights);
         let cpu = Cpu::new();
         match case.input {
             Dtype::F16 => {
                 let x = MatrixRef::new(bytemuck::cast_slice::<_, f16>(&inputs.x), case.tokens, case.hidden).unwrap();
-                cpu::quantize_permute(&cpu, x, weights, layout, case.format, case.padding, &mut out, scales).unwrap();
+                cpu::quantize_permute(&cpu, x, weights, layout, case.padding, &mut out, scales).unwrap();
             }
             _ => {
                 let x = MatrixRef::new(bytemuck::cast_slice::<_, bf16>(&inputs.x), case.tokens, case.hidden).unwrap();
-                cpu::quantize_permute(&cpu, x, weights, layout, case.format, case.padding, &mut out, scales).unwrap();
+                cpu::quantize_permute(&cpu, x, weights, layout, case.padding, &mut out, scales).unwrap();
             }
         }
         let lists =

@@ -230,7 +230,7 @@ impl Model {
                     parts.activated_scales.unwrap().cast(),
                     format.words(plan.m_sum(), intermediate).unwrap(),
                 );
-                cpu::Activations::E4m3 { rows: &e4m3, scales: Scales::F32(&scales), format }
+                cpu::Activations::E4m3 { rows: &e4m3, scales: Scales::f32(format, &scales) }
             }
             WeightFormat::Bf16 => {
                 halves = call.part::<bf16>(parts.activated, values);

@@ -3,7 +3,7 @@
 use super::*;
 use crate::cpu::Isa;
 use crate::matrix::MatrixRef;
-use crate::quantize::{ScaleLayout, ScaleRounding};
+use crate::quantize::{ScaleFormat, ScaleLayout, ScaleRounding};
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -93,8 +93,7 @@ impl Case {
         match self.formats {
             Formats::E4m3 => Activations::E4m3 {
                 rows: &self.byte_rows,
-                scales: Scales::F32(&self.row_scales),
-                format: ScaleFormat::new(Group::G128, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap(),
+                scales: Scales::f32(row_major(Group::G128), &self.row_scales),
             },
             _ => Activations::Bf16(&self.rows),
         }
@@ -177,6 +176,11 @@ impl Case {
             start = padded;
         }
     }
+}
+
+/// f32 scales, row by row.
+fn row_major(group: Group) -> ScaleFormat {
+    ScaleFormat::new(group, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap()
 }
 
 fn formats() -> impl Strategy<Value = Formats> {
@@ -316,9 +320,9 @@ fn activation_scales_are_found_in_every_layout() {
             }
         }
         let packed = layout == ScaleLayout::PackedUe8m0;
-        let scales = if packed { Scales::Ue8m0(&words) } else { Scales::F32(&floats) };
+        let scales = if packed { Scales::ue8m0(format, &words) } else { Scales::f32(format, &floats) };
         case.with_layout(|layout| {
-            let activations = Activations::E4m3 { rows: &case.byte_rows, scales, format };
+            let activations = Activations::E4m3 { rows: &case.byte_rows, scales };
             let mut workspace = vec![0; grouped_gemm_workspace_bytes(8, 640, ActivationFormat::E4m3).unwrap()];
             let mut out = vec![POISON; m_sum * 40];
             grouped_gemm(&cpu, layout, activations, &weights, &mut workspace, &mut out).unwrap();
@@ -428,8 +432,8 @@ fn arguments_that_do_not_fit_are_errors_and_nothing_is_written() {
     let error = start(
         Formats::E4m3,
         |s| {
-            if let Activations::E4m3 { format, .. } = &mut s.activations {
-                *format = ScaleFormat::new(Group::G32, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap();
+            if let Activations::E4m3 { scales, .. } = &mut s.activations {
+                *scales = Scales::f32(row_major(Group::G32), &[1.0; 32]);
             }
         },
         "group is 32, expected 128",
@@ -439,7 +443,7 @@ fn arguments_that_do_not_fit_are_errors_and_nothing_is_written() {
         Formats::E4m3,
         |s| {
             if let Activations::E4m3 { scales, .. } = &mut s.activations {
-                *scales = Scales::F32(&[1.0; 3]);
+                *scales = Scales::f32(row_major(Group::G128), &[1.0; 3]);
             }
         },
         "activation_scales holds 3 elements, expected at least 4",
@@ -449,7 +453,7 @@ fn arguments_that_do_not_fit_are_errors_and_nothing_is_written() {
         Formats::E4m3,
         |s| {
             if let Activations::E4m3 { scales, .. } = &mut s.activations {
-                *scales = Scales::Ue8m0(&[0; 4]);
+                *scales = Scales::ue8m0(row_major(Group::G128), &[0; 4]);
             }
         },
         "activation_scales has dtype i32",
