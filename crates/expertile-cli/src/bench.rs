@@ -8,7 +8,7 @@ use crate::device::{self, DeviceNumber};
 use crate::error::{Error, Result};
 use crate::layer::{Packed, Parts, active_experts, choose_activations, parse_weights};
 use crate::machine::{self, Limits, parallel_copy};
-use crate::memory::{self, LayerMemory};
+use crate::memory::{self, LayerMemory, WeightPlace};
 use crate::preset::{MadeUp, Preset};
 use crate::progress::Progress;
 use crate::stages::{Call, Inputs, StageReport, StageTime, median, medians, whole};
@@ -211,10 +211,7 @@ fn measure(args: &Args, cpu: &Cpu) -> Result<Report> {
     let format = args.weights.unwrap_or_else(|| args.preset.usual_format());
     let activations = choose_activations(args.activations, format, args.preset.shape()?)?;
     let weights = MadeUp::new(args.preset, args.experts, format, args.seed, memory::available())?;
-    let (shape, topk) = (weights.shape(), weights.router().topk);
-    for &tokens in &args.tokens {
-        LayerMemory { shape, weights: format, activations, tokens, topk, check: false }.require()?;
-    }
+    require_memory(&weights, activations, WeightPlace::Host, &args.tokens)?;
     let packed = Packed::new(cpu, &weights, activations, Parts::ROUTED)?;
     let limits = Limits::measure(cpu, format, activations)?;
     let repeat = args.repeat.unwrap_or(5);
@@ -240,6 +237,13 @@ fn measure(args: &Args, cpu: &Cpu) -> Result<Report> {
         limits,
         sizes,
     })
+}
+
+/// Fails unless the host holds its part of the layer with the calls of every size.
+fn require_memory(weights: &MadeUp, activations: ActivationFormat, place: WeightPlace, tokens: &[usize]) -> Result<()> {
+    let layer = LayerMemory::new(weights, activations, Parts::ROUTED, place);
+    let topk = weights.router().topk;
+    tokens.iter().try_for_each(|&tokens| layer.calling(tokens, topk, false).require())
 }
 
 fn measure_size(
@@ -295,7 +299,7 @@ impl Memcpy {
         let words = (time.cost.bytes as usize).div_ceil(2 * size_of::<u64>());
         let written = |value: u64| {
             let mut words = memory::zeroed("a copy to compare with", words)?;
-            // A page of zeros that nobody wrote is not memory.
+            // A page of zeros that was never written is not memory.
             words.fill(value);
             Ok(words)
         };

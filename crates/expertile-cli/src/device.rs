@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::machine::{Bandwidth, Limits};
+use crate::memory;
 use crate::progress::Progress;
 use crate::stages::StageTime;
 use crate::weights::{ExpertWeights, PartRows};
@@ -40,7 +41,7 @@ pub(crate) fn half_bits(states: &HiddenStates) -> Result<(Dtype, &[u16])> {
     }
 }
 
-/// Brings `w13 [E, 2 I, H]` and `w2 [E, H, I]` to the device, a matrix at a time; `progress` is told the experts done.
+/// Brings `w13 [E, 2 I, H]` and `w2 [E, H, I]` to the device, a matrix at a time; `progress` counts the experts done.
 fn upload(weights: &dyn ExpertWeights, device: &Device, progress: &mut dyn FnMut(usize)) -> Result<[Weights; 2]> {
     let (shape, format) = (weights.shape(), weights.format());
     let (hidden, intermediate, experts) = (shape.hidden(), shape.intermediate(), shape.local_experts());
@@ -58,7 +59,7 @@ fn upload(weights: &dyn ExpertWeights, device: &Device, progress: &mut dyn FnMut
     Ok([w13.finish()?, w2.finish()?])
 }
 
-/// The layer on the device, with a bar on a terminal while its weights are on their way.
+/// The layer on the device, with a bar on a terminal while its weights are uploaded.
 pub(crate) fn prepare(
     device: &Device,
     weights: &dyn ExpertWeights,
@@ -76,7 +77,7 @@ pub(crate) fn stage_times(layer: &Layer, times: &LayerTimes, routing: &Routing<'
     const INPUT_BYTES: usize = 2;
     let (shape, plan) = (layer.shape(), &times.choice.plan);
     let (weights, activations) = (layer.weights()[0].format(), layer.config().activations);
-    let mut space = vec![0; Layout::space_len(plan)?];
+    let mut space = memory::zeroed("the layout", Layout::space_len(plan)?)?;
     let layout = Layout::build(plan, routing, &mut space)?;
     let cost = |stage| stage_cost(stage, shape, &layout, weights, activations, INPUT_BYTES);
     let gate_up = (layout.live_rows() * 2 * shape.intermediate() * 2) as u64;

@@ -13,7 +13,7 @@ use self::report::{Computed, Report};
 use self::tokens::Tokens;
 use crate::device::{self, DeviceNumber};
 use crate::error::{Error, Result};
-use crate::memory::{self, LayerMemory};
+use crate::memory::{self, LayerMemory, WeightPlace};
 use crate::preset::{MadeUp, Preset};
 use crate::router::RouterPrecision;
 use crate::stages::Inputs;
@@ -198,12 +198,13 @@ fn run_weights(
     source: &str,
 ) -> Result<()> {
     let activations = choose_activations(args.activations, weights.format(), weights.shape())?;
-    if let Runner::Cpu(_) = runner {
-        let topk = input.routing().map_or(weights.router().topk, |(ids, _)| ids.topk());
-        let (shape, tokens, check) = (weights.shape(), input.tokens(), args.check);
-        LayerMemory { shape, weights: weights.format(), activations, tokens, topk, check }.require()?;
-    }
     let parts = Parts::choose(args.parts, weights)?;
+    let place = match runner {
+        Runner::Cpu(_) => WeightPlace::Host,
+        Runner::Gpu(_) => WeightPlace::Device,
+    };
+    let topk = input.routing().map_or(weights.router().topk, |(ids, _)| ids.topk());
+    LayerMemory::new(weights, activations, parts, place).calling(input.tokens(), topk, args.check).require()?;
     let router = input.routing().is_none().then_some(args.router);
     let computed = Computed { activations, parts, router };
     let tokens = Tokens::new(input, weights, args.router, parts)?;

@@ -69,7 +69,7 @@ impl Bandwidth {
         let bytes = memory::available().map_or(usize::MAX, |bytes| usize::try_from(bytes / 4).unwrap_or(usize::MAX));
         let len = uncached_bytes().min(bytes).max(LEAST_BYTES) / size_of::<u64>();
         let mut words = memory::zeroed::<u64>("measuring the bandwidth", len)?;
-        // First touch by the threads that use it; a page of zeros that nobody wrote is not memory.
+        // First touch by the threads that use it; a page of zeros that was never written is not memory.
         words.par_chunks_mut(CHUNK_WORDS).for_each(|chunk| chunk.fill(1));
         let read = best(PASSES, || {
             black_box(words.par_chunks(CHUNK_WORDS).map(sum).reduce(|| 0, u64::wrapping_add));

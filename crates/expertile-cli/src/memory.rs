@@ -1,15 +1,16 @@
-//! How much memory this process may still take, and what a call is going to take.
+//! How much memory this process may still take, and (in [`layer`]) what a call is going to take.
 //!
 //! Four things limit it: the host's free memory, the process's cgroups (version 2 or 1, each of their ancestors), and its
-//! limits on address space and on data (`ulimit -v`, `ulimit -d`). Linux grants more than there is and kills whoever uses
-//! it, so a call that is known not to fit is refused before it begins; what passes that is still allocated by calls that
-//! can fail. Elsewhere than on Linux nothing is known, and only the latter counts.
+//! limits on address space and on data (`ulimit -v`, `ulimit -d`). Linux grants more memory than there is, and kills a
+//! process that uses it; so a call that cannot fit is refused before it begins. A call that passes is still allocated by
+//! functions that can fail. On other systems nothing is known, and only these failures count.
+
+mod layer;
+
+pub(crate) use layer::{LayerMemory, WeightPlace};
 
 use crate::error::{Error, Result};
 use bytemuck::Zeroable;
-use expertile::cpu::grouped_gemm_workspace_bytes;
-use expertile::gemm::WEIGHT_BLOCK;
-use expertile::{ActivationFormat, LayerShape, WeightFormat};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
@@ -21,7 +22,7 @@ pub(crate) struct Budget {
     pub(crate) limit: &'static str,
 }
 
-/// The least of all limits that this system tells of.
+/// The least of all limits that this system reports.
 pub(crate) fn budget() -> Option<Budget> {
     Budget::read(Path::new("/"))
 }
@@ -41,11 +42,11 @@ pub(crate) fn require(what: &str, bytes: u128) -> Result<()> {
     budget().map_or(Ok(()), |budget| budget.require(what, bytes))
 }
 
-/// Fails if a file does not fit into memory twice: as its bytes, and as the numbers that they stand for.
+/// Fails if a file does not fit into memory twice: as its bytes, and as the numbers decoded from them.
 pub(crate) fn require_file(file: &Path) -> Result<()> {
     match fs::metadata(file) {
         Ok(there) if there.is_file() => require(&file.display().to_string(), 2 * u128::from(there.len())),
-        // What it is instead, its reader says.
+        // The reader reports anything that is not a regular file.
         _ => Ok(()),
     }
 }
@@ -60,7 +61,7 @@ pub(crate) fn zeroed<T: Zeroable>(what: &str, len: usize) -> Result<Vec<T>> {
 }
 
 impl Budget {
-    /// `root` stands before `/proc` and `/sys`.
+    /// Reads `/proc` and `/sys` below `root`.
     fn read(root: &Path) -> Option<Self> {
         let (proc, cgroups) = (root.join("proc"), root.join("sys/fs/cgroup"));
         let status = text(&proc.join("self/status"));
@@ -129,65 +130,6 @@ fn number(text: &str, name: &str) -> Option<u64> {
 
 fn kibibytes(text: &str, name: &str) -> Option<u64> {
     number(text, name)?.checked_mul(1024)
-}
-
-/// What a layer on the CPU is going to take, as far as it is known before it is packed.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct LayerMemory {
-    pub(crate) shape: LayerShape,
-    pub(crate) weights: WeightFormat,
-    pub(crate) activations: ActivationFormat,
-    pub(crate) tokens: usize,
-    pub(crate) topk: usize,
-    /// Whether the result is compared with the oracle's.
-    pub(crate) check: bool,
-}
-
-impl LayerMemory {
-    /// Fails unless memory holds the packed weights, the workspace, the output, and what the router and the check take.
-    pub(crate) fn require(&self) -> Result<()> {
-        let (weights, rest) = (self.packed_bytes(), self.call_bytes()?);
-        let parts = [("weights", weights), ("tokens and workspace", rest)];
-        let parts = parts.map(|(name, bytes)| format!("{name} {}", crate::format::bytes(saturate(bytes))));
-        require(&format!("the layer ({})", parts.join(", ")), weights.saturating_add(rest))
-    }
-
-    fn packed_bytes(&self) -> u128 {
-        // As the library packs: columns in panels of 32, K in pairs, a scale and a mark to each panel's block.
-        let matrix = |n: usize, k: usize| {
-            let panels = n.div_ceil(32) as u128;
-            let values = panels * 64 * k.div_ceil(2) as u128 * self.weights.bytes() as u128;
-            let scales = panels * k.div_ceil(WEIGHT_BLOCK) as u128 * 12;
-            values + if self.weights == WeightFormat::E4m3 { scales } else { 0 } + n as u128
-        };
-        let (hidden, intermediate) = (self.shape.hidden(), self.shape.intermediate());
-        (matrix(2 * intermediate, hidden) + matrix(hidden, intermediate)) * self.shape.local_experts() as u128
-    }
-
-    fn call_bytes(&self) -> Result<u128> {
-        let Self { tokens, topk, check, .. } = *self;
-        let (hidden, intermediate) = (self.shape.hidden(), self.shape.intermediate());
-        let (front, back) = (hidden.max(intermediate), hidden.max(2 * intermediate));
-        let rows = tokens as u128 * topk as u128;
-        let gemm = match usize::try_from(rows) {
-            Ok(rows) => grouped_gemm_workspace_bytes(rows, front, self.activations)?,
-            Err(_) => usize::MAX,
-        };
-        let front_bytes = match self.activations {
-            ActivationFormat::Bf16 => 2 * front,
-            ActivationFormat::E4m3 => front + 4 * front.div_ceil(128),
-        };
-        let workspace = rows * (front_bytes + 2 * back + 16) as u128 + gemm as u128;
-        // Hidden states widened for the router, its logits; the output, and twice its bytes on their way into a file.
-        let by_token = tokens as u128 * (4 * hidden + 4 * self.shape.local_experts() + 3 * 2 * hidden) as u128;
-        // GEMM 2's rows as they are and widened to f64, beside the oracle's; the output likewise.
-        let checked = if check { rows * 18 * hidden as u128 + tokens as u128 * 20 * hidden as u128 } else { 0 };
-        Ok(workspace + by_token + checked)
-    }
-}
-
-fn saturate(bytes: u128) -> u64 {
-    u64::try_from(bytes).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -263,35 +205,5 @@ mod tests {
         let error = zeroed::<u64>("the workspace", usize::MAX / 8).unwrap_err().to_string();
         assert!(error.starts_with("the workspace takes 16384 PiB of memory, expected at most "), "{error}");
         assert!(zeroed::<u16>("nothing", 0).unwrap().is_empty());
-    }
-
-    #[test]
-    fn the_estimate_is_what_the_library_takes() {
-        use expertile::E4m3;
-        use expertile::cpu::{Cpu, Layer, LayerOptions, PackedWeights};
-        use half::bf16;
-        let (cpu, hidden, intermediate, experts) = (Cpu::new(), 256, 128, 3);
-        for (weights, activations) in [
-            (WeightFormat::Bf16, ActivationFormat::Bf16),
-            (WeightFormat::E4m3, ActivationFormat::Bf16),
-            (WeightFormat::E4m3, ActivationFormat::E4m3),
-        ] {
-            let pack = |n: usize, k: usize| match weights {
-                WeightFormat::Bf16 => PackedWeights::pack_bf16(&cpu, &vec![bf16::ONE; experts * n * k], experts, n, k),
-                WeightFormat::E4m3 => {
-                    let scales = vec![1.0; experts * n.div_ceil(128) * k.div_ceil(128)];
-                    PackedWeights::pack_e4m3(&cpu, &vec![E4m3(0x38); experts * n * k], &scales, experts, n, k)
-                }
-            };
-            let (w13, w2) = (pack(2 * intermediate, hidden).unwrap(), pack(hidden, intermediate).unwrap());
-            let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
-            let memory = LayerMemory { shape, weights, activations, tokens: 100, topk: 4, check: false };
-            let (packed, taken) = (memory.packed_bytes(), (w13.bytes() + w2.bytes()) as u128);
-            assert!((taken..taken + taken / 50).contains(&packed), "{weights}: {packed} for {taken}");
-            let layer = Layer::new(w13, w2, LayerOptions { activations, ..LayerOptions::default() }).unwrap();
-            let taken = layer.workspace_bytes(100, 4).unwrap() as u128 + 100 * 256 * 2;
-            let estimate = memory.call_bytes().unwrap();
-            assert!((taken..2 * taken).contains(&estimate), "{weights}, {activations}: {estimate} for {taken}");
-        }
     }
 }

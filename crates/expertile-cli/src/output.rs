@@ -1,9 +1,10 @@
-//! Results on their way out: files appear whole or not at all, inputs stay as they are, and a closed pipe is no error.
+//! Writing results: files appear whole or not at all, inputs stay as they are, and a closed pipe is no error.
 //!
 //! What a target is decides how it is written. A regular file, or a name that is not taken, is written beside its place
 //! and renamed into it, with the old file's permissions (and, where we may, its owner); a symbolic link stays, and the file
-//! that it leads to is replaced. Anything else (a device, a FIFO, `/dev/stdout`, `>(command)`) is written through: opening
-//! a FIFO waits for its reader, as it does for every program.
+//! that it leads to is replaced. Anything else (a device, a FIFO, `>(command)`) is written through: opening a FIFO waits for
+//! its reader, as it does for every program. A name that the system keeps (`/dev/stderr`, `/proc/self/fd/3`) is an open
+//! file and not a place: it is written through even if the shell redirected it to a regular file.
 //!
 //! [`prepare`] finds before the work what would make writing fail after it: a folder that is missing or closed to us, a
 //! directory in the file's place, a target that is one of the call's inputs or that another option writes too.
@@ -28,8 +29,10 @@ enum Place {
     Replace(PathBuf, Option<Metadata>),
     /// Into what is there.
     Through,
-    /// Where the report goes as well.
+    /// Into this process's own standard output, where the report goes as well.
     Stdout,
+    /// Into its standard error.
+    Stderr,
 }
 
 /// Checks that each option's target can be written when the time comes, is none of `inputs` and not the same as another's.
@@ -41,7 +44,7 @@ pub(crate) fn prepare(targets: &[(&'static str, Option<&Path>)], inputs: &[PathB
         let Some(target) = target else { continue };
         let refuse = |expected: String| Err(Error::Target { option, file: target.to_owned(), expected });
         match place(target).map_err(|source| Error::write(target, source))? {
-            Place::Through | Place::Stdout => {}
+            Place::Through | Place::Stdout | Place::Stderr => {}
             Place::Replace(file, _) => {
                 if let Some(input) = inputs.iter().find(|input| is_same_file(&file, input)) {
                     return refuse(format!("a file that is not an input of this call ({})", input.display()));
@@ -64,8 +67,10 @@ pub(crate) fn prepare(targets: &[(&'static str, Option<&Path>)], inputs: &[PathB
 pub(crate) fn write_file(file: &Path, bytes: &[u8]) -> Result<()> {
     let write = || match place(file)? {
         Place::Replace(file, old) => replace(&file, old.as_ref(), bytes),
-        Place::Through => tolerate_closed_pipe(File::options().write(true).open(file)?.write_all(bytes)),
+        // At the end: what another program wrote into an open file stays.
+        Place::Through => tolerate_closed_pipe(File::options().append(true).open(file)?.write_all(bytes)),
         Place::Stdout => write_stdout(bytes),
+        Place::Stderr => tolerate_closed_pipe(io::stderr().lock().write_all(bytes)),
     };
     write().map_err(|source| Error::write(file, source))
 }
@@ -75,9 +80,14 @@ fn place(target: &Path) -> io::Result<Place> {
     match fs::metadata(target) {
         Ok(there) if there.is_dir() => Err(ErrorKind::IsADirectory.into()),
         Ok(there) if !there.is_file() => Ok(Place::Through),
-        Ok(there) if is_stdout(&there) => Ok(Place::Stdout),
+        Ok(there) if is_open_as(&there, &io::stdout()) => Ok(Place::Stdout),
+        Ok(there) if is_open_as(&there, &io::stderr()) => Ok(Place::Stderr),
+        Ok(_) if belongs_to_the_system(target)? => Ok(Place::Through),
         Ok(there) => Ok(Place::Replace(fs::canonicalize(target)?, Some(there))),
         Err(error) if error.kind() == ErrorKind::NotFound => {
+            if belongs_to_the_system(target)? {
+                return Err(error);
+            }
             let file = end_of_links(target)?;
             // `name/` asks for a directory.
             if file.as_os_str().as_encoded_bytes().ends_with(b"/") || file.file_name().is_none() {
@@ -91,14 +101,32 @@ fn place(target: &Path) -> io::Result<Place> {
 
 /// Where a link leads whose end does not exist; the name itself if it is no link.
 fn end_of_links(name: &Path) -> io::Result<PathBuf> {
-    let mut name = name.to_owned();
-    for _ in 0..MOST_LINKS {
-        match fs::read_link(&name) {
-            Ok(to) => name = folder_of(&name).join(to),
-            Err(_) => return Ok(name),
+    links(name).last().unwrap_or_else(|| Ok(name.to_owned()))
+}
+
+/// The name, and every name that it leads to by symbolic links.
+fn links(name: &Path) -> impl Iterator<Item = io::Result<PathBuf>> {
+    let follow = |name: &io::Result<PathBuf>| {
+        let name = name.as_ref().ok()?;
+        Some(Ok(folder_of(name).join(fs::read_link(name).ok()?)))
+    };
+    let names = std::iter::successors(Some(Ok(name.to_owned())), follow).enumerate();
+    names
+        .map(|(count, name)| if count > MOST_LINKS { Err(io::Error::other("too many symbolic links")) } else { name })
+        .scan(false, |failed, name| (!std::mem::replace(failed, name.is_err())).then_some(name))
+}
+
+/// Whether a name, or one that it leads to, is the system's own: of an open file or a device. (`/dev/shm` holds ordinary
+/// files.)
+fn belongs_to_the_system(name: &Path) -> io::Result<bool> {
+    for name in links(name) {
+        let name = name?;
+        let folder = fs::canonicalize(folder_of(&name)).unwrap_or_default();
+        if folder.starts_with("/proc") || folder.starts_with("/dev") && !folder.starts_with("/dev/shm") {
+            return Ok(true);
         }
     }
-    Err(io::Error::other("too many symbolic links"))
+    Ok(false)
 }
 
 fn folder_of(file: &Path) -> &Path {
@@ -127,20 +155,19 @@ fn identity(_file: &Metadata) -> Option<(u64, u64)> {
     None
 }
 
-/// Whether this is the file that the standard output goes to.
+/// Whether this is the file that a standard stream goes to.
 #[cfg(unix)]
-fn is_stdout(file: &Metadata) -> bool {
-    use std::os::fd::AsFd;
-    let stdout = io::stdout().as_fd().try_clone_to_owned().and_then(|stdout| File::from(stdout).metadata());
-    stdout.is_ok_and(|stdout| identity(&stdout) == identity(file))
+fn is_open_as(file: &Metadata, stream: &impl std::os::fd::AsFd) -> bool {
+    let stream = stream.as_fd().try_clone_to_owned().and_then(|stream| File::from(stream).metadata());
+    stream.is_ok_and(|stream| identity(&stream) == identity(file))
 }
 
 #[cfg(not(unix))]
-fn is_stdout(_file: &Metadata) -> bool {
+fn is_open_as<S>(_file: &Metadata, _stream: &S) -> bool {
     false
 }
 
-/// Writes beside the file and renames, so that nobody ever reads half of one; a signal meanwhile leaves nothing behind.
+/// Writes beside the file and renames, so that no reader sees half of one; a signal in between leaves nothing behind.
 fn replace(file: &Path, old: Option<&Metadata>, bytes: &[u8]) -> io::Result<()> {
     let mut temporary = {
         let mut unfinished = signals::unfinished();
@@ -186,7 +213,7 @@ fn private() -> fs::Permissions {
     std::os::unix::fs::PermissionsExt::from_mode(0o600)
 }
 
-/// Prints text; whoever reads the pipe may stop early.
+/// Prints text; the reader of a pipe may stop early.
 pub(crate) fn print(text: &str) -> Result<()> {
     write_stdout(printable(text).as_bytes()).map_err(|error| Error::write(Path::new("the output"), error))
 }

@@ -80,7 +80,7 @@ pub(crate) fn parse_activations(name: &str) -> std::result::Result<ActivationFor
 /// Experts that are counted one by one: some thousand times what any model has.
 const MOST_EXPERTS: usize = 1 << 22;
 
-/// Experts that are drawn: a picture of more would be gigabytes, and nobody's screen is so wide.
+/// Experts that are drawn: a picture of more would be gigabytes, and wider than any screen.
 const MOST_BARS: usize = 1 << 16;
 
 /// What is to be sized, whatever options it came from.

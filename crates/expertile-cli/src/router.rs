@@ -1,4 +1,4 @@
-//! From hidden states to logits: what stands before the library's routers.
+//! From hidden states to logits: the step before the library's routers.
 //!
 //! `logits[t, e] = sum_h x[t, h] * w[e, h]` in f32 on the widened values, 16 partial sums side by side: the same bits for
 //! any number of threads.

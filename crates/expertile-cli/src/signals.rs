@@ -15,7 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// The file that is being written and has no name that anybody expects yet.
 static UNFINISHED: Mutex<Option<PathBuf>> = Mutex::new(None);
 
-/// The unfinished file. Whoever creates one notes it here before letting go of the lock, and takes the note back under it.
+/// The unfinished file. Code that creates one notes it here before it releases the lock, and clears the note under it.
 pub(crate) fn unfinished() -> MutexGuard<'static, Option<PathBuf>> {
     UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -54,7 +54,7 @@ mod unix {
         catch_bus_errors();
     }
 
-    /// Removes the unfinished file and ends the process by the signal; the lock is never let go of, so no other appears.
+    /// Removes the unfinished file and ends the process by the signal; the lock is never released, so no other file appears.
     fn stop(signal: i32) {
         let unfinished = unfinished();
         if let Some(file) = &*unfinished {

@@ -32,17 +32,17 @@ pub(crate) struct Space {
     pub(crate) e4m3: Vec<E4m3>,
 }
 
-/// Who takes a matrix.
+/// Callback that receives one matrix.
 pub(crate) type TakePart<'a> = dyn FnMut(PartRows<'_>) -> expertile::Result<()> + 'a;
 
-/// Where a matrix stands in `w13 [E, 2 I, H]`, gate first, or in `w2 [E, H, I]`.
+/// The place of a matrix in `w13 [E, 2 I, H]`, gate first, or in `w2 [E, H, I]`.
 pub(crate) struct Place {
     pub(crate) in_w13: bool,
     pub(crate) expert: usize,
     pub(crate) first_row: usize,
 }
 
-/// Who takes a matrix to its place.
+/// Callback that receives one matrix and its place.
 pub(crate) type TakePlaced<'a> = dyn FnMut(Place, PartRows<'_>) -> expertile::Result<()> + 'a;
 
 /// The weights of one MoE layer and its router.
@@ -66,7 +66,7 @@ pub(crate) trait ExpertWeights: Sync {
         false
     }
 
-    /// What stands between the GEMMs.
+    /// The function between the GEMMs.
     fn activation(&self) -> Activation {
         Activation::SWIGLU
     }
@@ -92,13 +92,13 @@ pub(crate) trait ExpertWeights: Sync {
     /// `[E, H]`: logits are `hidden_states * router_weight^T`.
     fn router_weight(&self) -> &[f32];
 
-    /// Packs `w13 [E, 2 I, H]` and `w2 [E, H, I]`, telling `progress` how many experts are done.
+    /// Packs `w13 [E, 2 I, H]` and `w2 [E, H, I]`, reporting to `progress` how many experts are done.
     fn pack(&self, cpu: &Cpu, progress: &mut dyn FnMut(usize)) -> Result<(PackedWeights, PackedWeights)>;
 
     /// Hands over one matrix of an expert.
     fn with_part(&self, part: Part, expert: usize, space: &mut Space, take: &mut TakePart<'_>) -> Result<()>;
 
-    /// Hands over every matrix, one expert after the other, telling `progress` how many experts are done.
+    /// Hands over every matrix, one expert after the other, reporting to `progress` how many experts are done.
     fn each_part(&self, progress: &mut dyn FnMut(usize), take: &mut TakePlaced<'_>) -> Result<()> {
         let mut space = Space::default();
         for expert in 0..self.shape().local_experts() {

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{fail, json, succeed};
+use common::{json, succeed};
 use serde_json::Value;
 use std::path::Path;
 
@@ -48,8 +48,7 @@ fn every_stage_of_every_size_is_timed() {
 #[test]
 fn bad_input_is_one_line_and_exit_code_2() {
     let refuse = |arguments: &[&str], part: &str| {
-        let line = fail(Path::new("."), &[&["bench"], arguments].concat(), 2);
-        assert!(line.contains(part), "{arguments:?}: {line}");
+        common::refuse(Path::new("."), &[&["bench"], arguments].concat(), part);
     };
     refuse(&["--tokens", "1,0"], "--tokens holds 0, expected sizes of at least 1");
     refuse(&["--tokens", "1,x"], "invalid value 'x'");

@@ -1,14 +1,15 @@
-//! Command lines and files that nobody would give on purpose, drawn from a seed.
+//! Absurd command lines and files, drawn from a seed.
 //!
 //! Whatever they are: an exit code that the command documents, one line of error, nothing that steers a terminal, inputs as
 //! they were, no files but the ones asked for, and an end within seconds. `HOSTILE_SEED=7` draws other cases and
-//! `HOSTILE_CASES=2000` more of them; a failure prints its command line and what stood where.
+//! `HOSTILE_CASES=2000` more of them; a failure prints its command line and what was done to its files.
 
 #![cfg(unix)]
 
 mod common;
 
 use common::made_up::{FAMILIES, Model, NewTensor, Sizes, serialize};
+use common::npy;
 use safetensors::Dtype;
 use std::fmt::Write as _;
 use std::fs;
@@ -167,11 +168,6 @@ fn disturb(random: &mut Random, file: &Path) -> Option<&'static str> {
     Some(kind)
 }
 
-fn npy(shape: &str, data: &[u8]) -> Vec<u8> {
-    let header = format!("{{'descr': '<i4', 'fortran_order': False, 'shape': {shape}, }}");
-    [b"\x93NUMPY\x01\x00", &(header.len() as u16).to_le_bytes()[..], header.as_bytes(), data].concat()
-}
-
 /// A checkpoint of one file or three, hidden states, ids, a file of no use and a folder.
 fn build(random: &mut Random, folder: &Path) -> String {
     let model = folder.join("model");
@@ -310,7 +306,7 @@ fn arguments(random: &mut Random) -> Vec<&'static str> {
     line
 }
 
-/// What stands in a folder: names, kinds, modes, and bytes where there are few.
+/// What a folder holds: names, kinds, modes, and bytes where there are few.
 fn snapshot(folder: &Path) -> Vec<(String, String)> {
     let mut all = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {

@@ -5,35 +5,19 @@
 
 mod common;
 
-use common::made_up::{Model, NewTensor, Sizes, serialize};
-use common::{expertile, fail, succeed};
-use safetensors::Dtype;
+use common::{LAYER, expertile, fail, folder, succeed};
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-use tempfile::TempDir;
-
-const SIZES: Sizes = Sizes { hidden: 64, intermediate: 32, experts: 4, topk: 2 };
 
 /// A plan whose picture goes to the target that is appended.
 const PLOT: [&str; 8] = ["plan", "--tokens", "10", "--topk", "2", "--counts", "9,0,8,2", "--plot"];
 
-/// A checkpoint in `model`, with hidden states beside it.
-fn folder(shards: usize) -> TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    fs::create_dir(folder.path().join("model")).unwrap();
-    Model::new("qwen3_moe", SIZES, false).write(&folder.path().join("model"), shards);
-    let bytes = vec![0; 3 * SIZES.hidden * 2];
-    let states = NewTensor { name: "hidden_states".into(), dtype: Dtype::BF16, shape: vec![3, SIZES.hidden], bytes };
-    fs::write(folder.path().join("in.safetensors"), serialize(&[states])).unwrap();
-    folder
-}
-
 fn layer(output: &str) -> Vec<&str> {
-    vec!["layer", "--model", "model", "--layer", "1", "--input", "in.safetensors", "--threads", "1", "--output", output]
+    [&LAYER[..], &["--output", output]].concat()
 }
 
 /// Every file below, with its bytes.
@@ -81,6 +65,40 @@ fn devices_and_pipes_are_written_through() {
 }
 
 #[test]
+fn open_files_of_the_system_are_written_through_wherever_they_lead() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    symlink("/dev/stderr", at("link")).unwrap();
+    symlink("/dev/fd", at("fds")).unwrap();
+    let run = |redirected: &str, target: &str| {
+        fs::write(at("log"), "before\n").unwrap();
+        let line = format!("\"$0\" {} {target} {redirected} && echo after >>log", PLOT.join(" "));
+        let mut shell = Command::new("sh");
+        let output =
+            shell.current_dir(folder.path()).args(["-c", &line, env!("CARGO_BIN_EXE_expertile")]).output().unwrap();
+        assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    for (redirected, target) in [
+        ("2>>log", "/dev/stderr"),
+        ("2>>log", "link"),
+        ("2>>log", "log"),
+        ("2>>log", "fds/2"),
+        ("3>>log", "/proc/self/fd/3"),
+        ("3>>log", "/dev/fd/3"),
+        ("3>>log", "fds/3"),
+    ] {
+        run(redirected, target);
+        let log = fs::read_to_string(at("log")).unwrap();
+        let svg = log.strip_prefix("before\n").and_then(|log| log.strip_suffix("after\n"));
+        assert!(svg.is_some_and(|svg| svg.starts_with("<svg") && svg.ends_with("</svg>\n")), "{target}: {log}");
+    }
+    for target in ["/dev/no-such-device", "/proc/self/no-such-file", "/proc/self/fd/77"] {
+        let line = fail(folder.path(), &[&PLOT[..], &[target]].concat(), 2);
+        assert!(line.contains("cannot be written: No such file"), "{line}");
+    }
+}
+
+#[test]
 fn a_replaced_file_keeps_its_mode_and_links_stay_links() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
@@ -94,7 +112,7 @@ fn a_replaced_file_keeps_its_mode_and_links_stay_links() {
     assert!(["near.svg", "sub/far.svg"].iter().all(|link| fs::symlink_metadata(at(link)).unwrap().is_symlink()));
     assert!(fs::read_to_string(at("sub/real.svg")).unwrap().ends_with("</svg>\n"));
     assert_eq!(fs::metadata(at("sub/real.svg")).unwrap().mode() & 0o7777, 0o640);
-    // Replaced, not written into: who had the old file open, or has it by another name, still has it.
+    // Replaced, not written into: another name of the old file still has its bytes.
     assert_eq!(fs::read_to_string(at("hard.svg")).unwrap(), "old");
     symlink("new.svg", at("sub/dangling.svg")).unwrap();
     succeed(folder.path(), &[&PLOT[..], &["sub/dangling.svg"]].concat());
@@ -136,7 +154,7 @@ fn what_cannot_be_written_is_found_before_the_work() {
     fs::create_dir(folder.path().join("sub")).unwrap();
     symlink("loop", folder.path().join("loop")).unwrap();
     let before = contents(folder.path());
-    // The layer is not there: whoever complains about the target has not begun to read it.
+    // There is no layer 77: an error about the target came before the layer was read.
     for (target, part) in [
         ("no/such/out", "no/such/out cannot be written: No such file"),
         ("in.safetensors/out", "cannot be written: Not a directory"),

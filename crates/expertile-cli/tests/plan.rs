@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{fail, json, succeed};
+use common::{json, succeed};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -146,8 +146,7 @@ fn the_plot_draws_every_expert_and_replaces_the_file_at_once() {
 fn bad_input_is_one_line_and_exit_code_2() {
     let folder = tempfile::tempdir().unwrap();
     let refuse = |arguments: &[&str], part: &str| {
-        let line = fail(folder.path(), arguments, 2);
-        assert!(line.contains(part), "{arguments:?}: {line}");
+        common::refuse(folder.path(), arguments, part);
     };
     let plain = ["plan", "--tokens", "4", "--topk", "2"];
     refuse(&plain, "--experts");
@@ -188,8 +187,7 @@ fn bad_files_of_ids_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let refuse = |file: &str, more: &[&str], part: &str| {
-        let line = fail(folder.path(), &with(&["plan", "--experts", "4", "--ids", file], more), 2);
-        assert!(line.contains(part), "{line}");
+        common::refuse(folder.path(), &with(&["plan", "--experts", "4", "--ids", file], more), part);
     };
     refuse("none.npy", &[], "none.npy cannot be read");
     std::fs::write(path("text.npy"), "not an array").unwrap();

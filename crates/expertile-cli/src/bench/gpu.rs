@@ -3,10 +3,10 @@
 use super::{Args, tell};
 use crate::device::Gpu;
 use crate::error::{Error, Result};
-use crate::format;
 use crate::preset::MadeUp;
 use crate::progress::Progress;
 use crate::weights::ExpertWeights;
+use crate::{format, memory};
 use expertile::cuda::Device;
 use expertile::cuda::measure::{Inputs, StageTime, copy_bytes_per_second, stage_times};
 use expertile::layer::stage_cost;
@@ -90,7 +90,7 @@ fn measure_size(device: &Device, weights: &MadeUp, tokens: usize, copy: f64) -> 
     let times = stage_times(device, &Inputs { shape, plan, topk_ids: &topk_ids, hidden_states })?;
 
     let routing = Routing::new(MatrixRef::new(&topk_ids, tokens, topk)?, shape.local_experts(), None)?;
-    let mut space = vec![0; Layout::space_len(&plan)?];
+    let mut space = memory::zeroed("the layout", Layout::space_len(&plan)?)?;
     let layout = Layout::build(&plan, &routing, &mut space)?;
     let row = |time: &StageTime| {
         let cost = stage_cost(time.stage, &shape, &layout, WeightFormat::E4m3, ActivationFormat::E4m3, 2);

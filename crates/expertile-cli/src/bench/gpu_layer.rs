@@ -1,11 +1,12 @@
 //! `expertile bench --device cuda:N layer`: the whole layer on a GPU, inside a graph and eager, and each of its stages.
 
-use super::{Args, local_experts, tell};
+use super::{Args, local_experts, require_memory, tell};
 use crate::device::{self, Choice, Gpu};
 use crate::error::Result;
 use crate::format;
 use crate::layer::{active_experts, choose_activations};
 use crate::machine::Limits;
+use crate::memory::WeightPlace;
 use crate::preset::MadeUp;
 use crate::progress::Progress;
 use crate::stages::{StageReport, whole};
@@ -67,6 +68,7 @@ fn measure(args: &Args, device: &Device) -> Result<Report> {
     let local = local_experts(args, global_experts)?;
     let weights = MadeUp::new(args.preset, Some(local), format, args.seed, Some(device.info().memory_bytes))?
         .with_intermediate(args.intermediate)?;
+    require_memory(&weights, activations, WeightPlace::Device, &args.tokens)?;
     let config = LayerConfig {
         topk: args.preset.topk(),
         ids: Dtype::I32,
