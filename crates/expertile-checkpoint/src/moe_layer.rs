@@ -193,11 +193,21 @@ fn load<B: Backend>(
     for (id, expert) in experts.iter().enumerate() {
         let mut first_row = 0;
         if let Some(gate) = &expert.gate {
-            gate.add_to(&mut w13, id, 0).map_err(failed(&format!("gate of expert {id}")))?;
+            gate.view()
+                .and_then(|rows| rows.add_to(&mut w13, id, 0))
+                .map_err(failed(&format!("gate of expert {id}")))?;
             first_row = shape.intermediate();
         }
-        expert.up.add_to(&mut w13, id, first_row).map_err(failed(&format!("up of expert {id}")))?;
-        expert.down.add_to(&mut w2, id, 0).map_err(failed(&format!("down of expert {id}")))?;
+        expert
+            .up
+            .view()
+            .and_then(|rows| rows.add_to(&mut w13, id, first_row))
+            .map_err(failed(&format!("up of expert {id}")))?;
+        expert
+            .down
+            .view()
+            .and_then(|rows| rows.add_to(&mut w2, id, 0))
+            .map_err(failed(&format!("down of expert {id}")))?;
         progress(id + 1);
     }
     Ok((w13.finish().map_err(failed("w13"))?, w2.finish().map_err(failed("w2"))?))

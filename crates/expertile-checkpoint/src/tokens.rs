@@ -132,6 +132,16 @@ fn read_routing(tokens: usize, ids: &Tensor<'_>, weights: &Tensor<'_>) -> Result
 }
 
 impl HiddenStates {
+    /// Their type.
+    #[must_use]
+    pub fn dtype(&self) -> expertile::Dtype {
+        match self {
+            Self::Bf16(_) => expertile::Dtype::Bf16,
+            Self::F16(_) => expertile::Dtype::F16,
+            Self::F32(_) => expertile::Dtype::F32,
+        }
+    }
+
     fn read(tensor: &Tensor<'_>) -> Result<Self> {
         match tensor.dtype {
             Dtype::BF16 => Ok(Self::Bf16(tensor.decode(bf16::from_le_bytes)?)),

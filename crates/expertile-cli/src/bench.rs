@@ -16,7 +16,7 @@ use crate::weights::ExpertWeights;
 use crate::{format, output, plot};
 use clap::ValueEnum;
 use expertile::cpu::Cpu;
-use expertile::{ActivationFormat, MatrixRef, Routing, Stage, WeightFormat};
+use expertile::{ActivationFormat, LayerConfig, MatrixRef, Routing, Stage, WeightFormat};
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -212,13 +212,14 @@ fn measure(args: &Args, cpu: &Cpu) -> Result<Report> {
     let activations = choose_activations(args.activations, format, args.preset.shape()?)?;
     let weights = MadeUp::new(args.preset, args.experts, format, args.seed, memory::available())?;
     require_memory(&weights, activations, WeightPlace::Host, &args.tokens)?;
-    let packed = Packed::new(cpu, &weights, activations, Parts::ROUTED)?;
+    let config = LayerConfig::new(args.preset.topk(), weights.shape().local_experts(), activations);
+    let packed = Packed::new(cpu, &weights, config, Parts::ROUTED)?;
     let limits = Limits::measure(cpu, format, activations)?;
     let repeat = args.repeat.unwrap_or(5);
     let progress = Progress::new("timing sizes", args.tokens.len());
     let mut sizes = Vec::new();
     for &tokens in &args.tokens {
-        sizes.push(measure_size(cpu, &packed, &weights, &limits, tokens, repeat)?);
+        sizes.push(measure_size(&packed, &weights, &limits, tokens, repeat)?);
         progress.set(sizes.len());
     }
     let shape = packed.layer.shape();
@@ -246,20 +247,13 @@ fn require_memory(weights: &MadeUp, activations: ActivationFormat, place: Weight
     tokens.iter().try_for_each(|&tokens| layer.calling(tokens, topk, false).require())
 }
 
-fn measure_size(
-    cpu: &Cpu,
-    packed: &Packed,
-    weights: &MadeUp,
-    limits: &Limits,
-    tokens: usize,
-    repeat: usize,
-) -> Result<Size> {
+fn measure_size(packed: &Packed, weights: &MadeUp, limits: &Limits, tokens: usize, repeat: usize) -> Result<Size> {
     let input = weights.tokens(tokens)?;
     let (ids, topk_weights) = weights.uniform_routing(tokens, weights.shape().local_experts())?;
     let ids = MatrixRef::new(&ids, tokens, weights.router().topk)?;
     let routing = Routing::new(ids, weights.shape().local_experts(), None)?;
     let inputs = Inputs { hidden_states: input.hidden_states(), routing, topk_weights: &topk_weights };
-    let mut call = Call::new(cpu, &packed.layer, inputs)?;
+    let mut call = Call::new(&packed.layer, inputs)?;
     let mut copies = call.time_once()?.iter().filter_map(Memcpy::new).collect::<Result<Vec<_>>>()?;
     copies.iter_mut().for_each(Memcpy::run);
     copies.iter_mut().for_each(|copy| copy.seconds.clear());

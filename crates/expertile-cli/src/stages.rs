@@ -4,7 +4,7 @@ use crate::error::Result;
 use crate::format;
 use crate::machine::{Bound, Limits};
 use crate::memory;
-use expertile::cpu::{Cpu, Layer, StageDone};
+use expertile::cpu::{Layer, StageDone};
 use expertile::{MatrixRef, Routing, Stage, StageCost};
 use expertile_checkpoint::HiddenStates;
 use half::bf16;
@@ -20,7 +20,6 @@ pub(crate) struct Inputs<'a> {
 
 /// One call of a layer on the CPU, and room for the result.
 pub(crate) struct Call<'a> {
-    pub(crate) cpu: &'a Cpu,
     pub(crate) layer: &'a Layer,
     pub(crate) inputs: Inputs<'a>,
     pub(crate) workspace: Vec<u8>,
@@ -50,11 +49,11 @@ pub(crate) struct StageReport {
 }
 
 impl<'a> Call<'a> {
-    pub(crate) fn new(cpu: &'a Cpu, layer: &'a Layer, inputs: Inputs<'a>) -> Result<Self> {
+    pub(crate) fn new(layer: &'a Layer, inputs: Inputs<'a>) -> Result<Self> {
         let routing = &inputs.routing;
-        let workspace = memory::zeroed("the workspace", layer.workspace_bytes(routing.tokens(), routing.topk())?)?;
+        let workspace = memory::zeroed("the workspace", layer.workspace_bytes(routing.tokens())?)?;
         let output = memory::zeroed("the output", routing.tokens() * layer.shape().hidden())?;
-        Ok(Self { cpu, layer, inputs, workspace, output })
+        Ok(Self { layer, inputs, workspace, output })
     }
 
     /// Runs the layer once.
@@ -66,7 +65,7 @@ impl<'a> Call<'a> {
         macro_rules! run {
             ($values:expr) => {{
                 let x = MatrixRef::new($values, tokens, hidden)?;
-                self.layer.run_observed(self.cpu, x, &routing, weights, workspace, output, observe)
+                self.layer.run_observed(x, &routing, weights, workspace, output, observe)
             }};
         }
         match hidden_states {

@@ -10,9 +10,9 @@ use crate::memory::WeightPlace;
 use crate::preset::MadeUp;
 use crate::progress::Progress;
 use crate::stages::{StageReport, whole};
-use expertile::cuda::measure::{LayerCall, LayerInputs};
-use expertile::cuda::{Device, Layer, LayerConfig};
-use expertile::{Activation, ActivationFormat, Dtype, MatrixRef, Routing};
+use expertile::cuda::measure::{HostInputs, LayerBench};
+use expertile::cuda::{Device, Layer};
+use expertile::{ActivationFormat, LayerConfig, MatrixRef, Routing};
 use serde::Serialize;
 use std::fmt::Write;
 use std::time::Instant;
@@ -69,17 +69,7 @@ fn measure(args: &Args, device: &Device) -> Result<Report> {
     let weights = MadeUp::new(args.preset, Some(local), format, args.seed, Some(device.info().memory_bytes))?
         .with_intermediate(args.intermediate)?;
     require_memory(&weights, activations, WeightPlace::Device, &args.tokens)?;
-    let config = LayerConfig {
-        topk: args.preset.topk(),
-        ids: Dtype::I32,
-        global_experts,
-        input: Dtype::Bf16,
-        output: Dtype::Bf16,
-        activation: Activation::default(),
-        activations,
-        weight_on_input: false,
-        split_k: false,
-    };
+    let config = LayerConfig::new(args.preset.topk(), global_experts, activations);
     let started = Instant::now();
     let most = args.tokens.iter().copied().max().unwrap_or(1);
     let layer = device::prepare(device, &weights, config, most)?;
@@ -119,8 +109,8 @@ fn measure_size(device: &Device, layer: &Layer, weights: &MadeUp, limits: &Limit
     let map: Vec<i32> = (0..global).map(|id| if id < local { id as i32 } else { -1 }).collect();
     let expert_map = (local < global).then_some(&map[..]);
     let routing = Routing::new(MatrixRef::new(&topk_ids, tokens, config.topk)?, local, expert_map)?;
-    let inputs = LayerInputs { tokens, hidden_states, topk_ids: &topk_ids, topk_weights: &topk_weights, expert_map };
-    let call = LayerCall::new(device, layer, &inputs)?;
+    let inputs = HostInputs { tokens, hidden_states, topk_ids: &topk_ids, topk_weights: &topk_weights, expert_map };
+    let call = LayerBench::new(device, layer, &inputs)?;
     call.run()?;
     let times = call.time()?;
     let stages = device::stage_times(layer, &times, &routing)?;

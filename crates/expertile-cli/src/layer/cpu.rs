@@ -7,9 +7,9 @@ use crate::error::Result;
 use crate::machine::Limits;
 use crate::progress::Progress;
 use crate::stages::{Call, Inputs, StageTime, whole};
-use crate::weights::ExpertWeights;
-use expertile::cpu::{Cpu, Layer, LayerOptions, SharedExpert};
-use expertile::{ActivationFormat, Stage};
+use crate::weights::{self, ExpertWeights};
+use expertile::cpu::{Cpu, Layer, SharedExpert};
+use expertile::{LayerConfig, Stage};
 use expertile_checkpoint::Biases;
 use std::time::Instant;
 
@@ -22,9 +22,14 @@ pub(super) fn run(
     check: bool,
 ) -> Result<Outcome> {
     let Computed { activations, parts, .. } = computed;
-    let packed = Packed::new(cpu, weights, activations, parts)?;
+    let routing = &inputs.routing;
+    let config = LayerConfig {
+        input: inputs.hidden_states.dtype(),
+        ..LayerConfig::new(routing.topk(), routing.global_experts(), activations)
+    };
+    let packed = Packed::new(cpu, weights, config, parts)?;
     let limits = Limits::measure(cpu, weights.format(), activations)?;
-    let mut call = Call::new(cpu, &packed.layer, inputs)?;
+    let mut call = Call::new(&packed.layer, inputs)?;
     // About a second of repeats: enough for a median, little enough for a newcomer's patience.
     let mut stages = call.time(|first| (1.0 / first.max(1e-9)).clamp(1.0, 5.0) as usize)?;
     stages.splice(0..0, router);
@@ -62,29 +67,20 @@ pub(crate) struct Packed {
 }
 
 impl Packed {
-    /// Packs the weights, with a bar on a terminal.
-    pub(crate) fn new(
-        cpu: &Cpu,
-        weights: &dyn ExpertWeights,
-        activations: ActivationFormat,
-        parts: Parts,
-    ) -> Result<Self> {
+    /// Packs the weights, with a bar on a terminal. Of `config`, what belongs to the weights is theirs.
+    pub(crate) fn new(cpu: &Cpu, weights: &dyn ExpertWeights, config: LayerConfig, parts: Parts) -> Result<Self> {
         let progress = Progress::new("packing experts", weights.shape().local_experts());
         let started = Instant::now();
-        let (w13, w2) = weights.pack(cpu, &mut |done| progress.set(done))?;
+        let (w13, w2) = weights::load(weights, cpu, &mut |done| progress.set(done))?;
         let mut bytes = w13.bytes() + w2.bytes();
-        let options = LayerOptions {
-            activation: weights.activation(),
-            activations,
-            weight_on_input: weights.weight_on_input(),
-            ..LayerOptions::default()
-        };
-        let mut layer = Layer::new(w13, w2, options)?;
+        let config =
+            LayerConfig { activation: weights.activation(), weight_on_input: weights.weight_on_input(), ..config };
+        let mut layer = Layer::prepare(cpu, w13, w2, config, usize::MAX)?;
         if let Some(Biases { w13, w2 }) = weights.biases() {
             layer = layer.with_biases(Some(w13.clone()), Some(w2.clone()))?;
         }
         if let Some(shared) = weights.shared().filter(|_| parts.shared) {
-            let (w13, w2) = shared.pack(cpu)?;
+            let (w13, w2) = shared.load(cpu)?;
             bytes += w13.bytes() + w2.bytes();
             layer = layer.with_shared_expert(SharedExpert { w13, w2, gate: shared.gate.clone() })?;
         }
