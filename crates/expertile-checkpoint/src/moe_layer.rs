@@ -13,8 +13,8 @@ use safetensors::Dtype;
 use std::cell::RefCell;
 use std::collections::HashSet;
 
-/// The experts of one layer of a checkpoint, with their router and their shared expert; weights stay in the mapped files
-/// until they are packed.
+/// The experts of one layer of a checkpoint, with their router and their shared expert; weights stay in the mapped
+/// files until they are packed.
 #[derive(Debug)]
 pub struct MoeLayer<'a> {
     shape: LayerShape,
@@ -158,6 +158,19 @@ impl<'a> MoeLayer<'a> {
     /// [`Error::Pack`] with the library's reason.
     pub fn load<B: Backend>(&self, backend: &B, progress: &mut dyn FnMut(usize)) -> Result<(B::Weights, B::Weights)> {
         load(backend, self.shape, &self.experts, progress)
+    }
+}
+
+impl Checkpoint<'_> {
+    /// One MoE layer: its shape, its router, views of its weights. Maps the shards that hold it.
+    ///
+    /// # Errors
+    /// [`Error::Layer`] or [`Error::DenseLayer`] if there are no experts, [`Error::MissingTensor`],
+    /// [`Error::UnknownTensor`] for one that could change the block and that the family is not known to have,
+    /// [`Error::AmbiguousTensor`], [`Error::Shape`], [`Error::Dtype`], [`Error::Config`] for a key that is missing or
+    /// has a value that this crate does not take, [`Error::Router`], and whatever opening a shard meets.
+    pub fn layer(&self, layer: usize) -> Result<MoeLayer<'_>> {
+        MoeLayer::read(self, layer)
     }
 }
 
@@ -355,8 +368,8 @@ impl<'a, 'c> Reader<'a, 'c> {
         Ok(tensor)
     }
 
-    /// An expert whose matrices are tensors of their own; `dtype` is the one that they must have, if another expert's have
-    /// been seen.
+    /// An expert whose matrices are tensors of their own; `dtype` is the one that they must have, if another expert's
+    /// have been seen.
     fn separate(
         &self,
         gate: Option<String>,
@@ -474,7 +487,8 @@ impl<'a, 'c> Reader<'a, 'c> {
         Ok(experts)
     }
 
-    /// Block scales of a fused tensor, by expert and part (gate and up, or down), each `[ceil(R / 128), ceil(C / 128)]`.
+    /// Block scales of a fused tensor, by expert and part (gate and up, or down), each
+    /// `[ceil(R / 128), ceil(C / 128)]`.
     fn fused_scales(
         &self,
         weight: &str,
@@ -491,7 +505,8 @@ impl<'a, 'c> Reader<'a, 'c> {
         let [row_blocks, col_blocks] = [rows, cols].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
         let parts = if is_gate_up { 2 } else { 1 };
         if is_gate_up && !intermediate.is_multiple_of(WEIGHT_BLOCK) {
-            // Blocks that count from up's first row and blocks over the joined rows cannot be told apart by their number.
+            // Blocks that count from up's first row and blocks over the joined rows cannot be told apart by their
+            // number.
             let expected = "gate and up in tensors of their own, or an intermediate size that 128 divides";
             return Err(Error::shape(tensor.file, &tensor.name, tensor.shape, expected));
         }

@@ -66,8 +66,8 @@ impl LayerInput {
     /// Reads the bytes of a whole file; `file` is its name in messages.
     ///
     /// # Errors
-    /// [`Error::Format`] or [`Error::Json`] for a header that cannot be, [`Error::MissingTensor`] for `hidden_states`, or
-    /// for ids without weights or weights without ids, [`Error::Dtype`], [`Error::Shape`].
+    /// [`Error::Format`] or [`Error::Json`] for a header that cannot be, [`Error::MissingTensor`] for `hidden_states`,
+    /// or for ids without weights or weights without ids, [`Error::Dtype`], [`Error::Shape`].
     pub fn from_bytes(file: &Path, bytes: &[u8]) -> Result<Self> {
         let header = Header::parse(file, bytes)?;
         let find = |name: &'static str| header.tensor(bytes, name);

@@ -1,8 +1,8 @@
 //! One API on every backend: what an engine needs to write a layer once.
 //!
-//! [`Backend`] is where work runs ([`Cpu`](crate::cpu::Cpu), [`cuda::Device`](crate::cuda::Device)) and what lives there:
-//! buffers, weights, prepared layers. [`ExpertLayer`] is the layer's verbs. Everything here is safe; engines that bring their
-//! own device memory and stream use [`cuda::Layer::launch`](crate::cuda::Layer::launch) directly.
+//! [`Backend`] is where work runs ([`Cpu`](crate::cpu::Cpu), [`cuda::Device`](crate::cuda::Device)) and what lives
+//! there: buffers, weights, prepared layers. [`ExpertLayer`] is the layer's verbs. Everything here is safe; engines
+//! that bring their own device memory and stream use [`cuda::Layer::launch`](crate::cuda::Layer::launch) directly.
 //!
 //! ```
 //! use expertile::backend::{Backend, ExpertLayer, Ids, LayerInputs};
@@ -82,8 +82,8 @@ pub trait Backend: Clone + fmt::Debug + Send + Sync {
     /// Room for `w13 [E, 2 I, H]` (gate's rows first, then up's; `[E, I, H]` without a gate).
     ///
     /// # Errors
-    /// [`Error::Value`] for a width that the backend does not take, [`Error::Memory`] or [`Error::Cuda`] if there is not enough
-    /// memory.
+    /// [`Error::Value`] for a width that the backend does not take, [`Error::Memory`] or [`Error::Cuda`] if there is
+    /// not enough memory.
     fn w13_builder(&self, format: WeightFormat, shape: &LayerShape) -> Result<Self::WeightsBuilder>;
 
     /// Room for `w2 [E, H, I]`.
@@ -117,7 +117,8 @@ pub trait WeightsBuilder: Sized {
     /// [`Error::Shape`] if the rows do not fit, [`Error::Count`] if one of them was added before.
     fn add_bf16_rows<T: Float>(&mut self, expert: usize, first_row: usize, rows: MatrixRef<'_, T>) -> Result<()>;
 
-    /// Adds `rows [R, K]` with block scales `[ceil(R / 128), ceil(K / 128)]`, as rows `first_row..first_row + R` of an expert.
+    /// Adds `rows [R, K]` with block scales `[ceil(R / 128), ceil(K / 128)]`, as rows `first_row..first_row + R` of an
+    /// expert.
     ///
     /// # Errors
     /// As [`WeightsBuilder::add_bf16_rows`]; [`Error::Value`] for a first row inside a block.
@@ -283,8 +284,9 @@ pub trait ExpertLayer<B: Backend>: fmt::Debug {
     /// Runs (on a GPU: queues) the layer, `output [M, H]`.
     ///
     /// # Errors
-    /// [`Error::BufferTooSmall`], [`Error::Dtype`], [`Error::Value`], [`Error::Device`] for what does not fit the layer; nothing
-    /// is written to `output` then. A CPU also returns [`Error::ExpertId`] and [`Error::MapEntry`] here.
+    /// [`Error::BufferTooSmall`], [`Error::Dtype`], [`Error::Value`], [`Error::Device`] for what does not fit the
+    /// layer; nothing is written to `output` then. A CPU also returns [`Error::ExpertId`] and [`Error::MapEntry`]
+    /// here.
     fn run<T: Float, O: Float>(
         &self,
         inputs: &LayerInputs<'_, B, T>,
@@ -305,12 +307,12 @@ pub trait ExpertLayer<B: Backend>: fmt::Debug {
     /// As [`ExpertLayer::run_expanded`] and [`Backend::allocate`].
     fn expanded_workspace(&self, m_sum: usize) -> Result<B::Workspace>;
 
-    /// Runs the experts alone on rows that are in their places: `out [M_sum, H]`, live rows only. Router weights and a shared
-    /// expert belong to tokens and have no part in it.
+    /// Runs the experts alone on rows that are in their places: `out [M_sum, H]`, live rows only. Router weights and a
+    /// shared expert belong to tokens and have no part in it.
     ///
     /// # Errors
-    /// As [`ExpertLayer::run`]; [`Error::Count`] and [`Error::MSum`] for a `psum` that does not fit; [`Error::Unsupported`] on a
-    /// backend that does not take such rows.
+    /// As [`ExpertLayer::run`]; [`Error::Count`] and [`Error::MSum`] for a `psum` that does not fit;
+    /// [`Error::Unsupported`] on a backend that does not take such rows.
     fn run_expanded<T: Float>(
         &self,
         rows: &ExpandedRows<'_, B, T>,

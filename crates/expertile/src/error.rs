@@ -51,7 +51,8 @@ pub enum Error {
         /// What this machine offers.
         expected: String,
     },
-    /// A number outside its range: `topk` or the number of experts zero, a group that does not divide `H`, and the like.
+    /// A number outside its range: `topk` or the number of experts zero, a group that does not divide `H`, and the
+    /// like.
     #[error("{argument} is {actual}, expected {expected}")]
     Value {
         /// The argument's name.

@@ -128,15 +128,16 @@ pub struct LayerConfig {
     /// Alignment of the layout; `None` for the backend's own, which is its fastest (1 on a CPU, 8 on a GPU). Results do
     /// not depend on it.
     pub alignment: Option<usize>,
-    /// Whether K may be split, by the size of a call, where few experts have few rows: up to twice as fast there on a GPU.
-    /// **A token's result then depends on how many tokens the call has**: sums are added up in another order for some
-    /// numbers of tokens than for others. Without it, which is the usual, a result has the same bits whatever other tokens
-    /// there are. The CPU never splits K.
+    /// Whether K may be split, by the size of a call, where few experts have few rows: up to twice as fast there on a
+    /// GPU. **A token's result then depends on how many tokens the call has**: sums are added up in another order for
+    /// some numbers of tokens than for others. Without it, which is the usual, a result has the same bits whatever
+    /// other tokens there are. The CPU never splits K.
     pub split_k: bool,
 }
 
 impl LayerConfig {
-    /// The usual layer: i32 ids, bf16 in and out, SwiGLU, weights on the output, the backend's own alignment, K never split.
+    /// The usual layer: i32 ids, bf16 in and out, SwiGLU, weights on the output, the backend's own alignment, K never
+    /// split.
     #[must_use]
     pub const fn new(topk: usize, global_experts: usize, activation_format: ActivationFormat) -> Self {
         Self {
@@ -277,7 +278,8 @@ fn weight_bytes(weights: WeightFormat, n: u64, k: u64) -> u64 {
 
 /// The cost of [`Stage::Shared`]: a dense MLP of that shape (`E` = 1) over all tokens.
 ///
-/// Its rows are read once and written once; what stands between its two products counts as it does for the other experts.
+/// Its rows are read once and written once; what stands between its two products counts as it does for the other
+/// experts.
 #[must_use]
 pub fn shared_cost(
     shape: &LayerShape,

@@ -1,10 +1,10 @@
 //! How many rows the permuted buffer needs.
 //!
 //! Each expert's segment is padded to a multiple of the alignment `A`, so `M_sum`, the rows of the buffer, depends on
-//! the routing. Three answers are offered: the reference's bound ([`compute_aligned_m_and_alignment`], number for number
-//! what vLLM's `deep_gemm_utils` computes), the exact sum from counts ([`expert_num_tokens_round_up_and_sum`]) and the
-//! tight bound ([`tight_m_sum`]), the exact maximum over all routings. A [`Plan`] is one such answer with what it was
-//! computed from: integers, no device, no allocation. All arithmetic is checked.
+//! the routing. Three answers are offered: the reference's bound ([`compute_aligned_m_and_alignment`], number for
+//! number what vLLM's `deep_gemm_utils` computes), the exact sum from counts ([`expert_num_tokens_round_up_and_sum`])
+//! and the tight bound ([`tight_m_sum`]), the exact maximum over all routings. A [`Plan`] is one such answer with what
+//! it was computed from: integers, no device, no allocation. All arithmetic is checked.
 
 pub use crate::alignment::round_up;
 use crate::alignment::{AlignmentRule, Arch, require_alignment};
@@ -32,8 +32,8 @@ pub fn expert_num_tokens_round_up_and_sum(expert_num_tokens: &[i32], alignment: 
 
 /// The reference's `(M_sum, alignment_used)`.
 ///
-/// With counts on the host: their exact sum, the alignment unchanged. Otherwise the GEMM's rule may shrink the alignment
-/// (if it picks a smaller tile for `T = M * topk`), and `M_sum = round_up(T + min(T, E) * (A - 1), A)`.
+/// With counts on the host: their exact sum, the alignment unchanged. Otherwise the GEMM's rule may shrink the
+/// alignment (if it picks a smaller tile for `T = M * topk`), and `M_sum = round_up(T + min(T, E) * (A - 1), A)`.
 ///
 /// # Errors
 /// [`Error::Alignment`] if `alignment` is zero, [`Error::Value`] if `topk` or `local_experts` is zero,

@@ -1,5 +1,5 @@
-//! Every kernel compiles for every architecture, without a GPU, and uses no local memory. Skips, and says so, where NVRTC is
-//! not found: `pip install nvidia-cuda-nvrtc` and `EXPERTILE_NVRTC=<its lib folder>` is all it takes.
+//! Every kernel compiles for every architecture, without a GPU, and uses no local memory. Skips, and says so, where
+//! NVRTC is not found: `pip install nvidia-cuda-nvrtc` and `EXPERTILE_NVRTC=<its lib folder>` is all it takes.
 #![cfg(feature = "cuda")]
 
 mod on_device;

@@ -1,9 +1,10 @@
-//! The grouped GEMM on a Hopper GPU against sums in f64 over the same operands: every live row, poisoned outputs, gaps that
-//! stay as they were. Padding rows and their scales hold NaN. Skips, and says so, on a machine without such a device.
+//! The grouped GEMM on a Hopper GPU against sums in f64 over the same operands: every live row, poisoned outputs, gaps
+//! that stay as they were. Padding rows and their scales hold NaN. Skips, and says so, on a machine without such a
+//! device.
 #![cfg(feature = "cuda")]
 #![allow(unsafe_code)]
-// Every unsafe block here hands a step the addresses of buffers that live until after the next wait and are as large as the
-// step's own functions ask.
+// Every unsafe block here hands a step the addresses of buffers that live until after the next wait and are as large
+// as the step's own functions ask.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
 mod on_device;
@@ -350,7 +351,8 @@ fn partial_n_and_k_are_right_to_the_last_column() {
     }
 }
 
-/// A row's results depend on the row and on its expert's weights, not on the kernel that makes them nor on what else is there.
+/// A row's results depend on the row and on its expert's weights, not on the kernel that makes them nor on what else
+/// is there.
 #[test]
 fn a_row_has_the_same_bits_in_every_tile_and_beside_any_others() {
     let Some(device) = hopper() else { return };

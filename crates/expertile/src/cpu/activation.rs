@@ -1,4 +1,5 @@
-//! The activation over live rows: `gate_up [M_sum, 2 I]` (`[M_sum, I]` without a gate) to `[M_sum, I]`, as bf16 or quantized.
+//! The activation over live rows: `gate_up [M_sum, 2 I]` (`[M_sum, I]` without a gate) to `[M_sum, I]`, as bf16 or
+//! quantized.
 
 use super::Cpu;
 use super::arch::multiversion;

@@ -95,13 +95,13 @@ pub struct Layer {
 
 impl Layer {
     /// A layer of `w13 [E, 2 I, H]` (gate rows first, then up; `[E, I, H]` for an activation without a gate) and
-    /// `w2 [E, H, I]`, for calls of up to `max_tokens` tokens. Nothing is compiled or allocated on a CPU, so any number is as
-    /// good as another.
+    /// `w2 [E, H, I]`, for calls of up to `max_tokens` tokens. Nothing is compiled or allocated on a CPU, so any
+    /// number is as good as another.
     ///
     /// # Errors
-    /// As [`LayerConfig::check`]; [`Error::Shape`] if the two do not fit each other, [`Error::WeightFormat`] if their formats
-    /// differ or e4m3 activations meet bf16 weights, [`Error::Value`] if e4m3 activations meet an `H` or `I` that 128 does not
-    /// divide, if one block scale of `w13` serves rows of both gate and up, or for `max_tokens` 0.
+    /// As [`LayerConfig::check`]; [`Error::Shape`] if the two do not fit each other, [`Error::WeightFormat`] if their
+    /// formats differ or e4m3 activations meet bf16 weights, [`Error::Value`] if e4m3 activations meet an `H` or `I`
+    /// that 128 does not divide, if one block scale of `w13` serves rows of both gate and up, or for `max_tokens` 0.
     pub fn prepare(
         cpu: &Cpu,
         w13: PackedWeights,
@@ -130,9 +130,9 @@ impl Layer {
         Self { cpu: cpu.clone(), ..self.clone() }
     }
 
-    /// The same with biases: `b13 [E, 2 I]` (gate's first, then up's; `[E, I]` without a gate) and `b2 [E, H]`, each added to
-    /// its GEMM's f32 sums before anything else happens to them. [`crate::GateUpOrder::to_halves`] brings an interleaved one
-    /// into order.
+    /// The same with biases: `b13 [E, 2 I]` (gate's first, then up's; `[E, I]` without a gate) and `b2 [E, H]`, each
+    /// added to its GEMM's f32 sums before anything else happens to them. [`crate::GateUpOrder::to_halves`] brings an
+    /// interleaved one into order.
     ///
     /// # Errors
     /// [`Error::Shape`] unless each has exactly that many values.
@@ -147,15 +147,15 @@ impl Layer {
         Ok(Self { b13: b13.map(Arc::from), b2: b2.map(Arc::from), ..self })
     }
 
-    /// The same with an expert that every token visits, in [`Layer::run`]: what it says is added to the routed sum in f32,
-    /// before the one rounding to the output's type. Router weights do not touch it, on the input neither.
+    /// The same with an expert that every token visits, in [`Layer::run`]: what it says is added to the routed sum in
+    /// f32, before the one rounding to the output's type. Router weights do not touch it, on the input neither.
     /// [`Layer::run_expanded`] leaves it out: its rows are slots, not tokens.
     ///
     /// With e4m3 activations, its activations are e4m3 if its weights are, else bf16.
     ///
     /// # Errors
-    /// As [`Layer::prepare`], for weights of one expert and the layer's activation; [`Error::Shape`] unless its `H` is the
-    /// layer's and a gate has `H` values.
+    /// As [`Layer::prepare`], for weights of one expert and the layer's activation; [`Error::Shape`] unless its `H` is
+    /// the layer's and a gate has `H` values.
     pub fn with_shared_expert(self, shared: SharedExpert) -> Result<Self> {
         let shared = Shared::new(Arc::new(shared), &self.shape, &self.config)?;
         Ok(Self { shared: Some(shared), ..self })
@@ -237,8 +237,8 @@ impl Layer {
     /// Runs the layer: `hidden_states [M, H]`, `routing` and `topk_weights` `[M, topk]` to `output [M, H]`.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Value`], [`Error::Dtype`], [`Error::BufferTooSmall`] for operands that do not fit each other or
-    /// what was prepared; nothing is written to `output` then.
+    /// [`Error::Shape`], [`Error::Value`], [`Error::Dtype`], [`Error::BufferTooSmall`] for operands that do not fit
+    /// each other or what was prepared; nothing is written to `output` then.
     pub fn run<T: Float, O: Float>(
         &self,
         hidden_states: MatrixRef<'_, T>,
@@ -395,7 +395,8 @@ fn check(w13: &PackedWeights, w2: &PackedWeights, config: &LayerConfig, max_toke
     Ok(shape)
 }
 
-/// The sizes of a layer of these weights; fails if they do not fit each other, the activation or the activations' format.
+/// The sizes of a layer of these weights; fails if they do not fit each other, the activation or the activations'
+/// format.
 fn fit(
     w13: &PackedWeights,
     w2: &PackedWeights,

@@ -1,8 +1,8 @@
 //! The CPU backend: the steps of a token's path, run by threads and vector instructions.
 //!
-//! Every step takes a [`Cpu`], which says which instruction set to use and where the threads come from. By default that
-//! is the best this machine has and the rayon pool one is called from, so a caller who already has a pool wraps the call
-//! in `pool.install(..)` or hands it over with [`Cpu::in_pool`].
+//! Every step takes a [`Cpu`], which says which instruction set to use and where the threads come from. By default
+//! that is the best this machine has and the rayon pool one is called from, so a caller who already has a pool wraps
+//! the call in `pool.install(..)` or hands it over with [`Cpu::in_pool`].
 
 mod activation;
 pub mod arch;

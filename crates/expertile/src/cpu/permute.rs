@@ -94,8 +94,8 @@ multiversion! {
     }
 }
 
-/// Quantizes rows while it permutes them: `x [M, H]` to `out [M_sum, H]` e4m3 and its scales. `weights [M, 1]`, if given, multiply
-/// the input first (rounded to `T`): `apply_router_weight_on_input`.
+/// Quantizes rows while it permutes them: `x [M, H]` to `out [M_sum, H]` e4m3 and its scales. `weights [M, 1]`, if
+/// given, multiply the input first (rounded to `T`): `apply_router_weight_on_input`.
 ///
 /// # Errors
 /// [`Error::Shape`] unless `x` has `M` rows (and `weights` is `[M, 1]`), [`Error::Value`] unless the group divides `H`

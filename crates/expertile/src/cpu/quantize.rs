@@ -127,14 +127,15 @@ fn zero_padding<W: Copy + Default>(format: ScaleFormat, layout: &Layout<'_>, gro
     }
 }
 
-/// Quantizes rows that already stand in their place: live rows of `rows [M_sum, H]` to `out [M_sum, H]` and its scales.
+/// Quantizes rows that already stand in their place: live rows of `rows [M_sum, H]` to `out [M_sum, H]` and its
+/// scales.
 ///
 /// For dispatchers that deliver rows expanded and sorted ([`Layout::from_psum`]). Padding rows are neither read nor
 /// written; their scales are zero.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) unless `rows` has `M_sum` rows, [`Error::Value`](crate::Error::Value) unless the
-/// group divides `H`, [`Error::Dtype`](crate::Error::Dtype) if `scales` is not of the format's word type,
+/// [`Error::Shape`](crate::Error::Shape) unless `rows` has `M_sum` rows, [`Error::Value`](crate::Error::Value) unless
+/// the group divides `H`, [`Error::Dtype`](crate::Error::Dtype) if `scales` is not of the format's word type,
 /// [`Error::BufferTooSmall`](crate::Error::BufferTooSmall), [`Error::Overflow`](crate::Error::Overflow).
 pub fn quantize_rows<T: Float>(
     cpu: &Cpu,

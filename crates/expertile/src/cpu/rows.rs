@@ -7,8 +7,8 @@ use crate::layout::Layout;
 use crate::matrix::MatrixRef;
 use rayon::prelude::*;
 
-/// Tokens of a task, each of which moves so many values: enough that a task outweighs its scheduling, few enough that all
-/// threads have tasks.
+/// Tokens of a task, each of which moves so many values: enough that a task outweighs its scheduling, few enough that
+/// all threads have tasks.
 pub(super) fn tokens_per_task(cpu: &Cpu, tokens: usize, values_of_a_token: usize) -> usize {
     const VALUES_PER_TASK: usize = 1 << 16;
     let by_size = VALUES_PER_TASK.div_ceil(values_of_a_token.max(1));

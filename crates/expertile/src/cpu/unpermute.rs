@@ -16,9 +16,9 @@ const COLUMNS: usize = 512;
 
 /// `out[m, :] = sum over slots k of topk_weights[m, k] * rows[inv_perm[m, k], :]`.
 ///
-/// `rows` is `[M_sum, H]`, `topk_weights` `[M, topk]` (ones if absent), `out` `[M, H]`. The sum is f32, starts at zero and
-/// runs in slot order, each product and each sum rounded once, with one cast at the end. Empty slots are skipped, never
-/// multiplied by zero; a token with no live slot gives zeros.
+/// `rows` is `[M_sum, H]`, `topk_weights` `[M, topk]` (ones if absent), `out` `[M, H]`. The sum is f32, starts at zero
+/// and runs in slot order, each product and each sum rounded once, with one cast at the end. Empty slots are skipped,
+/// never multiplied by zero; a token with no live slot gives zeros.
 ///
 /// # Errors
 /// [`Error::Shape`] unless `rows` has `M_sum` rows and the weights are `[M, topk]`, [`Error::Value`] for `H = 0`,
@@ -73,8 +73,8 @@ pub(super) fn unpermute_with_shared<T: Float, O: Float>(
 /// `inv_perm` holds then: others leave such slots unwritten.
 ///
 /// # Errors
-/// As [`unpermute`]; [`Error::Shape`] unless the routing is `[M, topk]`, [`Error::SlotRow`] for a row that `rows` does not
-/// have.
+/// As [`unpermute`]; [`Error::Shape`] unless the routing is `[M, topk]`, [`Error::SlotRow`] for a row that `rows` does
+/// not have.
 pub fn unpermute_slots<T: Float, O: Float>(
     cpu: &Cpu,
     rows: MatrixRef<'_, T>,
@@ -91,8 +91,8 @@ pub fn unpermute_slots<T: Float, O: Float>(
         let actual = [routing.tokens(), routing.topk()];
         return Err(Error::shape("topk_ids", &actual, format!("[{tokens}, {topk}], as inv_perm")));
     }
-    // A matrix of strides 0 has any number of slots in a few bytes: nothing is walked or allocated before they are known to
-    // be as many as `out` has tokens for.
+    // A matrix of strides 0 has any number of slots in a few bytes: nothing is walked or allocated before they are
+    // known to be as many as `out` has tokens for.
     require_operands(rows.cols(), (tokens, topk), topk_weights, out.len())?;
     let count = require_slots(tokens, topk)?;
     let mut live = Vec::new();

@@ -26,8 +26,8 @@ impl ActivateConfig {
     /// The kernel's source for this configuration.
     ///
     /// # Errors
-    /// [`Error::Value`] unless the group (16 for a bf16 result) divides `intermediate`, [`Error::Name`] for an activation
-    /// other than SwiGLU, [`Error::Parameter`] as [`Activation::check`].
+    /// [`Error::Value`] unless the group (16 for a bf16 result) divides `intermediate`, [`Error::Name`] for an
+    /// activation other than SwiGLU, [`Error::Parameter`] as [`Activation::check`].
     pub fn source(&self) -> Result<Source> {
         const PER_LANE: usize = 16;
         if self.intermediate == 0 || !self.intermediate.is_multiple_of(PER_LANE) {
@@ -109,7 +109,8 @@ impl Activate {
     /// As [`super::Route::launch`].
     ///
     /// # Errors
-    /// [`Error::Value`] and [`Error::Alignment`] for what does not fit the configuration or the kernel; [`Error::Cuda`].
+    /// [`Error::Value`] and [`Error::Alignment`] for what does not fit the configuration or the kernel;
+    /// [`Error::Cuda`].
     #[allow(unsafe_code)]
     pub unsafe fn launch(&self, stream: Stream, call: &ActivateCall) -> Result<()> {
         require_experts(call.local_experts)?;

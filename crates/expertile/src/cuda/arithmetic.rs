@@ -1,4 +1,5 @@
-//! The device's arithmetic against IEEE division, over every operand that matters. Skips, and says so, without a device.
+//! The device's arithmetic against IEEE division, over every operand that matters. Skips, and says so, without a
+//! device.
 
 use super::driver::{Device, Launch, Source, Stream};
 use std::io::Write;

@@ -85,8 +85,8 @@ pub struct LayoutPtrs {
     /// `[4]`: live rows, rows up to the end of the last segment, entries of the worklist, and 0, which a
     /// GEMM counts up from and leaves as it was.
     pub header: DevicePtr<i32>,
-    /// `[tiles, 2]`: (expert, first row) of every row tile that holds a live row, ascending. A GEMM that walks it does no
-    /// work for padding, however large the buffer. Room for as many tiles as any routing of the plan can have.
+    /// `[tiles, 2]`: (expert, first row) of every row tile that holds a live row, ascending. A GEMM that walks it does
+    /// no work for padding, however large the buffer. Room for as many tiles as any routing of the plan can have.
     pub worklist: DevicePtr<i32>,
 }
 

@@ -26,9 +26,9 @@ use launch::Entry;
 use std::collections::HashMap;
 use std::hash::Hash;
 
-/// The layout's alignment on Hopper, whatever the shape: the GEMM's tiles start anywhere, so padding serves only the copies
-/// of e4m3 rows' scales (16 bytes, 4 rows), and the less there is the fewer zeros are written. 8 keeps a cache line's
-/// worth of a column of scales together.
+/// The layout's alignment on Hopper, whatever the shape: the GEMM's tiles start anywhere, so padding serves only the
+/// copies of e4m3 rows' scales (16 bytes, 4 rows), and the less there is the fewer zeros are written. 8 keeps a cache
+/// line's worth of a column of scales together.
 pub const ALIGNMENT: usize = 8;
 
 /// What one call works on.
@@ -50,8 +50,8 @@ pub struct LayerCall {
 
 /// An expert layer on a device: weights, and everything that its calls launch.
 ///
-/// Two doors: [`Layer::run`] is safe, over [`super::DeviceBuffer`]s, on the default stream; [`Layer::launch`] takes raw addresses
-/// and the caller's stream, for engines that bring their own.
+/// Two doors: [`Layer::run`] is safe, over [`super::DeviceBuffer`]s, on the default stream; [`Layer::launch`] takes
+/// raw addresses and the caller's stream, for engines that bring their own.
 ///
 /// ```no_run
 /// use expertile::cuda::{Device, Ids, Layer, LayerInputs, Weights};
@@ -100,16 +100,18 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// A layer of `w13 [E, 2 I, H]` (gate rows first, then up) and `w2 [E, H, I]`, for calls of up to `max_tokens` tokens.
+    /// A layer of `w13 [E, 2 I, H]` (gate rows first, then up) and `w2 [E, H, I]`, for calls of up to `max_tokens`
+    /// tokens.
     ///
-    /// This is the warm-up: what such calls can choose is compiled (or loaded) here, several kernels at a time, and nothing
-    /// afterwards.
+    /// This is the warm-up: what such calls can choose is compiled (or loaded) here, several kernels at a time, and
+    /// nothing afterwards.
     ///
     /// # Errors
-    /// [`Error::Name`] for an activation other than SwiGLU, [`Error::Parameter`] as [`Activation::check`], [`Error::Shape`] if
-    /// the two do not fit each other, [`Error::WeightFormat`] if their formats differ from each other or from the activations', [`Error::Value`] for a width, `topk`, number of experts or `max_tokens` that the kernels do
-    /// not take, [`Error::Dtype`] for types they do not take, [`Error::Device`] unless the device is a Hopper,
-    /// [`Error::Kernel`] if a kernel does not compile, [`Error::Cuda`].
+    /// [`Error::Name`] for an activation other than SwiGLU, [`Error::Parameter`] as [`Activation::check`],
+    /// [`Error::Shape`] if the two do not fit each other, [`Error::WeightFormat`] if their formats differ from each
+    /// other or from the activations', [`Error::Value`] for a width, `topk`, number of experts or `max_tokens` that
+    /// the kernels do not take, [`Error::Dtype`] for types they do not take, [`Error::Device`] unless the device is a
+    /// Hopper, [`Error::Kernel`] if a kernel does not compile, [`Error::Cuda`].
     pub fn prepare(device: &Device, w13: Weights, w2: Weights, config: LayerConfig, max_tokens: usize) -> Result<Self> {
         let what = |weights: &Weights| ([weights.experts(), weights.n(), weights.k()], weights.format());
         activation_definitions(&config.activation)?;
@@ -208,11 +210,12 @@ impl Layer {
     /// Queues the call: `output`, every element. Stages follow each other on the stream; nothing else is waited for.
     ///
     /// # Safety
-    /// As [`super::Route::launch`]; the workspace was initialised, and the layer outlives the launch (for a graph: its replays).
+    /// As [`super::Route::launch`]; the workspace was initialised, and the layer outlives the launch (for a graph: its
+    /// replays).
     ///
     /// # Errors
-    /// [`Error::Value`] and [`Error::Stride`] for what does not fit the layer or the kernels, before anything is queued;
-    /// [`Error::Cuda`].
+    /// [`Error::Value`] and [`Error::Stride`] for what does not fit the layer or the kernels, before anything is
+    /// queued; [`Error::Cuda`].
     #[allow(unsafe_code)]
     pub unsafe fn launch(&self, stream: Stream, call: &LayerCall) -> Result<()> {
         let call = self.call(call)?;
@@ -220,7 +223,8 @@ impl Layer {
         Stage::ALL.into_iter().try_for_each(|stage| unsafe { self.launch_stage(stream, &call, stage) })
     }
 
-    /// As [`super::Route::check`]: waits for the stream, and reports what was wrong with the ids of calls since the last time.
+    /// As [`super::Route::check`]: waits for the stream, and reports what was wrong with the ids of calls since the
+    /// last time.
     ///
     /// # Safety
     /// As [`super::Route::check`].

@@ -31,7 +31,8 @@ pub struct StageTime {
     pub eager_seconds: f64,
 }
 
-/// Bytes per second (read and written together) of a device-to-device copy of 1 GiB: the ceiling for steps that move rows.
+/// Bytes per second (read and written together) of a device-to-device copy of 1 GiB: the ceiling for steps that move
+/// rows.
 ///
 /// # Errors
 /// [`Error::Cuda`](crate::Error::Cuda).

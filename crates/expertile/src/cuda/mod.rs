@@ -1,5 +1,5 @@
-//! The CUDA backend: a token's path on the caller's stream and in the caller's memory. The GEMM, and so the layer as a whole,
-//! needs Hopper.
+//! The CUDA backend: a token's path on the caller's stream and in the caller's memory. The GEMM, and so the layer as a
+//! whole, needs Hopper.
 //!
 //! | step | here | kernel |
 //! |---|---|---|
@@ -11,14 +11,15 @@
 //! | unpermute | [`Unpermute`] | `unpermute.cu` |
 //! | the whole layer | [`Layer`] | all of them |
 //!
-//! Building needs nothing of CUDA. [`Device::open`] looks for the driver and says what is missing; kernels are compiled by
-//! NVRTC (see [`compiler`]) when a step is *prepared*, never when it runs, and kept as cubins on disk.
+//! Building needs nothing of CUDA. [`Device::open`] looks for the driver and says what is missing; kernels are
+//! compiled by NVRTC (see [`compiler`]) when a step is *prepared*, never when it runs, and kept as cubins on disk.
 //!
-//! A prepared step takes a [`Plan`](crate::Plan), raw device addresses and a raw [`Stream`]. It checks what the host can
-//! see, launches, and returns: it allocates nothing, never waits, and can be captured in a graph. What only a kernel can
-//! see (an expert id past the limit) is kept in the workspace and comes back from [`Route::check`] or
-//! [`QuantizePermute::check`] (or [`Layer::check`]); until then nothing was read or written outside the buffers. Results are the
-//! CPU backend's, bit for bit (where a result is NaN, a NaN); only the sums of the GEMM have an order of their own.
+//! A prepared step takes a [`Plan`](crate::Plan), raw device addresses and a raw [`Stream`]. It checks what the host
+//! can see, launches, and returns: it allocates nothing, never waits, and can be captured in a graph. What only a
+//! kernel can see (an expert id past the limit) is kept in the workspace and comes back from [`Route::check`] or
+//! [`QuantizePermute::check`] (or [`Layer::check`]); until then nothing was read or written outside the buffers.
+//! Results are the CPU backend's, bit for bit (where a result is NaN, a NaN); only the sums of the GEMM have an order
+//! of their own.
 
 mod activation;
 mod arguments;

@@ -48,8 +48,8 @@ impl QuantizePermuteConfig {
     /// The kernels' source for this configuration.
     ///
     /// # Errors
-    /// As [`RouteConfig::source`]; [`Error::Dtype`] unless rows are bf16 or f16, [`Error::Value`] unless the group divides
-    /// `hidden` and, with weights, `topk` is 1.
+    /// As [`RouteConfig::source`]; [`Error::Dtype`] unless rows are bf16 or f16, [`Error::Value`] unless the group
+    /// divides `hidden` and, with weights, `topk` is 1.
     pub fn source(&self) -> Result<Source> {
         if self.weighted && self.route.topk != 1 {
             return Err(Error::value("topk", self.route.topk, "1, where router weights multiply the input"));
@@ -124,8 +124,8 @@ impl QuantizePermuteCall {
 
 /// From routing to quantized rows in their places, prepared.
 ///
-/// Up to 8192 slots (512 tokens of 16) take one launch. More take two, the second set up while the first runs: the layout; then
-/// the rows, and their scales, which are cheaper to write row by row once every token has its own.
+/// Up to 8192 slots (512 tokens of 16) take one launch. More take two, the second set up while the first runs: the
+/// layout; then the rows, and their scales, which are cheaper to write row by row once every token has its own.
 #[derive(Debug)]
 pub struct QuantizePermute {
     device: Device,
@@ -262,8 +262,8 @@ impl QuantizePermute {
     }
 }
 
-/// Threads per block of `permute_rows`. A row is cut into pieces of at most 16 slabs of 512 values; a team has one warp per
-/// two slabs; a block holds as many teams as fit in 8 warps.
+/// Threads per block of `permute_rows`. A row is cut into pieces of at most 16 slabs of 512 values; a team has one
+/// warp per two slabs; a block holds as many teams as fit in 8 warps.
 fn rows_threads(hidden: usize) -> u32 {
     let slabs = hidden.div_ceil(512);
     let slabs_of_a_piece = slabs.div_ceil(slabs.div_ceil(16));

@@ -153,7 +153,8 @@ impl Route {
         self.kernel.resources()
     }
 
-    /// Bytes of workspace that a call of this plan needs, a multiple of 16; the first 64 must survive from call to call.
+    /// Bytes of workspace that a call of this plan needs, a multiple of 16; the first 64 must survive from call to
+    /// call.
     ///
     /// # Errors
     /// [`Error::Value`] for more experts than the kernels take.

@@ -11,7 +11,8 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 const THREADS: u32 = 128;
-/// Up to this many slots, of tokens with more than `SHORT_TOPK` each, a warp takes the shortest piece of a row that there is.
+/// Up to this many slots, of tokens with more than `SHORT_TOPK` each, a warp takes the shortest piece of a row that
+/// there is.
 const FEW_SLOTS: usize = 2048;
 const SHORT_TOPK: usize = 4;
 /// Rows and sums of that many bytes are twice what the L2 of an H200 holds.
@@ -117,7 +118,8 @@ impl Unpermute {
         Ok(Self { device: device.clone(), config, many, few, large })
     }
 
-    /// What the kernels take of a multiprocessor: the one for many tokens, the one for few, and the one for more than a cache holds.
+    /// What the kernels take of a multiprocessor: the one for many tokens, the one for few, and the one for more than
+    /// a cache holds.
     #[must_use]
     pub fn resources(&self) -> [Resources; 3] {
         [self.many.resources(), self.few.resources(), self.large.resources()]

@@ -59,12 +59,12 @@ impl Weights {
         Ok(Self { format: WeightFormat::Bf16, experts, n, k, values: ptr, scales: None, _memory: vec![values] })
     }
 
-    /// e4m3 weights `[E, N, K]` and their scales `[E, ceil(N / 128), ceil(K / 128)]` that are in buffers already; the value
-    /// owns them.
+    /// e4m3 weights `[E, N, K]` and their scales `[E, ceil(N / 128), ceil(K / 128)]` that are in buffers already; the
+    /// value owns them.
     ///
     /// # Errors
-    /// As [`Weights::from_device`]; [`Error::BufferTooSmall`] for fewer weights or scales; [`Error::Device`] for buffers of
-    /// two devices.
+    /// As [`Weights::from_device`]; [`Error::BufferTooSmall`] for fewer weights or scales; [`Error::Device`] for
+    /// buffers of two devices.
     pub fn from_e4m3_buffers(
         values: DeviceBuffer<E4m3>,
         scales: DeviceBuffer<f32>,
@@ -161,7 +161,8 @@ impl Weights {
     }
 }
 
-/// Copies weights that come in parts (expert by expert, gate and up apart) to the device: the host never holds them all.
+/// Copies weights that come in parts (expert by expert, gate and up apart) to the device: the host never holds them
+/// all.
 #[derive(Debug)]
 pub struct WeightsBuilder {
     weights: Weights,
@@ -188,8 +189,8 @@ impl WeightsBuilder {
         Ok(Self { weights, values, scales, ledger })
     }
 
-    /// Copies `rows [R, K]`, rounded to the nearest bf16, as rows `first_row..first_row + R` of an expert. Rows of bf16 that are
-    /// contiguous are copied as they are, others by way of a copy on the host.
+    /// Copies `rows [R, K]`, rounded to the nearest bf16, as rows `first_row..first_row + R` of an expert. Rows of
+    /// bf16 that are contiguous are copied as they are, others by way of a copy on the host.
     ///
     /// # Errors
     /// [`Error::WeightFormat`] if this is a builder of e4m3, [`Error::Value`] if there is no such expert,

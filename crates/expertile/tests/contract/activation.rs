@@ -40,9 +40,9 @@ fn columns(activation: Activation, intermediate: usize) -> usize {
     if activation.is_gated() { 2 * intermediate } else { intermediate }
 }
 
-/// Whether `actual` is the rounding to `O` of something within eight f32 units of `exact`, and within what the rounding
-/// of what goes into the sigmoid (an error that the exponential makes relative) and holding the exponent near zero cost;
-/// `1 + tanh` near zero is not exact in f64 either.
+/// Whether `actual` is the rounding to `O` of something within eight f32 units of `exact`, and within what the
+/// rounding of what goes into the sigmoid (an error that the exponential makes relative) and holding the exponent near
+/// zero cost; `1 + tanh` near zero is not exact in f64 either.
 fn near<O: Number>(actual: O, exact: f64, activation: Activation, gate: f64, up: f64) -> bool {
     if exact.is_nan() {
         return actual.exact().is_nan();

@@ -1,4 +1,5 @@
-//! The trait that unites the backends, on the CPU: the bits of the layer's own calls, and refusals that name the argument.
+//! The trait that unites the backends, on the CPU: the bits of the layer's own calls, and refusals that name the
+//! argument.
 
 use crate::cases::{Noise, bits};
 use expertile::backend::{ExpandedRows, Ids, LayerInputs};

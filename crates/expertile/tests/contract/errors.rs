@@ -35,7 +35,8 @@ impl Outputs {
     }
 }
 
-/// Two tokens of two slots over two experts, aligned to 4: `M_sum` = 8. The layout's space is leaked: a few bytes a test.
+/// Two tokens of two slots over two experts, aligned to 4: `M_sum` = 8. The layout's space is leaked: a few bytes a
+/// test.
 fn layout() -> Layout<'static> {
     let plan = Plan::with_m_sum(2, 2, 2, 4, 8).unwrap();
     let space = vec![0; Layout::space_len(&plan).unwrap()].leak();
@@ -867,7 +868,8 @@ fn every_variant_is_refused_somewhere() {
         .collect();
     assert!(variants.contains("ExpertId"), "{variants:?}");
     let mut refused: BTreeSet<&str> = tables().iter().map(|(kind, ..)| *kind).collect();
-    // What only another machine refuses: one that lacks an instruction set, one that compiles for a GPU, one that has it.
+    // What only another machine refuses: one that lacks an instruction set, one that compiles for a GPU, one that has
+    // it.
     let elsewhere = [
         ("Device", include_str!("../miri.rs")),
         ("Kernel", include_str!("../cuda_compile.rs")),

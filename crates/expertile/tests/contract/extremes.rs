@@ -1,5 +1,5 @@
-//! Shapes, strides and numbers that no model has, over a few elements of memory: an error or a result, never a panic, an
-//! abort or a walk without end, and outputs that an error leaves as they were.
+//! Shapes, strides and numbers that no model has, over a few elements of memory: an error or a result, never a panic,
+//! an abort or a walk without end, and outputs that an error leaves as they were.
 
 use expertile::cpu::{self, Cpu, PackedWeights, PackedWeightsBuilder, grouped_gemm_workspace_bytes};
 use expertile::plan::{compute_aligned_m_and_alignment, round_up, tight_m_sum};

@@ -367,7 +367,8 @@ proptest! {
 fn a_bias_is_added_to_the_f32_sum() {
     let (n, k) = (70, 2);
     let case = real_case();
-    // 1 + 2^-9 alone would be rounded to 1, and with the bias' 3 * 2^-10 then to 1 again; together they pass the middle.
+    // 1 + 2^-9 alone would be rounded to 1, and with the bias' 3 * 2^-10 then to 1 again; together they pass the
+    // middle.
     let (one, little) = (bf16::ONE, bf16::from_f32(2f32.powi(-9)));
     let weights: Vec<bf16> = (0..4 * n).flat_map(|_| [one, little]).collect();
     let bias: Vec<f32> = (0..4 * n)

@@ -260,7 +260,8 @@ proptest! {
 
     #[test]
     fn f16_and_f32_tokens_come_out_within_tolerance(case in small_routings(), make in makes(), strides in strides()) {
-        // Rounding an input to the bf16 of the GEMM is an error of its own, so these are numbers that all three types have.
+        // Rounding an input to the bf16 of the GEMM is an error of its own, so these are numbers that all three types
+        // have.
         let common = |x: &f32| {
             let x = bf16::from_f32(*x).to_f32();
             if f16::from_f32(x).to_f32() == x { x } else { 0.0 }
@@ -449,8 +450,8 @@ fn costs_count_live_rows_and_active_experts_once() {
     .unwrap();
 }
 
-/// The shared expert's rows reach every token: those that no expert has, too. A gate of zeros halves them; a NaN in a token
-/// or in its gate's sum stays with the token.
+/// The shared expert's rows reach every token: those that no expert has, too. A gate of zeros halves them; a NaN in a
+/// token or in its gate's sum stays with the token.
 #[test]
 fn a_shared_expert_reaches_every_token_and_no_other() {
     let shared = SharedMake { intermediate: 96, weights: WeightFormat::Bf16, gate: true };

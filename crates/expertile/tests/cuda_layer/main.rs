@@ -1,9 +1,11 @@
-//! The whole layer on a GPU against the f64 oracle and against the CPU backend. Output and workspace are NaN before every
-//! call, so whatever was not written, or was read without being written, shows. Skips, and says so, without a Hopper.
+//! The whole layer on a GPU against the f64 oracle and against the CPU backend. Output and workspace are NaN before
+//! every call, so whatever was not written, or was read without being written, shows. Skips, and says so, without a
+//! Hopper.
 #![cfg(feature = "cuda")]
 #![allow(unsafe_code)]
-// Every unsafe block here does one of two things: it hands the layer the addresses of buffers that live until after the
-// next wait and are as large as the layer's own functions ask, or it calls the driver with handles made a few lines above.
+// Every unsafe block here does one of two things: it hands the layer the addresses of buffers that live until after
+// the next wait and are as large as the layer's own functions ask, or it calls the driver with handles made a few
+// lines above.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
 mod model;
@@ -22,13 +24,13 @@ use model::{BASE, Call, Inputs, Matrices, Model, POISON, Pattern, Spec};
 use on_device::hopper;
 use std::fmt::{self, Write};
 
-/// Against the CPU backend's GEMM 2 on the very rows and scales that the device's activation left: what differs is the order
-/// (and on the device, within 128 of K, the width) of f32 sums, which moves a few results by one unit of bf16.
+/// Against the CPU backend's GEMM 2 on the very rows and scales that the device's activation left: what differs is the
+/// order (and on the device, within 128 of K, the width) of f32 sums, which moves a few results by one unit of bf16.
 const SAME_ROWS: Tolerance = Tolerance { whole: 1e-6, row: 1e-5 };
-/// Against the CPU backend's layer on the same inputs. Both quantize the same rows, and GEMM 1 differs as above; but where a
-/// unit of bf16 moves the largest value of a group of activated values, the group's scale moves too, and some of its 128 values
-/// round to the next e4m3. At worst a row is quantized anew in every group, which is what one e4m3 GEMM's tolerance is for;
-/// over many rows that is rare, and the whole stays within a tenth of it.
+/// Against the CPU backend's layer on the same inputs. Both quantize the same rows, and GEMM 1 differs as above; but
+/// where a unit of bf16 moves the largest value of a group of activated values, the group's scale moves too, and some
+/// of its 128 values round to the next e4m3. At worst a row is quantized anew in every group, which is what one e4m3
+/// GEMM's tolerance is for; over many rows that is rare, and the whole stays within a tenth of it.
 const E4M3_TO_CPU: Tolerance = Tolerance { whole: 1e-4, row: compare::E4M3_GEMM.row };
 /// Rows from which on rare is rare.
 const MANY_ROWS: usize = 64;

@@ -12,8 +12,8 @@ pub(crate) fn skipped(why: impl Display) {
     let _ = writeln!(std::io::stderr(), "skipped: {why}");
 }
 
-/// The first device, opened once for the whole program; without one, a line says why, and `EXPERTILE_NEEDS_DEVICE` makes that a
-/// failure.
+/// The first device, opened once for the whole program; without one, a line says why, and `EXPERTILE_NEEDS_DEVICE`
+/// makes that a failure.
 pub(crate) fn device() -> Option<&'static Device> {
     static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
     let none = |error| {

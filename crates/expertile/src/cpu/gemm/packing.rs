@@ -1,14 +1,14 @@
 //! Weights in the order the kernels read them, and how they get there.
 //!
-//! The N output columns of an expert are one segment, or gate's and up's; a segment is cut into panels of 32 columns, the
-//! last one filled up with zeros, so that up starts at a panel of its own. A panel holds its K dimension in pairs,
+//! The N output columns of an expert are one segment, or gate's and up's; a segment is cut into panels of 32 columns,
+//! the last one filled up with zeros, so that up starts at a panel of its own. A panel holds its K dimension in pairs,
 //! `[ceil(K/2)][32][2]`, so that a kernel streams it from the first byte to the last. e4m3 panels keep one scale per
 //! block of 128 of K: a panel never straddles two blocks of 128 rows, because rows with their own scales must start on
 //! a multiple of 32 of their segment. The order does not depend on the instruction set.
 
 use super::memory::AlignedBytes;
 use crate::cpu::Cpu;
-use crate::cpu::arch::gemm::{
+use crate::cpu::arch::panel::{
     Ahead, BLOCK_PAIRS, ByteLine, BytePanel, PANEL, PairLine, e4m3_is_special, e4m3_position,
 };
 use crate::dtype::{E4m3, Float};
@@ -35,9 +35,9 @@ pub struct PackedWeights {
     half_starts_a_block: bool,
 }
 
-/// How far ahead of their use streamed weights are asked for: the way from memory takes as long as multiplying a hundred
-/// lines. (Measured: twice as far is no better, half as far costs e4m3 a tenth; so does bringing e4m3 into L1 at once, or
-/// bf16 into L2 only.)
+/// How far ahead of their use streamed weights are asked for: the way from memory takes as long as multiplying a
+/// hundred lines. (Measured: twice as far is no better, half as far costs e4m3 a tenth; so does bringing e4m3 into L1
+/// at once, or bf16 into L2 only.)
 const STREAM_AHEAD_BYTES: usize = 8192;
 
 /// Format and extents of packed weights.
@@ -151,11 +151,12 @@ impl PackedWeights {
         PackedWeightsBuilder::pack_all_bf16(cpu, shape, weights, GateUpOrder::Halves)
     }
 
-    /// Packs e4m3 weights `[experts, n, k]` with f32 block scales `[experts, ceil(n/128), ceil(k/128)]`, both row-major.
+    /// Packs e4m3 weights `[experts, n, k]` with f32 block scales `[experts, ceil(n/128), ceil(k/128)]`, both
+    /// row-major.
     ///
     /// # Errors
-    /// [`Error::Value`] if an extent is zero, [`Error::Shape`] unless there are exactly as many `weights` and `scales`,
-    /// [`Error::Overflow`] if the size does not fit, [`Error::Memory`] if there is no memory for it.
+    /// [`Error::Value`] if an extent is zero, [`Error::Shape`] unless there are exactly as many `weights` and
+    /// `scales`, [`Error::Overflow`] if the size does not fit, [`Error::Memory`] if there is no memory for it.
     pub fn pack_e4m3(cpu: &Cpu, weights: &[E4m3], scales: &[f32], experts: usize, n: usize, k: usize) -> Result<Self> {
         let shape = Shape::new(WeightFormat::E4m3, experts, n, k)?;
         PackedWeightsBuilder::pack_all_e4m3(cpu, shape, weights, scales, GateUpOrder::Halves)
@@ -179,8 +180,9 @@ impl PackedWeights {
     }
 
     /// Packs e4m3 weights `[experts, 2 intermediate, k]` of gate and up with block scales
-    /// `[experts, 2 ceil(intermediate/128), ceil(k/128)]`: `ceil(intermediate/128)` row blocks for each of gate and up, also
-    /// where 128 does not divide `intermediate`. Gate's row blocks come first, then up's, whatever the order of the rows.
+    /// `[experts, 2 ceil(intermediate/128), ceil(k/128)]`: `ceil(intermediate/128)` row blocks for each of gate and
+    /// up, also where 128 does not divide `intermediate`. Gate's row blocks come first, then up's, whatever the order
+    /// of the rows.
     ///
     /// # Errors
     /// As [`PackedWeights::pack_e4m3`].
@@ -228,8 +230,8 @@ impl PackedWeights {
         self.bytes.as_slice().len() + scales + size_of_val(&*self.special)
     }
 
-    /// Whether the upper half of an expert's rows has block scales of its own: gate's and up's, each counted from its first
-    /// row.
+    /// Whether the upper half of an expert's rows has block scales of its own: gate's and up's, each counted from its
+    /// first row.
     pub(crate) fn halves_have_own_blocks(&self) -> bool {
         let half = self.n() / 2;
         self.shape.format == WeightFormat::Bf16 || half.is_multiple_of(WEIGHT_BLOCK) || self.half_starts_a_block
@@ -287,8 +289,8 @@ pub(super) enum PanelWeights<'a> {
 impl<'a> Panel<'a> {
     /// What to ask for while one of `tiles` tiles is multiplied by `pairs` pairs from `block` on.
     ///
-    /// Several tiles go through a block at a time, and share the next one. A single tile streams through the panel; what
-    /// is e4m3 takes its time to be decoded and multiplied, and waits in L2 meanwhile.
+    /// Several tiles go through a block at a time, and share the next one. A single tile streams through the panel;
+    /// what is e4m3 takes its time to be decoded and multiplied, and waits in L2 meanwhile.
     pub(super) fn ahead(&self, block: usize, pairs: usize, tile: usize, tiles: usize) -> Ahead<'a> {
         let soon = tiles > 1 || matches!(self.weights, PanelWeights::Bf16(_));
         let distance = if tiles > 1 { BLOCK_PAIRS * self.line_bytes } else { STREAM_AHEAD_BYTES };
@@ -318,14 +320,14 @@ impl PackedWeightsBuilder {
     /// Room for `[experts, n, k]` of `format`.
     ///
     /// # Errors
-    /// [`Error::Value`] if an extent is zero, [`Error::Overflow`] if the size does not fit, [`Error::Memory`] if there is
-    /// no memory for it.
+    /// [`Error::Value`] if an extent is zero, [`Error::Overflow`] if the size does not fit, [`Error::Memory`] if there
+    /// is no memory for it.
     pub fn new(cpu: &Cpu, format: WeightFormat, experts: usize, n: usize, k: usize) -> Result<Self> {
         Self::sized(cpu, Shape::new(format, experts, n, k)?)
     }
 
-    /// Room for gate and up, `[experts, 2 intermediate, k]` of `format`: rows `0..intermediate` are gate's, the others up's,
-    /// and each of the two may have any number of rows.
+    /// Room for gate and up, `[experts, 2 intermediate, k]` of `format`: rows `0..intermediate` are gate's, the others
+    /// up's, and each of the two may have any number of rows.
     ///
     /// # Errors
     /// As [`PackedWeightsBuilder::new`].
@@ -405,7 +407,8 @@ impl PackedWeightsBuilder {
     /// Adds `rows [2 intermediate, k]` of gate and up as all rows of an expert, rounded to the nearest bf16.
     ///
     /// # Errors
-    /// As [`PackedWeightsBuilder::add_bf16_rows`]; [`Error::Shape`] unless this is a builder of gate and up, of such rows.
+    /// As [`PackedWeightsBuilder::add_bf16_rows`]; [`Error::Shape`] unless this is a builder of gate and up, of such
+    /// rows.
     pub fn add_gate_up_bf16_rows<T: Float>(
         &mut self,
         expert: usize,
@@ -420,7 +423,8 @@ impl PackedWeightsBuilder {
     /// `[2 ceil(intermediate/128), ceil(k/128)]`: gate's row blocks, then up's, whatever the order of the rows.
     ///
     /// # Errors
-    /// As [`PackedWeightsBuilder::add_e4m3_rows`]; [`Error::Shape`] unless this is a builder of gate and up, of such rows.
+    /// As [`PackedWeightsBuilder::add_e4m3_rows`]; [`Error::Shape`] unless this is a builder of gate and up, of such
+    /// rows.
     pub fn add_gate_up_e4m3_rows(
         &mut self,
         expert: usize,
@@ -461,15 +465,16 @@ impl PackedWeightsBuilder {
         Ok(())
     }
 
-    /// Adds `rows [R, k]` with block scales `[ceil(R/128), ceil(k/128)]` as rows `first_row..first_row + R` of an expert.
+    /// Adds `rows [R, k]` with block scales `[ceil(R/128), ceil(k/128)]` as rows `first_row..first_row + R` of an
+    /// expert.
     ///
-    /// The blocks of 128 rows are counted from `first_row`, which must be a multiple of 32 (for up: of its own rows); gate
-    /// and up, each with its own scales, are two such parts.
+    /// The blocks of 128 rows are counted from `first_row`, which must be a multiple of 32 (for up: of its own rows);
+    /// gate and up, each with its own scales, are two such parts.
     ///
     /// # Errors
-    /// [`Error::WeightFormat`] if this is a builder of bf16, [`Error::Value`] if there is no such expert or `first_row` is
-    /// no multiple of 32, [`Error::Shape`] if rows or scales do not fit or belong to both gate and up, [`Error::Count`] if a
-    /// row has come before.
+    /// [`Error::WeightFormat`] if this is a builder of bf16, [`Error::Value`] if there is no such expert or
+    /// `first_row` is no multiple of 32, [`Error::Shape`] if rows or scales do not fit or belong to both gate and up,
+    /// [`Error::Count`] if a row has come before.
     pub fn add_e4m3_rows(
         &mut self,
         expert: usize,
@@ -610,7 +615,8 @@ impl PackedWeightsBuilder {
 fn pack_bf16_panel<T: Float>(rows: MatrixRef<'_, T>, first: usize, columns: Range<usize>, lines: &mut [PairLine]) {
     let pair = |even: T, odd: T| u32::from(even.to_bf16().to_bits()) | u32::from(odd.to_bf16().to_bits()) << 16;
     if !rows.is_row_contiguous() {
-        // What a line takes stands nearer together than what a column takes: in a transposed tensor, next to each other.
+        // What a line takes stands nearer together than what a column takes: in a transposed tensor, next to each
+        // other.
         let (pairs, k) = (rows.cols() / 2, rows.cols());
         for (pair_index, line) in lines.iter_mut().take(pairs).enumerate() {
             for (row, value) in (first..).zip(&mut line[columns.clone()]) {

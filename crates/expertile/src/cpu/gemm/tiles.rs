@@ -5,7 +5,8 @@
 //! them starts at `i * pairs` whatever the tiles are.
 
 use super::Activations;
-use crate::cpu::arch::gemm::{BLOCK_PAIRS, E4M3_AS_BF16, MAX_ROWS};
+use crate::cpu::arch::gemm::E4M3_AS_BF16;
+use crate::cpu::arch::panel::{BLOCK_PAIRS, MAX_ROWS};
 use crate::cpu::disjoint::Disjoint;
 use crate::gemm::WEIGHT_BLOCK;
 use crate::layout::Layout;

@@ -126,8 +126,8 @@ const LANES: usize = 16;
 const COLUMNS: usize = 256;
 
 multiversion! {
-    /// `x[token] . gate` in f32: products and sums rounded one by one, column `c` onto sum `c % LANES`, the sums then added in
-    /// order. The same bits on every instruction set, whatever the strides.
+    /// `x[token] . gate` in f32: products and sums rounded one by one, column `c` onto sum `c % LANES`, the sums then
+    /// added in order. The same bits on every instruction set, whatever the strides.
     fn dot<T: Float>(isa: Isa, x: MatrixRef<'_, T>, token: usize, gate: &[f32]) -> f32 {
         let mut sums = [0.0f32; LANES];
         let mut widened = [0.0f32; COLUMNS];

@@ -15,8 +15,8 @@ pub struct Graph {
     executable: sys::CUgraphExec,
 }
 
-// SAFETY: handles of the driver, which may be used from any thread; a replay takes `&self` and the driver orders launches
-// of one graph.
+// SAFETY: handles of the driver, which may be used from any thread; a replay takes `&self` and the driver orders
+// launches of one graph.
 #[allow(unsafe_code)]
 unsafe impl Send for Graph {}
 
@@ -59,8 +59,8 @@ impl Graph {
     /// Queues the captured launches.
     ///
     /// # Safety
-    /// As for each of the launches that were captured: their memory lives, and nobody else uses it when the stream comes to
-    /// them. `stream` is a live stream of the device (or 0).
+    /// As for each of the launches that were captured: their memory lives, and nobody else uses it when the stream
+    /// comes to them. `stream` is a live stream of the device (or 0).
     ///
     /// # Errors
     /// [`crate::Error::Cuda`].

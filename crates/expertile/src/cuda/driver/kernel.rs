@@ -40,7 +40,8 @@ impl Kernel {
             arch: arch.into(),
             detail: format!("the driver does not take its cubin of {} bytes: {error}", cubin.len()),
         };
-        // What does not begin as a cubin is text to the driver, which ends with a zero: let there be one, and room to look.
+        // What does not begin as a cubin is text to the driver, which ends with a zero: let there be one, and room to
+        // look.
         let image = [cubin, &[0; 256]].concat();
         let mut module = std::ptr::null_mut();
         let mut function = std::ptr::null_mut();

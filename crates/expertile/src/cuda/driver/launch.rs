@@ -124,7 +124,8 @@ impl Device {
         };
         let mut clusters = 0;
         let _current = self.current()?;
-        // SAFETY: the kernel, whose cluster has a size of its own, is loaded in this context; pointers are valid for the call.
+        // SAFETY: the kernel, whose cluster has a size of its own, is loaded in this context; pointers are valid for
+        // the call.
         let result = unsafe { sys::cuOccupancyMaxActiveClusters(&mut clusters, kernel.function(), &config) };
         check_call("cuOccupancyMaxActiveClusters", result)?;
         Ok(clusters.max(1) as u32)

@@ -1,10 +1,10 @@
 //! What every step of the backend uses: the driver, devices, memory, streams, kernels. Imports nothing of the steps.
 //!
-//! One way: [`source`] and [`nvrtc`] make a cubin, [`cache`] keeps it, [`kernel`] loads it, [`device`] holds it, [`launch`]
-//! queues it. Failures of the driver are errors that name its function.
+//! One way: [`source`] and [`nvrtc`] make a cubin, [`cache`] keeps it, [`kernel`] loads it, [`device`] holds it,
+//! [`launch`] queues it. Failures of the driver are errors that name its function.
 //!
-//! cudarc's bindings panic when the driver's library or one of its symbols is missing, so nothing here calls them before
-//! [`driver`] has seen the library and a driver recent enough to have every symbol used.
+//! cudarc's bindings panic when the driver's library or one of its symbols is missing, so nothing here calls them
+//! before [`driver`] has seen the library and a driver recent enough to have every symbol used.
 
 mod cache;
 mod device;

@@ -36,7 +36,8 @@ impl Resident {
     }
 
     /// # Safety
-    /// The kernel takes one `Arguments`, and the addresses in it are of memory that it may use when the stream comes to it.
+    /// The kernel takes one `Arguments`, and the addresses in it are of memory that it may use when the stream comes
+    /// to it.
     #[allow(unsafe_code)]
     pub(in crate::cuda) unsafe fn launch<Arguments>(&self, stream: Stream, arguments: &Arguments) -> Result<()> {
         let pointers = [std::ptr::from_ref(arguments).cast::<c_void>()];

@@ -21,7 +21,8 @@ pub(super) const PART_BYTES: usize = 256;
 pub struct LayerChoice {
     /// The buffer's rows: the tight bound, aligned to [`ALIGNMENT`].
     pub plan: Plan,
-    /// Rows of an entry of the layout's worklist, and so of GEMM 1's tiles. GEMM 2 has another list where its row tile is another.
+    /// Rows of an entry of the layout's worklist, and so of GEMM 1's tiles. GEMM 2 has another list where its row tile
+    /// is another.
     pub row_tile: usize,
     /// The tile of `[rows, H]` times `[2 I, H]`.
     pub gemm1: GemmTile,
@@ -31,15 +32,16 @@ pub struct LayerChoice {
     pub activation_inside_gemm1: bool,
     /// Kernels that one call launches.
     pub launches: usize,
-    /// Bytes of workspace of such a call; see [`super::Layer::workspace_bytes`] for a workspace that serves smaller calls, too.
+    /// Bytes of workspace of such a call; see [`super::Layer::workspace_bytes`] for a workspace that serves smaller
+    /// calls, too.
     pub workspace_bytes: usize,
 }
 
 impl LayerChoice {
     /// The choice for `tokens` tokens on a device of that many multiprocessors.
     ///
-    /// Tiles are those that are expected to take least for `M * topk` slots of which `E / G` are here; numbers of tokens within an
-    /// eighth of each other have the same.
+    /// Tiles are those that are expected to take least for `M * topk` slots of which `E / G` are here; numbers of
+    /// tokens within an eighth of each other have the same.
     ///
     /// # Errors
     /// [`Error::Value`] for a `topk`, a number of experts or a width that the kernels do not take; as [`Plan::tight`].
@@ -314,8 +316,8 @@ impl Offsets {
     }
 }
 
-/// Where the parts of a call's workspace are. Parts that are not needed at the same time may share their memory: after a call,
-/// the layout, the activated rows and GEMM 2's are there.
+/// Where the parts of a call's workspace are. Parts that are not needed at the same time may share their memory: after
+/// a call, the layout, the activated rows and GEMM 2's are there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerParts {
     /// The layout's lists.

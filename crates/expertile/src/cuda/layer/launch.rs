@@ -38,8 +38,8 @@ pub(in crate::cuda) struct CheckedCall<'a> {
 }
 
 impl Layer {
-    /// Whether a stage has launches of its own: routing is part of permute where rows are quantized, and the activation may
-    /// be of GEMM 1.
+    /// Whether a stage has launches of its own: routing is part of permute where rows are quantized, and the
+    /// activation may be of GEMM 1.
     pub(in crate::cuda) fn has_stage(&self, call: &CheckedCall<'_>, stage: Stage) -> bool {
         match stage {
             Stage::Routing => matches!(self.entry, Entry::Plain { .. }),

@@ -1,7 +1,7 @@
 //! The safe door: typed buffers that know their length and device, on the default stream.
 //!
-//! The default stream orders every call here and every copy of a [`DeviceBuffer`], so that nothing that is safe can change
-//! an operand while a call uses it. A workspace is borrowed for a call, because its parts are read as indices.
+//! The default stream orders every call here and every copy of a [`DeviceBuffer`], so that nothing that is safe can
+//! change an operand while a call uses it. A workspace is borrowed for a call, because its parts are read as indices.
 
 use super::{Layer, LayerCall};
 use crate::backend::{Ids, LayerInputs};
@@ -48,8 +48,8 @@ impl CapturedLayer<'_> {
     /// [`crate::Error::Cuda`].
     #[allow(unsafe_code)]
     pub fn replay(&mut self) -> Result<()> {
-        // SAFETY: the captured operands are borrowed for as long as this value lives, the workspace exclusively; stream 0
-        // always lives, and orders the replay among everything else that is safe.
+        // SAFETY: the captured operands are borrowed for as long as this value lives, the workspace exclusively;
+        // stream 0 always lives, and orders the replay among everything else that is safe.
         unsafe { self.graph.replay(Stream(0)) }
     }
 
@@ -78,8 +78,9 @@ impl Layer {
     /// Queues the call on the default stream: `output [M, H]`, every element.
     ///
     /// # Errors
-    /// [`crate::Error::BufferTooSmall`], [`crate::Error::Dtype`], [`crate::Error::Value`] and [`crate::Error::Device`] (a buffer of another device) for what
-    /// does not fit the layer, before anything is queued; [`crate::Error::Cuda`].
+    /// [`crate::Error::BufferTooSmall`], [`crate::Error::Dtype`], [`crate::Error::Value`] and [`crate::Error::Device`]
+    /// (a buffer of another device) for what does not fit the layer, before anything is queued;
+    /// [`crate::Error::Cuda`].
     #[allow(unsafe_code)]
     pub fn run<T: Float, O: Float>(
         &self,
@@ -88,8 +89,8 @@ impl Layer {
         output: &DeviceBuffer<O>,
     ) -> Result<()> {
         let call = self.safe_call(inputs, workspace, output)?;
-        // SAFETY: every buffer is on this device and as large as the call reads or writes, as was checked. The default stream
-        // orders the call before the buffers are freed or copied to, and the workspace is borrowed exclusively.
+        // SAFETY: every buffer is on this device and as large as the call reads or writes, as was checked. The default
+        // stream orders the call before the buffers are freed or copied to, and the workspace is borrowed exclusively.
         unsafe { self.launch(Stream(0), &call)? };
         workspace.tokens = inputs.tokens;
         Ok(())
@@ -113,11 +114,12 @@ impl Layer {
         Ok(CapturedLayer { graph, layer: self, workspace })
     }
 
-    /// Waits for the default stream, and reports what was wrong with the ids of calls in this workspace since the last time.
+    /// Waits for the default stream, and reports what was wrong with the ids of calls in this workspace since the last
+    /// time.
     ///
     /// # Errors
-    /// [`crate::Error::MapEntry`] or [`crate::Error::ExpertId`] for the first id or map entry past its limit (such slots were treated as
-    /// empty); [`crate::Error::Cuda`].
+    /// [`crate::Error::MapEntry`] or [`crate::Error::ExpertId`] for the first id or map entry past its limit (such
+    /// slots were treated as empty); [`crate::Error::Cuda`].
     #[allow(unsafe_code)]
     pub fn check(&self, workspace: &mut Workspace) -> Result<()> {
         let plan = self.choice(workspace.tokens)?.plan;

@@ -67,8 +67,8 @@ impl<'a> Clock<'a> {
         Ok((self.median(calls, |_| self.replay(&graph))?, eager_seconds))
     }
 
-    /// Median seconds of one call of each of `works` inside a graph of several; all of them by turns, so that they meet the
-    /// same clock.
+    /// Median seconds of one call of each of `works` inside a graph of several; all of them by turns, so that they
+    /// meet the same clock.
     pub(super) fn in_turns(&self, works: &[impl Fn(Stream) -> Result<()>]) -> Result<Vec<f64>> {
         const ROUNDS: usize = 5;
         /// Seconds of a replay; there are many.

@@ -31,12 +31,12 @@ pub struct Inputs<'a> {
     pub hidden_states: &'a [bf16],
 }
 
-/// Times routing, quantize + permute (with routing), activation + quantize and unpermute. In place of a GEMM's results, the
-/// activation and the unpermute read the hidden states over and over.
+/// Times routing, quantize + permute (with routing), activation + quantize and unpermute. In place of a GEMM's
+/// results, the activation and the unpermute read the hidden states over and over.
 ///
 /// # Errors
-/// [`Error::Value`] for a plan of no tokens, [`Error::BufferTooSmall`] for inputs shorter than it says, and whatever preparing and launching the steps may
-/// refuse.
+/// [`Error::Value`] for a plan of no tokens, [`Error::BufferTooSmall`] for inputs shorter than it says, and whatever
+/// preparing and launching the steps may refuse.
 #[allow(unsafe_code)]
 pub fn stage_times(device: &Device, inputs: &Inputs<'_>) -> Result<Vec<StageTime>> {
     let call = Call::new(device, inputs)?;
