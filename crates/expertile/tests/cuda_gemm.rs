@@ -12,7 +12,7 @@ mod on_device;
 use expertile::cuda::{
     Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, Gemm, GemmCall, GemmConfig,
     GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, LayoutPtrs, NARROW_OUTPUTS, Route, RouteCall, RouteConfig, RoutingPtrs,
-    Stream, WIDE_ROW_TILE, Weights,
+    STATE_BYTES, Stream, WIDE_ROW_TILE, Weights,
 };
 use expertile::{Activation, Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat};
 use half::bf16;
@@ -182,13 +182,14 @@ impl Call {
         let lists: DeviceBuffer = device.allocate(LayoutPtrs::space_bytes(plan, row_tile).unwrap()).unwrap();
         lists.fill(POISON).unwrap();
         let layout = LayoutPtrs::carve(lists.ptr(), plan, row_tile).unwrap();
+        let state: DeviceBuffer = device.allocate(STATE_BYTES).unwrap();
         let workspace: DeviceBuffer = device.allocate(route.workspace_bytes(plan).unwrap()).unwrap();
         let ids = upload(device, &operands.ids);
         let matrix = DeviceMatrix::row_major(ids.ptr(), 1);
         let routing = RoutingPtrs { ids: matrix, expert_map: None, global_experts: case.counts.len() };
-        let route_call = RouteCall { plan: *plan, routing, layout, workspace: workspace.ptr() };
+        let route_call = RouteCall { plan: *plan, routing, layout, state: state.ptr(), workspace: workspace.ptr() };
         unsafe {
-            route.initialise_workspace(Stream(0), workspace.ptr()).unwrap();
+            route.initialise_state(Stream(0), state.ptr()).unwrap();
             route.launch(Stream(0), &route_call).unwrap();
             route.check(Stream(0), &route_call).unwrap();
         }
@@ -218,7 +219,7 @@ impl Call {
         };
         let gemm =
             Gemm::prepare(device, GemmConfig { format: case.format, tile: case.tile, activation: None }).unwrap();
-        Self { gemm, weights, operands, out, _memory: vec![lists, workspace, ids, rows, scales] }
+        Self { gemm, weights, operands, out, _memory: vec![lists, state, workspace, ids, rows, scales] }
     }
 
     fn run(&self, m_sum: usize, n: usize) -> Vec<u16> {

@@ -5,9 +5,9 @@
 //! loop does. Functions return 0 or null on failure, and `expertile_error` then says what was wrong.
 
 use expertile::cuda::{
-    Activate, ActivateCall, ActivateConfig, Device, DeviceMatrix, DevicePtr, Gemm, GemmCall, GemmConfig, GemmTile,
-    Layer, LayerCall, LayoutPtrs, QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig, RouteConfig,
-    RoutingPtrs, RowsPtrs, Stream, Unpermute, UnpermuteCall, UnpermuteConfig, Weights,
+    Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, Gemm, GemmCall, GemmConfig,
+    GemmTile, Layer, LayerCall, LayoutPtrs, QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig, RouteConfig,
+    RoutingPtrs, RowsPtrs, STATE_BYTES, Stream, Unpermute, UnpermuteCall, UnpermuteConfig, Weights,
 };
 use expertile::{
     Activation, ActivationFormat, Dtype, Error, LayerConfig, Padding, Plan, Result, ScaleFormat, TokenExperts,
@@ -75,11 +75,11 @@ impl GemmOperands {
 
 /// A step bound to addresses.
 pub enum Bound {
-    QuantizePermute { step: Arc<QuantizePermute>, call: QuantizePermuteCall },
+    QuantizePermute { step: Arc<QuantizePermute>, call: QuantizePermuteCall, _state: DeviceBuffer },
     Activate { step: Arc<Activate>, call: ActivateCall },
     Unpermute { step: Arc<Unpermute>, call: UnpermuteCall },
     Gemm { step: Arc<Gemm>, weights: Weights, operands: GemmOperands },
-    Layer { layer: Arc<Layer>, call: LayerCall },
+    Layer { layer: Arc<Layer>, call: LayerCall, _state: DeviceBuffer },
 }
 
 /// Quantize + permute for one shape, and the sizes of its buffers.
@@ -189,7 +189,7 @@ pub unsafe extern "C" fn expertile_layout_offsets(permutation: *const Permutatio
     }
 }
 
-/// Binds quantize + permute to addresses and readies its workspace.
+/// Binds quantize + permute to addresses and makes its state.
 ///
 /// # Safety
 /// As [`expertile_permutation_sizes`]; the addresses are device memory of the sizes given there.
@@ -211,8 +211,9 @@ pub unsafe extern "C" fn expertile_bind_permutation(
     let plan = permutation.plan;
     let make = || {
         let workspace = DevicePtr::new(workspace);
-        // SAFETY: the caller's promise.
-        unsafe { permutation.step.initialise_workspace(Stream(0), workspace)? };
+        let state: DeviceBuffer = device()?.allocate(STATE_BYTES)?;
+        // SAFETY: the state is new, and stream 0 always lives.
+        unsafe { permutation.step.initialise_state(Stream(0), state.ptr())? };
         let ids = DeviceMatrix::row_major(DevicePtr::new(ids), plan.topk());
         let rows = RowsPtrs {
             x: DeviceMatrix::row_major(DevicePtr::new(x), hidden),
@@ -226,9 +227,10 @@ pub unsafe extern "C" fn expertile_bind_permutation(
             routing: RoutingPtrs { ids, expert_map: optional(expert_map), global_experts },
             rows,
             layout: LayoutPtrs::carve(DevicePtr::new(layout), &plan, permutation.row_tile)?,
+            state: state.ptr(),
             workspace,
         };
-        Ok(Bound::QuantizePermute { step: permutation.step.clone(), call })
+        Ok(Bound::QuantizePermute { step: permutation.step.clone(), call, _state: state })
     };
     hand_over(make())
 }
@@ -410,7 +412,7 @@ pub unsafe extern "C" fn expertile_layer_choice(layer: *const Arc<Layer>, tokens
     }
 }
 
-/// Binds a call of the layer to addresses and readies its workspace.
+/// Binds a call of the layer to addresses and makes its state.
 ///
 /// # Safety
 /// As [`expertile_layer_choice`]; the addresses are device memory of the sizes that `LayerCall` says.
@@ -429,8 +431,9 @@ pub unsafe extern "C" fn expertile_bind_layer(
     let layer = unsafe { &*layer }.clone();
     let make = || {
         let workspace = DevicePtr::new(workspace);
-        // SAFETY: the caller's promise.
-        unsafe { layer.initialise_workspace(Stream(0), workspace)? };
+        let state: DeviceBuffer = device()?.allocate(STATE_BYTES)?;
+        // SAFETY: the state is new, and stream 0 always lives.
+        unsafe { layer.initialise_state(Stream(0), state.ptr())? };
         let &LayerConfig { topk, global_experts, .. } = layer.config();
         let call = LayerCall {
             tokens,
@@ -442,9 +445,10 @@ pub unsafe extern "C" fn expertile_bind_layer(
             },
             topk_weights: DeviceMatrix::row_major(DevicePtr::new(weights), topk),
             output: DevicePtr::new(output),
+            state: state.ptr(),
             workspace,
         };
-        Ok(Bound::Layer { layer, call })
+        Ok(Bound::Layer { layer, call, _state: state })
     };
     hand_over(make())
 }
@@ -459,11 +463,11 @@ pub unsafe extern "C" fn expertile_launch(bound: *const Bound, stream: u64) -> i
     // SAFETY: the caller's promise.
     let queued = unsafe {
         match &*bound {
-            Bound::QuantizePermute { step, call } => step.launch(stream, call),
+            Bound::QuantizePermute { step, call, .. } => step.launch(stream, call),
             Bound::Activate { step, call } => step.launch(stream, call),
             Bound::Unpermute { step, call } => step.launch(stream, call),
             Bound::Gemm { step, weights, operands } => step.launch(stream, &operands.call(weights)),
-            Bound::Layer { layer, call } => layer.launch(stream, call),
+            Bound::Layer { layer, call, .. } => layer.launch(stream, call),
         }
     };
     match queued {
@@ -484,8 +488,8 @@ pub unsafe extern "C" fn expertile_check(bound: *const Bound, stream: u64) -> i3
     // SAFETY: the caller's promise.
     let checked = unsafe {
         match &*bound {
-            Bound::QuantizePermute { step, call } => step.check(Stream(stream), call),
-            Bound::Layer { layer, call } => layer.check_launch(Stream(stream), call),
+            Bound::QuantizePermute { step, call, .. } => step.check(Stream(stream), call),
+            Bound::Layer { layer, call, .. } => layer.check_launch(Stream(stream), call),
             _ => Ok(()),
         }
     };

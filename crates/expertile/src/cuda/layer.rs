@@ -44,7 +44,9 @@ pub struct LayerCall {
     pub topk_weights: DeviceMatrix<f32>,
     /// `[M, H]`, row-major, 16-byte aligned.
     pub output: DevicePtr,
-    /// [`Layer::workspace_bytes`] of at least as many tokens, 256-byte aligned, initialised once.
+    /// [`super::STATE_BYTES`], 16-byte aligned, initialised once. Calls that share it follow each other.
+    pub state: DevicePtr,
+    /// [`Layer::workspace_bytes`] of at least as many tokens, 256-byte aligned, whatever is in it.
     pub workspace: DevicePtr,
 }
 
@@ -193,24 +195,25 @@ impl Layer {
         offsets.at(workspace, &choice)
     }
 
-    /// Readies a workspace; once, before its first call. Calls of different numbers of tokens may share it.
+    /// Readies the state of calls; once, before the first. Calls of different numbers of tokens, and of other layers,
+    /// may share it.
     ///
     /// # Safety
-    /// As [`super::Route::initialise_workspace`].
+    /// As [`super::Route::initialise_state`].
     ///
     /// # Errors
-    /// As [`super::Route::initialise_workspace`].
+    /// As [`super::Route::initialise_state`].
     #[allow(unsafe_code)]
-    pub unsafe fn initialise_workspace(&self, stream: Stream, workspace: DevicePtr) -> Result<()> {
-        workspace.require_aligned("workspace", choice::PART_BYTES as u64)?;
+    pub unsafe fn initialise_state(&self, stream: Stream, state: DevicePtr) -> Result<()> {
+        state.require_aligned("state", 16)?;
         // SAFETY: the caller's promise.
-        unsafe { route::initialise_workspace(&self.device, stream, workspace) }
+        unsafe { route::initialise_state(&self.device, stream, state) }
     }
 
     /// Queues the call: `output`, every element. Stages follow each other on the stream; nothing else is waited for.
     ///
     /// # Safety
-    /// As [`super::Route::launch`]; the workspace was initialised, and the layer outlives the launch (for a graph: its
+    /// As [`super::Route::launch`]; the state was initialised, and the layer outlives the launch (for a graph: its
     /// replays).
     ///
     /// # Errors
@@ -234,9 +237,9 @@ impl Layer {
     #[allow(unsafe_code)]
     pub unsafe fn check_launch(&self, stream: Stream, call: &LayerCall) -> Result<()> {
         let LayerChoice { plan, .. } = self.choice(call.tokens)?;
-        call.workspace.require_aligned("workspace", choice::PART_BYTES as u64)?;
+        call.state.require_aligned("state", 16)?;
         // SAFETY: the caller's promise.
-        unsafe { route::check(&self.device, stream, &plan, self.config.global_experts, call.workspace) }
+        unsafe { route::check(&self.device, stream, &plan, self.config.global_experts, call.state) }
     }
 
     /// Its device.

@@ -51,7 +51,7 @@ pub use gemm::{
 pub use layer::{ALIGNMENT, CapturedLayer, Layer, LayerCall, LayerChoice, LayerParts, Workspace};
 pub use permute::{Permute, PermuteCall, PermuteConfig};
 pub use quantize_permute::{QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig};
-pub use route::{Route, RouteCall, RouteConfig};
+pub use route::{Route, RouteCall, RouteConfig, STATE_BYTES};
 pub use unpermute::{Unpermute, UnpermuteCall, UnpermuteConfig};
 pub use weights::{Weights, WeightsBuilder};
 

@@ -111,14 +111,17 @@ pub struct QuantizePermuteCall {
     pub rows: RowsPtrs,
     /// What is written: every list.
     pub layout: LayoutPtrs,
-    /// [`QuantizePermute::workspace_bytes`], 16-byte aligned, initialised once.
+    /// [`super::STATE_BYTES`], 16-byte aligned, initialised once. Calls that share it follow each other.
+    pub state: DevicePtr,
+    /// [`QuantizePermute::workspace_bytes`], 16-byte aligned, whatever is in it.
     pub workspace: DevicePtr,
 }
 
 impl QuantizePermuteCall {
     /// The routing's part.
     fn route(&self) -> RouteCall {
-        RouteCall { plan: self.plan, routing: self.routing, layout: self.layout, workspace: self.workspace }
+        let Self { plan, routing, layout, state, workspace, .. } = *self;
+        RouteCall { plan, routing, layout, state, workspace }
     }
 }
 
@@ -174,17 +177,17 @@ impl QuantizePermute {
         self.config.workspace_bytes(plan, self.device.info().multiprocessors as usize)
     }
 
-    /// As [`Route::initialise_workspace`].
+    /// As [`Route::initialise_state`].
     ///
     /// # Safety
-    /// As [`Route::initialise_workspace`].
+    /// As [`Route::initialise_state`].
     ///
     /// # Errors
-    /// As [`Route::initialise_workspace`].
+    /// As [`Route::initialise_state`].
     #[allow(unsafe_code)]
-    pub unsafe fn initialise_workspace(&self, stream: Stream, workspace: DevicePtr) -> Result<()> {
+    pub unsafe fn initialise_state(&self, stream: Stream, state: DevicePtr) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.route.initialise_workspace(stream, workspace) }
+        unsafe { self.route.initialise_state(stream, state) }
     }
 
     /// Queues it all: the layout's lists, the rows, their scales, zeros in the padding's scales.
@@ -211,11 +214,11 @@ impl QuantizePermute {
         call: &QuantizePermuteCall,
         second: Option<&SecondWorklist>,
     ) -> Result<()> {
-        let QuantizePermuteCall { plan, rows, layout, workspace, .. } = call;
+        let QuantizePermuteCall { plan, rows, layout, state, workspace, .. } = call;
         self.config.check(call)?;
         let route = self.config.route.arguments(&call.route())?.with_second(plan, second)?;
         let token_scales = workspace.byte_add(self.route.workspace_bytes(plan)?).address();
-        let queue = workspace.byte_add(route::QUEUE_OFFSET).address();
+        let queue = state.byte_add(route::QUEUE_OFFSET).address();
         let arguments = RowsArgs { token_scales, queue, ..RowsArgs::new(rows, layout, plan)? };
         if !self.takes_one_launch(plan) {
             // SAFETY: the caller's promise.

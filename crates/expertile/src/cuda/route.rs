@@ -16,10 +16,12 @@ pub(super) const MAX_TOPK: usize = 32;
 
 const THREADS: u32 = 512;
 const WARPS: u32 = THREADS / 32;
-/// Status, barrier and the queue of the rows' kernel, each in a part of its own; the chunks' counts follow.
+/// Bytes of the state that survives from call to call: what kernels found wrong, a barrier, and the queue of the rows'
+/// kernel, each in a part of its own. Zeroed once; every launch leaves barrier and queue as it found them.
+pub const STATE_BYTES: usize = 64;
 const STATUS_BYTES: usize = 32;
+const BARRIER_OFFSET: usize = STATUS_BYTES;
 pub(super) const QUEUE_OFFSET: usize = 48;
-const STATE_BYTES: usize = 64;
 
 /// What the kernel is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +57,7 @@ impl RouteConfig {
 
     /// Checks a call and puts it into the kernels' terms.
     pub(super) fn arguments(&self, call: &RouteCall) -> Result<RouteArgs> {
-        let RouteCall { plan, routing, layout, workspace } = call;
+        let RouteCall { plan, routing, layout, state, workspace } = call;
         if plan.topk() != self.topk {
             return Err(Error::value("topk", plan.topk(), format!("{}, as prepared", self.topk)));
         }
@@ -69,6 +71,7 @@ impl RouteConfig {
             routing.ids.ptr.require_aligned("topk_ids", if self.ids == Dtype::I64 { 8 } else { 4 })?;
         }
         let limit = routing.limit(experts);
+        state.require_aligned("state", 16)?;
         workspace.require_aligned("workspace", 16)?;
         for (name, list) in [
             ("expert_num_tokens", layout.expert_num_tokens),
@@ -88,9 +91,9 @@ impl RouteConfig {
             ids_row_stride: routing.ids.row_stride as i64,
             ids_col_stride: routing.ids.col_stride as i64,
             layout: *layout,
-            status: workspace.address(),
-            barrier: workspace.byte_add(STATUS_BYTES).address(),
-            chunk_counts: workspace.byte_add(STATE_BYTES).address(),
+            status: state.address(),
+            barrier: state.byte_add(BARRIER_OFFSET).address(),
+            chunk_counts: workspace.address(),
             second_header: 0,
             second_worklist: 0,
             tokens: plan.tokens() as i32,
@@ -116,7 +119,9 @@ pub struct RouteCall {
     pub routing: RoutingPtrs,
     /// What is written: every list.
     pub layout: LayoutPtrs,
-    /// [`Route::workspace_bytes`], 16-byte aligned, initialised once.
+    /// [`STATE_BYTES`], 16-byte aligned, initialised once. Calls that share it follow each other.
+    pub state: DevicePtr,
+    /// [`Route::workspace_bytes`], 16-byte aligned, whatever is in it.
     pub workspace: DevicePtr,
 }
 
@@ -153,8 +158,7 @@ impl Route {
         self.kernel.resources()
     }
 
-    /// Bytes of workspace that a call of this plan needs, a multiple of 16; the first 64 must survive from call to
-    /// call.
+    /// Bytes of workspace that a call of this plan needs, a multiple of 16.
     ///
     /// # Errors
     /// [`Error::Value`] for more experts than the kernels take.
@@ -162,17 +166,17 @@ impl Route {
         workspace_bytes(plan, self.device.info().multiprocessors as usize)
     }
 
-    /// Readies a workspace; once, before its first call.
+    /// Readies the state; once, before its first call.
     ///
     /// # Safety
-    /// `workspace` is device memory of [`Route::workspace_bytes`] that nobody else uses when the stream comes to it.
+    /// `state` is device memory of [`STATE_BYTES`] that nobody else uses when the stream comes to it.
     ///
     /// # Errors
     /// [`Error::Cuda`].
     #[allow(unsafe_code)]
-    pub unsafe fn initialise_workspace(&self, stream: Stream, workspace: DevicePtr) -> Result<()> {
+    pub unsafe fn initialise_state(&self, stream: Stream, state: DevicePtr) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { initialise_workspace(&self.device, stream, workspace) }
+        unsafe { initialise_state(&self.device, stream, state) }
     }
 
     /// Queues the launch: reads the routing, writes every list of the layout.
@@ -229,10 +233,10 @@ impl Route {
         unsafe { self.device.launch(&self.kernel, shape, stream, &pointers) }
     }
 
-    /// Waits for the stream and says what was wrong with the ids since the last time; the workspace then knows nothing.
+    /// Waits for the stream and says what was wrong with the ids since the last time; the state then knows nothing.
     ///
     /// # Safety
-    /// `stream` is a live stream of this device (or 0), and `workspace` was initialised.
+    /// `stream` is a live stream of this device (or 0), and the state was initialised.
     ///
     /// # Errors
     /// [`Error::MapEntry`] or [`Error::ExpertId`] for the first id or map entry past its limit (such slots were treated
@@ -241,24 +245,22 @@ impl Route {
     #[allow(unsafe_code)]
     pub unsafe fn check(&self, stream: Stream, call: &RouteCall) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe {
-            check(&self.device, stream, &call.plan, call.routing.limit(call.plan.local_experts()), call.workspace)
-        }
+        unsafe { check(&self.device, stream, &call.plan, call.routing.limit(call.plan.local_experts()), call.state) }
     }
 }
 
 /// # Safety
-/// As [`Route::initialise_workspace`].
+/// As [`Route::initialise_state`].
 #[allow(unsafe_code)]
-pub(super) unsafe fn initialise_workspace(device: &Device, stream: Stream, workspace: DevicePtr) -> Result<()> {
+pub(super) unsafe fn initialise_state(device: &Device, stream: Stream, state: DevicePtr) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { device.zero(stream, workspace, STATE_BYTES) }
+    unsafe { device.zero(stream, state, STATE_BYTES) }
 }
 
 /// [`Route::workspace_bytes`] on a device of that many multiprocessors.
 pub(super) fn workspace_bytes(plan: &Plan, multiprocessors: usize) -> Result<usize> {
     require_experts(plan.local_experts())?;
-    Ok(STATE_BYTES + multiprocessors * plan.local_experts().next_multiple_of(8) * 2)
+    Ok(multiprocessors * plan.local_experts().next_multiple_of(8) * 2)
 }
 
 /// [`Route::check`] of ids below `limit`.
@@ -266,22 +268,16 @@ pub(super) fn workspace_bytes(plan: &Plan, multiprocessors: usize) -> Result<usi
 /// # Safety
 /// As [`Route::check`].
 #[allow(unsafe_code)]
-pub(super) unsafe fn check(
-    device: &Device,
-    stream: Stream,
-    plan: &Plan,
-    limit: usize,
-    workspace: DevicePtr,
-) -> Result<()> {
+pub(super) unsafe fn check(device: &Device, stream: Stream, plan: &Plan, limit: usize, state: DevicePtr) -> Result<()> {
     let topk = plan.topk();
     let mut status = [0u64; STATUS_BYTES / 8];
-    // SAFETY: the caller's promise; the status is the workspace's first bytes.
+    // SAFETY: the caller's promise; the status is the state's first bytes.
     unsafe {
-        device.read(stream, workspace, bytemuck::must_cast_slice_mut(&mut status))?;
+        device.read(stream, state, bytemuck::must_cast_slice_mut(&mut status))?;
         if status == [0; STATUS_BYTES / 8] {
             return Ok(());
         }
-        device.zero(stream, workspace, STATUS_BYTES)?;
+        device.zero(stream, state, STATUS_BYTES)?;
     }
     let place = |word: u64| !(word >> 32) as u32 as usize;
     let [id, entry, rows, _] = status;

@@ -8,9 +8,11 @@ use crate::matrix::MatrixRef;
 use crate::routing::require_experts;
 use crate::weights::RowLedger;
 use half::bf16;
+use std::sync::Arc;
 
-/// Weights `[E, N, K]` in device memory as the GEMM reads them: row-major, with their scales if they are e4m3.
-#[derive(Debug)]
+/// Weights `[E, N, K]` in device memory as the GEMM reads them: row-major, with their scales if they are e4m3. Cheap to
+/// clone: clones share the memory.
+#[derive(Debug, Clone)]
 pub struct Weights {
     format: WeightFormat,
     experts: usize,
@@ -19,7 +21,7 @@ pub struct Weights {
     values: DevicePtr,
     scales: Option<DevicePtr<f32>>,
     /// What the addresses point into, where this value owns it.
-    _memory: Vec<DeviceBuffer>,
+    _memory: Arc<[DeviceBuffer]>,
 }
 
 impl Weights {
@@ -44,7 +46,7 @@ impl Weights {
         if format == WeightFormat::E4m3 {
             DevicePtr::require(scales, "scales", 4)?;
         }
-        Ok(Self { format, experts, n, k, values, scales, _memory: Vec::new() })
+        Ok(Self { format, experts, n, k, values, scales, _memory: Arc::from([]) })
     }
 
     /// bf16 weights `[E, N, K]` that are in a buffer already; the value owns it.
@@ -56,7 +58,7 @@ impl Weights {
         require_len("values", values.len(), experts * n * k)?;
         let values = values.into_bytes();
         let ptr = values.ptr();
-        Ok(Self { format: WeightFormat::Bf16, experts, n, k, values: ptr, scales: None, _memory: vec![values] })
+        Ok(Self { format: WeightFormat::Bf16, experts, n, k, values: ptr, scales: None, _memory: Arc::from([values]) })
     }
 
     /// e4m3 weights `[E, N, K]` and their scales `[E, ceil(N / 128), ceil(K / 128)]` that are in buffers already; the
@@ -74,7 +76,7 @@ impl Weights {
         require_len("values", values.len(), experts * n * k)?;
         scales.require("scales", values.device(), experts * n.div_ceil(WEIGHT_BLOCK) * k.div_ceil(WEIGHT_BLOCK))?;
         let (values, scale_ptr) = (values.into_bytes(), scales.ptr());
-        let (ptr, memory) = (values.ptr(), vec![values, scales.into_bytes()]);
+        let (ptr, memory) = (values.ptr(), Arc::from([values, scales.into_bytes()]));
         let format = WeightFormat::E4m3;
         Ok(Self { format, experts, n, k, values: ptr, scales: Some(scale_ptr), _memory: memory })
     }
@@ -179,7 +181,7 @@ impl WeightsBuilder {
     pub fn new(device: &Device, format: WeightFormat, (experts, n, k): (usize, usize, usize)) -> Result<Self> {
         check_sizes(experts, n, k)?;
         let mut weights =
-            Weights { format, experts, n, k, values: DevicePtr::default(), scales: None, _memory: Vec::new() };
+            Weights { format, experts, n, k, values: DevicePtr::default(), scales: None, _memory: Arc::from([]) };
         let values = device.allocate(experts * n * k * format.bytes())?;
         let scales = (weights.bytes() - values.bytes()) / 4;
         let scales = (format == WeightFormat::E4m3).then(|| device.allocate(scales)).transpose()?;

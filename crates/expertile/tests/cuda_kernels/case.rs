@@ -2,7 +2,7 @@
 
 use crate::on_device::{Random, filled, upload};
 use expertile::cuda::{
-    Device, DeviceBuffer, DeviceMatrix, LayoutPtrs, QuantizePermuteCall, RouteCall, RoutingPtrs, RowsPtrs,
+    Device, DeviceBuffer, DeviceMatrix, LayoutPtrs, QuantizePermuteCall, RouteCall, RoutingPtrs, RowsPtrs, STATE_BYTES,
 };
 use expertile::{
     Dtype, Group, Layout, MatrixRef, Padding, Plan, Routing, ScaleFormat, ScaleLayout, ScaleRounding, TokenExperts,
@@ -189,6 +189,7 @@ pub(crate) struct OnDevice {
     pub(crate) scales: DeviceBuffer,
     pub(crate) layout_space: DeviceBuffer,
     pub(crate) layout: LayoutPtrs,
+    pub(crate) state: DeviceBuffer,
     pub(crate) workspace: DeviceBuffer,
     pub(crate) routing: RoutingPtrs,
     pub(crate) rows: RowsPtrs,
@@ -209,7 +210,7 @@ impl OnDevice {
         let scales = poisoned(device, case.format.words(plan.m_sum(), case.hidden).unwrap() * 4);
         let layout_space = poisoned(device, LayoutPtrs::space_bytes(plan, case.row_tile).unwrap());
         let layout = LayoutPtrs::carve(layout_space.ptr(), plan, case.row_tile).unwrap();
-        let workspace = poisoned(device, workspace_bytes);
+        let (state, workspace) = (poisoned(device, STATE_BYTES), poisoned(device, workspace_bytes));
         let routing = RoutingPtrs {
             ids: DeviceMatrix::row_major(ids.ptr(), case.topk),
             expert_map: map.as_ref().map(|map| map.ptr().cast()),
@@ -222,16 +223,22 @@ impl OnDevice {
             scales: Some(scales.ptr()),
             ..RowsPtrs::default()
         };
-        Self { ids, map, x, weights, out, scales, layout_space, layout, workspace, routing, rows }
+        Self { ids, map, x, weights, out, scales, layout_space, layout, state, workspace, routing, rows }
     }
 
     pub(crate) fn route_call(&self, plan: Plan) -> RouteCall {
-        RouteCall { plan, routing: self.routing, layout: self.layout, workspace: self.workspace.ptr() }
+        RouteCall {
+            plan,
+            routing: self.routing,
+            layout: self.layout,
+            state: self.state.ptr(),
+            workspace: self.workspace.ptr(),
+        }
     }
 
     pub(crate) fn call(&self, plan: Plan) -> QuantizePermuteCall {
         let (routing, rows, layout) = (self.routing, self.rows, self.layout);
-        QuantizePermuteCall { plan, routing, rows, layout, workspace: self.workspace.ptr() }
+        QuantizePermuteCall { plan, routing, rows, layout, state: self.state.ptr(), workspace: self.workspace.ptr() }
     }
 
     pub(crate) fn poison(&self) {

@@ -62,7 +62,6 @@ fn a_captured_chain_replays_right_with_changed_inputs_in_a_worst_case_buffer() {
         let step =
             QuantizePermute::prepare(device, config(&case)).unwrap().with_single_launch_slots(single_launch_slots);
         let on = OnDevice::new(device, &case, &first, step.workspace_bytes(&first.plan).unwrap());
-        let workspace = on.workspace.ptr();
         let config = UnpermuteConfig {
             hidden: 1024,
             topk: 8,
@@ -84,7 +83,7 @@ fn a_captured_chain_replays_right_with_changed_inputs_in_a_worst_case_buffer() {
             tokens,
             m_sum,
         };
-        unsafe { step.initialise_workspace(Stream(0), workspace).unwrap() };
+        unsafe { step.initialise_state(Stream(0), on.state.ptr()).unwrap() };
         unsafe { device.synchronize(Stream(0)).unwrap() };
         let graph = Graph::capture(|stream| unsafe {
             for _ in 0..2 {

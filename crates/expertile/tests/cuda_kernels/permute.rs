@@ -81,7 +81,7 @@ pub(crate) fn check_permute_quantized(device: &Device, case: &Case) {
         ..on.rows
     };
     unsafe {
-        route.initialise_workspace(Stream(0), on.workspace.ptr()).unwrap();
+        route.initialise_state(Stream(0), on.state.ptr()).unwrap();
         route.launch(Stream(0), &on.route_call(inputs.plan)).unwrap();
         permute.launch(Stream(0), &PermuteCall { plan: inputs.plan, rows: buffers, layout: on.layout }).unwrap();
         route.check(Stream(0), &on.route_call(inputs.plan)).unwrap();
@@ -112,7 +112,7 @@ fn rows_without_scales_are_permuted_whatever_their_type_and_length() {
             let rows =
                 RowsPtrs { x: DeviceMatrix::row_major(on.x.ptr(), hidden), out: to.ptr(), ..RowsPtrs::default() };
             unsafe {
-                route.initialise_workspace(Stream(0), on.workspace.ptr()).unwrap();
+                route.initialise_state(Stream(0), on.state.ptr()).unwrap();
                 route.launch(Stream(0), &on.route_call(inputs.plan)).unwrap();
                 permute.launch(Stream(0), &PermuteCall { plan: inputs.plan, rows, layout: on.layout }).unwrap();
             }

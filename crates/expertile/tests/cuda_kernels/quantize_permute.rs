@@ -138,7 +138,7 @@ pub(crate) fn check_quantize_permute(device: &Device, case: &Case) {
         let on = OnDevice::new(device, case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
         let stream = Stream(0);
         unsafe {
-            step.initialise_workspace(stream, on.workspace.ptr()).unwrap();
+            step.initialise_state(stream, on.state.ptr()).unwrap();
             for _ in 0..2 {
                 on.poison();
                 step.launch(stream, &on.call(inputs.plan)).unwrap();
@@ -258,7 +258,7 @@ fn a_permuted_buffer_of_more_than_4_gib_is_the_cpus() {
     let step = QuantizePermute::prepare(device, config(&case)).unwrap();
     let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
     unsafe {
-        step.initialise_workspace(Stream(0), on.workspace.ptr()).unwrap();
+        step.initialise_state(Stream(0), on.state.ptr()).unwrap();
         step.launch(Stream(0), &on.call(inputs.plan)).unwrap();
         step.check(Stream(0), &on.call(inputs.plan)).unwrap();
     }
@@ -274,7 +274,7 @@ fn fifty_repeats_give_the_same_bits() {
         let expected = expected(&case, &inputs);
         let step = QuantizePermute::prepare(device, config(&case)).unwrap();
         let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
-        unsafe { step.initialise_workspace(Stream(0), on.workspace.ptr()).unwrap() };
+        unsafe { step.initialise_state(Stream(0), on.state.ptr()).unwrap() };
         for _ in 0..50 {
             on.poison();
             unsafe {

@@ -21,9 +21,8 @@ fn ids_past_the_limit_write_nothing_outside_and_are_reported_at_the_next_wait() 
         let expected_bad = expected(&case, &emptied);
         let step = QuantizePermute::prepare(device, config(&case)).unwrap();
         let on = OnDevice::new(device, &case, &bad, step.workspace_bytes(&bad.plan).unwrap());
-        let workspace = on.workspace.ptr();
         unsafe {
-            step.initialise_workspace(Stream(0), workspace).unwrap();
+            step.initialise_state(Stream(0), on.state.ptr()).unwrap();
             step.launch(Stream(0), &on.call(bad.plan)).unwrap();
             let error = step.check(Stream(0), &on.call(bad.plan)).unwrap_err();
             assert_eq!(error, Error::ExpertId { token: 5, slot: 2, id: 16, limit: 16 });
@@ -50,7 +49,7 @@ fn a_map_entry_past_the_experts_is_reported() {
     let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
     assert!(on.map.is_some());
     unsafe {
-        step.initialise_workspace(Stream(0), on.workspace.ptr()).unwrap();
+        step.initialise_state(Stream(0), on.state.ptr()).unwrap();
         step.launch(Stream(0), &on.call(inputs.plan)).unwrap();
         let error = step.check(Stream(0), &on.call(inputs.plan)).unwrap_err();
         assert_eq!(error, Error::MapEntry { index: used, value: 10, local_experts: 10 });
@@ -72,7 +71,7 @@ fn a_routing_that_needs_more_rows_than_planned_stays_inside_and_is_reported() {
         let guarded = poisoned(device, needed * 256 * 2);
         let rows = RowsPtrs { out: guarded.ptr(), ..on.rows };
         unsafe {
-            step.initialise_workspace(Stream(0), on.workspace.ptr()).unwrap();
+            step.initialise_state(Stream(0), on.state.ptr()).unwrap();
             step.launch(Stream(0), &QuantizePermuteCall { rows, ..on.call(inputs.plan) }).unwrap();
             let error = step.check(Stream(0), &on.call(inputs.plan)).unwrap_err();
             assert_eq!(error, Error::MSum { m_sum: small, needed, alignment: 16 });

@@ -220,8 +220,8 @@ fn a_workspace_serves_calls_of_different_sizes_in_turn() {
     for (seed, tokens) in [(2, 64), (3, 256), (4, 1), (5, 65)] {
         let inputs = Inputs::new(&model, tokens, Pattern::Skewed, seed);
         let call = Call::new(device, &model, &inputs);
-        let buffers = LayerCall { workspace: large.workspace.ptr(), ..call.operands() };
-        unsafe { model.on_device.launch(Stream(0), &LayerCall { tokens, ..buffers }).unwrap() };
+        let operands = LayerCall { state: large.state.ptr(), workspace: large.workspace.ptr(), ..call.operands() };
+        unsafe { model.on_device.launch(Stream(0), &operands).unwrap() };
         let found = Differences::of(&call.output()[..tokens * 512], &model.cpu(&inputs), 512);
         assert!(found.within(tolerances(&BASE, tokens).1), "{tokens} tokens: {found:?}");
     }
@@ -434,6 +434,8 @@ fn bad_calls_are_typed_errors_and_nothing_is_written() {
     refuse(41, good, "tokens is 41, expected at most 40");
     refuse(40, LayerCall { workspace: good.workspace.byte_add(16), ..good }, "workspace is");
     refuse(40, LayerCall { workspace: DevicePtr::default(), ..good }, "workspace is 0");
+    refuse(40, LayerCall { state: DevicePtr::default(), ..good }, "state is 0");
+    refuse(40, LayerCall { state: good.state.byte_add(8), ..good }, "state is");
     refuse(40, LayerCall { output: good.output.byte_add(8), ..good }, "output is");
     refuse(40, with_states(DeviceMatrix { ptr: states.ptr.byte_add(2), ..states }), "hidden_states is");
     refuse(40, with_states(DeviceMatrix { ptr: DevicePtr::default(), ..states }), "hidden_states is 0");

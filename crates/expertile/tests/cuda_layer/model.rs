@@ -2,7 +2,9 @@
 
 use crate::on_device::{Random, upload};
 use expertile::cpu::{self, Cpu, PackedWeights};
-use expertile::cuda::{Device, DeviceBuffer, DeviceMatrix, DevicePtr, Layer, LayerCall, RoutingPtrs, Stream, Weights};
+use expertile::cuda::{
+    Device, DeviceBuffer, DeviceMatrix, DevicePtr, Layer, LayerCall, RoutingPtrs, STATE_BYTES, Stream, Weights,
+};
 use expertile::{
     Activation, ActivationFormat, Dtype, E4m3, Float, LayerConfig, LayerShape, Layout, MatrixRef, Routing, ScaleFormat,
     Scales, TopkIds, WeightFormat,
@@ -383,6 +385,7 @@ pub(crate) struct Call<'a> {
     pub(crate) weights: DeviceBuffer,
     map: Option<DeviceBuffer>,
     pub(crate) output: DeviceBuffer,
+    pub(crate) state: DeviceBuffer,
     pub(crate) workspace: DeviceBuffer,
     pub(crate) workspace_bytes: usize,
 }
@@ -400,6 +403,7 @@ impl<'a> Call<'a> {
             weights: device.allocate(4 * inputs.weights.len()).unwrap(),
             map: model.map.as_ref().map(|map| upload(device, map)),
             output: device.allocate(inputs.tokens * spec.hidden * element_bytes + GUARD).unwrap(),
+            state: device.allocate(STATE_BYTES).unwrap(),
             workspace: device.allocate(workspace_bytes + GUARD).unwrap(),
             workspace_bytes,
         };
@@ -434,16 +438,17 @@ impl<'a> Call<'a> {
             },
             topk_weights: DeviceMatrix::row_major(self.weights.ptr().cast(), spec.topk),
             output: self.output.ptr(),
+            state: self.state.ptr(),
             workspace: self.workspace.ptr(),
         }
     }
 
-    /// Poisons the output and all of the workspace, then readies the latter.
+    /// Poisons the output and all of the workspace, and readies the state.
     pub(crate) fn poison(&self, device: &Device) {
         self.output.fill(POISON).unwrap();
         self.workspace.fill(POISON).unwrap();
         unsafe {
-            self.model.on_device.initialise_workspace(Stream(0), self.workspace.ptr()).unwrap();
+            self.model.on_device.initialise_state(Stream(0), self.state.ptr()).unwrap();
             device.synchronize(Stream(0)).unwrap();
         }
     }

@@ -207,7 +207,7 @@ impl Choices {
     }
 }
 
-/// Where the workspace's parts start. What must survive from call to call comes first, wherever the others end.
+/// Where the workspace's parts start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Offsets {
     layout: usize,

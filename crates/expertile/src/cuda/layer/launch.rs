@@ -51,9 +51,10 @@ impl Layer {
 
     /// Checks everything that a call's launches ask for.
     pub(in crate::cuda) fn call<'a>(&self, operands: &'a LayerCall) -> Result<CheckedCall<'a>> {
-        let LayerCall { tokens, hidden_states, routing, topk_weights, output, workspace } = operands;
+        let LayerCall { tokens, hidden_states, routing, topk_weights, output, state, workspace } = operands;
         let (choice, offsets) = self.choose(*tokens)?;
         let call = CheckedCall { choice, parts: offsets.at(*workspace, &choice)?, operands };
+        state.require_aligned("state", 16)?;
         self.check_routing(routing)?;
         if *tokens > 0 {
             output.require_aligned("output", 16)?;
@@ -163,9 +164,9 @@ impl Entry {
     #[allow(unsafe_code)]
     unsafe fn route(&self, stream: Stream, call: &CheckedCall<'_>) -> Result<()> {
         let Self::Plain { route, .. } = self else { return Ok(()) };
-        let LayerCall { routing, workspace, .. } = *call.operands;
+        let LayerCall { routing, state, workspace, .. } = *call.operands;
         let LayerParts { layout, second_worklist, .. } = &call.parts;
-        let steps = RouteCall { plan: call.choice.plan, routing, layout: *layout, workspace };
+        let steps = RouteCall { plan: call.choice.plan, routing, layout: *layout, state, workspace };
         // SAFETY: the caller's promise.
         unsafe { prepared(route, &call.choice.row_tile).launch_with(stream, &steps, second_worklist.as_ref()) }
     }
@@ -175,14 +176,14 @@ impl Entry {
     #[allow(unsafe_code)]
     unsafe fn permute(&self, stream: Stream, call: &CheckedCall<'_>) -> Result<()> {
         let LayerChoice { plan, row_tile, .. } = call.choice;
-        let LayerCall { routing, workspace, .. } = *call.operands;
+        let LayerCall { routing, state, workspace, .. } = *call.operands;
         let LayerParts { layout, second_worklist, .. } = call.parts;
         let rows = call.rows();
         // SAFETY: the caller's promise.
         unsafe {
             match self {
                 Self::Quantized(steps) => {
-                    let call = QuantizePermuteCall { plan, routing, rows, layout, workspace };
+                    let call = QuantizePermuteCall { plan, routing, rows, layout, state, workspace };
                     prepared(steps, &row_tile).launch_with(stream, &call, second_worklist.as_ref())
                 }
                 Self::Plain { permute, .. } => permute.launch(stream, &PermuteCall { plan, rows, layout }),

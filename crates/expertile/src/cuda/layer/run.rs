@@ -11,10 +11,11 @@ use crate::cuda::route;
 use crate::dtype::Float;
 use crate::error::{Result, checked_mul};
 
-/// A workspace that the safe door has made ready. Layers of one device may share it, one call after the other.
+/// A workspace of the safe door, and the state of its calls. Layers of one device may share it, one call after the other.
 #[derive(Debug)]
 pub struct Workspace {
     memory: DeviceBuffer,
+    state: DeviceBuffer,
     /// Of the last call.
     tokens: usize,
 }
@@ -70,9 +71,10 @@ impl Layer {
     #[allow(unsafe_code)]
     pub fn workspace(&self, tokens: usize) -> Result<Workspace> {
         let memory = self.device().allocate(self.workspace_bytes(tokens)?)?;
-        // SAFETY: the memory is new and as large as the layer says; stream 0 always lives.
-        unsafe { self.initialise_workspace(Stream(0), memory.ptr())? };
-        Ok(Workspace { memory, tokens: 0 })
+        let state = self.device().allocate(route::STATE_BYTES)?;
+        // SAFETY: the memory is new and as large as a state; stream 0 always lives.
+        unsafe { self.initialise_state(Stream(0), state.ptr())? };
+        Ok(Workspace { memory, state, tokens: 0 })
     }
 
     /// Queues the call on the default stream: `output [M, H]`, every element.
@@ -123,8 +125,8 @@ impl Layer {
     #[allow(unsafe_code)]
     pub fn check(&self, workspace: &mut Workspace) -> Result<()> {
         let plan = self.choice(workspace.tokens)?.plan;
-        // SAFETY: the workspace was made ready, is borrowed exclusively, and stream 0 always lives.
-        unsafe { route::check(self.device(), Stream(0), &plan, self.config().global_experts, workspace.memory.ptr()) }
+        // SAFETY: the state was made ready, is borrowed exclusively, and stream 0 always lives.
+        unsafe { route::check(self.device(), Stream(0), &plan, self.config().global_experts, workspace.state.ptr()) }
     }
 
     /// Checks lengths and devices, and turns buffers into addresses.
@@ -160,6 +162,7 @@ impl Layer {
             },
             topk_weights: DeviceMatrix::row_major(topk_weights.ptr(), config.topk),
             output: output.ptr().cast(),
+            state: workspace.state.ptr(),
             workspace: workspace.memory.ptr(),
         })
     }

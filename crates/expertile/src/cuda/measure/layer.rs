@@ -2,7 +2,9 @@
 
 use super::StageTime;
 use super::clock::Clock;
-use crate::cuda::{Device, DeviceBuffer, DeviceMatrix, DevicePtr, Layer, LayerCall, LayerChoice, RoutingPtrs, Stream};
+use crate::cuda::{
+    Device, DeviceBuffer, DeviceMatrix, DevicePtr, Layer, LayerCall, LayerChoice, RoutingPtrs, STATE_BYTES, Stream,
+};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::layer::Stage;
@@ -74,6 +76,7 @@ impl<'a> LayerBench<'a> {
         let ids = device.upload(&inputs.topk_ids[..slots])?;
         let weights = device.upload(&inputs.topk_weights[..slots])?;
         let map = inputs.expert_map.map(|map| device.upload(map)).transpose()?;
+        let state: DeviceBuffer = device.allocate(STATE_BYTES)?;
         let workspace: DeviceBuffer = device.allocate(layer.workspace_bytes(tokens)?)?;
         let output = device.allocate(values)?;
         let routing = RoutingPtrs {
@@ -87,14 +90,15 @@ impl<'a> LayerBench<'a> {
             routing,
             topk_weights: DeviceMatrix::row_major(weights.ptr(), topk),
             output: output.ptr().cast(),
+            state: state.ptr(),
             workspace: workspace.ptr(),
         };
-        // SAFETY: the workspace is this call's own and as large as the layer says; stream 0 always lives.
+        // SAFETY: the state is this call's own; stream 0 always lives.
         unsafe {
-            layer.initialise_workspace(Stream(0), workspace.ptr())?;
+            layer.initialise_state(Stream(0), state.ptr())?;
             device.synchronize(Stream(0))?;
         }
-        let inputs = [x.into_bytes(), ids.into_bytes(), weights.into_bytes()].into_iter();
+        let inputs = [x.into_bytes(), ids.into_bytes(), weights.into_bytes(), state].into_iter();
         let inputs = inputs.chain(map.map(DeviceBuffer::into_bytes)).collect();
         Ok(Self { device, layer, call, workspace, output, _inputs: inputs })
     }

@@ -4,7 +4,7 @@ use super::clock::Clock;
 use super::random_bytes;
 use crate::cuda::{
     ALIGNMENT, Device, DeviceBuffer, DeviceMatrix, Gemm, GemmCall, GemmConfig, GemmShape, GemmTile, LayoutPtrs, Route,
-    RouteCall, RouteConfig, RoutingPtrs, Stream, Weights,
+    RouteCall, RouteConfig, RoutingPtrs, STATE_BYTES, Stream, Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::Result;
@@ -35,12 +35,13 @@ pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<
     let row_scales = device.upload(&vec![1f32; ScaleFormat::HOPPER.words(plan.m_sum(), WIDTH)?])?;
     let ids = device.upload(&vec![0i32; ROWS])?;
     let lists: DeviceBuffer = device.allocate(LayoutPtrs::space_bytes(&plan, row_tile)?)?;
+    let state: DeviceBuffer = device.allocate(STATE_BYTES)?;
     let workspace: DeviceBuffer = device.allocate(route.workspace_bytes(&plan)?)?;
     let out: DeviceBuffer = device.allocate(2 * plan.m_sum() * WIDTH)?;
     let layout = LayoutPtrs::carve(lists.ptr(), &plan, row_tile)?;
     let routing =
         RoutingPtrs { ids: DeviceMatrix::row_major(ids.ptr().cast(), 1), expert_map: None, global_experts: 1 };
-    let route_call = RouteCall { plan, routing, layout, workspace: workspace.ptr() };
+    let route_call = RouteCall { plan, routing, layout, state: state.ptr(), workspace: workspace.ptr() };
     // SAFETY: every buffer is as large as its step says and outlives the waits of `check` and of the clock.
     unsafe {
         let scales = Some(block_scales.ptr());
@@ -57,7 +58,7 @@ pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<
             m_sum: plan.m_sum(),
             alignment: plan.alignment(),
         };
-        route.initialise_workspace(Stream(0), workspace.ptr())?;
+        route.initialise_state(Stream(0), state.ptr())?;
         route.launch(Stream(0), &route_call)?;
         route.check(Stream(0), &route_call)?;
         let clock = Clock::new(device)?;

@@ -6,8 +6,8 @@ use crate::activation::Activation;
 use crate::cuda::driver::check_call;
 use crate::cuda::{
     Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, LayoutPtrs, QuantizePermute,
-    QuantizePermuteCall, QuantizePermuteConfig, Route, RouteCall, RouteConfig, RoutingPtrs, RowsPtrs, Stream,
-    Unpermute, UnpermuteCall, UnpermuteConfig,
+    QuantizePermuteCall, QuantizePermuteConfig, Route, RouteCall, RouteConfig, RoutingPtrs, RowsPtrs, STATE_BYTES,
+    Stream, Unpermute, UnpermuteCall, UnpermuteConfig,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_mul, require_len};
@@ -116,10 +116,11 @@ impl Call {
         let x = device.upload(&hidden_states[..tokens * hidden])?;
         let weights = device.upload(&vec![1.0 / topk as f32; tokens * topk])?;
         repeat(device, x.ptr().cast(), x.bytes(), back, 2 * m_sum * widest)?;
+        let state: DeviceBuffer = device.allocate(STATE_BYTES)?;
         let workspace: DeviceBuffer = device.allocate(quantize_permute.workspace_bytes(&plan)?)?;
-        // SAFETY: the workspace is this call's own and as large as the step says; stream 0 always lives.
+        // SAFETY: the state is this call's own; stream 0 always lives.
         unsafe {
-            quantize_permute.initialise_workspace(Stream(0), workspace.ptr())?;
+            quantize_permute.initialise_state(Stream(0), state.ptr())?;
             device.synchronize(Stream(0))?;
         }
 
@@ -135,14 +136,21 @@ impl Call {
             out: front,
             scales: Some(scales),
         };
-        let workspace_ptr = workspace.ptr();
+        let (state_ptr, workspace_ptr) = (state.ptr(), workspace.ptr());
         let call = Self {
             route: Route::prepare(device, route)?,
             quantize_permute,
             activate: Activate::prepare(device, activate)?,
             unpermute: Unpermute::prepare(device, unpermute)?,
-            route_call: RouteCall { plan, routing, layout, workspace: workspace_ptr },
-            permute_call: QuantizePermuteCall { plan, routing, rows, layout, workspace: workspace_ptr },
+            route_call: RouteCall { plan, routing, layout, state: state_ptr, workspace: workspace_ptr },
+            permute_call: QuantizePermuteCall {
+                plan,
+                routing,
+                rows,
+                layout,
+                state: state_ptr,
+                workspace: workspace_ptr,
+            },
             activate_call: ActivateCall {
                 gate_up: back.cast(),
                 psum: layout.psum,
@@ -161,7 +169,7 @@ impl Call {
                 m_sum,
             },
             _memory: {
-                memory.extend([ids.into_bytes(), x.into_bytes(), weights.into_bytes(), workspace]);
+                memory.extend([ids.into_bytes(), x.into_bytes(), weights.into_bytes(), state, workspace]);
                 memory
             },
         };

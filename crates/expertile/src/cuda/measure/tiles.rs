@@ -7,7 +7,7 @@ use crate::activation::Activation;
 use crate::cuda::layer::each_at_once;
 use crate::cuda::{
     ALIGNMENT, Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, Gemm, GemmCall, GemmConfig,
-    GemmTile, LayoutPtrs, ROW_TILES, Route, RouteCall, RouteConfig, RoutingPtrs, Stream, Weights, route,
+    GemmTile, LayoutPtrs, ROW_TILES, Route, RouteCall, RouteConfig, RoutingPtrs, STATE_BYTES, Stream, Weights, route,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_mul};
@@ -211,6 +211,7 @@ impl Call {
         let ids = device.upload(experts)?;
         let matrix = DeviceMatrix::row_major(ids.ptr().cast(), 1);
         let routing = RoutingPtrs { ids: matrix, expert_map: None, global_experts: local };
+        let state: DeviceBuffer = device.allocate(STATE_BYTES)?;
         let workspace: DeviceBuffer =
             device.allocate(route::workspace_bytes(&plan, device.info().multiprocessors as usize)?)?;
         let most = counts.iter().copied().max().unwrap_or(0);
@@ -221,10 +222,10 @@ impl Call {
             }
             let lists: DeviceBuffer = device.allocate(LayoutPtrs::space_bytes(&plan, row_tile)?)?;
             let layout = LayoutPtrs::carve(lists.ptr(), &plan, row_tile)?;
-            let call = RouteCall { plan, routing, layout, workspace: workspace.ptr() };
+            let call = RouteCall { plan, routing, layout, state: state.ptr(), workspace: workspace.ptr() };
             // SAFETY: every buffer is as large as its step says and outlives the wait of `check`.
             unsafe {
-                route.initialise_workspace(Stream(0), workspace.ptr())?;
+                route.initialise_state(Stream(0), state.ptr())?;
                 route.launch(Stream(0), &call)?;
                 route.check(Stream(0), &call)?;
             }
@@ -258,7 +259,7 @@ impl Call {
             alignment: plan.alignment(),
             m_sum,
         };
-        memory.extend([ids.into_bytes(), workspace, activated]);
+        memory.extend([ids.into_bytes(), state, workspace, activated]);
         // Weights of either GEMM, and as many again of those that a call reads, or as one expert has.
         let expert = checked_mul("an expert's weights", 2 * intermediate, hidden)?;
         let (places, step) = places(expert * format.bytes(), local, active);
