@@ -513,7 +513,7 @@ fn weights_leave_the_builder_only_when_all_of_them_have_come() {
         assert!(error.starts_with(start), "{error}, expected {start}");
     };
     builder.add_e4m3_rows(0, 128, rows(128), blocks(1)).unwrap();
-    refused(builder.add_e4m3_rows(0, 0, rows(256), blocks(2)), "row[0] is 128");
+    refused(builder.add_e4m3_rows(0, 0, rows(256), blocks(2)), "added_rows[0] is 128");
     refused(builder.add_e4m3_rows(0, 0, rows(64), blocks(1)), "first_row + rows is 64");
     refused(builder.add_e4m3_rows(0, 64, rows(64), blocks(1)), "first_row is 64");
     refused(builder.add_e4m3_rows(2, 0, rows(128), blocks(1)), "expert is 2");
