@@ -1,7 +1,9 @@
 //! `expertile plan`: what padding costs.
 
+use super::options::ReportOptions;
 use crate::error::{Error, Result};
-use crate::{format, memory, output, plot};
+use crate::report::{format, plot};
+use crate::{memory, output};
 use expertile::plan::{compute_aligned_m_and_alignment, expert_num_tokens_round_up_and_sum, tight_m_sum};
 use expertile::{ActivationFormat, AlignmentRule, Arch, Routing, ScaleFormat, TokenExperts};
 use expertile_checkpoint::Ids;
@@ -15,11 +17,19 @@ const ALIGNMENTS: [usize; 6] = [8, 16, 32, 64, 128, 256];
 /// Say what padding costs: rows of the permuted buffer, padding among them, workspace.
 ///
 /// Three sizes are given: the reference's bound, the tight bound (the exact maximum over all routings) and, when --ids or
-/// --counts tell the routing, the exact sum. Live rows are counted when the routing is known, else they are the most
+/// --counts give the routing, the exact sum. Live rows are counted when the routing is known, else they are the most
 /// there can be, tokens * min(topk, local experts). Padding is the rest of the exact size, or of the tight bound where
 /// there is no exact size.
 #[derive(Debug, clap::Args)]
 #[command(allow_negative_numbers = true)]
+#[command(override_usage = "\
+    expertile plan --tokens <M> --topk <K> --experts <G> [OPTIONS]\n       \
+    expertile plan --tokens <M> --topk <K> --counts <N,N,...> [OPTIONS]\n       \
+    expertile plan --ids <FILE> --experts <G> [OPTIONS]")]
+#[command(after_help = "\
+Examples:
+  expertile plan --tokens 128 --topk 8 --experts 128 --hidden 2048 --intermediate 768
+  expertile plan --tokens 10 --topk 2 --counts 9,0,8,2 --alignment 8 --plot plan.svg")]
 pub(crate) struct Args {
     /// Tokens, M.
     #[arg(long, value_name = "M", required_unless_present = "ids")]
@@ -30,7 +40,7 @@ pub(crate) struct Args {
     /// Experts in all, over every rank.
     #[arg(long, value_name = "G", required_unless_present = "counts")]
     experts: Option<usize>,
-    /// Experts of this rank (all of them, unless given). Those with the lowest global ids are taken to be local.
+    /// Experts of this rank, those with the lowest global ids [default: all].
     #[arg(long, value_name = "E")]
     local_experts: Option<usize>,
     /// Rows that each expert's segment is padded to a multiple of.
@@ -53,7 +63,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "I", requires = "hidden")]
     intermediate: Option<usize>,
     /// What the GEMMs read, for the workspace: e4m3 or bf16.
-    #[arg(long, value_name = "FORMAT", default_value = "e4m3", value_parser = parse_activations)]
+    #[arg(long, value_name = "FORMAT", default_value = "e4m3")]
     activations: ActivationFormat,
     /// topk_ids [M, topk], i32 or i64, as .npy or .safetensors: global expert ids, a negative one for an empty slot.
     #[arg(long, value_name = "FILE", conflicts_with = "counts")]
@@ -64,17 +74,8 @@ pub(crate) struct Args {
     /// Draw tokens per expert with the padding on top, as SVG; needs --ids or --counts.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
-    /// Print JSON instead of tables.
-    #[arg(long)]
-    json: bool,
-}
-
-/// The activation format of that name.
-pub(crate) fn parse_activations(name: &str) -> std::result::Result<ActivationFormat, String> {
-    [ActivationFormat::E4m3, ActivationFormat::Bf16]
-        .into_iter()
-        .find(|format| format.name() == name)
-        .ok_or_else(|| "expected e4m3 or bf16".into())
+    #[command(flatten)]
+    report: ReportOptions,
 }
 
 /// Experts that are counted one by one: some thousand times what any model has.
@@ -127,7 +128,8 @@ struct Report {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    output::prepare(&[("--plot", args.plot.as_deref())], args.ids.as_slice())?;
+    let targets = [("--plot", args.plot.as_deref()), ("--json", args.report.file())];
+    output::prepare(&targets, args.ids.as_slice())?;
     let question = Question::from_args(args)?;
     let report = Report::new(args, &question)?;
     if let Some(file) = &args.plot {
@@ -138,7 +140,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
         output::write_file(file, plot::tokens_per_expert(counts, report.asked.alignment).as_bytes())?;
     }
-    if args.json { output::print_json(&report) } else { output::print(&report.text(args)) }
+    args.report.tell(&report, |report| report.text(args))
 }
 
 impl Question {

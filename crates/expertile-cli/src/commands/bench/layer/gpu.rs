@@ -1,15 +1,17 @@
-//! `expertile bench --device cuda:N layer`: the whole layer on a GPU, inside a graph and eager, and each of its stages.
+//! `expertile bench layer --device cuda:N`: the whole layer on a GPU, inside a graph and eager, and each of its stages.
 
-use super::{Args, local_experts, require_memory, tell};
+use super::{Args, first_experts, made_up};
+use crate::commands::options::Runner;
 use crate::device::{self, Choice, Gpu};
 use crate::error::Result;
-use crate::format;
-use crate::layer::{active_experts, choose_activations};
 use crate::machine::Limits;
-use crate::memory::WeightPlace;
+use crate::output;
 use crate::preset::MadeUp;
-use crate::progress::Progress;
-use crate::stages::{StageReport, whole};
+use crate::report::plot::SizeTimes;
+use crate::report::progress::Progress;
+use crate::report::stages::{StageReport, explain_shares, whole};
+use crate::report::{format, plot};
+use crate::weights::ExpertWeights;
 use expertile::cuda::measure::{LayerCall, LayerInputs};
 use expertile::cuda::{Device, Layer, LayerConfig};
 use expertile::{Activation, ActivationFormat, Dtype, MatrixRef, Routing};
@@ -55,22 +57,20 @@ struct Row {
     eager_seconds: f64,
 }
 
-pub(super) fn run(args: &Args, ordinal: usize) -> Result<()> {
-    let device = Device::open(ordinal)?;
-    let report = measure(args, &device)?;
-    tell(&report, args.json.as_deref(), Report::text)
+pub(super) fn run(args: &Args, runner: &Runner, device: &Device) -> Result<()> {
+    let report = measure(args, runner, device)?;
+    if let Some(file) = &args.sizes.plot {
+        let sizes: Vec<SizeTimes> = report.sizes.iter().map(Size::times).collect();
+        output::write_file(file, plot::time_by_size("Time of a layer", &report.title(), &sizes).as_bytes())?;
+    }
+    args.report.tell(&report, Report::text)
 }
 
-fn measure(args: &Args, device: &Device) -> Result<Report> {
-    let format = args.weights.unwrap_or_else(|| args.preset.usual_format());
-    let activations = choose_activations(args.activations, format, args.preset.shape()?)?;
-    let global_experts = args.experts.unwrap_or(args.preset.experts());
-    let local = local_experts(args, global_experts)?;
-    let weights = MadeUp::new(args.preset, Some(local), format, args.seed, Some(device.info().memory_bytes))?
-        .with_intermediate(args.intermediate)?;
-    require_memory(&weights, activations, WeightPlace::Device, &args.tokens)?;
+fn measure(args: &Args, runner: &Runner, device: &Device) -> Result<Report> {
+    let (weights, global_experts, activations) = made_up(args, runner)?;
+    let (format, preset, tokens) = (weights.format(), args.sizes.preset, &args.sizes.tokens);
     let config = LayerConfig {
-        topk: args.preset.topk(),
+        topk: preset.topk(),
         ids: Dtype::I32,
         global_experts,
         input: Dtype::Bf16,
@@ -81,19 +81,19 @@ fn measure(args: &Args, device: &Device) -> Result<Report> {
         split_k: false,
     };
     let started = Instant::now();
-    let most = args.tokens.iter().copied().max().unwrap_or(1);
+    let most = tokens.iter().copied().max().unwrap_or(1);
     let layer = device::prepare(device, &weights, config, most)?;
     let prepare_seconds = started.elapsed().as_secs_f64();
     let limits = device::limits(device, format)?;
-    let progress = Progress::new("timing sizes", args.tokens.len());
+    let progress = Progress::new("timing sizes", tokens.len());
     let mut sizes = Vec::new();
-    for &tokens in &args.tokens {
+    for &tokens in tokens {
         sizes.push(measure_size(device, &layer, &weights, &limits, tokens)?);
         progress.set(sizes.len());
     }
     let shape = layer.shape();
     Ok(Report {
-        source: args.preset.name(),
+        source: preset.name(),
         gpu: device.info().into(),
         hidden: shape.hidden(),
         intermediate: shape.intermediate(),
@@ -115,9 +115,8 @@ fn measure_size(device: &Device, layer: &Layer, weights: &MadeUp, limits: &Limit
     let input = weights.tokens(tokens)?;
     let (_, hidden_states) = device::half_bits(input.hidden_states())?;
     let (topk_ids, topk_weights) = weights.uniform_routing(tokens, global)?;
-    // The first experts are this device's.
-    let map: Vec<i32> = (0..global).map(|id| if id < local { id as i32 } else { -1 }).collect();
-    let expert_map = (local < global).then_some(&map[..]);
+    let map = first_experts(local, global);
+    let expert_map = map.as_deref();
     let routing = Routing::new(MatrixRef::new(&topk_ids, tokens, config.topk)?, local, expert_map)?;
     let inputs = LayerInputs { tokens, hidden_states, topk_ids: &topk_ids, topk_weights: &topk_weights, expert_map };
     let call = LayerCall::new(device, layer, &inputs)?;
@@ -131,38 +130,37 @@ fn measure_size(device: &Device, layer: &Layer, weights: &MadeUp, limits: &Limit
         .map(|(stage, timed)| Row { report: StageReport::new(stage, limits), eager_seconds: timed.eager_seconds });
     Ok(Size {
         tokens,
-        live_rows: live_rows(&routing),
-        active_experts: active_experts(&routing),
+        live_rows: routing.slots().flatten().count(),
+        active_experts: routing.active_experts(),
         choice: times.choice.into(),
         stages: rows.collect(),
         layer: Row { report, eager_seconds: times.eager_seconds },
     })
 }
 
-fn live_rows(routing: &Routing<'_>) -> usize {
-    let topk = routing.topk();
-    let live = |slot: &usize| routing.local_expert(slot / topk, slot % topk).is_some();
-    (0..routing.tokens() * topk).filter(live).count()
+impl Size {
+    fn times(&self) -> SizeTimes {
+        let StageReport { seconds, share, .. } = self.layer.report;
+        SizeTimes {
+            tokens: self.tokens,
+            seconds,
+            least_seconds: seconds * share,
+            parts: self.stages.iter().map(|stage| (stage.report.stage, stage.report.seconds)).collect(),
+        }
+    }
 }
 
 impl Report {
+    fn title(&self) -> String {
+        let experts = format::experts(self.experts, self.global_experts);
+        let Self { source, topk, weights, activations, .. } = self;
+        format!("{source}: {experts}, {topk} each, {weights} weights, {activations} activations")
+    }
+
     fn text(&self) -> String {
-        let mut text = String::new();
-        let experts = if self.experts < self.global_experts {
-            format!("{} of {} experts", self.experts, self.global_experts)
-        } else {
-            format!("{} experts", self.experts)
-        };
-        let _ = writeln!(
-            text,
-            "{}: {experts}, {} each, {} weights ({}, ready in {}), {} activations",
-            self.source,
-            self.topk,
-            self.weights,
-            format::bytes(self.weight_bytes as u64),
-            format::seconds(self.prepare_seconds),
-            self.activations
-        );
+        let mut text = self.title();
+        let bytes = format::bytes(self.weight_bytes as u64);
+        let _ = writeln!(text, "; weights {bytes}, ready in {}", format::seconds(self.prepare_seconds));
         let _ = writeln!(
             text,
             "{}, copies {}; a large matrix product {}",
@@ -186,7 +184,11 @@ impl Report {
         for size in &self.sizes {
             let _ = writeln!(text, "{} tokens: {}", size.tokens, size.choice.text());
         }
-        text.push_str("times are inside a graph; the layer's is less than its stages', as each is set up while the one before runs\n");
+        let layers = self.sizes.iter().flat_map(|size| size.stages.iter().chain([&size.layer]));
+        text.push_str(explain_shares(layers.map(|row| row.report.share)));
+        text.push_str(
+            "times are inside a graph; the layer's is less than its stages', as each is set up while the one before runs\n",
+        );
         if self.activations == ActivationFormat::E4m3.name() {
             text.push_str("permute includes routing and plan: one call\n");
         }

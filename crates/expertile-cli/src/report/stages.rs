@@ -1,31 +1,9 @@
-//! A layer's stages, run and timed.
+//! A layer's stages: their times, and how these compare with what the machine can do.
 
-use crate::error::Result;
-use crate::format;
+use super::format;
 use crate::machine::{Bound, Limits};
-use crate::memory;
-use expertile::cpu::{Cpu, Layer, StageDone};
-use expertile::{MatrixRef, Routing, Stage, StageCost};
-use expertile_checkpoint::HiddenStates;
-use half::bf16;
+use expertile::{Stage, StageCost};
 use serde::Serialize;
-
-/// What a call of a layer works on: tokens and their experts.
-#[derive(Clone, Copy)]
-pub(crate) struct Inputs<'a> {
-    pub(crate) hidden_states: &'a HiddenStates,
-    pub(crate) routing: Routing<'a>,
-    pub(crate) topk_weights: &'a [f32],
-}
-
-/// One call of a layer on the CPU, and room for the result.
-pub(crate) struct Call<'a> {
-    pub(crate) cpu: &'a Cpu,
-    pub(crate) layer: &'a Layer,
-    pub(crate) inputs: Inputs<'a>,
-    pub(crate) workspace: Vec<u8>,
-    pub(crate) output: Vec<bf16>,
-}
 
 /// What a stage took.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -47,54 +25,6 @@ pub(crate) struct StageReport {
     pub(crate) bound: Bound,
     /// The least time over the time taken; above 1 where caches hold what memory would have to bring.
     pub(crate) share: f64,
-}
-
-impl<'a> Call<'a> {
-    pub(crate) fn new(cpu: &'a Cpu, layer: &'a Layer, inputs: Inputs<'a>) -> Result<Self> {
-        let routing = &inputs.routing;
-        let workspace = memory::zeroed("the workspace", layer.workspace_bytes(routing.tokens(), routing.topk())?)?;
-        let output = memory::zeroed("the output", routing.tokens() * layer.shape().hidden())?;
-        Ok(Self { cpu, layer, inputs, workspace, output })
-    }
-
-    /// Runs the layer once.
-    pub(crate) fn run(&mut self, observe: &mut (dyn FnMut(&StageDone<'_>) + Send)) -> Result<()> {
-        let Inputs { hidden_states, routing, topk_weights } = self.inputs;
-        let (tokens, topk, hidden) = (routing.tokens(), routing.topk(), self.layer.shape().hidden());
-        let weights = MatrixRef::new(topk_weights, tokens, topk)?;
-        let (workspace, output) = (&mut self.workspace[..], &mut self.output[..]);
-        macro_rules! run {
-            ($values:expr) => {{
-                let x = MatrixRef::new($values, tokens, hidden)?;
-                self.layer.run_observed(self.cpu, x, &routing, weights, workspace, output, observe)
-            }};
-        }
-        match hidden_states {
-            HiddenStates::Bf16(values) => run!(values),
-            HiddenStates::F16(values) => run!(values),
-            HiddenStates::F32(values) => run!(values),
-        }?;
-        Ok(())
-    }
-
-    /// Runs once to warm up, then `repeats(seconds of the first run)` times: the median time of every stage.
-    pub(crate) fn time(&mut self, repeats: impl Fn(f64) -> usize) -> Result<Vec<StageTime>> {
-        let first: f64 = self.time_once()?.iter().map(|time| time.seconds).sum();
-        let mut runs = Vec::new();
-        for _ in 0..repeats(first).max(1) {
-            runs.push(self.time_once()?);
-        }
-        Ok(medians(&runs))
-    }
-
-    pub(crate) fn time_once(&mut self) -> Result<Vec<StageTime>> {
-        let mut times = Vec::with_capacity(Stage::ALL.len());
-        self.run(&mut |done| {
-            let seconds = done.elapsed.as_secs_f64();
-            times.push(StageTime { stage: Some(done.stage), seconds, cost: done.cost });
-        })?;
-        Ok(times)
-    }
 }
 
 /// Stage by stage, the median over runs that all have the same stages.
@@ -159,6 +89,15 @@ impl StageReport {
         ["stage", "time", "bytes", "rate", "FLOP", "rate", "limit", "of limit"];
 }
 
+/// A line that explains shares above 100 %, where there are any.
+pub(crate) fn explain_shares(shares: impl IntoIterator<Item = f64>) -> &'static str {
+    if shares.into_iter().any(|share| share > 1.0 && format::percent(share) != format::percent(1.0)) {
+        "above 100 %: a cache held bytes that the limit takes to come from memory\n"
+    } else {
+        ""
+    }
+}
+
 /// All stages as one: the whole layer.
 pub(crate) fn whole(times: &[StageTime], limits: &Limits) -> StageReport {
     let least: f64 = times.iter().map(|time| limits.least_seconds(time.stage, time.cost).0).sum();
@@ -187,5 +126,11 @@ mod tests {
         assert_eq!(median(vec![]), 0.0);
         assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+
+    #[test]
+    fn only_shares_that_are_printed_above_100_percent_are_explained() {
+        assert_eq!(explain_shares([0.3, 1.0, 1.0004]), "");
+        assert!(explain_shares([0.3, 1.0006]).starts_with("above 100 %: "));
     }
 }

@@ -67,6 +67,11 @@ pub(crate) fn percent(share: f64) -> String {
     format!("{:.1} %", share * 100.0)
 }
 
+/// How many experts there are here, and of how many.
+pub(crate) fn experts(local: usize, global: usize) -> String {
+    if local < global { format!("{local} of {global} experts") } else { format!("{local} experts") }
+}
+
 /// Three significant digits where there is a fraction to cut, whole numbers else.
 pub(crate) fn three_digits(value: f64) -> String {
     match value {

@@ -1,10 +1,10 @@
 //! The tokens of a call and their experts: given in a file, or chosen by the router.
 
-use super::parts::Parts;
 use crate::error::{Error, Result};
 use crate::output;
+use crate::parts::Parts;
+use crate::report::stages::StageTime;
 use crate::router::{self, RouterPrecision};
-use crate::stages::StageTime;
 use crate::weights::ExpertWeights;
 use expertile::{MatrixRef, StageCost, TopkIds};
 use expertile_checkpoint::{LayerInput, LayerOutput};

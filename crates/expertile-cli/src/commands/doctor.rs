@@ -1,22 +1,25 @@
 //! `expertile doctor`: what this machine offers.
 
-use crate::device;
+use super::options::ReportOptions;
 use crate::error::Result;
 use crate::machine::{self, Bandwidth};
-use crate::memory;
-use crate::{format, output};
+use crate::report::format;
+use crate::{device, memory, output};
 use expertile::cpu::{Cpu, Isa};
 use expertile::cuda::Device;
 use expertile::cuda::measure::copy_bytes_per_second;
 use expertile::{ActivationFormat, WeightFormat};
 use serde::Serialize;
 
-/// Tell what this machine offers: instruction sets, threads, memory bandwidth, GPU or the reason why none.
+/// Say what this machine offers: instruction sets, threads, memory bandwidth, GPU or the reason why none.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  expertile doctor
+  expertile doctor --json doctor.json")]
 pub(crate) struct Args {
-    /// Print JSON instead of a list.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    report: ReportOptions,
 }
 
 #[derive(Debug, Serialize)]
@@ -55,8 +58,9 @@ struct Rate {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    output::prepare(&[("--json", args.report.file())], &[])?;
     let report = machine::pool(None)?.install(Report::new)?;
-    if args.json { output::print_json(&report) } else { output::print(&report.text()) }
+    args.report.tell(&report, Report::text)
 }
 
 impl Gpu {

@@ -1,14 +1,15 @@
 //! `expertile layer --device cuda:N`: the layer on a GPU.
 
 use super::report::{Computed, Outcome, Place};
+use crate::call::Inputs;
 use crate::check::{self, Found};
 use crate::device;
 use crate::error::{Error, Result};
-use crate::stages::{Inputs, whole};
+use crate::report::stages::whole;
 use crate::weights::ExpertWeights;
+use expertile::Dtype;
 use expertile::cuda::measure::{LayerCall, LayerInputs};
 use expertile::cuda::{Device, LayerConfig};
-use expertile::{Dtype, Routing};
 use std::time::Instant;
 
 pub(super) fn run(
@@ -44,7 +45,7 @@ pub(super) fn run(
     let layer = device::prepare(device, weights, config, routing.tokens())?;
     let pack_seconds = started.elapsed().as_secs_f64();
     let limits = device::limits(device, weights.format())?;
-    let ids = local_ids(&routing);
+    let ids: Vec<i32> = routing.slots().map(|expert| expert.map_or(-1, |expert| expert as i32)).collect();
     let on_device = LayerInputs {
         tokens: routing.tokens(),
         hidden_states: bits,
@@ -55,7 +56,7 @@ pub(super) fn run(
     let call = LayerCall::new(device, &layer, &on_device)?;
     call.run()?;
     let output = call.output()?;
-    // `[M_sum, H]` may be gigabytes: brought back only to be looked at.
+    // `[M_sum, H]` may be gigabytes: it is downloaded for the check only.
     let rows = check.then(|| call.rows()).transpose()?;
     let times = call.time()?;
     let check = rows.map(|(rows, row_of_slot)| {
@@ -77,11 +78,4 @@ pub(super) fn run(
         output,
         check,
     })
-}
-
-/// `[M, topk]`: every slot's expert, -1 for none.
-fn local_ids(routing: &Routing<'_>) -> Vec<i32> {
-    let topk = routing.topk();
-    let id = |slot: usize| routing.local_expert(slot / topk, slot % topk).map_or(-1, |expert| expert as i32);
-    (0..routing.tokens() * topk).map(id).collect()
 }

@@ -21,7 +21,7 @@ impl Parts {
     pub(crate) const ROUTED: Self = Self { routed: true, shared: false };
 
     /// The parts asked for, or all that the block has.
-    pub(super) fn choose(asked: Option<Self>, weights: &dyn ExpertWeights) -> Result<Self> {
+    pub(crate) fn choose(asked: Option<Self>, weights: &dyn ExpertWeights) -> Result<Self> {
         let has_shared = weights.shared().is_some();
         match asked {
             Some(asked) if asked.shared && !has_shared => {
@@ -40,7 +40,7 @@ impl Parts {
     }
 
     /// The block's other parts.
-    pub(super) fn left_out(self, weights: &dyn ExpertWeights) -> Vec<&'static str> {
+    pub(crate) fn left_out(self, weights: &dyn ExpertWeights) -> Vec<&'static str> {
         let others = Self { routed: !self.routed, shared: !self.shared && weights.shared().is_some() };
         others.names()
     }

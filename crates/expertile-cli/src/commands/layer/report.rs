@@ -1,12 +1,13 @@
 //! What `expertile layer` reports.
 
-use super::parts::Parts;
+use crate::check;
 use crate::device::Choice;
 use crate::machine::Limits;
+use crate::parts::Parts;
+use crate::report::format;
+use crate::report::stages::{StageReport, StageTime, explain_shares};
 use crate::router::RouterPrecision;
-use crate::stages::{StageReport, StageTime};
 use crate::weights::ExpertWeights;
-use crate::{check, format};
 use expertile::{ActivationFormat, Routing};
 use half::bf16;
 use serde::Serialize;
@@ -106,7 +107,7 @@ impl Report {
             intermediate: shape.intermediate(),
             experts: shape.local_experts(),
             topk: routing.topk(),
-            active_experts: super::active_experts(routing),
+            active_experts: routing.active_experts(),
             parts: computed.parts.names(),
             left_out: computed.parts.left_out(weights),
             router: computed.router.map(RouterPrecision::name),
@@ -154,6 +155,7 @@ impl Report {
         }
         let rows: Vec<_> = self.stages.iter().chain([&self.total]).map(StageReport::row).collect();
         text.push_str(&format::table(&StageReport::HEADER, 1, &rows));
+        text.push_str(explain_shares(self.stages.iter().chain([&self.total]).map(|stage| stage.share)));
         if let Some(check) = &self.check {
             let _ = writeln!(text, "{}", check.text());
         }

@@ -1,6 +1,5 @@
 //! Pictures, as SVG text: drawn from numbers alone, the viewer brings the font.
 
-use crate::bench::Size;
 use plotters::coord::Shift;
 use plotters::coord::ranged1d::ValueFormatter;
 use plotters::coord::types::RangedCoordf64;
@@ -146,39 +145,49 @@ const STAGE_COLORS: [RGBColor; 6] = [
     RGBColor(44, 160, 44),
 ];
 
-/// The layer's time over the number of tokens beside the least it can be, and what part of it each stage takes.
-pub(crate) fn time_by_size(title: &str, sizes: &[Size]) -> String {
+/// What a number of tokens took.
+pub(crate) struct SizeTimes {
+    pub(crate) tokens: usize,
+    pub(crate) seconds: f64,
+    /// The least that it can take.
+    pub(crate) least_seconds: f64,
+    /// Stages by name, and their seconds.
+    pub(crate) parts: Vec<(&'static str, f64)>,
+}
+
+/// The time over the number of tokens beside the least it can be, and what part of it each stage takes.
+pub(crate) fn time_by_size(heading: &str, title: &str, sizes: &[SizeTimes]) -> String {
     const WIDTH: u32 = 1080;
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, (WIDTH, HEIGHT)).into_drawing_area();
-        draw_sizes(&area, title, sizes).expect("drawing into memory meets nothing that can fail");
+        draw_sizes(&area, heading, title, sizes).expect("drawing into memory meets nothing that can fail");
     }
     svg
 }
 
-fn draw_sizes(area: &Area<'_>, title: &str, sizes: &[Size]) -> Drawn {
+fn draw_sizes(area: &Area<'_>, heading: &str, title: &str, sizes: &[SizeTimes]) -> Drawn {
     area.fill(&WHITE)?;
-    write_text(area, "Time of a layer", (24, 16), 20, INK)?;
+    write_text(area, heading, (24, 16), 20, INK)?;
     write_text(area, title, (24, 42), 14, INK)?;
     let (_, below) = area.split_vertically(64);
     let (left, right) = below.split_horizontally(500);
     draw_times(&left, sizes)?;
     let (bars, legend) = right.split_horizontally(440);
     draw_parts(&bars, sizes)?;
-    let stages = sizes.first().map_or(&[][..], |size| &size.stages[..]);
-    for (index, (stage, color)) in stages.iter().zip(STAGE_COLORS).rev().enumerate() {
+    let stages = sizes.first().map_or(&[][..], |size| &size.parts[..]);
+    for (index, (&(stage, _), color)) in stages.iter().zip(STAGE_COLORS).rev().enumerate() {
         let y = 40 + 26 * index as i32;
         legend.draw(&Rectangle::new([(8, y), (22, y + 14)], color.filled()))?;
-        write_text(&legend, stage.report.stage, (30, y), 14, INK)?;
+        write_text(&legend, stage, (30, y), 14, INK)?;
     }
     area.present()?;
     Ok(())
 }
 
 /// Two lines over the position of each size: time, and the least time, on a logarithmic scale.
-fn draw_times(area: &Area<'_>, sizes: &[Size]) -> Drawn {
-    let measured: Vec<f64> = sizes.iter().map(|size| size.total.seconds * 1e3).collect();
+fn draw_times(area: &Area<'_>, sizes: &[SizeTimes]) -> Drawn {
+    let measured: Vec<f64> = sizes.iter().map(|size| size.seconds * 1e3).collect();
     let least: Vec<f64> = sizes.iter().map(|size| size.least_seconds * 1e3).collect();
     // Whole powers of ten around everything; a nanosecond to a day whatever the numbers.
     let exponents = || measured.iter().chain(&least).map(|value| value.clamp(1e-6, 1e8).log10().floor() as i32);
@@ -203,7 +212,7 @@ fn draw_times(area: &Area<'_>, sizes: &[Size]) -> Drawn {
 }
 
 /// One bar per size, cut into the stages' parts of the time.
-fn draw_parts(area: &Area<'_>, sizes: &[Size]) -> Drawn {
+fn draw_parts(area: &Area<'_>, sizes: &[SizeTimes]) -> Drawn {
     let mut chart = ChartBuilder::on(area)
         .margin(MARGIN)
         .x_label_area_size(42)
@@ -213,8 +222,9 @@ fn draw_parts(area: &Area<'_>, sizes: &[Size]) -> Drawn {
     draw_axes(&mut chart, sizes.len(), ("tokens", &tokens), ("part of the time", &|y| format!("{y:.0} %")))?;
     for (at, size) in sizes.iter().enumerate() {
         let mut from = 0.0;
-        for (stage, color) in size.stages.iter().zip(STAGE_COLORS) {
-            let to = from + 100.0 * stage.report.seconds / size.total.seconds.max(1e-12);
+        let all: f64 = size.parts.iter().map(|part| part.1).sum();
+        for (&(_, seconds), color) in size.parts.iter().zip(STAGE_COLORS) {
+            let to = from + 100.0 * seconds / all.max(1e-12);
             let x = at as f64;
             chart.draw_series([Rectangle::new([(x - 0.35, from), (x + 0.35, to)], color.filled())])?;
             from = to;
@@ -223,7 +233,7 @@ fn draw_parts(area: &Area<'_>, sizes: &[Size]) -> Drawn {
     Ok(())
 }
 
-fn size_label(sizes: &[Size], x: f64) -> String {
+fn size_label(sizes: &[SizeTimes], x: f64) -> String {
     if x.fract() != 0.0 || x < 0.0 {
         return String::new();
     }
@@ -233,23 +243,16 @@ fn size_label(sizes: &[Size], x: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::Row;
-    use crate::machine::Bound;
-    use crate::stages::StageReport;
 
-    fn size(tokens: usize) -> Size {
-        let report =
-            |stage, seconds| StageReport { stage, seconds, bytes: 1, flops: 0, bound: Bound::Memory, share: 1.0 };
-        let row = |stage| Row { report: report(stage, 0.5), memcpy_seconds: None, share_of_memcpy: None };
-        let stages = vec![row("permute"), row("unpermute")];
-        Size { tokens, active_experts: 1, stages, total: report("layer", 1.0), least_seconds: 1e-4 }
+    fn size(tokens: usize) -> SizeTimes {
+        SizeTimes { tokens, seconds: 1.0, least_seconds: 1e-4, parts: vec![("permute", 0.5), ("unpermute", 0.5)] }
     }
 
     #[test]
     fn every_size_has_its_label_on_both_axes() {
         for count in 1..=12 {
-            let sizes: Vec<Size> = (0..count).map(|at| size(7001 + at)).collect();
-            let svg = time_by_size("title", &sizes);
+            let sizes: Vec<SizeTimes> = (0..count).map(|at| size(7001 + at)).collect();
+            let svg = time_by_size("heading", "title", &sizes);
             for size in &sizes {
                 assert_eq!(svg.matches(&format!("\n{}\n", size.tokens)).count(), 2, "{count}: {}", size.tokens);
             }
@@ -258,7 +261,7 @@ mod tests {
 
     #[test]
     fn pictures_of_nothing_can_be_drawn() {
-        assert!(time_by_size("title", &[]).contains("</svg>"));
+        assert!(time_by_size("heading", "title", &[]).contains("</svg>"));
         assert!(tokens_per_expert(&[], 8).contains("</svg>"));
         assert!(tokens_per_expert(&[0, 0], 8).contains("0.0 %"));
         assert!(tokens_per_expert(&[1, i32::MAX], usize::MAX).contains("100.0 %"));

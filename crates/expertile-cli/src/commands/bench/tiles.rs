@@ -1,11 +1,12 @@
-//! `expertile bench --device cuda:N tiles`: layers drawn at random, both GEMMs cut in every way, and by how much the layer's own
-//! choice misses the best.
+//! `expertile bench tiles`: layers drawn at random, both GEMMs cut in every way, and by how much the layer's own choice
+//! misses the best.
 
-use super::{Args, tell};
-use crate::device::Gpu;
-use crate::error::Result;
-use crate::format;
-use crate::progress::Progress;
+use crate::commands::options::ReportOptions;
+use crate::device::{self, DeviceNumber, Gpu};
+use crate::error::{Error, Result};
+use crate::output;
+use crate::report::format;
+use crate::report::progress::Progress;
 use expertile::cuda::measure::{TileBench, TileInputs, TileTime};
 use expertile::cuda::{Device, GemmTile, LayerChoice, LayerConfig};
 use expertile::{Activation, ActivationFormat, Dtype, LayerShape, Stage, WeightFormat};
@@ -16,6 +17,32 @@ use std::fmt::Write;
 const MOST_WEIGHT_BYTES: usize = 24 << 30;
 const MOST_ROW_BYTES: usize = 32 << 30;
 const MOST_FLOPS: f64 = 3e13;
+
+/// Draw layers at random, cut their GEMMs in every way, and say by how much the choice of tiles misses the best.
+///
+/// Layers have H 1024 to 8192, I 128 to 16384, 8 to 512 experts, 1 to 10 of them per token, and 1 to 16384 tokens, as far
+/// as they fit in 24 GiB of weights, 32 GiB of rows and 30 TFLOP. Needs a Hopper GPU.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  expertile bench tiles --draws 20
+  expertile bench tiles --device cuda:0 --seed 7 --json tiles.json")]
+pub(crate) struct Args {
+    /// Device: cuda:N.
+    #[arg(long, value_name = "NAME", default_value = "cuda:0", value_parser = device::parse)]
+    device: DeviceNumber,
+    /// Layers to draw.
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    draws: usize,
+    /// Experts of every layer [default: drawn].
+    #[arg(long, value_name = "N")]
+    experts: Option<usize>,
+    /// Seed of the draws.
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    seed: u64,
+    #[command(flatten)]
+    report: ReportOptions,
+}
 
 /// One layer and one call of it.
 #[derive(Debug, Clone, Serialize)]
@@ -86,10 +113,15 @@ struct Tile {
     seconds: f64,
 }
 
-pub(super) fn run(args: &Args, ordinal: usize) -> Result<()> {
-    let device = Device::open(ordinal)?;
-    let report = measure(args, &device)?;
-    tell(&report, args.json.as_deref(), Report::text)
+pub(super) fn run(args: &Args) -> Result<()> {
+    output::prepare(&[("--json", args.report.file())], &[])?;
+    let ordinal =
+        args.device.ok_or_else(|| Error::usage("--device is cpu, expected cuda:N: a CPU chooses no tiles"))?;
+    if let Some(experts) = args.experts.filter(|experts| !(1..=512).contains(experts)) {
+        return Err(Error::usage(format!("--experts is {experts}, expected 1 to 512")));
+    }
+    let report = measure(args, &Device::open(ordinal)?)?;
+    args.report.tell(&report, Report::text)
 }
 
 /// Random numbers, the same for the same seed (splitmix64).
