@@ -1,5 +1,5 @@
-//! Writes small checkpoints with made-up weights into a folder, one in each naming and weight format, and hidden states
-//! to run them on:
+//! Writes small checkpoints with made-up weights into a folder, one in each naming and weight format, and hidden
+//! states to run them on:
 //!
 //! ```console
 //! $ cargo run --release -p expertile-checkpoint --example small_checkpoints -- small

@@ -1,18 +1,18 @@
 //! The files of a checkpoint folder: config, index, shards.
 //!
-//! A folder with a `model.safetensors` is read from that file, whatever its index says (Transformers does the same, and an
-//! index may be left over); without one the index names the shards. Only regular files are opened, or links to them.
+//! A folder with a `model.safetensors` is read from that file, whatever its index says (Transformers does the same,
+//! and an index may be left over); without one the index names the shards. Only regular files are opened, or links to
+//! them.
 //!
 //! Opening reads `config.json` and the index only; a shard is mapped when the first tensor in it is asked for, and its
 //! weights are read by whoever touches them. A mapped file must not be changed or cut while the [`Checkpoint`] lives
-//! (as for every program that maps files): a load past a new end is a `SIGBUS`. [`Checkpoint::mapped_files`] tells a program
-//! that handles the signal which file it was.
+//! (as for every program that maps files): a load past a new end is a `SIGBUS`. [`Checkpoint::mapped_files`] tells a
+//! program that handles the signal which file it was.
 
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::family::Family;
 use crate::json;
-use crate::moe_layer::MoeLayer;
 use crate::read;
 use crate::tensors::{Header, Tensor};
 use memmap2::Mmap;
@@ -73,8 +73,9 @@ impl Checkpoint<'static> {
     /// Opens a Hugging Face checkpoint folder: `config.json` and `model.safetensors`, or its index with shards.
     ///
     /// # Errors
-    /// [`Error::Io`] for a file that cannot be read, [`Error::Format`] for one that is no regular file, [`Error::Json`] for one that is not JSON, [`Error::Config`],
-    /// [`Error::ShardName`] for an index entry that leads out of the folder.
+    /// [`Error::Io`] for a file that cannot be read, [`Error::Format`] for one that is no regular file,
+    /// [`Error::Json`] for one that is not JSON, [`Error::Config`], [`Error::ShardName`] for an index entry that leads
+    /// out of the folder.
     pub fn open(folder: &Path) -> Result<Self> {
         let file = folder.join(CONFIG);
         let config = Config::parse(&file, &read::read_json(&file)?)?;
@@ -109,20 +110,9 @@ impl<'a> Checkpoint<'a> {
         self.config.family
     }
 
-    /// One MoE layer: its shape, its router, views of its weights. Maps the shards it stands in.
-    ///
-    /// # Errors
-    /// [`Error::Layer`] or [`Error::DenseLayer`] if there are no experts, [`Error::MissingTensor`],
-    /// [`Error::UnknownTensor`] for one that could change the block and that the family is not known to have,
-    /// [`Error::AmbiguousTensor`], [`Error::Shape`], [`Error::Dtype`], [`Error::Config`] for a key that is missing or has
-    /// a value that this crate does not take, [`Error::Router`], and whatever opening a shard meets.
-    pub fn layer(&self, layer: usize) -> Result<MoeLayer<'_>> {
-        MoeLayer::read(self, layer)
-    }
-
-    /// Bytes that a layer on the CPU takes at the least: a byte to each weight that is packed, and the router's weight in
-    /// f32. By the config alone, so that a layer that cannot fit need not be opened; 0 if the config describes no such
-    /// layer.
+    /// Bytes that a layer on the CPU takes at the least: a byte to each weight that is packed, and the router's weight
+    /// in f32. By the config alone, so that a layer that cannot fit need not be opened; 0 if the config describes no
+    /// such layer.
     #[must_use]
     pub fn least_layer_bytes(&self, layer: usize) -> u128 {
         let Ok(block) = self.config.block(layer) else { return 0 };

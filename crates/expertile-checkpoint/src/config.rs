@@ -1,9 +1,9 @@
 //! `config.json`: the family of a checkpoint, and what it says about one layer's block of experts.
 //!
-//! A key is *understood* (the family's row reads it, or fixes its value), *harmless* (known to leave the block as it is),
-//! or neither. One that is neither and whose name speaks of experts, routers, activations and the like is an error: it
-//! could change the numbers, and nothing is guessed. An entry that is `null` counts as absent. A key that changes the
-//! numbers and is missing is an error too.
+//! A key is *understood* (the family's row reads it, or fixes its value), *harmless* (known to leave the block as it
+//! is), or neither. One that is neither and whose name speaks of experts, routers, activations and the like is an
+//! error: it could change the numbers, and nothing is guessed. An entry that is `null` counts as absent. A key that
+//! changes the numbers and is missing is an error too.
 
 use crate::error::{Error, Result};
 use crate::family::{ActivationRow, CorrectionBias, Family, GroupsRow, Layers, Normalize, Scores, Width};

@@ -1,8 +1,8 @@
-//! The model families, as data: one row says how a family names its keys and tensors, how its router works, what stands
-//! between the GEMMs, which shared expert it has, and which of its layers hold experts.
+//! The model families, as data: one row says how a family names its keys and tensors, how its router works, what
+//! stands between the GEMMs, which shared expert it has, and which of its layers hold experts.
 //!
-//! Nothing else in this crate knows a family by name. Keys are those of `config.json` (of its `text_config` where models
-//! nest one). Tensor names are relative to the block, or to the layer if they begin with `/`.
+//! Nothing else in this crate knows a family by name. Keys are those of `config.json` (of its `text_config` where
+//! models nest one). Tensor names are relative to the block, or to the layer if they begin with `/`.
 
 use expertile::{GateUpOrder, GroupWorth, Normalization};
 

@@ -1,8 +1,8 @@
 //! `topk_ids [M, topk]` out of a `.npy` or a `.safetensors` file: i32 or i64.
 //!
 //! Which of the two it is, the first bytes say. A `.npy` file may be in C or in Fortran order (the ids are then read
-//! through strides, not moved); its numbers must be little-endian. A safetensors file holds the ids under `topk_ids`, or
-//! holds nothing else.
+//! through strides, not moved); its numbers must be little-endian. A safetensors file holds the ids under `topk_ids`,
+//! or holds nothing else.
 
 use crate::error::{Error, Result};
 use crate::read;
@@ -108,8 +108,8 @@ impl Ids {
     }
 }
 
-/// Fails for a dimension that no routing has. Where the other one is 0, the file's length does not bound it, and whoever
-/// works through tokens or slots would never be done.
+/// Fails for a dimension that no routing has. Where the other one is 0, the file's length does not bound it, and
+/// whoever works through tokens or slots would never be done.
 fn require_bearable(file: &Path, tensor: &str, shape: [usize; 2]) -> Result<()> {
     if shape.iter().any(|&extent| extent > MOST_ROWS) {
         return Err(Error::shape(file, tensor, &shape, format!("[M, topk] with both at most {MOST_ROWS}")));

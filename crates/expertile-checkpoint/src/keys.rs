@@ -66,8 +66,8 @@ impl<'a> Keys<'a> {
         if self.get(key).is_some() { self.size(key) } else { Ok(absent) }
     }
 
-    /// The positive number that these keys agree on, one of which has to be there; each may be a list with one number per
-    /// layer.
+    /// The positive number that these keys agree on, one of which has to be there; each may be a list with one number
+    /// per layer.
     pub(crate) fn agreed_size(&self, names: &[&str], layer: usize) -> Result<usize> {
         const EXPECTED: &str = "a positive whole number";
         let mut found: Option<(&str, usize)> = None;

@@ -1,10 +1,12 @@
-//! One MoE layer out of a Hugging Face checkpoint folder, memory-mapped, and the small files that go in and out beside it.
+//! One MoE layer out of a Hugging Face checkpoint folder, memory-mapped, and the small files that go in and out beside
+//! it.
 //!
 //! [`Checkpoint`] opens the folder; [`Checkpoint::layer`] gives a [`MoeLayer`]: its shape, its router and views of its
-//! weights in bf16, f16, f32 or e4m3, as any of the [families](Family::all) that are known names them. [`Ids`] reads `topk_ids`; [`LayerInput`] and [`LayerOutput`] are the files of one call.
+//! weights in bf16, f16, f32 or e4m3, as any of the [families](Family::all) that are known names them. [`Ids`] reads
+//! `topk_ids`; [`LayerInput`] and [`LayerOutput`] are the files of one call.
 //!
-//! Everything here looks at foreign bytes: whatever they hold, the worst that happens is an [`Error`]. Each reader works
-//! over bytes as well as files, so that it can be fuzzed.
+//! Everything here looks at foreign bytes: whatever they hold, the worst that happens is an [`Error`]. Each reader
+//! works over bytes as well as files, so that it can be fuzzed.
 
 pub mod checkpoint;
 mod config;

@@ -3,9 +3,8 @@
 use crate::error::{Error, Result};
 use crate::quantization::Scheme;
 use crate::tensors::Tensor;
-use expertile::cpu::{Cpu, PackedWeightsBuilder};
 use expertile::gemm::WEIGHT_BLOCK;
-use expertile::{E4m3, MatrixRef, WeightFormat};
+use expertile::{E4m3, MatrixRef, WeightFormat, WeightsBuilder};
 use half::{bf16, f16};
 use safetensors::Dtype;
 use std::borrow::Cow;
@@ -57,6 +56,27 @@ pub enum WeightRows<'m> {
         /// Their scales.
         scales: &'m WeightScales,
     },
+}
+
+impl WeightRows<'_> {
+    /// Adds them to a backend's weights, as rows from `first_row` on of an expert. f16 and f32 are rounded to bf16.
+    ///
+    /// # Errors
+    /// As the builder's.
+    pub fn add_to<W: WeightsBuilder>(self, builder: &mut W, expert: usize, first_row: usize) -> expertile::Result<()> {
+        match self {
+            Self::Bf16(rows) => builder.add_bf16_rows(expert, first_row, rows),
+            Self::F16(rows) => builder.add_bf16_rows(expert, first_row, rows),
+            Self::F32(rows) => builder.add_bf16_rows(expert, first_row, rows),
+            Self::E4m3 { values, scales: WeightScales::Block(scales) } => {
+                let [rows, cols] = [values.rows(), values.cols()].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
+                builder.add_e4m3_rows(expert, first_row, values, MatrixRef::new(scales, rows, cols)?)
+            }
+            Self::E4m3 { values, scales: WeightScales::Row(scales) } => {
+                builder.add_e4m3_channel_rows(expert, first_row, values, scales)
+            }
+        }
+    }
 }
 
 /// Where a matrix lies in a tensor of one or several experts.
@@ -163,28 +183,6 @@ impl<'a> WeightMatrix<'a> {
     fn strided<'m, T: Copy>(&self, values: &'m [T]) -> expertile::Result<MatrixRef<'m, T>> {
         let values = values.get(self.start..).unwrap_or_default();
         MatrixRef::with_strides(values, self.rows, self.cols, self.row_stride, self.col_stride)
-    }
-
-    pub(crate) fn pack(
-        &self,
-        cpu: &Cpu,
-        builder: &mut PackedWeightsBuilder,
-        expert: usize,
-        first_row: usize,
-    ) -> expertile::Result<()> {
-        match self.view()? {
-            WeightRows::Bf16(rows) => builder.pack_bf16_rows(cpu, expert, first_row, rows),
-            WeightRows::F16(rows) => builder.pack_bf16_rows(cpu, expert, first_row, rows),
-            WeightRows::F32(rows) => builder.pack_bf16_rows(cpu, expert, first_row, rows),
-            WeightRows::E4m3 { values, scales: WeightScales::Block(scales) } => {
-                let [block_rows, block_cols] = self.blocks();
-                let scales = MatrixRef::new(scales, block_rows, block_cols)?;
-                builder.pack_e4m3_rows(cpu, expert, first_row, values, scales)
-            }
-            WeightRows::E4m3 { values, scales: WeightScales::Row(scales) } => {
-                builder.pack_e4m3_channel_rows(cpu, expert, first_row, values, scales)
-            }
-        }
     }
 
     fn blocks(&self) -> [usize; 2] {

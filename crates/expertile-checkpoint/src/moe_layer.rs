@@ -6,16 +6,15 @@ use crate::error::{Error, Result};
 use crate::family::{ExpertNames, Family, SharedNames};
 use crate::matrix::{View, WEIGHT_DTYPES, WeightMatrix, WeightScales, matrix_scales, weight_format};
 use crate::tensors::Tensor;
-use expertile::cpu::{Cpu, PackedWeights, PackedWeightsBuilder};
 use expertile::gemm::WEIGHT_BLOCK;
 use expertile::layer::LayerShape;
-use expertile::{Activation, GateUpOrder, Router, WeightFormat};
+use expertile::{Activation, Backend, GateUpOrder, Router, WeightFormat, WeightsBuilder};
 use safetensors::Dtype;
 use std::cell::RefCell;
 use std::collections::HashSet;
 
-/// The experts of one layer of a checkpoint, with their router and their shared expert; weights stay in the mapped files
-/// until they are packed.
+/// The experts of one layer of a checkpoint, with their router and their shared expert; weights stay in the mapped
+/// files until they are packed.
 #[derive(Debug)]
 pub struct MoeLayer<'a> {
     shape: LayerShape,
@@ -149,7 +148,7 @@ impl<'a> MoeLayer<'a> {
         self.shared.as_ref()
     }
 
-    /// Packs the routed experts for the CPU: `w13 [E, 2 I, H]` (gate rows first; `[E, I, H]` without a gate) and
+    /// Loads the routed experts into a backend: `w13 [E, 2 I, H]` (gate rows first; `[E, I, H]` without a gate) and
     /// `w2 [E, H, I]`.
     ///
     /// `progress` gets the number of experts that are done, after each. This is where the file is read, so the time it
@@ -157,57 +156,74 @@ impl<'a> MoeLayer<'a> {
     ///
     /// # Errors
     /// [`Error::Pack`] with the library's reason.
-    pub fn pack(&self, cpu: &Cpu, progress: &mut dyn FnMut(usize)) -> Result<(PackedWeights, PackedWeights)> {
-        pack(cpu, self.shape, &self.experts, progress)
+    pub fn load<B: Backend>(&self, backend: &B, progress: &mut dyn FnMut(usize)) -> Result<(B::Weights, B::Weights)> {
+        load(backend, self.shape, &self.experts, progress)
+    }
+}
+
+impl Checkpoint<'_> {
+    /// One MoE layer: its shape, its router, views of its weights. Maps the shards that hold it.
+    ///
+    /// # Errors
+    /// [`Error::Layer`] or [`Error::DenseLayer`] if there are no experts, [`Error::MissingTensor`],
+    /// [`Error::UnknownTensor`] for one that could change the block and that the family is not known to have,
+    /// [`Error::AmbiguousTensor`], [`Error::Shape`], [`Error::Dtype`], [`Error::Config`] for a key that is missing or
+    /// has a value that this crate does not take, [`Error::Router`], and whatever opening a shard meets.
+    pub fn layer(&self, layer: usize) -> Result<MoeLayer<'_>> {
+        MoeLayer::read(self, layer)
     }
 }
 
 impl SharedExpert<'_> {
-    /// What its weights are packed as.
+    /// What its weights are loaded as.
     #[must_use]
     pub fn weight_format(&self) -> WeightFormat {
         self.expert.up.format()
     }
 
-    /// Packs its weights for the CPU, as those of a layer with one expert.
+    /// Loads its weights, as those of a layer with one expert.
     ///
     /// # Errors
     /// [`Error::Pack`] with the library's reason.
-    pub fn pack(&self, cpu: &Cpu) -> Result<(PackedWeights, PackedWeights)> {
-        pack(cpu, self.shape, std::slice::from_ref(&self.expert), &mut |_| {})
+    pub fn load<B: Backend>(&self, backend: &B) -> Result<(B::Weights, B::Weights)> {
+        load(backend, self.shape, std::slice::from_ref(&self.expert), &mut |_| {})
     }
 }
 
-fn pack(
-    cpu: &Cpu,
+fn load<B: Backend>(
+    backend: &B,
     shape: LayerShape,
     experts: &[Expert<'_>],
     progress: &mut dyn FnMut(usize),
-) -> Result<(PackedWeights, PackedWeights)> {
-    let (hidden, intermediate, count) = (shape.hidden(), shape.intermediate(), experts.len());
-    let pack = |what: &str| {
+) -> Result<(B::Weights, B::Weights)> {
+    let failed = |what: &str| {
         let what = what.to_owned();
         move |source| Error::Pack { what, source }
     };
     let format = experts[0].up.format();
-    let w13 = if shape.is_gated() {
-        PackedWeightsBuilder::gate_up(format, count, intermediate, hidden)
-    } else {
-        PackedWeightsBuilder::new(format, count, intermediate, hidden)
-    };
-    let mut w13 = w13.map_err(pack("w13"))?;
-    let mut w2 = PackedWeightsBuilder::new(format, count, hidden, intermediate).map_err(pack("w2"))?;
+    let mut w13 = backend.w13_builder(format, &shape).map_err(failed("w13"))?;
+    let mut w2 = backend.w2_builder(format, &shape).map_err(failed("w2"))?;
     for (id, expert) in experts.iter().enumerate() {
         let mut first_row = 0;
         if let Some(gate) = &expert.gate {
-            gate.pack(cpu, &mut w13, id, 0).map_err(pack(&format!("gate of expert {id}")))?;
-            first_row = intermediate;
+            gate.view()
+                .and_then(|rows| rows.add_to(&mut w13, id, 0))
+                .map_err(failed(&format!("gate of expert {id}")))?;
+            first_row = shape.intermediate();
         }
-        expert.up.pack(cpu, &mut w13, id, first_row).map_err(pack(&format!("up of expert {id}")))?;
-        expert.down.pack(cpu, &mut w2, id, 0).map_err(pack(&format!("down of expert {id}")))?;
+        expert
+            .up
+            .view()
+            .and_then(|rows| rows.add_to(&mut w13, id, first_row))
+            .map_err(failed(&format!("up of expert {id}")))?;
+        expert
+            .down
+            .view()
+            .and_then(|rows| rows.add_to(&mut w2, id, 0))
+            .map_err(failed(&format!("down of expert {id}")))?;
         progress(id + 1);
     }
-    Ok((w13.finish().map_err(pack("w13"))?, w2.finish().map_err(pack("w2"))?))
+    Ok((w13.finish().map_err(failed("w13"))?, w2.finish().map_err(failed("w2"))?))
 }
 
 /// What may stand before the number of a layer: language models alone, inside multimodal ones, and without a head.
@@ -352,8 +368,8 @@ impl<'a, 'c> Reader<'a, 'c> {
         Ok(tensor)
     }
 
-    /// An expert whose matrices are tensors of their own; `dtype` is the one that they must have, if another expert's have
-    /// been seen.
+    /// An expert whose matrices are tensors of their own; `dtype` is the one that they must have, if another expert's
+    /// have been seen.
     fn separate(
         &self,
         gate: Option<String>,
@@ -471,7 +487,8 @@ impl<'a, 'c> Reader<'a, 'c> {
         Ok(experts)
     }
 
-    /// Block scales of a fused tensor, by expert and part (gate and up, or down), each `[ceil(R / 128), ceil(C / 128)]`.
+    /// Block scales of a fused tensor, by expert and part (gate and up, or down), each
+    /// `[ceil(R / 128), ceil(C / 128)]`.
     fn fused_scales(
         &self,
         weight: &str,
@@ -488,7 +505,8 @@ impl<'a, 'c> Reader<'a, 'c> {
         let [row_blocks, col_blocks] = [rows, cols].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
         let parts = if is_gate_up { 2 } else { 1 };
         if is_gate_up && !intermediate.is_multiple_of(WEIGHT_BLOCK) {
-            // Blocks that count from up's first row and blocks over the joined rows cannot be told apart by their number.
+            // Blocks that count from up's first row and blocks over the joined rows cannot be told apart by their
+            // number.
             let expected = "gate and up in tensors of their own, or an intermediate size that 128 divides";
             return Err(Error::shape(tensor.file, &tensor.name, tensor.shape, expected));
         }

@@ -6,8 +6,8 @@
 //! | `fp8` without a block size | one scale per tensor, or per row | `<weight>_scale_inv` or `<weight>_scale` |
 //! | `compressed-tensors`, `float-quantized` | strategy `block`, `tensor` or `channel` | `<weight>_scale` |
 //!
-//! Scales may be F32, BF16, F16 or F8_E8M0; all are widened exactly. Static scales of activations are refused: they would
-//! change the numbers.
+//! Scales may be F32, BF16, F16 or F8_E8M0; all are widened exactly. Static scales of activations are refused: they
+//! would change the numbers.
 
 use crate::error::{Error, Result};
 use crate::keys::Keys;

@@ -1,9 +1,9 @@
 //! Opening foreign files: only those that have an end, and only as much memory as there is.
 //!
-//! A name in a checkpoint folder, or one that a user gives, may lead to a FIFO that nobody writes, a device without an end
-//! or a directory. None of them is opened: what a file is, is looked up first. Where a whole file is one argument of a call
-//! (ids, hidden states), a pipe that is open already (`/dev/stdin`, a shell's `<(command)`) is read too, and no further
-//! than its header says.
+//! A name in a checkpoint folder, or one that a user gives, may lead to a FIFO that nobody writes, a device without an
+//! end or a directory. None of them is opened: what a file is, is looked up first. Where a whole file is one argument
+//! of a call (ids, hidden states), a pipe that is open already (`/dev/stdin`, a shell's `<(command)`) is read too, and
+//! no further than its header says.
 
 use crate::error::{Error, Result};
 use std::fs::{File, FileType, Metadata};

@@ -1,7 +1,7 @@
 //! The tensors of one safetensors file, over its bytes.
 //!
-//! The header is checked once (its length, its JSON, that the tensors cover the data exactly and in order); from then on
-//! a tensor's bytes are there and have the length that its shape and dtype say.
+//! The header is checked once (its length, its JSON, that the tensors cover the data exactly and in order); from then
+//! on a tensor's bytes are there and have the length that its shape and dtype say.
 
 use crate::error::{Error, Result};
 use crate::json;
@@ -138,8 +138,8 @@ impl<'a> Tensor<'a> {
         }
     }
 
-    /// Values of `N` bytes each among the tensor's `bytes`, in place, or copied where the file did not align them (or the
-    /// machine is big-endian).
+    /// Values of `N` bytes each among the tensor's `bytes`, in place, or copied where the file did not align them (or
+    /// the machine is big-endian).
     pub(crate) fn values<const N: usize, T: Pod>(
         &self,
         bytes: &'a [u8],

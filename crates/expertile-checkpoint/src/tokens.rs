@@ -66,8 +66,8 @@ impl LayerInput {
     /// Reads the bytes of a whole file; `file` is its name in messages.
     ///
     /// # Errors
-    /// [`Error::Format`] or [`Error::Json`] for a header that cannot be, [`Error::MissingTensor`] for `hidden_states`, or
-    /// for ids without weights or weights without ids, [`Error::Dtype`], [`Error::Shape`].
+    /// [`Error::Format`] or [`Error::Json`] for a header that cannot be, [`Error::MissingTensor`] for `hidden_states`,
+    /// or for ids without weights or weights without ids, [`Error::Dtype`], [`Error::Shape`].
     pub fn from_bytes(file: &Path, bytes: &[u8]) -> Result<Self> {
         let header = Header::parse(file, bytes)?;
         let find = |name: &'static str| header.tensor(bytes, name);
@@ -132,6 +132,16 @@ fn read_routing(tokens: usize, ids: &Tensor<'_>, weights: &Tensor<'_>) -> Result
 }
 
 impl HiddenStates {
+    /// Their type.
+    #[must_use]
+    pub fn dtype(&self) -> expertile::Dtype {
+        match self {
+            Self::Bf16(_) => expertile::Dtype::Bf16,
+            Self::F16(_) => expertile::Dtype::F16,
+            Self::F32(_) => expertile::Dtype::F32,
+        }
+    }
+
     fn read(tensor: &Tensor<'_>) -> Result<Self> {
         match tensor.dtype {
             Dtype::BF16 => Ok(Self::Bf16(tensor.decode(bf16::from_le_bytes)?)),

@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::memory;
 use crate::report::stages::{StageTime, medians};
-use expertile::cpu::{Cpu, Layer, StageDone};
+use expertile::cpu::{Layer, StageDone};
 use expertile::{MatrixRef, Routing, Stage};
 use expertile_checkpoint::HiddenStates;
 use half::bf16;
@@ -18,7 +18,6 @@ pub(crate) struct Inputs<'a> {
 
 /// One call of a layer on the CPU, and room for the result.
 pub(crate) struct Call<'a> {
-    pub(crate) cpu: &'a Cpu,
     pub(crate) layer: &'a Layer,
     pub(crate) inputs: Inputs<'a>,
     pub(crate) workspace: Vec<u8>,
@@ -26,11 +25,11 @@ pub(crate) struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    pub(crate) fn new(cpu: &'a Cpu, layer: &'a Layer, inputs: Inputs<'a>) -> Result<Self> {
+    pub(crate) fn new(layer: &'a Layer, inputs: Inputs<'a>) -> Result<Self> {
         let routing = &inputs.routing;
-        let workspace = memory::zeroed("the workspace", layer.workspace_bytes(routing.tokens(), routing.topk())?)?;
+        let workspace = memory::zeroed("the workspace", layer.workspace_bytes(routing.tokens())?)?;
         let output = memory::zeroed("the output", routing.tokens() * layer.shape().hidden())?;
-        Ok(Self { cpu, layer, inputs, workspace, output })
+        Ok(Self { layer, inputs, workspace, output })
     }
 
     /// Runs the layer once.
@@ -42,7 +41,7 @@ impl<'a> Call<'a> {
         macro_rules! run {
             ($values:expr) => {{
                 let x = MatrixRef::new($values, tokens, hidden)?;
-                self.layer.run_observed(self.cpu, x, &routing, weights, workspace, output, observe)
+                self.layer.run_observed(x, &routing, weights, workspace, output, observe)
             }};
         }
         match hidden_states {

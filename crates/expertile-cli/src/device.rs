@@ -5,11 +5,11 @@ use crate::machine::{Bandwidth, Limits};
 use crate::memory;
 use crate::report::progress::Progress;
 use crate::report::stages::StageTime;
-use crate::weights::{ExpertWeights, PartRows};
+use crate::weights::{self, ExpertWeights};
 use expertile::cuda::measure::{LayerTimes, copy_bytes_per_second, matrix_flops_per_second};
-use expertile::cuda::{Device, Info, Layer, LayerChoice, LayerConfig, Weights, WeightsBuilder};
+use expertile::cuda::{Device, Info, Layer, LayerChoice};
 use expertile::layer::stage_cost;
-use expertile::{Dtype, Layout, Routing, Stage, StageCost, WeightFormat};
+use expertile::{Dtype, LayerConfig, Layout, Routing, Stage, StageCost, WeightFormat};
 use expertile_checkpoint::HiddenStates;
 use half::slice::HalfFloatSliceExt;
 use serde::Serialize;
@@ -41,24 +41,6 @@ pub(crate) fn half_bits(states: &HiddenStates) -> Result<(Dtype, &[u16])> {
     }
 }
 
-/// Brings `w13 [E, 2 I, H]` and `w2 [E, H, I]` to the device, a matrix at a time; `progress` counts the experts done.
-fn upload(weights: &dyn ExpertWeights, device: &Device, progress: &mut dyn FnMut(usize)) -> Result<[Weights; 2]> {
-    let (shape, format) = (weights.shape(), weights.format());
-    let (hidden, intermediate, experts) = (shape.hidden(), shape.intermediate(), shape.local_experts());
-    let mut w13 = WeightsBuilder::new(device, format, (experts, shape.w13_rows(), hidden))?;
-    let mut w2 = WeightsBuilder::new(device, format, (experts, hidden, intermediate))?;
-    weights.each_part(progress, &mut |place, rows| {
-        let builder = if place.in_w13 { &mut w13 } else { &mut w2 };
-        match rows {
-            PartRows::Bf16(rows) => builder.upload_bf16_rows(place.expert, place.first_row, rows),
-            PartRows::E4m3 { values, scales } => {
-                builder.upload_e4m3_rows(place.expert, place.first_row, values, scales)
-            }
-        }
-    })?;
-    Ok([w13.finish()?, w2.finish()?])
-}
-
 /// The layer on the device, with a bar on a terminal while its weights are uploaded.
 pub(crate) fn prepare(
     device: &Device,
@@ -67,7 +49,7 @@ pub(crate) fn prepare(
     max_tokens: usize,
 ) -> Result<Layer> {
     let progress = Progress::new("uploading experts", weights.shape().local_experts());
-    let [w13, w2] = upload(weights, device, &mut |done| progress.set(done))?;
+    let (w13, w2) = weights::load(weights, device, &mut |done| progress.set(done))?;
     Ok(Layer::prepare(device, w13, w2, config, max_tokens.max(1))?)
 }
 
@@ -76,7 +58,7 @@ pub(crate) fn prepare(
 pub(crate) fn stage_times(layer: &Layer, times: &LayerTimes, routing: &Routing<'_>) -> Result<Vec<StageTime>> {
     const INPUT_BYTES: usize = 2;
     let (shape, plan) = (layer.shape(), &times.choice.plan);
-    let (weights, activations) = (layer.weights()[0].format(), layer.config().activations);
+    let (weights, activations) = (layer.weights()[0].format(), layer.config().activation_format);
     let mut space = memory::zeroed("the layout", Layout::space_len(plan)?)?;
     let layout = Layout::build(plan, routing, &mut space)?;
     let cost = |stage| stage_cost(stage, shape, &layout, weights, activations, INPUT_BYTES);

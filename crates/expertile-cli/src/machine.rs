@@ -136,7 +136,7 @@ pub(crate) fn gemm_flops_per_second(cpu: &Cpu, weights: WeightFormat, activation
     let scales = vec![1.0; format.words(ROWS, K)?];
     let rows = match activations {
         ActivationFormat::Bf16 => Activations::Bf16(&bf16_rows),
-        ActivationFormat::E4m3 => Activations::E4m3 { rows: &e4m3_rows, scales: Scales::F32(&scales), format },
+        ActivationFormat::E4m3 => Activations::E4m3 { rows: &e4m3_rows, scales: Scales::f32(format, &scales) },
     };
     let mut workspace = vec![0; grouped_gemm_workspace_bytes(ROWS, K, activations)?];
     let mut out = vec![bf16::ZERO; ROWS * N];

@@ -4,13 +4,12 @@
 //! again for the check. Only the packed weights are kept; beside them there is one expert's matrix at a time.
 
 use crate::error::{Error, Result};
-use crate::weights::{ExpertWeights, Part, PartRows, Space, TakePart};
+use crate::weights::{ExpertWeights, Part, Space, TakePart};
 use crate::{memory, output};
 use clap::ValueEnum;
-use expertile::cpu::{Cpu, PackedWeights, PackedWeightsBuilder};
 use expertile::gemm::WEIGHT_BLOCK;
 use expertile::{E4m3, Float, GroupWorth, Groups, LayerShape, MatrixRef, Normalization, Router, WeightFormat};
-use expertile_checkpoint::{HiddenStates, LayerInput};
+use expertile_checkpoint::{HiddenStates, LayerInput, WeightRows, WeightScales};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -255,23 +254,6 @@ impl ExpertWeights for MadeUp {
         &self.router_weight
     }
 
-    fn pack(&self, cpu: &Cpu, progress: &mut dyn FnMut(usize)) -> Result<(PackedWeights, PackedWeights)> {
-        let (hidden, intermediate, experts) =
-            (self.shape.hidden(), self.shape.intermediate(), self.shape.local_experts());
-        let mut w13 = PackedWeightsBuilder::gate_up(self.format, experts, intermediate, hidden)?;
-        let mut w2 = PackedWeightsBuilder::new(self.format, experts, hidden, intermediate)?;
-        self.each_part(progress, &mut |place, rows| {
-            let builder = if place.in_w13 { &mut w13 } else { &mut w2 };
-            match rows {
-                PartRows::Bf16(rows) => builder.pack_bf16_rows(cpu, place.expert, place.first_row, rows),
-                PartRows::E4m3 { values, scales } => {
-                    builder.pack_e4m3_rows(cpu, place.expert, place.first_row, values, scales)
-                }
-            }
-        })?;
-        Ok((w13.finish()?, w2.finish()?))
-    }
-
     fn with_part(&self, part: Part, expert: usize, space: &mut Space, take: &mut TakePart<'_>) -> Result<()> {
         let (hidden, intermediate) = (self.shape.hidden(), self.shape.intermediate());
         let (rows, cols) = match part {
@@ -283,7 +265,7 @@ impl ExpertWeights for MadeUp {
                 space.bf16.resize(rows * cols, bf16::ZERO);
                 let each = space.bf16.par_chunks_mut(cols).enumerate();
                 each.for_each(|(row, out)| self.bf16_row(part, expert, row, out));
-                take(PartRows::Bf16(MatrixRef::new(&space.bf16, rows, cols)?))?;
+                take(WeightRows::Bf16(MatrixRef::new(&space.bf16, rows, cols)?))?;
             }
             WeightFormat::E4m3 => {
                 space.e4m3.resize(rows * cols, E4m3(0));
@@ -291,9 +273,8 @@ impl ExpertWeights for MadeUp {
                 each.for_each(|(row, out)| self.e4m3_row(part, expert, row, out));
                 let blocks = [rows, cols].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
                 let scale = |block: usize| self.scale(part, expert, block / blocks[1], block % blocks[1], cols);
-                let scales: Vec<f32> = (0..blocks[0] * blocks[1]).map(scale).collect();
-                let scales = MatrixRef::new(&scales, blocks[0], blocks[1])?;
-                take(PartRows::E4m3 { values: MatrixRef::new(&space.e4m3, rows, cols)?, scales })?;
+                let scales = WeightScales::Block((0..blocks[0] * blocks[1]).map(scale).collect());
+                take(WeightRows::E4m3 { values: MatrixRef::new(&space.e4m3, rows, cols)?, scales: &scales })?;
             }
         }
         Ok(())

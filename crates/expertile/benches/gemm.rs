@@ -52,7 +52,7 @@ fn route(tokens: usize, numbers: &mut Numbers) -> Vec<usize> {
 /// One expert's random weights, packed for each of them: the values do not matter here, the memory does.
 fn weights(cpu: &Cpu, format: WeightFormat, n: usize, k: usize) -> PackedWeights {
     let mut numbers = Numbers(1);
-    let mut builder = PackedWeightsBuilder::new(format, EXPERTS, n, k).unwrap();
+    let mut builder = PackedWeightsBuilder::new(cpu, format, EXPERTS, n, k).unwrap();
     let values: Vec<f32> = (0..n * k).map(|_| numbers.float()).collect();
     let wide: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
     // Quantized weights fill e4m3's range.
@@ -62,11 +62,11 @@ fn weights(cpu: &Cpu, format: WeightFormat, n: usize, k: usize) -> PackedWeights
         match format {
             WeightFormat::Bf16 => {
                 let rows = MatrixRef::new(&wide, n, k).unwrap();
-                builder.pack_bf16_rows(cpu, expert, 0, rows).unwrap();
+                builder.add_bf16_rows(expert, 0, rows).unwrap();
             }
             WeightFormat::E4m3 => {
                 let scales = MatrixRef::new(&scales, n.div_ceil(128), k.div_ceil(128)).unwrap();
-                builder.pack_e4m3_rows(cpu, expert, 0, MatrixRef::new(&narrow, n, k).unwrap(), scales).unwrap();
+                builder.add_e4m3_rows(expert, 0, MatrixRef::new(&narrow, n, k).unwrap(), scales).unwrap();
             }
         }
     }
@@ -101,8 +101,10 @@ fn time(cpu: &Cpu, weights: &PackedWeights, e4m3_rows: bool, tokens: usize) -> T
     let activations = match e4m3_rows {
         true => Activations::E4m3 {
             rows: &bytes,
-            scales: Scales::F32(&scales),
-            format: ScaleFormat::new(Group::G128, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap(),
+            scales: Scales::f32(
+                ScaleFormat::new(Group::G128, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap(),
+                &scales,
+            ),
         },
         false => Activations::Bf16(&rows),
     };

@@ -4,8 +4,8 @@
 //! aligned start. [`Layout::from_psum`] takes such a buffer over, and the layout remembers the alignment: a GEMM with
 //! another row tile, which would read some rows with the wrong expert's weights, is refused.
 
-use expertile::cpu::{Cpu, Layer, LayerOptions, PackedWeights};
-use expertile::{Layout, MatrixRef};
+use expertile::cpu::{Cpu, Layer, PackedWeights};
+use expertile::{ActivationFormat, LayerConfig, Layout, MatrixRef};
 use half::bf16;
 
 const EXPERTS: usize = 4;
@@ -33,12 +33,12 @@ fn main() -> expertile::Result<()> {
     let w2 = vec![bf16::from_f32(0.02); EXPERTS * HIDDEN * INTERMEDIATE];
     let w13 = PackedWeights::pack_bf16(&cpu, &w13, EXPERTS, 2 * INTERMEDIATE, HIDDEN)?;
     let w2 = PackedWeights::pack_bf16(&cpu, &w2, EXPERTS, HIDDEN, INTERMEDIATE)?;
-    let layer = Layer::new(w13, w2, LayerOptions::default())?;
+    let layer = Layer::prepare(&cpu, w13, w2, LayerConfig::new(1, EXPERTS, ActivationFormat::Bf16), m_sum)?;
 
     // Live rows only: padding is neither read nor written, so the buffer may hold anything there.
     let mut workspace = vec![0; layer.expanded_workspace_bytes(m_sum)?];
     let mut out = vec![bf16::NAN; m_sum * HIDDEN];
-    layer.run_expanded(&cpu, MatrixRef::new(&rows, m_sum, HIDDEN)?, &layout, &mut workspace, &mut out)?;
+    layer.run_expanded(MatrixRef::new(&rows, m_sum, HIDDEN)?, &layout, &mut workspace, &mut out)?;
     let written = out.chunks(HIDDEN).filter(|row| row.iter().all(|x| !x.is_nan())).count();
     println!("rows written: {written} of {m_sum}, live rows: {}", layout.live_rows());
     assert_eq!(written, layout.live_rows());

@@ -1,9 +1,9 @@
 //! An inference engine's view of a layer: pack the weights once, then run batches in a workspace of your own.
 //!
-//! The shapes are those of a small Mixtral-like layer, the weights are made up. Every stage tells what it took.
+//! The shapes are those of a small Mixtral-like layer, the weights are made up. Every stage reports its time.
 
-use expertile::cpu::{Cpu, Layer, LayerOptions, PackedWeights, PackedWeightsBuilder};
-use expertile::{ActivationFormat, E4m3, MatrixRef, Router, Routing, WeightFormat};
+use expertile::cpu::{Cpu, Layer, PackedWeights, PackedWeightsBuilder};
+use expertile::{ActivationFormat, E4m3, LayerConfig, MatrixRef, Router, Routing, WeightFormat};
 use half::bf16;
 
 const EXPERTS: usize = 8;
@@ -14,13 +14,13 @@ const TOPK: usize = 2;
 fn main() -> expertile::Result<()> {
     // The best instruction set of this machine, on the rayon pool one is called from. `Cpu::in_pool` takes another.
     let cpu = Cpu::new();
-    let options = LayerOptions { activations: ActivationFormat::E4m3, ..LayerOptions::default() };
-    let layer = Layer::new(pack_w13(&cpu)?, pack_w2(&cpu)?, options)?;
+    let batches = [64, 8, 1];
+    let config = LayerConfig::new(TOPK, EXPERTS, ActivationFormat::E4m3);
+    let layer = Layer::prepare(&cpu, pack_w13(&cpu)?, pack_w2(&cpu)?, config, batches[0])?;
     let router = Router::softmax(TOPK, true);
 
     // One workspace for the largest batch serves them all; nothing is allocated per call.
-    let batches = [64, 8, 1];
-    let mut workspace = vec![0; layer.workspace_bytes(batches[0], TOPK)?];
+    let mut workspace = vec![0; layer.workspace_bytes(batches[0])?];
     println!("workspace for up to {} tokens: {} KiB", batches[0], workspace.len() >> 10);
     for tokens in batches {
         let hidden_states: Vec<bf16> = noise(7, tokens * HIDDEN).map(bf16::from_f32).collect();
@@ -34,7 +34,6 @@ fn main() -> expertile::Result<()> {
         let mut output = vec![bf16::ZERO; tokens * HIDDEN];
         println!("{tokens} tokens:");
         layer.run_observed(
-            &cpu,
             MatrixRef::new(&hidden_states, tokens, HIDDEN)?,
             &routing,
             MatrixRef::new(&topk_weights, tokens, TOPK)?,
@@ -52,13 +51,13 @@ fn main() -> expertile::Result<()> {
 
 /// `[E, 2 I, H]`, gate rows first: they come as two tensors per expert, as in most checkpoints.
 fn pack_w13(cpu: &Cpu) -> expertile::Result<PackedWeights> {
-    let mut builder = PackedWeightsBuilder::new(WeightFormat::E4m3, EXPERTS, 2 * INTERMEDIATE, HIDDEN)?;
+    let mut builder = PackedWeightsBuilder::new(cpu, WeightFormat::E4m3, EXPERTS, 2 * INTERMEDIATE, HIDDEN)?;
     for expert in 0..EXPERTS {
         for first_row in [0, INTERMEDIATE] {
             let (values, scales) = e4m3_weights(expert + first_row, INTERMEDIATE, HIDDEN);
             let scales = MatrixRef::new(&scales, INTERMEDIATE / 128, HIDDEN / 128)?;
             let values = MatrixRef::new(&values, INTERMEDIATE, HIDDEN)?;
-            builder.pack_e4m3_rows(cpu, expert, first_row, values, scales)?;
+            builder.add_e4m3_rows(expert, first_row, values, scales)?;
         }
     }
     // A row that never came would be an error here.

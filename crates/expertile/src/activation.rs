@@ -1,7 +1,7 @@
 //! What the activation between the two GEMMs is.
 //!
-//! A row of GEMM 1 is `[gate | up]`, `I` values each, or `I` values alone where the layer has no gate. NaN in gives NaN out,
-//! and every function is a fixed sequence of IEEE f32 operations: the same bits on every instruction set.
+//! A row of GEMM 1 is `[gate | up]`, `I` values each, or `I` values alone where the layer has no gate. NaN in gives
+//! NaN out, and every function is a fixed sequence of IEEE f32 operations: the same bits on every instruction set.
 
 use crate::error::{Error, Result};
 
@@ -125,8 +125,8 @@ pub(crate) fn relu2(x: f32) -> f32 {
     positive * positive
 }
 
-/// `1 / (1 + exp(-x))`, within 4 units in the last place for `|x| <= 20` and 6 elsewhere, as a fixed sequence of IEEE f32
-/// operations, fused multiply-adds among them.
+/// `1 / (1 + exp(-x))`, within 4 units in the last place for `|x| <= 20` and 6 elsewhere, as a fixed sequence of IEEE
+/// f32 operations, fused multiply-adds among them.
 ///
 /// A library's `exp` differs from platform to platform; this one gives the same bits on every backend and turns into
 /// vector code. For `|x| > 87` the exponent is held there: the result is then within 2e-38 of the true one.
@@ -139,8 +139,9 @@ pub fn sigmoid(x: f32) -> f32 {
 /// `exp(x)` for `x` held within ±87, NaN included as whatever its comparisons make of it.
 ///
 /// Range reduction `x = n ln 2 + r`, then a polynomial of degree 5 with the smallest largest relative error on
-/// `|r| <= ln 2 / 2` (2^-23) among those that start with `1 + r`. Multiplications and additions are fused, so that a step is
-/// one rounding and one instruction; f32's ln 2 is so near the true one that a second part of it is not needed.
+/// `|r| <= ln 2 / 2` (2^-23) among those that start with `1 + r`. Multiplications and additions are fused, so that a
+/// step is one rounding and one instruction; f32's ln 2 is so near the true one that a second part of it is not
+/// needed.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
     const HOLD: f32 = 87.0;

@@ -51,7 +51,8 @@ pub enum Error {
         /// What this machine offers.
         expected: String,
     },
-    /// A number outside its range: `topk` or the number of experts zero, a group that does not divide `H`, and the like.
+    /// A number outside its range: `topk` or the number of experts zero, a group that does not divide `H`, and the
+    /// like.
     #[error("{argument} is {actual}, expected {expected}")]
     Value {
         /// The argument's name.
@@ -179,6 +180,18 @@ pub enum Error {
         /// The format the packed value carries.
         actual: &'static str,
         /// The formats that would fit.
+        expected: &'static str,
+    },
+    /// What one backend does and this one does not.
+    #[error("{argument} is {actual}, which the {backend} backend does not take; expected {expected}")]
+    Unsupported {
+        /// The argument's name.
+        argument: &'static str,
+        /// What it is.
+        actual: &'static str,
+        /// The backend.
+        backend: &'static str,
+        /// What the backend takes instead.
         expected: &'static str,
     },
     /// A call into the CUDA driver that failed. After some of these (an illegal address, say) the context is lost.

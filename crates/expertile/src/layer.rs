@@ -1,5 +1,7 @@
 //! The layer as plain data: its shape, its stages, and what each stage must move and compute.
 
+use crate::activation::Activation;
+use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_mul};
 use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
 use crate::layout::Layout;
@@ -98,6 +100,110 @@ impl LayerShape {
     }
 }
 
+/// What a layer computes and what its calls are made of; its weights and sizes apart. The same on every backend.
+///
+/// ```
+/// use expertile::{ActivationFormat, LayerConfig};
+/// let usual = LayerConfig::new(8, 256, ActivationFormat::E4m3);
+/// let config = LayerConfig { weight_on_input: false, ..usual };
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LayerConfig {
+    /// Slots per token.
+    pub topk: usize,
+    /// `G`: the length of the expert map; `E` without one.
+    pub global_experts: usize,
+    /// Type of the ids: [`Dtype::I32`] or [`Dtype::I64`].
+    pub ids: Dtype,
+    /// Type of the hidden states: [`Dtype::Bf16`], [`Dtype::F16`] or [`Dtype::F32`].
+    pub input: Dtype,
+    /// Type of the result: the same three.
+    pub output: Dtype,
+    /// The activation between the GEMMs.
+    pub activation: Activation,
+    /// What the GEMMs' rows are made of.
+    pub activation_format: ActivationFormat,
+    /// `apply_router_weight_on_input`: weights multiply the input instead of the output; only with `topk` 1.
+    pub weight_on_input: bool,
+    /// Alignment of the layout; `None` for the backend's own, which is its fastest (1 on a CPU, 8 on a GPU). Results do
+    /// not depend on it.
+    pub alignment: Option<usize>,
+    /// Whether K may be split, by the size of a call, where few experts have few rows: up to twice as fast there on a
+    /// GPU. **A token's result then depends on how many tokens the call has**: sums are added up in another order for
+    /// some numbers of tokens than for others. Without it, which is the usual, a result has the same bits whatever
+    /// other tokens there are. The CPU never splits K.
+    pub split_k: bool,
+}
+
+impl LayerConfig {
+    /// The usual layer: i32 ids, bf16 in and out, SwiGLU, weights on the output, the backend's own alignment, K never
+    /// split.
+    #[must_use]
+    pub const fn new(topk: usize, global_experts: usize, activation_format: ActivationFormat) -> Self {
+        Self {
+            topk,
+            global_experts,
+            ids: Dtype::I32,
+            input: Dtype::Bf16,
+            output: Dtype::Bf16,
+            activation: Activation::SWIGLU,
+            activation_format,
+            weight_on_input: false,
+            alignment: None,
+            split_k: false,
+        }
+    }
+
+    /// Checks what no backend takes.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for `topk` 0, or more than 1 where router weights multiply the input, and for
+    /// `global_experts` 0; [`Error::Dtype`] for other types than the fields name; [`Error::Alignment`] for alignment
+    /// 0; [`Error::Parameter`] as [`Activation::check`].
+    pub fn check(&self) -> Result<()> {
+        self.activation.check()?;
+        if self.topk == 0 {
+            return Err(Error::value("topk", 0, "at least 1"));
+        }
+        if self.weight_on_input && self.topk != 1 {
+            return Err(Error::value("topk", self.topk, "1, where router weights multiply the input"));
+        }
+        if self.global_experts == 0 {
+            return Err(Error::value("global_experts", 0, "at least 1"));
+        }
+        if !matches!(self.ids, Dtype::I32 | Dtype::I64) {
+            return Err(Error::Dtype { argument: "topk_ids", actual: self.ids, expected: "i32 or i64" });
+        }
+        for (argument, actual) in [("hidden_states", self.input), ("output", self.output)] {
+            if !matches!(actual, Dtype::Bf16 | Dtype::F16 | Dtype::F32) {
+                return Err(Error::Dtype { argument, actual, expected: "bf16, f16 or f32" });
+            }
+        }
+        if self.alignment == Some(0) {
+            return Err(Error::Alignment { actual: 0, expected: "at least 1".into() });
+        }
+        Ok(())
+    }
+
+    /// Fails unless a call's types are those that the layer was prepared for.
+    pub(crate) fn require_types(&self, input: Dtype, output: Dtype) -> Result<()> {
+        for (argument, actual, prepared) in [("hidden_states", input, self.input), ("output", output, self.output)] {
+            if actual != prepared {
+                return Err(Error::Dtype { argument, actual, expected: prepared.as_prepared() });
+            }
+        }
+        Ok(())
+    }
+
+    /// Fails for more tokens than the layer was prepared for.
+    pub(crate) fn require_tokens(tokens: usize, max_tokens: usize) -> Result<()> {
+        if tokens > max_tokens {
+            return Err(Error::value("tokens", tokens, format!("at most {max_tokens}, as prepared")));
+        }
+        Ok(())
+    }
+}
+
 /// A stage of the layer, in the order of a token's path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Stage {
@@ -172,7 +278,8 @@ fn weight_bytes(weights: WeightFormat, n: u64, k: u64) -> u64 {
 
 /// The cost of [`Stage::Shared`]: a dense MLP of that shape (`E` = 1) over all tokens.
 ///
-/// Its rows are read once and written once; what stands between its two products counts as it does for the other experts.
+/// Its rows are read once and written once; what stands between its two products counts as it does for the other
+/// experts.
 #[must_use]
 pub fn shared_cost(
     shape: &LayerShape,

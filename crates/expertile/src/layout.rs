@@ -137,9 +137,9 @@ impl<'a> Layout<'a> {
     /// unpermute here.
     ///
     /// # Errors
-    /// [`Error::Alignment`] if `alignment` is zero, [`Error::Value`] if there are no experts or `m_sum` is no multiple of
-    /// `alignment`, [`Error::Count`] if an end lies before its segment's start, [`Error::MSum`] if one lies past `m_sum`,
-    /// [`Error::BufferTooSmall`] if `space` is shorter than `3 E + M_sum`. Nothing is written on an error.
+    /// [`Error::Alignment`] if `alignment` is zero, [`Error::Value`] if there are no experts or `m_sum` is no multiple
+    /// of `alignment`, [`Error::Count`] if an end lies before its segment's start, [`Error::MSum`] if one lies past
+    /// `m_sum`, [`Error::BufferTooSmall`] if `space` is shorter than `3 E + M_sum`. Nothing is written on an error.
     pub fn from_psum(psum: &[i32], alignment: usize, m_sum: usize, space: &'a mut [i32]) -> Result<Self> {
         require_experts(psum.len())?;
         let plan = Plan::with_m_sum(0, 1, psum.len(), alignment, m_sum)?;
@@ -305,7 +305,7 @@ fn write_starts(lists: &mut Lists<'_>, alignment: usize, m_sum: usize) -> Result
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dtype::MatrixRef;
+    use crate::matrix::MatrixRef;
     use crate::plan::TokenExperts;
 
     #[test]

@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
 pub mod activation;
+pub mod alignment;
+pub mod backend;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -9,17 +11,22 @@ pub mod error;
 pub mod gemm;
 pub mod layer;
 pub mod layout;
+pub mod matrix;
 pub mod plan;
 pub mod quantize;
 pub mod routing;
+mod weights;
 
 pub use activation::Activation;
-pub use dtype::{Dtype, E4m3, Float, MatrixRef, RowElement};
+pub use alignment::{AlignmentRule, Arch};
+pub use backend::{Backend, ExpertLayer, WeightsBuilder};
+pub use dtype::{Dtype, E4m3, Float, RowElement};
 pub use error::{Error, Result};
 pub use gemm::{ActivationFormat, GateUpOrder, WeightFormat};
-pub use layer::{LayerShape, Stage, StageCost};
+pub use layer::{LayerConfig, LayerShape, Stage, StageCost};
 pub use layout::{Layout, Padding};
-pub use plan::{AlignmentRule, Arch, Plan, TokenExperts};
+pub use matrix::MatrixRef;
+pub use plan::{Plan, TokenExperts};
 pub use quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut};
 pub use routing::router::{GroupWorth, Groups, Normalization, Router, Scoring};
 pub use routing::{Routing, TopkIds};

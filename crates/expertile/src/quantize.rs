@@ -229,52 +229,95 @@ pub fn quantize_value(x: f32, scale: f32) -> E4m3 {
     E4m3::from_f32(x / scale)
 }
 
-/// Scales to read: f32 words or packed UE8M0 words, as their [`ScaleFormat`] says.
+/// Scales to read: words, and the format that says what they are.
 #[derive(Debug, Clone, Copy)]
-pub enum Scales<'a> {
-    /// For [`ScaleLayout::RowMajor`] and [`ScaleLayout::MnMajor`].
-    F32(&'a [f32]),
-    /// For [`ScaleLayout::PackedUe8m0`].
-    Ue8m0(&'a [i32]),
+pub struct Scales<'a> {
+    format: ScaleFormat,
+    words: Words<&'a [f32], &'a [i32]>,
 }
 
-/// Scales to write: f32 words or packed UE8M0 words, as their [`ScaleFormat`] says.
+/// Scales to write: words, and the format that says what they are.
 #[derive(Debug)]
-pub enum ScalesMut<'a> {
-    /// For [`ScaleLayout::RowMajor`] and [`ScaleLayout::MnMajor`].
-    F32(&'a mut [f32]),
-    /// For [`ScaleLayout::PackedUe8m0`].
-    Ue8m0(&'a mut [i32]),
+pub struct ScalesMut<'a> {
+    format: ScaleFormat,
+    words: Words<&'a mut [f32], &'a mut [i32]>,
+}
+
+/// f32 words, for [`ScaleLayout::RowMajor`] and [`ScaleLayout::MnMajor`], or packed words of exponent bytes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Words<F, P> {
+    F32(F),
+    Ue8m0(P),
 }
 
 impl<'a> Scales<'a> {
-    /// Fails unless these scales are of `format`'s word type and long enough for `[m_sum, hidden]`.
-    pub(crate) fn check(&self, argument: &'static str, format: ScaleFormat, m_sum: usize, hidden: usize) -> Result<()> {
-        let (len, packed) = match self {
-            Self::F32(words) => (words.len(), false),
-            Self::Ue8m0(words) => (words.len(), true),
-        };
-        check_scales(argument, format, len, packed, m_sum, hidden)
+    /// f32 words. A function that takes the value refuses a format of other words.
+    #[must_use]
+    pub fn f32(format: ScaleFormat, words: &'a [f32]) -> Self {
+        Self { format, words: Words::F32(words) }
     }
 
-    /// The scale of `[row, group]` as f32; panics outside the buffer.
+    /// Words of four UE8M0 bytes each, for [`ScaleLayout::PackedUe8m0`].
     #[must_use]
-    pub fn value(&self, format: ScaleFormat, row: usize, group: usize, m_sum: usize, groups: usize) -> f32 {
-        let word = format.word(row, group, m_sum, groups);
-        match self {
-            Self::F32(words) => words[word],
-            Self::Ue8m0(words) => ue8m0_value((words[word] as u32 >> (group % 4 * 8)) as u8),
+    pub fn ue8m0(format: ScaleFormat, words: &'a [i32]) -> Self {
+        Self { format, words: Words::Ue8m0(words) }
+    }
+
+    /// Their format.
+    #[must_use]
+    pub fn format(&self) -> ScaleFormat {
+        self.format
+    }
+
+    /// Fails unless these scales are of their format's word type and long enough for `[m_sum, hidden]`.
+    pub(crate) fn check(&self, argument: &'static str, m_sum: usize, hidden: usize) -> Result<()> {
+        let (len, packed) = match self.words {
+            Words::F32(words) => (words.len(), false),
+            Words::Ue8m0(words) => (words.len(), true),
+        };
+        check_scales(argument, self.format, len, packed, m_sum, hidden)
+    }
+
+    /// The scale of `[row, group]` among `[m_sum, groups]` as f32; panics outside the buffer.
+    #[must_use]
+    pub fn value(&self, row: usize, group: usize, m_sum: usize, groups: usize) -> f32 {
+        let word = self.format.word(row, group, m_sum, groups);
+        match self.words {
+            Words::F32(words) => words[word],
+            Words::Ue8m0(words) => ue8m0_value((words[word] as u32 >> (group % 4 * 8)) as u8),
         }
     }
 }
 
-impl ScalesMut<'_> {
-    pub(crate) fn check(&self, argument: &'static str, format: ScaleFormat, m_sum: usize, hidden: usize) -> Result<()> {
-        let (len, packed) = match self {
-            Self::F32(words) => (words.len(), false),
-            Self::Ue8m0(words) => (words.len(), true),
+impl<'a> ScalesMut<'a> {
+    /// f32 words. A function that takes the value refuses a format of other words.
+    #[must_use]
+    pub fn f32(format: ScaleFormat, words: &'a mut [f32]) -> Self {
+        Self { format, words: Words::F32(words) }
+    }
+
+    /// Words of four UE8M0 bytes each, for [`ScaleLayout::PackedUe8m0`].
+    #[must_use]
+    pub fn ue8m0(format: ScaleFormat, words: &'a mut [i32]) -> Self {
+        Self { format, words: Words::Ue8m0(words) }
+    }
+
+    /// Their format.
+    #[must_use]
+    pub fn format(&self) -> ScaleFormat {
+        self.format
+    }
+
+    pub(crate) fn into_words(self) -> Words<&'a mut [f32], &'a mut [i32]> {
+        self.words
+    }
+
+    pub(crate) fn check(&self, argument: &'static str, m_sum: usize, hidden: usize) -> Result<()> {
+        let (len, packed) = match &self.words {
+            Words::F32(words) => (words.len(), false),
+            Words::Ue8m0(words) => (words.len(), true),
         };
-        check_scales(argument, format, len, packed, m_sum, hidden)
+        check_scales(argument, self.format, len, packed, m_sum, hidden)
     }
 }
 
@@ -335,9 +378,9 @@ mod tests {
         assert!(matches!(Group::from_size(64), Err(Error::Value { argument: "group", actual: 64, .. })));
         let error = ScaleFormat::HOPPER.groups(192).unwrap_err();
         assert!(error.to_string().starts_with("hidden is 192"), "{error}");
-        let error = ScalesMut::F32(&mut [0.0; 7]).check("scales", ScaleFormat::HOPPER, 5, 128).unwrap_err();
+        let error = ScalesMut::f32(ScaleFormat::HOPPER, &mut [0.0; 7]).check("scales", 5, 128).unwrap_err();
         assert_eq!(error, Error::BufferTooSmall { argument: "scales", actual: 7, needed: 8 });
-        let error = ScalesMut::Ue8m0(&mut [0; 8]).check("scales", ScaleFormat::HOPPER, 5, 128).unwrap_err();
+        let error = ScalesMut::ue8m0(ScaleFormat::HOPPER, &mut [0; 8]).check("scales", 5, 128).unwrap_err();
         assert!(matches!(error, Error::Dtype { argument: "scales", .. }), "{error}");
     }
 }

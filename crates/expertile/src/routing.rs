@@ -1,13 +1,13 @@
 //! Which experts a token goes to: ids, the expert map, counts.
 //!
-//! Shapes: `topk_ids` is `[M, topk]`, a negative id is an empty slot; `expert_map` is `[G]` and turns a global id into a
-//! local one (negative: not on this rank). Without a map the ids are local. This module never looks at a backend; the
-//! routers that *choose* the ids are in [`router`].
+//! Shapes: `topk_ids` is `[M, topk]`, a negative id is an empty slot; `expert_map` is `[G]` and turns a global id into
+//! a local one (negative: not on this rank). Without a map the ids are local. This module never looks at a backend;
+//! the routers that *choose* the ids are in [`router`].
 
 pub mod router;
 
-use crate::dtype::MatrixRef;
 use crate::error::{Error, Result, require_len};
+use crate::matrix::MatrixRef;
 
 /// `topk_ids [M, topk]`, i32 or i64, with any strides.
 #[derive(Debug, Clone, Copy)]
@@ -60,7 +60,8 @@ impl TopkIds<'_> {
     }
 }
 
-/// Checked routing: every id is an empty slot or stands for an expert, every entry of the map is a local expert or none.
+/// Checked routing: every id is an empty slot or stands for an expert, every entry of the map is a local expert or
+/// none.
 ///
 /// Checking costs one pass over the ids; afterwards nothing downstream can go out of bounds because of them.
 #[derive(Debug, Clone, Copy)]

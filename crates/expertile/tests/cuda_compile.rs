@@ -1,14 +1,12 @@
-//! Every kernel compiles for every architecture, without a GPU, and uses no local memory. Skips, and says so, where NVRTC is
-//! not found: `pip install nvidia-cuda-nvrtc` and `EXPERTILE_NVRTC=<its lib folder>` is all it takes.
+//! Every kernel compiles for every architecture, without a GPU, and uses no local memory. Skips, and says so, where
+//! NVRTC is not found: `pip install nvidia-cuda-nvrtc` and `EXPERTILE_NVRTC=<its lib folder>` is all it takes.
 #![cfg(feature = "cuda")]
 
 mod on_device;
 
-use expertile::cuda::compiler::Compiler;
-use expertile::cuda::kernel::Source;
 use expertile::cuda::{
-    ActivateConfig, GemmConfig, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, PermuteConfig, QuantizePermuteConfig,
-    RouteConfig, UnpermuteConfig, WIDE_ROW_TILE,
+    ActivateConfig, Compiler, GemmConfig, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, PermuteConfig,
+    QuantizePermuteConfig, RouteConfig, Source, UnpermuteConfig, WIDE_ROW_TILE,
 };
 use expertile::{Activation, Dtype, Error, Group, Padding, ScaleFormat, ScaleLayout, ScaleRounding, WeightFormat};
 

@@ -1,17 +1,18 @@
-//! The grouped GEMM on a Hopper GPU against sums in f64 over the same operands: every live row, poisoned outputs, gaps that
-//! stay as they were. Padding rows and their scales hold NaN. Skips, and says so, on a machine without such a device.
+//! The grouped GEMM on a Hopper GPU against sums in f64 over the same operands: every live row, poisoned outputs, gaps
+//! that stay as they were. Padding rows and their scales hold NaN. Skips, and says so, on a machine without such a
+//! device.
 #![cfg(feature = "cuda")]
 #![allow(unsafe_code)]
-// Every unsafe block here hands a step the addresses of buffers that live until after the next wait and are as large as the
-// step's own functions ask.
+// Every unsafe block here hands a step the addresses of buffers that live until after the next wait and are as large
+// as the step's own functions ask.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
 mod on_device;
 
 use expertile::cuda::{
-    Activate, ActivateBuffers, ActivateConfig, Buffer, Device, Gemm, GemmBuffers, GemmConfig, GemmTile, LARGE_OUTPUTS,
-    LARGE_ROW_TILE, LayoutBuffers, NARROW_OUTPUTS, Route, RouteConfig, RoutingBuffers, Stream, Tensor2, WIDE_ROW_TILE,
-    Weights,
+    Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, Gemm, GemmCall, GemmConfig,
+    GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, LayoutPtrs, NARROW_OUTPUTS, Route, RouteCall, RouteConfig, RoutingPtrs,
+    STATE_BYTES, Stream, WIDE_ROW_TILE, Weights,
 };
 use expertile::{Activation, Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat};
 use half::bf16;
@@ -144,13 +145,33 @@ impl Operands {
     }
 }
 
+/// What a call works on, but for the weights.
+#[derive(Clone, Copy)]
+struct Operand {
+    rows: DevicePtr,
+    scales: Option<DevicePtr<f32>>,
+    out: DevicePtr,
+    out_scales: Option<DevicePtr<f32>>,
+    layout: LayoutPtrs,
+    m_sum: usize,
+    alignment: usize,
+}
+
+impl Operand {
+    fn call<'a>(&self, weights: &'a Weights) -> GemmCall<'a> {
+        let Self { rows, scales, out, out_scales, layout, m_sum, alignment } = *self;
+        let LayoutPtrs { header, worklist, psum, .. } = layout;
+        GemmCall { weights, rows, scales, out, out_scales, header, worklist, psum, m_sum, alignment }
+    }
+}
+
 /// Device memory of one case, with its layout in place.
 struct Call {
     gemm: Gemm,
     weights: Weights,
-    buffers: GemmBuffers,
-    out: Buffer,
-    _memory: Vec<Buffer>,
+    operands: Operand,
+    out: DeviceBuffer,
+    _memory: Vec<DeviceBuffer>,
 }
 
 impl Call {
@@ -158,17 +179,19 @@ impl Call {
         let plan = &operands.plan;
         let row_tile = case.tile.row_tile;
         let route = Route::prepare(device, RouteConfig { topk: 1, ids: Dtype::I32, row_tile }).unwrap();
-        let lists = device.allocate(LayoutBuffers::space_bytes(plan, row_tile).unwrap()).unwrap();
+        let lists: DeviceBuffer = device.allocate(LayoutPtrs::space_bytes(plan, row_tile).unwrap()).unwrap();
         lists.fill(POISON).unwrap();
-        let layout = LayoutBuffers::carve(lists.address(), plan, row_tile).unwrap();
-        let workspace = device.allocate(route.workspace_bytes(plan).unwrap()).unwrap();
+        let layout = LayoutPtrs::carve(lists.ptr(), plan, row_tile).unwrap();
+        let state: DeviceBuffer = device.allocate(STATE_BYTES).unwrap();
+        let workspace: DeviceBuffer = device.allocate(route.workspace_bytes(plan).unwrap()).unwrap();
         let ids = upload(device, &operands.ids);
-        let matrix = Tensor2 { address: ids.address(), row_stride: 1, col_stride: 1 };
-        let routing = RoutingBuffers { ids: matrix, expert_map: 0, global_experts: case.counts.len() };
+        let matrix = DeviceMatrix::row_major(ids.ptr(), 1);
+        let routing = RoutingPtrs { ids: matrix, expert_map: None, global_experts: case.counts.len() };
+        let route_call = RouteCall { plan: *plan, routing, layout, state: state.ptr(), workspace: workspace.ptr() };
         unsafe {
-            route.initialise_workspace(Stream(0), workspace.address()).unwrap();
-            route.launch(Stream(0), plan, &routing, &layout, workspace.address()).unwrap();
-            route.check(Stream(0), plan, &routing, workspace.address()).unwrap();
+            route.initialise_state(Stream(0), state.ptr()).unwrap();
+            route.launch(Stream(0), &route_call).unwrap();
+            route.check(Stream(0), &route_call).unwrap();
         }
         let sizes = (case.counts.len(), case.n, case.k);
         let weights = match case.format {
@@ -184,28 +207,26 @@ impl Call {
         };
         let rows = upload(device, &operands.rows);
         let scales = upload(device, &operands.row_scales);
-        let out = device.allocate((2 * plan.m_sum() * case.n).max(16)).unwrap();
-        let buffers = GemmBuffers {
-            rows: rows.address(),
-            scales: if case.format == WeightFormat::E4m3 { scales.address() } else { 0 },
-            out: out.address(),
-            out_scales: 0,
-            header: layout.header,
-            worklist: layout.worklist,
-            psum: layout.psum,
+        let out: DeviceBuffer = device.allocate((2 * plan.m_sum() * case.n).max(16)).unwrap();
+        let operands = Operand {
+            rows: rows.ptr(),
+            scales: (case.format == WeightFormat::E4m3).then(|| scales.ptr().cast()),
+            out: out.ptr(),
+            out_scales: None,
+            layout,
             m_sum: plan.m_sum(),
             alignment: plan.alignment(),
         };
         let gemm =
             Gemm::prepare(device, GemmConfig { format: case.format, tile: case.tile, activation: None }).unwrap();
-        Self { gemm, weights, buffers, out, _memory: vec![lists, workspace, ids, rows, scales] }
+        Self { gemm, weights, operands, out, _memory: vec![lists, state, workspace, ids, rows, scales] }
     }
 
     fn run(&self, m_sum: usize, n: usize) -> Vec<u16> {
         self.out.fill(POISON).unwrap();
-        unsafe { self.gemm.launch(Stream(0), &self.weights, &self.buffers).unwrap() };
+        unsafe { self.gemm.launch(Stream(0), &self.operands.call(&self.weights)).unwrap() };
         let mut out = vec![0; m_sum * n];
-        self.out.download(&mut out).unwrap();
+        self.out.download_at(0, &mut out).unwrap();
         out
     }
 }
@@ -331,7 +352,8 @@ fn partial_n_and_k_are_right_to_the_last_column() {
     }
 }
 
-/// A row's results depend on the row and on its expert's weights, not on the kernel that makes them nor on what else is there.
+/// A row's results depend on the row and on its expert's weights, not on the kernel that makes them nor on what else
+/// is there.
 #[test]
 fn a_row_has_the_same_bits_in_every_tile_and_beside_any_others() {
     let Some(device) = hopper() else { return };
@@ -422,21 +444,21 @@ fn what_does_not_fit_is_an_error_and_writes_nothing() {
     let operands = Operands::new(&case);
     let call = Call::new(device, &case, &operands);
     call.out.fill(POISON).unwrap();
-    let launch = |gemm: &Gemm, buffers: GemmBuffers| unsafe { gemm.launch(Stream(0), &call.weights, &buffers) };
-    let error = launch(&call.gemm, GemmBuffers { rows: call.buffers.rows + 8, ..call.buffers }).unwrap_err();
+    let launch = |gemm: &Gemm, operands: Operand| unsafe { gemm.launch(Stream(0), &operands.call(&call.weights)) };
+    let error = launch(&call.gemm, Operand { rows: call.operands.rows.byte_add(8), ..call.operands }).unwrap_err();
     assert!(matches!(error, Error::Value { argument: "rows", .. }), "{error}");
-    let error = launch(&call.gemm, GemmBuffers { alignment: 6, ..call.buffers }).unwrap_err();
+    let error = launch(&call.gemm, Operand { alignment: 6, ..call.operands }).unwrap_err();
     assert!(matches!(error, Error::Alignment { actual: 6, .. }), "{error}");
     let wide =
         Gemm::prepare(device, GemmConfig { format: WeightFormat::Bf16, tile: plain(16), activation: None }).unwrap();
-    let error = launch(&wide, call.buffers).unwrap_err();
+    let error = launch(&wide, call.operands).unwrap_err();
     assert!(matches!(error, Error::WeightFormat { argument: "weights", .. }), "{error}");
     let tile = GemmTile { splits: 2, ..plain(16) };
     let split = Gemm::prepare(device, GemmConfig { format: WeightFormat::E4m3, tile, activation: None }).unwrap();
-    let error = launch(&split, call.buffers).unwrap_err();
+    let error = launch(&split, call.operands).unwrap_err();
     assert!(matches!(error, Error::Value { argument: "k", actual: 128, .. }), "{error}");
     let mut out = vec![0u8; call.out.bytes()];
-    call.out.download(&mut out).unwrap();
+    call.out.download_at(0, &mut out).unwrap();
     assert!(out.iter().all(|&byte| byte == POISON));
 }
 
@@ -448,19 +470,19 @@ fn check_activation(device: &Device, case: &Case, activation: Activation) {
     let stride = m_sum.next_multiple_of(4);
     let scale_words = intermediate / BLOCK * stride;
     let new = |bytes: usize| filled(device, bytes, POISON);
-    let read = |buffer: &Buffer| {
+    let read = |buffer: &DeviceBuffer| {
         let mut bytes = vec![0u8; buffer.bytes()];
-        buffer.download(&mut bytes).unwrap();
+        buffer.download_at(0, &mut bytes).unwrap();
         bytes
     };
     let (apart, apart_scales) = (new(m_sum * intermediate), new(4 * scale_words));
     call.run(m_sum, case.n);
     let config = ActivateConfig { intermediate, activation, format: Some(ScaleFormat::HOPPER) };
-    let buffers = ActivateBuffers {
-        gate_up: call.out.address(),
-        psum: call.buffers.psum,
-        out: apart.address(),
-        scales: apart_scales.address(),
+    let buffers = ActivateCall {
+        gate_up: call.out.ptr().cast(),
+        psum: call.operands.layout.psum,
+        out: apart.ptr(),
+        scales: Some(apart_scales.ptr()),
         local_experts: case.counts.len(),
         alignment: case.alignment,
         m_sum,
@@ -471,8 +493,8 @@ fn check_activation(device: &Device, case: &Case, activation: Activation) {
     let (expected, expected_scales) = (read(&apart), read(&apart_scales));
     for run in 0..3 {
         let (out, scales) = (new(m_sum * intermediate), new(4 * scale_words));
-        let buffers = GemmBuffers { out: out.address(), out_scales: scales.address(), ..call.buffers };
-        unsafe { gemm.launch(Stream(0), &call.weights, &buffers).unwrap() };
+        let inside = Operand { out: out.ptr(), out_scales: Some(scales.ptr().cast()), ..call.operands };
+        unsafe { gemm.launch(Stream(0), &inside.call(&call.weights)).unwrap() };
         assert!(read(&out) == expected, "run {run}: rows differ: {case:?}");
         let scales = read(&scales);
         for (expert, &count) in case.counts.iter().enumerate() {

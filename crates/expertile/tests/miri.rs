@@ -3,12 +3,12 @@
 //! `CONTRIBUTING.md` has the command. Natively this is a small smoke test; the properties are in `tests/contract`.
 
 use expertile::cpu::{
-    self, Activations, Cpu, Isa, Layer, LayerOptions, PackedWeights, RowScales, grouped_gemm,
-    grouped_gemm_workspace_bytes,
+    self, Activations, Cpu, Isa, Layer, PackedWeights, RowScales, grouped_gemm, grouped_gemm_workspace_bytes,
 };
 use expertile::{
-    Activation, ActivationFormat, E4m3, Group, GroupWorth, Groups, Layout, MatrixRef, Normalization, Padding, Plan,
-    Router, Routing, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut, Scoring, TokenExperts,
+    Activation, ActivationFormat, Dtype, E4m3, Group, GroupWorth, Groups, LayerConfig, Layout, MatrixRef,
+    Normalization, Padding, Plan, Router, Routing, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut, Scoring,
+    TokenExperts,
 };
 use expertile_oracle as oracle;
 use half::bf16;
@@ -96,9 +96,12 @@ fn rows_are_moved_quantized_and_summed() {
                 let mut out = vec![E4m3(0xaa); m_sum * hidden];
                 let words = format.words(m_sum, hidden).unwrap();
                 let (mut floats, mut packed) = (vec![7.0f32; words], vec![7i32; words]);
-                let sink =
-                    if scales == PackedUe8m0 { ScalesMut::Ue8m0(&mut packed) } else { ScalesMut::F32(&mut floats) };
-                cpu::quantize_permute(&cpu, strided, None, layout, format, Padding::Zero, &mut out, sink).unwrap();
+                let sink = if scales == PackedUe8m0 {
+                    ScalesMut::ue8m0(format, &mut packed)
+                } else {
+                    ScalesMut::f32(format, &mut floats)
+                };
+                cpu::quantize_permute(&cpu, strided, None, layout, Padding::Zero, &mut out, sink).unwrap();
                 assert!(out.iter().map(|byte| byte.0).eq(expected.bytes.iter().copied()));
                 match scales {
                     RowMajor => assert_eq!(floats, expected.row_major()),
@@ -138,8 +141,8 @@ fn ready_rows_keep_their_scales() {
             let mut out = vec![E4m3(0xaa); layout.m_sum() * hidden];
             let mut packed = vec![-1; format.words(layout.m_sum(), hidden).unwrap()];
             let scales = MatrixRef::new(&[0u8, 100, 127, 255], TOKENS, 1).unwrap();
-            let (scales, sink) = (RowScales::Ue8m0(scales), ScalesMut::Ue8m0(&mut packed));
-            cpu::permute_quantized(&cpu, bytes, scales, layout, format, Padding::Zero, &mut out, sink).unwrap();
+            let (scales, sink) = (RowScales::Ue8m0(scales), ScalesMut::ue8m0(format, &mut packed));
+            cpu::permute_quantized(&cpu, bytes, scales, layout, Padding::Zero, &mut out, sink).unwrap();
             let expected = oracle_layout.permute(&[0, 100, 127, 255], 1, TOPK, 0);
             assert_eq!(packed[..layout.m_sum()], expected);
         }
@@ -170,7 +173,7 @@ fn a_product_of_e4m3_is_the_oracles() {
             let bytes = grouped_gemm_workspace_bytes(layout.live_rows(), k, ActivationFormat::E4m3).unwrap();
             let mut workspace = vec![0xff; bytes + 1];
             let mut out = vec![bf16::ZERO; m_sum * n];
-            let activations = Activations::E4m3 { rows: &a, scales: Scales::F32(&scales), format: ScaleFormat::HOPPER };
+            let activations = Activations::E4m3 { rows: &a, scales: Scales::f32(ScaleFormat::HOPPER, &scales) };
             grouped_gemm(&cpu, layout, activations, &packed, &mut workspace[1..], &mut out).unwrap();
             for (row, &expert) in oracle_layout.m_indices.iter().enumerate().filter(|(_, expert)| **expert >= 0) {
                 let out: Vec<f64> = out[row * n..][..n].iter().map(|x| x.to_f64()).collect();
@@ -206,17 +209,20 @@ fn a_layer_runs() {
     }
     .run(&x, &IDS, TOPK, Some(&weights), None);
     for cpu in machines() {
-        let layer = Layer::new(
-            PackedWeights::pack_bf16(&cpu, &to_bf16(&w13), EXPERTS, 2 * intermediate, hidden).unwrap(),
-            PackedWeights::pack_bf16(&cpu, &to_bf16(&w2), EXPERTS, hidden, intermediate).unwrap(),
-            LayerOptions { activation: Activation::default(), alignment: ALIGNMENT, ..LayerOptions::default() },
-        )
-        .unwrap();
-        let mut workspace = vec![0xff; layer.workspace_bytes(TOKENS, TOPK).unwrap() + 1];
+        let config = LayerConfig {
+            input: Dtype::F32,
+            output: Dtype::F32,
+            alignment: Some(ALIGNMENT),
+            ..LayerConfig::new(TOPK, EXPERTS, ActivationFormat::Bf16)
+        };
+        let w13 = PackedWeights::pack_bf16(&cpu, &to_bf16(&w13), EXPERTS, 2 * intermediate, hidden).unwrap();
+        let w2 = PackedWeights::pack_bf16(&cpu, &to_bf16(&w2), EXPERTS, hidden, intermediate).unwrap();
+        let layer = Layer::prepare(&cpu, w13, w2, config, TOKENS).unwrap();
+        let mut workspace = vec![0xff; layer.workspace_bytes(TOKENS).unwrap() + 1];
         let mut output = vec![f32::NAN; TOKENS * hidden];
         let x = MatrixRef::new(&x, TOKENS, hidden).unwrap();
         let weights = MatrixRef::new(&weights, TOKENS, TOPK).unwrap();
-        layer.run(&cpu, x, &routing(), weights, &mut workspace[1..], &mut output).unwrap();
+        layer.run(x, &routing(), weights, &mut workspace[1..], &mut output).unwrap();
         let output: Vec<f64> = output.into_iter().map(f64::from).collect();
         let difference = oracle::compare::difference(&output, &expected.output);
         assert!(difference < oracle::compare::BF16_LAYER.whole, "{difference}");
@@ -225,9 +231,10 @@ fn a_layer_runs() {
         let layout = Layout::from_psum(&[2, 4, 7], 4, 8, &mut space).unwrap();
         let mut workspace = vec![0xff; layer.expanded_workspace_bytes(8).unwrap() + 1];
         let rows = to_bf16(&values(8 * hidden, 2));
+        let layer = layer.with_config(LayerConfig { input: Dtype::Bf16, ..config }, TOKENS).unwrap();
         let mut out = vec![bf16::NAN; 8 * hidden];
         let rows = MatrixRef::new(&rows, 8, hidden).unwrap();
-        layer.run_expanded(&cpu, rows, &layout, &mut workspace[1..], &mut out).unwrap();
+        layer.run_expanded(rows, &layout, &mut workspace[1..], &mut out).unwrap();
         let nan = |row: usize| out[row * hidden..][..hidden].iter().all(|x| x.is_nan());
         assert_eq!([0, 1, 2, 3, 4, 5, 6, 7].map(nan), [false, false, true, true, false, false, false, true]);
     }
@@ -246,8 +253,8 @@ fn activations_are_quantized() {
             let mut out = vec![E4m3(0); layout.m_sum() * intermediate];
             let mut scales = vec![7.0; layout.m_sum()];
             let format = ScaleFormat::new(Group::G128, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap();
-            let sink = ScalesMut::F32(&mut scales);
-            cpu::activate_quantize(&cpu, layout, intermediate, &gate_up, &activation, format, &mut out, sink).unwrap();
+            let sink = ScalesMut::f32(format, &mut scales);
+            cpu::activate_quantize(&cpu, layout, intermediate, &gate_up, &activation, &mut out, sink).unwrap();
             for (row, &expert) in oracle_layout.m_indices.iter().enumerate() {
                 let values = &floats[row * intermediate..][..intermediate];
                 assert_eq!(scales[row], if expert < 0 { 0.0 } else { oracle::quantize::scale(values, false) });

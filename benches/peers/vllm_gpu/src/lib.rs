@@ -5,12 +5,13 @@
 //! loop does. Functions return 0 or null on failure, and `expertile_error` then says what was wrong.
 
 use expertile::cuda::{
-    Activate, ActivateBuffers, ActivateConfig, Device, Gemm, GemmBuffers, GemmConfig, GemmTile, Layer, LayerBuffers,
-    LayerConfig, LayoutBuffers, QuantizePermute, QuantizePermuteConfig, RouteConfig, RoutingBuffers, RowsBuffers,
-    Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig, Weights,
+    Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, Gemm, GemmCall, GemmConfig,
+    GemmTile, Layer, LayerCall, LayoutPtrs, QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig, RouteConfig,
+    RoutingPtrs, RowsPtrs, STATE_BYTES, Stream, Unpermute, UnpermuteCall, UnpermuteConfig, Weights,
 };
 use expertile::{
-    Activation, ActivationFormat, Dtype, Error, Padding, Plan, Result, ScaleFormat, TokenExperts, WeightFormat,
+    Activation, ActivationFormat, Dtype, Error, LayerConfig, Padding, Plan, Result, ScaleFormat, TokenExperts,
+    WeightFormat,
 };
 use std::cell::RefCell;
 use std::ffi::{CString, c_char};
@@ -47,34 +48,38 @@ pub extern "C" fn expertile_error() -> *const c_char {
     LAST_ERROR.with(|last| last.borrow().as_ptr())
 }
 
+/// An address that is 0 where there is nothing.
+fn optional<T>(address: u64) -> Option<DevicePtr<T>> {
+    (address != 0).then(|| DevicePtr::new(address))
+}
+
+/// What a GEMM works on, but for its weights, which it borrows.
+pub struct GemmOperands {
+    rows: DevicePtr,
+    scales: Option<DevicePtr<f32>>,
+    out: DevicePtr,
+    out_scales: Option<DevicePtr<f32>>,
+    header: DevicePtr<i32>,
+    worklist: DevicePtr<i32>,
+    psum: DevicePtr<i32>,
+    m_sum: usize,
+    alignment: usize,
+}
+
+impl GemmOperands {
+    fn call<'a>(&self, weights: &'a Weights) -> GemmCall<'a> {
+        let &Self { rows, scales, out, out_scales, header, worklist, psum, m_sum, alignment } = self;
+        GemmCall { weights, rows, scales, out, out_scales, header, worklist, psum, m_sum, alignment }
+    }
+}
+
 /// A step bound to addresses.
 pub enum Bound {
-    QuantizePermute {
-        step: Arc<QuantizePermute>,
-        plan: Plan,
-        routing: RoutingBuffers,
-        rows: RowsBuffers,
-        layout: LayoutBuffers,
-        workspace: u64,
-    },
-    Activate {
-        step: Arc<Activate>,
-        call: ActivateBuffers,
-    },
-    Unpermute {
-        step: Arc<Unpermute>,
-        call: UnpermuteBuffers,
-    },
-    Gemm {
-        step: Arc<Gemm>,
-        weights: Weights,
-        call: GemmBuffers,
-    },
-    Layer {
-        layer: Arc<Layer>,
-        tokens: usize,
-        call: LayerBuffers,
-    },
+    QuantizePermute { step: Arc<QuantizePermute>, call: QuantizePermuteCall, _state: DeviceBuffer },
+    Activate { step: Arc<Activate>, call: ActivateCall },
+    Unpermute { step: Arc<Unpermute>, call: UnpermuteCall },
+    Gemm { step: Arc<Gemm>, weights: Weights, operands: GemmOperands },
+    Layer { layer: Arc<Layer>, call: LayerCall, _state: DeviceBuffer },
 }
 
 /// Quantize + permute for one shape, and the sizes of its buffers.
@@ -135,7 +140,7 @@ pub unsafe extern "C" fn expertile_permutation_sizes(
         Ok([
             plan.m_sum(),
             ScaleFormat::HOPPER.words(plan.m_sum(), hidden)?,
-            LayoutBuffers::space_bytes(plan, permutation.row_tile)?,
+            LayoutPtrs::space_bytes(plan, permutation.row_tile)?,
             permutation.step.workspace_bytes(plan)?,
         ])
     };
@@ -159,8 +164,8 @@ pub unsafe extern "C" fn expertile_permutation_sizes(
 pub unsafe extern "C" fn expertile_layout_offsets(permutation: *const Permutation, offsets: *mut u64) -> i32 {
     // SAFETY: the caller's promise.
     let (permutation, offsets) = unsafe { (&*permutation, std::slice::from_raw_parts_mut(offsets, 8)) };
-    let base = 1 << 20;
-    match LayoutBuffers::carve(base, &permutation.plan, permutation.row_tile) {
+    let base = DevicePtr::<u8>::new(1 << 20);
+    match LayoutPtrs::carve(base, &permutation.plan, permutation.row_tile) {
         Ok(l) => {
             let lists = [
                 l.expert_num_tokens,
@@ -173,7 +178,7 @@ pub unsafe extern "C" fn expertile_layout_offsets(permutation: *const Permutatio
                 l.worklist,
             ];
             for (offset, list) in offsets.iter_mut().zip(lists) {
-                *offset = list - base;
+                *offset = list.address() - base.address();
             }
             1
         }
@@ -184,7 +189,7 @@ pub unsafe extern "C" fn expertile_layout_offsets(permutation: *const Permutatio
     }
 }
 
-/// Binds quantize + permute to addresses and readies its workspace.
+/// Binds quantize + permute to addresses and makes its state.
 ///
 /// # Safety
 /// As [`expertile_permutation_sizes`]; the addresses are device memory of the sizes given there.
@@ -205,25 +210,27 @@ pub unsafe extern "C" fn expertile_bind_permutation(
     let permutation = unsafe { &*permutation };
     let plan = permutation.plan;
     let make = || {
-        // SAFETY: the caller's promise.
-        unsafe { permutation.step.initialise_workspace(Stream(0), workspace)? };
-        Ok(Bound::QuantizePermute {
-            step: permutation.step.clone(),
+        let workspace = DevicePtr::new(workspace);
+        let state: DeviceBuffer = device()?.allocate(STATE_BYTES)?;
+        // SAFETY: the state is new, and stream 0 always lives.
+        unsafe { permutation.step.initialise_state(Stream(0), state.ptr())? };
+        let ids = DeviceMatrix::row_major(DevicePtr::new(ids), plan.topk());
+        let rows = RowsPtrs {
+            x: DeviceMatrix::row_major(DevicePtr::new(x), hidden),
+            x_scales: None,
+            weights: None,
+            out: DevicePtr::new(out),
+            scales: optional(scales),
+        };
+        let call = QuantizePermuteCall {
             plan,
-            routing: RoutingBuffers {
-                ids: Tensor2 { address: ids, row_stride: plan.topk(), col_stride: 1 },
-                expert_map,
-                global_experts,
-            },
-            rows: RowsBuffers {
-                x: Tensor2 { address: x, row_stride: hidden, col_stride: 1 },
-                out,
-                scales,
-                ..RowsBuffers::default()
-            },
-            layout: LayoutBuffers::carve(layout, &plan, permutation.row_tile)?,
+            routing: RoutingPtrs { ids, expert_map: optional(expert_map), global_experts },
+            rows,
+            layout: LayoutPtrs::carve(DevicePtr::new(layout), &plan, permutation.row_tile)?,
+            state: state.ptr(),
             workspace,
-        })
+        };
+        Ok(Bound::QuantizePermute { step: permutation.step.clone(), call, _state: state })
     };
     hand_over(make())
 }
@@ -244,7 +251,15 @@ pub extern "C" fn expertile_bind_activation(
         let config =
             ActivateConfig { intermediate, activation: Activation::default(), format: Some(ScaleFormat::HOPPER) };
         let step = Arc::new(Activate::prepare(&device()?, config)?);
-        let call = ActivateBuffers { gate_up, psum, out, scales, local_experts, alignment, m_sum };
+        let call = ActivateCall {
+            gate_up: DevicePtr::new(gate_up),
+            psum: DevicePtr::new(psum),
+            out: DevicePtr::new(out),
+            scales: optional(scales),
+            local_experts,
+            alignment,
+            m_sum,
+        };
         Ok(Bound::Activate { step, call })
     };
     hand_over(make())
@@ -266,8 +281,15 @@ pub extern "C" fn expertile_bind_unpermute(
         let (input, output) = (Dtype::Bf16, Dtype::Bf16);
         let config = UnpermuteConfig { hidden, topk, input, output, weighted: true, aligned: true };
         let step = Arc::new(Unpermute::prepare(&device()?, config)?);
-        let weights = Tensor2 { address: weights, row_stride: topk, col_stride: 1 };
-        Ok(Bound::Unpermute { step, call: UnpermuteBuffers { rows, inv_perm, weights, out, tokens, m_sum } })
+        let call = UnpermuteCall {
+            rows: DevicePtr::new(rows),
+            inv_perm: DevicePtr::new(inv_perm),
+            weights: Some(DeviceMatrix::row_major(DevicePtr::new(weights), topk)),
+            out: DevicePtr::new(out),
+            tokens,
+            m_sum,
+        };
+        Ok(Bound::Unpermute { step, call })
     };
     hand_over(make())
 }
@@ -281,7 +303,7 @@ fn words_of_tile(tile: GemmTile) -> [usize; 5] {
 /// `out_scales` its results go through SwiGLU and are quantized, too.
 ///
 /// # Safety
-/// The addresses are device memory of the sizes that `Weights` and `GemmBuffers` say.
+/// The addresses are device memory of the sizes that `Weights` and `GemmCall` say.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn expertile_bind_gemm(
     row_tile: usize,
@@ -312,11 +334,30 @@ pub unsafe extern "C" fn expertile_bind_gemm(
         };
         let step = Arc::new(Gemm::prepare(&device()?, config)?);
         // SAFETY: the caller's promise.
-        let weights = unsafe { Weights::from_device(WeightFormat::E4m3, (experts, n, k), weights, weight_scales)? };
-        let call = GemmBuffers { rows, scales, out, out_scales, header, worklist, psum, m_sum, alignment };
-        Ok(Bound::Gemm { step, weights, call })
+        let weights = unsafe { on_device((experts, n, k), weights, weight_scales)? };
+        let operands = GemmOperands {
+            rows: DevicePtr::new(rows),
+            scales: optional(scales),
+            out: DevicePtr::new(out),
+            out_scales: optional(out_scales),
+            header: DevicePtr::new(header),
+            worklist: DevicePtr::new(worklist),
+            psum: DevicePtr::new(psum),
+            m_sum,
+            alignment,
+        };
+        Ok(Bound::Gemm { step, weights, operands })
     };
     hand_over(make())
+}
+
+/// e4m3 weights that are on the device.
+///
+/// # Safety
+/// As [`Weights::from_device`].
+unsafe fn on_device(sizes: (usize, usize, usize), values: u64, scales: u64) -> Result<Weights> {
+    // SAFETY: the caller's promise.
+    unsafe { Weights::from_device(WeightFormat::E4m3, sizes, DevicePtr::new(values), optional(scales)) }
 }
 
 /// Prepares the whole layer of e4m3 weights `[E, 2 I, H]` and `[E, H, I]` for calls of up to `max_tokens` tokens; hidden
@@ -340,23 +381,8 @@ pub unsafe extern "C" fn expertile_layer(
     let make = || {
         let (up, down) = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate));
         // SAFETY: the caller's promise.
-        let (w13, w2) = unsafe {
-            (
-                Weights::from_device(WeightFormat::E4m3, up, w13, w13_scales)?,
-                Weights::from_device(WeightFormat::E4m3, down, w2, w2_scales)?,
-            )
-        };
-        let config = LayerConfig {
-            topk,
-            ids: Dtype::I32,
-            global_experts,
-            input: Dtype::Bf16,
-            output: Dtype::Bf16,
-            activation: Activation::default(),
-            activations: ActivationFormat::E4m3,
-            weight_on_input: false,
-            split_k: false,
-        };
+        let (w13, w2) = unsafe { (on_device(up, w13, w13_scales)?, on_device(down, w2, w2_scales)?) };
+        let config = LayerConfig::new(topk, global_experts, ActivationFormat::E4m3);
         Ok(Arc::new(Layer::prepare(&device()?, w13, w2, config, max_tokens)?))
     };
     hand_over(make())
@@ -386,10 +412,10 @@ pub unsafe extern "C" fn expertile_layer_choice(layer: *const Arc<Layer>, tokens
     }
 }
 
-/// Binds a call of the layer to addresses and readies its workspace.
+/// Binds a call of the layer to addresses and makes its state.
 ///
 /// # Safety
-/// As [`expertile_layer_choice`]; the addresses are device memory of the sizes that `LayerBuffers` says.
+/// As [`expertile_layer_choice`]; the addresses are device memory of the sizes that `LayerCall` says.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn expertile_bind_layer(
     layer: *const Arc<Layer>,
@@ -404,18 +430,25 @@ pub unsafe extern "C" fn expertile_bind_layer(
     // SAFETY: the caller's promise.
     let layer = unsafe { &*layer }.clone();
     let make = || {
-        // SAFETY: the caller's promise.
-        unsafe { layer.initialise_workspace(Stream(0), workspace)? };
+        let workspace = DevicePtr::new(workspace);
+        let state: DeviceBuffer = device()?.allocate(STATE_BYTES)?;
+        // SAFETY: the state is new, and stream 0 always lives.
+        unsafe { layer.initialise_state(Stream(0), state.ptr())? };
         let &LayerConfig { topk, global_experts, .. } = layer.config();
-        let matrix = |address, row_stride| Tensor2 { address, row_stride, col_stride: 1 };
-        let call = LayerBuffers {
-            hidden_states: matrix(x, layer.shape().hidden()),
-            routing: RoutingBuffers { ids: matrix(ids, topk), expert_map, global_experts },
-            topk_weights: matrix(weights, topk),
-            output,
+        let call = LayerCall {
+            tokens,
+            hidden_states: DeviceMatrix::row_major(DevicePtr::new(x), layer.shape().hidden()),
+            routing: RoutingPtrs {
+                ids: DeviceMatrix::row_major(DevicePtr::new(ids), topk),
+                expert_map: optional(expert_map),
+                global_experts,
+            },
+            topk_weights: DeviceMatrix::row_major(DevicePtr::new(weights), topk),
+            output: DevicePtr::new(output),
+            state: state.ptr(),
             workspace,
         };
-        Ok(Bound::Layer { layer, tokens, call })
+        Ok(Bound::Layer { layer, call, _state: state })
     };
     hand_over(make())
 }
@@ -430,13 +463,11 @@ pub unsafe extern "C" fn expertile_launch(bound: *const Bound, stream: u64) -> i
     // SAFETY: the caller's promise.
     let queued = unsafe {
         match &*bound {
-            Bound::QuantizePermute { step, plan, routing, rows, layout, workspace } => {
-                step.launch(stream, plan, routing, rows, layout, *workspace)
-            }
+            Bound::QuantizePermute { step, call, .. } => step.launch(stream, call),
             Bound::Activate { step, call } => step.launch(stream, call),
             Bound::Unpermute { step, call } => step.launch(stream, call),
-            Bound::Gemm { step, weights, call } => step.launch(stream, weights, call),
-            Bound::Layer { layer, tokens, call } => layer.launch(stream, *tokens, call),
+            Bound::Gemm { step, weights, operands } => step.launch(stream, &operands.call(weights)),
+            Bound::Layer { layer, call, .. } => layer.launch(stream, call),
         }
     };
     match queued {
@@ -457,10 +488,8 @@ pub unsafe extern "C" fn expertile_check(bound: *const Bound, stream: u64) -> i3
     // SAFETY: the caller's promise.
     let checked = unsafe {
         match &*bound {
-            Bound::QuantizePermute { step, plan, routing, workspace, .. } => {
-                step.check(Stream(stream), plan, routing, *workspace)
-            }
-            Bound::Layer { layer, tokens, call } => layer.check(Stream(stream), *tokens, call),
+            Bound::QuantizePermute { step, call, .. } => step.check(Stream(stream), call),
+            Bound::Layer { layer, call, .. } => layer.check_launch(Stream(stream), call),
             _ => Ok(()),
         }
     };

@@ -111,7 +111,7 @@ fn packing_tells_of_every_expert_and_keeps_the_sizes() {
         let checkpoint = Checkpoint::from_bytes(model.config.to_string().as_bytes(), &file).unwrap();
         let layer = checkpoint.layer(LAYER).unwrap();
         let mut told = Vec::new();
-        let (w13, w2) = layer.pack(&cpu, &mut |done| told.push(done)).unwrap();
+        let (w13, w2) = layer.load(&cpu, &mut |done| told.push(done)).unwrap();
         assert_eq!(told, [1, 2, 3, 4]);
         assert_eq!((w13.format(), w2.format()), (layer.weight_format(), layer.weight_format()));
         assert_eq!((w13.experts(), w13.n(), w13.k()), (4, 2 * 192, 256));
@@ -125,7 +125,7 @@ fn every_intermediate_size_can_be_packed() {
         let model = Model::new("mixtral", Sizes { intermediate, ..SIZES }, true);
         let file = serialize(&model.tensors);
         let checkpoint = Checkpoint::from_bytes(model.config.to_string().as_bytes(), &file).unwrap();
-        let (w13, w2) = checkpoint.layer(LAYER).unwrap().pack(&expertile::cpu::Cpu::new(), &mut |_| {}).unwrap();
+        let (w13, w2) = checkpoint.layer(LAYER).unwrap().load(&expertile::cpu::Cpu::new(), &mut |_| {}).unwrap();
         assert_eq!((w13.n(), w2.k()), (2 * intermediate, intermediate));
     }
 }
@@ -420,7 +420,7 @@ fn one_scale_per_tensor_or_row_is_computed() {
     });
     read(&per_row, |layer| {
         assert_eq!((layer.weight_format(), layer.weights_are_rounded()), (WeightFormat::E4m3, false));
-        assert!(layer.pack(&expertile::cpu::Cpu::new(), &mut |_| {}).is_ok());
+        assert!(layer.load(&expertile::cpu::Cpu::new(), &mut |_| {}).is_ok());
         let up = &layer.experts()[3].up;
         let mut row = vec![0.0; SIZES.hidden];
         up.write_row(7, &mut row);
@@ -456,7 +456,7 @@ fn f16_and_f32_weights_are_read_and_rounded() {
             (read - expected * (1.0 + 2f64.powi(-9))).abs() <= 1e-3 * expected.abs() + 1e-6
         };
         assert!(read_weights.iter().flatten().zip(expected.iter().flatten()).all(close));
-        assert!(read(&model, |layer| layer.pack(&expertile::cpu::Cpu::new(), &mut |_| {}).is_ok()));
+        assert!(read(&model, |layer| layer.load(&expertile::cpu::Cpu::new(), &mut |_| {}).is_ok()));
     }
 }
 
@@ -541,7 +541,7 @@ fn the_shared_expert_is_read_or_missed() {
             let shared = layer.shared().unwrap();
             assert_eq!((shared.shape.intermediate(), shared.gate.as_ref()), (SIZES.intermediate, None));
             assert_eq!(shared.weight_format(), layer.weight_format());
-            assert!(shared.pack(&expertile::cpu::Cpu::new()).is_ok());
+            assert!(shared.load(&expertile::cpu::Cpu::new()).is_ok());
         });
         let mut without = model.clone();
         without.tensors.retain(|tensor| !tensor.name.contains("shared_experts.up_proj"));

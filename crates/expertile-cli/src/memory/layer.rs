@@ -188,7 +188,8 @@ fn saturate(bytes: u128) -> u64 {
 mod tests {
     use super::*;
     use expertile::E4m3;
-    use expertile::cpu::{Cpu, Layer, LayerOptions, PackedWeights, SharedExpert};
+    use expertile::LayerConfig;
+    use expertile::cpu::{Cpu, Layer, PackedWeights, SharedExpert};
     use half::bf16;
 
     const TOKENS: usize = 100;
@@ -237,8 +238,8 @@ mod tests {
                 let w13 = pack(weights, [experts, 2 * intermediate, hidden]);
                 let w2 = pack(weights, [experts, hidden, intermediate]);
                 let mut taken = w13.bytes() + w2.bytes();
-                let options = LayerOptions { activations, ..LayerOptions::default() };
-                let mut layer = Layer::new(w13, w2, options).unwrap();
+                let config = LayerConfig::new(TOPK, experts, activations);
+                let mut layer = Layer::prepare(&Cpu::new(), w13, w2, config, TOKENS).unwrap();
                 let bias_values = if biases { experts * (2 * intermediate + hidden) } else { 0 };
                 if biases {
                     let zeros = |len| Some(vec![0.0; experts * len]);
@@ -257,7 +258,7 @@ mod tests {
                 let what = format!("{weights}, {activations}, {memory:?}");
                 let (packed, taken) = (memory.weight_bytes(), taken as u128);
                 assert!((taken..taken + taken / 50).contains(&packed), "{what}: {packed} for {taken}");
-                let taken = (layer.workspace_bytes(TOKENS, TOPK).unwrap() + TOKENS * hidden * 2) as u128;
+                let taken = (layer.workspace_bytes(TOKENS).unwrap() + TOKENS * hidden * 2) as u128;
                 let estimate = memory.call_bytes().unwrap();
                 assert!((taken..2 * taken).contains(&estimate), "{what}: {estimate} for {taken}");
             }

@@ -1,4 +1,5 @@
-//! The activation over live rows: `gate_up [M_sum, 2 I]` (`[M_sum, I]` without a gate) to `[M_sum, I]`, as bf16 or quantized.
+//! The activation over live rows: `gate_up [M_sum, 2 I]` (`[M_sum, I]` without a gate) to `[M_sum, I]`, as bf16 or
+//! quantized.
 
 use super::Cpu;
 use super::arch::multiversion;
@@ -7,7 +8,7 @@ use crate::activation::{Activation, gelu_tanh, relu2, swiglu};
 use crate::dtype::{E4m3, Float, RowElement};
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::layout::Layout;
-use crate::quantize::{ScaleFormat, ScalesMut};
+use crate::quantize::ScalesMut;
 use half::bf16;
 use rayon::prelude::*;
 
@@ -56,14 +57,14 @@ pub fn activate_quantize(
     intermediate: usize,
     gate_up: &[bf16],
     activation: &Activation,
-    format: ScaleFormat,
     out: &mut [E4m3],
     scales: ScalesMut<'_>,
 ) -> Result<()> {
+    let format = scales.format();
     let groups = format.groups(intermediate)?;
-    scales.check("scales", format, layout.m_sum(), intermediate)?;
+    scales.check("scales", layout.m_sum(), intermediate)?;
     let out = rows_out(layout, intermediate, gate_up, activation, out)?;
-    let sink = ScaleSink::new(format, layout, groups, scales);
+    let sink = ScaleSink::new(layout, groups, scales);
     each_row(
         cpu,
         layout,

@@ -34,8 +34,8 @@ impl<'a, T> Disjoint<'a, T> {
     #[inline]
     pub(crate) unsafe fn part(&self, start: usize, len: usize) -> &'a mut [T] {
         assert!(start <= self.len && len <= self.len - start, "part {start}+{len} of {}", self.len);
-        // SAFETY: the range lies within the slice this was made from, which is borrowed for 'a; the caller promises that
-        // nobody else has it.
+        // SAFETY: the range lies within the slice this was made from, which is borrowed for 'a; the caller promises
+        // that nobody else has it.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
     }
 }

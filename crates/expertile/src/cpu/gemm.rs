@@ -1,8 +1,8 @@
 //! The grouped GEMM: the live rows of every expert times that expert's weights.
 //!
-//! `D[r, n] = sum_k A[r, k] * sfa[r, k/128] * B[e, n, k] * sfb[e, n/128, k/128]`, bf16 out. Work is cut into (rows of one
-//! expert) x (32 output columns); each such piece is computed by one task in a fixed order, so the result does not depend
-//! on the number of threads. Padding rows are neither read nor written, and cost nothing.
+//! `D[r, n] = sum_k A[r, k] * sfa[r, k/128] * B[e, n, k] * sfb[e, n/128, k/128]`, bf16 out. Work is cut into (rows of
+//! one expert) x (32 output columns); each such piece is computed by one task in a fixed order, so the result does not
+//! depend on the number of threads. Padding rows are neither read nor written, and cost nothing.
 //!
 //! With AVX-512 BF16 a subnormal bf16 counts as zero, and a sum's roundings are those of `vdpbf16ps`; on every
 //! instruction set the error stays within that of summing in f32.
@@ -14,13 +14,14 @@ mod tiles;
 pub use packing::{PackedWeights, PackedWeightsBuilder};
 
 use super::arch::Isa;
-use super::arch::gemm::{BLOCK_PAIRS, BlockScales, BytePanel, PANEL, Sums, multiply, multiply_decoded, multiply_e4m3};
+use super::arch::gemm::{multiply, multiply_decoded, multiply_e4m3};
+use super::arch::panel::{BLOCK_PAIRS, BlockScales, BytePanel, PANEL, Sums};
 use super::{Cpu, disjoint::Disjoint};
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result, checked_add, checked_mul, require_exact, require_len};
 use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
 use crate::layout::Layout;
-use crate::quantize::{Group, ScaleFormat, Scales};
+use crate::quantize::{Group, Scales};
 use half::bf16;
 use packing::{Panel, PanelWeights};
 use rayon::prelude::*;
@@ -40,8 +41,6 @@ pub enum Activations<'a> {
         rows: &'a [E4m3],
         /// Their scales, one per group of 128.
         scales: Scales<'a>,
-        /// Where the scales stand.
-        format: ScaleFormat,
     },
 }
 
@@ -100,11 +99,11 @@ pub fn grouped_gemm(
 /// [`grouped_gemm`] with `bias [E, N]` added to the f32 sums, before they are rounded.
 ///
 /// # Errors
-/// [`Error::WeightFormat`] for e4m3 activations with bf16 weights, [`Error::Value`] if layout and weights differ in `E`, if
-/// e4m3 activations come in groups of 32, or if their K is no multiple of 128, [`Error::BufferTooSmall`] if `activations`,
-/// `activation_scales`, `workspace` (see [`grouped_gemm_workspace_bytes`]) or `out` are shorter than their shapes,
-/// [`Error::Dtype`] if the scales are not of their format's type, [`Error::Shape`] unless the bias holds exactly `E * N`
-/// values. Nothing is written on an error.
+/// [`Error::WeightFormat`] for e4m3 activations with bf16 weights, [`Error::Value`] if layout and weights differ in
+/// `E`, if e4m3 activations come in groups of 32, or if their K is no multiple of 128, [`Error::BufferTooSmall`] if
+/// `activations`, `activation_scales`, `workspace` (see [`grouped_gemm_workspace_bytes`]) or `out` are shorter than
+/// their shapes, [`Error::Dtype`] if the scales are not of their format's type, [`Error::Shape`] unless the bias holds
+/// exactly `E * N` values. Nothing is written on an error.
 pub fn grouped_gemm_with_bias(
     cpu: &Cpu,
     layout: &Layout<'_>,
@@ -157,7 +156,8 @@ fn check(
     }
     let len = match activations {
         Activations::Bf16(rows) => rows.len(),
-        Activations::E4m3 { rows, scales, format } => {
+        Activations::E4m3 { rows, scales } => {
+            let format = scales.format();
             if weights.format() != WeightFormat::E4m3 {
                 let actual = weights.format().name();
                 return Err(Error::WeightFormat { argument: "weights", actual, expected: "e4m3, as the activations" });
@@ -165,7 +165,7 @@ fn check(
             if format.group() != Group::G128 {
                 return Err(Error::value("group", format.group().size(), "128, as the weights' blocks"));
             }
-            scales.check("activation_scales", format, m_sum, k)?;
+            scales.check("activation_scales", m_sum, k)?;
             rows.len()
         }
     };
@@ -177,8 +177,8 @@ fn check(
 
 /// Adds one panel's product with a block's rows to `sums`.
 ///
-/// With several tiles, a block of K at a time: the first tile brings its weights into the cache (and decodes them) for the
-/// others, and each tile asks for its share of the next block's.
+/// With several tiles, a block of K at a time: the first tile brings its weights into the cache (and decodes them) for
+/// the others, and each tile asks for its share of the next block's.
 fn multiply_block(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: &Panel<'_>, sums: &mut [Sums]) {
     let tiles = block.tile_count();
     let run = if tiles > 1 { 1 } else { rows.k_blocks };
@@ -235,8 +235,8 @@ fn store(
         }
     }
     for (row, sums) in block.rows().zip(sums) {
-        // SAFETY: only this task has this expert's rows of this block in the columns of this panel: panels have columns of
-        // their own.
+        // SAFETY: only this task has this expert's rows of this block in the columns of this panel: panels have
+        // columns of their own.
         #[allow(unsafe_code)]
         let out = unsafe { out.part(row * n + columns.start, columns.len()) };
         for (out, &mut sum) in out.iter_mut().zip(sums) {

@@ -1,16 +1,18 @@
 //! The CPU backend: the steps of a token's path, run by threads and vector instructions.
 //!
-//! Every step takes a [`Cpu`], which says which instruction set to use and where the threads come from. By default that
-//! is the best this machine has and the rayon pool one is called from, so a caller who already has a pool wraps the call
-//! in `pool.install(..)` or hands it over with [`Cpu::in_pool`].
+//! Every step takes a [`Cpu`], which says which instruction set to use and where the threads come from. By default
+//! that is the best this machine has and the rayon pool one is called from, so a caller who already has a pool wraps
+//! the call in `pool.install(..)` or hands it over with [`Cpu::in_pool`].
 
 mod activation;
 pub mod arch;
+mod backend;
 mod disjoint;
 pub mod gemm;
 mod layer;
 mod permute;
 mod quantize;
+mod rows;
 mod unpermute;
 mod workspace;
 
@@ -20,7 +22,7 @@ pub use gemm::{
     Activations, PackedWeights, PackedWeightsBuilder, grouped_gemm, grouped_gemm_with_bias,
     grouped_gemm_workspace_bytes,
 };
-pub use layer::{Layer, LayerOptions, SharedExpert, StageDone};
+pub use layer::{ALIGNMENT, Layer, LayerChoice, SharedExpert, StageDone};
 pub use permute::{RowScales, permute_convert, permute_quantized, permute_rows, quantize_permute};
 pub use quantize::quantize_rows;
 use std::sync::Arc;

@@ -7,9 +7,11 @@ use super::Cpu;
 use super::arch::{Isa, multiversion, stream};
 use super::disjoint::Disjoint;
 use super::quantize::{ScaleSink, quantize_row};
-use crate::dtype::{E4m3, Float, MatrixRef, RowElement};
+use super::rows::{each_token, gather, gather_space, live};
+use crate::dtype::{E4m3, Float, RowElement};
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::layout::{Layout, Padding};
+use crate::matrix::MatrixRef;
 use crate::quantize::{ScaleFormat, ScaleLayout, ScalesMut};
 use rayon::prelude::*;
 
@@ -92,8 +94,8 @@ multiversion! {
     }
 }
 
-/// Quantizes rows on their way: `x [M, H]` to `out [M_sum, H]` e4m3 and its scales. `weights [M, 1]`, if given, multiply
-/// the input first (rounded to `T`): `apply_router_weight_on_input`.
+/// Quantizes rows while it permutes them: `x [M, H]` to `out [M_sum, H]` e4m3 and its scales. `weights [M, 1]`, if
+/// given, multiply the input first (rounded to `T`): `apply_router_weight_on_input`.
 ///
 /// # Errors
 /// [`Error::Shape`] unless `x` has `M` rows (and `weights` is `[M, 1]`), [`Error::Value`] unless the group divides `H`
@@ -104,17 +106,16 @@ pub fn quantize_permute<T: Float>(
     x: MatrixRef<'_, T>,
     weights: Option<MatrixRef<'_, f32>>,
     layout: &Layout<'_>,
-    format: ScaleFormat,
     padding: Padding,
     out: &mut [E4m3],
     scales: ScalesMut<'_>,
 ) -> Result<()> {
-    let hidden = x.cols();
+    let (hidden, format) = (x.cols(), scales.format());
     let groups = format.groups(hidden)?;
     check_weights(weights, layout)?;
-    scales.check("scales", format, layout.m_sum(), hidden)?;
+    scales.check("scales", layout.m_sum(), hidden)?;
     let out = rows_out("out", x, layout, out)?;
-    let sink = ScaleSink::new(format, layout, groups, scales);
+    let sink = ScaleSink::new(layout, groups, scales);
     let target = Target::new(cpu, out, hidden);
     each_token(
         cpu,
@@ -146,17 +147,16 @@ pub fn permute_quantized(
     x: MatrixRef<'_, E4m3>,
     x_scales: RowScales<'_>,
     layout: &Layout<'_>,
-    format: ScaleFormat,
     padding: Padding,
     out: &mut [E4m3],
     scales: ScalesMut<'_>,
 ) -> Result<()> {
-    let hidden = x.cols();
+    let (hidden, format) = (x.cols(), scales.format());
     let groups = format.groups(hidden)?;
     check_row_scales(x_scales, format, layout.tokens(), groups)?;
-    scales.check("scales", format, layout.m_sum(), hidden)?;
+    scales.check("scales", layout.m_sum(), hidden)?;
     let out = rows_out("out", x, layout, out)?;
-    let sink = ScaleSink::new(format, layout, groups, scales);
+    let sink = ScaleSink::new(layout, groups, scales);
     let target = Target::new(cpu, out, hidden);
     each_token(
         cpu,
@@ -258,60 +258,6 @@ fn write_scales(sink: &ScaleSink<'_>, rows: &[i32], scales: &[f32]) {
     for row in live(rows) {
         // SAFETY: as in `Target::write`: the row is this token's alone.
         unsafe { sink.write_row(row, scales) };
-    }
-}
-
-pub(super) fn live(rows: &[i32]) -> impl Iterator<Item = usize> + '_ {
-    rows.iter().filter_map(|&row| usize::try_from(row).ok())
-}
-
-/// Calls `work` with every token that has a live slot and the rows of its slots, each token once.
-fn each_token<S>(
-    cpu: &Cpu,
-    layout: &Layout<'_>,
-    cols: usize,
-    space: impl Fn() -> S + Sync + Send,
-    work: impl Fn(&mut S, usize, &[i32]) + Sync + Send,
-) {
-    // Enough values that a task outweighs its scheduling, few enough that all threads have tasks.
-    const VALUES_PER_TASK: usize = 1 << 16;
-    if layout.m_sum() == 0 {
-        // Without rows nothing bounds their width, and even no row would have its space.
-        return;
-    }
-    let topk = layout.topk();
-    let by_size = VALUES_PER_TASK.div_ceil(cols.saturating_mul(topk).max(1));
-    let by_threads = layout.tokens().div_ceil(4 * cpu.threads()).max(1);
-    let tokens_per_task = by_size.min(by_threads);
-    cpu.install(|| {
-        layout.inv_perm().par_chunks(tokens_per_task * topk).enumerate().for_each_init(
-            &space,
-            |space, (task, slots)| {
-                for (offset, rows) in slots.chunks_exact(topk).enumerate() {
-                    if live(rows).next().is_some() {
-                        work(space, task * tokens_per_task + offset, rows);
-                    }
-                }
-                stream::fence();
-            },
-        );
-    });
-}
-
-/// Room to gather a row into, where its elements do not stand next to each other.
-pub(super) fn gather_space<T: RowElement>(x: MatrixRef<'_, T>) -> Vec<T> {
-    if x.is_row_contiguous() { Vec::new() } else { vec![T::zeroed(); x.cols()] }
-}
-
-pub(super) fn gather<'s, T: RowElement>(x: MatrixRef<'s, T>, token: usize, space: &'s mut [T]) -> &'s [T] {
-    match x.row(token) {
-        Some(row) => row,
-        None => {
-            for (col, value) in space.iter_mut().enumerate() {
-                *value = x.get(token, col);
-            }
-            space
-        }
     }
 }
 

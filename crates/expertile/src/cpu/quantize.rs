@@ -3,11 +3,12 @@
 use super::Cpu;
 use super::arch::multiversion;
 use super::disjoint::Disjoint;
-use super::permute::{gather, gather_space};
-use crate::dtype::{E4m3, Float, MatrixRef, e4m3_byte};
+use super::rows::{gather, gather_space};
+use crate::dtype::{E4m3, Float, e4m3_byte};
 use crate::error::{Result, checked_mul, require_len};
 use crate::layout::Layout;
-use crate::quantize::{ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut, scale_of, ue8m0_byte};
+use crate::matrix::MatrixRef;
+use crate::quantize::{ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut, Words, scale_of, ue8m0_byte};
 use rayon::prelude::*;
 
 multiversion! {
@@ -47,25 +48,19 @@ pub(crate) struct ScaleSink<'a> {
     format: ScaleFormat,
     m_sum: usize,
     groups: usize,
-    words: Words<'a>,
-}
-
-#[derive(Clone, Copy)]
-enum Words<'a> {
-    F32(Disjoint<'a, f32>),
-    Ue8m0(Disjoint<'a, i32>),
+    words: Words<Disjoint<'a, f32>, Disjoint<'a, i32>>,
 }
 
 impl<'a> ScaleSink<'a> {
-    /// Over scales that were checked against `format`, `[layout.m_sum(), groups]`; zeroes what no live row will write.
-    pub(crate) fn new(format: ScaleFormat, layout: &Layout<'_>, groups: usize, scales: ScalesMut<'a>) -> Self {
-        let m_sum = layout.m_sum();
-        let words = match scales {
-            ScalesMut::F32(words) => {
+    /// Over scales that were checked for `[layout.m_sum(), groups]`; zeroes what no live row will write.
+    pub(crate) fn new(layout: &Layout<'_>, groups: usize, scales: ScalesMut<'a>) -> Self {
+        let (m_sum, format) = (layout.m_sum(), scales.format());
+        let words = match scales.into_words() {
+            Words::F32(words) => {
                 zero_padding(format, layout, groups, words);
                 Words::F32(Disjoint::new(words))
             }
-            ScalesMut::Ue8m0(words) => {
+            Words::Ue8m0(words) => {
                 zero_padding(format, layout, groups, words);
                 Words::Ue8m0(Disjoint::new(words))
             }
@@ -132,34 +127,34 @@ fn zero_padding<W: Copy + Default>(format: ScaleFormat, layout: &Layout<'_>, gro
     }
 }
 
-/// Quantizes rows that already stand in their place: live rows of `rows [M_sum, H]` to `out [M_sum, H]` and its scales.
+/// Quantizes rows that already stand in their place: live rows of `rows [M_sum, H]` to `out [M_sum, H]` and its
+/// scales.
 ///
 /// For dispatchers that deliver rows expanded and sorted ([`Layout::from_psum`]). Padding rows are neither read nor
 /// written; their scales are zero.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) unless `rows` has `M_sum` rows, [`Error::Value`](crate::Error::Value) unless the
-/// group divides `H`, [`Error::Dtype`](crate::Error::Dtype) if `scales` is not of the format's word type,
+/// [`Error::Shape`](crate::Error::Shape) unless `rows` has `M_sum` rows, [`Error::Value`](crate::Error::Value) unless
+/// the group divides `H`, [`Error::Dtype`](crate::Error::Dtype) if `scales` is not of the format's word type,
 /// [`Error::BufferTooSmall`](crate::Error::BufferTooSmall), [`Error::Overflow`](crate::Error::Overflow).
 pub fn quantize_rows<T: Float>(
     cpu: &Cpu,
     rows: MatrixRef<'_, T>,
     layout: &Layout<'_>,
-    format: ScaleFormat,
     out: &mut [E4m3],
     scales: ScalesMut<'_>,
 ) -> Result<()> {
-    let hidden = rows.cols();
+    let (hidden, format) = (rows.cols(), scales.format());
     let groups = format.groups(hidden)?;
     rows.require_shape("rows", layout.m_sum(), hidden)?;
-    scales.check("scales", format, layout.m_sum(), hidden)?;
+    scales.check("scales", layout.m_sum(), hidden)?;
     let needed = checked_mul("M_sum * H", layout.m_sum(), hidden)?;
     require_len("out", out.len(), needed)?;
     if needed == 0 {
         // Without rows nothing bounds their width, and even no row would have its space.
         return Ok(());
     }
-    let sink = ScaleSink::new(format, layout, groups, scales);
+    let sink = ScaleSink::new(layout, groups, scales);
     cpu.install(|| {
         out[..needed].par_chunks_exact_mut(hidden).zip(layout.m_indices()).enumerate().for_each_init(
             || (gather_space(rows), vec![0.0; groups]),

@@ -3,10 +3,11 @@
 use super::Cpu;
 use super::arch::multiversion;
 use super::arch::stream::prefetch;
-use super::permute::live;
-use crate::dtype::{Float, MatrixRef};
+use super::rows::{live, tokens_per_task};
+use crate::dtype::Float;
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::layout::Layout;
+use crate::matrix::MatrixRef;
 use crate::routing::{Routing, require_slots};
 use rayon::prelude::*;
 
@@ -15,9 +16,9 @@ const COLUMNS: usize = 512;
 
 /// `out[m, :] = sum over slots k of topk_weights[m, k] * rows[inv_perm[m, k], :]`.
 ///
-/// `rows` is `[M_sum, H]`, `topk_weights` `[M, topk]` (ones if absent), `out` `[M, H]`. The sum is f32, starts at zero and
-/// runs in slot order, each product and each sum rounded once, with one cast at the end. Empty slots are skipped, never
-/// multiplied by zero; a token with no live slot gives zeros.
+/// `rows` is `[M_sum, H]`, `topk_weights` `[M, topk]` (ones if absent), `out` `[M, H]`. The sum is f32, starts at zero
+/// and runs in slot order, each product and each sum rounded once, with one cast at the end. Empty slots are skipped,
+/// never multiplied by zero; a token with no live slot gives zeros.
 ///
 /// # Errors
 /// [`Error::Shape`] unless `rows` has `M_sum` rows and the weights are `[M, topk]`, [`Error::Value`] for `H = 0`,
@@ -72,8 +73,8 @@ pub(super) fn unpermute_with_shared<T: Float, O: Float>(
 /// `inv_perm` holds then: others leave such slots unwritten.
 ///
 /// # Errors
-/// As [`unpermute`]; [`Error::Shape`] unless the routing is `[M, topk]`, [`Error::SlotRow`] for a row that `rows` does not
-/// have.
+/// As [`unpermute`]; [`Error::Shape`] unless the routing is `[M, topk]`, [`Error::SlotRow`] for a row that `rows` does
+/// not have.
 pub fn unpermute_slots<T: Float, O: Float>(
     cpu: &Cpu,
     rows: MatrixRef<'_, T>,
@@ -90,8 +91,8 @@ pub fn unpermute_slots<T: Float, O: Float>(
         let actual = [routing.tokens(), routing.topk()];
         return Err(Error::shape("topk_ids", &actual, format!("[{tokens}, {topk}], as inv_perm")));
     }
-    // A matrix of strides 0 has any number of slots in a few bytes: nothing is walked or allocated before they are known to
-    // be as many as `out` has tokens for.
+    // A matrix of strides 0 has any number of slots in a few bytes: nothing is walked or allocated before they are
+    // known to be as many as `out` has tokens for.
     require_operands(rows.cols(), (tokens, topk), topk_weights, out.len())?;
     let count = require_slots(tokens, topk)?;
     let mut live = Vec::new();
@@ -120,11 +121,9 @@ fn reduce<T: Float, O: Float>(
     shared: Option<SharedRows<'_, T>>,
     out: &mut [O],
 ) -> Result<()> {
-    const VALUES_PER_TASK: usize = 1 << 16;
     let hidden = rows.cols();
     let needed = require_operands(hidden, (tokens, topk), topk_weights, out.len())?;
-    let by_size = VALUES_PER_TASK.div_ceil(hidden.saturating_mul(topk));
-    let tokens_per_task = by_size.min(tokens.div_ceil(4 * cpu.threads()).max(1));
+    let tokens_per_task = tokens_per_task(cpu, tokens, hidden.saturating_mul(topk));
     let slots = |token: usize| inv_perm.get(token * topk..).map_or(&[][..], |rest| &rest[..topk.min(rest.len())]);
     cpu.install(|| {
         out[..needed].par_chunks_mut(tokens_per_task * hidden).enumerate().for_each(|(task, out)| {

@@ -1,14 +1,13 @@
 //! The activation over live rows, quantized or not.
 
-use super::arguments::{require_aligned, require_int};
-use super::device::{Device, Stream};
-use super::kernel::{Resources, Source};
-use super::permute::scale_definitions;
-use super::resident::Resident;
+use super::arguments::require_int;
+use super::definitions::{activation_definitions, scale_definitions};
+use super::driver::{Device, DevicePtr, Resident, Resources, Source, Stream};
 use super::route::require_experts;
 use crate::activation::Activation;
 use crate::error::{Error, Result};
 use crate::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding};
+use half::bf16;
 
 const THREADS: u32 = 768;
 
@@ -27,8 +26,8 @@ impl ActivateConfig {
     /// The kernel's source for this configuration.
     ///
     /// # Errors
-    /// [`Error::Value`] unless the group (16 for a bf16 result) divides `intermediate`, [`Error::Name`] for an activation
-    /// other than SwiGLU, [`Error::Parameter`] as [`Activation::check`].
+    /// [`Error::Value`] unless the group (16 for a bf16 result) divides `intermediate`, [`Error::Name`] for an
+    /// activation other than SwiGLU, [`Error::Parameter`] as [`Activation::check`].
     pub fn source(&self) -> Result<Source> {
         const PER_LANE: usize = 16;
         if self.intermediate == 0 || !self.intermediate.is_multiple_of(PER_LANE) {
@@ -50,37 +49,17 @@ impl ActivateConfig {
     }
 }
 
-/// Definitions that describe an activation.
-///
-/// # Errors
-/// [`Error::Parameter`] as [`Activation::check`], [`Error::Name`] for one that the kernels do not compute.
-pub(super) fn activation_definitions(activation: &Activation) -> Result<[(&'static str, i64); 4]> {
-    activation.check()?;
-    let &Activation::Swiglu { alpha, beta, limit } = activation else {
-        let (argument, actual) = ("activation", activation.name().into());
-        return Err(Error::Name { argument, actual, expected: "swiglu, on a GPU" });
-    };
-    let bits = |value: f32| i64::from(value.to_bits());
-    Ok([
-        ("ALPHA", bits(alpha)),
-        ("BETA", bits(beta)),
-        ("LIMITED", i64::from(limit.is_some())),
-        ("LIMIT", bits(limit.unwrap_or(0.0))),
-    ])
-}
-
 /// What one call works on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[repr(C)]
-pub struct ActivateBuffers {
+pub struct ActivateCall {
     /// `[M_sum, 2 I]` bf16, 16-byte aligned.
-    pub gate_up: u64,
+    pub gate_up: DevicePtr<bf16>,
     /// `[E]` i32; with the alignment it says which rows are live.
-    pub psum: u64,
+    pub psum: DevicePtr<i32>,
     /// `[M_sum, I]` e4m3 or bf16, 16-byte aligned.
-    pub out: u64,
-    /// Scales as their format says, 16-byte aligned; 0 for a bf16 result.
-    pub scales: u64,
+    pub out: DevicePtr,
+    /// Scales as their format says, 16-byte aligned; absent for a bf16 result.
+    pub scales: Option<DevicePtr>,
     /// `E`
     pub local_experts: usize,
     /// `A`
@@ -130,25 +109,26 @@ impl Activate {
     /// As [`super::Route::launch`].
     ///
     /// # Errors
-    /// [`Error::Value`] and [`Error::Alignment`] for what does not fit the configuration or the kernel; [`Error::Cuda`].
+    /// [`Error::Value`] and [`Error::Alignment`] for what does not fit the configuration or the kernel;
+    /// [`Error::Cuda`].
     #[allow(unsafe_code)]
-    pub unsafe fn launch(&self, stream: Stream, call: &ActivateBuffers) -> Result<()> {
+    pub unsafe fn launch(&self, stream: Stream, call: &ActivateCall) -> Result<()> {
         require_experts(call.local_experts)?;
         if call.alignment == 0 {
             return Err(Error::Alignment { actual: 0, expected: "at least 1".into() });
         }
         let m_sum = require_int("m_sum", call.m_sum)?;
-        require_aligned("psum", call.psum, 4)?;
-        require_aligned("gate_up", call.gate_up, 16)?;
-        require_aligned("out", call.out, 16)?;
+        call.psum.require_aligned("psum", 4)?;
+        call.gate_up.require_aligned("gate_up", 16)?;
+        call.out.require_aligned("out", 16)?;
         if self.config.format.is_some() {
-            require_aligned("scales", call.scales, 16)?;
+            DevicePtr::require(call.scales, "scales", 16)?;
         }
         let arguments = Arguments {
-            gate_up: call.gate_up,
-            psum: call.psum,
-            out: call.out,
-            scales: call.scales,
+            gate_up: call.gate_up.address(),
+            psum: call.psum.address(),
+            out: call.out.address(),
+            scales: DevicePtr::or_null(call.scales),
             experts: call.local_experts as i32,
             alignment: require_int("alignment", call.alignment)?,
             m_sum,

@@ -1,7 +1,7 @@
-//! The device's arithmetic against IEEE division, over every operand that matters. Skips, and says so, without a device.
+//! The device's arithmetic against IEEE division, over every operand that matters. Skips, and says so, without a
+//! device.
 
-use super::device::{Device, Launch, Stream};
-use super::kernel::Source;
+use super::driver::{Device, Launch, Source, Stream};
 use std::io::Write;
 
 /// Runs one of `arithmetic_test.cu`'s kernels and returns how many operands disagreed, and the first of them.
@@ -17,9 +17,8 @@ fn disagreements(entry: &'static std::ffi::CStr, input: i64) -> Option<[u64; 2]>
     };
     let source = Source::new("arithmetic_test.cu", include_str!("kernels/arithmetic_test.cu"), vec![("INPUT", input)]);
     let kernel = device.kernel(&source, entry).unwrap();
-    let result = device.allocate(16).unwrap();
-    result.upload(&[0u64, u64::MAX]).unwrap();
-    let address = result.address();
+    let result = device.upload(&[0u64, u64::MAX]).unwrap();
+    let address = result.ptr();
     let shape = Launch { blocks: 4096, threads: 256, shared_bytes: 0, cooperative: false, overlap: false };
     // SAFETY: the kernels take the address of two words.
     unsafe {

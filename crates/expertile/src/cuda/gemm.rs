@@ -3,12 +3,10 @@
 //! It walks the worklist that the plan left on the device: no count is needed on the host, padding costs nothing, and the
 //! layout's alignment and the GEMM's row tile know nothing of each other.
 
-use super::activation::activation_definitions;
-use super::arguments::{require_aligned, require_int};
+use super::arguments::require_int;
 use super::cost;
-use super::device::{Device, Launch, Stream};
-use super::kernel::{Kernel, Resources, Source};
-use super::tensor_map::TensorMap;
+use super::definitions::activation_definitions;
+use super::driver::{Device, DevicePtr, Kernel, Launch, Resources, Source, Stream, TensorMap};
 use super::weights::Weights;
 use crate::activation::Activation;
 use crate::error::{Error, Result, checked_mul};
@@ -331,23 +329,24 @@ impl GemmConfig {
 }
 
 /// What one call works on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[repr(C)]
-pub struct GemmBuffers {
+#[derive(Debug, Clone, Copy)]
+pub struct GemmCall<'a> {
+    /// `[E, N, K]`, of the GEMM's format.
+    pub weights: &'a Weights,
     /// `[M_sum, K]`, e4m3 or bf16, 16-byte aligned.
-    pub rows: u64,
-    /// Scales of e4m3 rows: f32, one to 128 values, MN-major ([`crate::ScaleFormat::HOPPER`]), 16-byte aligned; else 0.
-    pub scales: u64,
+    pub rows: DevicePtr,
+    /// Scales of e4m3 rows: one to 128 values, MN-major ([`crate::ScaleFormat::HOPPER`]), 16-byte aligned; absent for bf16.
+    pub scales: Option<DevicePtr<f32>>,
     /// `[M_sum, N]` bf16, 16-byte aligned; with an activation `[M_sum, N / 2]` e4m3. Only live rows are written.
-    pub out: u64,
-    /// With an activation, the results' scales as `scales` has its own; only those of live rows are written. Else 0.
-    pub out_scales: u64,
-    /// [`super::LayoutBuffers::header`], in whose last word blocks claim their tiles: GEMMs of one layout run one after the other.
-    pub header: u64,
-    /// [`super::LayoutBuffers::worklist`], of the tile's row tile.
-    pub worklist: u64,
-    /// [`super::LayoutBuffers::psum`].
-    pub psum: u64,
+    pub out: DevicePtr,
+    /// With an activation, the results' scales, as `scales` has its own; only those of live rows are written. Else absent.
+    pub out_scales: Option<DevicePtr<f32>>,
+    /// [`super::LayoutPtrs::header`]. Blocks claim tiles in its last word, so GEMMs of one layout run one after the other.
+    pub header: DevicePtr<i32>,
+    /// [`super::LayoutPtrs::worklist`], of the tile's row tile.
+    pub worklist: DevicePtr<i32>,
+    /// [`super::LayoutPtrs::psum`].
+    pub psum: DevicePtr<i32>,
     /// `M_sum`
     pub m_sum: usize,
     /// `A`: for e4m3 a multiple of 4, so that a segment's scales start on 16 bytes.
@@ -427,25 +426,25 @@ impl Gemm {
     /// [`Error::WeightFormat`] for weights of another format; [`Error::Value`] and [`Error::Alignment`] for what does not
     /// fit the kernel; [`Error::Cuda`].
     #[allow(unsafe_code)]
-    pub unsafe fn launch(&self, stream: Stream, weights: &Weights, call: &GemmBuffers) -> Result<()> {
-        self.check(weights, call)?;
+    pub unsafe fn launch(&self, stream: Stream, call: &GemmCall<'_>) -> Result<()> {
+        self.check(call)?;
         if call.m_sum == 0 {
             return Ok(());
         }
         // SAFETY: the caller's promise.
         unsafe {
             match self.config.tile.paths() {
-                1 => self.queue::<1>(stream, weights, call),
-                2 => self.queue::<2>(stream, weights, call),
-                3 => self.queue::<3>(stream, weights, call),
-                4 => self.queue::<4>(stream, weights, call),
-                _ => self.queue::<6>(stream, weights, call),
+                1 => self.queue::<1>(stream, call),
+                2 => self.queue::<2>(stream, call),
+                3 => self.queue::<3>(stream, call),
+                4 => self.queue::<4>(stream, call),
+                _ => self.queue::<6>(stream, call),
             }
         }
     }
 
-    fn check(&self, weights: &Weights, call: &GemmBuffers) -> Result<()> {
-        let format = self.config.format;
+    fn check(&self, call: &GemmCall<'_>) -> Result<()> {
+        let (weights, format) = (call.weights, self.config.format);
         if weights.format() != format {
             return Err(Error::WeightFormat {
                 argument: "weights",
@@ -459,19 +458,19 @@ impl Gemm {
             return Err(Error::value("k", weights.k(), format!("more than {too_short}, for a K in {splits} parts")));
         }
         require_int("m_sum", call.m_sum)?;
-        require_aligned("rows", call.rows, 16)?;
-        require_aligned("out", call.out, 16)?;
-        require_aligned("header", call.header, 4)?;
-        require_aligned("worklist", call.worklist, 8)?;
-        require_aligned("psum", call.psum, 4)?;
+        call.rows.require_aligned("rows", 16)?;
+        call.out.require_aligned("out", 16)?;
+        call.header.require_aligned("header", 4)?;
+        call.worklist.require_aligned("worklist", 8)?;
+        call.psum.require_aligned("psum", 4)?;
         if self.config.activation.is_some() {
-            require_aligned("out_scales", call.out_scales, 4)?;
+            DevicePtr::require(call.out_scales, "out_scales", 4)?;
             if !weights.n().is_multiple_of(2 * WEIGHT_BLOCK) {
                 return Err(Error::value("n", weights.n(), "a multiple of 256 for a GEMM with an activation"));
             }
         }
         if format == WeightFormat::E4m3 {
-            require_aligned("scales", call.scales, 16)?;
+            DevicePtr::require(call.scales, "scales", 16)?;
             if call.alignment == 0 || !call.alignment.is_multiple_of(4) {
                 let expected = "a multiple of 4 for e4m3 rows on a GPU".into();
                 return Err(Error::Alignment { actual: call.alignment, expected });
@@ -485,7 +484,8 @@ impl Gemm {
     /// # Safety
     /// As [`Gemm::launch`]; `PATHS` is the tile's.
     #[allow(unsafe_code)]
-    unsafe fn queue<const PATHS: usize>(&self, stream: Stream, weights: &Weights, call: &GemmBuffers) -> Result<()> {
+    unsafe fn queue<const PATHS: usize>(&self, stream: Stream, call: &GemmCall<'_>) -> Result<()> {
+        let weights = call.weights;
         // The driver encodes maps in a context only.
         let _current = self.device.current()?;
         let tile = &self.config.tile;
@@ -493,19 +493,19 @@ impl Gemm {
         let mut rows = [TensorMap::EMPTY; PATHS];
         for (path, map) in rows.iter_mut().enumerate() {
             let box_rows = (path + 1) * tile.row_step() / tile.shared;
-            *map = TensorMap::encode(call.rows, bytes, 2, (1, call.m_sum, k), box_rows)?;
+            *map = TensorMap::encode(call.rows.address(), bytes, 2, (1, call.m_sum, k), box_rows)?;
         }
         let box_rows = self.config.weight_box_rows();
         let arguments = Arguments {
-            weights: TensorMap::encode(weights.values(), bytes, 3, (weights.experts(), n, k), box_rows)?,
+            weights: TensorMap::encode(weights.values().address(), bytes, 3, (weights.experts(), n, k), box_rows)?,
             rows,
-            row_scales: call.scales,
-            weight_scales: weights.scales(),
-            out: call.out,
-            out_scales: call.out_scales,
-            header: call.header,
-            worklist: call.worklist,
-            psum: call.psum,
+            row_scales: DevicePtr::or_null(call.scales),
+            weight_scales: DevicePtr::or_null(weights.scales()),
+            out: call.out.address(),
+            out_scales: DevicePtr::or_null(call.out_scales),
+            header: call.header.address(),
+            worklist: call.worklist.address(),
+            psum: call.psum.address(),
             n: require_int("n", n)?,
             k: require_int("k", k)?,
             m_sum: require_int("m_sum", call.m_sum)?,

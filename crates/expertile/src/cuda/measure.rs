@@ -9,12 +9,12 @@ mod matrix;
 mod steps;
 mod tiles;
 
-pub use layer::{LayerCall, LayerInputs, LayerTimes};
+pub use layer::{HostInputs, LayerBench, LayerTimes};
 pub use matrix::matrix_flops_per_second;
 pub use steps::{Inputs, stage_times};
 pub use tiles::{TileBench, TileInputs, TileTime, TileTimes};
 
-use super::{Buffer, Device};
+use super::Device;
 use crate::error::Result;
 use crate::gemm::WeightFormat;
 use crate::layer::Stage;
@@ -31,23 +31,18 @@ pub struct StageTime {
     pub eager_seconds: f64,
 }
 
-/// Bytes per second (read and written together) of a device-to-device copy of 1 GiB: the ceiling for steps that move rows.
+/// Bytes per second (read and written together) of a device-to-device copy of 1 GiB: the ceiling for steps that move
+/// rows.
 ///
 /// # Errors
 /// [`Error::Cuda`](crate::Error::Cuda).
 pub fn copy_bytes_per_second(device: &Device) -> Result<f64> {
     const BYTES: usize = 1 << 30;
-    let (from, to) = (device.allocate(BYTES)?, device.allocate(BYTES)?);
+    let (from, to) = (device.allocate::<u8>(BYTES)?, device.allocate::<u8>(BYTES)?);
     from.fill(1)?;
     let clock = Clock::new(device)?;
     let seconds = clock.median(1, |stream| device.copy(stream, &from, &to))?;
     Ok(2.0 * BYTES as f64 / seconds)
-}
-
-fn uploaded<T: bytemuck::NoUninit>(device: &Device, values: &[T]) -> Result<Buffer> {
-    let buffer = device.allocate(size_of_val(values))?;
-    buffer.upload(values)?;
-    Ok(buffer)
 }
 
 /// Bytes of `count` values without a NaN among them. Power, and with it the clock, depends on how many bits change.

@@ -1,5 +1,5 @@
-//! The CUDA backend: a token's path on the caller's stream and in the caller's memory. The GEMM, and so the layer as a whole,
-//! needs Hopper.
+//! The CUDA backend: a token's path on the caller's stream and in the caller's memory. The GEMM, and so the layer as a
+//! whole, needs Hopper.
 //!
 //! | step | here | kernel |
 //! |---|---|---|
@@ -11,45 +11,51 @@
 //! | unpermute | [`Unpermute`] | `unpermute.cu` |
 //! | the whole layer | [`Layer`] | all of them |
 //!
-//! Building needs nothing of CUDA. [`Device::open`] looks for the driver and says what is missing; kernels are compiled by
-//! NVRTC (see [`compiler`]) when a step is *prepared*, never when it runs, and kept as cubins on disk.
+//! Building needs nothing of CUDA. [`Device::open`] looks for the driver and says what is missing; kernels are
+//! compiled by NVRTC (see [`compiler`]) when a step is *prepared*, never when it runs, and kept as cubins on disk.
 //!
-//! A prepared step takes a [`Plan`](crate::Plan), raw device addresses and a raw [`Stream`]. It checks what the host can
-//! see, launches, and returns: it allocates nothing, never waits, and can be captured in a graph. What only a kernel can
-//! see (an expert id past the limit) is kept in the workspace and comes back from [`Route::check`] or
-//! [`QuantizePermute::check`] (or [`Layer::check`]); until then nothing was read or written outside the buffers. Results are the
-//! CPU backend's, bit for bit (where a result is NaN, a NaN); only the sums of the GEMM have an order of their own.
+//! A prepared step takes a [`Plan`](crate::Plan), raw device addresses and a raw [`Stream`]. It checks what the host
+//! can see, launches, and returns: it allocates nothing, never waits, and can be captured in a graph. What only a
+//! kernel can see (an expert id past the limit) is kept in the workspace and comes back from [`Route::check`] or
+//! [`QuantizePermute::check`] (or [`Layer::check`]); until then nothing was read or written outside the buffers.
+//! Results are the CPU backend's, bit for bit (where a result is NaN, a NaN); only the sums of the GEMM have an order
+//! of their own.
 
 mod activation;
 mod arguments;
 #[cfg(test)]
 mod arithmetic;
-mod cache;
-pub mod compiler;
+mod backend;
+mod call;
 mod cost;
-mod device;
+mod definitions;
+mod driver;
 mod gemm;
-pub mod kernel;
 mod layer;
 pub mod measure;
 mod permute;
-mod resident;
+mod quantize_permute;
 mod route;
-mod tensor_map;
 mod unpermute;
 mod weights;
 
-pub use activation::{Activate, ActivateBuffers, ActivateConfig};
-pub use arguments::{LayoutBuffers, RoutingBuffers, RowsBuffers, Tensor2};
-pub use cache::CubinCache;
-pub use device::{Buffer, Device, Info, Stream, availability};
+pub use activation::{Activate, ActivateCall, ActivateConfig};
+pub use call::{DeviceMatrix, LayoutPtrs, RoutingPtrs, RowsPtrs};
+pub use driver::{
+    Compiler, CubinCache, Device, DeviceBuffer, DevicePtr, Graph, Info, Resources, Source, Stream, availability,
+};
 pub use gemm::{
-    Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, NARROW_OUTPUTS, ROW_TILES,
+    Gemm, GemmCall, GemmConfig, GemmShape, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, NARROW_OUTPUTS, ROW_TILES,
     WIDE_ROW_TILE,
 };
-pub use kernel::Resources;
-pub use layer::{ALIGNMENT, Layer, LayerBuffers, LayerChoice, LayerConfig, LayerParts};
-pub use permute::{Permute, PermuteConfig, QuantizePermute, QuantizePermuteConfig};
-pub use route::{Route, RouteConfig};
-pub use unpermute::{Unpermute, UnpermuteBuffers, UnpermuteConfig};
+pub use layer::{ALIGNMENT, CapturedLayer, Layer, LayerCall, LayerChoice, LayerParts, Workspace};
+pub use permute::{Permute, PermuteCall, PermuteConfig};
+pub use quantize_permute::{QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig};
+pub use route::{Route, RouteCall, RouteConfig, STATE_BYTES};
+pub use unpermute::{Unpermute, UnpermuteCall, UnpermuteConfig};
 pub use weights::{Weights, WeightsBuilder};
+
+/// One call's inputs in device memory.
+pub type LayerInputs<'a, T> = crate::backend::LayerInputs<'a, Device, T>;
+/// A call's ids in device memory.
+pub type Ids<'a> = crate::backend::Ids<'a, Device>;

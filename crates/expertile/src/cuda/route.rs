@@ -1,10 +1,8 @@
 //! Routing, plan and layout on the device: one launch, the CPU backend's bits.
 
-use super::arguments::{
-    LayoutBuffers, RouteArgs, RoutingBuffers, SecondWorklist, require_aligned, require_int, worklist_capacity,
-};
-use super::device::{Device, Launch, Stream};
-use super::kernel::{Kernel, Resources, Source};
+use super::arguments::{RouteArgs, SecondWorklist, require_int};
+use super::call::{LayoutPtrs, RoutingPtrs, worklist_capacity};
+use super::driver::{Device, DevicePtr, Kernel, Launch, Resources, Source, Stream};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_mul};
 use crate::plan::Plan;
@@ -18,10 +16,12 @@ pub(super) const MAX_TOPK: usize = 32;
 
 const THREADS: u32 = 512;
 const WARPS: u32 = THREADS / 32;
-/// Status, barrier and the queue of the rows' kernel, each in a part of its own; the chunks' counts follow.
+/// Bytes of the state that survives from call to call: what kernels found wrong, a barrier, and the queue of the rows'
+/// kernel, each in a part of its own. Zeroed once; every launch leaves barrier and queue as it found them.
+pub const STATE_BYTES: usize = 64;
 const STATUS_BYTES: usize = 32;
-pub(super) const QUEUE_OFFSET: u64 = 48;
-const STATE_BYTES: usize = 64;
+const BARRIER_OFFSET: usize = STATUS_BYTES;
+pub(super) const QUEUE_OFFSET: usize = 48;
 
 /// What the kernel is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,13 +56,8 @@ impl RouteConfig {
     }
 
     /// Checks a call and puts it into the kernels' terms.
-    pub(super) fn arguments(
-        &self,
-        plan: &Plan,
-        routing: &RoutingBuffers,
-        layout: &LayoutBuffers,
-        workspace: u64,
-    ) -> Result<RouteArgs> {
+    pub(super) fn arguments(&self, call: &RouteCall) -> Result<RouteArgs> {
+        let RouteCall { plan, routing, layout, state, workspace } = call;
         if plan.topk() != self.topk {
             return Err(Error::value("topk", plan.topk(), format!("{}, as prepared", self.topk)));
         }
@@ -73,11 +68,12 @@ impl RouteConfig {
         let most = slots.checked_add(checked_mul("E * (A - 1)", experts, alignment - 1)?);
         require_int("M * topk + E * (A - 1)", most.unwrap_or(usize::MAX))?;
         if slots > 0 {
-            require_aligned("topk_ids", routing.ids.address, if self.ids == Dtype::I64 { 8 } else { 4 })?;
+            routing.ids.ptr.require_aligned("topk_ids", if self.ids == Dtype::I64 { 8 } else { 4 })?;
         }
-        let limit = if routing.expert_map == 0 { experts } else { routing.global_experts };
-        require_aligned("workspace", workspace, 16)?;
-        for (name, address) in [
+        let limit = routing.limit(experts);
+        state.require_aligned("state", 16)?;
+        workspace.require_aligned("workspace", 16)?;
+        for (name, list) in [
             ("expert_num_tokens", layout.expert_num_tokens),
             ("expert_start", layout.expert_start),
             ("psum", layout.psum),
@@ -86,18 +82,18 @@ impl RouteConfig {
             ("inv_perm", layout.inv_perm),
             ("header", layout.header),
         ] {
-            require_aligned(name, address, 4)?;
+            list.require_aligned(name, 4)?;
         }
-        require_aligned("worklist", layout.worklist, 8)?;
+        layout.worklist.require_aligned("worklist", 8)?;
         Ok(RouteArgs {
-            ids: routing.ids.address,
-            expert_map: routing.expert_map,
+            ids: routing.ids.ptr.address(),
+            expert_map: DevicePtr::or_null(routing.expert_map),
             ids_row_stride: routing.ids.row_stride as i64,
             ids_col_stride: routing.ids.col_stride as i64,
             layout: *layout,
-            status: workspace,
-            barrier: workspace + STATUS_BYTES as u64,
-            chunk_counts: workspace + STATE_BYTES as u64,
+            status: state.address(),
+            barrier: state.byte_add(BARRIER_OFFSET).address(),
+            chunk_counts: workspace.address(),
             second_header: 0,
             second_worklist: 0,
             tokens: plan.tokens() as i32,
@@ -112,6 +108,21 @@ impl RouteConfig {
             reserved: 0,
         })
     }
+}
+
+/// What one call works on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RouteCall {
+    /// `M`, `topk`, `E`, the alignment and `M_sum`.
+    pub plan: Plan,
+    /// What is read.
+    pub routing: RoutingPtrs,
+    /// What is written: every list.
+    pub layout: LayoutPtrs,
+    /// [`STATE_BYTES`], 16-byte aligned, initialised once. Calls that share it follow each other.
+    pub state: DevicePtr,
+    /// [`Route::workspace_bytes`], 16-byte aligned, whatever is in it.
+    pub workspace: DevicePtr,
 }
 
 /// Fails unless the kernels' shared memory has room for that many local experts.
@@ -147,7 +158,7 @@ impl Route {
         self.kernel.resources()
     }
 
-    /// Bytes of workspace that a call of this plan needs, a multiple of 16; the first 64 must survive from call to call.
+    /// Bytes of workspace that a call of this plan needs, a multiple of 16.
     ///
     /// # Errors
     /// [`Error::Value`] for more experts than the kernels take.
@@ -155,17 +166,17 @@ impl Route {
         workspace_bytes(plan, self.device.info().multiprocessors as usize)
     }
 
-    /// Readies a workspace; once, before its first call.
+    /// Readies the state; once, before its first call.
     ///
     /// # Safety
-    /// `workspace` is device memory of [`Route::workspace_bytes`] that nobody else uses when the stream comes to it.
+    /// `state` is device memory of [`STATE_BYTES`] that nobody else uses when the stream comes to it.
     ///
     /// # Errors
     /// [`Error::Cuda`].
     #[allow(unsafe_code)]
-    pub unsafe fn initialise_workspace(&self, stream: Stream, workspace: u64) -> Result<()> {
+    pub unsafe fn initialise_state(&self, stream: Stream, state: DevicePtr) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { initialise_workspace(&self.device, stream, workspace) }
+        unsafe { initialise_state(&self.device, stream, state) }
     }
 
     /// Queues the launch: reads the routing, writes every list of the layout.
@@ -178,16 +189,9 @@ impl Route {
     /// [`Error::Value`], [`Error::Alignment`] and [`Error::Overflow`] for what does not fit the configuration or the
     /// kernels; [`Error::Cuda`].
     #[allow(unsafe_code)]
-    pub unsafe fn launch(
-        &self,
-        stream: Stream,
-        plan: &Plan,
-        routing: &RoutingBuffers,
-        layout: &LayoutBuffers,
-        workspace: u64,
-    ) -> Result<()> {
+    pub unsafe fn launch(&self, stream: Stream, call: &RouteCall) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.launch_with(stream, plan, routing, layout, None, workspace) }
+        unsafe { self.launch_with(stream, call, None) }
     }
 
     /// The same, with a second worklist.
@@ -198,13 +202,10 @@ impl Route {
     pub(super) unsafe fn launch_with(
         &self,
         stream: Stream,
-        plan: &Plan,
-        routing: &RoutingBuffers,
-        layout: &LayoutBuffers,
+        call: &RouteCall,
         second: Option<&SecondWorklist>,
-        workspace: u64,
     ) -> Result<()> {
-        let arguments = self.config.arguments(plan, routing, layout, workspace)?.with_second(plan, second)?;
+        let arguments = self.config.arguments(call)?.with_second(&call.plan, second)?;
         // SAFETY: the caller's promise.
         unsafe { self.queue(stream, &arguments) }
     }
@@ -232,55 +233,51 @@ impl Route {
         unsafe { self.device.launch(&self.kernel, shape, stream, &pointers) }
     }
 
-    /// Waits for the stream and says what was wrong with the ids since the last time; the workspace then knows nothing.
+    /// Waits for the stream and says what was wrong with the ids since the last time; the state then knows nothing.
     ///
     /// # Safety
-    /// `stream` is a live stream of this device (or 0), and `workspace` was initialised.
+    /// `stream` is a live stream of this device (or 0), and the state was initialised.
     ///
     /// # Errors
     /// [`Error::MapEntry`] or [`Error::ExpertId`] for the first id or map entry past its limit (such slots were treated
     /// as empty), [`Error::MSum`] if a routing needed more rows than its plan (rows past the end were left out);
     /// [`Error::Cuda`].
     #[allow(unsafe_code)]
-    pub unsafe fn check(&self, stream: Stream, plan: &Plan, routing: &RoutingBuffers, workspace: u64) -> Result<()> {
+    pub unsafe fn check(&self, stream: Stream, call: &RouteCall) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { check(&self.device, self.config.topk, stream, plan, routing, workspace) }
+        unsafe { check(&self.device, stream, &call.plan, call.routing.limit(call.plan.local_experts()), call.state) }
     }
 }
 
 /// # Safety
-/// As [`Route::initialise_workspace`].
+/// As [`Route::initialise_state`].
 #[allow(unsafe_code)]
-pub(super) unsafe fn initialise_workspace(device: &Device, stream: Stream, workspace: u64) -> Result<()> {
+pub(super) unsafe fn initialise_state(device: &Device, stream: Stream, state: DevicePtr) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { device.zero(stream, workspace, STATE_BYTES) }
+    unsafe { device.zero(stream, state, STATE_BYTES) }
 }
 
 /// [`Route::workspace_bytes`] on a device of that many multiprocessors.
 pub(super) fn workspace_bytes(plan: &Plan, multiprocessors: usize) -> Result<usize> {
     require_experts(plan.local_experts())?;
-    Ok(STATE_BYTES + multiprocessors * plan.local_experts().next_multiple_of(8) * 2)
+    Ok(multiprocessors * plan.local_experts().next_multiple_of(8) * 2)
 }
 
+/// [`Route::check`] of ids below `limit`.
+///
 /// # Safety
 /// As [`Route::check`].
 #[allow(unsafe_code)]
-pub(super) unsafe fn check(
-    device: &Device,
-    topk: usize,
-    stream: Stream,
-    plan: &Plan,
-    routing: &RoutingBuffers,
-    workspace: u64,
-) -> Result<()> {
+pub(super) unsafe fn check(device: &Device, stream: Stream, plan: &Plan, limit: usize, state: DevicePtr) -> Result<()> {
+    let topk = plan.topk();
     let mut status = [0u64; STATUS_BYTES / 8];
-    // SAFETY: the caller's promise; the status is the workspace's first bytes.
+    // SAFETY: the caller's promise; the status is the state's first bytes.
     unsafe {
-        device.read(stream, workspace, bytemuck::must_cast_slice_mut(&mut status))?;
+        device.read(stream, state, bytemuck::must_cast_slice_mut(&mut status))?;
         if status == [0; STATUS_BYTES / 8] {
             return Ok(());
         }
-        device.zero(stream, workspace, STATUS_BYTES)?;
+        device.zero(stream, state, STATUS_BYTES)?;
     }
     let place = |word: u64| !(word >> 32) as u32 as usize;
     let [id, entry, rows, _] = status;
@@ -289,7 +286,6 @@ pub(super) unsafe fn check(
         return Err(Error::MapEntry { index, value, local_experts: plan.local_experts() });
     }
     if id != 0 {
-        let limit = if routing.expert_map == 0 { plan.local_experts() } else { routing.global_experts };
         let slot = place(id);
         return Err(Error::ExpertId { token: slot / topk, slot: slot % topk, id: i64::from(id as u32), limit });
     }

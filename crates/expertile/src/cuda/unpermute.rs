@@ -1,9 +1,9 @@
 //! Rows back to their tokens: a weighted sum in slot order.
 
-use super::arguments::{Tensor2, require_aligned, require_columns, require_int};
-use super::device::{Device, Launch, Stream};
-use super::kernel::{Kernel, Resources, Source};
-use super::permute::float_number;
+use super::arguments::{require_columns, require_int};
+use super::call::DeviceMatrix;
+use super::definitions::float_number;
+use super::driver::{Device, DevicePtr, Kernel, Launch, Resources, Source, Stream};
 use super::route::MAX_TOPK;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_mul};
@@ -11,7 +11,8 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 const THREADS: u32 = 128;
-/// Up to this many slots, of tokens with more than `SHORT_TOPK` each, a warp takes the shortest piece of a row that there is.
+/// Up to this many slots, of tokens with more than `SHORT_TOPK` each, a warp takes the shortest piece of a row that
+/// there is.
 const FEW_SLOTS: usize = 2048;
 const SHORT_TOPK: usize = 4;
 /// Rows and sums of that many bytes are twice what the L2 of an H200 holds.
@@ -55,8 +56,8 @@ impl UnpermuteConfig {
         let definitions = vec![
             ("HIDDEN", i64::from(require_int("hidden", self.hidden)?)),
             ("TOPK", self.topk as i64),
-            ("INPUT", float_number("rows", self.input, "bf16, f16 or f32")?),
-            ("OUTPUT", float_number("out", self.output, "bf16, f16 or f32")?),
+            ("INPUT", float_number("rows", self.input)?),
+            ("OUTPUT", float_number("out", self.output)?),
             ("WEIGHTED", i64::from(self.weighted)),
             ("VECTOR", self.vector() as i64),
         ];
@@ -66,16 +67,16 @@ impl UnpermuteConfig {
 
 /// What one call works on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[repr(C)]
-pub struct UnpermuteBuffers {
+pub struct UnpermuteCall {
     /// `[M_sum, H]`, row-major.
-    pub rows: u64,
+    pub rows: DevicePtr,
     /// `[M, topk]` i32: row of each slot, -1 for none.
-    pub inv_perm: u64,
-    /// `topk_weights [M, topk]` f32; its columns stand next to each other.
-    pub weights: Tensor2,
+    pub inv_perm: DevicePtr<i32>,
+    /// `topk_weights [M, topk]` f32; its columns are adjacent. Absent where nothing is
+    /// weighted.
+    pub weights: Option<DeviceMatrix<f32>>,
     /// `[M, H]`, row-major.
-    pub out: u64,
+    pub out: DevicePtr,
     /// `M`
     pub tokens: usize,
     /// `M_sum`
@@ -117,7 +118,8 @@ impl Unpermute {
         Ok(Self { device: device.clone(), config, many, few, large })
     }
 
-    /// What the kernels take of a multiprocessor: the one for many tokens, the one for few, and the one for more than a cache holds.
+    /// What the kernels take of a multiprocessor: the one for many tokens, the one for few, and the one for more than
+    /// a cache holds.
     #[must_use]
     pub fn resources(&self) -> [Resources; 3] {
         [self.many.resources(), self.few.resources(), self.large.resources()]
@@ -144,28 +146,29 @@ impl Unpermute {
     /// # Errors
     /// [`Error::Value`] and [`Error::Stride`] for what does not fit the configuration or the kernel; [`Error::Cuda`].
     #[allow(unsafe_code)]
-    pub unsafe fn launch(&self, stream: Stream, call: &UnpermuteBuffers) -> Result<()> {
+    pub unsafe fn launch(&self, stream: Stream, call: &UnpermuteCall) -> Result<()> {
         let tokens = require_int("tokens", call.tokens)?;
         let m_sum = require_int("m_sum", call.m_sum)?;
         if tokens == 0 {
             return Ok(());
         }
         let bytes = if self.config.vector() > 1 { 16 } else { 2 };
-        require_aligned("inv_perm", call.inv_perm, 4)?;
-        require_aligned("out", call.out, bytes)?;
+        call.inv_perm.require_aligned("inv_perm", 4)?;
+        call.out.require_aligned("out", bytes)?;
         if m_sum > 0 {
-            require_aligned("rows", call.rows, bytes)?;
+            call.rows.require_aligned("rows", bytes)?;
         }
+        let weights = call.weights.unwrap_or_default();
         if self.config.weighted {
-            require_aligned("topk_weights", call.weights.address, 4)?;
-            require_columns("topk_weights", &call.weights, self.config.topk)?;
+            weights.ptr.require_aligned("topk_weights", 4)?;
+            require_columns("topk_weights", &weights, self.config.topk)?;
         }
         let arguments = Arguments {
-            rows: call.rows,
-            inv_perm: call.inv_perm,
-            weights: call.weights.address,
-            weights_row_stride: call.weights.row_stride as i64,
-            out: call.out,
+            rows: call.rows.address(),
+            inv_perm: call.inv_perm.address(),
+            weights: weights.ptr.address(),
+            weights_row_stride: weights.row_stride as i64,
+            out: call.out.address(),
             tokens,
             m_sum,
         };

@@ -1,29 +1,32 @@
 //! An expert layer's weights in device memory, knowing what they are.
 
-use super::arguments::require_aligned;
-use super::device::{Buffer, Device};
-use crate::dtype::{E4m3, MatrixRef};
-use crate::error::{Error, Result, checked_mul};
+use super::driver::{Device, DeviceBuffer, DevicePtr};
+use crate::dtype::{Dtype, E4m3, Float};
+use crate::error::{Error, Result, checked_mul, require_exact, require_len};
 use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
+use crate::matrix::MatrixRef;
 use crate::routing::require_experts;
+use crate::weights::RowLedger;
 use half::bf16;
+use std::sync::Arc;
 
-/// Weights `[E, N, K]` in device memory as the GEMM reads them: row-major, with their scales if they are e4m3.
-#[derive(Debug)]
+/// Weights `[E, N, K]` in device memory as the GEMM reads them: row-major, with their scales if they are e4m3. Cheap to
+/// clone: clones share the memory.
+#[derive(Debug, Clone)]
 pub struct Weights {
     format: WeightFormat,
     experts: usize,
     n: usize,
     k: usize,
-    values: u64,
-    scales: u64,
+    values: DevicePtr,
+    scales: Option<DevicePtr<f32>>,
     /// What the addresses point into, where this value owns it.
-    _memory: Vec<Buffer>,
+    _memory: Arc<[DeviceBuffer]>,
 }
 
 impl Weights {
-    /// Weights that are in device memory already: `values [E, N, K]` on 16 bytes; for e4m3, `scales` f32
-    /// `[E, ceil(N / 128), ceil(K / 128)]`, else 0.
+    /// Weights that are in device memory already: `values [E, N, K]` on 16 bytes; for e4m3, `scales`
+    /// `[E, ceil(N / 128), ceil(K / 128)]`, else none.
     ///
     /// # Safety
     /// The memory holds that much, and outlives every launch that takes the value.
@@ -35,15 +38,47 @@ impl Weights {
     pub unsafe fn from_device(
         format: WeightFormat,
         (experts, n, k): (usize, usize, usize),
-        values: u64,
-        scales: u64,
+        values: DevicePtr,
+        scales: Option<DevicePtr<f32>>,
     ) -> Result<Self> {
         check_sizes(experts, n, k)?;
-        require_aligned("values", values, 16)?;
+        values.require_aligned("values", 16)?;
         if format == WeightFormat::E4m3 {
-            require_aligned("scales", scales, 4)?;
+            DevicePtr::require(scales, "scales", 4)?;
         }
-        Ok(Self { format, experts, n, k, values, scales, _memory: Vec::new() })
+        Ok(Self { format, experts, n, k, values, scales, _memory: Arc::from([]) })
+    }
+
+    /// bf16 weights `[E, N, K]` that are in a buffer already; the value owns it.
+    ///
+    /// # Errors
+    /// As [`Weights::from_device`]; [`Error::BufferTooSmall`] for fewer than `E * N * K` weights.
+    pub fn from_bf16_buffer(values: DeviceBuffer<bf16>, (experts, n, k): (usize, usize, usize)) -> Result<Self> {
+        check_sizes(experts, n, k)?;
+        require_len("values", values.len(), experts * n * k)?;
+        let values = values.into_bytes();
+        let ptr = values.ptr();
+        Ok(Self { format: WeightFormat::Bf16, experts, n, k, values: ptr, scales: None, _memory: Arc::from([values]) })
+    }
+
+    /// e4m3 weights `[E, N, K]` and their scales `[E, ceil(N / 128), ceil(K / 128)]` that are in buffers already; the
+    /// value owns them.
+    ///
+    /// # Errors
+    /// As [`Weights::from_device`]; [`Error::BufferTooSmall`] for fewer weights or scales; [`Error::Device`] for
+    /// buffers of two devices.
+    pub fn from_e4m3_buffers(
+        values: DeviceBuffer<E4m3>,
+        scales: DeviceBuffer<f32>,
+        (experts, n, k): (usize, usize, usize),
+    ) -> Result<Self> {
+        check_sizes(experts, n, k)?;
+        require_len("values", values.len(), experts * n * k)?;
+        scales.require("scales", values.device(), experts * n.div_ceil(WEIGHT_BLOCK) * k.div_ceil(WEIGHT_BLOCK))?;
+        let (values, scale_ptr) = (values.into_bytes(), scales.ptr());
+        let (ptr, memory) = (values.ptr(), Arc::from([values, scales.into_bytes()]));
+        let format = WeightFormat::E4m3;
+        Ok(Self { format, experts, n, k, values: ptr, scales: Some(scale_ptr), _memory: memory })
     }
 
     /// Copies bf16 weights `[E, N, K]` to the device.
@@ -52,9 +87,9 @@ impl Weights {
     /// As [`Weights::from_device`]; [`Error::Shape`] unless there are `E * N * K` weights, [`Error::Cuda`].
     pub fn upload_bf16(device: &Device, weights: &[bf16], (experts, n, k): (usize, usize, usize)) -> Result<Self> {
         let mut builder = WeightsBuilder::new(device, WeightFormat::Bf16, (experts, n, k))?;
-        require_count("weights", weights.len(), &[experts, n, k])?;
+        require_exact("weights", weights.len(), &[experts, n, k])?;
         for (expert, rows) in weights.chunks_exact(n * k).enumerate() {
-            builder.upload_bf16_rows(expert, 0, MatrixRef::new(rows, n, k)?)?;
+            builder.add_bf16_rows(expert, 0, MatrixRef::new(rows, n, k)?)?;
         }
         builder.finish()
     }
@@ -71,12 +106,12 @@ impl Weights {
     ) -> Result<Self> {
         let mut builder = WeightsBuilder::new(device, WeightFormat::E4m3, (experts, n, k))?;
         let [rows, cols] = [n, k].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
-        require_count("weights", weights.len(), &[experts, n, k])?;
-        require_count("weight_scales", weight_scales.len(), &[experts, rows, cols])?;
+        require_exact("weights", weights.len(), &[experts, n, k])?;
+        require_exact("weight_scales", weight_scales.len(), &[experts, rows, cols])?;
         let parts = weights.chunks_exact(n * k).zip(weight_scales.chunks_exact(rows * cols));
         for (expert, (values, scales)) in parts.enumerate() {
             let (values, scales) = (MatrixRef::new(values, n, k)?, MatrixRef::new(scales, rows, cols)?);
-            builder.upload_e4m3_rows(expert, 0, values, scales)?;
+            builder.add_e4m3_rows(expert, 0, values, scales)?;
         }
         builder.finish()
     }
@@ -107,13 +142,13 @@ impl Weights {
 
     /// Address of the values.
     #[must_use]
-    pub fn values(&self) -> u64 {
+    pub fn values(&self) -> DevicePtr {
         self.values
     }
 
-    /// Address of the scales; 0 for bf16.
+    /// Address of the scales; none for bf16.
     #[must_use]
-    pub fn scales(&self) -> u64 {
+    pub fn scales(&self) -> Option<DevicePtr<f32>> {
         self.scales
     }
 
@@ -128,14 +163,14 @@ impl Weights {
     }
 }
 
-/// Copies weights that come in parts (expert by expert, gate and up apart) to the device: the host never holds them all.
+/// Copies weights that come in parts (expert by expert, gate and up apart) to the device: the host never holds them
+/// all.
 #[derive(Debug)]
 pub struct WeightsBuilder {
     weights: Weights,
-    values: Buffer,
-    scales: Option<Buffer>,
-    /// `[E, N]`: which rows have come.
-    uploaded: Vec<bool>,
+    values: DeviceBuffer,
+    scales: Option<DeviceBuffer<f32>>,
+    ledger: RowLedger,
 }
 
 impl WeightsBuilder {
@@ -145,41 +180,49 @@ impl WeightsBuilder {
     /// As [`Weights::from_device`]; [`Error::Cuda`] if there is not enough memory.
     pub fn new(device: &Device, format: WeightFormat, (experts, n, k): (usize, usize, usize)) -> Result<Self> {
         check_sizes(experts, n, k)?;
-        let mut weights = Weights { format, experts, n, k, values: 0, scales: 0, _memory: Vec::new() };
+        let mut weights =
+            Weights { format, experts, n, k, values: DevicePtr::default(), scales: None, _memory: Arc::from([]) };
         let values = device.allocate(experts * n * k * format.bytes())?;
-        let scale_bytes = weights.bytes() - values.bytes();
-        let scales = (format == WeightFormat::E4m3).then(|| device.allocate(scale_bytes)).transpose()?;
-        weights.values = values.address();
-        weights.scales = scales.as_ref().map_or(0, Buffer::address);
-        Ok(Self { weights, values, scales, uploaded: vec![false; experts * n] })
+        let scales = (weights.bytes() - values.bytes()) / 4;
+        let scales = (format == WeightFormat::E4m3).then(|| device.allocate(scales)).transpose()?;
+        weights.values = values.ptr();
+        weights.scales = scales.as_ref().map(DeviceBuffer::ptr);
+        let ledger = RowLedger::new(format, n, k, vec![false; experts * n]);
+        Ok(Self { weights, values, scales, ledger })
     }
 
-    /// Copies `rows [R, K]` as rows `first_row..first_row + R` of an expert.
+    /// Copies `rows [R, K]`, rounded to the nearest bf16, as rows `first_row..first_row + R` of an expert. Rows of
+    /// bf16 that are contiguous are copied as they are, others by way of a copy on the host.
     ///
     /// # Errors
     /// [`Error::WeightFormat`] if this is a builder of e4m3, [`Error::Value`] if there is no such expert,
-    /// [`Error::Shape`] if the rows do not fit, [`Error::Stride`] unless they stand one behind the other,
-    /// [`Error::Count`] if one of them has come before, [`Error::Cuda`].
-    pub fn upload_bf16_rows(&mut self, expert: usize, first_row: usize, rows: MatrixRef<'_, bf16>) -> Result<()> {
-        self.require_format(WeightFormat::Bf16)?;
-        let values = rows.require_contiguous("rows")?;
-        self.mark_uploaded(expert, first_row, rows.rows(), rows.cols())?;
-        self.copy_values::<u16>(expert, first_row, bytemuck::must_cast_slice(values))
+    /// [`Error::Shape`] if the rows do not fit, [`Error::Count`] if one of them was added before, [`Error::Cuda`].
+    pub fn add_bf16_rows<T: Float>(&mut self, expert: usize, first_row: usize, rows: MatrixRef<'_, T>) -> Result<()> {
+        self.ledger.require_format(WeightFormat::Bf16)?;
+        self.ledger.add(expert, first_row, rows.rows(), rows.cols())?;
+        let contiguous = rows.contiguous().filter(|_| T::DTYPE == Dtype::Bf16);
+        match contiguous {
+            Some(values) => self.copy_values(expert, first_row, bytemuck::cast_slice::<T, u8>(values)),
+            None => {
+                let values: Vec<bf16> = elements(rows).map(Float::to_bf16).collect();
+                self.copy_values(expert, first_row, bytemuck::cast_slice(&values))
+            }
+        }
     }
 
     /// Copies `rows [R, K]` with block scales `[ceil(R / 128), ceil(K / 128)]` as rows `first_row..first_row + R` of an
     /// expert. `first_row` is a multiple of 128, and so is `R` unless these rows are the expert's last.
     ///
     /// # Errors
-    /// As [`WeightsBuilder::upload_bf16_rows`], for bf16; [`Error::Value`] for rows that end or start inside a block.
-    pub fn upload_e4m3_rows(
+    /// As [`WeightsBuilder::add_bf16_rows`], for bf16; [`Error::Value`] for rows that end or start inside a block.
+    pub fn add_e4m3_rows(
         &mut self,
         expert: usize,
         first_row: usize,
         rows: MatrixRef<'_, E4m3>,
         scales: MatrixRef<'_, f32>,
     ) -> Result<()> {
-        self.require_format(WeightFormat::E4m3)?;
+        self.ledger.require_format(WeightFormat::E4m3)?;
         let Weights { n, k, .. } = self.weights;
         let blocks = k.div_ceil(WEIGHT_BLOCK);
         scales.require_shape("scales", rows.rows().div_ceil(WEIGHT_BLOCK), blocks)?;
@@ -189,13 +232,18 @@ impl WeightsBuilder {
                 return Err(Error::value(argument, row, format!("a multiple of {WEIGHT_BLOCK} on a GPU, or {n}")));
             }
         }
-        let (values, scale_values) = (rows.require_contiguous("rows")?, scales.require_contiguous("scales")?);
-        self.mark_uploaded(expert, first_row, rows.rows(), rows.cols())?;
+        self.ledger.add(expert, first_row, rows.rows(), rows.cols())?;
         let start = (expert * n.div_ceil(WEIGHT_BLOCK) + first_row / WEIGHT_BLOCK) * blocks;
         if let Some(buffer) = &self.scales {
-            buffer.upload_at(4 * start, scale_values)?;
+            buffer.upload_from(start, &elements(scales).collect::<Vec<_>>())?;
         }
-        self.copy_values::<u8>(expert, first_row, bytemuck::must_cast_slice(values))
+        match rows.contiguous() {
+            Some(values) => self.copy_values(expert, first_row, bytemuck::must_cast_slice(values)),
+            None => {
+                let values: Vec<E4m3> = elements(rows).collect();
+                self.copy_values(expert, first_row, bytemuck::must_cast_slice(&values))
+            }
+        }
     }
 
     /// The weights on the device.
@@ -203,48 +251,20 @@ impl WeightsBuilder {
     /// # Errors
     /// [`Error::Count`] if rows of an expert are missing.
     pub fn finish(self) -> Result<Weights> {
-        let n = self.weights.n;
-        for (expert, uploaded) in self.uploaded.chunks_exact(n).enumerate() {
-            let count = uploaded.iter().filter(|&&uploaded| uploaded).count();
-            if count != n {
-                let expected = format!("{n}: every row of every expert");
-                return Err(Error::Count { argument: "uploaded_rows", expert, actual: count as i64, expected });
-            }
-        }
-        let memory = std::iter::once(self.values).chain(self.scales).collect();
+        self.ledger.finish()?;
+        let memory = std::iter::once(self.values).chain(self.scales.map(DeviceBuffer::into_bytes)).collect();
         Ok(Weights { _memory: memory, ..self.weights })
     }
 
-    fn require_format(&self, given: WeightFormat) -> Result<()> {
-        if self.weights.format != given {
-            let (actual, expected) = (self.weights.format.name(), given.name());
-            return Err(Error::WeightFormat { argument: "builder", actual, expected });
-        }
-        Ok(())
+    fn copy_values(&self, expert: usize, first_row: usize, values: &[u8]) -> Result<()> {
+        let Weights { n, k, format, .. } = self.weights;
+        self.values.upload_from((expert * n + first_row) * k * format.bytes(), values)
     }
+}
 
-    fn mark_uploaded(&mut self, expert: usize, first_row: usize, rows: usize, cols: usize) -> Result<()> {
-        let Weights { experts, n, k, .. } = self.weights;
-        if expert >= experts {
-            return Err(Error::value("expert", expert, format!("below {experts}")));
-        }
-        if cols != k || first_row > n || rows > n - first_row {
-            let expected = format!("[at most {}, {k}]", n - first_row.min(n));
-            return Err(Error::shape("rows", &[rows, cols], expected));
-        }
-        let part = &mut self.uploaded[expert * n + first_row..][..rows];
-        if let Some(row) = part.iter().position(|&uploaded| uploaded) {
-            let (argument, actual) = ("row", (first_row + row) as i64);
-            return Err(Error::Count { argument, expert, actual, expected: "a row that has not come yet".into() });
-        }
-        part.fill(true);
-        Ok(())
-    }
-
-    fn copy_values<T: bytemuck::NoUninit>(&self, expert: usize, first_row: usize, values: &[T]) -> Result<()> {
-        let Weights { n, k, .. } = self.weights;
-        self.values.upload_at((expert * n + first_row) * k * size_of::<T>(), values)
-    }
+/// A matrix's elements, row by row.
+fn elements<T: Copy>(matrix: MatrixRef<'_, T>) -> impl Iterator<Item = T> + '_ {
+    (0..matrix.rows()).flat_map(move |row| (0..matrix.cols()).map(move |col| matrix.get(row, col)))
 }
 
 fn check_sizes(experts: usize, n: usize, k: usize) -> Result<()> {
@@ -259,12 +279,5 @@ fn check_sizes(experts: usize, n: usize, k: usize) -> Result<()> {
     let scales = checked_mul(what, experts, checked_mul(what, n.div_ceil(WEIGHT_BLOCK), k.div_ceil(WEIGHT_BLOCK))?)?;
     super::arguments::require_int(what, scales)?;
     checked_mul("bytes of the weights", 2 * experts, checked_mul("bytes of the weights", n, k)?)?;
-    Ok(())
-}
-
-fn require_count(argument: &'static str, actual: usize, shape: &[usize; 3]) -> Result<()> {
-    if actual != shape.iter().product::<usize>() {
-        return Err(Error::shape(argument, &[actual], format!("{shape:?}")));
-    }
     Ok(())
 }

@@ -10,11 +10,11 @@
 //! ```
 //!
 //! Top-k first and a softmax over the chosen logits (gpt-oss, Granite) is the softmax over all, divided by the chosen
-//! sum: the same real numbers. Phi-3.5-MoE's sparse mixer is a [`Scoring`] of its own. Ties go to the lower id. Sums are
-//! in f32, in ascending order of the expert id (softmax) or of the slot (normalization).
+//! sum: the same real numbers. Phi-3.5-MoE's sparse mixer is a [`Scoring`] of its own. Ties go to the lower id. Sums
+//! are in f32, in ascending order of the expert id (softmax) or of the slot (normalization).
 
-use crate::dtype::MatrixRef;
 use crate::error::{Error, Result, checked_mul, require_len};
+use crate::matrix::MatrixRef;
 use bytemuck::allocation::try_zeroed_vec;
 
 /// How a checkpoint turns logits into a choice of experts.
@@ -112,8 +112,8 @@ impl Router {
     /// A NaN score sorts below every other; under softmax one NaN logit makes all of its token's scores NaN.
     ///
     /// # Errors
-    /// As [`Router::check`]; [`Error::BufferTooSmall`] for short outputs, [`Error::Overflow`] if `M * topk` does not fit,
-    /// [`Error::Memory`].
+    /// As [`Router::check`]; [`Error::BufferTooSmall`] for short outputs, [`Error::Overflow`] if `M * topk` does not
+    /// fit, [`Error::Memory`].
     pub fn route(&self, logits: MatrixRef<'_, f32>, topk_ids: &mut [i32], topk_weights: &mut [f32]) -> Result<()> {
         let (tokens, experts) = (logits.rows(), logits.cols());
         self.check(experts)?;
@@ -143,9 +143,9 @@ impl Router {
     /// Whether this router can choose among `experts` experts.
     ///
     /// # Errors
-    /// [`Error::Value`] if `G` does not fit in i32, if `topk` is 0 or above `G` (or above what the allowed groups hold), if the groups do not cut `G`
-    /// evenly, or for a sparse mixer with another `topk` than 2, with groups or with a correction bias; [`Error::Shape`]
-    /// for a bias that is not `[G]`.
+    /// [`Error::Value`] if `G` does not fit in i32, if `topk` is 0 or above `G` (or above what the allowed groups
+    /// hold), if the groups do not cut `G` evenly, or for a sparse mixer with another `topk` than 2, with groups or
+    /// with a correction bias; [`Error::Shape`] for a bias that is not `[G]`.
     pub fn check(&self, experts: usize) -> Result<()> {
         for (argument, bias) in [("logit_bias", &self.logit_bias), ("correction_bias", &self.correction_bias)] {
             if !bias.is_empty() && bias.len() != experts {

@@ -40,9 +40,9 @@ fn columns(activation: Activation, intermediate: usize) -> usize {
     if activation.is_gated() { 2 * intermediate } else { intermediate }
 }
 
-/// Whether `actual` is the rounding to `O` of something within eight f32 units of `exact`, and within what the rounding
-/// of what goes into the sigmoid (an error that the exponential makes relative) and holding the exponent near zero cost;
-/// `1 + tanh` near zero is not exact in f64 either.
+/// Whether `actual` is the rounding to `O` of something within eight f32 units of `exact`, and within what the
+/// rounding of what goes into the sigmoid (an error that the exponential makes relative) and holding the exponent near
+/// zero cost; `1 + tanh` near zero is not exact in f64 either.
 fn near<O: Number>(actual: O, exact: f64, activation: Activation, gate: f64, up: f64) -> bool {
     if exact.is_nan() {
         return actual.exact().is_nan();
@@ -149,8 +149,8 @@ proptest! {
                 let mut out = vec![E4m3(0xaa); m_sum * intermediate + 3];
                 let (mut f32_scales, mut ue8m0_scales) = (vec![7.0f32; words + 3], vec![7i32; words + 3]);
                 let packed = format.layout() == ScaleLayout::PackedUe8m0;
-                let scales = if packed { ScalesMut::Ue8m0(&mut ue8m0_scales) } else { ScalesMut::F32(&mut f32_scales) };
-                cpu::activate_quantize(&cpu, layout, intermediate, &gate_up, &ours, format, &mut out, scales).unwrap();
+                let scales = if packed { ScalesMut::ue8m0(format, &mut ue8m0_scales) } else { ScalesMut::f32(format, &mut f32_scales) };
+                cpu::activate_quantize(&cpu, layout, intermediate, &gate_up, &ours, &mut out, scales).unwrap();
                 let bytes: Vec<u8> = out.iter().map(|byte| byte.0).collect();
                 prop_assert!(bytes[..m_sum * intermediate] == expected.bytes[..], "{:?}", cpu.isa());
                 prop_assert_eq!(&bytes[m_sum * intermediate..], [0xaa; 3]);

@@ -1,16 +1,16 @@
 //! Everything the library refuses: the variant, the message, and that nothing was written.
 
 use expertile::cpu::{
-    self, Activations, Cpu, Isa, Layer, LayerOptions, PackedWeights, PackedWeightsBuilder, RowScales, SharedExpert,
-    grouped_gemm, grouped_gemm_with_bias, grouped_gemm_workspace_bytes,
+    self, Activations, Cpu, Isa, Layer, PackedWeights, PackedWeightsBuilder, RowScales, SharedExpert, grouped_gemm,
+    grouped_gemm_with_bias, grouped_gemm_workspace_bytes,
 };
 use expertile::plan::{
     compute_aligned_m, compute_aligned_m_and_alignment, expert_num_tokens_round_up_and_sum, round_up, tight_m_sum,
 };
 use expertile::{
-    Activation, ActivationFormat, AlignmentRule, Arch, E4m3, Error, GateUpOrder, Group, GroupWorth, Groups, LayerShape,
-    Layout, MatrixRef, Padding, Plan, Result, Router, Routing, ScaleFormat, ScaleLayout, ScaleRounding, Scales,
-    ScalesMut, Scoring, TokenExperts, WeightFormat,
+    Activation, ActivationFormat, AlignmentRule, Arch, Dtype, E4m3, Error, GateUpOrder, Group, GroupWorth, Groups,
+    LayerConfig, LayerShape, Layout, MatrixRef, Padding, Plan, Result, Router, Routing, ScaleFormat, ScaleLayout,
+    ScaleRounding, Scales, ScalesMut, Scoring, TokenExperts, WeightFormat,
 };
 use half::bf16;
 use std::collections::BTreeSet;
@@ -35,7 +35,8 @@ impl Outputs {
     }
 }
 
-/// Two tokens of two slots over two experts, aligned to 4: `M_sum` = 8. The layout's space is leaked: a few bytes a test.
+/// Two tokens of two slots over two experts, aligned to 4: `M_sum` = 8. The layout's space is leaked: a few bytes a
+/// test.
 fn layout() -> Layout<'static> {
     let plan = Plan::with_m_sum(2, 2, 2, 4, 8).unwrap();
     let space = vec![0; Layout::space_len(&plan).unwrap()].leak();
@@ -61,15 +62,15 @@ fn ids(rows: usize, cols: usize, id: i64) -> MatrixRef<'static, i64> {
 
 fn quantize(out: &mut Outputs, layout: &Layout<'_>, x: MatrixRef<'_, f32>, weights: Option<usize>) -> Result<()> {
     let weights = weights.map(|rows| zeros::<f32>(rows, 1));
-    let scales = ScalesMut::F32(&mut out.f32);
-    cpu::quantize_permute(&Cpu::new(), x, weights, layout, ScaleFormat::HOPPER, Padding::Zero, &mut out.e4m3, scales)
+    let scales = ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32);
+    cpu::quantize_permute(&Cpu::new(), x, weights, layout, Padding::Zero, &mut out.e4m3, scales)
 }
 
 fn ready(out: &mut Outputs, scales: RowScales<'_>) -> Result<()> {
     let x = zeros::<E4m3>(2, 128);
     let format = ScaleFormat::HOPPER;
-    let sink = ScalesMut::F32(&mut out.f32);
-    cpu::permute_quantized(&Cpu::new(), x, scales, &layout(), format, Padding::Zero, &mut out.e4m3, sink)
+    let sink = ScalesMut::f32(format, &mut out.f32);
+    cpu::permute_quantized(&Cpu::new(), x, scales, &layout(), Padding::Zero, &mut out.e4m3, sink)
 }
 
 fn packed() -> ScaleFormat {
@@ -238,29 +239,29 @@ const PERMUTE: &[Refusal] = &[
     }),
     ("Dtype", "scales has dtype i32, expected f32", |out| {
         let (x, format) = (zeros::<f32>(2, 128), ScaleFormat::HOPPER);
-        let scales = ScalesMut::Ue8m0(&mut out.i32);
-        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), format, Padding::Zero, &mut out.e4m3, scales)
+        let scales = ScalesMut::ue8m0(format, &mut out.i32);
+        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), Padding::Zero, &mut out.e4m3, scales)
     }),
     ("Dtype", "scales has dtype f32, expected i32", |out| {
         let x = zeros::<f32>(2, 128);
-        let scales = ScalesMut::F32(&mut out.f32);
-        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), packed(), Padding::Zero, &mut out.e4m3, scales)
+        let scales = ScalesMut::f32(packed(), &mut out.f32);
+        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), Padding::Zero, &mut out.e4m3, scales)
     }),
     ("BufferTooSmall", "scales holds 7 elements, expected at least 8", |out| {
         let (x, format) = (zeros::<f32>(2, 128), ScaleFormat::HOPPER);
-        let scales = ScalesMut::F32(&mut out.f32[..7]);
-        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), format, Padding::Zero, &mut out.e4m3, scales)
+        let scales = ScalesMut::f32(format, &mut out.f32[..7]);
+        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), Padding::Zero, &mut out.e4m3, scales)
     }),
     ("BufferTooSmall", "out holds 1023 elements, expected at least 1024", |out| {
         let (x, format) = (zeros::<f32>(2, 128), ScaleFormat::HOPPER);
-        let (rows, scales) = (&mut out.e4m3[..1023], ScalesMut::F32(&mut out.f32));
-        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), format, Padding::Zero, rows, scales)
+        let (rows, scales) = (&mut out.e4m3[..1023], ScalesMut::f32(format, &mut out.f32));
+        cpu::quantize_permute(&Cpu::new(), x, None, &layout(), Padding::Zero, rows, scales)
     }),
     ("Dtype", "x_scales has dtype u8, expected f32", |out| ready(out, RowScales::Ue8m0(zeros(2, 1)))),
     ("Dtype", "x_scales has dtype f32, expected u8", |out| {
         let (x, scales) = (zeros::<E4m3>(2, 128), RowScales::F32(zeros(2, 1)));
-        let sink = ScalesMut::Ue8m0(&mut out.i32);
-        cpu::permute_quantized(&Cpu::new(), x, scales, &layout(), packed(), Padding::Zero, &mut out.e4m3, sink)
+        let sink = ScalesMut::ue8m0(packed(), &mut out.i32);
+        cpu::permute_quantized(&Cpu::new(), x, scales, &layout(), Padding::Zero, &mut out.e4m3, sink)
     }),
     ("Shape", "x_scales has shape [2, 2], expected [2, 1]", |out| ready(out, RowScales::F32(zeros(2, 2)))),
     ("Shape", "x_scales has shape [1, 1], expected [2, 1]", |out| ready(out, RowScales::F32(zeros(1, 1)))),
@@ -285,20 +286,24 @@ const PERMUTE: &[Refusal] = &[
 ];
 
 fn in_place(out: &mut [E4m3], scales: ScalesMut<'_>, rows: usize, hidden: usize) -> Result<()> {
-    cpu::quantize_rows(&Cpu::new(), zeros::<f32>(rows, hidden), &layout(), ScaleFormat::HOPPER, out, scales)
+    cpu::quantize_rows(&Cpu::new(), zeros::<f32>(rows, hidden), &layout(), out, scales)
 }
 
 const IN_PLACE: &[Refusal] = &[
     ("Shape", "rows has shape [7, 128], expected [8, 128]", |out| {
-        in_place(&mut out.e4m3, ScalesMut::F32(&mut out.f32), 7, 128)
+        in_place(&mut out.e4m3, ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32), 7, 128)
     }),
-    ("Value", "hidden is 100", |out| in_place(&mut out.e4m3, ScalesMut::F32(&mut out.f32), 8, 100)),
-    ("Dtype", "scales has dtype i32", |out| in_place(&mut out.e4m3, ScalesMut::Ue8m0(&mut out.i32), 8, 128)),
+    ("Value", "hidden is 100", |out| {
+        in_place(&mut out.e4m3, ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32), 8, 100)
+    }),
+    ("Dtype", "scales has dtype i32", |out| {
+        in_place(&mut out.e4m3, ScalesMut::ue8m0(ScaleFormat::HOPPER, &mut out.i32), 8, 128)
+    }),
     ("BufferTooSmall", "scales holds 7 elements", |out| {
-        in_place(&mut out.e4m3, ScalesMut::F32(&mut out.f32[..7]), 8, 128)
+        in_place(&mut out.e4m3, ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32[..7]), 8, 128)
     }),
     ("BufferTooSmall", "out holds 1023 elements", |out| {
-        in_place(&mut out.e4m3[..1023], ScalesMut::F32(&mut out.f32), 8, 128)
+        in_place(&mut out.e4m3[..1023], ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32), 8, 128)
     }),
 ];
 
@@ -316,19 +321,19 @@ const ACTIVATION: &[Refusal] = &[
         cpu::activate(&Cpu::new(), &layout(), usize::MAX, &[], &Activation::default(), &mut out.bf16)
     }),
     ("Value", "hidden is 64, expected a positive multiple of the group, 128", |out| {
-        let (gate_up, scales) = (vec![bf16::ZERO; 1024], ScalesMut::F32(&mut out.f32));
-        let (activation, format) = (Activation::default(), ScaleFormat::HOPPER);
-        cpu::activate_quantize(&Cpu::new(), &layout(), 64, &gate_up, &activation, format, &mut out.e4m3, scales)
+        let (gate_up, scales) = (vec![bf16::ZERO; 1024], ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32));
+        let activation = Activation::default();
+        cpu::activate_quantize(&Cpu::new(), &layout(), 64, &gate_up, &activation, &mut out.e4m3, scales)
     }),
     ("Dtype", "scales has dtype i32, expected f32", |out| {
-        let (gate_up, scales) = (vec![bf16::ZERO; 2048], ScalesMut::Ue8m0(&mut out.i32));
-        let (activation, format) = (Activation::default(), ScaleFormat::HOPPER);
-        cpu::activate_quantize(&Cpu::new(), &layout(), 128, &gate_up, &activation, format, &mut out.e4m3, scales)
+        let (gate_up, scales) = (vec![bf16::ZERO; 2048], ScalesMut::ue8m0(ScaleFormat::HOPPER, &mut out.i32));
+        let activation = Activation::default();
+        cpu::activate_quantize(&Cpu::new(), &layout(), 128, &gate_up, &activation, &mut out.e4m3, scales)
     }),
     ("BufferTooSmall", "gate_up holds 2047 elements, expected at least 2048", |out| {
-        let (gate_up, scales) = (vec![bf16::ZERO; 2047], ScalesMut::F32(&mut out.f32));
-        let (activation, format) = (Activation::default(), ScaleFormat::HOPPER);
-        cpu::activate_quantize(&Cpu::new(), &layout(), 128, &gate_up, &activation, format, &mut out.e4m3, scales)
+        let (gate_up, scales) = (vec![bf16::ZERO; 2047], ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32));
+        let activation = Activation::default();
+        cpu::activate_quantize(&Cpu::new(), &layout(), 128, &gate_up, &activation, &mut out.e4m3, scales)
     }),
 ];
 
@@ -396,22 +401,22 @@ fn e4m3_weights([experts, n, k]: [usize; 3]) -> PackedWeights {
 }
 
 fn builder(format: WeightFormat) -> PackedWeightsBuilder {
-    PackedWeightsBuilder::new(format, 2, 64, 128).unwrap()
+    PackedWeightsBuilder::new(&Cpu::new(), format, 2, 64, 128).unwrap()
 }
 
 fn add_rows(first_row: usize, expert: usize, rows: usize, k: usize) -> Result<PackedWeightsBuilder> {
     let mut builder = builder(WeightFormat::Bf16);
-    builder.pack_bf16_rows(&Cpu::new(), 0, 0, zeros::<bf16>(32, 128))?;
-    builder.pack_bf16_rows(&Cpu::new(), expert, first_row, zeros::<bf16>(rows, k))?;
+    builder.add_bf16_rows(0, 0, zeros::<bf16>(32, 128))?;
+    builder.add_bf16_rows(expert, first_row, zeros::<bf16>(rows, k))?;
     Ok(builder)
 }
 
 fn add_e4m3_rows(format: WeightFormat, first_row: usize, scale_rows: usize) -> Result<()> {
-    builder(format).pack_e4m3_rows(&Cpu::new(), 0, first_row, zeros(32, 128), zeros(scale_rows, 1))
+    builder(format).add_e4m3_rows(0, first_row, zeros(32, 128), zeros(scale_rows, 1))
 }
 
 fn channel_rows(format: WeightFormat, first_row: usize, scales: usize) -> Result<()> {
-    builder(format).pack_e4m3_channel_rows(&Cpu::new(), 0, first_row, zeros(32, 128), &vec![1.0; scales])
+    builder(format).add_e4m3_channel_rows(0, first_row, zeros(32, 128), &vec![1.0; scales])
 }
 
 /// Two experts' gate and up of 192 rows, K = 3.
@@ -422,8 +427,8 @@ fn gate_up(weights: usize, scales: usize) -> Result<PackedWeights> {
 
 /// Rows of gate and up of 70 rows each.
 fn gate_up_rows(first_row: usize, rows: usize, scale_rows: usize) -> Result<()> {
-    let mut builder = PackedWeightsBuilder::gate_up(WeightFormat::E4m3, 2, 70, 128)?;
-    builder.pack_e4m3_rows(&Cpu::new(), 0, first_row, zeros(rows, 128), zeros(scale_rows, 1))
+    let mut builder = PackedWeightsBuilder::gate_up(&Cpu::new(), WeightFormat::E4m3, 2, 70, 128)?;
+    builder.add_e4m3_rows(0, first_row, zeros(rows, 128), zeros(scale_rows, 1))
 }
 
 const WEIGHTS: &[Refusal] = &[
@@ -460,9 +465,11 @@ const WEIGHTS: &[Refusal] = &[
         PackedWeights::pack_gate_up_bf16(&Cpu::new(), &[bf16::ONE; 7], 1, 1, 3, order).map(drop)
     }),
     ("Value", "intermediate is 0, expected at least 1", |_| {
-        PackedWeightsBuilder::gate_up(WeightFormat::Bf16, 1, 0, 1).map(drop)
+        PackedWeightsBuilder::gate_up(&Cpu::new(), WeightFormat::Bf16, 1, 0, 1).map(drop)
     }),
-    ("Overflow", "2 I overflows", |_| PackedWeightsBuilder::gate_up(WeightFormat::Bf16, 1, usize::MAX, 1).map(drop)),
+    ("Overflow", "2 I overflows", |_| {
+        PackedWeightsBuilder::gate_up(&Cpu::new(), WeightFormat::Bf16, 1, usize::MAX, 1).map(drop)
+    }),
     ("Value", "first_row is 65, expected a multiple of 32 of gate's or up's rows", |_| gate_up_rows(65, 8, 1)),
     ("Shape", "rows has shape [40, 128], expected [R, 128] with R at most 38, the rest of gate's rows", |_| {
         gate_up_rows(32, 40, 1)
@@ -474,15 +481,15 @@ const WEIGHTS: &[Refusal] = &[
     ("Value", "first_row is 8, expected a multiple of 32", |_| channel_rows(WeightFormat::E4m3, 8, 32)),
     ("WeightFormat", "builder is packed as bf16, expected e4m3", |_| channel_rows(WeightFormat::Bf16, 0, 32)),
     ("Shape", "rows has shape [64, 128], expected those of a builder that was made for gate and up", |_| {
-        builder(WeightFormat::Bf16).pack_gate_up_bf16_rows(&Cpu::new(), 0, zeros::<f32>(64, 128), GateUpOrder::Halves)
+        builder(WeightFormat::Bf16).add_gate_up_bf16_rows(0, zeros::<f32>(64, 128), GateUpOrder::Halves)
     }),
     ("Shape", "rows has shape [139, 128], expected [140, 128]", |_| {
-        let mut builder = PackedWeightsBuilder::gate_up(WeightFormat::Bf16, 2, 70, 128)?;
-        builder.pack_gate_up_bf16_rows(&Cpu::new(), 0, zeros::<bf16>(139, 128), GateUpOrder::Halves)
+        let mut builder = PackedWeightsBuilder::gate_up(&Cpu::new(), WeightFormat::Bf16, 2, 70, 128)?;
+        builder.add_gate_up_bf16_rows(0, zeros::<bf16>(139, 128), GateUpOrder::Halves)
     }),
     ("Shape", "scales has shape [1, 1], expected [2, 1]", |_| {
-        let mut builder = PackedWeightsBuilder::gate_up(WeightFormat::E4m3, 2, 70, 128)?;
-        builder.pack_gate_up_e4m3_rows(&Cpu::new(), 0, zeros(140, 128), zeros(1, 1), GateUpOrder::Halves)
+        let mut builder = PackedWeightsBuilder::gate_up(&Cpu::new(), WeightFormat::E4m3, 2, 70, 128)?;
+        builder.add_gate_up_e4m3_rows(0, zeros(140, 128), zeros(1, 1), GateUpOrder::Halves)
     }),
     ("Value", "values is 3, expected an even number of values, gate's and up's", |_| {
         GateUpOrder::Interleaved.to_halves(&[1, 2, 3]).map(drop)
@@ -491,7 +498,7 @@ const WEIGHTS: &[Refusal] = &[
         PackedWeights::pack_bf16(&Cpu::new(), &[], 1 << 40, 1 << 20, 1 << 20).map(drop)
     }),
     ("Memory", "packed_weights takes 2305843009213693952 bytes, expected", |_| {
-        PackedWeightsBuilder::new(WeightFormat::Bf16, 1 << 20, 1 << 20, 1 << 20).map(drop)
+        PackedWeightsBuilder::new(&Cpu::new(), WeightFormat::Bf16, 1 << 20, 1 << 20, 1 << 20).map(drop)
     }),
     // Nothing is allocated for weights that are not there.
     ("Shape", "weights has shape [1], expected [1152921504606846976]", |_| {
@@ -501,7 +508,7 @@ const WEIGHTS: &[Refusal] = &[
         PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(0)], &[], 1 << 20, 1 << 20, 1 << 20).map(drop)
     }),
     ("WeightFormat", "builder is packed as e4m3, expected bf16", |_| {
-        builder(WeightFormat::E4m3).pack_bf16_rows(&Cpu::new(), 0, 0, zeros::<bf16>(32, 128))
+        builder(WeightFormat::E4m3).add_bf16_rows(0, 0, zeros::<bf16>(32, 128))
     }),
     ("WeightFormat", "builder is packed as bf16, expected e4m3", |_| add_e4m3_rows(WeightFormat::Bf16, 0, 1)),
     ("Value", "first_row is 33, expected a multiple of 32", |_| add_e4m3_rows(WeightFormat::E4m3, 33, 1)),
@@ -510,9 +517,9 @@ const WEIGHTS: &[Refusal] = &[
     ("Shape", "rows has shape [33, 128], expected [R, 128] with R at most 32", |_| add_rows(32, 0, 33, 128).map(drop)),
     ("Shape", "rows has shape [1, 128], expected [R, 128] with R at most 0", |_| add_rows(99, 0, 1, 128).map(drop)),
     ("Shape", "rows has shape [32, 127], expected [R, 128]", |_| add_rows(32, 0, 32, 127).map(drop)),
-    ("Count", "packed_rows[0] is 31, expected a row that was not packed before", |_| add_rows(31, 0, 2, 128).map(drop)),
-    ("Count", "packed_rows[1] is 0, expected 64", |_| add_rows(32, 0, 32, 128)?.finish().map(drop)),
-    ("Count", "packed_rows[0] is 63, expected 64", |_| add_rows(32, 0, 31, 128)?.finish().map(drop)),
+    ("Count", "added_rows[0] is 31, expected a row that was not added before", |_| add_rows(31, 0, 2, 128).map(drop)),
+    ("Count", "added_rows[1] is 0, expected 64", |_| add_rows(32, 0, 32, 128)?.finish().map(drop)),
+    ("Count", "added_rows[0] is 63, expected 64", |_| add_rows(32, 0, 31, 128)?.finish().map(drop)),
 ];
 
 /// A product over [`layout`]: `M_sum` = 8, three live rows, N = 64.
@@ -520,9 +527,9 @@ fn product(out: &mut Outputs, activations: Activations<'_>, weights: &PackedWeig
     grouped_gemm(&Cpu::new(), &layout(), activations, weights, &mut vec![0; workspace], &mut out.bf16)
 }
 
-fn e4m3_product(out: &mut Outputs, k: usize, format: ScaleFormat, scales: Scales<'_>, rows: usize) -> Result<()> {
+fn e4m3_product(out: &mut Outputs, k: usize, scales: Scales<'_>, rows: usize) -> Result<()> {
     let rows = vec![E4m3(0); rows * k];
-    product(out, Activations::E4m3 { rows: &rows, scales, format }, &e4m3_weights([2, 64, k]), 1 << 20)
+    product(out, Activations::E4m3 { rows: &rows, scales }, &e4m3_weights([2, 64, k]), 1 << 20)
 }
 
 const GEMM: &[Refusal] = &[
@@ -534,28 +541,28 @@ const GEMM: &[Refusal] = &[
         product(out, Activations::Bf16(&[bf16::ONE; 1024]), &bf16_weights([3, 64, 128]), 1 << 20)
     }),
     ("WeightFormat", "weights is packed as bf16, expected e4m3, as the activations", |out| {
-        let (rows, scales) = ([E4m3(0); 1024], Scales::F32(&[1.0; 8]));
-        let activations = Activations::E4m3 { rows: &rows, scales, format: ScaleFormat::HOPPER };
+        let (rows, scales) = ([E4m3(0); 1024], Scales::f32(ScaleFormat::HOPPER, &[1.0; 8]));
+        let activations = Activations::E4m3 { rows: &rows, scales };
         product(out, activations, &bf16_weights([2, 64, 128]), 1 << 20)
     }),
     ("Value", "group is 32, expected 128, as the weights' blocks", |out| {
         let format = ScaleFormat::new(Group::G32, ScaleLayout::RowMajor, ScaleRounding::Exact)?;
-        e4m3_product(out, 128, format, Scales::F32(&[1.0; 32]), 8)
+        e4m3_product(out, 128, Scales::f32(format, &[1.0; 32]), 8)
     }),
     ("Value", "hidden is 192, expected a positive multiple of the group, 128", |out| {
-        e4m3_product(out, 192, ScaleFormat::HOPPER, Scales::F32(&[1.0; 32]), 8)
+        e4m3_product(out, 192, Scales::f32(ScaleFormat::HOPPER, &[1.0; 32]), 8)
     }),
     ("Dtype", "activation_scales has dtype i32, expected f32", |out| {
-        e4m3_product(out, 128, ScaleFormat::HOPPER, Scales::Ue8m0(&[1; 32]), 8)
+        e4m3_product(out, 128, Scales::ue8m0(ScaleFormat::HOPPER, &[1; 32]), 8)
     }),
     ("Dtype", "activation_scales has dtype f32, expected i32", |out| {
-        e4m3_product(out, 128, packed(), Scales::F32(&[1.0; 32]), 8)
+        e4m3_product(out, 128, Scales::f32(packed(), &[1.0; 32]), 8)
     }),
     ("BufferTooSmall", "activation_scales holds 7 elements, expected at least 8", |out| {
-        e4m3_product(out, 128, ScaleFormat::HOPPER, Scales::F32(&[1.0; 7]), 8)
+        e4m3_product(out, 128, Scales::f32(ScaleFormat::HOPPER, &[1.0; 7]), 8)
     }),
     ("BufferTooSmall", "activations holds 896 elements, expected at least 1024", |out| {
-        e4m3_product(out, 128, ScaleFormat::HOPPER, Scales::F32(&[1.0; 8]), 7)
+        e4m3_product(out, 128, Scales::f32(ScaleFormat::HOPPER, &[1.0; 8]), 7)
     }),
     ("BufferTooSmall", "activations holds 1023 elements, expected at least 1024", |out| {
         product(out, Activations::Bf16(&[bf16::ONE; 1023]), &bf16_weights([2, 64, 128]), 1 << 20)
@@ -575,9 +582,16 @@ const GEMM: &[Refusal] = &[
     }),
 ];
 
+/// A layer for calls of up to as many tokens as can be counted.
+fn prepared(w13: PackedWeights, w2: PackedWeights, config: LayerConfig) -> Result<Layer> {
+    Layer::prepare(&Cpu::new(), w13, w2, config, usize::MAX)
+}
+
 fn layer(weight_on_input: bool) -> Layer {
-    let options = LayerOptions { weight_on_input, alignment: 4, ..LayerOptions::default() };
-    Layer::new(bf16_weights([2, 64, 48]), bf16_weights([2, 48, 32]), options).unwrap()
+    let topk = if weight_on_input { 1 } else { 2 };
+    let config =
+        LayerConfig { weight_on_input, alignment: Some(4), ..LayerConfig::new(topk, 2, ActivationFormat::Bf16) };
+    prepared(bf16_weights([2, 64, 48]), bf16_weights([2, 48, 32]), config).unwrap()
 }
 
 /// Two tokens of `topk` slots, all on expert 0, of a layer of H = 48, I = 32, E = 2.
@@ -589,26 +603,40 @@ fn run(
 ) -> Result<()> {
     let layer = layer(weight_on_input);
     let routing = Routing::new(ids(2, topk, 0), experts, None)?;
-    let mut workspace = vec![0; layer.workspace_bytes(2, topk)? - missing];
+    let mut workspace = vec![0; layer.workspace_bytes(2)? - missing];
     let (x, weights) = (zeros::<bf16>(tokens, hidden), zeros(2, weight_cols));
-    layer.run(&Cpu::new(), x, &routing, weights, &mut workspace, out)
+    layer.run(x, &routing, weights, &mut workspace, out)
 }
 
 /// [`layout`]'s `M_sum` = 8 rows through the same layer.
 fn run_expanded(out: &mut [bf16], rows: usize, experts: usize, missing: usize) -> Result<()> {
     let (layer, layout) = (layer(false), Layout::from_psum(&vec![0; experts], 4, 8, vec![0; 64].leak())?);
     let mut workspace = vec![0; layer.expanded_workspace_bytes(8)? - missing];
-    layer.run_expanded(&Cpu::new(), zeros::<bf16>(rows, 48), &layout, &mut workspace, out)
+    layer.run_expanded(zeros::<bf16>(rows, 48), &layout, &mut workspace, out)
 }
 
-fn new_layer(w13: PackedWeights, w2: PackedWeights, activations: ActivationFormat, alignment: usize) -> Result<()> {
-    Layer::new(w13, w2, LayerOptions { activations, alignment, ..LayerOptions::default() }).map(drop)
+fn new_layer(
+    w13: PackedWeights,
+    w2: PackedWeights,
+    activation_format: ActivationFormat,
+    alignment: usize,
+) -> Result<()> {
+    let experts = w13.experts();
+    let config = LayerConfig::new(2, experts, activation_format);
+    prepared(w13, w2, LayerConfig { alignment: Some(alignment), ..config }).map(drop)
 }
 
 /// A layer of plain bf16 weights with that activation.
 fn activated(activation: Activation) -> Result<()> {
-    let options = LayerOptions { activation, ..LayerOptions::default() };
-    Layer::new(bf16_weights([1, 128, 128]), bf16_weights([1, 128, 64]), options).map(drop)
+    let config = LayerConfig { activation, ..LayerConfig::new(1, 1, ActivationFormat::Bf16) };
+    prepared(bf16_weights([1, 128, 128]), bf16_weights([1, 128, 64]), config).map(drop)
+}
+
+/// A layer of plain bf16 weights, its configuration changed.
+fn configured(change: impl FnOnce(&mut LayerConfig)) -> Result<()> {
+    let mut config = LayerConfig::new(2, 2, ActivationFormat::Bf16);
+    change(&mut config);
+    prepared(bf16_weights([2, 64, 48]), bf16_weights([2, 48, 32]), config).map(drop)
 }
 
 fn with_shared(w13: [usize; 3], w2: [usize; 3], gate: usize) -> Result<()> {
@@ -649,18 +677,18 @@ const LAYER: &[Refusal] = &[
         layer(false).with_shared_expert(shared).map(drop)
     }),
     ("Value", "intermediate is 64, expected a positive multiple of the group, 128", |_| {
-        let options = LayerOptions { activations: ActivationFormat::E4m3, ..LayerOptions::default() };
-        let layer = Layer::new(e4m3_weights([1, 256, 128]), e4m3_weights([1, 128, 128]), options)?;
+        let config = LayerConfig::new(1, 1, ActivationFormat::E4m3);
+        let layer = prepared(e4m3_weights([1, 256, 128]), e4m3_weights([1, 128, 128]), config)?;
         let shared = SharedExpert { w13: e4m3_weights([1, 128, 128]), w2: e4m3_weights([1, 128, 64]), gate: None };
         layer.with_shared_expert(shared).map(drop)
     }),
     ("BufferTooSmall", "workspace holds", |out| {
         // What serves the layer without its shared expert does not serve it with one.
-        let bytes = layer(false).workspace_bytes(2, 2)?;
+        let bytes = layer(false).workspace_bytes(2)?;
         let shared = SharedExpert { w13: bf16_weights([1, 64, 48]), w2: bf16_weights([1, 48, 32]), gate: None };
         let layer = layer(false).with_shared_expert(shared)?;
         let (x, routing) = (zeros::<bf16>(2, 48), Routing::new(ids(2, 2, 0), 2, None)?);
-        layer.run(&Cpu::new(), x, &routing, zeros(2, 2), &mut vec![0; bytes], &mut out.bf16)
+        layer.run(x, &routing, zeros(2, 2), &mut vec![0; bytes], &mut out.bf16)
     }),
     ("Shape", "b13 has shape [127], expected [128], the elements of [2, 64]", |_| biased(127, 96)),
     ("Shape", "b13 has shape [129], expected [128]", |_| biased(129, 96)),
@@ -690,8 +718,53 @@ const LAYER: &[Refusal] = &[
     ("Alignment", "alignment is 0", |_| {
         new_layer(bf16_weights([1, 128, 128]), bf16_weights([1, 128, 64]), ActivationFormat::Bf16, 0)
     }),
-    ("Value", "topk is 0", |_| layer(false).workspace_bytes(1, 0).map(drop)),
-    ("Overflow", "M * topk overflows", |_| layer(false).workspace_bytes(usize::MAX, 2).map(drop)),
+    ("Value", "topk is 0, expected at least 1", |_| configured(|config| config.topk = 0)),
+    ("Value", "topk is 2, expected 1, where router weights multiply", |_| {
+        configured(|config| config.weight_on_input = true)
+    }),
+    ("Value", "global_experts is 0, expected at least 1", |_| configured(|config| config.global_experts = 0)),
+    ("Dtype", "topk_ids has dtype f32, expected i32 or i64", |_| configured(|config| config.ids = Dtype::F32)),
+    ("Dtype", "hidden_states has dtype e4m3, expected bf16, f16 or f32", |_| {
+        configured(|config| config.input = Dtype::E4m3)
+    }),
+    ("Dtype", "output has dtype i32, expected bf16, f16 or f32", |_| configured(|config| config.output = Dtype::I32)),
+    ("Value", "max_tokens is 0, expected at least 1", |_| {
+        let weights = (bf16_weights([2, 64, 48]), bf16_weights([2, 48, 32]));
+        let config = LayerConfig::new(2, 2, ActivationFormat::Bf16);
+        Layer::prepare(&Cpu::new(), weights.0, weights.1, config, 0).map(drop)
+    }),
+    ("Value", "tokens is 17, expected at most 16, as prepared", |_| {
+        let layer = layer(false).with_config(*layer(false).config(), 16)?;
+        layer.choice(17).map(drop)
+    }),
+    ("WeightFormat", "w13 is packed as bf16, expected e4m3, for e4m3 activations", |_| {
+        let config = LayerConfig { activation_format: ActivationFormat::E4m3, ..*layer(false).config() };
+        layer(false).with_config(config, 1).map(drop)
+    }),
+    ("Value", "intermediate is 64, expected a positive multiple of the group, 128", |_| {
+        // A shared expert that takes bf16 rows and no quantized ones.
+        let config = LayerConfig::new(1, 1, ActivationFormat::Bf16);
+        let layer = prepared(e4m3_weights([1, 256, 128]), e4m3_weights([1, 128, 128]), config)?;
+        let gate_up = (&[E4m3(0); 128 * 128][..], &[1.0; 2][..]);
+        let (cpu, order) = (Cpu::new(), GateUpOrder::Halves);
+        let w13 = PackedWeights::pack_gate_up_e4m3(&cpu, gate_up.0, gate_up.1, 1, 64, 128, order)?;
+        let shared = SharedExpert { w13, w2: e4m3_weights([1, 128, 64]), gate: None };
+        let layer = layer.with_shared_expert(shared).expect("bf16 rows need no groups");
+        layer.with_config(LayerConfig::new(1, 1, ActivationFormat::E4m3), 1).map(drop)
+    }),
+    ("Dtype", "hidden_states has dtype f32, expected bf16, as prepared", |out| {
+        let routing = Routing::new(ids(2, 2, 0), 2, None)?;
+        layer(false).run(zeros::<f32>(2, 48), &routing, zeros(2, 2), &mut [0; 1 << 16], &mut out.bf16)
+    }),
+    ("Dtype", "output has dtype f32, expected bf16, as prepared", |_| {
+        let routing = Routing::new(ids(2, 2, 0), 2, None)?;
+        layer(false).run(zeros::<bf16>(2, 48), &routing, zeros(2, 2), &mut [0; 1 << 16], &mut [0f32; 96])
+    }),
+    ("Value", "global_experts is 3, expected 2, as prepared", |out| {
+        let routing = Routing::new(ids(2, 2, 0), 2, Some(&[0, 1, -1]))?;
+        layer(false).run(zeros::<bf16>(2, 48), &routing, zeros(2, 2), &mut [0; 1 << 16], &mut out.bf16)
+    }),
+    ("Overflow", "M * topk overflows", |_| layer(false).workspace_bytes(usize::MAX).map(drop)),
     ("Overflow", "M_sum", |_| layer(false).expanded_workspace_bytes(usize::MAX).map(drop)),
     ("Shape", "hidden_states has shape [3, 48], expected [2, 48]", |out| {
         run(&mut out.bf16, false, [3, 48, 2, 2, 2], 0)
@@ -700,10 +773,8 @@ const LAYER: &[Refusal] = &[
         run(&mut out.bf16, false, [2, 47, 2, 2, 2], 0)
     }),
     ("Shape", "topk_weights has shape [2, 3], expected [2, 2]", |out| run(&mut out.bf16, false, [2, 48, 2, 3, 2], 0)),
-    ("Value", "local_experts is 1, expected 2, as planned", |out| run(&mut out.bf16, false, [2, 48, 2, 2, 1], 0)),
-    ("Value", "topk is 2, expected 1, where router weights multiply the input", |out| {
-        run(&mut out.bf16, true, [2, 48, 2, 2, 2], 0)
-    }),
+    ("Value", "local_experts is 1, expected 2, as prepared", |out| run(&mut out.bf16, false, [2, 48, 2, 2, 1], 0)),
+    ("Value", "topk is 2, expected 1, as prepared", |out| run(&mut out.bf16, true, [2, 48, 2, 2, 2], 0)),
     ("BufferTooSmall", "workspace holds", |out| run(&mut out.bf16, false, [2, 48, 2, 2, 2], 1)),
     ("BufferTooSmall", "output holds 95 elements, expected at least 96", |out| {
         run(&mut out.bf16[..95], false, [2, 48, 2, 2, 2], 0)
@@ -800,8 +871,13 @@ fn every_variant_is_refused_somewhere() {
         .collect();
     assert!(variants.contains("ExpertId"), "{variants:?}");
     let mut refused: BTreeSet<&str> = tables().iter().map(|(kind, ..)| *kind).collect();
-    // What only another machine refuses: one that lacks an instruction set, one that compiles for a GPU.
-    let elsewhere = [("Device", include_str!("../miri.rs")), ("Kernel", include_str!("../cuda_compile.rs"))];
+    // What only another machine refuses: one that lacks an instruction set, one that compiles for a GPU, one that has
+    // it.
+    let elsewhere = [
+        ("Device", include_str!("../miri.rs")),
+        ("Kernel", include_str!("../cuda_compile.rs")),
+        ("Unsupported", include_str!("../cuda_layer/safe.rs")),
+    ];
     for (variant, tests) in elsewhere {
         assert!(tests.contains(&format!("Error::{variant} ")), "no test names {variant}");
         refused.insert(variant);

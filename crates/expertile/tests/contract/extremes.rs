@@ -1,5 +1,5 @@
-//! Shapes, strides and numbers that no model has, over a few elements of memory: an error or a result, never a panic, an
-//! abort or a walk without end, and outputs that an error leaves as they were.
+//! Shapes, strides and numbers that no model has, over a few elements of memory: an error or a result, never a panic,
+//! an abort or a walk without end, and outputs that an error leaves as they were.
 
 use expertile::cpu::{self, Cpu, PackedWeights, PackedWeightsBuilder, grouped_gemm_workspace_bytes};
 use expertile::plan::{compute_aligned_m_and_alignment, round_up, tight_m_sum};
@@ -87,7 +87,7 @@ fn case(random: &mut Random, out: &mut Outputs) -> Result<()> {
                 1 => PackedWeights::pack_e4m3(&cpu, &bytes, &floats, experts, n, k).map(drop),
                 // A builder asks for memory before it has weights: as much as this is not to be had, or little.
                 _ if experts.saturating_mul(n).saturating_mul(k) < 1 << 20 || experts > 1 << 40 => {
-                    PackedWeightsBuilder::new(WeightFormat::Bf16, experts, n, k).map(drop)
+                    PackedWeightsBuilder::new(&Cpu::new(), WeightFormat::Bf16, experts, n, k).map(drop)
                 }
                 _ => Ok(()),
             }
@@ -127,16 +127,16 @@ fn case(random: &mut Random, out: &mut Outputs) -> Result<()> {
                     cpu::activate(&cpu, &layout, width, &values, &swiglu, &mut out.bf16)
                 }
                 4 => {
-                    let (width, scales) = (random.extent(), ScalesMut::F32(&mut out.f32));
-                    cpu::activate_quantize(&cpu, &layout, width, &values, &swiglu, format, &mut out.e4m3, scales)
+                    let (width, scales) = (random.extent(), ScalesMut::f32(format, &mut out.f32));
+                    cpu::activate_quantize(&cpu, &layout, width, &values, &swiglu, &mut out.e4m3, scales)
                 }
                 5 => {
-                    let (x, scales) = (random.matrix(&floats)?, ScalesMut::F32(&mut out.f32));
-                    cpu::quantize_rows(&cpu, x, &layout, format, &mut out.e4m3, scales)
+                    let (x, scales) = (random.matrix(&floats)?, ScalesMut::f32(format, &mut out.f32));
+                    cpu::quantize_rows(&cpu, x, &layout, &mut out.e4m3, scales)
                 }
                 _ => {
-                    let (x, scales) = (random.matrix(&floats)?, ScalesMut::F32(&mut out.f32));
-                    cpu::quantize_permute(&cpu, x, None, &layout, format, padding, &mut out.e4m3, scales)
+                    let (x, scales) = (random.matrix(&floats)?, ScalesMut::f32(format, &mut out.f32));
+                    cpu::quantize_permute(&cpu, x, None, &layout, padding, &mut out.e4m3, scales)
                 }
             }
         }

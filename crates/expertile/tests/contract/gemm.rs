@@ -105,10 +105,9 @@ impl Rows {
             Some(format) => Activations::E4m3 {
                 rows: &self.e4m3,
                 scales: match format.layout() {
-                    ScaleLayout::PackedUe8m0 => Scales::Ue8m0(&self.ue8m0_scales),
-                    _ => Scales::F32(&self.f32_scales),
+                    ScaleLayout::PackedUe8m0 => Scales::ue8m0(format, &self.ue8m0_scales),
+                    _ => Scales::f32(format, &self.f32_scales),
                 },
-                format,
             },
         }
     }
@@ -224,18 +223,18 @@ proptest! {
         let format = if e4m3 { WeightFormat::E4m3 } else { WeightFormat::Bf16 };
         let weights = Weights::random(format, [experts, 2 * half, k], seed);
         let cpu = Cpu::new();
-        let mut builder = PackedWeightsBuilder::new(format, experts, 2 * half, k).unwrap();
+        let mut builder = PackedWeightsBuilder::new(&cpu, format, experts, 2 * half, k).unwrap();
         for expert in (0..experts).rev() {
             for first_row in [half, 0] {
                 match weights.part(expert, first_row, half) {
                     Part::E4m3(bytes, scales) => {
                         let rows = MatrixRef::new(&bytes, half, k).unwrap();
                         let scales = MatrixRef::new(&scales, 1, 2).unwrap();
-                        builder.pack_e4m3_rows(&cpu, expert, first_row, rows, scales).unwrap();
+                        builder.add_e4m3_rows(expert, first_row, rows, scales).unwrap();
                     }
                     Part::Bf16(values) => {
                         let rows = Strided::new(&values, half, k, Strides::ColumnMajor, bf16::NAN);
-                        builder.pack_bf16_rows(&cpu, expert, first_row, rows.matrix()).unwrap();
+                        builder.add_bf16_rows(expert, first_row, rows.matrix()).unwrap();
                     }
                 }
             }
@@ -268,8 +267,8 @@ proptest! {
         let format = if e4m3 { WeightFormat::E4m3 } else { WeightFormat::Bf16 };
         let weights = Weights::gate_up(format, [experts, half, k], seed);
         let cpu = Cpu::new();
-        let mut parts = PackedWeightsBuilder::gate_up(format, experts, half, k).unwrap();
-        let mut fused = PackedWeightsBuilder::gate_up(format, experts, half, k).unwrap();
+        let mut parts = PackedWeightsBuilder::gate_up(&cpu, format, experts, half, k).unwrap();
+        let mut fused = PackedWeightsBuilder::gate_up(&cpu, format, experts, half, k).unwrap();
         let order = GateUpOrder::Interleaved;
         for expert in (0..experts).rev() {
             for first_row in [half, 0] {
@@ -277,11 +276,11 @@ proptest! {
                     Part::E4m3(bytes, scales) => {
                         let rows = Strided::new(&bytes, half, k, strides, E4m3::NAN);
                         let scales = Strided::new(&scales, half.div_ceil(128), k.div_ceil(128), strides, f32::NAN);
-                        parts.pack_e4m3_rows(&cpu, expert, first_row, rows.matrix(), scales.matrix()).unwrap();
+                        parts.add_e4m3_rows(expert, first_row, rows.matrix(), scales.matrix()).unwrap();
                     }
                     Part::Bf16(values) => {
                         let rows = Strided::new(&values, half, k, strides, bf16::NAN);
-                        parts.pack_bf16_rows(&cpu, expert, first_row, rows.matrix()).unwrap();
+                        parts.add_bf16_rows(expert, first_row, rows.matrix()).unwrap();
                     }
                 }
             }
@@ -291,12 +290,12 @@ proptest! {
                     let rows = Strided::new(&rows, 2 * half, k, strides, E4m3::NAN);
                     scales.extend(up_scales);
                     let scales = Strided::new(&scales, 2 * half.div_ceil(128), k.div_ceil(128), strides, f32::NAN);
-                    fused.pack_gate_up_e4m3_rows(&cpu, expert, rows.matrix(), scales.matrix(), order).unwrap();
+                    fused.add_gate_up_e4m3_rows(expert, rows.matrix(), scales.matrix(), order).unwrap();
                 }
                 [Part::Bf16(gate), Part::Bf16(up)] => {
                     let rows = reordered(&[gate, up].concat(), half, k, order);
                     let rows = Strided::new(&rows, 2 * half, k, strides, bf16::NAN);
-                    fused.pack_gate_up_bf16_rows(&cpu, expert, rows.matrix(), order).unwrap();
+                    fused.add_gate_up_bf16_rows(expert, rows.matrix(), order).unwrap();
                 }
                 _ => unreachable!("parts of one format"),
             }
@@ -340,8 +339,8 @@ proptest! {
         fn rows_of<T: crate::cases::Number>(weights: &[f32], [n, k]: [usize; 2], strides: Strides) -> PackedWeights {
             let weights: Vec<T> = weights.iter().map(|&weight| T::nearest(weight)).collect();
             let rows = Strided::new(&weights, n, k, strides, T::nearest(f32::NAN));
-            let mut builder = PackedWeightsBuilder::new(WeightFormat::Bf16, 1, n, k).unwrap();
-            builder.pack_bf16_rows(&Cpu::new(), 0, 0, rows.matrix()).unwrap();
+            let mut builder = PackedWeightsBuilder::new(&Cpu::new(), WeightFormat::Bf16, 1, n, k).unwrap();
+            builder.add_bf16_rows(0, 0, rows.matrix()).unwrap();
             builder.finish().unwrap()
         }
         let mut noise = Noise(seed);
@@ -368,7 +367,8 @@ proptest! {
 fn a_bias_is_added_to_the_f32_sum() {
     let (n, k) = (70, 2);
     let case = real_case();
-    // 1 + 2^-9 alone would be rounded to 1, and with the bias' 3 * 2^-10 then to 1 again; together they pass the middle.
+    // 1 + 2^-9 alone would be rounded to 1, and with the bias' 3 * 2^-10 then to 1 again; together they pass the
+    // middle.
     let (one, little) = (bf16::ONE, bf16::from_f32(2f32.powi(-9)));
     let weights: Vec<bf16> = (0..4 * n).flat_map(|_| [one, little]).collect();
     let bias: Vec<f32> = (0..4 * n)
@@ -444,14 +444,14 @@ fn a_scale_for_each_channel_multiplies_its_sums_once() {
             .collect();
         for cpu in machines() {
             // Whole, and gate and up apart, gate in two parts.
-            let mut whole = PackedWeightsBuilder::new(WeightFormat::E4m3, 4, 2 * half, k).unwrap();
-            let mut parts = PackedWeightsBuilder::gate_up(WeightFormat::E4m3, 4, half, k).unwrap();
+            let mut whole = PackedWeightsBuilder::new(&cpu, WeightFormat::E4m3, 4, 2 * half, k).unwrap();
+            let mut parts = PackedWeightsBuilder::gate_up(&cpu, WeightFormat::E4m3, 4, half, k).unwrap();
             for expert in 0..4 {
                 let pack = |builder: &mut PackedWeightsBuilder, first: usize, rows: usize| {
                     let stored = bytes(expert, first, rows);
                     let stored = Strided::new(&stored, rows, k, Strides::ColumnMajor, E4m3::NAN);
                     let own = &scales[expert * 2 * half + first..][..rows];
-                    builder.pack_e4m3_channel_rows(&cpu, expert, first, stored.matrix(), own).unwrap();
+                    builder.add_e4m3_channel_rows(expert, first, stored.matrix(), own).unwrap();
                 };
                 pack(&mut whole, 0, 2 * half);
                 for (first, rows) in [(half, half), (32, half - 32), (0, 32)] {
@@ -596,7 +596,7 @@ fn every_block_of_k_has_its_own_scales() {
             let scales: Vec<f32> = (0..20u8)
                 .flat_map(|row| [1.0, 0.0625, 0.0, 1e38].map(|scale| scale * f32::from(1 + row % 2)))
                 .collect();
-            let activations = Activations::E4m3 { rows: &rows, scales: Scales::F32(&scales), format };
+            let activations = Activations::E4m3 { rows: &rows, scales: Scales::f32(format, &scales) };
             let mut workspace = vec![0xff; grouped_gemm_workspace_bytes(20, k, ActivationFormat::E4m3).unwrap()];
             let mut out = vec![POISON; 20 * n];
             grouped_gemm(&cpu, layout, activations, &weights, &mut workspace, &mut out).unwrap();
@@ -628,9 +628,8 @@ fn every_e4m3_byte_is_the_weight_it_stands_for() {
     case.with_layout(|layout, _| {
         for cpu in machines() {
             let weights = PackedWeights::pack_e4m3(&cpu, &stored, &[0.5], 1, n, k).unwrap();
-            let scales = Scales::F32(&[1.0; 128]);
-            let format = ScaleFormat::HOPPER;
-            for activations in [Activations::Bf16(&bf16_rows), Activations::E4m3 { rows: &e4m3_rows, scales, format }] {
+            let scales = Scales::f32(ScaleFormat::HOPPER, &[1.0; 128]);
+            for activations in [Activations::Bf16(&bf16_rows), Activations::E4m3 { rows: &e4m3_rows, scales }] {
                 let bytes_needed = grouped_gemm_workspace_bytes(k, k, activations.format()).unwrap();
                 let mut out = vec![POISON; k * n];
                 grouped_gemm(&cpu, layout, activations, &weights, &mut vec![0xff; bytes_needed], &mut out).unwrap();

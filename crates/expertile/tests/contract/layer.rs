@@ -7,8 +7,8 @@ use crate::cases::{
 };
 use crate::gemm::within;
 use crate::weights::Weights;
-use expertile::cpu::{self, Cpu, Isa, Layer, LayerOptions, SharedExpert};
-use expertile::{Activation, ActivationFormat, Layout, MatrixRef, Padding, Stage, WeightFormat};
+use expertile::cpu::{self, Cpu, Isa, Layer, SharedExpert};
+use expertile::{Activation, ActivationFormat, LayerConfig, Layout, MatrixRef, Padding, Stage, WeightFormat};
 use expertile_oracle as oracle;
 use half::{bf16, f16};
 use oracle::compare::{BF16_LAYER, E4M3_LAYER, Tolerance, by_row, difference, worst};
@@ -130,14 +130,17 @@ impl<T: Number> Bench<T> {
         }
     }
 
-    fn layer(&self, cpu: &Cpu, alignment: usize) -> Layer {
-        let options = LayerOptions {
+    fn layer<O: Number>(&self, cpu: &Cpu, case: &RoutingCase, alignment: usize) -> Layer {
+        let config = LayerConfig {
+            input: T::DTYPE,
+            output: O::DTYPE,
             activation: self.make.activation,
-            activations: self.make.activations,
-            alignment,
+            alignment: Some(alignment),
             weight_on_input: self.make.weight_on_input,
+            ..LayerConfig::new(case.topk, case.routing().global_experts(), self.make.activations)
         };
-        let mut layer = Layer::new(self.w13.pack(cpu), self.w2.pack(cpu), options).unwrap();
+        let (w13, w2) = (self.w13.pack(cpu), self.w2.pack(cpu));
+        let mut layer = Layer::prepare(cpu, w13, w2, config, case.tokens().max(1)).unwrap();
         if let Some([b13, b2]) = self.biases.clone() {
             layer = layer.with_biases(Some(b13), Some(b2)).unwrap();
         }
@@ -173,22 +176,21 @@ impl<T: Number> Bench<T> {
 
     /// Runs in a poisoned, unaligned workspace of exactly the size asked for; also the rows of GEMM 2, by slot.
     fn run<O: Number>(&self, cpu: &Cpu, case: &RoutingCase, strides: Strides) -> (Vec<O>, Vec<f64>) {
-        self.run_in(&self.layer(cpu, case.alignment), cpu, case, strides)
+        self.run_in(&self.layer::<O>(cpu, case, case.alignment), case, strides)
     }
 
     /// The same in a layer that [`Bench::layer`] made.
-    fn run_in<O: Number>(&self, layer: &Layer, cpu: &Cpu, case: &RoutingCase, strides: Strides) -> (Vec<O>, Vec<f64>) {
+    fn run_in<O: Number>(&self, layer: &Layer, case: &RoutingCase, strides: Strides) -> (Vec<O>, Vec<f64>) {
         let (tokens, hidden) = (case.tokens(), self.make.hidden);
         let x = Strided::new(&self.x, tokens, hidden, strides, T::nearest(f32::NAN));
         let weights = Strided::new(&self.topk_weights, tokens, case.topk, strides, f32::NAN);
-        let mut workspace = vec![0xff; layer.workspace_bytes(tokens, case.topk).unwrap() + 1];
+        let mut workspace = vec![0xff; layer.workspace_bytes(tokens).unwrap() + 1];
         let poison = O::nearest(-77.0);
         let mut output = vec![poison; tokens * hidden + 3];
         let mut slot_rows = vec![f64::NAN; case.ids.len() * hidden];
         let mut stages = Vec::new();
         layer
             .run_observed(
-                cpu,
                 x.matrix(),
                 &case.routing(),
                 weights.matrix(),
@@ -258,7 +260,8 @@ proptest! {
 
     #[test]
     fn f16_and_f32_tokens_come_out_within_tolerance(case in small_routings(), make in makes(), strides in strides()) {
-        // Rounding an input to the bf16 of the GEMM is an error of its own, so these are numbers that all three types have.
+        // Rounding an input to the bf16 of the GEMM is an error of its own, so these are numbers that all three types
+        // have.
         let common = |x: &f32| {
             let x = bf16::from_f32(*x).to_f32();
             if f16::from_f32(x).to_f32() == x { x } else { 0.0 }
@@ -298,12 +301,12 @@ proptest! {
                 cpu::permute_rows(&cpu, x, layout, Padding::Untouched, &mut rows).unwrap();
                 let mut space = vec![0; 3 * case.local_experts + m_sum];
                 let ready = Layout::from_psum(layout.psum(), case.alignment, m_sum, &mut space).unwrap();
-                let layer = bench.layer(&cpu, 1);
+                let layer = bench.layer::<bf16>(&cpu, &case, 1);
                 let mut workspace = vec![0xff; layer.expanded_workspace_bytes(m_sum).unwrap() + 1];
                 let poison = bf16::from_f32(-77.0);
                 let mut out = vec![poison; m_sum * hidden + 3];
                 let rows = MatrixRef::new(&rows, m_sum, hidden).unwrap();
-                layer.run_expanded(&cpu, rows, &ready, &mut workspace[1..], &mut out).unwrap();
+                layer.run_expanded(rows, &ready, &mut workspace[1..], &mut out).unwrap();
                 let mut expected = vec![poison; out.len()];
                 for (slot, &row) in oracle_layout.inv_perm.iter().enumerate().filter(|(_, row)| **row >= 0) {
                     let from = &slot_rows[slot * hidden..][..hidden];
@@ -447,8 +450,8 @@ fn costs_count_live_rows_and_active_experts_once() {
     .unwrap();
 }
 
-/// The shared expert's rows reach every token: those that no expert has, too. A gate of zeros halves them; a NaN in a token
-/// or in its gate's sum stays with the token.
+/// The shared expert's rows reach every token: those that no expert has, too. A gate of zeros halves them; a NaN in a
+/// token or in its gate's sum stays with the token.
 #[test]
 fn a_shared_expert_reaches_every_token_and_no_other() {
     let shared = SharedMake { intermediate: 96, weights: WeightFormat::Bf16, gate: true };
@@ -527,9 +530,9 @@ fn a_token_comes_out_with_the_same_bits_in_any_company() {
         let make = Make { biases: true, shared, ..plain(384, 256, weights, activations) };
         let bench = Bench::<bf16>::new(make, &all);
         let mut part = Bench::<bf16>::new(make, &all);
-        let layer = bench.layer(&Cpu::new(), 1);
+        let layer = bench.layer::<f32>(&Cpu::new(), &all, 1);
         for isa in Isa::available() {
-            let (expected, _) = bench.run_in::<f32>(&layer, &Cpu::with_isa(isa), &all, Strides::Contiguous);
+            let (expected, _) = bench.run_in::<f32>(&layer.on(&Cpu::with_isa(isa)), &all, Strides::Contiguous);
             let sizes = [1, 2, 3, 4, 5, 6, 8, 11, 12, 13, 16, 17, 24, 25, 31, 48, 64, 97, 130, 200];
             for (step, tokens) in sizes.into_iter().enumerate() {
                 // Another first token for each size, and backwards for every second.
@@ -546,7 +549,7 @@ fn a_token_comes_out_with_the_same_bits_in_any_company() {
                 part.topk_weights =
                     chosen.iter().flat_map(|token| bench.topk_weights[3 * token..][..3].to_vec()).collect();
                 for cpu in machines().filter(|cpu| cpu.isa() == isa) {
-                    let (output, _) = part.run_in::<f32>(&layer, &cpu, &case, Strides::Contiguous);
+                    let (output, _) = part.run_in::<f32>(&layer.on(&cpu), &case, Strides::Contiguous);
                     for (at, token) in chosen.iter().enumerate() {
                         assert!(
                             bits(&output[384 * at..][..384]) == bits(&expected[384 * token..][..384]),

@@ -5,6 +5,7 @@
 #![cfg(not(miri))]
 
 mod activation;
+mod backend;
 mod cases;
 mod errors;
 mod extremes;

@@ -74,8 +74,8 @@ impl Outputs {
 
     fn split(&mut self) -> (&mut [E4m3], ScalesMut<'_>) {
         let scales = match self.format.layout() {
-            ScaleLayout::PackedUe8m0 => ScalesMut::Ue8m0(&mut self.ue8m0_scales),
-            _ => ScalesMut::F32(&mut self.f32_scales),
+            ScaleLayout::PackedUe8m0 => ScalesMut::ue8m0(self.format, &mut self.ue8m0_scales),
+            _ => ScalesMut::f32(self.format, &mut self.f32_scales),
         };
         (&mut self.rows, scales)
     }
@@ -152,7 +152,7 @@ fn check_quantize_permute<T: Number>(case: &RoutingCase, choice: Choice, weighte
             let mut outputs = Outputs::poisoned(format, layout.m_sum(), hidden);
             let (rows, scales) = outputs.split();
             let weights = weighted.then(|| weight_matrix.matrix());
-            cpu::quantize_permute(&cpu, matrix.matrix(), weights, layout, format, padding, rows, scales).unwrap();
+            cpu::quantize_permute(&cpu, matrix.matrix(), weights, layout, padding, rows, scales).unwrap();
             outputs.check(&expected, layout.m_indices(), padding)?;
         }
         Ok(())
@@ -275,7 +275,7 @@ proptest! {
                 } else {
                     RowScales::F32(f32_scales.matrix())
                 };
-                cpu::permute_quantized(&cpu, x.matrix(), x_scales, layout, format, padding, rows, scales).unwrap();
+                cpu::permute_quantized(&cpu, x.matrix(), x_scales, layout, padding, rows, scales).unwrap();
                 outputs.check(&expected, layout.m_indices(), padding)?;
             }
             Ok(())
@@ -298,7 +298,7 @@ proptest! {
             for cpu in machines() {
                 let mut outputs = Outputs::poisoned(format, layout.m_sum(), hidden);
                 let (rows, scales) = outputs.split();
-                cpu::quantize_rows(&cpu, matrix.matrix(), layout, format, rows, scales).unwrap();
+                cpu::quantize_rows(&cpu, matrix.matrix(), layout, rows, scales).unwrap();
                 outputs.check(&expected, layout.m_indices(), Padding::Untouched)?;
             }
             Ok(())
@@ -381,7 +381,7 @@ fn a_psum_layout_permutes_no_rows_but_still_clears_its_scales() {
     let x = expertile::MatrixRef::new(&nothing[..], 0, 128).unwrap();
     let mut outputs = Outputs::poisoned(ScaleFormat::HOPPER, 8, 128);
     let (rows, scales) = outputs.split();
-    cpu::quantize_permute(&Cpu::new(), x, None, &layout, ScaleFormat::HOPPER, Padding::Zero, rows, scales).unwrap();
+    cpu::quantize_permute(&Cpu::new(), x, None, &layout, Padding::Zero, rows, scales).unwrap();
     assert!(outputs.rows[..3 * 128].iter().all(|byte| byte.0 == POISON), "live rows are the dispatcher's");
     assert!(outputs.rows[3 * 128..8 * 128].iter().all(|byte| byte.0 == 0));
     assert_eq!(outputs.f32_scales[3..8], [0.0; 5]);

@@ -6,8 +6,8 @@ use expertile_oracle::routing as oracle;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-/// Logits far enough apart that f32 and f64 choose alike, with exact ties among them: multiples of 1/8. Now and then one
-/// that is no number, or no end of one.
+/// Logits far enough apart that f32 and f64 choose alike, with exact ties among them: multiples of 1/8. Now and then
+/// one that is no number, or no end of one.
 fn logits(experts: usize, tokens: usize) -> impl Strategy<Value = Vec<f32>> {
     let logit = prop_oneof![
         200 => (-40..=40i32).prop_map(|eighths| eighths as f32 / 8.0),

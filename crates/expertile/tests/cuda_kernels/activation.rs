@@ -6,7 +6,7 @@ use crate::case::{
 use crate::on_device::{Random, device, upload};
 use crate::unpermute::number_bits;
 use expertile::cpu::{self, Cpu};
-use expertile::cuda::{Activate, ActivateBuffers, ActivateConfig, Device, Stream};
+use expertile::cuda::{Activate, ActivateCall, ActivateConfig, Device, Stream};
 use expertile::{Activation, E4m3, Group, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut};
 use half::bf16;
 
@@ -65,10 +65,12 @@ pub(crate) fn check_activation(device: &Device, case: &Case, activation: Activat
         let cpu = Cpu::new();
         match format {
             Some(format) => {
-                let scales =
-                    if packed { ScalesMut::Ue8m0(&mut packed_scales) } else { ScalesMut::F32(&mut f32_scales) };
-                cpu::activate_quantize(&cpu, layout, intermediate, values, &activation, format, &mut bytes, scales)
-                    .unwrap();
+                let scales = if packed {
+                    ScalesMut::ue8m0(format, &mut packed_scales)
+                } else {
+                    ScalesMut::f32(format, &mut f32_scales)
+                };
+                cpu::activate_quantize(&cpu, layout, intermediate, values, &activation, &mut bytes, scales).unwrap();
             }
             None => cpu::activate(&cpu, layout, intermediate, values, &activation, &mut halves).unwrap(),
         }
@@ -77,11 +79,11 @@ pub(crate) fn check_activation(device: &Device, case: &Case, activation: Activat
     let step = Activate::prepare(device, ActivateConfig { intermediate, activation, format }).unwrap();
     let (from, ends) = (upload(device, &gate_up), upload(device, &psum));
     let (to, scales) = (poisoned(device, halves.len() * 2), poisoned(device, words * 4));
-    let call = ActivateBuffers {
-        gate_up: from.address(),
-        psum: ends.address(),
-        out: to.address(),
-        scales: scales.address(),
+    let call = ActivateCall {
+        gate_up: from.ptr().cast(),
+        psum: ends.ptr().cast(),
+        out: to.ptr(),
+        scales: Some(scales.ptr()),
         local_experts: case.experts,
         alignment: case.alignment,
         m_sum,

@@ -1,7 +1,9 @@
 //! What a case is, its inputs, and how they and what comes of them are laid out.
 
 use crate::on_device::{Random, filled, upload};
-use expertile::cuda::{Buffer, Device, LayoutBuffers, RoutingBuffers, RowsBuffers, Tensor2};
+use expertile::cuda::{
+    Device, DeviceBuffer, DeviceMatrix, LayoutPtrs, QuantizePermuteCall, RouteCall, RoutingPtrs, RowsPtrs, STATE_BYTES,
+};
 use expertile::{
     Dtype, Group, Layout, MatrixRef, Padding, Plan, Routing, ScaleFormat, ScaleLayout, ScaleRounding, TokenExperts,
     TopkIds,
@@ -142,13 +144,13 @@ pub(crate) fn element(case: &Case, random: &mut Random) -> u16 {
     if case.input == Dtype::F16 { f16::from_f32(x).to_bits() } else { bf16::from_f32(x).to_bits() }
 }
 
-pub(crate) fn poisoned(device: &Device, bytes: usize) -> Buffer {
+pub(crate) fn poisoned(device: &Device, bytes: usize) -> DeviceBuffer {
     filled(device, bytes, POISON)
 }
 
-pub(crate) fn download<T: bytemuck::Pod>(buffer: &Buffer, len: usize) -> Vec<T> {
+pub(crate) fn download<T: bytemuck::Pod>(buffer: &DeviceBuffer, len: usize) -> Vec<T> {
     let mut values = vec![T::zeroed(); len];
-    buffer.download(&mut values).unwrap();
+    buffer.download_at(0, &mut values).unwrap();
     values
 }
 
@@ -179,17 +181,18 @@ pub(crate) fn assert_same<T: PartialEq + std::fmt::Debug>(
 
 /// A case's inputs and poisoned outputs on the device.
 pub(crate) struct OnDevice {
-    pub(crate) ids: Buffer,
-    pub(crate) map: Option<Buffer>,
-    pub(crate) x: Buffer,
-    pub(crate) weights: Buffer,
-    pub(crate) out: Buffer,
-    pub(crate) scales: Buffer,
-    pub(crate) layout_space: Buffer,
-    pub(crate) layout: LayoutBuffers,
-    pub(crate) workspace: Buffer,
-    pub(crate) routing: RoutingBuffers,
-    pub(crate) rows: RowsBuffers,
+    pub(crate) ids: DeviceBuffer,
+    pub(crate) map: Option<DeviceBuffer>,
+    pub(crate) x: DeviceBuffer,
+    pub(crate) weights: DeviceBuffer,
+    pub(crate) out: DeviceBuffer,
+    pub(crate) scales: DeviceBuffer,
+    pub(crate) layout_space: DeviceBuffer,
+    pub(crate) layout: LayoutPtrs,
+    pub(crate) state: DeviceBuffer,
+    pub(crate) workspace: DeviceBuffer,
+    pub(crate) routing: RoutingPtrs,
+    pub(crate) rows: RowsPtrs,
 }
 
 impl OnDevice {
@@ -205,22 +208,37 @@ impl OnDevice {
         let plan = &inputs.plan;
         let out = poisoned(device, plan.m_sum() * case.hidden);
         let scales = poisoned(device, case.format.words(plan.m_sum(), case.hidden).unwrap() * 4);
-        let layout_space = poisoned(device, LayoutBuffers::space_bytes(plan, case.row_tile).unwrap());
-        let layout = LayoutBuffers::carve(layout_space.address(), plan, case.row_tile).unwrap();
-        let workspace = poisoned(device, workspace_bytes);
-        let routing = RoutingBuffers {
-            ids: Tensor2 { address: ids.address(), row_stride: case.topk, col_stride: 1 },
-            expert_map: map.as_ref().map_or(0, Buffer::address),
+        let layout_space = poisoned(device, LayoutPtrs::space_bytes(plan, case.row_tile).unwrap());
+        let layout = LayoutPtrs::carve(layout_space.ptr(), plan, case.row_tile).unwrap();
+        let (state, workspace) = (poisoned(device, STATE_BYTES), poisoned(device, workspace_bytes));
+        let routing = RoutingPtrs {
+            ids: DeviceMatrix::row_major(ids.ptr(), case.topk),
+            expert_map: map.as_ref().map(|map| map.ptr().cast()),
             global_experts: if case.global > 0 { case.global } else { case.experts },
         };
-        let rows = RowsBuffers {
-            x: Tensor2 { address: x.address(), row_stride: case.hidden, col_stride: 1 },
-            weights: Tensor2 { address: weights.address(), row_stride: 1, col_stride: 1 },
-            out: out.address(),
-            scales: scales.address(),
-            ..RowsBuffers::default()
+        let rows = RowsPtrs {
+            x: DeviceMatrix::row_major(x.ptr(), case.hidden),
+            weights: Some(DeviceMatrix::row_major(weights.ptr().cast(), 1)),
+            out: out.ptr(),
+            scales: Some(scales.ptr()),
+            ..RowsPtrs::default()
         };
-        Self { ids, map, x, weights, out, scales, layout_space, layout, workspace, routing, rows }
+        Self { ids, map, x, weights, out, scales, layout_space, layout, state, workspace, routing, rows }
+    }
+
+    pub(crate) fn route_call(&self, plan: Plan) -> RouteCall {
+        RouteCall {
+            plan,
+            routing: self.routing,
+            layout: self.layout,
+            state: self.state.ptr(),
+            workspace: self.workspace.ptr(),
+        }
+    }
+
+    pub(crate) fn call(&self, plan: Plan) -> QuantizePermuteCall {
+        let (routing, rows, layout) = (self.routing, self.rows, self.layout);
+        QuantizePermuteCall { plan, routing, rows, layout, state: self.state.ptr(), workspace: self.workspace.ptr() }
     }
 
     pub(crate) fn poison(&self) {

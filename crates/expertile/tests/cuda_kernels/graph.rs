@@ -6,7 +6,7 @@ use crate::quantize_permute::{check_outputs, config, expected};
 use crate::unpermute::number_bits;
 use cudarc::driver::sys;
 use expertile::cpu::{self, Cpu};
-use expertile::cuda::{QuantizePermute, Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig};
+use expertile::cuda::{DeviceMatrix, QuantizePermute, Stream, Unpermute, UnpermuteCall, UnpermuteConfig};
 use expertile::{Dtype, MatrixRef};
 use half::bf16;
 
@@ -62,7 +62,6 @@ fn a_captured_chain_replays_right_with_changed_inputs_in_a_worst_case_buffer() {
         let step =
             QuantizePermute::prepare(device, config(&case)).unwrap().with_single_launch_slots(single_launch_slots);
         let on = OnDevice::new(device, &case, &first, step.workspace_bytes(&first.plan).unwrap());
-        let workspace = on.workspace.address();
         let config = UnpermuteConfig {
             hidden: 1024,
             topk: 8,
@@ -76,19 +75,19 @@ fn a_captured_chain_replays_right_with_changed_inputs_in_a_worst_case_buffer() {
         let mut random = Random::new(5);
         let rows: Vec<u16> = (0..m_sum * 1024).map(|_| bf16::from_f32(random.float()).to_bits()).collect();
         let (from, to) = (upload(device, &rows), poisoned(device, tokens * 1024 * 2));
-        let call = UnpermuteBuffers {
-            rows: from.address(),
+        let call = UnpermuteCall {
+            rows: from.ptr(),
             inv_perm: on.layout.inv_perm,
-            weights: Tensor2 { address: on.weights.address(), row_stride: 8, col_stride: 1 },
-            out: to.address(),
+            weights: Some(DeviceMatrix::row_major(on.weights.ptr().cast(), 8)),
+            out: to.ptr(),
             tokens,
             m_sum,
         };
-        unsafe { step.initialise_workspace(Stream(0), workspace).unwrap() };
+        unsafe { step.initialise_state(Stream(0), on.state.ptr()).unwrap() };
         unsafe { device.synchronize(Stream(0)).unwrap() };
         let graph = Graph::capture(|stream| unsafe {
             for _ in 0..2 {
-                step.launch(stream, &first.plan, &on.routing, &on.rows, &on.layout, workspace).unwrap();
+                step.launch(stream, &on.call(first.plan)).unwrap();
             }
             unpermute.launch(stream, &call).unwrap();
         });
@@ -98,9 +97,9 @@ fn a_captured_chain_replays_right_with_changed_inputs_in_a_worst_case_buffer() {
             // The captured map stays: only ids, rows and weights change.
             inputs.map = first.map.clone();
             assert_eq!(inputs.plan, first.plan);
-            on.ids.upload(&inputs.ids.iter().map(|&id| id as i32).collect::<Vec<_>>()).unwrap();
-            on.x.upload(&inputs.x).unwrap();
-            on.weights.upload(&inputs.weights).unwrap();
+            on.ids.upload_at(0, &inputs.ids.iter().map(|&id| id as i32).collect::<Vec<_>>()).unwrap();
+            on.x.upload_at(0, &inputs.x).unwrap();
+            on.weights.upload_at(0, &inputs.weights).unwrap();
             on.poison();
             to.fill(POISON).unwrap();
             graph.replay();

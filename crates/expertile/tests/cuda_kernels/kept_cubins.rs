@@ -2,7 +2,7 @@
 
 use crate::on_device::{device, skipped};
 use expertile::Dtype;
-use expertile::cuda::compiler::Compiler;
+use expertile::cuda::Compiler;
 use expertile::cuda::{CubinCache, Device, Unpermute, UnpermuteConfig};
 use std::path::{Path, PathBuf};
 

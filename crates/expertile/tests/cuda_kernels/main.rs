@@ -1,9 +1,10 @@
-//! The CUDA backend against the CPU backend, bit for bit. Every output is poisoned first and compared whole, gaps included.
-//! Skips, and says so, on a machine without a device.
+//! The CUDA backend against the CPU backend, bit for bit. Every output is poisoned first and compared whole, gaps
+//! included. Skips, and says so, on a machine without a device.
 #![cfg(feature = "cuda")]
 #![allow(unsafe_code)]
-// Every unsafe block here does one of two things: it hands a step the addresses of buffers that live until after the next
-// wait and are as large as the step's own functions ask, or it calls the driver with handles made a few lines above.
+// Every unsafe block here does one of two things: it hands a step the addresses of buffers that live until after the
+// next wait and are as large as the step's own functions ask, or it calls the driver with handles made a few lines
+// above.
 #![allow(clippy::undocumented_unsafe_blocks)]
 mod activation;
 mod case;

@@ -6,7 +6,7 @@ use crate::case::{
 use crate::on_device::{Random, device, upload};
 use crate::quantize_permute::config;
 use expertile::cpu::{self, Cpu, RowScales};
-use expertile::cuda::{Device, Permute, PermuteConfig, Route, RowsBuffers, Stream, Tensor2};
+use expertile::cuda::{Device, DeviceMatrix, Permute, PermuteCall, PermuteConfig, Route, RowsPtrs, Stream};
 use expertile::{Dtype, E4m3, Group, MatrixRef, Padding, ScaleLayout, ScaleRounding, ScalesMut};
 use half::bf16;
 
@@ -46,11 +46,17 @@ pub(crate) fn check_permute_quantized(device: &Device, case: &Case) {
     with_layout(&inputs, case.topk, case.experts, |layout| {
         let x = MatrixRef::new(&rows, case.tokens, case.hidden).unwrap();
         let (from, to) = if packed {
-            (RowScales::Ue8m0(MatrixRef::new(&bytes, case.tokens, groups).unwrap()), ScalesMut::Ue8m0(&mut out_packed))
+            (
+                RowScales::Ue8m0(MatrixRef::new(&bytes, case.tokens, groups).unwrap()),
+                ScalesMut::ue8m0(case.format, &mut out_packed),
+            )
         } else {
-            (RowScales::F32(MatrixRef::new(&f32_scales, case.tokens, groups).unwrap()), ScalesMut::F32(&mut out_f32))
+            (
+                RowScales::F32(MatrixRef::new(&f32_scales, case.tokens, groups).unwrap()),
+                ScalesMut::f32(case.format, &mut out_f32),
+            )
         };
-        cpu::permute_quantized(&Cpu::new(), x, from, layout, case.format, case.padding, &mut out, to).unwrap();
+        cpu::permute_quantized(&Cpu::new(), x, from, layout, case.padding, &mut out, to).unwrap();
     });
     let expected_scales: Vec<u32> = if packed { words_of(&out_packed) } else { words_of(&out_f32) };
     let route = Route::prepare(device, config(case).route).unwrap();
@@ -69,16 +75,16 @@ pub(crate) fn check_permute_quantized(device: &Device, case: &Case) {
     let on = OnDevice::new(device, case, &inputs, route.workspace_bytes(&inputs.plan).unwrap());
     let x = upload(device, &rows);
     let scales = if packed { upload(device, &bytes) } else { upload(device, &f32_scales) };
-    let buffers = RowsBuffers {
-        x: Tensor2 { address: x.address(), row_stride: case.hidden, col_stride: 1 },
-        x_scales: Tensor2 { address: scales.address(), row_stride: groups, col_stride: 1 },
+    let buffers = RowsPtrs {
+        x: DeviceMatrix::row_major(x.ptr(), case.hidden),
+        x_scales: Some(DeviceMatrix::row_major(scales.ptr(), groups)),
         ..on.rows
     };
     unsafe {
-        route.initialise_workspace(Stream(0), on.workspace.address()).unwrap();
-        route.launch(Stream(0), &inputs.plan, &on.routing, &on.layout, on.workspace.address()).unwrap();
-        permute.launch(Stream(0), &inputs.plan, &buffers, &on.layout).unwrap();
-        route.check(Stream(0), &inputs.plan, &on.routing, on.workspace.address()).unwrap();
+        route.initialise_state(Stream(0), on.state.ptr()).unwrap();
+        route.launch(Stream(0), &on.route_call(inputs.plan)).unwrap();
+        permute.launch(Stream(0), &PermuteCall { plan: inputs.plan, rows: buffers, layout: on.layout }).unwrap();
+        route.check(Stream(0), &on.route_call(inputs.plan)).unwrap();
     }
     assert_same("scales", case, &download::<u32>(&on.scales, words), &expected_scales);
     assert_same("out", case, &download::<E4m3>(&on.out, out.len()), &out);
@@ -103,15 +109,12 @@ fn rows_without_scales_are_permuted_whatever_their_type_and_length() {
             let permute = Permute::prepare(device, config).unwrap();
             let on = OnDevice::new(device, &case, &inputs, route.workspace_bytes(&inputs.plan).unwrap());
             let to = poisoned(device, out.len() * 2);
-            let rows = RowsBuffers {
-                x: Tensor2 { address: on.x.address(), row_stride: hidden, col_stride: 1 },
-                out: to.address(),
-                ..RowsBuffers::default()
-            };
+            let rows =
+                RowsPtrs { x: DeviceMatrix::row_major(on.x.ptr(), hidden), out: to.ptr(), ..RowsPtrs::default() };
             unsafe {
-                route.initialise_workspace(Stream(0), on.workspace.address()).unwrap();
-                route.launch(Stream(0), &inputs.plan, &on.routing, &on.layout, on.workspace.address()).unwrap();
-                permute.launch(Stream(0), &inputs.plan, &rows, &on.layout).unwrap();
+                route.initialise_state(Stream(0), on.state.ptr()).unwrap();
+                route.launch(Stream(0), &on.route_call(inputs.plan)).unwrap();
+                permute.launch(Stream(0), &PermuteCall { plan: inputs.plan, rows, layout: on.layout }).unwrap();
             }
             let bits = |values: &[bf16]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
             assert_same("out", &case, &bits(&download(&to, out.len())), &bits(&out));

@@ -5,7 +5,7 @@ use crate::case::{
 };
 use crate::on_device::device;
 use expertile::cpu::{self, Cpu};
-use expertile::cuda::{Device, QuantizePermute, QuantizePermuteConfig, RouteConfig, Stream};
+use expertile::cuda::{Device, DevicePtr, QuantizePermute, QuantizePermuteConfig, RouteConfig, Stream};
 use expertile::{Dtype, E4m3, Group, MatrixRef, Padding, Plan, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut};
 use half::{bf16, f16};
 
@@ -26,18 +26,22 @@ pub(crate) fn expected(case: &Case, inputs: &Inputs) -> Expected {
     let mut packed_scales = vec![word::<i32>(); words];
     let packed = case.format.layout() == ScaleLayout::PackedUe8m0;
     with_layout(inputs, case.topk, case.experts, |layout| {
-        let scales = if packed { ScalesMut::Ue8m0(&mut packed_scales) } else { ScalesMut::F32(&mut f32_scales) };
+        let scales = if packed {
+            ScalesMut::ue8m0(case.format, &mut packed_scales)
+        } else {
+            ScalesMut::f32(case.format, &mut f32_scales)
+        };
         let weights = MatrixRef::new(&inputs.weights, case.tokens, 1).unwrap();
         let weights = case.weighted.then_some(weights);
         let cpu = Cpu::new();
         match case.input {
             Dtype::F16 => {
                 let x = MatrixRef::new(bytemuck::cast_slice::<_, f16>(&inputs.x), case.tokens, case.hidden).unwrap();
-                cpu::quantize_permute(&cpu, x, weights, layout, case.format, case.padding, &mut out, scales).unwrap();
+                cpu::quantize_permute(&cpu, x, weights, layout, case.padding, &mut out, scales).unwrap();
             }
             _ => {
                 let x = MatrixRef::new(bytemuck::cast_slice::<_, bf16>(&inputs.x), case.tokens, case.hidden).unwrap();
-                cpu::quantize_permute(&cpu, x, weights, layout, case.format, case.padding, &mut out, scales).unwrap();
+                cpu::quantize_permute(&cpu, x, weights, layout, case.padding, &mut out, scales).unwrap();
             }
         }
         let lists =
@@ -66,8 +70,8 @@ impl Expected {
 pub(crate) fn lists(device: &OnDevice, case: &Case, plan: &Plan) -> Vec<i32> {
     let words = device.layout_space.bytes() / 4;
     let space: Vec<i32> = download(&device.layout_space, words);
-    let at = |address: u64, len: usize| {
-        let start = ((address - device.layout_space.address()) / 4) as usize;
+    let at = |list: DevicePtr<i32>, len: usize| {
+        let start = ((list.address() - device.layout_space.ptr().address()) / 4) as usize;
         &space[start..start + len]
     };
     let layout = &device.layout;
@@ -84,7 +88,7 @@ pub(crate) fn lists(device: &OnDevice, case: &Case, plan: &Plan) -> Vec<i32> {
 pub(crate) fn check_lists(device: &OnDevice, case: &Case, plan: &Plan, expected: &Expected) {
     assert_same("layout", case, &lists(device, case, plan), &expected.lists);
     let space: Vec<i32> = download(&device.layout_space, device.layout_space.bytes() / 4);
-    let start = |address: u64| ((address - device.layout_space.address()) / 4) as usize;
+    let start = |list: DevicePtr<i32>| ((list.address() - device.layout_space.ptr().address()) / 4) as usize;
     let tiles = expected.worklist.len();
     let header = &space[start(device.layout.header)..][..4];
     let starts = &expected.lists[case.experts..2 * case.experts];
@@ -134,11 +138,11 @@ pub(crate) fn check_quantize_permute(device: &Device, case: &Case) {
         let on = OnDevice::new(device, case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
         let stream = Stream(0);
         unsafe {
-            step.initialise_workspace(stream, on.workspace.address()).unwrap();
+            step.initialise_state(stream, on.state.ptr()).unwrap();
             for _ in 0..2 {
                 on.poison();
-                step.launch(stream, &inputs.plan, &on.routing, &on.rows, &on.layout, on.workspace.address()).unwrap();
-                step.check(stream, &inputs.plan, &on.routing, on.workspace.address()).unwrap();
+                step.launch(stream, &on.call(inputs.plan)).unwrap();
+                step.check(stream, &on.call(inputs.plan)).unwrap();
                 check_outputs(&on, case, &inputs.plan, &expected);
             }
         }
@@ -254,9 +258,9 @@ fn a_permuted_buffer_of_more_than_4_gib_is_the_cpus() {
     let step = QuantizePermute::prepare(device, config(&case)).unwrap();
     let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
     unsafe {
-        step.initialise_workspace(Stream(0), on.workspace.address()).unwrap();
-        step.launch(Stream(0), &inputs.plan, &on.routing, &on.rows, &on.layout, on.workspace.address()).unwrap();
-        step.check(Stream(0), &inputs.plan, &on.routing, on.workspace.address()).unwrap();
+        step.initialise_state(Stream(0), on.state.ptr()).unwrap();
+        step.launch(Stream(0), &on.call(inputs.plan)).unwrap();
+        step.check(Stream(0), &on.call(inputs.plan)).unwrap();
     }
     check_outputs(&on, &case, &inputs.plan, &expected);
 }
@@ -270,12 +274,11 @@ fn fifty_repeats_give_the_same_bits() {
         let expected = expected(&case, &inputs);
         let step = QuantizePermute::prepare(device, config(&case)).unwrap();
         let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
-        unsafe { step.initialise_workspace(Stream(0), on.workspace.address()).unwrap() };
+        unsafe { step.initialise_state(Stream(0), on.state.ptr()).unwrap() };
         for _ in 0..50 {
             on.poison();
             unsafe {
-                step.launch(Stream(0), &inputs.plan, &on.routing, &on.rows, &on.layout, on.workspace.address())
-                    .unwrap();
+                step.launch(Stream(0), &on.call(inputs.plan)).unwrap();
             }
             check_outputs(&on, &case, &inputs.plan, &expected);
         }

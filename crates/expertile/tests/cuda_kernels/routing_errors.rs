@@ -3,7 +3,7 @@
 use crate::case::{BASE, Case, Inputs, OnDevice, POISON, download, poisoned, with_layout};
 use crate::on_device::device;
 use crate::quantize_permute::{check_outputs, config, expected, lists};
-use expertile::cuda::{QuantizePermute, RowsBuffers, Stream};
+use expertile::cuda::{QuantizePermute, QuantizePermuteCall, RowsPtrs, Stream};
 use expertile::{Error, Plan};
 
 #[test]
@@ -21,18 +21,17 @@ fn ids_past_the_limit_write_nothing_outside_and_are_reported_at_the_next_wait() 
         let expected_bad = expected(&case, &emptied);
         let step = QuantizePermute::prepare(device, config(&case)).unwrap();
         let on = OnDevice::new(device, &case, &bad, step.workspace_bytes(&bad.plan).unwrap());
-        let workspace = on.workspace.address();
         unsafe {
-            step.initialise_workspace(Stream(0), workspace).unwrap();
-            step.launch(Stream(0), &bad.plan, &on.routing, &on.rows, &on.layout, workspace).unwrap();
-            let error = step.check(Stream(0), &bad.plan, &on.routing, workspace).unwrap_err();
+            step.initialise_state(Stream(0), on.state.ptr()).unwrap();
+            step.launch(Stream(0), &on.call(bad.plan)).unwrap();
+            let error = step.check(Stream(0), &on.call(bad.plan)).unwrap_err();
             assert_eq!(error, Error::ExpertId { token: 5, slot: 2, id: 16, limit: 16 });
             check_outputs(&on, &case, &bad.plan, &expected_bad);
-            step.check(Stream(0), &bad.plan, &on.routing, workspace).unwrap();
-            on.ids.upload(&good.ids.iter().map(|&id| id as i32).collect::<Vec<_>>()).unwrap();
+            step.check(Stream(0), &on.call(bad.plan)).unwrap();
+            on.ids.upload_at(0, &good.ids.iter().map(|&id| id as i32).collect::<Vec<_>>()).unwrap();
             on.poison();
-            step.launch(Stream(0), &good.plan, &on.routing, &on.rows, &on.layout, workspace).unwrap();
-            step.check(Stream(0), &good.plan, &on.routing, workspace).unwrap();
+            step.launch(Stream(0), &on.call(good.plan)).unwrap();
+            step.check(Stream(0), &on.call(good.plan)).unwrap();
             check_outputs(&on, &case, &good.plan, &expected(&case, &good));
         }
     }
@@ -50,9 +49,9 @@ fn a_map_entry_past_the_experts_is_reported() {
     let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
     assert!(on.map.is_some());
     unsafe {
-        step.initialise_workspace(Stream(0), on.workspace.address()).unwrap();
-        step.launch(Stream(0), &inputs.plan, &on.routing, &on.rows, &on.layout, on.workspace.address()).unwrap();
-        let error = step.check(Stream(0), &inputs.plan, &on.routing, on.workspace.address()).unwrap_err();
+        step.initialise_state(Stream(0), on.state.ptr()).unwrap();
+        step.launch(Stream(0), &on.call(inputs.plan)).unwrap();
+        let error = step.check(Stream(0), &on.call(inputs.plan)).unwrap_err();
         assert_eq!(error, Error::MapEntry { index: used, value: 10, local_experts: 10 });
     }
 }
@@ -70,11 +69,11 @@ fn a_routing_that_needs_more_rows_than_planned_stays_inside_and_is_reported() {
         let on = OnDevice::new(device, &case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
         // Whatever stands behind the rows must not change.
         let guarded = poisoned(device, needed * 256 * 2);
-        let rows = RowsBuffers { out: guarded.address(), ..on.rows };
+        let rows = RowsPtrs { out: guarded.ptr(), ..on.rows };
         unsafe {
-            step.initialise_workspace(Stream(0), on.workspace.address()).unwrap();
-            step.launch(Stream(0), &inputs.plan, &on.routing, &rows, &on.layout, on.workspace.address()).unwrap();
-            let error = step.check(Stream(0), &inputs.plan, &on.routing, on.workspace.address()).unwrap_err();
+            step.initialise_state(Stream(0), on.state.ptr()).unwrap();
+            step.launch(Stream(0), &QuantizePermuteCall { rows, ..on.call(inputs.plan) }).unwrap();
+            let error = step.check(Stream(0), &on.call(inputs.plan)).unwrap_err();
             assert_eq!(error, Error::MSum { m_sum: small, needed, alignment: 16 });
         }
         let after: Vec<u8> = download(&guarded, guarded.bytes());

@@ -3,7 +3,7 @@
 use crate::case::{BASE, Case, Inputs, Pattern, assert_same, download, element, poisoned, with_layout, word};
 use crate::on_device::{Random, device, upload};
 use expertile::cpu::{self, Cpu};
-use expertile::cuda::{Device, Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig};
+use expertile::cuda::{Device, DeviceMatrix, Stream, Unpermute, UnpermuteCall, UnpermuteConfig};
 use expertile::{Dtype, MatrixRef};
 use half::bf16;
 
@@ -64,11 +64,11 @@ pub(crate) fn check_unpermute(device: &Device, case: &Case, aligned: bool, weigh
     let step = Unpermute::prepare(device, config).unwrap();
     let (from, places, weights) = (upload(device, &rows), upload(device, &inv_perm), upload(device, &inputs.weights));
     let to = poisoned(device, out.len() * 2);
-    let call = UnpermuteBuffers {
-        rows: from.address(),
-        inv_perm: places.address(),
-        weights: Tensor2 { address: weights.address(), row_stride: case.topk, col_stride: 1 },
-        out: to.address(),
+    let call = UnpermuteCall {
+        rows: from.ptr(),
+        inv_perm: places.ptr().cast(),
+        weights: Some(DeviceMatrix::row_major(weights.ptr().cast(), case.topk)),
+        out: to.ptr(),
         tokens: case.tokens,
         m_sum,
     };

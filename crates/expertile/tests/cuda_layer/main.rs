@@ -1,31 +1,36 @@
-//! The whole layer on a GPU against the f64 oracle and against the CPU backend. Output and workspace are NaN before every
-//! call, so whatever was not written, or was read without being written, shows. Skips, and says so, without a Hopper.
+//! The whole layer on a GPU against the f64 oracle and against the CPU backend. Output and workspace are NaN before
+//! every call, so whatever was not written, or was read without being written, shows. Skips, and says so, without a
+//! Hopper.
 #![cfg(feature = "cuda")]
 #![allow(unsafe_code)]
-// Every unsafe block here does one of two things: it hands the layer the addresses of buffers that live until after the
-// next wait and are as large as the layer's own functions ask, or it calls the driver with handles made a few lines above.
+// Every unsafe block here does one of two things: it hands the layer the addresses of buffers that live until after
+// the next wait and are as large as the layer's own functions ask, or it calls the driver with handles made a few
+// lines above.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
 mod model;
 #[path = "../on_device/mod.rs"]
 mod on_device;
+mod safe;
 
 use cudarc::driver::sys;
-use expertile::cuda::{Device, Layer, LayerBuffers, LayerConfig, Stream, Tensor2, Weights, WeightsBuilder};
-use expertile::{Activation, Dtype, E4m3, Error, MatrixRef, WeightFormat};
+use expertile::cuda::{Device, DeviceMatrix, DevicePtr, Layer, LayerCall, Stream, Weights, WeightsBuilder};
+use expertile::{
+    Activation, Dtype, E4m3, Error, LayerConfig, MatrixRef, WeightFormat, WeightsBuilder as WeightsBuilderTrait,
+};
 use expertile_oracle::compare::{self, Tolerance};
 use half::bf16;
 use model::{BASE, Call, Inputs, Matrices, Model, POISON, Pattern, Spec};
 use on_device::hopper;
 use std::fmt::{self, Write};
 
-/// Against the CPU backend's GEMM 2 on the very rows and scales that the device's activation left: what differs is the order
-/// (and on the device, within 128 of K, the width) of f32 sums, which moves a few results by one unit of bf16.
+/// Against the CPU backend's GEMM 2 on the very rows and scales that the device's activation left: what differs is the
+/// order (and on the device, within 128 of K, the width) of f32 sums, which moves a few results by one unit of bf16.
 const SAME_ROWS: Tolerance = Tolerance { whole: 1e-6, row: 1e-5 };
-/// Against the CPU backend's layer on the same inputs. Both quantize the same rows, and GEMM 1 differs as above; but where a
-/// unit of bf16 moves the largest value of a group of activated values, the group's scale moves too, and some of its 128 values
-/// round to the next e4m3. At worst a row is quantized anew in every group, which is what one e4m3 GEMM's tolerance is for;
-/// over many rows that is rare, and the whole stays within a tenth of it.
+/// Against the CPU backend's layer on the same inputs. Both quantize the same rows, and GEMM 1 differs as above; but
+/// where a unit of bf16 moves the largest value of a group of activated values, the group's scale moves too, and some
+/// of its 128 values round to the next e4m3. At worst a row is quantized anew in every group, which is what one e4m3
+/// GEMM's tolerance is for; over many rows that is rare, and the whole stays within a tenth of it.
 const E4M3_TO_CPU: Tolerance = Tolerance { whole: 1e-4, row: compare::E4M3_GEMM.row };
 /// Rows from which on rare is rare.
 const MANY_ROWS: usize = 64;
@@ -215,8 +220,8 @@ fn a_workspace_serves_calls_of_different_sizes_in_turn() {
     for (seed, tokens) in [(2, 64), (3, 256), (4, 1), (5, 65)] {
         let inputs = Inputs::new(&model, tokens, Pattern::Skewed, seed);
         let call = Call::new(device, &model, &inputs);
-        let buffers = LayerBuffers { workspace: large.workspace.address(), ..call.buffers() };
-        unsafe { model.on_device.launch(Stream(0), tokens, &buffers).unwrap() };
+        let operands = LayerCall { state: large.state.ptr(), workspace: large.workspace.ptr(), ..call.operands() };
+        unsafe { model.on_device.launch(Stream(0), &operands).unwrap() };
         let found = Differences::of(&call.output()[..tokens * 512], &model.cpu(&inputs), 512);
         assert!(found.within(tolerances(&BASE, tokens).1), "{tokens} tokens: {found:?}");
     }
@@ -417,36 +422,40 @@ fn bad_calls_are_typed_errors_and_nothing_is_written() {
     let model = Model::new(device, Spec { max_tokens: 40, ..BASE });
     let call = Call::new(device, &model, &Inputs::new(&model, 40, Pattern::Even, 1));
     call.poison(device);
-    let good = call.buffers();
-    let refuse = |tokens: usize, buffers: LayerBuffers, start: &str| {
-        let error = unsafe { model.on_device.launch(Stream(0), tokens, &buffers) }.unwrap_err();
+    let good = call.operands();
+    let refuse = |tokens: usize, operands: LayerCall, start: &str| {
+        let error = unsafe { model.on_device.launch(Stream(0), &LayerCall { tokens, ..operands }) }.unwrap_err();
         assert!(error.to_string().starts_with(start), "{error}, expected {start}");
     };
     let states = good.hidden_states;
-    let with_states = |hidden_states: Tensor2| LayerBuffers { hidden_states, ..good };
-    let with_weights = |topk_weights: Tensor2| LayerBuffers { topk_weights, ..good };
+    let with_states = |hidden_states: DeviceMatrix| LayerCall { hidden_states, ..good };
+    let with_weights = |topk_weights: DeviceMatrix<f32>| LayerCall { topk_weights, ..good };
     let mut routing = good.routing;
     refuse(41, good, "tokens is 41, expected at most 40");
-    refuse(40, LayerBuffers { workspace: good.workspace + 16, ..good }, "workspace is");
-    refuse(40, LayerBuffers { workspace: 0, ..good }, "workspace is 0");
-    refuse(40, LayerBuffers { output: good.output + 8, ..good }, "output is");
-    refuse(40, with_states(Tensor2 { address: states.address + 2, ..states }), "hidden_states is");
-    refuse(40, with_states(Tensor2 { address: 0, ..states }), "hidden_states is 0");
-    refuse(40, with_states(Tensor2 { col_stride: 2, ..states }), "hidden_states has strides [512, 2]");
-    refuse(40, with_states(Tensor2 { row_stride: 513, ..states }), "hidden_states has strides [513, 1]");
-    refuse(40, with_weights(Tensor2 { col_stride: 2, ..good.topk_weights }), "topk_weights has strides [4, 2]");
-    refuse(40, with_weights(Tensor2::default()), "topk_weights is 0");
-    routing.ids.address += 1;
-    refuse(40, LayerBuffers { routing, ..good }, "topk_ids is");
+    refuse(40, LayerCall { workspace: good.workspace.byte_add(16), ..good }, "workspace is");
+    refuse(40, LayerCall { workspace: DevicePtr::default(), ..good }, "workspace is 0");
+    refuse(40, LayerCall { state: DevicePtr::default(), ..good }, "state is 0");
+    refuse(40, LayerCall { state: good.state.byte_add(8), ..good }, "state is");
+    refuse(40, LayerCall { output: good.output.byte_add(8), ..good }, "output is");
+    refuse(40, with_states(DeviceMatrix { ptr: states.ptr.byte_add(2), ..states }), "hidden_states is");
+    refuse(40, with_states(DeviceMatrix { ptr: DevicePtr::default(), ..states }), "hidden_states is 0");
+    refuse(40, with_states(DeviceMatrix { col_stride: 2, ..states }), "hidden_states has strides [512, 2]");
+    refuse(40, with_states(DeviceMatrix { row_stride: 513, ..states }), "hidden_states has strides [513, 1]");
+    refuse(40, with_weights(DeviceMatrix { col_stride: 2, ..good.topk_weights }), "topk_weights has strides [4, 2]");
+    refuse(40, with_weights(DeviceMatrix::default()), "topk_weights is 0");
+    routing.ids.ptr = routing.ids.ptr.byte_add(1);
+    refuse(40, LayerCall { routing, ..good }, "topk_ids is");
     routing = good.routing;
     routing.global_experts = 17;
-    refuse(40, LayerBuffers { routing, ..good }, "global_experts is 17, expected 16");
+    refuse(40, LayerCall { routing, ..good }, "global_experts is 17, expected 16");
     assert!(call.output_bytes().iter().all(|&byte| byte == POISON));
     let mut workspace = vec![0; call.workspace_bytes];
-    call.workspace.download(&mut workspace).unwrap();
+    call.workspace.download_at(0, &mut workspace).unwrap();
     assert!(workspace[64..].iter().all(|&byte| byte == POISON));
     // No tokens: nothing to do, and nothing is looked at.
-    unsafe { model.on_device.launch(Stream(0), 0, &LayerBuffers { output: 0, ..good }).unwrap() };
+    unsafe {
+        model.on_device.launch(Stream(0), &LayerCall { tokens: 0, output: DevicePtr::default(), ..good }).unwrap()
+    };
     assert!(call.output_bytes().iter().all(|&byte| byte == POISON));
 }
 
@@ -503,25 +512,26 @@ fn weights_leave_the_builder_only_when_all_of_them_have_come() {
         let error = result.unwrap_err().to_string();
         assert!(error.starts_with(start), "{error}, expected {start}");
     };
-    builder.upload_e4m3_rows(0, 128, rows(128), blocks(1)).unwrap();
-    refused(builder.upload_e4m3_rows(0, 0, rows(256), blocks(2)), "row[0] is 128");
-    refused(builder.upload_e4m3_rows(0, 0, rows(64), blocks(1)), "first_row + rows is 64");
-    refused(builder.upload_e4m3_rows(0, 64, rows(64), blocks(1)), "first_row is 64");
-    refused(builder.upload_e4m3_rows(2, 0, rows(128), blocks(1)), "expert is 2");
+    builder.add_e4m3_rows(0, 128, rows(128), blocks(1)).unwrap();
+    refused(builder.add_e4m3_rows(0, 0, rows(256), blocks(2)), "row[0] is 128");
+    refused(builder.add_e4m3_rows(0, 0, rows(64), blocks(1)), "first_row + rows is 64");
+    refused(builder.add_e4m3_rows(0, 64, rows(64), blocks(1)), "first_row is 64");
+    refused(builder.add_e4m3_rows(2, 0, rows(128), blocks(1)), "expert is 2");
     refused(
-        builder.upload_e4m3_rows(0, 256, rows(128), blocks(1)),
-        "rows has shape [128, 64], expected [at most 0, 64]",
+        builder.add_e4m3_rows(0, 256, rows(128), blocks(1)),
+        "rows has shape [128, 64], expected [R, 64] with R at most 0",
     );
-    refused(builder.upload_e4m3_rows(0, 0, rows(128), blocks(2)), "scales has shape [2, 1]");
+    refused(builder.add_e4m3_rows(0, 0, rows(128), blocks(2)), "scales has shape [2, 1]");
     refused(
-        builder.upload_e4m3_rows(0, 0, MatrixRef::new(&values, 128, 32).unwrap(), blocks(1)),
+        builder.add_e4m3_rows(0, 0, MatrixRef::new(&values, 128, 32).unwrap(), blocks(1)),
         "rows has shape [128, 32]",
     );
-    let strided = MatrixRef::with_strides(&values, 128, 64, 65, 1).unwrap();
-    refused(builder.upload_e4m3_rows(0, 0, strided, blocks(1)), "rows has strides [65, 1]");
     let halves = [bf16::ONE; 64];
-    refused(builder.upload_bf16_rows(0, 0, MatrixRef::new(&halves, 1, 64).unwrap()), "builder is packed as e4m3");
-    builder.upload_e4m3_rows(0, 0, rows(128), blocks(1)).unwrap();
+    refused(builder.add_bf16_rows(0, 0, MatrixRef::new(&halves, 1, 64).unwrap()), "builder is packed as e4m3");
+    let scales = vec![1.0; 128];
+    let channels = WeightsBuilderTrait::add_e4m3_channel_rows(&mut builder, 0, 0, rows(128), &scales);
+    refused(channels, "scales is one for each row of the weights, which the cuda backend does not take");
+    builder.add_e4m3_rows(0, 0, rows(128), blocks(1)).unwrap();
     let error = builder.finish().unwrap_err();
-    assert!(error.to_string().starts_with("uploaded_rows[1] is 0, expected 256"), "{error}");
+    assert!(error.to_string().starts_with("added_rows[1] is 0, expected 256"), "{error}");
 }

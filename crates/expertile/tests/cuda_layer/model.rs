@@ -1,11 +1,13 @@
 //! A made-up layer on the host, on the CPU backend, for the oracle, and on a device.
 
 use crate::on_device::{Random, upload};
-use expertile::cpu::{self, Cpu, LayerOptions, PackedWeights};
-use expertile::cuda::{Buffer, Device, Layer, LayerBuffers, LayerConfig, RoutingBuffers, Stream, Tensor2, Weights};
+use expertile::cpu::{self, Cpu, PackedWeights};
+use expertile::cuda::{
+    Device, DeviceBuffer, DeviceMatrix, DevicePtr, Layer, LayerCall, RoutingPtrs, STATE_BYTES, Stream, Weights,
+};
 use expertile::{
-    Activation, ActivationFormat, Dtype, E4m3, Float, LayerShape, Layout, MatrixRef, Routing, ScaleFormat, Scales,
-    TopkIds, WeightFormat,
+    Activation, ActivationFormat, Dtype, E4m3, Float, LayerConfig, LayerShape, Layout, MatrixRef, Routing, ScaleFormat,
+    Scales, TopkIds, WeightFormat,
 };
 use expertile_oracle::layer as oracle;
 use half::{bf16, f16};
@@ -65,15 +67,13 @@ impl Spec {
 
     pub(crate) fn config(&self) -> LayerConfig {
         LayerConfig {
-            topk: self.topk,
             ids: self.ids,
-            global_experts: self.global_experts(),
             input: self.input,
             output: self.output,
             activation: self.activation,
-            activations: self.activations(),
             weight_on_input: self.weight_on_input,
             split_k: self.split_k,
+            ..LayerConfig::new(self.topk, self.global_experts(), self.activations())
         }
     }
 }
@@ -178,13 +178,8 @@ impl Model {
         let Spec { hidden, intermediate, experts, .. } = spec;
         let sizes = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate));
         let cpu = Cpu::new();
-        let options = LayerOptions {
-            activation: spec.activation,
-            activations: spec.activations(),
-            weight_on_input: spec.weight_on_input,
-            ..LayerOptions::default()
-        };
-        let on_cpu = cpu::Layer::new(w13.pack(&cpu, sizes.0), w2.pack(&cpu, sizes.1), options).unwrap();
+        let packed = (w13.pack(&cpu, sizes.0), w2.pack(&cpu, sizes.1));
+        let on_cpu = cpu::Layer::prepare(&cpu, packed.0, packed.1, spec.config(), spec.max_tokens).unwrap();
         let packed_w2 = w2.pack(&cpu, sizes.1);
         let (up, down) = (w13.upload(device, sizes.0), w2.upload(device, sizes.1));
         let on_device = Layer::prepare(device, up, down, spec.config(), spec.max_tokens).unwrap();
@@ -208,11 +203,11 @@ impl Model {
         let x: Vec<T> = inputs.x.iter().map(|&x| T::from_f32(x)).collect();
         let ids = TopkIds::from(MatrixRef::new(&inputs.ids, tokens, topk).unwrap());
         let routing = Routing::new(ids, self.spec.experts, self.map.as_deref()).unwrap();
-        let mut workspace = vec![0; self.on_cpu.workspace_bytes(tokens, topk).unwrap()];
+        let mut workspace = vec![0; self.on_cpu.workspace_bytes(tokens).unwrap()];
         let mut output = vec![O::from_f32(f32::NAN); tokens * self.spec.hidden];
         let x = MatrixRef::new(&x, tokens, self.spec.hidden).unwrap();
         let weights = MatrixRef::new(&inputs.weights, tokens, topk).unwrap();
-        self.on_cpu.run(&self.cpu, x, &routing, weights, &mut workspace, &mut output).unwrap();
+        self.on_cpu.run(x, &routing, weights, &mut workspace, &mut output).unwrap();
         output.into_iter().map(|value| f64::from(value.to_f32())).collect()
     }
 
@@ -221,7 +216,7 @@ impl Model {
     pub(crate) fn second_half(&self, inputs: &Inputs, call: &Call<'_>) -> SecondHalf {
         let Spec { hidden, intermediate, topk, experts, .. } = self.spec;
         let plan = self.on_device.choice(inputs.tokens).unwrap().plan;
-        let parts = self.on_device.parts(inputs.tokens, call.workspace.address()).unwrap();
+        let parts = self.on_device.parts(inputs.tokens, call.workspace.ptr()).unwrap();
         let ids = TopkIds::from(MatrixRef::new(&inputs.ids, inputs.tokens, topk).unwrap());
         let routing = Routing::new(ids, experts, self.map.as_deref()).unwrap();
         let mut space = vec![0; Layout::space_len(&plan).unwrap()];
@@ -233,8 +228,11 @@ impl Model {
         let activations = match self.spec.format {
             WeightFormat::E4m3 => {
                 e4m3 = call.part::<E4m3>(parts.activated, values);
-                scales = call.part::<f32>(parts.activated_scales, format.words(plan.m_sum(), intermediate).unwrap());
-                cpu::Activations::E4m3 { rows: &e4m3, scales: Scales::F32(&scales), format }
+                scales = call.part::<f32>(
+                    parts.activated_scales.unwrap().cast(),
+                    format.words(plan.m_sum(), intermediate).unwrap(),
+                );
+                cpu::Activations::E4m3 { rows: &e4m3, scales: Scales::f32(format, &scales) }
             }
             WeightFormat::Bf16 => {
                 halves = call.part::<bf16>(parts.activated, values);
@@ -246,7 +244,7 @@ impl Model {
         let workspace = &mut vec![0; bytes];
         cpu::grouped_gemm(&self.cpu, &layout, activations, &self.packed_w2, workspace, &mut from_cpu).unwrap();
 
-        let from_device = call.part::<bf16>(parts.back, plan.m_sum() * hidden);
+        let from_device = call.part::<bf16>(parts.back.cast(), plan.m_sum() * hidden);
         let live = (0..plan.m_sum()).filter(|&row| layout.m_indices()[row] >= 0);
         let live: Vec<usize> = live.flat_map(|row| row * hidden..(row + 1) * hidden).collect();
         let f64s = |rows: &[bf16]| live.iter().map(|&at| rows[at].to_f64()).collect();
@@ -382,12 +380,13 @@ impl Inputs {
 pub(crate) struct Call<'a> {
     pub(crate) model: &'a Model,
     pub(crate) tokens: usize,
-    pub(crate) x: Buffer,
-    pub(crate) ids: Buffer,
-    pub(crate) weights: Buffer,
-    map: Option<Buffer>,
-    pub(crate) output: Buffer,
-    pub(crate) workspace: Buffer,
+    pub(crate) x: DeviceBuffer,
+    pub(crate) ids: DeviceBuffer,
+    pub(crate) weights: DeviceBuffer,
+    map: Option<DeviceBuffer>,
+    pub(crate) output: DeviceBuffer,
+    pub(crate) state: DeviceBuffer,
+    pub(crate) workspace: DeviceBuffer,
     pub(crate) workspace_bytes: usize,
 }
 
@@ -404,6 +403,7 @@ impl<'a> Call<'a> {
             weights: device.allocate(4 * inputs.weights.len()).unwrap(),
             map: model.map.as_ref().map(|map| upload(device, map)),
             output: device.allocate(inputs.tokens * spec.hidden * element_bytes + GUARD).unwrap(),
+            state: device.allocate(STATE_BYTES).unwrap(),
             workspace: device.allocate(workspace_bytes + GUARD).unwrap(),
             workspace_bytes,
         };
@@ -418,59 +418,60 @@ impl<'a> Call<'a> {
             Dtype::F16 => f16::from_f32(x).to_bits(),
             _ => bf16::from_f32(x).to_bits(),
         };
-        self.x.upload(&inputs.x.iter().map(bits).collect::<Vec<_>>()).unwrap();
+        self.x.upload_at(0, &inputs.x.iter().map(bits).collect::<Vec<_>>()).unwrap();
         match spec.ids {
-            Dtype::I64 => self.ids.upload(&inputs.ids).unwrap(),
-            _ => self.ids.upload(&inputs.ids.iter().map(|&id| id as i32).collect::<Vec<_>>()).unwrap(),
+            Dtype::I64 => self.ids.upload_at(0, &inputs.ids).unwrap(),
+            _ => self.ids.upload_at(0, &inputs.ids.iter().map(|&id| id as i32).collect::<Vec<_>>()).unwrap(),
         }
-        self.weights.upload(&inputs.weights).unwrap();
+        self.weights.upload_at(0, &inputs.weights).unwrap();
     }
 
-    pub(crate) fn buffers(&self) -> LayerBuffers {
+    pub(crate) fn operands(&self) -> LayerCall {
         let spec = &self.model.spec;
-        let matrix = |buffer: &Buffer, cols| Tensor2 { address: buffer.address(), row_stride: cols, col_stride: 1 };
-        LayerBuffers {
-            hidden_states: matrix(&self.x, spec.hidden),
-            routing: RoutingBuffers {
-                ids: matrix(&self.ids, spec.topk),
-                expert_map: self.map.as_ref().map_or(0, Buffer::address),
+        LayerCall {
+            tokens: self.tokens,
+            hidden_states: DeviceMatrix::row_major(self.x.ptr(), spec.hidden),
+            routing: RoutingPtrs {
+                ids: DeviceMatrix::row_major(self.ids.ptr(), spec.topk),
+                expert_map: self.map.as_ref().map(|map| map.ptr().cast()),
                 global_experts: spec.global_experts(),
             },
-            topk_weights: matrix(&self.weights, spec.topk),
-            output: self.output.address(),
-            workspace: self.workspace.address(),
+            topk_weights: DeviceMatrix::row_major(self.weights.ptr().cast(), spec.topk),
+            output: self.output.ptr(),
+            state: self.state.ptr(),
+            workspace: self.workspace.ptr(),
         }
     }
 
-    /// Poisons the output and all of the workspace, then readies the latter.
+    /// Poisons the output and all of the workspace, and readies the state.
     pub(crate) fn poison(&self, device: &Device) {
         self.output.fill(POISON).unwrap();
         self.workspace.fill(POISON).unwrap();
         unsafe {
-            self.model.on_device.initialise_workspace(Stream(0), self.workspace.address()).unwrap();
+            self.model.on_device.initialise_state(Stream(0), self.state.ptr()).unwrap();
             device.synchronize(Stream(0)).unwrap();
         }
     }
 
     pub(crate) fn launch(&self, stream: Stream) {
-        unsafe { self.model.on_device.launch(stream, self.tokens, &self.buffers()).unwrap() }
+        unsafe { self.model.on_device.launch(stream, &self.operands()).unwrap() }
     }
 
     pub(crate) fn check(&self, stream: Stream) -> expertile::Result<()> {
-        unsafe { self.model.on_device.check(stream, self.tokens, &self.buffers()) }
+        unsafe { self.model.on_device.check_launch(stream, &self.operands()) }
     }
 
     /// A part of the workspace.
-    fn part<T: bytemuck::Pod>(&self, address: u64, len: usize) -> Vec<T> {
+    fn part<T: bytemuck::Pod>(&self, part: DevicePtr, len: usize) -> Vec<T> {
         let mut values = vec![T::zeroed(); len];
-        self.workspace.download_at((address - self.workspace.address()) as usize, &mut values).unwrap();
+        self.workspace.download_at((part.address() - self.workspace.ptr().address()) as usize, &mut values).unwrap();
         values
     }
 
     /// The output's bytes, after a look at what nobody may have touched.
     pub(crate) fn output_bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.output.bytes()];
-        self.output.download(&mut bytes).unwrap();
+        self.output.download_at(0, &mut bytes).unwrap();
         let guard = bytes.split_off(bytes.len() - GUARD);
         assert!(guard.iter().all(|&byte| byte == POISON), "written past the output");
         bytes
@@ -478,7 +479,7 @@ impl<'a> Call<'a> {
 
     pub(crate) fn check_workspace_guard(&self) {
         let mut bytes = vec![0; self.workspace.bytes()];
-        self.workspace.download(&mut bytes).unwrap();
+        self.workspace.download_at(0, &mut bytes).unwrap();
         assert!(bytes[self.workspace_bytes..].iter().all(|&byte| byte == POISON), "written past the workspace");
     }
 

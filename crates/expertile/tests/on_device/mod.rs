@@ -2,7 +2,7 @@
 // Each test program takes its share.
 #![allow(dead_code)]
 
-use expertile::cuda::{Buffer, Device};
+use expertile::cuda::{Device, DeviceBuffer};
 use std::fmt::Display;
 use std::io::Write;
 use std::sync::OnceLock;
@@ -12,8 +12,8 @@ pub(crate) fn skipped(why: impl Display) {
     let _ = writeln!(std::io::stderr(), "skipped: {why}");
 }
 
-/// The first device, opened once for the whole program; without one, a line says why, and `EXPERTILE_NEEDS_DEVICE` makes that a
-/// failure.
+/// The first device, opened once for the whole program; without one, a line says why, and `EXPERTILE_NEEDS_DEVICE`
+/// makes that a failure.
 pub(crate) fn device() -> Option<&'static Device> {
     static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
     let none = |error| {
@@ -65,14 +65,14 @@ impl Random {
 }
 
 /// Device memory with its contents.
-pub(crate) fn upload<T: bytemuck::NoUninit>(device: &Device, values: &[T]) -> Buffer {
+pub(crate) fn upload<T: bytemuck::NoUninit>(device: &Device, values: &[T]) -> DeviceBuffer {
     let buffer = device.allocate(size_of_val(values).max(16)).unwrap();
-    buffer.upload(values).unwrap();
+    buffer.upload_at(0, values).unwrap();
     buffer
 }
 
 /// Device memory full of one byte.
-pub(crate) fn filled(device: &Device, bytes: usize, byte: u8) -> Buffer {
+pub(crate) fn filled(device: &Device, bytes: usize, byte: u8) -> DeviceBuffer {
     let buffer = device.allocate(bytes.max(16)).unwrap();
     buffer.fill(byte).unwrap();
     buffer

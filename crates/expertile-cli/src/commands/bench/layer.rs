@@ -14,7 +14,7 @@ use crate::preset::MadeUp;
 use crate::report::progress::Progress;
 use crate::weights::ExpertWeights;
 use expertile::cpu::Cpu;
-use expertile::{ActivationFormat, MatrixRef, Routing};
+use expertile::{ActivationFormat, LayerConfig, MatrixRef, Routing};
 
 /// Time the whole layer of a known model, and each of its stages.
 ///
@@ -71,13 +71,14 @@ fn made_up(args: &Args, runner: &Runner) -> Result<(MadeUp, usize, ActivationFor
 
 fn measure(args: &Args, runner: &Runner, cpu: &Cpu) -> Result<Report> {
     let (weights, global_experts, activations) = made_up(args, runner)?;
-    let packed = Packed::new(cpu, &weights, activations, Parts::ROUTED)?;
+    let config = LayerConfig::new(weights.router().topk, global_experts, activations);
+    let packed = Packed::new(cpu, &weights, config, Parts::ROUTED)?;
     let limits = Limits::measure(cpu, weights.format(), activations)?;
     let (tokens, repeat) = (&args.sizes.tokens, args.sizes.repeat());
     let progress = Progress::new("timing sizes", tokens.len());
     let mut sizes = Vec::new();
     for &tokens in tokens {
-        sizes.push(measure_size(cpu, &packed, &weights, global_experts, &limits, tokens, repeat)?);
+        sizes.push(measure_size(&packed, &weights, global_experts, &limits, tokens, repeat)?);
         progress.set(sizes.len());
     }
     let subject = Subject {
@@ -92,7 +93,6 @@ fn measure(args: &Args, runner: &Runner, cpu: &Cpu) -> Result<Report> {
 }
 
 fn measure_size(
-    cpu: &Cpu,
     packed: &Packed,
     weights: &MadeUp,
     global_experts: usize,
@@ -107,7 +107,7 @@ fn measure_size(
     let ids = MatrixRef::new(&ids, tokens, weights.router().topk)?;
     let routing = Routing::new(ids, local_experts, map.as_deref())?;
     let inputs = Inputs { hidden_states: input.hidden_states(), routing, topk_weights: &topk_weights };
-    let mut call = Call::new(cpu, &packed.layer, inputs)?;
+    let mut call = Call::new(&packed.layer, inputs)?;
     Size::measure(&routing, limits, repeat, || call.time_once())
 }
 

@@ -8,8 +8,8 @@ use crate::output;
 use crate::report::format;
 use crate::report::progress::Progress;
 use expertile::cuda::measure::{TileBench, TileInputs, TileTime};
-use expertile::cuda::{Device, GemmTile, LayerChoice, LayerConfig};
-use expertile::{Activation, ActivationFormat, Dtype, LayerShape, Stage, WeightFormat};
+use expertile::cuda::{Device, GemmTile, LayerChoice};
+use expertile::{ActivationFormat, LayerConfig, LayerShape, Stage, WeightFormat};
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -207,17 +207,8 @@ impl Draw {
 
     fn choice(&self, multiprocessors: usize) -> Result<LayerChoice> {
         let shape = LayerShape::new(self.hidden, self.intermediate, self.experts)?;
-        let config = LayerConfig {
-            topk: self.topk,
-            ids: Dtype::I32,
-            global_experts: self.experts,
-            input: Dtype::Bf16,
-            output: Dtype::Bf16,
-            activation: Activation::default(),
-            activations: if self.e4m3 { ActivationFormat::E4m3 } else { ActivationFormat::Bf16 },
-            weight_on_input: false,
-            split_k: false,
-        };
+        let format = if self.e4m3 { ActivationFormat::E4m3 } else { ActivationFormat::Bf16 };
+        let config = LayerConfig::new(self.topk, self.experts, format);
         Ok(LayerChoice::new(&shape, &config, self.tokens, multiprocessors)?)
     }
 }

@@ -8,8 +8,8 @@ use crate::machine::Limits;
 use crate::packed::Packed;
 use crate::report::stages::{StageTime, whole};
 use crate::weights::ExpertWeights;
-use expertile::Stage;
 use expertile::cpu::Cpu;
+use expertile::{LayerConfig, Stage};
 
 pub(super) fn run(
     cpu: &Cpu,
@@ -20,9 +20,14 @@ pub(super) fn run(
     check: bool,
 ) -> Result<Outcome> {
     let Computed { activations, parts, .. } = computed;
-    let packed = Packed::new(cpu, weights, activations, parts)?;
+    let routing = &inputs.routing;
+    let config = LayerConfig {
+        input: inputs.hidden_states.dtype(),
+        ..LayerConfig::new(routing.topk(), routing.global_experts(), activations)
+    };
+    let packed = Packed::new(cpu, weights, config, parts)?;
     let limits = Limits::measure(cpu, weights.format(), activations)?;
-    let mut call = Call::new(cpu, &packed.layer, inputs)?;
+    let mut call = Call::new(&packed.layer, inputs)?;
     // About a second of repeats: enough for a median, little enough for a newcomer's patience.
     let mut stages = call.time(|first| (1.0 / first.max(1e-9)).clamp(1.0, 5.0) as usize)?;
     stages.splice(0..0, router);

@@ -7,9 +7,9 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::report::stages::whole;
 use crate::weights::ExpertWeights;
-use expertile::Dtype;
-use expertile::cuda::measure::{LayerCall, LayerInputs};
-use expertile::cuda::{Device, LayerConfig};
+use expertile::LayerConfig;
+use expertile::cuda::Device;
+use expertile::cuda::measure::{HostInputs, LayerBench};
 use std::time::Instant;
 
 pub(super) fn run(
@@ -31,29 +31,24 @@ pub(super) fn run(
     let (input, bits) = device::half_bits(inputs.hidden_states)?;
     let routing = inputs.routing;
     let config = LayerConfig {
-        topk: routing.topk(),
-        ids: Dtype::I32,
-        global_experts: routing.local_experts(),
         input,
-        output: Dtype::Bf16,
         activation: weights.activation(),
-        activations,
         weight_on_input: weights.weight_on_input(),
-        split_k: false,
+        ..LayerConfig::new(routing.topk(), routing.local_experts(), activations)
     };
     let started = Instant::now();
     let layer = device::prepare(device, weights, config, routing.tokens())?;
     let pack_seconds = started.elapsed().as_secs_f64();
     let limits = device::limits(device, weights.format())?;
     let ids: Vec<i32> = routing.slots().map(|expert| expert.map_or(-1, |expert| expert as i32)).collect();
-    let on_device = LayerInputs {
+    let on_device = HostInputs {
         tokens: routing.tokens(),
         hidden_states: bits,
         topk_ids: &ids,
         topk_weights: inputs.topk_weights,
         expert_map: None,
     };
-    let call = LayerCall::new(device, &layer, &on_device)?;
+    let call = LayerBench::new(device, &layer, &on_device)?;
     call.run()?;
     let output = call.output()?;
     // `[M_sum, H]` may be gigabytes: it is downloaded for the check only.

@@ -3,87 +3,13 @@
 //! A row tile is `[pairs][rows]`, a panel line is one K-pair of 32 output columns. A pair is two bf16 in a `u32`, the
 //! lower K in the lower half. These functions know nothing of experts, layouts or threads.
 
+use super::panel::{Ahead, BLOCK_PAIRS, BlockScales, BytePanel, MAX_ROWS, PANEL, PairLine, Sums};
 use super::{Isa, Level, portable};
-
-/// Output columns of a panel.
-pub(crate) const PANEL: usize = 32;
-/// Most rows of a tile: 12 rows by two AVX-512 registers leave room for two weights and a broadcast.
-pub(crate) const MAX_ROWS: usize = 12;
-/// K-pairs that share one scale: [`crate::gemm::WEIGHT_BLOCK`] values of K.
-pub(crate) const BLOCK_PAIRS: usize = crate::gemm::WEIGHT_BLOCK / 2;
-
-/// One K-pair of a panel as bf16: column `c` at index `c`.
-pub(crate) type PairLine = [u32; PANEL];
-/// One K-pair of a panel as e4m3: byte [`e4m3_position`]`(c, j)` holds column `c` of K `2 * pair + j`.
-pub(crate) type ByteLine = [u8; 2 * PANEL];
-/// A row's running sums for the columns of a panel.
-pub(crate) type Sums = [f32; PANEL];
-
-/// Decoded e4m3 are in units of this: an exponent that `|` can put in place, where a true one would take an addition.
-pub(crate) const DECODED_UNIT: f32 = 256.0;
-
-/// What a byte shifted into a bf16 keeps: its sign, four bits of exponent and three of mantissa.
-pub(super) const SHIFTED_BITS: u16 = 0x87f0;
-/// What is then set to turn e4m3's exponent (bias 7) into bf16's (bias 127) in units of [`DECODED_UNIT`] (2^8).
-pub(super) const REBIAS: u16 = (127 - 7 - 8) << 7;
-const _: () = assert!(DECODED_UNIT == 256.0 && REBIAS & SHIFTED_BITS == 0);
-
-/// Where a line keeps column `column`, parity `parity` of K.
-///
-/// Seen as 16-bit words, the low bytes are columns 0..16 and the high bytes columns 16..32, in the order of a
-/// [`PairLine`]: shifting words turns either half into bf16.
-#[inline(always)]
-pub(crate) const fn e4m3_position(column: usize, parity: usize) -> usize {
-    (column % 16 * 2 + parity) * 2 + column / 16
-}
-
-/// Whether a byte's bf16 is other than its bits shifted into place: zero, subnormal or NaN.
-#[inline(always)]
-pub(crate) const fn e4m3_is_special(byte: u8) -> bool {
-    byte & 0x78 == 0 || byte & 0x7f == 0x7f
-}
-
-/// e4m3 weights of a panel, or of a run of its blocks.
-#[derive(Clone, Copy)]
-pub(crate) struct BytePanel<'a> {
-    pub(crate) lines: &'a [ByteLine],
-    /// A mask for each block of [`BLOCK_PAIRS`] lines: bit `i` is set if line `i` holds a special byte.
-    pub(crate) special: &'a [u64],
-}
-
-/// What each block of [`BLOCK_PAIRS`] is multiplied by.
-#[derive(Clone, Copy)]
-pub(crate) struct BlockScales<'a> {
-    /// `[blocks]`: the panel's scales.
-    pub(crate) panel: &'a [f32],
-    /// `[blocks][rows]`: the rows' scales, if they have any.
-    pub(crate) rows: Option<&'a [f32]>,
-}
-
-impl BlockScales<'_> {
-    /// What a block's sum for one of `tile` rows is multiplied by.
-    #[inline(always)]
-    pub(super) fn of(&self, block: usize, row: usize, tile: usize) -> f32 {
-        self.panel[block] * self.rows.map_or(1.0, |rows| rows[block * tile + row]) * DECODED_UNIT
-    }
-}
-
-/// Memory that the caller will read, to be brought into a cache meanwhile.
-#[derive(Clone, Copy)]
-pub(crate) struct Ahead<'a> {
-    pub(crate) bytes: &'a [u8],
-    /// Read by the next calls, so that it belongs into the L1 cache; else L2 will do.
-    pub(crate) soon: bool,
-}
-
-impl Ahead<'_> {
-    const NOTHING: Self = Self { bytes: &[], soon: true };
-}
 
 /// `sums[r][c] += sum_k rows[r, k] * panel[c, k]`.
 ///
-/// One call for several blocks of K gives the bits of one call for each, and a row those it has in any other tile: callers
-/// cut K and rows by what the caches hold, and a token's result must not depend on its company.
+/// One call for several blocks of K gives the bits of one call for each, and a row those it has in any other tile:
+/// callers cut K and rows by what the caches hold, and a token's result must not depend on its company.
 ///
 /// `ahead`, here and below, is asked for bit by bit as the kernel goes, by those for AVX-512.
 pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: Ahead<'_>) {

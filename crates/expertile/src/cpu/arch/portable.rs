@@ -1,6 +1,6 @@
 //! GEMM kernels in plain Rust, written so that the compiler can use whatever vectors the target has.
 
-use super::gemm::{BLOCK_PAIRS, ByteLine, DECODED_UNIT, PANEL, PairLine, Sums};
+use super::panel::{BLOCK_PAIRS, ByteLine, DECODED_UNIT, PANEL, PairLine, Sums};
 use crate::dtype::E4M3_VALUES;
 
 /// Columns and rows whose sums stay in registers: 4 by 8 f32 are eight 128-bit registers.
@@ -10,8 +10,8 @@ const ROWS: usize = 4;
 /// See [`super::gemm::multiply`].
 pub(super) fn multiply(rows: &[u32], panel: &[PairLine], sums: &mut [Sums]) {
     let tile = sums.len();
-    // A sum of its own for every block of K, as a caller with several tiles asks for them: a row's sums do not depend on
-    // how many rows there are.
+    // A sum of its own for every block of K, as a caller with several tiles asks for them: a row's sums do not depend
+    // on how many rows there are.
     for (rows, panel) in rows.chunks(BLOCK_PAIRS * tile).zip(panel.chunks(BLOCK_PAIRS)) {
         for first in (0..tile).step_by(ROWS) {
             let part = &mut sums[first..tile.min(first + ROWS)];
@@ -66,8 +66,8 @@ pub(super) const fn e4m3_as_bf16(unit: f32) -> [u16; 256] {
     table
 }
 
-/// Every byte of a line as bf16, in units of [`DECODED_UNIT`]: arithmetic rather than a table, so that it becomes vector
-/// code.
+/// Every byte of a line as bf16, in units of [`DECODED_UNIT`]: arithmetic rather than a table, so that it becomes
+/// vector code.
 pub(super) fn decode_line(line: &ByteLine, pairs: &mut PairLine) {
     let (first, second) = pairs.split_at_mut(PANEL / 2);
     for ((bytes, first), second) in line.as_chunks::<4>().0.iter().zip(first).zip(second) {
@@ -92,7 +92,7 @@ fn bf16_bits(byte: u8) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::arch::gemm::e4m3_position;
+    use crate::cpu::arch::panel::e4m3_position;
 
     #[test]
     fn a_line_is_decoded_in_the_order_it_is_packed() {

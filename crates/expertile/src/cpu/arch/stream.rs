@@ -5,8 +5,8 @@
 
 use super::Isa;
 
-/// Below this many bytes written, a buffer is likelier read back from the cache than from memory: the last-level cache of
-/// a server core complex.
+/// Below this many bytes written, a buffer is likelier read back from the cache than from memory: the last-level cache
+/// of a server core complex.
 pub(crate) const STREAM_BYTES: usize = 32 << 20;
 
 /// Asks for the cache lines of `values` ahead of their use.

@@ -1,19 +1,21 @@
 //! Weights in the order the kernels read them, and how they get there.
 //!
-//! The N output columns of an expert are one segment, or gate's and up's; a segment is cut into panels of 32 columns, the
-//! last one filled up with zeros, so that up starts at a panel of its own. A panel holds its K dimension in pairs,
+//! The N output columns of an expert are one segment, or gate's and up's; a segment is cut into panels of 32 columns,
+//! the last one filled up with zeros, so that up starts at a panel of its own. A panel holds its K dimension in pairs,
 //! `[ceil(K/2)][32][2]`, so that a kernel streams it from the first byte to the last. e4m3 panels keep one scale per
 //! block of 128 of K: a panel never straddles two blocks of 128 rows, because rows with their own scales must start on
 //! a multiple of 32 of their segment. The order does not depend on the instruction set.
 
 use super::memory::AlignedBytes;
 use crate::cpu::Cpu;
-use crate::cpu::arch::gemm::{
+use crate::cpu::arch::panel::{
     Ahead, BLOCK_PAIRS, ByteLine, BytePanel, PANEL, PairLine, e4m3_is_special, e4m3_position,
 };
-use crate::dtype::{E4m3, Float, MatrixRef};
+use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result, checked_mul, require_exact};
 use crate::gemm::{GateUpOrder, WEIGHT_BLOCK, WeightFormat};
+use crate::matrix::MatrixRef;
+use crate::weights::RowLedger;
 use bytemuck::allocation::try_zeroed_vec;
 use half::bf16;
 use rayon::prelude::*;
@@ -33,9 +35,9 @@ pub struct PackedWeights {
     half_starts_a_block: bool,
 }
 
-/// How far ahead of their use streamed weights are asked for: the way from memory takes as long as multiplying a hundred
-/// lines. (Measured: twice as far is no better, half as far costs e4m3 a tenth; so does bringing e4m3 into L1 at once, or
-/// bf16 into L2 only.)
+/// How far ahead of their use streamed weights are asked for: the way from memory takes as long as multiplying a
+/// hundred lines. (Measured: twice as far is no better, half as far costs e4m3 a tenth; so does bringing e4m3 into L1
+/// at once, or bf16 into L2 only.)
 const STREAM_AHEAD_BYTES: usize = 8192;
 
 /// Format and extents of packed weights.
@@ -149,11 +151,12 @@ impl PackedWeights {
         PackedWeightsBuilder::pack_all_bf16(cpu, shape, weights, GateUpOrder::Halves)
     }
 
-    /// Packs e4m3 weights `[experts, n, k]` with f32 block scales `[experts, ceil(n/128), ceil(k/128)]`, both row-major.
+    /// Packs e4m3 weights `[experts, n, k]` with f32 block scales `[experts, ceil(n/128), ceil(k/128)]`, both
+    /// row-major.
     ///
     /// # Errors
-    /// [`Error::Value`] if an extent is zero, [`Error::Shape`] unless there are exactly as many `weights` and `scales`,
-    /// [`Error::Overflow`] if the size does not fit, [`Error::Memory`] if there is no memory for it.
+    /// [`Error::Value`] if an extent is zero, [`Error::Shape`] unless there are exactly as many `weights` and
+    /// `scales`, [`Error::Overflow`] if the size does not fit, [`Error::Memory`] if there is no memory for it.
     pub fn pack_e4m3(cpu: &Cpu, weights: &[E4m3], scales: &[f32], experts: usize, n: usize, k: usize) -> Result<Self> {
         let shape = Shape::new(WeightFormat::E4m3, experts, n, k)?;
         PackedWeightsBuilder::pack_all_e4m3(cpu, shape, weights, scales, GateUpOrder::Halves)
@@ -177,8 +180,9 @@ impl PackedWeights {
     }
 
     /// Packs e4m3 weights `[experts, 2 intermediate, k]` of gate and up with block scales
-    /// `[experts, 2 ceil(intermediate/128), ceil(k/128)]`: `ceil(intermediate/128)` row blocks for each of gate and up, also
-    /// where 128 does not divide `intermediate`. Gate's row blocks come first, then up's, whatever the order of the rows.
+    /// `[experts, 2 ceil(intermediate/128), ceil(k/128)]`: `ceil(intermediate/128)` row blocks for each of gate and
+    /// up, also where 128 does not divide `intermediate`. Gate's row blocks come first, then up's, whatever the order
+    /// of the rows.
     ///
     /// # Errors
     /// As [`PackedWeights::pack_e4m3`].
@@ -226,8 +230,8 @@ impl PackedWeights {
         self.bytes.as_slice().len() + scales + size_of_val(&*self.special)
     }
 
-    /// Whether the upper half of an expert's rows has block scales of its own: gate's and up's, each counted from its first
-    /// row.
+    /// Whether the upper half of an expert's rows has block scales of its own: gate's and up's, each counted from its
+    /// first row.
     pub(crate) fn halves_have_own_blocks(&self) -> bool {
         let half = self.n() / 2;
         self.shape.format == WeightFormat::Bf16 || half.is_multiple_of(WEIGHT_BLOCK) || self.half_starts_a_block
@@ -285,8 +289,8 @@ pub(super) enum PanelWeights<'a> {
 impl<'a> Panel<'a> {
     /// What to ask for while one of `tiles` tiles is multiplied by `pairs` pairs from `block` on.
     ///
-    /// Several tiles go through a block at a time, and share the next one. A single tile streams through the panel; what
-    /// is e4m3 takes its time to be decoded and multiplied, and waits in L2 meanwhile.
+    /// Several tiles go through a block at a time, and share the next one. A single tile streams through the panel;
+    /// what is e4m3 takes its time to be decoded and multiplied, and waits in L2 meanwhile.
     pub(super) fn ahead(&self, block: usize, pairs: usize, tile: usize, tiles: usize) -> Ahead<'a> {
         let soon = tiles > 1 || matches!(self.weights, PanelWeights::Bf16(_));
         let distance = if tiles > 1 { BLOCK_PAIRS * self.line_bytes } else { STREAM_AHEAD_BYTES };
@@ -303,11 +307,11 @@ impl std::fmt::Debug for PackedWeights {
     }
 }
 
-/// Packs weights that come in parts: expert by expert, gate and up apart.
+/// Packs weights that come in parts: expert by expert, gate and up apart. It owns the [`Cpu`] that packs them.
 pub struct PackedWeightsBuilder {
+    cpu: Cpu,
     weights: PackedWeights,
-    /// `[E, N]`: which rows have come.
-    packed: Vec<bool>,
+    ledger: RowLedger,
     /// `[E]`: whether scales of rows from `N / 2` on serve no row before it.
     half_started: Vec<bool>,
 }
@@ -316,22 +320,22 @@ impl PackedWeightsBuilder {
     /// Room for `[experts, n, k]` of `format`.
     ///
     /// # Errors
-    /// [`Error::Value`] if an extent is zero, [`Error::Overflow`] if the size does not fit, [`Error::Memory`] if there is
-    /// no memory for it.
-    pub fn new(format: WeightFormat, experts: usize, n: usize, k: usize) -> Result<Self> {
-        Self::sized(Shape::new(format, experts, n, k)?)
+    /// [`Error::Value`] if an extent is zero, [`Error::Overflow`] if the size does not fit, [`Error::Memory`] if there
+    /// is no memory for it.
+    pub fn new(cpu: &Cpu, format: WeightFormat, experts: usize, n: usize, k: usize) -> Result<Self> {
+        Self::sized(cpu, Shape::new(format, experts, n, k)?)
     }
 
-    /// Room for gate and up, `[experts, 2 intermediate, k]` of `format`: rows `0..intermediate` are gate's, the others up's,
-    /// and each of the two may have any number of rows.
+    /// Room for gate and up, `[experts, 2 intermediate, k]` of `format`: rows `0..intermediate` are gate's, the others
+    /// up's, and each of the two may have any number of rows.
     ///
     /// # Errors
     /// As [`PackedWeightsBuilder::new`].
-    pub fn gate_up(format: WeightFormat, experts: usize, intermediate: usize, k: usize) -> Result<Self> {
-        Self::sized(Shape::gate_up(format, experts, intermediate, k)?)
+    pub fn gate_up(cpu: &Cpu, format: WeightFormat, experts: usize, intermediate: usize, k: usize) -> Result<Self> {
+        Self::sized(cpu, Shape::gate_up(format, experts, intermediate, k)?)
     }
 
-    fn sized(shape: Shape) -> Result<Self> {
+    fn sized(cpu: &Cpu, shape: Shape) -> Result<Self> {
         let (bytes, scales) = (shape.bytes()?, shape.scales()?);
         let rows = checked_mul("experts * n", shape.experts, shape.n())?;
         let no_memory = |()| Error::Memory { what: "packed_weights", bytes };
@@ -343,18 +347,19 @@ impl PackedWeightsBuilder {
             column_scales: Vec::new(),
             half_starts_a_block: false,
         };
-        let packed = try_zeroed_vec(rows).map_err(no_memory)?;
-        Ok(Self { weights, packed, half_started: try_zeroed_vec(shape.experts).map_err(no_memory)? })
+        let ledger = RowLedger::new(shape.format, shape.n(), shape.k, try_zeroed_vec(rows).map_err(no_memory)?);
+        let half_started = try_zeroed_vec(shape.experts).map_err(no_memory)?;
+        Ok(Self { cpu: cpu.clone(), weights, ledger, half_started })
     }
 
     fn pack_all_bf16(cpu: &Cpu, shape: Shape, weights: &[bf16], order: GateUpOrder) -> Result<PackedWeights> {
         shape.bytes()?;
         let (experts, n, k) = (shape.experts, shape.n(), shape.k);
         require_exact("weights", weights.len(), &[experts, n, k])?;
-        let mut builder = Self::sized(shape)?;
+        let mut builder = Self::sized(cpu, shape)?;
         for (expert, weights) in weights.chunks_exact(n * k).enumerate() {
             builder.pack_whole(MatrixRef::new(weights, n, k)?, order, |builder, first_row, rows, _| {
-                builder.pack_bf16_rows(cpu, expert, first_row, rows)
+                builder.add_bf16_rows(expert, first_row, rows)
             })?;
         }
         builder.finish()
@@ -372,13 +377,13 @@ impl PackedWeightsBuilder {
         let (rows, cols) = (shape.segments * shape.segment.div_ceil(WEIGHT_BLOCK), shape.blocks());
         require_exact("weights", weights.len(), &[experts, n, k])?;
         require_exact("scales", scales.len(), &[experts, rows, cols])?;
-        let mut builder = Self::sized(shape)?;
+        let mut builder = Self::sized(cpu, shape)?;
         let parts = weights.chunks_exact(n * k).zip(scales.chunks_exact(rows * cols));
         for (expert, (weights, scales)) in parts.enumerate() {
             let scales = MatrixRef::new(scales, rows, cols)?;
             builder.pack_whole(MatrixRef::new(weights, n, k)?, order, |builder, first_row, rows, segment| {
                 let blocks = shape.segment.div_ceil(WEIGHT_BLOCK);
-                builder.pack_e4m3_rows(cpu, expert, first_row, rows, scales.every(segment * blocks, 1, blocks))
+                builder.add_e4m3_rows(expert, first_row, rows, scales.every(segment * blocks, 1, blocks))
             })?;
         }
         builder.finish()
@@ -399,29 +404,29 @@ impl PackedWeightsBuilder {
         Ok(())
     }
 
-    /// Packs `rows [2 intermediate, k]` of gate and up as all rows of an expert, rounded to the nearest bf16.
+    /// Adds `rows [2 intermediate, k]` of gate and up as all rows of an expert, rounded to the nearest bf16.
     ///
     /// # Errors
-    /// As [`PackedWeightsBuilder::pack_bf16_rows`]; [`Error::Shape`] unless this is a builder of gate and up, of such rows.
-    pub fn pack_gate_up_bf16_rows<T: Float>(
+    /// As [`PackedWeightsBuilder::add_bf16_rows`]; [`Error::Shape`] unless this is a builder of gate and up, of such
+    /// rows.
+    pub fn add_gate_up_bf16_rows<T: Float>(
         &mut self,
-        cpu: &Cpu,
         expert: usize,
         rows: MatrixRef<'_, T>,
         order: GateUpOrder,
     ) -> Result<()> {
         self.require_gate_up(&rows)?;
-        self.pack_whole(rows, order, |builder, first_row, rows, _| builder.pack_bf16_rows(cpu, expert, first_row, rows))
+        self.pack_whole(rows, order, |builder, first_row, rows, _| builder.add_bf16_rows(expert, first_row, rows))
     }
 
-    /// Packs `rows [2 intermediate, k]` of gate and up as all rows of an expert, with block scales
+    /// Adds `rows [2 intermediate, k]` of gate and up as all rows of an expert, with block scales
     /// `[2 ceil(intermediate/128), ceil(k/128)]`: gate's row blocks, then up's, whatever the order of the rows.
     ///
     /// # Errors
-    /// As [`PackedWeightsBuilder::pack_e4m3_rows`]; [`Error::Shape`] unless this is a builder of gate and up, of such rows.
-    pub fn pack_gate_up_e4m3_rows(
+    /// As [`PackedWeightsBuilder::add_e4m3_rows`]; [`Error::Shape`] unless this is a builder of gate and up, of such
+    /// rows.
+    pub fn add_gate_up_e4m3_rows(
         &mut self,
-        cpu: &Cpu,
         expert: usize,
         rows: MatrixRef<'_, E4m3>,
         scales: MatrixRef<'_, f32>,
@@ -432,7 +437,7 @@ impl PackedWeightsBuilder {
         let blocks = segment.div_ceil(WEIGHT_BLOCK);
         scales.require_shape("scales", 2 * blocks, self.weights.shape.blocks())?;
         self.pack_whole(rows, order, |builder, first_row, rows, segment| {
-            builder.pack_e4m3_rows(cpu, expert, first_row, rows, scales.every(segment * blocks, 1, blocks))
+            builder.add_e4m3_rows(expert, first_row, rows, scales.every(segment * blocks, 1, blocks))
         })
     }
 
@@ -446,38 +451,32 @@ impl PackedWeightsBuilder {
         rows.require_shape("rows", n, k)
     }
 
-    /// Packs `rows [R, k]`, rounded to the nearest bf16, as rows `first_row..first_row + R` of an expert.
+    /// Adds `rows [R, k]`, rounded to the nearest bf16, as rows `first_row..first_row + R` of an expert.
     ///
     /// # Errors
     /// [`Error::WeightFormat`] if this is a builder of e4m3, [`Error::Value`] if there is no such expert,
     /// [`Error::Shape`] if the rows do not fit, [`Error::Count`] if one of them has come before.
-    pub fn pack_bf16_rows<T: Float>(
-        &mut self,
-        cpu: &Cpu,
-        expert: usize,
-        first_row: usize,
-        rows: MatrixRef<'_, T>,
-    ) -> Result<()> {
-        self.require_format(WeightFormat::Bf16)?;
-        self.mark_packed(expert, first_row, rows.rows(), rows.cols())?;
-        self.for_each_panel(cpu, expert, first_row..first_row + rows.rows(), |bytes, columns, row| {
+    pub fn add_bf16_rows<T: Float>(&mut self, expert: usize, first_row: usize, rows: MatrixRef<'_, T>) -> Result<()> {
+        self.ledger.require_format(WeightFormat::Bf16)?;
+        self.ledger.add(expert, first_row, rows.rows(), rows.cols())?;
+        self.for_each_panel(expert, first_row..first_row + rows.rows(), |bytes, columns, row| {
             pack_bf16_panel(rows, row, columns, bytemuck::cast_slice_mut(bytes));
         });
         Ok(())
     }
 
-    /// Packs `rows [R, k]` with block scales `[ceil(R/128), ceil(k/128)]` as rows `first_row..first_row + R` of an expert.
+    /// Adds `rows [R, k]` with block scales `[ceil(R/128), ceil(k/128)]` as rows `first_row..first_row + R` of an
+    /// expert.
     ///
-    /// The blocks of 128 rows are counted from `first_row`, which must be a multiple of 32 (for up: of its own rows); gate
-    /// and up, each with its own scales, are two such parts.
+    /// The blocks of 128 rows are counted from `first_row`, which must be a multiple of 32 (for up: of its own rows);
+    /// gate and up, each with its own scales, are two such parts.
     ///
     /// # Errors
-    /// [`Error::WeightFormat`] if this is a builder of bf16, [`Error::Value`] if there is no such expert or `first_row` is
-    /// no multiple of 32, [`Error::Shape`] if rows or scales do not fit or belong to both gate and up, [`Error::Count`] if a
-    /// row has come before.
-    pub fn pack_e4m3_rows(
+    /// [`Error::WeightFormat`] if this is a builder of bf16, [`Error::Value`] if there is no such expert or
+    /// `first_row` is no multiple of 32, [`Error::Shape`] if rows or scales do not fit or belong to both gate and up,
+    /// [`Error::Count`] if a row has come before.
+    pub fn add_e4m3_rows(
         &mut self,
-        cpu: &Cpu,
         expert: usize,
         first_row: usize,
         rows: MatrixRef<'_, E4m3>,
@@ -486,22 +485,21 @@ impl PackedWeightsBuilder {
         let shape = self.weights.shape;
         self.check_e4m3_rows(first_row, &rows)?;
         scales.require_shape("scales", rows.rows().div_ceil(WEIGHT_BLOCK), shape.blocks())?;
-        self.mark_packed(expert, first_row, rows.rows(), rows.cols())?;
+        self.ledger.add(expert, first_row, rows.rows(), rows.cols())?;
         self.half_started[expert] |= 2 * first_row == shape.n();
-        self.pack_e4m3(cpu, expert, first_row, rows, |row, block| scales.get(row / WEIGHT_BLOCK, block));
+        self.pack_e4m3(expert, first_row, rows, |row, block| scales.get(row / WEIGHT_BLOCK, block));
         Ok(())
     }
 
-    /// Packs `rows [R, k]` with a scale for each of them (a channel's) as rows `first_row..first_row + R` of an expert.
+    /// Adds `rows [R, k]` with a scale for each of them (a channel's) as rows `first_row..first_row + R` of an expert.
     /// `first_row` is a multiple of 32, for up of its own rows.
     ///
     /// A column's f32 sum is multiplied by its scale once, before a bias is added.
     ///
     /// # Errors
-    /// As [`PackedWeightsBuilder::pack_e4m3_rows`]; [`Error::Shape`] unless there are `R` scales.
-    pub fn pack_e4m3_channel_rows(
+    /// As [`PackedWeightsBuilder::add_e4m3_rows`]; [`Error::Shape`] unless there are `R` scales.
+    pub fn add_e4m3_channel_rows(
         &mut self,
-        cpu: &Cpu,
         expert: usize,
         first_row: usize,
         rows: MatrixRef<'_, E4m3>,
@@ -510,22 +508,22 @@ impl PackedWeightsBuilder {
         let n = self.weights.shape.n();
         self.check_e4m3_rows(first_row, &rows)?;
         require_exact("scales", scales.len(), &[rows.rows()])?;
-        self.mark_packed(expert, first_row, rows.rows(), rows.cols())?;
+        self.ledger.add(expert, first_row, rows.rows(), rows.cols())?;
         let part = first_row..first_row + rows.rows();
         // No scale serves two rows, those before and after the middle neither.
         self.half_started[expert] |= part.contains(&(n / 2));
         let column_scales = &mut self.weights.column_scales;
         if column_scales.is_empty() {
-            column_scales.resize(self.packed.len(), 1.0);
+            column_scales.resize(self.ledger.rows(), 1.0);
         }
         column_scales[expert * n..][part].copy_from_slice(scales);
-        self.pack_e4m3(cpu, expert, first_row, rows, |_, _| 1.0);
+        self.pack_e4m3(expert, first_row, rows, |_, _| 1.0);
         Ok(())
     }
 
     /// Fails unless e4m3 rows may start at `first_row`.
     fn check_e4m3_rows(&self, first_row: usize, rows: &MatrixRef<'_, E4m3>) -> Result<()> {
-        self.require_format(WeightFormat::E4m3)?;
+        self.ledger.require_format(WeightFormat::E4m3)?;
         let shape = self.weights.shape;
         if first_row < shape.n() && !(first_row % shape.segment).is_multiple_of(PANEL) {
             let of = if shape.segments == 2 { " of gate's or up's rows" } else { "" };
@@ -543,7 +541,6 @@ impl PackedWeightsBuilder {
     /// Packs e4m3 rows that were checked; `scale(row, block of K)` is that of the part's rows from `row` on.
     fn pack_e4m3(
         &mut self,
-        cpu: &Cpu,
         expert: usize,
         first_row: usize,
         rows: MatrixRef<'_, E4m3>,
@@ -554,27 +551,21 @@ impl PackedWeightsBuilder {
         if part.is_empty() {
             return;
         }
-        self.for_each_panel(cpu, expert, part.clone(), |bytes, columns, row| {
+        self.for_each_panel(expert, part.clone(), |bytes, columns, row| {
             pack_e4m3_panel(rows, row..row + columns.len(), bytemuck::cast_slice_mut(bytes));
         });
         let panels = shape.panel_of(part.start)..shape.panel_of(part.end - 1) + 1;
-        self.note_blocks(cpu, expert, panels, scale);
+        self.note_blocks(expert, panels, scale);
     }
 
     /// Notes, for the panels of a part, the scales of their blocks and which of their lines hold special bytes.
-    fn note_blocks(
-        &mut self,
-        cpu: &Cpu,
-        expert: usize,
-        panels: Range<usize>,
-        part_scale: impl Fn(usize, usize) -> f32 + Sync,
-    ) {
+    fn note_blocks(&mut self, expert: usize, panels: Range<usize>, part_scale: impl Fn(usize, usize) -> f32 + Sync) {
         let PackedWeights { shape, bytes, scales, special, .. } = &mut self.weights;
         let (start, blocks) = (expert * shape.panels() + panels.start, shape.blocks());
         let bytes = bytes.as_slice()[start * shape.panel_bytes()..].par_chunks(shape.panel_bytes());
         let scales = scales[start * blocks..][..panels.len() * blocks].par_chunks_mut(blocks);
         let special = special[start * blocks..][..panels.len() * blocks].par_chunks_mut(blocks);
-        cpu.install(|| {
+        self.cpu.install(|| {
             bytes.zip(scales).zip(special).enumerate().for_each(|(panel, ((bytes, scales), special))| {
                 let lines: &[ByteLine] = bytemuck::cast_slice(bytes);
                 let blocks = lines.chunks(BLOCK_PAIRS).zip(scales).zip(special);
@@ -591,58 +582,14 @@ impl PackedWeightsBuilder {
     /// # Errors
     /// [`Error::Count`] if rows of an expert are missing.
     pub fn finish(mut self) -> Result<PackedWeights> {
-        let n = self.weights.shape.n();
-        for (expert, packed) in self.packed.chunks_exact(n).enumerate() {
-            let count = packed.iter().filter(|&&packed| packed).count();
-            if count != n {
-                return Err(Error::Count {
-                    argument: "packed_rows",
-                    expert,
-                    actual: count as i64,
-                    expected: format!("{n}: every row of every expert"),
-                });
-            }
-        }
+        self.ledger.finish()?;
         self.weights.half_starts_a_block = self.half_started.iter().all(|&started| started);
         Ok(self.weights)
-    }
-
-    fn require_format(&self, format: WeightFormat) -> Result<()> {
-        let actual = self.weights.shape.format;
-        if actual != format {
-            return Err(Error::WeightFormat { argument: "builder", actual: actual.name(), expected: format.name() });
-        }
-        Ok(())
-    }
-
-    /// Notes that these rows come now; fails before noting anything.
-    fn mark_packed(&mut self, expert: usize, first_row: usize, rows: usize, cols: usize) -> Result<()> {
-        let Shape { experts, k, .. } = self.weights.shape;
-        let n = self.weights.shape.n();
-        if expert >= experts {
-            return Err(Error::value("expert", expert, format!("below {experts}")));
-        }
-        if cols != k || first_row > n || rows > n - first_row {
-            let room = n.saturating_sub(first_row);
-            return Err(Error::shape("rows", &[rows, cols], format!("[R, {k}] with R at most {room}")));
-        }
-        let packed = &mut self.packed[expert * n + first_row..][..rows];
-        if let Some(row) = packed.iter().position(|&packed| packed) {
-            return Err(Error::Count {
-                argument: "packed_rows",
-                expert,
-                actual: (first_row + row) as i64,
-                expected: "a row that was not packed before".into(),
-            });
-        }
-        packed.fill(true);
-        Ok(())
     }
 
     /// Runs `pack(panel's bytes, columns of the panel, first of the new rows)` for every panel that `rows` touch.
     fn for_each_panel(
         &mut self,
-        cpu: &Cpu,
         expert: usize,
         rows: Range<usize>,
         pack: impl Fn(&mut [u8], Range<usize>, usize) + Sync,
@@ -653,7 +600,7 @@ impl PackedWeightsBuilder {
             let panels = shape.panel_of(part.start)..shape.panel_of(part.end - 1) + 1;
             let start = (expert * shape.panels() + panels.start) * len;
             let bytes = &mut self.weights.bytes.as_mut_slice()[start..][..panels.len() * len];
-            cpu.install(|| {
+            self.cpu.install(|| {
                 bytes.par_chunks_mut(len).zip(panels.into_par_iter()).for_each(|(bytes, panel)| {
                     let own = shape.columns(panel);
                     let (start, end) = (part.start.max(own.start), part.end.min(own.end));
@@ -668,7 +615,8 @@ impl PackedWeightsBuilder {
 fn pack_bf16_panel<T: Float>(rows: MatrixRef<'_, T>, first: usize, columns: Range<usize>, lines: &mut [PairLine]) {
     let pair = |even: T, odd: T| u32::from(even.to_bf16().to_bits()) | u32::from(odd.to_bf16().to_bits()) << 16;
     if !rows.is_row_contiguous() {
-        // What a line takes stands nearer together than what a column takes: in a transposed tensor, next to each other.
+        // What a line takes stands nearer together than what a column takes: in a transposed tensor, next to each
+        // other.
         let (pairs, k) = (rows.cols() / 2, rows.cols());
         for (pair_index, line) in lines.iter_mut().take(pairs).enumerate() {
             for (row, value) in (first..).zip(&mut line[columns.clone()]) {

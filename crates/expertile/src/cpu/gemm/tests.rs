@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::cpu::Isa;
-use crate::dtype::MatrixRef;
-use crate::quantize::{ScaleLayout, ScaleRounding};
+use crate::matrix::MatrixRef;
+use crate::quantize::{ScaleFormat, ScaleLayout, ScaleRounding};
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -93,8 +93,7 @@ impl Case {
         match self.formats {
             Formats::E4m3 => Activations::E4m3 {
                 rows: &self.byte_rows,
-                scales: Scales::F32(&self.row_scales),
-                format: ScaleFormat::new(Group::G128, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap(),
+                scales: Scales::f32(row_major(Group::G128), &self.row_scales),
             },
             _ => Activations::Bf16(&self.rows),
         }
@@ -177,6 +176,11 @@ impl Case {
             start = padded;
         }
     }
+}
+
+/// f32 scales, row by row.
+fn row_major(group: Group) -> ScaleFormat {
+    ScaleFormat::new(group, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap()
 }
 
 fn formats() -> impl Strategy<Value = Formats> {
@@ -316,9 +320,9 @@ fn activation_scales_are_found_in_every_layout() {
             }
         }
         let packed = layout == ScaleLayout::PackedUe8m0;
-        let scales = if packed { Scales::Ue8m0(&words) } else { Scales::F32(&floats) };
+        let scales = if packed { Scales::ue8m0(format, &words) } else { Scales::f32(format, &floats) };
         case.with_layout(|layout| {
-            let activations = Activations::E4m3 { rows: &case.byte_rows, scales, format };
+            let activations = Activations::E4m3 { rows: &case.byte_rows, scales };
             let mut workspace = vec![0; grouped_gemm_workspace_bytes(8, 640, ActivationFormat::E4m3).unwrap()];
             let mut out = vec![POISON; m_sum * 40];
             grouped_gemm(&cpu, layout, activations, &weights, &mut workspace, &mut out).unwrap();
@@ -336,14 +340,14 @@ fn weights_in_parts_are_those_packed_whole() {
     let cpu = Cpu::new();
     let (n, k) = (70, 130);
     let case = Case::new(Formats::Bf16, &[4, 5], 1, n, k, 4);
-    let mut builder = PackedWeightsBuilder::new(WeightFormat::Bf16, 2, n, k).unwrap();
+    let mut builder = PackedWeightsBuilder::new(&Cpu::new(), WeightFormat::Bf16, 2, n, k).unwrap();
     // Out of order, and not on panel bounds; the second expert column-major.
     let columns: Vec<bf16> =
         (0..k).flat_map(|col| (0..n).map(move |row| (row, col))).map(|(r, c)| case.weights[(n + r) * k + c]).collect();
-    builder.pack_bf16_rows(&cpu, 1, 0, MatrixRef::with_strides(&columns, n, k, 1, n).unwrap()).unwrap();
+    builder.add_bf16_rows(1, 0, MatrixRef::with_strides(&columns, n, k, 1, n).unwrap()).unwrap();
     for (start, end) in [(33, 70), (0, 5), (5, 33), (33, 33)] {
         let rows = MatrixRef::new(&case.weights[start * k..], end - start, k).unwrap();
-        builder.pack_bf16_rows(&cpu, 0, start, rows).unwrap();
+        builder.add_bf16_rows(0, start, rows).unwrap();
     }
     let parts = builder.finish().unwrap();
     case.with_layout(|layout| {
@@ -357,15 +361,14 @@ fn weights_in_parts_are_those_packed_whole() {
 #[test]
 #[cfg_attr(miri, ignore = "slow there, and nothing that the property does not run")]
 fn a_part_keeps_its_own_block_scales() {
-    let cpu = Cpu::new();
     // Gate and up of 160 rows: blocks of 128 are counted from row 0 and from row 160.
     let (half, k) = (160, 200);
     let mut numbers = Numbers(6);
     let (values, scales) = (numbers.e4m3s(2 * half * k), numbers.scales(2 * 2 * 2));
-    let mut builder = PackedWeightsBuilder::new(WeightFormat::E4m3, 1, 2 * half, k).unwrap();
+    let mut builder = PackedWeightsBuilder::new(&Cpu::new(), WeightFormat::E4m3, 1, 2 * half, k).unwrap();
     for part in [1, 0] {
         let rows = MatrixRef::new(&values[part * half * k..], half, k).unwrap();
-        builder.pack_e4m3_rows(&cpu, 0, part * half, rows, MatrixRef::new(&scales[part * 4..], 2, 2).unwrap()).unwrap();
+        builder.add_e4m3_rows(0, part * half, rows, MatrixRef::new(&scales[part * 4..], 2, 2).unwrap()).unwrap();
     }
     let weights = builder.finish().unwrap();
     // Each row picks one column of K out, the first in block 0 of K and the second in block 1.
@@ -429,8 +432,8 @@ fn arguments_that_do_not_fit_are_errors_and_nothing_is_written() {
     let error = start(
         Formats::E4m3,
         |s| {
-            if let Activations::E4m3 { format, .. } = &mut s.activations {
-                *format = ScaleFormat::new(Group::G32, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap();
+            if let Activations::E4m3 { scales, .. } = &mut s.activations {
+                *scales = Scales::f32(row_major(Group::G32), &[1.0; 32]);
             }
         },
         "group is 32, expected 128",
@@ -440,7 +443,7 @@ fn arguments_that_do_not_fit_are_errors_and_nothing_is_written() {
         Formats::E4m3,
         |s| {
             if let Activations::E4m3 { scales, .. } = &mut s.activations {
-                *scales = Scales::F32(&[1.0; 3]);
+                *scales = Scales::f32(row_major(Group::G128), &[1.0; 3]);
             }
         },
         "activation_scales holds 3 elements, expected at least 4",
@@ -450,7 +453,7 @@ fn arguments_that_do_not_fit_are_errors_and_nothing_is_written() {
         Formats::E4m3,
         |s| {
             if let Activations::E4m3 { scales, .. } = &mut s.activations {
-                *scales = Scales::Ue8m0(&[0; 4]);
+                *scales = Scales::ue8m0(row_major(Group::G128), &[0; 4]);
             }
         },
         "activation_scales has dtype i32",
@@ -485,10 +488,10 @@ fn arguments_that_do_not_fit_are_errors_and_nothing_is_written() {
 fn parts_that_do_not_fit_are_errors() {
     let cpu = Cpu::new();
     for (experts, n, k, argument) in [(0, 1, 1, "experts"), (1, 0, 1, "n"), (1, 1, 0, "k")] {
-        let error = PackedWeightsBuilder::new(WeightFormat::Bf16, experts, n, k).err().unwrap();
+        let error = PackedWeightsBuilder::new(&Cpu::new(), WeightFormat::Bf16, experts, n, k).err().unwrap();
         assert_eq!(error, Error::value(argument, 0, "at least 1"));
     }
-    let error = PackedWeightsBuilder::new(WeightFormat::E4m3, 1 << 40, 1 << 40, 1).err().unwrap();
+    let error = PackedWeightsBuilder::new(&Cpu::new(), WeightFormat::E4m3, 1 << 40, 1 << 40, 1).err().unwrap();
     assert!(matches!(error, Error::Overflow { .. }), "{error}");
     let error = PackedWeights::pack_bf16(&cpu, &[bf16::ONE; 5], 1, 2, 3).unwrap_err();
     assert_eq!(error, Error::shape("weights", &[5], "[6], the elements of [1, 2, 3]"));
@@ -501,27 +504,27 @@ fn parts_that_do_not_fit_are_errors() {
     let rows = |rows, cols| MatrixRef::new(&wide[..], rows, cols).unwrap();
     let bytes = |rows, cols| MatrixRef::new(&narrow[..], rows, cols).unwrap();
     let scales = |rows| MatrixRef::new(&[1.0f32; 4][..], rows, 1).unwrap();
-    let mut builder = PackedWeightsBuilder::new(WeightFormat::Bf16, 2, 40, 3).unwrap();
-    let error = builder.pack_e4m3_rows(&cpu, 0, 0, bytes(40, 3), scales(1)).unwrap_err();
+    let mut builder = PackedWeightsBuilder::new(&Cpu::new(), WeightFormat::Bf16, 2, 40, 3).unwrap();
+    let error = builder.add_e4m3_rows(0, 0, bytes(40, 3), scales(1)).unwrap_err();
     assert!(matches!(error, Error::WeightFormat { argument: "builder", actual: "bf16", .. }), "{error}");
-    let error = builder.pack_bf16_rows(&cpu, 2, 0, rows(40, 3)).unwrap_err();
+    let error = builder.add_bf16_rows(2, 0, rows(40, 3)).unwrap_err();
     assert!(error.to_string().starts_with("expert is 2, expected below 2"), "{error}");
     for (first, count, cols) in [(0, 41, 3), (39, 2, 3), (41, 0, 3), (0, 40, 4)] {
-        let error = builder.pack_bf16_rows(&cpu, 0, first, rows(count, cols)).unwrap_err();
+        let error = builder.add_bf16_rows(0, first, rows(count, cols)).unwrap_err();
         assert!(matches!(error, Error::Shape { argument: "rows", .. }), "{error}");
     }
-    builder.pack_bf16_rows(&cpu, 0, 0, rows(40, 3)).unwrap();
-    let error = builder.pack_bf16_rows(&cpu, 0, 39, rows(1, 3)).unwrap_err();
-    assert!(error.to_string().starts_with("packed_rows[0] is 39, expected a row that was not packed"), "{error}");
-    builder.pack_bf16_rows(&cpu, 1, 1, rows(39, 3)).unwrap();
+    builder.add_bf16_rows(0, 0, rows(40, 3)).unwrap();
+    let error = builder.add_bf16_rows(0, 39, rows(1, 3)).unwrap_err();
+    assert!(error.to_string().starts_with("added_rows[0] is 39, expected a row that was not added"), "{error}");
+    builder.add_bf16_rows(1, 1, rows(39, 3)).unwrap();
     let error = builder.finish().unwrap_err();
-    assert!(error.to_string().starts_with("packed_rows[1] is 39, expected 40"), "{error}");
+    assert!(error.to_string().starts_with("added_rows[1] is 39, expected 40"), "{error}");
 
-    let mut builder = PackedWeightsBuilder::new(WeightFormat::E4m3, 1, 40, 3).unwrap();
-    let error = builder.pack_bf16_rows(&cpu, 0, 0, rows(40, 3)).unwrap_err();
+    let mut builder = PackedWeightsBuilder::new(&Cpu::new(), WeightFormat::E4m3, 1, 40, 3).unwrap();
+    let error = builder.add_bf16_rows(0, 0, rows(40, 3)).unwrap_err();
     assert!(matches!(error, Error::WeightFormat { argument: "builder", actual: "e4m3", .. }), "{error}");
-    let error = builder.pack_e4m3_rows(&cpu, 0, 16, bytes(8, 3), scales(1)).unwrap_err();
+    let error = builder.add_e4m3_rows(0, 16, bytes(8, 3), scales(1)).unwrap_err();
     assert!(error.to_string().starts_with("first_row is 16, expected a multiple of 32"), "{error}");
-    let error = builder.pack_e4m3_rows(&cpu, 0, 0, bytes(40, 3), scales(2)).unwrap_err();
+    let error = builder.add_e4m3_rows(0, 0, bytes(40, 3), scales(2)).unwrap_err();
     assert!(matches!(error, Error::Shape { argument: "scales", .. }), "{error}");
 }

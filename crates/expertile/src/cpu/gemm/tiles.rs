@@ -5,7 +5,8 @@
 //! them starts at `i * pairs` whatever the tiles are.
 
 use super::Activations;
-use crate::cpu::arch::gemm::{BLOCK_PAIRS, E4M3_AS_BF16, MAX_ROWS};
+use crate::cpu::arch::gemm::E4M3_AS_BF16;
+use crate::cpu::arch::panel::{BLOCK_PAIRS, MAX_ROWS};
 use crate::cpu::disjoint::Disjoint;
 use crate::gemm::WEIGHT_BLOCK;
 use crate::layout::Layout;
@@ -167,13 +168,13 @@ impl Target<'_> {
         let values = row * self.k..(row + tile.len()) * self.k;
         match activations {
             Activations::Bf16(rows) => pack_tile(&rows[values], self.k, pairs, |value| value.to_bits()),
-            Activations::E4m3 { rows, scales, format } => {
+            Activations::E4m3 { rows, scales } => {
                 pack_tile(&rows[values], self.k, pairs, |value| E4M3_AS_BF16[usize::from(value.0)]);
                 // SAFETY: as above.
                 let packed = unsafe { self.scales.part(live_row * k_blocks, tile.len() * k_blocks) };
                 for (group, packed) in packed.chunks_exact_mut(tile.len()).enumerate() {
                     for (packed, row) in packed.iter_mut().zip(row..) {
-                        *packed = scales.value(format, row, group, self.m_sum, k_blocks);
+                        *packed = scales.value(row, group, self.m_sum, k_blocks);
                     }
                 }
             }

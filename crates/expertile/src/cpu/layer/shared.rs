@@ -1,19 +1,21 @@
 //! The expert that every token visits: a dense MLP of its own width, with a gate of its own if it has one.
 
-use super::{Buffers, LayerOptions, fit};
+use super::{Buffers, fit};
 use crate::activation::{Activation, sigmoid};
 use crate::cpu::Cpu;
 use crate::cpu::arch::multiversion;
 use crate::cpu::gemm::PackedWeights;
 use crate::cpu::unpermute::SharedRows;
 use crate::cpu::workspace::{Carver, Sizing};
-use crate::dtype::{Float, MatrixRef};
+use crate::dtype::Float;
 use crate::error::{Error, Result, checked_add, checked_mul, require_exact};
 use crate::gemm::{ActivationFormat, WeightFormat};
-use crate::layer::{LayerShape, StageCost, shared_cost};
+use crate::layer::{LayerConfig, LayerShape, StageCost, shared_cost};
 use crate::layout::Layout;
+use crate::matrix::MatrixRef;
 use half::bf16;
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// An expert that every token visits.
 #[derive(Debug)]
@@ -27,11 +29,11 @@ pub struct SharedExpert {
 }
 
 /// A shared expert that fits its layer.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Shared {
     pub(super) shape: LayerShape,
     pub(super) activations: ActivationFormat,
-    expert: SharedExpert,
+    expert: Arc<SharedExpert>,
 }
 
 /// What a call's workspace holds for it.
@@ -47,10 +49,10 @@ fn layout_len(tokens: usize) -> Result<usize> {
 }
 
 impl Shared {
-    pub(super) fn new(expert: SharedExpert, layer: &LayerShape, options: &LayerOptions) -> Result<Self> {
-        let SharedExpert { w13, w2, gate } = &expert;
+    pub(super) fn new(expert: Arc<SharedExpert>, layer: &LayerShape, config: &LayerConfig) -> Result<Self> {
+        let SharedExpert { w13, w2, gate } = &*expert;
         let activations = match w13.format() {
-            WeightFormat::E4m3 => options.activations,
+            WeightFormat::E4m3 => config.activation_format,
             WeightFormat::Bf16 => ActivationFormat::Bf16,
         };
         let (hidden, w2_shape) = (layer.hidden(), [w2.experts(), w2.n(), w2.k()]);
@@ -58,11 +60,16 @@ impl Shared {
             let expected = format!("[1, {hidden}, I], for one expert of the layer's H");
             return Err(Error::shape("shared w2", &w2_shape, expected));
         }
-        let shape = fit(w13, w2, &options.activation, activations)?;
+        let shape = fit(w13, w2, &config.activation, activations)?;
         if let Some(gate) = gate {
             require_exact("shared gate", gate.len(), &[hidden])?;
         }
         Ok(Self { shape, activations, expert })
+    }
+
+    /// The same expert in a layer of another configuration.
+    pub(super) fn with_config(&self, layer: &LayerShape, config: &LayerConfig) -> Result<Self> {
+        Self::new(self.expert.clone(), layer, config)
     }
 
     pub(super) fn size(&self, sizing: Sizing, tokens: usize) -> Result<Sizing> {
@@ -97,7 +104,7 @@ impl Shared {
         let end = i32::try_from(tokens)
             .map_err(|_| Error::Overflow { what: "M", detail: format!("{tokens} > {}", i32::MAX) })?;
         let layout = &Layout::from_psum(&[end], 1, tokens, layout)?;
-        let SharedExpert { w13, w2, gate } = &self.expert;
+        let SharedExpert { w13, w2, gate } = &*self.expert;
         buffers.take(cpu, layout, self.activations, x)?;
         buffers.multiply(cpu, layout, self.activations, (w13, None), None)?;
         buffers.activate(cpu, layout, self.activations, self.shape.intermediate(), activation)?;
@@ -119,8 +126,8 @@ const LANES: usize = 16;
 const COLUMNS: usize = 256;
 
 multiversion! {
-    /// `x[token] . gate` in f32: products and sums rounded one by one, column `c` onto sum `c % LANES`, the sums then added in
-    /// order. The same bits on every instruction set, whatever the strides.
+    /// `x[token] . gate` in f32: products and sums rounded one by one, column `c` onto sum `c % LANES`, the sums then
+    /// added in order. The same bits on every instruction set, whatever the strides.
     fn dot<T: Float>(isa: Isa, x: MatrixRef<'_, T>, token: usize, gate: &[f32]) -> f32 {
         let mut sums = [0.0f32; LANES];
         let mut widened = [0.0f32; COLUMNS];

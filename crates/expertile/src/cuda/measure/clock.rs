@@ -1,8 +1,8 @@
 //! How long queued work takes, by the device's own clock.
 
 use super::StageTime;
-use crate::cuda::device::check_call;
-use crate::cuda::{Device, Stream};
+use crate::cuda::driver::check_call;
+use crate::cuda::{Device, Graph, Stream};
 use crate::error::{Error, Result};
 use crate::layer::Stage;
 use cudarc::driver::sys;
@@ -63,12 +63,12 @@ impl<'a> Clock<'a> {
     pub(super) fn graph_and_eager(&self, launch: impl Fn(Stream) -> Result<()>) -> Result<(f64, f64)> {
         let eager_seconds = self.median(1, &launch)?;
         let calls = ((LONG_ENOUGH / eager_seconds.max(1e-9)) as usize).clamp(1, CALLS);
-        let graph = self.capture(|stream| (0..calls).try_for_each(|_| launch(stream)))?;
-        Ok((self.median(calls, |_| graph.replay(self.stream))?, eager_seconds))
+        let graph = Graph::capture(self.device, |stream| (0..calls).try_for_each(|_| launch(stream)))?;
+        Ok((self.median(calls, |_| self.replay(&graph))?, eager_seconds))
     }
 
-    /// Median seconds of one call of each of `works` inside a graph of several; all of them by turns, so that they meet the
-    /// same clock.
+    /// Median seconds of one call of each of `works` inside a graph of several; all of them by turns, so that they
+    /// meet the same clock.
     pub(super) fn in_turns(&self, works: &[impl Fn(Stream) -> Result<()>]) -> Result<Vec<f64>> {
         const ROUNDS: usize = 5;
         /// Seconds of a replay; there are many.
@@ -77,12 +77,12 @@ impl<'a> Clock<'a> {
         for work in works {
             self.elapsed(work)?;
             let calls = ((SHORT / self.elapsed(work)?.max(1e-9)) as usize).clamp(1, CALLS);
-            graphs.push((self.capture(|stream| (0..calls).try_for_each(|_| work(stream)))?, calls));
+            graphs.push((Graph::capture(self.device, |stream| (0..calls).try_for_each(|_| work(stream)))?, calls));
         }
         let mut seconds = vec![Vec::with_capacity(ROUNDS); works.len()];
         for _ in 0..ROUNDS {
             for ((graph, calls), seconds) in graphs.iter().zip(&mut seconds) {
-                seconds.push(self.elapsed(|_| graph.replay(self.stream))? / *calls as f64);
+                seconds.push(self.elapsed(|_| self.replay(graph))? / *calls as f64);
             }
         }
         let median = |mut seconds: Vec<f64>| {
@@ -121,22 +121,11 @@ impl<'a> Clock<'a> {
         Ok(f64::from(milliseconds) / 1e3)
     }
 
+    /// Queues a graph on the clock's stream.
     #[allow(unsafe_code)]
-    fn capture(&self, work: impl FnOnce(Stream) -> Result<()>) -> Result<Graph<'a>> {
-        let _current = self.device.current()?;
-        let mut graph = Graph { device: self.device, graph: null_mut(), executable: null_mut() };
-        let relaxed = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: the stream is the clock's own; pointers are valid for their calls; `Graph` destroys what was made.
-        unsafe {
-            check_call("cuStreamBeginCapture", sys::cuStreamBeginCapture_v2(self.stream, relaxed))?;
-            let queued = work(self.stream());
-            // The capture has to end even if the work failed.
-            let ended = check_call("cuStreamEndCapture", sys::cuStreamEndCapture(self.stream, &mut graph.graph));
-            queued.and(ended)?;
-            let result = sys::cuGraphInstantiateWithFlags(&mut graph.executable, graph.graph, 0);
-            check_call("cuGraphInstantiate", result)?;
-        }
-        Ok(graph)
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        // SAFETY: the stream is the clock's own; what was captured outlives the clock's waits, as its caller says.
+        unsafe { graph.replay(self.stream()) }
     }
 }
 
@@ -152,38 +141,6 @@ impl Drop for Clock<'_> {
             }
             if !self.stream.is_null() {
                 sys::cuStreamDestroy_v2(self.stream);
-            }
-        }
-    }
-}
-
-/// Launches captured together.
-struct Graph<'a> {
-    device: &'a Device,
-    graph: sys::CUgraph,
-    executable: sys::CUgraphExec,
-}
-
-impl Graph<'_> {
-    #[allow(unsafe_code)]
-    fn replay(&self, stream: sys::CUstream) -> Result<()> {
-        let _current = self.device.current()?;
-        // SAFETY: the graph is instantiated, and the stream that of the clock which captured it.
-        check_call("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.executable, stream) })
-    }
-}
-
-impl Drop for Graph<'_> {
-    #[allow(unsafe_code)]
-    fn drop(&mut self) {
-        let Ok(_current) = self.device.current() else { return };
-        // SAFETY: made once, destroyed once; the driver keeps a running graph alive until it is done.
-        unsafe {
-            if !self.executable.is_null() {
-                sys::cuGraphExecDestroy(self.executable);
-            }
-            if !self.graph.is_null() {
-                sys::cuGraphDestroy(self.graph);
             }
         }
     }

@@ -2,8 +2,9 @@
 
 use super::StageTime;
 use super::clock::Clock;
-use super::uploaded;
-use crate::cuda::{Buffer, Device, Layer, LayerBuffers, LayerChoice, RoutingBuffers, Stream, Tensor2};
+use crate::cuda::{
+    Device, DeviceBuffer, DeviceMatrix, DevicePtr, Layer, LayerCall, LayerChoice, RoutingPtrs, STATE_BYTES, Stream,
+};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::layer::Stage;
@@ -11,7 +12,7 @@ use half::bf16;
 
 /// One call's inputs on the host.
 #[derive(Debug, Clone, Copy)]
-pub struct LayerInputs<'a> {
+pub struct HostInputs<'a> {
     /// `M`
     pub tokens: usize,
     /// `[M, H]`: the bits of bf16 or f16, as the layer was prepared for.
@@ -33,32 +34,31 @@ pub struct LayerTimes {
     pub graph_seconds: f64,
     /// Seconds when launched from the host.
     pub eager_seconds: f64,
-    /// Every stage that has launches of its own, by itself. Inside the layer each is set up while the one before it runs, so
-    /// the whole takes less than their sum.
+    /// Every stage that has launches of its own, by itself. Inside the layer each is set up while the one before it
+    /// runs, so the whole takes less than their sum.
     pub stages: Vec<StageTime>,
 }
 
 /// A call of a layer of i32 ids and a bf16 result: inputs, workspace and output in device memory of its own.
 #[derive(Debug)]
-pub struct LayerCall<'a> {
+pub struct LayerBench<'a> {
     device: &'a Device,
     layer: &'a Layer,
-    tokens: usize,
-    buffers: LayerBuffers,
-    workspace: Buffer,
-    output: Buffer,
+    call: LayerCall,
+    workspace: DeviceBuffer,
+    output: DeviceBuffer<bf16>,
     /// What the other addresses point into.
-    _inputs: Vec<Buffer>,
+    _inputs: Vec<DeviceBuffer>,
 }
 
-impl<'a> LayerCall<'a> {
+impl<'a> LayerBench<'a> {
     /// Brings the inputs to the device.
     ///
     /// # Errors
     /// [`Error::Dtype`] for a layer of other ids or another result, [`Error::BufferTooSmall`] for inputs shorter than
     /// `tokens` says; as [`Layer::choice`]; [`Error::Cuda`].
     #[allow(unsafe_code)]
-    pub fn new(device: &'a Device, layer: &'a Layer, inputs: &LayerInputs<'_>) -> Result<Self> {
+    pub fn new(device: &'a Device, layer: &'a Layer, inputs: &HostInputs<'_>) -> Result<Self> {
         let (tokens, topk, hidden) = (inputs.tokens, layer.config().topk, layer.shape().hidden());
         for (argument, actual, only, expected) in [
             ("topk_ids", layer.config().ids, Dtype::I32, "i32"),
@@ -72,44 +72,47 @@ impl<'a> LayerCall<'a> {
         require_len("hidden_states", inputs.hidden_states.len(), values)?;
         require_len("topk_ids", inputs.topk_ids.len(), slots)?;
         require_len("topk_weights", inputs.topk_weights.len(), slots)?;
-        let x = uploaded(device, &inputs.hidden_states[..values])?;
-        let ids = uploaded(device, &inputs.topk_ids[..slots])?;
-        let weights = uploaded(device, &inputs.topk_weights[..slots])?;
-        let map = inputs.expert_map.map(|map| uploaded(device, map)).transpose()?;
-        let workspace = device.allocate(layer.workspace_bytes(tokens)?)?;
-        let output = device.allocate(2 * values)?;
-        let matrix = |buffer: &Buffer, cols| Tensor2 { address: buffer.address(), row_stride: cols, col_stride: 1 };
-        let routing = RoutingBuffers {
-            ids: matrix(&ids, topk),
-            expert_map: map.as_ref().map_or(0, Buffer::address),
+        let x = device.upload(&inputs.hidden_states[..values])?;
+        let ids = device.upload(&inputs.topk_ids[..slots])?;
+        let weights = device.upload(&inputs.topk_weights[..slots])?;
+        let map = inputs.expert_map.map(|map| device.upload(map)).transpose()?;
+        let state: DeviceBuffer = device.allocate(STATE_BYTES)?;
+        let workspace: DeviceBuffer = device.allocate(layer.workspace_bytes(tokens)?)?;
+        let output = device.allocate(values)?;
+        let routing = RoutingPtrs {
+            ids: DeviceMatrix::row_major(ids.ptr().cast(), topk),
+            expert_map: map.as_ref().map(DeviceBuffer::ptr),
             global_experts: inputs.expert_map.map_or(layer.shape().local_experts(), <[i32]>::len),
         };
-        let buffers = LayerBuffers {
-            hidden_states: matrix(&x, hidden),
+        let call = LayerCall {
+            tokens,
+            hidden_states: DeviceMatrix::row_major(x.ptr().cast(), hidden),
             routing,
-            topk_weights: matrix(&weights, topk),
-            output: output.address(),
-            workspace: workspace.address(),
+            topk_weights: DeviceMatrix::row_major(weights.ptr(), topk),
+            output: output.ptr().cast(),
+            state: state.ptr(),
+            workspace: workspace.ptr(),
         };
-        // SAFETY: the workspace is this call's own and as large as the layer says; stream 0 always lives.
+        // SAFETY: the state is this call's own; stream 0 always lives.
         unsafe {
-            layer.initialise_workspace(Stream(0), workspace.address())?;
+            layer.initialise_state(Stream(0), state.ptr())?;
             device.synchronize(Stream(0))?;
         }
-        let inputs = [x, ids, weights].into_iter().chain(map).collect();
-        Ok(Self { device, layer, tokens, buffers, workspace, output, _inputs: inputs })
+        let inputs = [x.into_bytes(), ids.into_bytes(), weights.into_bytes(), state].into_iter();
+        let inputs = inputs.chain(map.map(DeviceBuffer::into_bytes)).collect();
+        Ok(Self { device, layer, call, workspace, output, _inputs: inputs })
     }
 
     /// Runs the layer, and waits.
     ///
     /// # Errors
-    /// As [`Layer::launch`] and [`Layer::check`].
+    /// As [`Layer::launch`] and [`Layer::check_launch`].
     #[allow(unsafe_code)]
     pub fn run(&self) -> Result<()> {
         // SAFETY: the buffers are this call's own, sized by the layer; stream 0 always lives.
         unsafe {
-            self.layer.launch(Stream(0), self.tokens, &self.buffers)?;
-            self.layer.check(Stream(0), self.tokens, &self.buffers)
+            self.layer.launch(Stream(0), &self.call)?;
+            self.layer.check_launch(Stream(0), &self.call)
         }
     }
 
@@ -118,7 +121,7 @@ impl<'a> LayerCall<'a> {
     /// # Errors
     /// [`Error::Cuda`].
     pub fn output(&self) -> Result<Vec<bf16>> {
-        let mut output = vec![bf16::ZERO; self.tokens * self.layer.shape().hidden()];
+        let mut output = vec![bf16::ZERO; self.call.tokens * self.layer.shape().hidden()];
         self.output.download(&mut output)?;
         Ok(output)
     }
@@ -129,13 +132,13 @@ impl<'a> LayerCall<'a> {
     /// # Errors
     /// As [`Layer::parts`]; [`Error::Cuda`].
     pub fn rows(&self) -> Result<(Vec<bf16>, Vec<i32>)> {
-        let parts = self.layer.parts(self.tokens, self.workspace.address())?;
-        let plan = self.layer.choice(self.tokens)?.plan;
-        let offset = |address: u64| (address - self.workspace.address()) as usize;
+        let parts = self.layer.parts(self.call.tokens, self.workspace.ptr())?;
+        let plan = self.layer.choice(self.call.tokens)?.plan;
+        let offset = |ptr: DevicePtr| (ptr.address() - self.workspace.ptr().address()) as usize;
         let mut rows = vec![bf16::ZERO; plan.m_sum() * self.layer.shape().hidden()];
         let mut row_of_slot = vec![0; plan.tokens() * plan.topk()];
-        self.workspace.download_at(offset(parts.back), &mut rows)?;
-        self.workspace.download_at(offset(parts.layout.inv_perm), &mut row_of_slot)?;
+        self.workspace.download_at(offset(parts.back.cast()), &mut rows)?;
+        self.workspace.download_at(offset(parts.layout.inv_perm.cast()), &mut row_of_slot)?;
         Ok((rows, row_of_slot))
     }
 
@@ -147,14 +150,14 @@ impl<'a> LayerCall<'a> {
     pub fn time(&self) -> Result<LayerTimes> {
         let clock = Clock::new(self.device)?;
         // SAFETY: the buffers are this call's own, sized by the layer, and outlive the clock's waits.
-        let launch = |stream| unsafe { self.layer.launch(stream, self.tokens, &self.buffers) };
+        let launch = |stream| unsafe { self.layer.launch(stream, &self.call) };
         let (graph_seconds, eager_seconds) = clock.graph_and_eager(launch)?;
-        let call = self.layer.call(self.tokens, &self.buffers)?;
+        let call = self.layer.call(&self.call)?;
         // In order: each finds what the one before has left, as in the layer.
         let stages = Stage::ALL.into_iter().filter(|&stage| self.layer.has_stage(&call, stage));
         // SAFETY: as above.
         let time = |stage| clock.time(stage, |stream| unsafe { self.layer.launch_stage(stream, &call, stage) });
         let stages = stages.map(time).collect::<Result<_>>()?;
-        Ok(LayerTimes { choice: self.layer.choice(self.tokens)?, graph_seconds, eager_seconds, stages })
+        Ok(LayerTimes { choice: self.layer.choice(self.call.tokens)?, graph_seconds, eager_seconds, stages })
     }
 }

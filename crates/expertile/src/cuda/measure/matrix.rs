@@ -1,10 +1,10 @@
 //! What a matrix product can do.
 
 use super::clock::Clock;
-use super::{random_bytes, uploaded};
+use super::random_bytes;
 use crate::cuda::{
-    ALIGNMENT, Device, Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, LayoutBuffers, Route, RouteConfig,
-    RoutingBuffers, Stream, Tensor2, Weights,
+    ALIGNMENT, Device, DeviceBuffer, DeviceMatrix, Gemm, GemmCall, GemmConfig, GemmShape, GemmTile, LayoutPtrs, Route,
+    RouteCall, RouteConfig, RoutingPtrs, STATE_BYTES, Stream, Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::Result;
@@ -29,39 +29,40 @@ pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<
     let plan = Plan::tight(ROWS, 1, 1, ALIGNMENT, TokenExperts::Distinct)?;
 
     let weights = random_bytes(format, WIDTH * WIDTH);
-    let values = uploaded(device, &weights)?;
-    let rows = uploaded(device, &[&weights[..], &weights[..]].concat())?;
-    let block_scales = uploaded(device, &vec![1f32; WIDTH / WEIGHT_BLOCK * (WIDTH / WEIGHT_BLOCK)])?;
-    let row_scales = uploaded(device, &vec![1f32; ScaleFormat::HOPPER.words(plan.m_sum(), WIDTH)?])?;
-    let ids = uploaded(device, &vec![0i32; ROWS])?;
-    let lists = device.allocate(LayoutBuffers::space_bytes(&plan, row_tile)?)?;
-    let workspace = device.allocate(route.workspace_bytes(&plan)?)?;
-    let out = device.allocate(2 * plan.m_sum() * WIDTH)?;
-    let layout = LayoutBuffers::carve(lists.address(), &plan, row_tile)?;
-    let routing = RoutingBuffers {
-        ids: Tensor2 { address: ids.address(), row_stride: 1, col_stride: 1 },
-        expert_map: 0,
-        global_experts: 1,
-    };
-    let call = GemmBuffers {
-        rows: rows.address(),
-        scales: row_scales.address(),
-        out: out.address(),
-        out_scales: 0,
-        header: layout.header,
-        worklist: layout.worklist,
-        psum: layout.psum,
-        m_sum: plan.m_sum(),
-        alignment: plan.alignment(),
-    };
+    let values = device.upload(&weights)?;
+    let rows = device.upload(&[&weights[..], &weights[..]].concat())?;
+    let block_scales = device.upload(&vec![1f32; WIDTH / WEIGHT_BLOCK * (WIDTH / WEIGHT_BLOCK)])?;
+    let row_scales = device.upload(&vec![1f32; ScaleFormat::HOPPER.words(plan.m_sum(), WIDTH)?])?;
+    let ids = device.upload(&vec![0i32; ROWS])?;
+    let lists: DeviceBuffer = device.allocate(LayoutPtrs::space_bytes(&plan, row_tile)?)?;
+    let state: DeviceBuffer = device.allocate(STATE_BYTES)?;
+    let workspace: DeviceBuffer = device.allocate(route.workspace_bytes(&plan)?)?;
+    let out: DeviceBuffer = device.allocate(2 * plan.m_sum() * WIDTH)?;
+    let layout = LayoutPtrs::carve(lists.ptr(), &plan, row_tile)?;
+    let routing =
+        RoutingPtrs { ids: DeviceMatrix::row_major(ids.ptr().cast(), 1), expert_map: None, global_experts: 1 };
+    let route_call = RouteCall { plan, routing, layout, state: state.ptr(), workspace: workspace.ptr() };
     // SAFETY: every buffer is as large as its step says and outlives the waits of `check` and of the clock.
     unsafe {
-        let weights = Weights::from_device(format, (1, WIDTH, WIDTH), values.address(), block_scales.address())?;
-        route.initialise_workspace(Stream(0), workspace.address())?;
-        route.launch(Stream(0), &plan, &routing, &layout, workspace.address())?;
-        route.check(Stream(0), &plan, &routing, workspace.address())?;
+        let scales = Some(block_scales.ptr());
+        let weights = Weights::from_device(format, (1, WIDTH, WIDTH), values.ptr(), scales)?;
+        let call = GemmCall {
+            weights: &weights,
+            rows: rows.ptr(),
+            scales: Some(row_scales.ptr()),
+            out: out.ptr(),
+            out_scales: None,
+            header: layout.header,
+            worklist: layout.worklist,
+            psum: layout.psum,
+            m_sum: plan.m_sum(),
+            alignment: plan.alignment(),
+        };
+        route.initialise_state(Stream(0), state.ptr())?;
+        route.launch(Stream(0), &route_call)?;
+        route.check(Stream(0), &route_call)?;
         let clock = Clock::new(device)?;
-        let (seconds, _) = clock.graph_and_eager(|stream| gemm.launch(stream, &weights, &call))?;
+        let (seconds, _) = clock.graph_and_eager(|stream| gemm.launch(stream, &call))?;
         Ok((2 * ROWS * WIDTH * WIDTH) as f64 / seconds)
     }
 }

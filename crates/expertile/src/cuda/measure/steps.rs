@@ -2,12 +2,12 @@
 
 use super::StageTime;
 use super::clock::Clock;
-use super::uploaded;
 use crate::activation::Activation;
-use crate::cuda::device::check_call;
+use crate::cuda::driver::check_call;
 use crate::cuda::{
-    Activate, ActivateBuffers, ActivateConfig, Buffer, Device, LayoutBuffers, QuantizePermute, QuantizePermuteConfig,
-    Route, RouteConfig, RoutingBuffers, RowsBuffers, Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig,
+    Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, LayoutPtrs, QuantizePermute,
+    QuantizePermuteCall, QuantizePermuteConfig, Route, RouteCall, RouteConfig, RoutingPtrs, RowsPtrs, STATE_BYTES,
+    Stream, Unpermute, UnpermuteCall, UnpermuteConfig,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_mul, require_len};
@@ -31,12 +31,12 @@ pub struct Inputs<'a> {
     pub hidden_states: &'a [bf16],
 }
 
-/// Times routing, quantize + permute (with routing), activation + quantize and unpermute. In place of a GEMM's results, the
-/// activation and the unpermute read the hidden states over and over.
+/// Times routing, quantize + permute (with routing), activation + quantize and unpermute. In place of a GEMM's
+/// results, the activation and the unpermute read the hidden states over and over.
 ///
 /// # Errors
-/// [`Error::Value`] for a plan of no tokens, [`Error::BufferTooSmall`] for inputs shorter than it says, and whatever preparing and launching the steps may
-/// refuse.
+/// [`Error::Value`] for a plan of no tokens, [`Error::BufferTooSmall`] for inputs shorter than it says, and whatever
+/// preparing and launching the steps may refuse.
 #[allow(unsafe_code)]
 pub fn stage_times(device: &Device, inputs: &Inputs<'_>) -> Result<Vec<StageTime>> {
     let call = Call::new(device, inputs)?;
@@ -44,7 +44,7 @@ pub fn stage_times(device: &Device, inputs: &Inputs<'_>) -> Result<Vec<StageTime
     // SAFETY: `call` owns every buffer, each as large as its step asks, and outlives the clock's waits.
     unsafe {
         let permute = clock.time(Stage::Permute, |stream| call.permute(stream))?;
-        call.quantize_permute.check(Stream(0), &call.plan, &call.routing, call.workspace.address())?;
+        call.quantize_permute.check(Stream(0), &call.permute_call)?;
         Ok(vec![
             clock.time(Stage::Routing, |stream| call.route(stream))?,
             permute,
@@ -56,19 +56,16 @@ pub fn stage_times(device: &Device, inputs: &Inputs<'_>) -> Result<Vec<StageTime
 
 /// Prepared steps and the device memory of one call.
 struct Call {
-    plan: Plan,
     route: Route,
     quantize_permute: QuantizePermute,
     activate: Activate,
     unpermute: Unpermute,
-    routing: RoutingBuffers,
-    rows: RowsBuffers,
-    layout: LayoutBuffers,
-    activate_buffers: ActivateBuffers,
-    unpermute_buffers: UnpermuteBuffers,
-    workspace: Buffer,
+    route_call: RouteCall,
+    permute_call: QuantizePermuteCall,
+    activate_call: ActivateCall,
+    unpermute_call: UnpermuteCall,
     /// What the addresses above point into.
-    _memory: Vec<Buffer>,
+    _memory: Vec<DeviceBuffer>,
 }
 
 impl Call {
@@ -105,58 +102,78 @@ impl Call {
         let mut allocate = |bytes: usize| {
             let buffer = device.allocate(bytes)?;
             buffer.fill(0)?;
-            let address = buffer.address();
+            let ptr = buffer.ptr();
             memory.push(buffer);
-            Ok::<u64, Error>(address)
+            Ok::<DevicePtr, Error>(ptr)
         };
-        let layout = LayoutBuffers::carve(allocate(LayoutBuffers::space_bytes(&plan, row_tile)?)?, &plan, row_tile)?;
+        let layout = LayoutPtrs::carve(allocate(LayoutPtrs::space_bytes(&plan, row_tile)?)?, &plan, row_tile)?;
         let widest = hidden.max(2 * intermediate);
         let front = allocate(m_sum * hidden.max(intermediate))?;
         let back = allocate(2 * m_sum * widest)?;
         let scales = allocate(4 * format.words(m_sum, hidden)?.max(format.words(m_sum, intermediate)?))?;
         let out = allocate(2 * tokens * hidden)?;
-        let ids = uploaded(device, &topk_ids[..tokens * topk])?;
-        let x = uploaded(device, bytemuck::must_cast_slice::<bf16, u16>(&hidden_states[..tokens * hidden]))?;
-        let weights = uploaded(device, &vec![1.0 / topk as f32; tokens * topk])?;
-        repeat(device, x.address(), x.bytes(), back, 2 * m_sum * widest)?;
-        let workspace = device.allocate(quantize_permute.workspace_bytes(&plan)?)?;
-        // SAFETY: the workspace is this call's own and as large as the step says; stream 0 always lives.
+        let ids = device.upload(&topk_ids[..tokens * topk])?;
+        let x = device.upload(&hidden_states[..tokens * hidden])?;
+        let weights = device.upload(&vec![1.0 / topk as f32; tokens * topk])?;
+        repeat(device, x.ptr().cast(), x.bytes(), back, 2 * m_sum * widest)?;
+        let state: DeviceBuffer = device.allocate(STATE_BYTES)?;
+        let workspace: DeviceBuffer = device.allocate(quantize_permute.workspace_bytes(&plan)?)?;
+        // SAFETY: the state is this call's own; stream 0 always lives.
         unsafe {
-            quantize_permute.initialise_workspace(Stream(0), workspace.address())?;
+            quantize_permute.initialise_state(Stream(0), state.ptr())?;
             device.synchronize(Stream(0))?;
         }
 
-        let matrix = |address, row_stride| Tensor2 { address, row_stride, col_stride: 1 };
-        let routing =
-            RoutingBuffers { ids: matrix(ids.address(), topk), expert_map: 0, global_experts: shape.local_experts() };
-        let rows = RowsBuffers { x: matrix(x.address(), hidden), out: front, scales, ..RowsBuffers::default() };
-        let activate_buffers = ActivateBuffers {
-            gate_up: back,
-            psum: layout.psum,
-            out: front,
-            scales,
-            local_experts: shape.local_experts(),
-            alignment: plan.alignment(),
-            m_sum,
+        let routing = RoutingPtrs {
+            ids: DeviceMatrix::row_major(ids.ptr().cast(), topk),
+            expert_map: None,
+            global_experts: shape.local_experts(),
         };
-        let weights_matrix = matrix(weights.address(), topk);
-        let unpermute_buffers =
-            UnpermuteBuffers { rows: back, inv_perm: layout.inv_perm, weights: weights_matrix, out, tokens, m_sum };
-        memory.extend([ids, x, weights]);
-        Ok(Self {
-            plan,
+        let rows = RowsPtrs {
+            x: DeviceMatrix::row_major(x.ptr().cast(), hidden),
+            x_scales: None,
+            weights: None,
+            out: front,
+            scales: Some(scales),
+        };
+        let (state_ptr, workspace_ptr) = (state.ptr(), workspace.ptr());
+        let call = Self {
             route: Route::prepare(device, route)?,
             quantize_permute,
             activate: Activate::prepare(device, activate)?,
             unpermute: Unpermute::prepare(device, unpermute)?,
-            routing,
-            rows,
-            layout,
-            activate_buffers,
-            unpermute_buffers,
-            workspace,
-            _memory: memory,
-        })
+            route_call: RouteCall { plan, routing, layout, state: state_ptr, workspace: workspace_ptr },
+            permute_call: QuantizePermuteCall {
+                plan,
+                routing,
+                rows,
+                layout,
+                state: state_ptr,
+                workspace: workspace_ptr,
+            },
+            activate_call: ActivateCall {
+                gate_up: back.cast(),
+                psum: layout.psum,
+                out: front,
+                scales: Some(scales),
+                local_experts: shape.local_experts(),
+                alignment: plan.alignment(),
+                m_sum,
+            },
+            unpermute_call: UnpermuteCall {
+                rows: back,
+                inv_perm: layout.inv_perm,
+                weights: Some(DeviceMatrix::row_major(weights.ptr(), topk)),
+                out,
+                tokens,
+                m_sum,
+            },
+            _memory: {
+                memory.extend([ids.into_bytes(), x.into_bytes(), weights.into_bytes(), state, workspace]);
+                memory
+            },
+        };
+        Ok(call)
     }
 
     /// # Safety
@@ -164,16 +181,15 @@ impl Call {
     #[allow(unsafe_code)]
     unsafe fn route(&self, stream: Stream) -> Result<()> {
         // SAFETY: the buffers are this call's own, sized by the plan.
-        unsafe { self.route.launch(stream, &self.plan, &self.routing, &self.layout, self.workspace.address()) }
+        unsafe { self.route.launch(stream, &self.route_call) }
     }
 
     /// # Safety
     /// The call outlives the launch.
     #[allow(unsafe_code)]
     unsafe fn permute(&self, stream: Stream) -> Result<()> {
-        let workspace = self.workspace.address();
         // SAFETY: the buffers are this call's own, sized by the plan.
-        unsafe { self.quantize_permute.launch(stream, &self.plan, &self.routing, &self.rows, &self.layout, workspace) }
+        unsafe { self.quantize_permute.launch(stream, &self.permute_call) }
     }
 
     /// # Safety
@@ -181,7 +197,7 @@ impl Call {
     #[allow(unsafe_code)]
     unsafe fn activate(&self, stream: Stream) -> Result<()> {
         // SAFETY: the buffers are this call's own, sized by the plan.
-        unsafe { self.activate.launch(stream, &self.activate_buffers) }
+        unsafe { self.activate.launch(stream, &self.activate_call) }
     }
 
     /// # Safety
@@ -189,13 +205,13 @@ impl Call {
     #[allow(unsafe_code)]
     unsafe fn unpermute(&self, stream: Stream) -> Result<()> {
         // SAFETY: the buffers are this call's own, sized by the plan.
-        unsafe { self.unpermute.launch(stream, &self.unpermute_buffers) }
+        unsafe { self.unpermute.launch(stream, &self.unpermute_call) }
     }
 }
 
 /// Fills `bytes` at `to` with the `period` bytes at `from`, over and over.
 #[allow(unsafe_code)]
-pub(super) fn repeat(device: &Device, from: u64, period: usize, to: u64, bytes: usize) -> Result<()> {
+pub(super) fn repeat(device: &Device, from: DevicePtr, period: usize, to: DevicePtr, bytes: usize) -> Result<()> {
     let _current = device.current()?;
     let mut done = 0;
     while done < bytes {
@@ -203,7 +219,9 @@ pub(super) fn repeat(device: &Device, from: u64, period: usize, to: u64, bytes: 
         let (source, len) = if done == 0 { (from, period) } else { (to, done) };
         let len = len.min(bytes - done);
         // SAFETY: both ranges lie within buffers that the caller owns, and they do not overlap.
-        check_call("cuMemcpyDtoD", unsafe { sys::cuMemcpyDtoD_v2(to + done as u64, source, len) })?;
+        check_call("cuMemcpyDtoD", unsafe {
+            sys::cuMemcpyDtoD_v2(to.byte_add(done).address(), source.address(), len)
+        })?;
         done += len;
     }
     Ok(())

@@ -1,13 +1,13 @@
 //! Every way to cut a layer's GEMMs, timed in turns on one routing: what a choice of tiles is judged by.
 
 use super::clock::Clock;
+use super::random_bytes;
 use super::steps::repeat;
-use super::{random_bytes, uploaded};
 use crate::activation::Activation;
 use crate::cuda::layer::each_at_once;
 use crate::cuda::{
-    ALIGNMENT, Activate, ActivateBuffers, ActivateConfig, Buffer, Device, Gemm, GemmBuffers, GemmConfig, GemmTile,
-    LayoutBuffers, ROW_TILES, Route, RouteConfig, RoutingBuffers, Stream, Tensor2, Weights, route,
+    ALIGNMENT, Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, Gemm, GemmCall, GemmConfig,
+    GemmTile, LayoutPtrs, ROW_TILES, Route, RouteCall, RouteConfig, RoutingPtrs, STATE_BYTES, Stream, Weights, route,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_mul};
@@ -142,11 +142,12 @@ impl<'a> TileBench<'a> {
             let works: Vec<_> = ways
                 .iter()
                 .map(|((_, tile, activated), gemm)| {
-                    let (buffers, sets, next) = (call.gemm(tile, *activated), &sets, &next);
+                    let (sets, next, call) = (&sets, &next, &call);
                     move |stream| {
                         next.set(next.get() + 1);
+                        let weights = &sets[next.get() % sets.len()];
                         // SAFETY: as above.
-                        unsafe { gemm.launch(stream, &sets[next.get() % sets.len()], &buffers) }
+                        unsafe { gemm.launch(stream, &call.gemm(tile, *activated, weights)) }
                     }
                 })
                 .collect();
@@ -177,17 +178,17 @@ fn format_of(e4m3: bool) -> WeightFormat {
 /// Device memory of one call, with a layout for each row tile.
 struct Call {
     plan: Plan,
-    layouts: HashMap<usize, LayoutBuffers>,
+    layouts: HashMap<usize, LayoutPtrs>,
     /// A live row of each of several experts.
     compared: Vec<usize>,
-    activate: ActivateBuffers,
-    rows: Buffer,
-    row_scales: Buffer,
-    out: Buffer,
-    out_scales: Buffer,
-    values: Buffer,
-    value_scales: Buffer,
-    _memory: Vec<Buffer>,
+    activate: ActivateCall,
+    rows: DeviceBuffer,
+    row_scales: DeviceBuffer,
+    out: DeviceBuffer,
+    out_scales: DeviceBuffer,
+    values: DeviceBuffer,
+    value_scales: DeviceBuffer,
+    _memory: Vec<DeviceBuffer>,
 }
 
 impl Call {
@@ -207,23 +208,26 @@ impl Call {
             let Some(expert) = expert else { return Err(Error::value("experts", 0, format!("ids below {local}"))) };
             counts[expert] += 1;
         }
-        let ids = uploaded(device, experts)?;
-        let matrix = Tensor2 { address: ids.address(), row_stride: 1, col_stride: 1 };
-        let routing = RoutingBuffers { ids: matrix, expert_map: 0, global_experts: local };
-        let workspace = device.allocate(route::workspace_bytes(&plan, device.info().multiprocessors as usize)?)?;
+        let ids = device.upload(experts)?;
+        let matrix = DeviceMatrix::row_major(ids.ptr().cast(), 1);
+        let routing = RoutingPtrs { ids: matrix, expert_map: None, global_experts: local };
+        let state: DeviceBuffer = device.allocate(STATE_BYTES)?;
+        let workspace: DeviceBuffer =
+            device.allocate(route::workspace_bytes(&plan, device.info().multiprocessors as usize)?)?;
         let most = counts.iter().copied().max().unwrap_or(0);
         let (mut layouts, mut memory) = (HashMap::new(), Vec::new());
         for (&row_tile, route) in &bench.routes {
             if row_tile < 128 && most > row_tile * MOST_TILES_OF_AN_EXPERT {
                 continue;
             }
-            let lists = device.allocate(LayoutBuffers::space_bytes(&plan, row_tile)?)?;
-            let layout = LayoutBuffers::carve(lists.address(), &plan, row_tile)?;
+            let lists: DeviceBuffer = device.allocate(LayoutPtrs::space_bytes(&plan, row_tile)?)?;
+            let layout = LayoutPtrs::carve(lists.ptr(), &plan, row_tile)?;
+            let call = RouteCall { plan, routing, layout, state: state.ptr(), workspace: workspace.ptr() };
             // SAFETY: every buffer is as large as its step says and outlives the wait of `check`.
             unsafe {
-                route.initialise_workspace(Stream(0), workspace.address())?;
-                route.launch(Stream(0), &plan, &routing, &layout, workspace.address())?;
-                route.check(Stream(0), &plan, &routing, workspace.address())?;
+                route.initialise_state(Stream(0), state.ptr())?;
+                route.launch(Stream(0), &call)?;
+                route.check(Stream(0), &call)?;
             }
             layouts.insert(row_tile, layout);
             memory.push(lists);
@@ -240,22 +244,22 @@ impl Call {
         let widest = hidden.max(intermediate);
         let rows = random(device, format, checked_mul("rows", m_sum, widest)?)?;
         let row_scales = scales(device, ScaleFormat::HOPPER.words(m_sum, widest.next_multiple_of(WEIGHT_BLOCK))?)?;
-        let out = device.allocate(checked_mul("results", 2 * m_sum, hidden.max(2 * intermediate))?)?;
+        let out: DeviceBuffer = device.allocate(checked_mul("results", 2 * m_sum, hidden.max(2 * intermediate))?)?;
         out.fill(0)?;
         let out_scales =
             scales(device, ScaleFormat::HOPPER.words(m_sum, intermediate.next_multiple_of(WEIGHT_BLOCK))?)?;
-        let activated = device.allocate(checked_mul("activated rows", 2 * m_sum, intermediate)?)?;
+        let activated: DeviceBuffer = device.allocate(checked_mul("activated rows", 2 * m_sum, intermediate)?)?;
         let any = layouts.values().next().copied().unwrap_or_default();
-        let activate = ActivateBuffers {
-            gate_up: out.address(),
+        let activate = ActivateCall {
+            gate_up: out.ptr().cast(),
             psum: any.psum,
-            out: activated.address(),
-            scales: out_scales.address(),
+            out: activated.ptr(),
+            scales: Some(out_scales.ptr()),
             local_experts: local,
             alignment: plan.alignment(),
             m_sum,
         };
-        memory.extend([ids, workspace, activated]);
+        memory.extend([ids.into_bytes(), state, workspace, activated]);
         // Weights of either GEMM, and as many again of those that a call reads, or as one expert has.
         let expert = checked_mul("an expert's weights", 2 * intermediate, hidden)?;
         let (places, step) = places(expert * format.bytes(), local, active);
@@ -288,22 +292,23 @@ impl Call {
     ) -> Result<Vec<Weights>> {
         let active = ids.iter().collect::<BTreeSet<_>>().len();
         let (places, step) = places(n * k * format.bytes(), experts, active);
-        let scales = if format == WeightFormat::E4m3 { self.value_scales.address() } else { 0 };
+        let scales = (format == WeightFormat::E4m3).then(|| self.value_scales.ptr().cast());
         let place = |place: usize| {
-            let address = self.values.address() + (place * step) as u64;
+            let ptr = self.values.ptr().byte_add(place * step);
             // SAFETY: the buffer has room for every place of the larger GEMM's, and outlives the value.
-            unsafe { Weights::from_device(format, (experts, n, k), address, scales) }
+            unsafe { Weights::from_device(format, (experts, n, k), ptr, scales) }
         };
         (0..places).map(place).collect()
     }
 
-    fn gemm(&self, tile: &GemmTile, activated: bool) -> GemmBuffers {
+    fn gemm<'w>(&self, tile: &GemmTile, activated: bool, weights: &'w Weights) -> GemmCall<'w> {
         let layout = &self.layouts[&tile.row_tile];
-        GemmBuffers {
-            rows: self.rows.address(),
-            scales: self.row_scales.address(),
-            out: self.out.address(),
-            out_scales: if activated { self.out_scales.address() } else { 0 },
+        GemmCall {
+            weights,
+            rows: self.rows.ptr(),
+            scales: Some(self.row_scales.ptr().cast()),
+            out: self.out.ptr(),
+            out_scales: activated.then(|| self.out_scales.ptr().cast()),
             header: layout.header,
             worklist: layout.worklist,
             psum: layout.psum,
@@ -328,7 +333,7 @@ impl Call {
             let mut found = vec![0u8; self.compared.len() * row_bytes];
             // SAFETY: every buffer is the call's own, and outlives the wait.
             unsafe {
-                gemm.launch(Stream(0), weights, &self.gemm(tile, *activated))?;
+                gemm.launch(Stream(0), &self.gemm(tile, *activated, weights))?;
                 device.synchronize(Stream(0))?;
             }
             for (&row, found) in self.compared.iter().zip(found.chunks_mut(row_bytes)) {
@@ -354,19 +359,19 @@ fn places(expert_bytes: usize, experts: usize, active: usize) -> (usize, usize) 
 }
 
 /// So many random values.
-fn random(device: &Device, format: WeightFormat, count: usize) -> Result<Buffer> {
+fn random(device: &Device, format: WeightFormat, count: usize) -> Result<DeviceBuffer> {
     let bytes = checked_mul("bytes", count, format.bytes())?;
-    let period = uploaded(device, &random_bytes(format, PERIOD.min(bytes.next_multiple_of(8)) / format.bytes()))?;
-    let buffer = device.allocate(bytes)?;
-    repeat(device, period.address(), period.bytes().min(bytes), buffer.address(), bytes)?;
+    let period = device.upload(&random_bytes(format, PERIOD.min(bytes.next_multiple_of(8)) / format.bytes()))?;
+    let buffer: DeviceBuffer = device.allocate(bytes)?;
+    repeat(device, period.ptr(), period.bytes().min(bytes), buffer.ptr(), bytes)?;
     Ok(buffer)
 }
 
 /// So many scales, all different from their neighbours.
-fn scales(device: &Device, count: usize) -> Result<Buffer> {
+fn scales(device: &Device, count: usize) -> Result<DeviceBuffer> {
     let values: Vec<f32> = (0..count.clamp(1, 1 << 20)).map(|i| 0.5 + (i * 37 % 101) as f32 / 101.0).collect();
-    let period = uploaded(device, &values)?;
-    let buffer = device.allocate(4 * count.max(1))?;
-    repeat(device, period.address(), period.bytes(), buffer.address(), buffer.bytes())?;
+    let period = device.upload(&values)?;
+    let buffer: DeviceBuffer = device.allocate(4 * count.max(1))?;
+    repeat(device, period.ptr().cast(), period.bytes(), buffer.ptr(), buffer.bytes())?;
     Ok(buffer)
 }

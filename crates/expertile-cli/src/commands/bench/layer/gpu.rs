@@ -12,9 +12,9 @@ use crate::report::progress::Progress;
 use crate::report::stages::{StageReport, explain_shares, whole};
 use crate::report::{format, plot};
 use crate::weights::ExpertWeights;
-use expertile::cuda::measure::{LayerCall, LayerInputs};
-use expertile::cuda::{Device, Layer, LayerConfig};
-use expertile::{Activation, ActivationFormat, Dtype, MatrixRef, Routing};
+use expertile::cuda::measure::{HostInputs, LayerBench};
+use expertile::cuda::{Device, Layer};
+use expertile::{ActivationFormat, LayerConfig, MatrixRef, Routing};
 use serde::Serialize;
 use std::fmt::Write;
 use std::time::Instant;
@@ -69,17 +69,7 @@ pub(super) fn run(args: &Args, runner: &Runner, device: &Device) -> Result<()> {
 fn measure(args: &Args, runner: &Runner, device: &Device) -> Result<Report> {
     let (weights, global_experts, activations) = made_up(args, runner)?;
     let (format, preset, tokens) = (weights.format(), args.sizes.preset, &args.sizes.tokens);
-    let config = LayerConfig {
-        topk: preset.topk(),
-        ids: Dtype::I32,
-        global_experts,
-        input: Dtype::Bf16,
-        output: Dtype::Bf16,
-        activation: Activation::default(),
-        activations,
-        weight_on_input: false,
-        split_k: false,
-    };
+    let config = LayerConfig::new(preset.topk(), global_experts, activations);
     let started = Instant::now();
     let most = tokens.iter().copied().max().unwrap_or(1);
     let layer = device::prepare(device, &weights, config, most)?;
@@ -118,8 +108,8 @@ fn measure_size(device: &Device, layer: &Layer, weights: &MadeUp, limits: &Limit
     let map = first_experts(local, global);
     let expert_map = map.as_deref();
     let routing = Routing::new(MatrixRef::new(&topk_ids, tokens, config.topk)?, local, expert_map)?;
-    let inputs = LayerInputs { tokens, hidden_states, topk_ids: &topk_ids, topk_weights: &topk_weights, expert_map };
-    let call = LayerCall::new(device, layer, &inputs)?;
+    let inputs = HostInputs { tokens, hidden_states, topk_ids: &topk_ids, topk_weights: &topk_weights, expert_map };
+    let call = LayerBench::new(device, layer, &inputs)?;
     call.run()?;
     let times = call.time()?;
     let stages = device::stage_times(layer, &times, &routing)?;

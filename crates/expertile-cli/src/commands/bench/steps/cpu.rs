@@ -119,13 +119,13 @@ impl Steps {
         let layout = Layout::build(plan, routing, space)?;
         done(Stage::Routing);
         let padding = Padding::Untouched;
-        let (permuted, row_scales) = (&mut front[..rows * hidden], ScalesMut::F32(scales));
-        quantize_permute(cpu, hidden_states, None, &layout, *format, padding, permuted, row_scales)?;
+        let (permuted, row_scales) = (&mut front[..rows * hidden], ScalesMut::f32(*format, scales));
+        quantize_permute(cpu, hidden_states, None, &layout, padding, permuted, row_scales)?;
         done(Stage::Permute);
         let activation = Activation::default();
         let (gate_up, activated) = (&back[..rows * shape.w13_rows()], &mut front[..rows * intermediate]);
-        let row_scales = ScalesMut::F32(scales);
-        activate_quantize(cpu, &layout, intermediate, gate_up, &activation, *format, activated, row_scales)?;
+        let row_scales = ScalesMut::f32(*format, scales);
+        activate_quantize(cpu, &layout, intermediate, gate_up, &activation, activated, row_scales)?;
         done(Stage::Activation);
         let rows = MatrixRef::new(&back[..rows * hidden], rows, hidden)?;
         unpermute(cpu, rows, &layout, Some(topk_weights), output)?;

@@ -1,6 +1,8 @@
 //! GEMM kernels for AVX2 with FMA: up to 5 rows by 16 columns in registers, bf16 pairs split into two f32.
 
-use crate::cpu::arch::gemm::{BLOCK_PAIRS, ByteLine, BytePanel, MAX_ROWS, PANEL, PairLine, REBIAS, SHIFTED_BITS, Sums};
+use crate::cpu::arch::panel::{
+    BLOCK_PAIRS, ByteLine, BytePanel, MAX_ROWS, PANEL, PairLine, REBIAS, SHIFTED_BITS, Sums,
+};
 use crate::cpu::arch::portable::{decode_line, split};
 use crate::cpu::arch::{Isa, Level};
 use std::arch::x86_64::*;

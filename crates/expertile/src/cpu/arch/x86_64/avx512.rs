@@ -3,7 +3,7 @@
 //! `vdpbf16ps` multiplies two bf16 pairs into an f32 with its own rounding, and takes bf16 subnormals for zero. No e4m3
 //! value is subnormal in bf16.
 
-use crate::cpu::arch::gemm::{
+use crate::cpu::arch::panel::{
     Ahead, BLOCK_PAIRS, BlockScales, ByteLine, BytePanel, DECODED_UNIT, PairLine, REBIAS, SHIFTED_BITS, Sums,
 };
 use crate::cpu::arch::portable::e4m3_as_bf16;

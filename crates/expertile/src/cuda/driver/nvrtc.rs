@@ -1,13 +1,13 @@
 //! NVRTC, NVIDIA's run-time compiler: found at run time, handed sources from memory, asked for a cubin.
 //!
-//! Loaded by path through `libloading` rather than by cudarc, which looks under fixed names only and panics where it finds
-//! nothing. No toolkit is needed: NVRTC's own library is enough (`pip install nvidia-cuda-nvrtc`, or PyTorch, which brings
-//! it), because the kernels include no header of CUDA's.
+//! Loaded by path through `libloading` rather than by cudarc, which looks under fixed names only and panics where it
+//! finds nothing. No toolkit is needed: NVRTC's own library is enough (`pip install nvidia-cuda-nvrtc`, or PyTorch,
+//! which brings it), because the kernels include no header of CUDA's.
 //!
 //! Looked for in this order: `$EXPERTILE_NVRTC` (the library or its folder), the loader's own path, the toolkit
 //! (`$CUDA_HOME`, `$CUDA_PATH`, `/usr/local/cuda`), and Python environments (`$VIRTUAL_ENV`, `$CONDA_PREFIX`).
 
-use super::kernel::{HEADERS, Source};
+use super::source::{HEADERS, Source};
 use crate::error::{Error, Result};
 use libloading::Library;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};

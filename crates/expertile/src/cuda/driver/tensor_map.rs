@@ -1,24 +1,24 @@
 //! Descriptions of matrices for Hopper's copy engine.
 
-use super::device::check_call;
+use super::check_call;
 use crate::error::{Error, Result};
 use cudarc::driver::sys;
 
 /// Bytes of a row of a box: the width of the swizzle.
-pub(super) const BOX_ROW_BYTES: usize = 128;
+pub(in crate::cuda) const BOX_ROW_BYTES: usize = 128;
 
 /// What the copy engine needs to know of a matrix, as a kernel takes it.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct TensorMap([u64; 16]);
+pub(in crate::cuda) struct TensorMap([u64; 16]);
 
 impl TensorMap {
-    pub(super) const EMPTY: Self = Self([0; 16]);
+    pub(in crate::cuda) const EMPTY: Self = Self([0; 16]);
 
-    /// `matrices` (1, where `rank` is 2) row-major matrices of `rows` by `columns`, one behind the other, of which boxes of `box_rows` rows by 128
-    /// bytes are copied, swizzled. What a box has past an edge is zeros.
+    /// `matrices` (1, where `rank` is 2) row-major matrices of `rows` by `columns`, one behind the other, of which
+    /// boxes of `box_rows` rows by 128 bytes are copied, swizzled. What a box has past an edge is zeros.
     #[allow(unsafe_code)]
-    pub(super) fn encode(
+    pub(in crate::cuda) fn encode(
         address: u64,
         element_bytes: usize,
         rank: u32,
@@ -36,8 +36,8 @@ impl TensorMap {
         let strides = [row_bytes, row_bytes * rows as u64];
         let extents = [(BOX_ROW_BYTES / element_bytes) as u32, box_rows as u32, 1];
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
-        // SAFETY: the lists have as many entries as the matrix has dimensions (one fewer strides) and live for the call,
-        // which only encodes: nothing is read at the address.
+        // SAFETY: the lists have as many entries as the matrix has dimensions (one fewer strides) and live for the
+        // call, which only encodes: nothing is read at the address.
         let result = unsafe {
             sys::cuTensorMapEncodeTiled(
                 &mut map,

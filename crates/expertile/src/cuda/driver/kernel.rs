@@ -1,74 +1,9 @@
-//! Kernels: their sources, what they were compiled with, and the loaded function.
+//! Loaded kernels, and what they take of a multiprocessor.
 
-use super::device::check_call;
+use super::check_call;
 use crate::error::{Error, Result};
 use cudarc::driver::sys;
 use std::ffi::CStr;
-use std::fmt::Write as _;
-
-/// Headers, in memory: compiling reads no file.
-pub(super) const HEADERS: [(&CStr, &str); 13] = [
-    (c"access.cuh", include_str!("kernels/access.cuh")),
-    (c"activation.cuh", include_str!("kernels/activation.cuh")),
-    (c"convert.cuh", include_str!("kernels/convert.cuh")),
-    (c"gemm.cuh", include_str!("kernels/gemm.cuh")),
-    (c"hopper.cuh", include_str!("kernels/hopper.cuh")),
-    (c"quantize.cuh", include_str!("kernels/quantize.cuh")),
-    (c"route.cuh", include_str!("kernels/route.cuh")),
-    (c"rows.cuh", include_str!("kernels/rows.cuh")),
-    (c"scales.cuh", include_str!("kernels/scales.cuh")),
-    (c"search.cuh", include_str!("kernels/search.cuh")),
-    (c"staging.cuh", include_str!("kernels/staging.cuh")),
-    (c"wgmma.cuh", include_str!("kernels/wgmma.cuh")),
-    (c"words.cuh", include_str!("kernels/words.cuh")),
-];
-
-/// A kernel's source file and the values it is specialised for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Source {
-    file: &'static str,
-    text: &'static str,
-    definitions: Vec<(&'static str, i64)>,
-}
-
-impl Source {
-    pub(super) fn new(file: &'static str, text: &'static str, definitions: Vec<(&'static str, i64)>) -> Self {
-        Self { file, text, definitions }
-    }
-
-    /// The source file's name.
-    #[must_use]
-    pub fn file(&self) -> &'static str {
-        self.file
-    }
-
-    pub(super) fn text(&self) -> &'static str {
-        self.text
-    }
-
-    /// The compiler's options. Contraction is off: results are defined one rounding per operation.
-    pub(super) fn options(&self, arch: &str) -> Vec<String> {
-        let mut options: Vec<String> =
-            [&format!("--gpu-architecture={arch}"), "--std=c++17", "--fmad=false", "--ptxas-options=-v"]
-                .map(String::from)
-                .into();
-        options.extend(self.definitions.iter().map(|(name, value)| format!("--define-macro={name}={value}")));
-        options
-    }
-
-    /// Everything that a cubin depends on.
-    pub(super) fn key(&self, arch: &str, compiler: (i32, i32)) -> String {
-        let mut key = format!("nvrtc {}.{}\n", compiler.0, compiler.1);
-        for option in self.options(arch) {
-            let _ = writeln!(key, "{option}");
-        }
-        for (name, text) in HEADERS {
-            let _ = writeln!(key, "== {}\n{text}", name.to_string_lossy());
-        }
-        let _ = writeln!(key, "== {}\n{}", self.file, self.text);
-        key
-    }
-}
 
 /// What a kernel takes of a multiprocessor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,7 +18,7 @@ pub struct Resources {
 
 /// A kernel loaded in its device's context.
 #[derive(Debug)]
-pub(super) struct Kernel {
+pub(in crate::cuda) struct Kernel {
     module: sys::CUmodule,
     function: sys::CUfunction,
     resources: Resources,
@@ -99,13 +34,14 @@ unsafe impl Sync for Kernel {}
 impl Kernel {
     /// Loads a cubin in the current context. A kernel with local memory is refused: on these paths a spill is a defect.
     #[allow(unsafe_code)]
-    pub(super) fn load(file: &'static str, arch: &str, cubin: &[u8], entry: &CStr) -> Result<Self> {
+    pub(in crate::cuda) fn load(file: &'static str, arch: &str, cubin: &[u8], entry: &CStr) -> Result<Self> {
         let refused = |error: Error| Error::Kernel {
             kernel: file,
             arch: arch.into(),
             detail: format!("the driver does not take its cubin of {} bytes: {error}", cubin.len()),
         };
-        // What does not begin as a cubin is text to the driver, which ends with a zero: let there be one, and room to look.
+        // What does not begin as a cubin is text to the driver, which ends with a zero: let there be one, and room to
+        // look.
         let image = [cubin, &[0; 256]].concat();
         let mut module = std::ptr::null_mut();
         let mut function = std::ptr::null_mut();
@@ -129,23 +65,23 @@ impl Kernel {
 
     /// Allows launches with that much dynamic shared memory.
     #[allow(unsafe_code)]
-    pub(super) fn allow_shared_bytes(&self, bytes: u32) -> Result<()> {
+    pub(in crate::cuda) fn allow_shared_bytes(&self, bytes: u32) -> Result<()> {
         let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function is loaded.
         check_call("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(self.function, attribute, bytes as i32) })
     }
 
-    pub(super) fn function(&self) -> sys::CUfunction {
+    pub(in crate::cuda) fn function(&self) -> sys::CUfunction {
         self.function
     }
 
-    pub(super) fn resources(&self) -> Resources {
+    pub(in crate::cuda) fn resources(&self) -> Resources {
         self.resources
     }
 
     /// Unloads the module; nothing may launch the kernel afterwards.
     #[allow(unsafe_code)]
-    pub(super) fn unload(&self) {
+    pub(in crate::cuda) fn unload(&self) {
         // SAFETY: called once: when the device that owns the kernel goes, or at once where another thread's came first.
         unsafe { sys::cuModuleUnload(self.module) };
     }

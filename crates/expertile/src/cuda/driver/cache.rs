@@ -1,14 +1,14 @@
 //! Cubins on disk: a file per kernel, keyed by everything the cubin depends on.
 //!
-//! A file holds its whole key, so two keys of one hash cannot be taken for each other, and a checksum of the cubin, so that
-//! a file cut short is not used. It is written beside its place and renamed into it: a reader sees all of it or none,
-//! whoever else writes at the same time.
+//! A file holds its whole key, so two keys of one hash cannot be taken for each other, and a checksum of the cubin, so
+//! that a file cut short is not used. It is written beside its place and renamed into it: a reader sees all of it or
+//! none, whoever else writes at the same time.
 //!
-//! A cubin is a program, and the driver believes what it says, so what others may have written is not used. A file counts if
-//! it is a regular one (no link, no FIFO), of this process's user or of root, and writable by nobody else; the folder, if
-//! it is one of the two's and not writable by everybody. What is new is created under a random name that must not exist, so
-//! that a link planted in its way is not followed. The checks need an operating system with users and `/proc`; without
-//! `/proc` there is no cache, and on Windows a profile's folder is the user's own.
+//! A cubin is a program, and the driver believes what it says, so what others may have written is not used. A file
+//! counts if it is a regular one (no link, no FIFO), of this process's user or of root, and writable by nobody else;
+//! the folder, if it is one of the two's and not writable by everybody. What is new is created under a random name
+//! that must not exist, so that a link planted in its way is not followed. The checks need an operating system with
+//! users and `/proc`; without `/proc` there is no cache, and on Windows a profile's folder is the user's own.
 
 use std::collections::hash_map::RandomState;
 use std::fs::{self, File, Metadata};

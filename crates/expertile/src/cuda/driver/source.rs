@@ -1,0 +1,68 @@
+//! A kernel's source, what it is specialised for, and the key of its cubin.
+
+use std::ffi::CStr;
+use std::fmt::Write as _;
+
+/// Headers, in memory: compiling reads no file.
+pub(super) const HEADERS: [(&CStr, &str); 13] = [
+    (c"access.cuh", include_str!("../kernels/access.cuh")),
+    (c"activation.cuh", include_str!("../kernels/activation.cuh")),
+    (c"convert.cuh", include_str!("../kernels/convert.cuh")),
+    (c"gemm.cuh", include_str!("../kernels/gemm.cuh")),
+    (c"hopper.cuh", include_str!("../kernels/hopper.cuh")),
+    (c"quantize.cuh", include_str!("../kernels/quantize.cuh")),
+    (c"route.cuh", include_str!("../kernels/route.cuh")),
+    (c"rows.cuh", include_str!("../kernels/rows.cuh")),
+    (c"scales.cuh", include_str!("../kernels/scales.cuh")),
+    (c"search.cuh", include_str!("../kernels/search.cuh")),
+    (c"staging.cuh", include_str!("../kernels/staging.cuh")),
+    (c"wgmma.cuh", include_str!("../kernels/wgmma.cuh")),
+    (c"words.cuh", include_str!("../kernels/words.cuh")),
+];
+
+/// A kernel's source file and the values it is specialised for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    file: &'static str,
+    text: &'static str,
+    definitions: Vec<(&'static str, i64)>,
+}
+
+impl Source {
+    pub(in crate::cuda) fn new(file: &'static str, text: &'static str, definitions: Vec<(&'static str, i64)>) -> Self {
+        Self { file, text, definitions }
+    }
+
+    /// The source file's name.
+    #[must_use]
+    pub fn file(&self) -> &'static str {
+        self.file
+    }
+
+    pub(super) fn text(&self) -> &'static str {
+        self.text
+    }
+
+    /// The compiler's options. Contraction is off: results are defined one rounding per operation.
+    pub(super) fn options(&self, arch: &str) -> Vec<String> {
+        let mut options: Vec<String> =
+            [&format!("--gpu-architecture={arch}"), "--std=c++17", "--fmad=false", "--ptxas-options=-v"]
+                .map(String::from)
+                .into();
+        options.extend(self.definitions.iter().map(|(name, value)| format!("--define-macro={name}={value}")));
+        options
+    }
+
+    /// Everything that a cubin depends on.
+    pub(super) fn key(&self, arch: &str, compiler: (i32, i32)) -> String {
+        let mut key = format!("nvrtc {}.{}\n", compiler.0, compiler.1);
+        for option in self.options(arch) {
+            let _ = writeln!(key, "{option}");
+        }
+        for (name, text) in HEADERS {
+            let _ = writeln!(key, "== {}\n{text}", name.to_string_lossy());
+        }
+        let _ = writeln!(key, "== {}\n{}", self.file, self.text);
+        key
+    }
+}

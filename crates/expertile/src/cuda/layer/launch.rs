@@ -1,0 +1,278 @@
+//! What a call of the layer launches, stage by stage.
+
+use super::choice::{LayerChoice, LayerParts};
+use super::{Layer, LayerCall};
+use crate::cuda::activation::ActivateCall;
+use crate::cuda::arguments::require_columns;
+use crate::cuda::call::{DeviceMatrix, RoutingPtrs, RowsPtrs};
+use crate::cuda::driver::{Device, DevicePtr, Stream};
+use crate::cuda::gemm::GemmCall;
+use crate::cuda::permute::{Permute, PermuteCall, PermuteConfig};
+use crate::cuda::quantize_permute::{QuantizePermute, QuantizePermuteCall};
+use crate::cuda::route::{Route, RouteCall};
+use crate::cuda::unpermute::UnpermuteCall;
+use crate::cuda::weights::Weights;
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::gemm::ActivationFormat;
+use crate::layer::{LayerConfig, LayerShape, Stage};
+use crate::layout::Padding;
+use std::collections::HashMap;
+use std::hash::Hash;
+
+/// The steps from hidden states to rows in their places, one for each row tile: kernels are shared.
+#[derive(Debug)]
+pub(super) enum Entry {
+    /// Quantized, routing included.
+    Quantized(HashMap<usize, QuantizePermute>),
+    /// As they are, after the routing.
+    Plain { route: HashMap<usize, Route>, permute: Box<Permute> },
+}
+
+/// A call, checked, and where the parts of its workspace are.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::cuda) struct CheckedCall<'a> {
+    choice: LayerChoice,
+    parts: LayerParts,
+    operands: &'a LayerCall,
+}
+
+impl Layer {
+    /// Whether a stage has launches of its own: routing is part of permute where rows are quantized, and the
+    /// activation may be of GEMM 1.
+    pub(in crate::cuda) fn has_stage(&self, call: &CheckedCall<'_>, stage: Stage) -> bool {
+        match stage {
+            Stage::Routing => matches!(self.entry, Entry::Plain { .. }),
+            Stage::Activation => !call.choice.activation_inside_gemm1,
+            Stage::Shared => false,
+            _ => true,
+        }
+    }
+
+    /// Checks everything that a call's launches ask for.
+    pub(in crate::cuda) fn call<'a>(&self, operands: &'a LayerCall) -> Result<CheckedCall<'a>> {
+        let LayerCall { tokens, hidden_states, routing, topk_weights, output, state, workspace } = operands;
+        let (choice, offsets) = self.choose(*tokens)?;
+        let call = CheckedCall { choice, parts: offsets.at(*workspace, &choice)?, operands };
+        state.require_aligned("state", 16)?;
+        self.check_routing(routing)?;
+        if *tokens > 0 {
+            output.require_aligned("output", 16)?;
+            check_matrix("hidden_states", hidden_states, self.shape.hidden(), *tokens, (2, 16))?;
+            check_matrix("topk_weights", topk_weights, self.config.topk, *tokens, (4, 4))?;
+            routing.ids.ptr.require_aligned("topk_ids", self.config.ids.bytes() as u64)?;
+        }
+        Ok(call)
+    }
+
+    fn check_routing(&self, routing: &RoutingPtrs) -> Result<()> {
+        let (experts, global) = (self.shape.local_experts(), self.config.global_experts);
+        if routing.global_experts != global {
+            return Err(Error::value("global_experts", routing.global_experts, format!("{global}, as prepared")));
+        }
+        if routing.expert_map.is_none() && global != experts {
+            return Err(Error::value("global_experts", global, format!("{experts} without an expert map")));
+        }
+        if let Some(map) = routing.expert_map {
+            map.require_aligned("expert_map", 4)?;
+        }
+        Ok(())
+    }
+
+    /// Queues one stage of a call.
+    ///
+    /// # Safety
+    /// As [`Layer::launch`]; the stages before it were queued.
+    #[allow(unsafe_code)]
+    pub(in crate::cuda) unsafe fn launch_stage(
+        &self,
+        stream: Stream,
+        call: &CheckedCall<'_>,
+        stage: Stage,
+    ) -> Result<()> {
+        if call.choice.plan.tokens() == 0 || !self.has_stage(call, stage) {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise; the parts were carved for this call.
+        unsafe {
+            match stage {
+                Stage::Routing => self.entry.route(stream, call),
+                // No layer on a GPU has one.
+                Stage::Shared => Ok(()),
+                Stage::Permute => self.entry.permute(stream, call),
+                Stage::Gemm1 => self.gemm1(stream, call),
+                Stage::Activation => self.activate.launch(stream, &call.activation(self.shape.local_experts())),
+                Stage::Gemm2 => self.gemm2(stream, call),
+                Stage::Unpermute => self.unpermute.launch(stream, &call.unpermute()),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Layer::launch_stage`].
+    #[allow(unsafe_code)]
+    unsafe fn gemm1(&self, stream: Stream, call: &CheckedCall<'_>) -> Result<()> {
+        let LayerParts { front, front_scales, activated, activated_scales, back, .. } = call.parts;
+        let inside = call.choice.activation_inside_gemm1;
+        let (out, out_scales) = if inside { (activated, activated_scales) } else { (back.cast(), None) };
+        let gemm = call.gemm(&self.w13, (front, front_scales), (out, out_scales));
+        // SAFETY: the caller's promise.
+        unsafe { prepared(&self.gemms, &(call.choice.gemm1, inside)).launch(stream, &gemm) }
+    }
+
+    /// # Safety
+    /// As [`Layer::launch_stage`].
+    #[allow(unsafe_code)]
+    unsafe fn gemm2(&self, stream: Stream, call: &CheckedCall<'_>) -> Result<()> {
+        let LayerParts { activated, activated_scales, back, second_worklist, .. } = call.parts;
+        let mut gemm = call.gemm(&self.w2, (activated, activated_scales), (back.cast(), None));
+        if let Some(second) = second_worklist {
+            (gemm.header, gemm.worklist) = (second.header, second.worklist);
+        }
+        // SAFETY: the caller's promise.
+        unsafe { prepared(&self.gemms, &(call.choice.gemm2, false)).launch(stream, &gemm) }
+    }
+}
+
+impl Entry {
+    pub(super) fn prepare(
+        device: &Device,
+        shape: &LayerShape,
+        config: &LayerConfig,
+        row_tiles: &[usize],
+    ) -> Result<Self> {
+        if config.activation_format == ActivationFormat::E4m3 {
+            let prepare = |tile| QuantizePermute::prepare(device, config.quantize_permute(shape, tile));
+            return Ok(Self::Quantized(each(row_tiles, prepare)?));
+        }
+        let permute = PermuteConfig {
+            topk: config.topk,
+            hidden: shape.hidden(),
+            dtype: Dtype::Bf16,
+            scales: None,
+            padding: Padding::Untouched,
+            alignment_bytes: 16,
+        };
+        Ok(Self::Plain {
+            route: each(row_tiles, |tile| Route::prepare(device, config.route(tile)))?,
+            permute: Box::new(Permute::prepare(device, permute)?),
+        })
+    }
+
+    /// # Safety
+    /// As [`Layer::launch_stage`].
+    #[allow(unsafe_code)]
+    unsafe fn route(&self, stream: Stream, call: &CheckedCall<'_>) -> Result<()> {
+        let Self::Plain { route, .. } = self else { return Ok(()) };
+        let LayerCall { routing, state, workspace, .. } = *call.operands;
+        let LayerParts { layout, second_worklist, .. } = &call.parts;
+        let steps = RouteCall { plan: call.choice.plan, routing, layout: *layout, state, workspace };
+        // SAFETY: the caller's promise.
+        unsafe { prepared(route, &call.choice.row_tile).launch_with(stream, &steps, second_worklist.as_ref()) }
+    }
+
+    /// # Safety
+    /// As [`Layer::launch_stage`].
+    #[allow(unsafe_code)]
+    unsafe fn permute(&self, stream: Stream, call: &CheckedCall<'_>) -> Result<()> {
+        let LayerChoice { plan, row_tile, .. } = call.choice;
+        let LayerCall { routing, state, workspace, .. } = *call.operands;
+        let LayerParts { layout, second_worklist, .. } = call.parts;
+        let rows = call.rows();
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::Quantized(steps) => {
+                    let call = QuantizePermuteCall { plan, routing, rows, layout, state, workspace };
+                    prepared(steps, &row_tile).launch_with(stream, &call, second_worklist.as_ref())
+                }
+                Self::Plain { permute, .. } => permute.launch(stream, &PermuteCall { plan, rows, layout }),
+            }
+        }
+    }
+}
+
+impl CheckedCall<'_> {
+    fn rows(&self) -> RowsPtrs {
+        RowsPtrs {
+            x: self.operands.hidden_states,
+            x_scales: None,
+            weights: Some(self.operands.topk_weights),
+            out: self.parts.front,
+            scales: self.parts.front_scales.map(DevicePtr::cast),
+        }
+    }
+
+    /// A GEMM over GEMM 1's worklist.
+    fn gemm<'w>(
+        &self,
+        weights: &'w Weights,
+        (rows, scales): (DevicePtr, Option<DevicePtr<f32>>),
+        (out, out_scales): (DevicePtr, Option<DevicePtr<f32>>),
+    ) -> GemmCall<'w> {
+        let LayerParts { layout, .. } = self.parts;
+        GemmCall {
+            weights,
+            rows,
+            scales,
+            out,
+            out_scales,
+            header: layout.header,
+            worklist: layout.worklist,
+            psum: layout.psum,
+            m_sum: self.choice.plan.m_sum(),
+            alignment: self.choice.plan.alignment(),
+        }
+    }
+
+    fn activation(&self, local_experts: usize) -> ActivateCall {
+        let LayerParts { layout, activated, activated_scales, back, .. } = self.parts;
+        let plan = &self.choice.plan;
+        ActivateCall {
+            gate_up: back,
+            psum: layout.psum,
+            out: activated,
+            scales: activated_scales.map(DevicePtr::cast),
+            local_experts,
+            alignment: plan.alignment(),
+            m_sum: plan.m_sum(),
+        }
+    }
+
+    fn unpermute(&self) -> UnpermuteCall {
+        UnpermuteCall {
+            rows: self.parts.back.cast(),
+            inv_perm: self.parts.layout.inv_perm,
+            weights: Some(self.operands.topk_weights),
+            out: self.operands.output,
+            tokens: self.choice.plan.tokens(),
+            m_sum: self.choice.plan.m_sum(),
+        }
+    }
+}
+
+/// Fails unless a matrix has its columns next to each other and its rows where kernels read them.
+fn check_matrix<T>(
+    argument: &'static str,
+    matrix: &DeviceMatrix<T>,
+    cols: usize,
+    rows: usize,
+    (element_bytes, row_bytes): (usize, usize),
+) -> Result<()> {
+    matrix.ptr.require_aligned(argument, row_bytes as u64)?;
+    require_columns(argument, matrix, cols)?;
+    if rows > 1 && !(matrix.row_stride * element_bytes).is_multiple_of(row_bytes) {
+        let actual = vec![matrix.row_stride, matrix.col_stride];
+        return Err(Error::Stride { argument, actual, expected: format!("rows {row_bytes} bytes apart") });
+    }
+    Ok(())
+}
+
+fn each<K: Copy + Eq + Hash, V>(keys: &[K], prepare: impl Fn(K) -> Result<V>) -> Result<HashMap<K, V>> {
+    keys.iter().map(|&key| Ok((key, prepare(key)?))).collect()
+}
+
+/// What `choices` found has been prepared, and a call chooses nothing else.
+fn prepared<'a, K: Eq + Hash, V>(all: &'a HashMap<K, V>, key: &K) -> &'a V {
+    all.get(key).expect("every choice of up to max_tokens tokens is prepared")
+}
