@@ -217,7 +217,8 @@ fn a_call_of_minutes_ends_at_once() {
         let started = Instant::now();
         kill(&child, name);
         assert_eq!(child.wait().unwrap().signal(), Some(signal));
-        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        // Seconds on a busy machine, where the work itself takes minutes.
+        assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
     }
 }
 
