@@ -1,4 +1,4 @@
-"""Fits what a choice of tiles goes by to sweeps of `expertile bench --device cuda:0 tiles --json FILE`, and judges it by others.
+"""Fits what a choice of tiles goes by to sweeps of `expertile bench tiles --device cuda:0 --json FILE`, and judges it by others.
 
     fit_costs.py --fit tiles-1.json tiles-3.json --judge tiles-2.json --write crates/expertile/src/cuda/cost/table.rs
 

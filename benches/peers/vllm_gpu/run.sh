@@ -48,18 +48,18 @@ for name in "$@"; do
         done ;;
     tiles)
         for seed in ${SEEDS:-1}; do
-            part "tiles-$seed" 250 "$folder/expertile" bench --device cuda:0 tiles --seed "$seed" --json "$out/tiles-$seed.json" ${TILES:-}
+            part "tiles-$seed" 250 "$folder/expertile" bench tiles --device cuda:0 --seed "$seed" --json "$out/tiles-$seed.json" ${TILES:-}
             grep -E "^[0-9t]|%" "$out/tiles-$seed.log" | tr -d '│┆' | tr -s ' '
         done ;;
     promise)
         for experts in 1 2 4; do
-            part "promise-$experts" 60 "$folder/expertile" bench --device cuda:0 tiles --experts "$experts" --draws 24 \
+            part "promise-$experts" 60 "$folder/expertile" bench tiles --device cuda:0 --experts "$experts" --draws 24 \
                 --json "$out/promise-$experts.json"
             tail -n 2 "$out/promise-$experts.log"
         done ;;
     split)
         for shape in deepseek-v3:256 qwen3-235b-a22b:384; do
-            part "split-${shape%%:*}" 120 "$folder/expertile" bench --device cuda:0 layer --preset "${shape%%:*}" --weights e4m3 \
+            part "split-${shape%%:*}" 120 "$folder/expertile" bench layer --device cuda:0 --preset "${shape%%:*}" --weights e4m3 \
                 --intermediate "${shape##*:}" --tokens "${SPLIT_TOKENS:-777,1024,4096,5000,8192}" --json "$out/split-${shape%%:*}.json"
             grep -E "layer|tokens:|gemm" "$out/split-${shape%%:*}.log" | tr -d '│┆' | tr -s ' '
         done ;;

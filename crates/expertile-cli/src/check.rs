@@ -17,9 +17,9 @@
 //! probability below 1/1000 if `t = ln(1000 n)`. That factor, or 2 if it is less, is what a row and an expert are allowed;
 //! the whole, which adds up the errors of all its rows, is one draw with `k` times as many.
 
-use crate::layer::Parts;
-use crate::progress::Progress;
-use crate::stages::Inputs;
+use crate::call::Inputs;
+use crate::parts::Parts;
+use crate::report::progress::Progress;
 use crate::weights::{ExpertWeights, expert_w13_row};
 use expertile::{Activation, ActivationFormat};
 use expertile_oracle::activation as oracle_activation;

@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 use crate::machine::{Bandwidth, Limits};
 use crate::memory;
-use crate::progress::Progress;
-use crate::stages::StageTime;
+use crate::report::progress::Progress;
+use crate::report::stages::StageTime;
 use crate::weights::{self, ExpertWeights};
 use expertile::cuda::measure::{LayerTimes, copy_bytes_per_second, matrix_flops_per_second};
 use expertile::cuda::{Device, Info, Layer, LayerChoice};
@@ -131,7 +131,7 @@ impl Choice {
         let gemms =
             if gemm1 == gemm2 { format!("both gemms {gemm1}") } else { format!("gemm1 {gemm1}; gemm2 {gemm2}") };
         let inside = if self.activation_inside_gemm1 { "; activation inside gemm1" } else { "" };
-        let workspace = crate::format::bytes(self.workspace_bytes as u64);
+        let workspace = crate::report::format::bytes(self.workspace_bytes as u64);
         format!("{launches} launches, {m_sum} rows aligned to {alignment}, workspace {workspace}; {gemms}{inside}")
     }
 }

@@ -1,6 +1,6 @@
 //! Why the command stops, and with which exit code.
 
-use crate::format::bytes;
+use crate::report::format::bytes;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 

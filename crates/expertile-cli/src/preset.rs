@@ -125,11 +125,11 @@ impl MadeUp {
             return Err(Error::usage(format!(
                 "{} needs {topk} experts of {} in memory, which holds {fit}",
                 preset.name(),
-                crate::format::bytes(expert_bytes)
+                crate::report::format::bytes(expert_bytes)
             )));
         }
         if fit < asked {
-            let bytes = crate::format::bytes(expert_bytes.saturating_mul(asked as u64));
+            let bytes = crate::report::format::bytes(expert_bytes.saturating_mul(asked as u64));
             output::tell(&format!("note: {asked} experts take {bytes}, more than the memory available; using {fit}"));
         }
         let shape = LayerShape::new(hidden, intermediate, fit)?;
@@ -154,7 +154,7 @@ impl MadeUp {
         let hidden = self.shape.hidden();
         let budget = memory::budget().map_or(u64::MAX, |budget| budget.bytes);
         let values = tokens.checked_mul(hidden).filter(|&values| values as u64 <= budget / 4).ok_or_else(|| {
-            let budget = crate::format::bytes(budget);
+            let budget = crate::report::format::bytes(budget);
             Error::usage(format!(
                 "--tokens is {tokens}, expected fewer: [{tokens}, {hidden}] does not fit into {budget} of memory"
             ))

@@ -79,7 +79,7 @@ mod unix {
     pub(crate) fn name_mapped_files<'a>(files: impl Iterator<Item = (&'a Path, Range<usize>)>) {
         let line = |file: &Path| {
             let line = format!("{} cannot be read: it was cut short, or its disk failed, while in use", file.display());
-            format!("error: {}\n", crate::output::one_line(&line)).into_bytes()
+            format!("error: {}\n", crate::report::text::one_line(&line)).into_bytes()
         };
         let _ = MAPPED.set(files.map(|(file, addresses)| (addresses, line(file))).collect());
     }

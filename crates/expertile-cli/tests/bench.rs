@@ -6,7 +6,11 @@ use common::{json, succeed};
 use serde_json::Value;
 use std::path::Path;
 
-const SMALL: [&str; 9] = ["bench", "--preset", "qwen3-30b-a3b", "--experts", "8", "--tokens", "1,3", "--repeat", "2"];
+const SMALL: [&str; 8] = ["--preset", "qwen3-30b-a3b", "--experts", "8", "--tokens", "1,3", "--repeat", "2"];
+
+fn layer<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    [&["bench", "layer"], &SMALL[..], more].concat()
+}
 
 fn check(report: &Value, weights: &str) {
     assert_eq!(report["weights"], weights);
@@ -33,9 +37,9 @@ fn check(report: &Value, weights: &str) {
 #[test]
 fn every_stage_of_every_size_is_timed() {
     let folder = tempfile::tempdir().unwrap();
-    check(&json(folder.path(), &SMALL), "bf16");
+    check(&json(folder.path(), &layer(&[])), "bf16");
     let files = ["--weights", "e4m3", "--activations", "bf16", "--json", "bench.json", "--plot", "bench.svg"];
-    let text = succeed(folder.path(), &[&SMALL[..], &files].concat());
+    let text = succeed(folder.path(), &layer(&files));
     for part in ["tokens", "permute", "gemm1", "of limit", "of memcpy", "layer", "e4m3 weights, bf16 activations"] {
         assert!(text.contains(part), "{part}: {text}");
     }
@@ -46,9 +50,38 @@ fn every_stage_of_every_size_is_timed() {
 }
 
 #[test]
+fn the_steps_around_the_gemms_need_no_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let steps = [&["bench", "steps"], &SMALL[..], &["--plot", "steps.svg"]].concat();
+    let report = json(folder.path(), &steps);
+    assert!(report.get("weight_bytes").is_none());
+    for size in report["sizes"].as_array().unwrap() {
+        let stages: Vec<&Value> = size["stages"].as_array().unwrap().iter().map(|stage| &stage["stage"]).collect();
+        assert_eq!(serde_json::json!(stages), serde_json::json!(["routing", "permute", "activation", "unpermute"]));
+        assert!(size["total"]["seconds"].as_f64().unwrap() > 0.0 && size["total"]["bytes"].as_u64().unwrap() > 0);
+    }
+    let svg = std::fs::read_to_string(folder.path().join("steps.svg")).unwrap();
+    assert!(svg.contains("Time of the steps around the GEMMs") && !svg.contains("gemm"));
+}
+
+#[test]
+fn rows_of_experts_that_are_elsewhere_are_left_out() {
+    for what in ["layer", "steps"] {
+        let asked = ["bench", what, "--experts", "16", "--local-experts", "8", "--tokens", "40", "--repeat", "1"];
+        let report = json(Path::new("."), &asked);
+        assert_eq!((&report["experts"], &report["global_experts"]), (&Value::from(8), &Value::from(16)));
+        let live = report["sizes"][0]["live_rows"].as_u64().unwrap();
+        assert!((100..220).contains(&live), "{what}: half of 320 slots, more or less: {live}");
+        assert_eq!(report["sizes"][0]["active_experts"], 8);
+    }
+    let narrow = ["bench", "layer", "--experts", "8", "--intermediate", "128", "--tokens", "2", "--repeat", "1"];
+    assert_eq!(json(Path::new("."), &narrow)["intermediate"], 128);
+}
+
+#[test]
 fn bad_input_is_one_line_and_exit_code_2() {
     let refuse = |arguments: &[&str], part: &str| {
-        common::refuse(Path::new("."), &[&["bench"], arguments].concat(), part);
+        common::refuse(Path::new("."), &[&["bench", "layer"], arguments].concat(), part);
     };
     refuse(&["--tokens", "1,0"], "--tokens holds 0, expected sizes of at least 1");
     refuse(&["--tokens", "1,x"], "invalid value 'x'");
@@ -56,12 +89,20 @@ fn bad_input_is_one_line_and_exit_code_2() {
     refuse(&["--activations", "e4m3"], "--activations is e4m3, expected bf16");
     refuse(&["--preset", "llama"], "qwen3-30b-a3b");
     refuse(&["--threads", "0"], "--threads is 0");
-    refuse(&["--local-experts", "8"], "--local-experts goes with --device cuda:N layer only");
-    refuse(&["--device", "cuda:0", "--local-experts", "8"], "--local-experts goes with --device cuda:N layer only");
-    refuse(&["--device", "cuda:0", "--weights", "bf16"], "--weights bf16 goes with --device cuda:N layer or cpu only");
-    refuse(&["layer", "--device", "cuda:0", "--plot", "a.svg"], "--plot goes with --device cpu only");
+    refuse(&["--local-experts", "7"], "--local-experts is 7, expected 8 to 128");
+    refuse(&["--local-experts", "129"], "--local-experts is 129, expected 8 to 128");
     refuse(&["--device", "cuda:0", "--repeat", "9"], "--repeat goes with --device cpu only");
-    refuse(&["layer", "--device", "cuda:99"], "cuda is");
-    refuse(&["everything"], "invalid value 'everything'");
+    refuse(&["--device", "cuda:0", "--isa", "avx2"], "--isa goes with --device cpu only");
+    refuse(&["--device", "cuda:99"], "cuda is");
     refuse(&["--experts", "2"], "--experts is 2, expected at least 8");
+    refuse(&["--intermediate", "100", "--weights", "e4m3", "--activations", "e4m3"], "intermediate is 100, expected a");
+    let refuse = |arguments: &[&str], part: &str| {
+        common::refuse(Path::new("."), &[&["bench"], arguments].concat(), part);
+    };
+    refuse(&["everything"], "unrecognized subcommand 'everything'");
+    refuse(&["layers"], "similar subcommand");
+    refuse(&["steps", "--weights", "bf16"], "unexpected argument '--weights'");
+    refuse(&["tiles", "--device", "cpu"], "--device is cpu, expected cuda:N");
+    refuse(&["tiles", "--experts", "0"], "--experts is 0, expected 1 to 512");
+    refuse(&["tiles", "--device", "cuda:99"], "cuda is");
 }

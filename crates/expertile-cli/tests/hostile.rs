@@ -90,6 +90,7 @@ fn word(random: &mut Random) -> &'static str {
         "sm90",
         "vllm-fork",
         "steps",
+        "tiles",
         "layer",
         "qwen3-30b-a3b",
         "mixtral-8x7b",
@@ -289,6 +290,7 @@ fn arguments(random: &mut Random) -> Vec<&'static str> {
         _ => {
             line.extend([
                 "bench",
+                random.of(&["layer", "steps"]),
                 "--experts",
                 "8",
                 "--tokens",

@@ -112,7 +112,7 @@ fn shapes_that_no_memory_holds_are_refused_before_they_are_walked() {
     assert!(
         fail(folder.path(), &preset, 2).contains("--tokens is 1000000000, expected fewer: [1000000000, 2048] does")
     );
-    let many = ["bench", "--experts", "8", "--tokens", "1000000000"];
+    let many = ["bench", "layer", "--experts", "8", "--tokens", "1000000000"];
     let line = fail(folder.path(), &many, 2);
     assert!(line.contains(" of memory, expected at most ") && line.contains("leaves"), "{line}");
 }

@@ -345,7 +345,7 @@ fn bad_input_is_one_line_and_exit_code_2() {
     refuse("--preset gpt-5", "qwen3-30b-a3b, deepseek-v3, qwen3-235b-a22b, mixtral-8x7b");
     refuse("--preset qwen3-30b-a3b --experts 4", "--experts is 4, expected at least 8");
     refuse("--preset qwen3-30b-a3b --experts 8 --tokens 99999999999999999", "--tokens is 99999999999999999");
-    refuse("--preset qwen3-30b-a3b --weights f32", "expected e4m3 or bf16");
+    refuse("--preset qwen3-30b-a3b --weights f32", "weights is \"f32\", expected one of e4m3, bf16");
     refuse("--preset qwen3-30b-a3b --activations e4m3", "--activations is e4m3, expected bf16: the weights are bf16");
     refuse("--preset qwen3-30b-a3b --experts 8 --threads 0", "--threads is 0, expected 1 to ");
     refuse("--preset qwen3-30b-a3b --experts 8 --isa sse9", "isa is \"sse9\", expected one of portable");
@@ -357,6 +357,9 @@ fn bad_input_is_one_line_and_exit_code_2() {
     refuse("--model . --layer 7 --input in.safetensors", "layer is 7, expected below 2");
     refuse("--model . --layer 1 --input in.safetensors --parts all", "expected routed, shared or routed,shared");
     refuse("--model . --layer 1 --input in.safetensors --router f16", "expected f32 or bf16");
+    for option in ["--experts 8", "--seed 2", "--weights bf16", "--tokens 4"] {
+        refuse(&format!("--model . --layer 1 --input in.safetensors {option}"), "cannot be used with");
+    }
     refuse("--preset qwen3-30b-a3b --experts 8 --tokens 1 --parts shared", "--parts is shared, expected routed");
     refuse("--model . --layer 1 --input none.safetensors", "none.safetensors cannot be read");
     refuse("--model . --layer 1 --input config.json", "config.json: header length is");

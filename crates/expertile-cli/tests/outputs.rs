@@ -168,7 +168,7 @@ fn what_cannot_be_written_is_found_before_the_work() {
         assert!(line.contains(part), "{target}: {line}");
         assert_eq!(contents(folder.path()), before, "{target}");
     }
-    let bench = ["bench", "--preset", "qwen3-30b-a3b", "--experts", "8", "--tokens", "1"];
+    let bench = ["bench", "layer", "--preset", "qwen3-30b-a3b", "--experts", "8", "--tokens", "1"];
     let line = fail(folder.path(), &[&bench[..], &["--json", "a", "--plot", "./a"]].concat(), 2);
     assert!(line.contains("--plot is ./a, expected another file than --json"), "{line}");
     let line = fail(folder.path(), &[&bench[..], &["--json", "no/a"]].concat(), 2);
@@ -209,14 +209,16 @@ fn a_signal_ends_the_call_at_once_and_leaves_nothing() {
 fn a_call_of_minutes_ends_at_once() {
     let folder = tempfile::tempdir().unwrap();
     for (name, signal) in [("INT", 2), ("TERM", 15)] {
-        let arguments = ["bench", "--preset", "deepseek-v3", "--experts", "8", "--tokens", "4096", "--threads", "2"];
+        let arguments =
+            ["bench", "layer", "--preset", "deepseek-v3", "--experts", "8", "--tokens", "4096", "--threads", "2"];
         let mut command = Command::new(env!("CARGO_BIN_EXE_expertile"));
         let mut child = command.current_dir(folder.path()).args(arguments).stdout(Stdio::null()).spawn().unwrap();
         std::thread::sleep(Duration::from_millis(700));
         let started = Instant::now();
         kill(&child, name);
         assert_eq!(child.wait().unwrap().signal(), Some(signal));
-        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        // Seconds on a busy machine, where the work itself takes minutes.
+        assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
     }
 }
 

@@ -5,6 +5,7 @@
 
 use crate::error::{Error, Result};
 use std::fmt;
+use std::str::FromStr;
 
 /// How the rows of gate and up stand in a tensor that holds both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -67,6 +68,9 @@ pub enum WeightFormat {
 }
 
 impl WeightFormat {
+    /// Every format.
+    pub const ALL: [Self; 2] = [Self::E4m3, Self::Bf16];
+
     /// The name that messages and tables print.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -86,6 +90,14 @@ impl WeightFormat {
     }
 }
 
+impl FromStr for WeightFormat {
+    type Err = Error;
+    fn from_str(name: &str) -> Result<Self> {
+        let named = Self::ALL.into_iter().find(|format| format.name() == name);
+        named.ok_or_else(|| Error::Name { argument: "weights", actual: name.into(), expected: "e4m3, bf16" })
+    }
+}
+
 impl fmt::Display for WeightFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
@@ -102,6 +114,9 @@ pub enum ActivationFormat {
 }
 
 impl ActivationFormat {
+    /// Every format.
+    pub const ALL: [Self; 2] = [Self::E4m3, Self::Bf16];
+
     /// The name that messages and tables print.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -109,6 +124,14 @@ impl ActivationFormat {
             Self::E4m3 => "e4m3",
             Self::Bf16 => "bf16",
         }
+    }
+}
+
+impl FromStr for ActivationFormat {
+    type Err = Error;
+    fn from_str(name: &str) -> Result<Self> {
+        let named = Self::ALL.into_iter().find(|format| format.name() == name);
+        named.ok_or_else(|| Error::Name { argument: "activations", actual: name.into(), expected: "e4m3, bf16" })
     }
 }
 

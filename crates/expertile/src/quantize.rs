@@ -13,6 +13,7 @@
 
 use crate::dtype::E4m3;
 use crate::error::{Error, Result, checked_mul};
+use std::str::FromStr;
 
 /// `amax` is never below this, so that a group of zeros has a finite reciprocal (the reference's floor).
 pub const AMAX_FLOOR: f32 = 1e-10;
@@ -58,6 +59,32 @@ pub enum ScaleLayout {
     MnMajor,
     /// UE8M0 exponent bytes, four to an i32: byte `g % 4` of the word at `r + (g / 4) * round_up(M_sum, 4)`.
     PackedUe8m0,
+}
+
+impl ScaleLayout {
+    /// Every layout.
+    pub const ALL: [Self; 3] = [Self::RowMajor, Self::MnMajor, Self::PackedUe8m0];
+
+    /// The name that messages and options use.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::RowMajor => "row_major",
+            Self::MnMajor => "mn_major",
+            Self::PackedUe8m0 => "packed_ue8m0",
+        }
+    }
+}
+
+impl FromStr for ScaleLayout {
+    type Err = Error;
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|layout| layout.name() == name).ok_or_else(|| Error::Name {
+            argument: "scale_layout",
+            actual: name.into(),
+            expected: "row_major, mn_major, packed_ue8m0",
+        })
+    }
 }
 
 /// Which value a scale takes.

@@ -138,6 +138,19 @@ impl<'a> Routing<'a> {
         }
     }
 
+    /// The local expert of every slot `[M, topk]`, row by row; `None` for an empty or non-local one.
+    pub fn slots(&self) -> impl Iterator<Item = Option<usize>> + '_ {
+        (0..self.tokens()).flat_map(move |token| (0..self.topk()).map(move |slot| self.local_expert(token, slot)))
+    }
+
+    /// How many of the `E` experts have a token.
+    #[must_use]
+    pub fn active_experts(&self) -> usize {
+        let mut active = vec![false; self.local_experts];
+        self.slots().flatten().for_each(|expert| active[expert] = true);
+        active.into_iter().filter(|&active| active).count()
+    }
+
     /// Writes `expert_num_tokens [E]`: live rows per local expert, unaligned.
     ///
     /// # Errors
@@ -186,6 +199,10 @@ mod tests {
         let mut counts = [9; 3];
         routing.count_expert_num_tokens(&mut counts).unwrap();
         assert_eq!(counts, [3, 1, 9]);
+        let slots: Vec<_> = routing.slots().collect();
+        assert_eq!(slots, [Some(1), Some(0), None, None, Some(0), Some(0)]);
+        assert_eq!(routing.active_experts(), 2);
+        assert_eq!(Routing::new(ids(&data, 2), 9, None).unwrap().active_experts(), 3);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::require;
 use crate::error::Result;
-use crate::layer::Parts;
+use crate::parts::Parts;
 use crate::weights::ExpertWeights;
 use expertile::cpu::grouped_gemm_workspace_bytes;
 use expertile::gemm::WEIGHT_BLOCK;
@@ -87,7 +87,7 @@ impl LayerMemory {
             WeightPlace::Device => ("the layer's host side", ["a matrix to upload", "tokens and output"]),
         };
         let parts = [(names[0], weights), (names[1], call)];
-        let parts = parts.map(|(name, bytes)| format!("{name} {}", crate::format::bytes(saturate(bytes))));
+        let parts = parts.map(|(name, bytes)| format!("{name} {}", crate::report::format::bytes(saturate(bytes))));
         require(&format!("{what} ({})", parts.join(", ")), weights.saturating_add(call))
     }
 

@@ -5,7 +5,7 @@
 //! are depends on how tokens choose experts, which nobody knows beforehand: a cut is judged by two guesses together, that all
 //! experts are as likely, and that they are as likely as 1, 1/2, 1/3, ...
 //!
-//! The constants were fitted to what an H200 took for layers drawn at random (`expertile bench --device cuda:0 tiles`), and are
+//! The constants were fitted to what an H200 took for layers drawn at random (`expertile bench tiles --device cuda:0`), and are
 //! judged by layers of another seed.
 
 use super::gemm::{GemmShape, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, WIDE_ROW_TILE, values_of_block};

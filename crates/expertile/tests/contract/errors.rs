@@ -184,6 +184,9 @@ const PLAN: &[Refusal] = &[
     ("Overflow", "M * topk overflows: 2147483648 > 2147483647", |_| Plan::with_m_sum(1 << 30, 2, 1, 1, 1).map(drop)),
     ("Name", "arch is \"sm80\", expected one of", |_| "sm80".parse::<Arch>().map(drop)),
     ("Name", "rule is \"deepgemm\", expected one of", |_| "deepgemm".parse::<AlignmentRule>().map(drop)),
+    ("Name", "weights is \"f32\", expected one of e4m3, bf16", |_| "f32".parse::<WeightFormat>().map(drop)),
+    ("Name", "activations is \"fp8\", expected one of e4m3", |_| "fp8".parse::<ActivationFormat>().map(drop)),
+    ("Name", "scale_layout is \"tma\", expected one of row_major", |_| "tma".parse::<ScaleLayout>().map(drop)),
 ];
 
 const LAYOUT: &[Refusal] = &[

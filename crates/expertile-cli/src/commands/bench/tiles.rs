@@ -1,0 +1,403 @@
+//! `expertile bench tiles`: layers drawn at random, both GEMMs cut in every way, and by how much the layer's own choice
+//! misses the best.
+
+use crate::commands::options::ReportOptions;
+use crate::device::{self, DeviceNumber, Gpu};
+use crate::error::{Error, Result};
+use crate::output;
+use crate::report::format;
+use crate::report::progress::Progress;
+use expertile::cuda::measure::{TileBench, TileInputs, TileTime};
+use expertile::cuda::{Device, GemmTile, LayerChoice};
+use expertile::{ActivationFormat, LayerConfig, LayerShape, Stage, WeightFormat};
+use serde::Serialize;
+use std::fmt::Write;
+
+/// What a draw may take: bytes of weights, bytes of rows and results, and operations of both GEMMs.
+const MOST_WEIGHT_BYTES: usize = 24 << 30;
+const MOST_ROW_BYTES: usize = 32 << 30;
+const MOST_FLOPS: f64 = 3e13;
+
+/// Draw layers at random, cut their GEMMs in every way, and say by how much the choice of tiles misses the best.
+///
+/// Layers have H 1024 to 8192, I 128 to 16384, 8 to 512 experts, 1 to 10 of them per token, and 1 to 16384 tokens, as far
+/// as they fit in 24 GiB of weights, 32 GiB of rows and 30 TFLOP. Needs a Hopper GPU.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  expertile bench tiles --draws 20
+  expertile bench tiles --device cuda:0 --seed 7 --json tiles.json")]
+pub(crate) struct Args {
+    /// Device: cuda:N.
+    #[arg(long, value_name = "NAME", default_value = "cuda:0", value_parser = device::parse)]
+    device: DeviceNumber,
+    /// Layers to draw.
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    draws: usize,
+    /// Experts of every layer [default: drawn].
+    #[arg(long, value_name = "N")]
+    experts: Option<usize>,
+    /// Seed of the draws.
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    seed: u64,
+    #[command(flatten)]
+    report: ReportOptions,
+}
+
+/// One layer and one call of it.
+#[derive(Debug, Clone, Serialize)]
+struct Draw {
+    hidden: usize,
+    intermediate: usize,
+    experts: usize,
+    topk: usize,
+    tokens: usize,
+    format: &'static str,
+    #[serde(skip)]
+    e4m3: bool,
+    /// Experts by how often they are asked for, as 1, 1/2, 1/3, ...; else all alike.
+    zipf: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    #[serde(flatten)]
+    gpu: Gpu,
+    multiprocessors: u32,
+    seed: u64,
+    /// Of both GEMMs and the activation: how much longer the choice takes than the best, as a share of the best.
+    most: f64,
+    mean: f64,
+    /// How much shorter the best takes if K may be split by the size of a call, which gives up that a row's bits do not depend
+    /// on it; as a share of the best that does not.
+    most_of_splits: f64,
+    mean_of_splits: f64,
+    layers: Vec<Layer>,
+}
+
+#[derive(Debug, Serialize)]
+struct Layer {
+    #[serde(flatten)]
+    draw: Draw,
+    active_experts: usize,
+    most_rows: usize,
+    activation_seconds: f64,
+    chosen: Way,
+    best: Way,
+    best_with_splits: Way,
+    miss: f64,
+    saved_by_splits: f64,
+    gemm1_miss: f64,
+    gemm2_miss: f64,
+    tiles: Vec<Tile>,
+}
+
+/// Both GEMMs, cut in one way each.
+#[derive(Debug, Clone, Serialize)]
+struct Way {
+    gemm1: String,
+    activation_inside_gemm1: bool,
+    gemm2: String,
+    seconds: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Tile {
+    gemm: &'static str,
+    row_tile: usize,
+    outputs: usize,
+    shared: usize,
+    splits: usize,
+    wide: bool,
+    activated: bool,
+    seconds: f64,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    output::prepare(&[("--json", args.report.file())], &[])?;
+    let ordinal =
+        args.device.ok_or_else(|| Error::usage("--device is cpu, expected cuda:N: a CPU chooses no tiles"))?;
+    if let Some(experts) = args.experts.filter(|experts| !(1..=512).contains(experts)) {
+        return Err(Error::usage(format!("--experts is {experts}, expected 1 to 512")));
+    }
+    let report = measure(args, &Device::open(ordinal)?)?;
+    args.report.tell(&report, Report::text)
+}
+
+/// Random numbers, the same for the same seed (splitmix64).
+struct Random(u64);
+
+impl Random {
+    fn draw(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    /// In [0, 1).
+    fn unit(&mut self) -> f64 {
+        (self.draw() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Evenly spread on a logarithmic scale, ends included.
+    fn between(&mut self, low: usize, high: usize) -> usize {
+        let (low, high) = (low as f64, high as f64 + 1.0);
+        (low * (high / low).powf(self.unit())) as usize
+    }
+}
+
+impl Draw {
+    fn new(random: &mut Random, experts: Option<usize>) -> Self {
+        loop {
+            let experts = experts.unwrap_or_else(|| random.between(8, 512));
+            let e4m3 = random.draw().is_multiple_of(2);
+            let draw = Self {
+                hidden: random.between(8, 64) * 128,
+                intermediate: random.between(1, 128) * 128,
+                experts,
+                topk: random.between(1, 10.min(experts)),
+                tokens: random.between(1, 16384),
+                format: if e4m3 { WeightFormat::E4m3 } else { WeightFormat::Bf16 }.name(),
+                e4m3,
+                zipf: random.draw().is_multiple_of(2),
+            };
+            let (slots, bytes) = (draw.tokens * draw.topk, draw.weight_format().bytes());
+            let weights = 3 * draw.hidden * draw.intermediate;
+            let rows = slots * (2 * (draw.hidden.max(2 * draw.intermediate) + draw.intermediate) + 2 * draw.hidden);
+            if weights * experts * bytes <= MOST_WEIGHT_BYTES
+                && rows <= MOST_ROW_BYTES
+                && 2.0 * slots as f64 * weights as f64 <= MOST_FLOPS
+            {
+                return draw;
+            }
+        }
+    }
+
+    fn weight_format(&self) -> WeightFormat {
+        if self.e4m3 { WeightFormat::E4m3 } else { WeightFormat::Bf16 }
+    }
+
+    /// The expert of every slot: distinct ones of each token, drawn in proportion to how often they are asked for.
+    fn routing(&self, random: &mut Random) -> Vec<i32> {
+        let mut order: Vec<i32> = (0..self.experts as i32).collect();
+        for last in (1..order.len()).rev() {
+            order.swap(last, (random.draw() % (last as u64 + 1)) as usize);
+        }
+        let mut sums = Vec::with_capacity(self.experts);
+        let mut sum = 0.0;
+        for place in 0..self.experts {
+            sum += if self.zipf { 1.0 / (place + 1) as f64 } else { 1.0 };
+            sums.push(sum);
+        }
+        let mut ids: Vec<i32> = Vec::with_capacity(self.tokens * self.topk);
+        for _ in 0..self.tokens {
+            let first = ids.len();
+            while ids.len() < first + self.topk {
+                let at = random.unit() * sum;
+                let expert = order[sums.partition_point(|&sum| sum <= at).min(self.experts - 1)];
+                if !ids[first..].contains(&expert) {
+                    ids.push(expert);
+                }
+            }
+        }
+        ids
+    }
+
+    fn choice(&self, multiprocessors: usize) -> Result<LayerChoice> {
+        let shape = LayerShape::new(self.hidden, self.intermediate, self.experts)?;
+        let format = if self.e4m3 { ActivationFormat::E4m3 } else { ActivationFormat::Bf16 };
+        let config = LayerConfig::new(self.topk, self.experts, format);
+        Ok(LayerChoice::new(&shape, &config, self.tokens, multiprocessors)?)
+    }
+}
+
+fn measure(args: &Args, device: &Device) -> Result<Report> {
+    let mut random = Random(args.seed);
+    let draws: Vec<_> = (0..args.draws).map(|_| Draw::new(&mut random, args.experts)).collect();
+    let layers: Vec<_> = draws.iter().map(|draw| (draw.weight_format(), draw.intermediate)).collect();
+    let bench = TileBench::prepare(device, &layers)?;
+    let multiprocessors = device.info().multiprocessors;
+    let progress = Progress::new("timing layers", draws.len());
+    let mut layers = Vec::new();
+    for draw in draws {
+        layers.push(Layer::measure(&bench, draw, &mut random, multiprocessors as usize)?);
+        progress.set(layers.len());
+    }
+    let (misses, splits) = (layers.iter().map(|layer| layer.miss), layers.iter().map(|layer| layer.saved_by_splits));
+    Ok(Report {
+        gpu: device.info().into(),
+        multiprocessors,
+        seed: args.seed,
+        most: misses.clone().fold(0.0, f64::max),
+        mean: mean(misses),
+        most_of_splits: splits.clone().fold(0.0, f64::max),
+        mean_of_splits: mean(splits),
+        layers,
+    })
+}
+
+fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let count = values.len().max(1);
+    values.sum::<f64>() / count as f64
+}
+
+impl Layer {
+    fn measure(bench: &TileBench<'_>, draw: Draw, random: &mut Random, multiprocessors: usize) -> Result<Self> {
+        let routing = draw.routing(random);
+        let mut counts = vec![0; draw.experts];
+        routing.iter().for_each(|&expert| counts[expert as usize] += 1);
+        let shape = LayerShape::new(draw.hidden, draw.intermediate, draw.experts)?;
+        let times = bench.time(&TileInputs { shape, format: draw.weight_format(), experts: &routing })?;
+        // GEMM 1 with what its activation takes.
+        let cost = |time: &TileTime| match (time.gemm, time.activated) {
+            (Stage::Gemm1, false) => time.seconds + times.activation_seconds,
+            _ => time.seconds,
+        };
+        let best = |gemm, splits| {
+            let ways = times.gemms.iter().filter(move |time| time.gemm == gemm && time.tile.splits <= splits);
+            ways.min_by(|a, b| cost(a).total_cmp(&cost(b))).copied()
+        };
+        let timed = |gemm, tile: GemmTile, activated| {
+            let of_choice = |time: &&TileTime| (time.gemm, time.tile, time.activated) == (gemm, tile, activated);
+            times.gemms.iter().find(of_choice).copied()
+        };
+        let choice = draw.choice(multiprocessors)?;
+        let chosen = [
+            timed(Stage::Gemm1, choice.gemm1, choice.activation_inside_gemm1),
+            timed(Stage::Gemm2, choice.gemm2, false),
+        ];
+        // A choice that was not timed is as far off as can be said.
+        let seconds = |time: &Option<TileTime>| time.as_ref().map_or(f64::INFINITY, cost);
+        let way = |[gemm1, gemm2]: [Option<TileTime>; 2]| Way {
+            gemm1: gemm1.map_or_else(String::new, |time| time.tile.to_string()),
+            activation_inside_gemm1: gemm1.is_some_and(|time| time.activated),
+            gemm2: gemm2.map_or_else(String::new, |time| time.tile.to_string()),
+            seconds: seconds(&gemm1) + seconds(&gemm2),
+        };
+        let bests = [best(Stage::Gemm1, 1), best(Stage::Gemm2, 1)];
+        let with_splits = way([best(Stage::Gemm1, 8), best(Stage::Gemm2, 8)]);
+        let [gemm1_miss, gemm2_miss] = [0, 1].map(|i| seconds(&chosen[i]) / seconds(&bests[i]) - 1.0);
+        let (chosen, best) = (way(chosen), way(bests));
+        let tiles = times.gemms.iter().map(|time| Tile {
+            gemm: time.gemm.name(),
+            row_tile: time.tile.row_tile,
+            outputs: time.tile.outputs,
+            shared: time.tile.shared,
+            splits: time.tile.splits,
+            wide: time.tile.wide,
+            activated: time.activated,
+            seconds: time.seconds,
+        });
+        Ok(Self {
+            active_experts: counts.iter().filter(|&&count| count > 0).count(),
+            most_rows: counts.iter().copied().max().unwrap_or(0),
+            activation_seconds: times.activation_seconds,
+            miss: chosen.seconds / best.seconds - 1.0,
+            saved_by_splits: 1.0 - with_splits.seconds / best.seconds,
+            best_with_splits: with_splits,
+            gemm1_miss,
+            gemm2_miss,
+            tiles: tiles.collect(),
+            chosen,
+            best,
+            draw,
+        })
+    }
+}
+
+impl Way {
+    fn text(&self) -> String {
+        let inside = if self.activation_inside_gemm1 { " + activation" } else { "" };
+        format!("{}{inside}; {}", self.gemm1, self.gemm2)
+    }
+}
+
+impl Report {
+    fn text(&self) -> String {
+        let mut text = String::new();
+        let _ = writeln!(text, "{}, {} layers of seed {}", self.gpu, self.layers.len(), self.seed);
+        let header = ["H", "I", "E", "topk", "tokens", "format", "routing", "chosen", "best", "miss"];
+        let row = |layer: &Layer| {
+            let Draw { hidden, intermediate, experts, topk, tokens, format, zipf, .. } = &layer.draw;
+            let mut cells: Vec<_> = [hidden, intermediate, experts, topk, tokens].map(ToString::to_string).into();
+            cells.extend([(*format).to_owned(), if *zipf { "zipf" } else { "even" }.to_owned()]);
+            cells.extend([&layer.chosen, &layer.best].map(|way| format::seconds(way.seconds)));
+            cells.push(format::percent(layer.miss));
+            cells
+        };
+        text.push_str(&format::table(&header, 0, &self.layers.iter().map(row).collect::<Vec<_>>()));
+        for layer in self.layers.iter().filter(|layer| layer.miss > 0.08) {
+            let Draw { hidden, intermediate, tokens, .. } = layer.draw;
+            let _ = writeln!(
+                text,
+                "{hidden} x {intermediate}, {tokens} tokens: {} chosen, {} is best",
+                layer.chosen.text(),
+                layer.best.text()
+            );
+        }
+        let _ = writeln!(
+            text,
+            "the choice misses the best by {} in the mean and {} at most",
+            format::percent(self.mean),
+            format::percent(self.most)
+        );
+        let _ = writeln!(
+            text,
+            "splitting K by the size of the call would save {} in the mean and {} at most",
+            format::percent(self.mean_of_splits),
+            format::percent(self.most_of_splits)
+        );
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn draws_are_the_same_for_a_seed_and_inside_their_bounds() {
+        let draws = |seed| {
+            let mut random = Random(seed);
+            (0..200).map(|_| Draw::new(&mut random, None)).collect::<Vec<_>>()
+        };
+        let first = draws(1);
+        assert_eq!(format!("{first:?}"), format!("{:?}", draws(1)));
+        assert_ne!(format!("{first:?}"), format!("{:?}", draws(2)));
+        for draw in &first {
+            assert!((1024..=8192).contains(&draw.hidden) && draw.hidden.is_multiple_of(128), "{draw:?}");
+            assert!((128..=16384).contains(&draw.intermediate) && draw.intermediate.is_multiple_of(128), "{draw:?}");
+            assert!((8..=512).contains(&draw.experts) && (1..=10).contains(&draw.topk), "{draw:?}");
+            assert!((1..=16384).contains(&draw.tokens) && draw.choice(132).is_ok(), "{draw:?}");
+        }
+        for is in [|draw: &Draw| draw.e4m3, |draw: &Draw| draw.zipf] {
+            assert!((60..140).contains(&first.iter().filter(|draw| is(draw)).count()));
+        }
+    }
+
+    #[test]
+    fn a_token_has_distinct_experts_and_skewed_routing_prefers_a_few() {
+        let draw = Draw {
+            hidden: 1024,
+            intermediate: 128,
+            experts: 64,
+            topk: 4,
+            tokens: 500,
+            format: "e4m3",
+            e4m3: true,
+            zipf: true,
+        };
+        let most = |draw: &Draw| {
+            let mut counts = vec![0; 64];
+            for token in draw.routing(&mut Random(7)).chunks(4) {
+                assert!((1..4).all(|slot| !token[..slot].contains(&token[slot])), "{token:?}");
+                token.iter().for_each(|&expert| counts[expert as usize] += 1);
+            }
+            counts.into_iter().max().unwrap()
+        };
+        assert!(most(&draw) > 200, "the first of them is in most tokens");
+        assert!(most(&Draw { zipf: false, ..draw }) < 70);
+    }
+}
