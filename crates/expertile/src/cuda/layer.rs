@@ -10,7 +10,7 @@ pub use choice::{LayerChoice, LayerParts};
 use super::activation::{Activate, ActivateBuffers, ActivateConfig, activation_definitions};
 use super::arguments::{RoutingBuffers, RowsBuffers, Tensor2, require_aligned};
 use super::device::{Device, Stream};
-use super::gemm::{Gemm, GemmBuffers, GemmConfig, GemmTile};
+use super::gemm::{Gemm, GemmBuffers, GemmConfig, GemmKernel};
 use super::permute::{Permute, PermuteConfig, QuantizePermute, QuantizePermuteConfig};
 use super::route::{self, Route, RouteConfig};
 use super::unpermute::{Unpermute, UnpermuteBuffers, UnpermuteConfig};
@@ -208,8 +208,8 @@ pub struct Layer {
     w13: Weights,
     w2: Weights,
     entry: Entry,
-    /// By tile, and whether the activation is inside.
-    gemms: HashMap<(GemmTile, bool), Gemm>,
+    /// By how the work is cut, and whether the activation is inside.
+    gemms: HashMap<(GemmKernel, bool), Gemm>,
     choices: Choices,
     activate: Activate,
     unpermute: Unpermute,
@@ -251,9 +251,9 @@ impl Layer {
             entry: Entry::prepare(device, &shape, &config, &choices.row_tiles)?,
             activate: Activate::prepare(device, config.activate(&shape))?,
             unpermute: Unpermute::prepare(device, config.unpermute(&shape))?,
-            gemms: each_at_once(&choices.gemms, |(tile, activated)| {
+            gemms: each_at_once(&choices.gemms, |(kernel, activated)| {
                 let activation = activated.then_some(config.activation);
-                Gemm::prepare(device, GemmConfig { format, tile, activation })
+                Gemm::prepare(device, GemmConfig { format, kernel, activation })
             })?,
             choices,
         })

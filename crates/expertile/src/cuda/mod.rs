@@ -30,6 +30,7 @@ mod cost;
 mod device;
 mod gemm;
 pub mod kernel;
+mod kernels;
 mod layer;
 pub mod measure;
 mod permute;
@@ -43,10 +44,7 @@ pub use activation::{Activate, ActivateBuffers, ActivateConfig};
 pub use arguments::{LayoutBuffers, RoutingBuffers, RowsBuffers, Tensor2};
 pub use cache::CubinCache;
 pub use device::{Buffer, Device, Info, Stream, availability};
-pub use gemm::{
-    Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, NARROW_OUTPUTS, ROW_TILES,
-    WIDE_ROW_TILE,
-};
+pub use gemm::{FewRowsCut, Gemm, GemmBuffers, GemmConfig, GemmKernel, GemmShape, ROW_TILES};
 pub use kernel::Resources;
 pub use layer::{ALIGNMENT, Layer, LayerBuffers, LayerChoice, LayerConfig, LayerParts};
 pub use permute::{Permute, PermuteConfig, QuantizePermute, QuantizePermuteConfig};

@@ -16,6 +16,8 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 const THREADS: u32 = 256;
+/// Values of a row that a warp takes at a time.
+const SLAB: usize = 512;
 /// The single launch: one block to a multiprocessor, each of which counts all slots for itself.
 const FEW_THREADS: u32 = 1024;
 /// Slots that it takes at most.
@@ -93,8 +95,10 @@ impl QuantizePermuteConfig {
             ("ALIGNED", i64::from(self.aligned)),
             ("ROWS_THREADS", i64::from(rows_threads(self.hidden))),
             ("OWN_SLOTS", OWN_SLOTS as i64),
+            ("HOST_FEW_THREADS", i64::from(FEW_THREADS)),
+            ("HOST_SLAB", SLAB as i64),
         ]);
-        Ok(Source::new("quantize_permute.cu", include_str!("kernels/quantize_permute.cu"), definitions))
+        Ok(Source::new("quantize_permute.cu", include_str!("kernels/rows/quantize_permute.cu"), definitions))
     }
 
     /// [`QuantizePermute::workspace_bytes`] on a device of that many multiprocessors.
@@ -279,16 +283,16 @@ impl QuantizePermute {
     }
 }
 
-/// Threads of a block of `permute_rows`: as many teams as make up to 8 warps, a team two slabs of 512 values to a warp, of a piece
-/// of at most 16 slabs.
+/// Threads per block of `permute_rows`. A row is cut into pieces of at most 16 slabs; a team has one warp per two slabs; a
+/// block holds as many teams as fit in 8 warps.
 fn rows_threads(hidden: usize) -> u32 {
-    let slabs = hidden.div_ceil(512);
+    let slabs = hidden.div_ceil(SLAB);
     let slabs_of_a_piece = slabs.div_ceil(slabs.div_ceil(16));
     let warps_of_a_team = slabs_of_a_piece.div_ceil(2);
     (8 / warps_of_a_team * warps_of_a_team * 32) as u32
 }
 
-/// What the single launch would have to divide for.
+/// Quotients computed on the host so that the kernel never divides.
 #[repr(C)]
 struct FewArgs {
     units: i32,
@@ -300,7 +304,7 @@ struct FewArgs {
 
 impl FewArgs {
     fn new(plan: &Plan, config: &QuantizePermuteConfig, second: Option<&SecondWorklist>, blocks: u32) -> Result<Self> {
-        let units = require_int("M * slabs", checked_mul("M * slabs", plan.tokens(), config.hidden.div_ceil(512))?)?;
+        let units = require_int("M * slabs", checked_mul("M * slabs", plan.tokens(), config.hidden.div_ceil(SLAB))?)?;
         let inverse = |divisor: usize| ((1u64 << 31) / divisor as u64) as u32;
         Ok(Self {
             units: units / blocks as i32,
@@ -365,8 +369,9 @@ impl PermuteConfig {
             ("VECTOR", self.vector_bytes()? as i64),
             ("ZERO_ROWS", i64::from(self.padding == Padding::Zero)),
             ("SCALED", i64::from(self.scales.is_some())),
+            ("HOST_THREADS", i64::from(THREADS)),
         ]);
-        Ok(Source::new("permute.cu", include_str!("kernels/permute.cu"), definitions))
+        Ok(Source::new("permute.cu", include_str!("kernels/rows/permute.cu"), definitions))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{ALIGNMENT, LayerConfig};
 use crate::cuda::arguments::{LayoutBuffers, SecondWorklist, require_aligned};
-use crate::cuda::gemm::{GemmShape, GemmTile};
+use crate::cuda::gemm::{GemmKernel, GemmShape};
 use crate::cuda::{permute, route};
 use crate::error::{Error, Result, checked_add, checked_mul};
 use crate::gemm::ActivationFormat;
@@ -21,10 +21,10 @@ pub struct LayerChoice {
     pub plan: Plan,
     /// Rows of an entry of the layout's worklist, and so of GEMM 1's tiles. GEMM 2 has another list where its row tile is another.
     pub row_tile: usize,
-    /// The tile of `[rows, H]` times `[2 I, H]`.
-    pub gemm1: GemmTile,
-    /// The tile of `[rows, I]` times `[H, I]`.
-    pub gemm2: GemmTile,
+    /// How `[rows, H]` times `[2 I, H]` is cut.
+    pub gemm1: GemmKernel,
+    /// How `[rows, I]` times `[H, I]` is cut.
+    pub gemm2: GemmKernel,
     /// Whether GEMM 1 stores activated, quantized rows, so that `gate | up` never reaches memory.
     pub activation_inside_gemm1: bool,
     /// Kernels that one call launches.
@@ -57,11 +57,11 @@ impl LayerChoice {
         let plan = Plan::tight(tokens, config.topk, shape.local_experts(), ALIGNMENT, TokenExperts::MayRepeat)?;
         let Tiles { gemm1, gemm2, activation_inside_gemm1 } = *tiles;
         let slots = tokens * config.topk;
-        let row_tiles = (gemm1.row_tile, second_row_tile(&gemm1, &gemm2));
+        let row_tiles = (gemm1.row_tile(), second_row_tile(&gemm1, &gemm2));
         let offsets = Offsets::new(shape, config, &plan, row_tiles, activation_inside_gemm1, multiprocessors)?;
         let choice = Self {
             plan,
-            row_tile: gemm1.row_tile,
+            row_tile: gemm1.row_tile(),
             gemm1,
             gemm2,
             activation_inside_gemm1,
@@ -77,15 +77,15 @@ impl LayerChoice {
     }
 }
 
-fn second_row_tile(gemm1: &GemmTile, gemm2: &GemmTile) -> Option<usize> {
-    (gemm1.row_tile != gemm2.row_tile).then_some(gemm2.row_tile)
+fn second_row_tile(gemm1: &GemmKernel, gemm2: &GemmKernel) -> Option<usize> {
+    (gemm1.row_tile() != gemm2.row_tile()).then_some(gemm2.row_tile())
 }
 
 /// How both GEMMs are cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Tiles {
-    pub(super) gemm1: GemmTile,
-    pub(super) gemm2: GemmTile,
+    pub(super) gemm1: GemmKernel,
+    pub(super) gemm2: GemmKernel,
     pub(super) activation_inside_gemm1: bool,
 }
 
@@ -100,11 +100,11 @@ impl Tiles {
         let rows = checked_mul("M * topk * E", slots, experts)?.div_ceil(config.global_experts).min(slots);
         let format = config.weight_format();
         let of = |n, k| GemmShape { n, k, format, experts, rows, most_rows: tokens };
-        let split = |shape: &GemmShape| GemmTile::choose_split(shape, multiprocessors).filter(|_| config.split_k);
+        let split = |shape: &GemmShape| GemmKernel::choose_split(shape, multiprocessors).filter(|_| config.split_k);
         let (up, down) = (of(2 * intermediate, hidden), of(hidden, intermediate));
-        let (gemm1, activation_inside_gemm1) =
-            split(&up).map_or_else(|| GemmTile::choose_before_activation(&up, multiprocessors), |tile| (tile, false));
-        let gemm2 = split(&down).unwrap_or_else(|| GemmTile::choose(&down, multiprocessors));
+        let (gemm1, activation_inside_gemm1) = split(&up)
+            .map_or_else(|| GemmKernel::choose_before_activation(&up, multiprocessors), |kernel| (kernel, false));
+        let gemm2 = split(&down).unwrap_or_else(|| GemmKernel::choose(&down, multiprocessors));
         Ok(Self { gemm1, gemm2, activation_inside_gemm1 })
     }
 }
@@ -138,8 +138,8 @@ impl fmt::Display for LayerChoice {
 #[derive(Debug, Default)]
 pub(super) struct Choices {
     pub(super) row_tiles: Vec<usize>,
-    /// Tiles of the GEMMs, and whether the activation is inside.
-    pub(super) gemms: Vec<(GemmTile, bool)>,
+    /// How GEMMs are cut, and whether the activation is inside.
+    pub(super) gemms: Vec<(GemmKernel, bool)>,
     /// From how many tokens on which tiles are chosen, ascending.
     tiles: Vec<(usize, Tiles)>,
     /// Numbers of tokens after which one token more takes less workspace, with the bytes up to there.
@@ -394,7 +394,7 @@ mod tests {
         let config = |split_k| LayerConfig { split_k, ..config(1, 1, ActivationFormat::E4m3) };
         let splits = |split_k, tokens| {
             let choice = LayerChoice::new(&shape, &config(split_k), tokens, H200).unwrap();
-            (choice.gemm1.splits, choice.gemm2.splits)
+            (choice.gemm1.splits(), choice.gemm2.splits())
         };
         for tokens in (1..200).chain([1000, 10_000]) {
             assert_eq!(splits(false, tokens), (1, 1), "{tokens} tokens");
@@ -425,8 +425,8 @@ mod tests {
         for shape in 0..SHAPES.len() {
             for tokens in (0..600).chain([1024, 4096, 16384, 65536]) {
                 let choice = choice(shape, tokens);
-                assert_eq!(choice.gemm1.row_tile, choice.row_tile);
-                let own = (choice.gemm2.row_tile != choice.row_tile).then_some(choice.gemm2.row_tile);
+                assert_eq!(choice.gemm1.row_tile(), choice.row_tile);
+                let own = (choice.gemm2.row_tile() != choice.row_tile).then_some(choice.gemm2.row_tile());
                 assert_eq!(choice.second_row_tile(), own);
             }
         }

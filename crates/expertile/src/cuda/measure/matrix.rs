@@ -3,7 +3,7 @@
 use super::clock::Clock;
 use super::{random_bytes, uploaded};
 use crate::cuda::{
-    ALIGNMENT, Device, Gemm, GemmBuffers, GemmConfig, GemmShape, GemmTile, LayoutBuffers, Route, RouteConfig,
+    ALIGNMENT, Device, Gemm, GemmBuffers, GemmConfig, GemmKernel, GemmShape, LayoutBuffers, Route, RouteConfig,
     RoutingBuffers, Stream, Tensor2, Weights,
 };
 use crate::dtype::Dtype;
@@ -22,9 +22,9 @@ pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<
     const ROWS: usize = 16384;
     const WIDTH: usize = 8192;
     let shape = GemmShape { n: WIDTH, k: WIDTH, format, experts: 1, rows: ROWS, most_rows: ROWS };
-    let tile = GemmTile::choose(&shape, device.info().multiprocessors as usize);
-    let row_tile = tile.row_tile;
-    let gemm = Gemm::prepare(device, GemmConfig { format, tile, activation: None })?;
+    let kernel = GemmKernel::choose(&shape, device.info().multiprocessors as usize);
+    let row_tile = kernel.row_tile();
+    let gemm = Gemm::prepare(device, GemmConfig { format, kernel, activation: None })?;
     let route = Route::prepare(device, RouteConfig { topk: 1, ids: Dtype::I32, row_tile })?;
     let plan = Plan::tight(ROWS, 1, 1, ALIGNMENT, TokenExperts::Distinct)?;
 

@@ -6,7 +6,7 @@ use super::{random_bytes, uploaded};
 use crate::activation::Activation;
 use crate::cuda::layer::each_at_once;
 use crate::cuda::{
-    ALIGNMENT, Activate, ActivateBuffers, ActivateConfig, Buffer, Device, Gemm, GemmBuffers, GemmConfig, GemmTile,
+    ALIGNMENT, Activate, ActivateBuffers, ActivateConfig, Buffer, Device, Gemm, GemmBuffers, GemmConfig, GemmKernel,
     LayoutBuffers, ROW_TILES, Route, RouteConfig, RoutingBuffers, Stream, Tensor2, Weights, route,
 };
 use crate::dtype::Dtype;
@@ -46,7 +46,7 @@ pub struct TileTime {
     /// [`Stage::Gemm1`] or [`Stage::Gemm2`].
     pub gemm: Stage,
     /// How it is cut.
-    pub tile: GemmTile,
+    pub kernel: GemmKernel,
     /// Whether the activation is inside.
     pub activated: bool,
     /// Seconds of one of many calls, weights not in the cache.
@@ -68,7 +68,7 @@ pub struct TileBench<'a> {
     device: &'a Device,
     /// By row tile: one kernel.
     routes: HashMap<usize, Route>,
-    gemms: HashMap<(bool, GemmTile, bool), Gemm>,
+    gemms: HashMap<(bool, GemmKernel, bool), Gemm>,
     activations: HashMap<(bool, usize), Activate>,
 }
 
@@ -80,14 +80,14 @@ impl<'a> TileBench<'a> {
     pub fn prepare(device: &'a Device, layers: &[(WeightFormat, usize)]) -> Result<Self> {
         let mut keys = Vec::new();
         for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
-            for tile in GemmTile::all(format).into_iter().chain(splitting_tiles()) {
-                keys.extend([false, true].map(|activated| (format == WeightFormat::E4m3, tile, activated)));
+            for kernel in GemmKernel::all(format).into_iter().chain(GemmKernel::all_split()) {
+                keys.extend([false, true].map(|activated| (format == WeightFormat::E4m3, kernel, activated)));
             }
         }
-        keys.retain(|&(e4m3, tile, activated)| !activated || (e4m3 && tile.takes_activation()));
-        let gemms = each_at_once(&keys, |(e4m3, tile, activated)| {
+        keys.retain(|&(e4m3, kernel, activated)| !activated || (e4m3 && kernel.takes_activation()));
+        let gemms = each_at_once(&keys, |(e4m3, kernel, activated)| {
             let activation = activated.then(Activation::default);
-            Gemm::prepare(device, GemmConfig { format: format_of(e4m3), tile, activation })
+            Gemm::prepare(device, GemmConfig { format: format_of(e4m3), kernel, activation })
         })?;
         let layers: BTreeSet<_> = layers.iter().map(|&(format, i)| (format == WeightFormat::E4m3, i)).collect();
         let activations = each_at_once(&Vec::from_iter(layers), |(e4m3, intermediate)| {
@@ -125,24 +125,23 @@ impl<'a> TileBench<'a> {
             let mut ways: Vec<_> = self
                 .gemms
                 .iter()
-                .filter(|((of_e4m3, tile, activated), _)| {
+                .filter(|((of_e4m3, kernel, activated), _)| {
+                    let splits = kernel.splits();
                     let fits =
                         !activated || (gemm == Stage::Gemm1 && shape.intermediate().is_multiple_of(WEIGHT_BLOCK));
-                    let few = active * n.div_ceil(128) * tile.splits <= 2 * self.device.info().multiprocessors as usize;
-                    let splits = tile.splits == 1 || (few && tile.splits * WEIGHT_BLOCK < k);
-                    *of_e4m3 == e4m3 && fits && splits && call.layouts.contains_key(&tile.row_tile)
+                    let few = active * n.div_ceil(128) * splits <= 2 * self.device.info().multiprocessors as usize;
+                    let splits = splits == 1 || (few && splits * WEIGHT_BLOCK < k);
+                    *of_e4m3 == e4m3 && fits && splits && call.layouts.contains_key(&kernel.row_tile())
                 })
                 .collect();
-            ways.sort_by_key(|((_, tile, activated), _)| {
-                (*activated, tile.splits, tile.wide, tile.row_tile, tile.outputs, tile.shared)
-            });
+            ways.sort_by_key(|((_, kernel, activated), _)| (*activated, kernel.splits(), *kernel));
             let sets = call.weights(format, (shape.local_experts(), n, k), experts)?;
             call.compare(self.device, &ways, &sets[0], n)?;
             let next = Cell::new(0);
             let works: Vec<_> = ways
                 .iter()
-                .map(|((_, tile, activated), gemm)| {
-                    let (buffers, sets, next) = (call.gemm(tile, *activated), &sets, &next);
+                .map(|((_, kernel, activated), gemm)| {
+                    let (buffers, sets, next) = (call.gemm(kernel, *activated), &sets, &next);
                     move |stream| {
                         next.set(next.get() + 1);
                         // SAFETY: as above.
@@ -152,22 +151,15 @@ impl<'a> TileBench<'a> {
                 .collect();
             let seconds = clock.in_turns(&works)?;
             let times = ways.iter().zip(seconds);
-            gemms.extend(times.map(|(&(&(_, tile, activated), _), seconds)| TileTime {
+            gemms.extend(times.map(|(&(&(_, kernel, activated), _), seconds)| TileTime {
                 gemm,
-                tile,
+                kernel,
                 activated,
                 seconds,
             }));
         }
         Ok(TileTimes { activation_seconds, gemms })
     }
-}
-
-/// Tiles whose K is split.
-fn splitting_tiles() -> impl Iterator<Item = GemmTile> {
-    [16, 32, 64].into_iter().flat_map(|row_tile| {
-        [2, 4, 8].map(|splits| GemmTile { row_tile, outputs: 128, shared: 1, splits, wide: false })
-    })
 }
 
 fn format_of(e4m3: bool) -> WeightFormat {
@@ -297,8 +289,8 @@ impl Call {
         (0..places).map(place).collect()
     }
 
-    fn gemm(&self, tile: &GemmTile, activated: bool) -> GemmBuffers {
-        let layout = &self.layouts[&tile.row_tile];
+    fn gemm(&self, kernel: &GemmKernel, activated: bool) -> GemmBuffers {
+        let layout = &self.layouts[&kernel.row_tile()];
         GemmBuffers {
             rows: self.rows.address(),
             scales: self.row_scales.address(),
@@ -317,18 +309,18 @@ impl Call {
     fn compare(
         &self,
         device: &Device,
-        ways: &[(&(bool, GemmTile, bool), &Gemm)],
+        ways: &[(&(bool, GemmKernel, bool), &Gemm)],
         weights: &Weights,
         n: usize,
     ) -> Result<()> {
         let mut first: HashMap<bool, Vec<u8>> = HashMap::new();
-        for ((_, tile, activated), gemm) in ways.iter().filter(|((_, tile, _), _)| tile.splits == 1) {
+        for ((_, kernel, activated), gemm) in ways.iter().filter(|((_, kernel, _), _)| kernel.splits() == 1) {
             let row_bytes = if *activated { n / 2 } else { 2 * n };
             self.out.fill(POISON)?;
             let mut found = vec![0u8; self.compared.len() * row_bytes];
             // SAFETY: every buffer is the call's own, and outlives the wait.
             unsafe {
-                gemm.launch(Stream(0), weights, &self.gemm(tile, *activated))?;
+                gemm.launch(Stream(0), weights, &self.gemm(kernel, *activated))?;
                 device.synchronize(Stream(0))?;
             }
             for (&row, found) in self.compared.iter().zip(found.chunks_mut(row_bytes)) {
@@ -337,7 +329,7 @@ impl Call {
             let expected = first.entry(*activated).or_insert_with(|| found.clone());
             if *expected != found {
                 let differing = expected.iter().zip(&found).filter(|(a, b)| a != b).count();
-                let expected = format!("the bits of the first tile, at {tile}, activated {activated}");
+                let expected = format!("the bits of the first one, at {kernel}, activated {activated}");
                 return Err(Error::value("differing bytes", differing, expected));
             }
         }
