@@ -48,11 +48,13 @@ def differences(before: Path, after: Path) -> list[str]:
         if name not in old or name not in new:
             lines.append(f"section {name} only {'after' if name in new else 'before'}")
             continue
-        for what, a, b in zip(("flags", "registers", "content"), old[name], new[name], strict=True):
-            if a != b and what == "content":
-                lines.append(f"{name}: {len(a)} bytes before, {len(b)} after, not the same")
-            elif a != b:
-                lines.append(f"{name}: {what} {a} before, {b} after")
+        (old_flags, old_registers, old_bytes), (new_flags, new_registers, new_bytes) = old[name], new[name]
+        if old_flags != new_flags:
+            lines.append(f"{name}: flags {old_flags} before, {new_flags} after")
+        if old_registers != new_registers:
+            lines.append(f"{name}: {old_registers} registers before, {new_registers} after")
+        if old_bytes != new_bytes:
+            lines.append(f"{name}: {len(old_bytes)} bytes before, {len(new_bytes)} after, not the same")
     return lines
 
 

@@ -35,9 +35,9 @@ struct Config : HostConfig {
     // Bytes from a staged row to the next: 16 more than its results, so that eight rows start on different banks.
     static constexpr int STAGING_ROW = OUTPUTS_OF_CONSUMER * 2 + 16;
     static constexpr int PARTIAL_ROW = OUTPUTS * 4 + 16;
-    static constexpr int STAGING_BYTES = K_SPLITS > 1 ? ROW_TILE* PARTIAL_ROW : CONSUMERS* ROW_TILE* STAGING_ROW;
-    // Products of both scales for a quarter of the rows, and 4 more so that the quarters start on different banks. See
-    // `products`.
+    static constexpr int STAGING_BYTES = ROW_TILE * (K_SPLITS > 1 ? PARTIAL_ROW : CONSUMERS * STAGING_ROW);
+    // Words of `products` for a lane of a quad: a quarter of the rows, and 4 so that the quarters start on different
+    // banks.
     static constexpr int PRODUCTS_OF_LANE = ROW_TILE / 4 + 4;
 };
 
@@ -51,8 +51,8 @@ struct SharedStorage {
     float weight_scales[Config::STAGES][Config::WEIGHT_BOXES];
     Tile tiles[Config::STAGES];
 #if !HOST_BF16
-    // Row scale times weight scale, in the order of their readers: lane i of a quad has the rows 8 j + 2 i and 8 j + 2
-    // i + 1.
+    // Row scale times weight scale, in the order of their readers: lane i of a quad reads those of the rows
+    // 8 j + 2 i and 8 j + 2 i + 1.
     float products[Config::STAGES][4][Config::PRODUCTS_OF_LANE];
 #endif
     Mbarrier full[Config::STAGES];
@@ -67,7 +67,6 @@ static_assert(Config::OUTPUTS == 128 || (Config::OUTPUTS == 64 && Config::CLUSTE
 static_assert(Config::SCALING_WARPS <= 3, "the producer's warpgroup has three warps to spare");
 
 using Args = GemmArgs<Config>;
-
 using Ring = StageRing<Config, SharedStorage>;
 
 // Warps of the first warpgroup, by number; the other warpgroups are consumers.

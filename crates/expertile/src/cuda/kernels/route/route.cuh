@@ -90,13 +90,13 @@ __device__ __forceinline__ const Id* id_of_slot(const RouteArgs& a, int slot) {
 __device__ __forceinline__ int expert_of_id(const RouteArgs& a, int slot, i64 id, Status* status) {
     if (id < 0) return -1;
     if (id >= a.ids_limit) {
-        if (status != nullptr) atomicMax(&status->id, (u64) ~(u32)slot << 32 | (u32)min(id, (i64)0xffffffff));
+        if (status != nullptr) atomicMax(&status->id, (u64)(~(u32)slot) << 32 | (u32)min(id, (i64)0xffffffff));
         return -1;
     }
     if (a.expert_map == nullptr) return (int)id;
     const int expert = a.expert_map[id];
     if (expert >= a.experts) {
-        if (status != nullptr) atomicMax(&status->map_entry, (u64) ~(u32)id << 32 | (u32)expert);
+        if (status != nullptr) atomicMax(&status->map_entry, (u64)(~(u32)id) << 32 | (u32)expert);
         return -1;
     }
     return expert < 0 ? -1 : expert;
