@@ -50,6 +50,14 @@ class Kernel:
     def steps(self) -> int:
         return self.row_tile // self.step
 
+    @property
+    def rust(self) -> str:
+        """The library's `GemmKernel`."""
+        if self.wide:
+            return "GemmKernel::Large" if self.row_tile == 128 else f"GemmKernel::Wide {{ shares_rows: {str(self.shared == 2).lower()} }}"
+        cut = "Narrow" if self.outputs == 64 else "SharedRows" if self.shared == 2 else "Plain"
+        return f"GemmKernel::FewRows {{ row_tile: {self.row_tile}, cut: FewRowsCut::{cut} }}"
+
 
 def spread(mean: float, experts: float, into: dict[int, float]) -> None:
     """Experts by their rows, of so many with that mean."""
@@ -248,7 +256,7 @@ class Fitted:
 
 def rust(constants: dict[str, dict[Kernel, Array]]) -> str:
     lines = ["//! Written by `benches/hopper/fit_costs.py` from sweeps on an H200; [`super`] says what the numbers are.", "",
-             "use super::Cost;", "use crate::cuda::gemm::GemmTile;", "use crate::gemm::WeightFormat;", "",
+             "use super::Cost;", "use crate::cuda::gemm::{FewRowsCut, GemmKernel};", "use crate::gemm::WeightFormat;", "",
              "pub(super) const COSTS: &[Cost] = &["]
 
     def number(x: float) -> str:
@@ -257,8 +265,7 @@ def rust(constants: dict[str, dict[Kernel, Array]]) -> str:
     for name, kernels in constants.items():
         for kernel, p in kernels.items():
             tiles, blocks = ", ".join(map(number, p[6 : 6 + kernel.steps])), ", ".join(map(number, p[6 + kernel.steps :]))
-            tile = f"row_tile: {kernel.row_tile}, outputs: {kernel.outputs}, shared: {kernel.shared}, splits: 1, wide: {str(kernel.wide).lower()}"
-            lines += ["    Cost {", f"        format: WeightFormat::{name.capitalize()},", f"        tile: GemmTile {{ {tile} }},",
+            lines += ["    Cost {", f"        format: WeightFormat::{name.capitalize()},", f"        kernel: {kernel.rust},",
                       f"        activated: {str(kernel.activated).lower()},", f"        start: {number(p[0])},",
                       f"        tile_times: &[{tiles}],", f"        block_times: &[{blocks}],", f"        tail: {number(p[1])},",
                       f"        whole: {number(p[5])},",

@@ -1,11 +1,12 @@
-// How fast a Hopper's memory takes what permute has to move, when nothing else is done: every token's row (bf16) is read once, and
-// half its bytes (its e4m3 row) are written to each of its places among the experts' rows. By the bulk copy engine, from shared
-// memory, in the order of the tokens; no routing, no quantizing, no scales. What permute takes more than this is its own.
+// How fast a Hopper's memory takes what permute has to move, when nothing else is done: every token's row (bf16) is
+// read once, and half its bytes (its e4m3 row) are written to each of its places among the experts' rows. By the bulk
+// copy engine, from shared memory, in the order of the tokens; no routing, no quantizing, no scales. What permute takes
+// more than this is its own.
 //
 //   nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -o row_rates row_rates.cu && ./row_rates
 //
-// The first lines are without the scattering: written only; as much read as written; and four times as much written as read, as
-// where a token has eight experts.
+// The first lines are without the scattering: written only; as much read as written; and four times as much written as
+// read, as where a token has eight experts.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -21,33 +22,37 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvt
 
 __device__ __forceinline__ void load(u32 to, const char* from, u32 bytes, u32 barrier) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes),
-                 "r"(barrier)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
                  : "memory");
 }
 
 __device__ __forceinline__ void wait_for_phase(u32 barrier, u32 parity) {
     asm volatile(
-        "{\n.reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra OVER;\nbra WAIT;\nOVER:\n}" ::"r"(barrier),
+        "{\n.reg .pred p;\nWAIT:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra OVER;\nbra WAIT;\nOVER:\n}" ::"r"(barrier),
         "r"(parity)
         : "memory");
 }
 
-// Token `tokens[i]` is read (`read` bytes; none if 0) and written (`written` bytes) to `places` rows: places_of[i][k], -1 for none.
-__global__ void __launch_bounds__(32) move_rows(const char* x, char* out, const int* tokens, const int* places_of, int count, u32 read,
-                                                u32 written, int places) {
+// Token `tokens[i]` is read (`read` bytes; none if 0) and written (`written` bytes) to `places` rows: places_of[i][k],
+// -1 for none.
+__global__ void __launch_bounds__(32) move_rows(const char* x, char* out, const int* tokens, const int* places_of,
+                                                int count, u32 read, u32 written, int places) {
     extern __shared__ char stages[];
     __shared__ u64 full[STAGES];
     const int lane = threadIdx.x;
     const u32 stage_bytes = max(read, written);
     if (lane == 0) {
-        for (int i = 0; i < STAGES; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&full[i])) : "memory");
+        for (int i = 0; i < STAGES; ++i)
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&full[i])) : "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncwarp();
     const auto fill = [&](int i, int stage) {
         if (lane == 0 && read > 0 && i < count)
-            load(shared_address(stages) + stage * stage_bytes, x + (u64)tokens[i] * read, read, shared_address(&full[stage]));
+            load(shared_address(stages) + stage * stage_bytes, x + (u64)tokens[i] * read, read,
+                 shared_address(&full[stage]));
     };
     int ahead = blockIdx.x;
     for (int i = 0; i < STAGES - 1; ++i, ahead += gridDim.x) fill(ahead, i);
@@ -93,8 +98,8 @@ struct Moves {
     u64 rows;  // that `out` has
 };
 
-// `topk` distinct experts of `global` for each token, the first `local` of them here; rows of an expert one behind the other, each
-// expert's from a multiple of 128 on.
+// `topk` distinct experts of `global` for each token, the first `local` of them here; rows of an expert one behind the
+// other, each expert's from a multiple of 128 on.
 static Moves routed(int tokens, int topk, int local, int global) {
     std::mt19937 random(7);
     std::vector<int> ids(tokens * topk);
@@ -107,7 +112,8 @@ static Moves routed(int tokens, int topk, int local, int global) {
         }
     for (int id : ids)
         if (id < local) ++start[id + 1];
-    for (int expert = 0; expert < local; ++expert) start[expert + 1] = start[expert] + (start[expert + 1] + 127) / 128 * 128;
+    for (int expert = 0; expert < local; ++expert)
+        start[expert + 1] = start[expert] + (start[expert + 1] + 127) / 128 * 128;
     Moves moves = {{}, {}, start[local]};
     for (int token = 0; token < tokens; ++token) {
         std::vector<int> rows(topk, -1);
@@ -143,8 +149,8 @@ static void measure(const char* name, int tokens, const Moves& moves, u32 read, 
     for (int round = 0; round < 6; ++round) {
         check(cudaEventRecord(start));
         for (int i = 0; i < LAUNCHES; ++i)
-            move_rows<<<blocks * multiprocessors, 32, shared>>>(x[i % 2], out[i % 2], order, rows, (int)moves.tokens.size(), read, written,
-                                                                 places);
+            move_rows<<<blocks * multiprocessors, 32, shared>>>(x[i % 2], out[i % 2], order, rows,
+                                                                (int)moves.tokens.size(), read, written, places);
         check(cudaEventRecord(end));
         check(cudaEventSynchronize(end));
         float ms;
@@ -174,7 +180,10 @@ int main() {
         const char* name;
         u32 hidden;
         int topk, local, global;
-    } shapes[] = {{"dsv3", 7168, 8, 256, 256}, {"dsv3_ep8", 7168, 8, 32, 256}, {"qwen235", 4096, 8, 128, 128}, {"mixtral", 4096, 2, 8, 8}};
+    } shapes[] = {{"dsv3", 7168, 8, 256, 256},
+                  {"dsv3_ep8", 7168, 8, 32, 256},
+                  {"qwen235", 4096, 8, 128, 128},
+                  {"mixtral", 4096, 2, 8, 8}};
     for (const auto& s : shapes)
         for (int tokens : {4096, 16384})
             measure(s.name, tokens, routed(tokens, s.topk, s.local, s.global), 2 * s.hidden, s.hidden, s.topk, 3);

@@ -1,15 +1,18 @@
-// What the matrix units of a Hopper give for chains of e4m3 wgmma, by where A comes from, by the width of an instruction and by what
-// else goes on. One block per multiprocessor, 1 to 3 warpgroups that multiply, each 64 rows; a block of K is 128 bytes of it.
+// What the matrix units of a Hopper give for chains of e4m3 wgmma, by where A comes from, by the width of an
+// instruction and by what else goes on. One block per multiprocessor, 1 to 3 warpgroups that multiply, each 64 rows; a
+// block of K is 128 bytes of it.
 //
 //   nvcc -gencode=arch=compute_90a,code=sm_90a -O3 --split-compile=0 -o wgmma_rates wgmma_rates.cu && ./wgmma_rates
 //
-// A tile has 64 rows to a warpgroup and 256 outputs (192 where n is 96 or 192). Modes, added up: 1 copies: a producer fills three
-// stages at the rate the tile needs, from a buffer that stays in the L2, and the warpgroups wait for it; 2 sums: each chain of four
-// instructions is scaled and added to f32 sums, while the next one runs where there are registers for two ("1 part" where not). Rows
-// in registers are loaded by ldmatrix once a block of K, a block ahead. Every eight blocks of K all products are waited for (the
-// compiler follows them no further): about 60 cycles of 8192, or, with one warpgroup, of 4096.
+// A tile has 64 rows to a warpgroup and 256 outputs (192 where n is 96 or 192). Modes, added up: 1 copies: a producer
+// fills three stages at the rate the tile needs, from a buffer that stays in the L2, and the warpgroups wait for it; 2
+// sums: each chain of four instructions is scaled and added to f32 sums, while the next one runs where there are
+// registers for two ("1 part" where not). Rows in registers are loaded by ldmatrix once a block of K, a block ahead.
+// Every eight blocks of K all products are waited for (the compiler follows them no further): about 60 cycles of 8192,
+// or, with one warpgroup, of 4096.
 //
-// Columns: cycles for a block of K, of them 100 % busy would be rows * outputs / 32; TFLOP/s and clock by the host's clock.
+// Columns: cycles for a block of K, of them 100 % busy would be rows * outputs / 32; TFLOP/s and clock by the host's
+// clock.
 typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -26,14 +29,17 @@ __device__ __forceinline__ u64 operand(u32 address) {
 
 __device__ __forceinline__ void wait_for_phase(u32 barrier, u32 parity) {
     asm volatile(
-        "{\n.reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra OVER;\nbra WAIT;\nOVER:\n}" ::"r"(barrier),
+        "{\n.reg .pred p;\nWAIT:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra OVER;\nbra WAIT;\nOVER:\n}" ::"r"(barrier),
         "r"(parity)
         : "memory");
 }
 
 __device__ __forceinline__ void arrive_if(u32 barrier, u32 does) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(barrier), "r"(does)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(barrier),
+        "r"(does)
+        : "memory");
 }
 
 template <int COUNT>
@@ -73,26 +79,29 @@ struct Multiply;
 #define N_32 N_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define N_48 N_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define N_64 N_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define N_96 \
-    N_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define N_128 \
-    N_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define N_96                                                                                                           \
+    N_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
+         "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define N_128                                                                                       \
+    N_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
+         "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-#define MULTIPLY(N, NAMES, A0, A1, A2, A3, A4, A5, ...)                                                                                \
-    template <>                                                                                                                        \
-    struct Multiply<N> {                                                                                                               \
-        static __device__ __forceinline__ void shared(float (&s)[N / 2], u64 a, u64 b, int add) {                                      \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N                         \
-                         "k32.f32.e4m3.e4m3 {" NAMES "}, %" #A0 ", %" #A1 ", p, 1, 1;\n}"                                              \
-                         : __VA_ARGS__                                                                                                 \
-                         : "l"(a), "l"(b), "r"(add));                                                                                  \
-        }                                                                                                                              \
-        static __device__ __forceinline__ void registers(float (&s)[N / 2], const u32 (&a)[4], u64 b, int add) {                       \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N                         \
-                         "k32.f32.e4m3.e4m3 {" NAMES "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #A4 ", p, 1, 1;\n}"              \
-                         : __VA_ARGS__                                                                                                 \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                              \
-        }                                                                                                                              \
+#define MULTIPLY(N, NAMES, A0, A1, A2, A3, A4, A5, ...)                                                          \
+    template <>                                                                                                  \
+    struct Multiply<N> {                                                                                         \
+        static __device__ __forceinline__ void shared(float (&s)[N / 2], u64 a, u64 b, int add) {                \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N   \
+                         "k32.f32.e4m3.e4m3 {" NAMES "}, %" #A0 ", %" #A1 ", p, 1, 1;\n}"                        \
+                         : __VA_ARGS__                                                                           \
+                         : "l"(a), "l"(b), "r"(add));                                                            \
+        }                                                                                                        \
+        static __device__ __forceinline__ void registers(float (&s)[N / 2], const u32 (&a)[4], u64 b, int add) { \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #A5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N   \
+                         "k32.f32.e4m3.e4m3 {" NAMES "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #A4        \
+                         ", p, 1, 1;\n}"                                                                         \
+                         : __VA_ARGS__                                                                           \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                        \
+        }                                                                                                        \
     };
 MULTIPLY(32, N_16, 16, 17, 18, 19, 20, 21, O16(0))
 MULTIPLY(64, N_32, 32, 33, 34, 35, 36, 37, O32(0))
@@ -153,8 +162,8 @@ struct Stage {
 
 // Some blocks of K from `first` on; without products on their way before and after. `rows` has the first block's.
 template <int N, bool REGISTERS, int MODE, int MOST, int BLOCK, int CHAIN>
-__device__ __forceinline__ void step(const Stage& s, int first, int mine, Rows& rows, Rows& next, float (&part)[N / 2], float (&other)[N / 2],
-                                     float (&sum)[N / 2], float upper, float lower) {
+__device__ __forceinline__ void step(const Stage& s, int first, int mine, Rows& rows, Rows& next, float (&part)[N / 2],
+                                     float (&other)[N / 2], float (&sum)[N / 2], float upper, float lower) {
     using C = Config<N, REGISTERS, MODE, MOST>;
     if constexpr (BLOCK == C::unroll) {
         // The last chain.
@@ -188,25 +197,30 @@ __device__ __forceinline__ void step(const Stage& s, int first, int mine, Rows& 
         if (CHAIN == 0 && (MODE & COPIES) && block > 0) arrive_if(s.empty(block - 1), threadIdx.x % 128 == 0);
         if constexpr (C::is_double) {
             if constexpr (LAST) {
-                step<N, REGISTERS, MODE, MOST, BLOCK + 1, 0>(s, first, mine, next, rows, other, part, sum, upper, lower);
+                step<N, REGISTERS, MODE, MOST, BLOCK + 1, 0>(s, first, mine, next, rows, other, part, sum, upper,
+                                                             lower);
             } else {
-                step<N, REGISTERS, MODE, MOST, BLOCK, CHAIN + 1>(s, first, mine, rows, next, other, part, sum, upper, lower);
+                step<N, REGISTERS, MODE, MOST, BLOCK, CHAIN + 1>(s, first, mine, rows, next, other, part, sum, upper,
+                                                                 lower);
             }
         } else if constexpr (LAST) {
             step<N, REGISTERS, MODE, MOST, BLOCK + 1, 0>(s, first, mine, next, rows, part, other, sum, upper, lower);
         } else {
-            step<N, REGISTERS, MODE, MOST, BLOCK, CHAIN + 1>(s, first, mine, rows, next, part, other, sum, upper, lower);
+            step<N, REGISTERS, MODE, MOST, BLOCK, CHAIN + 1>(s, first, mine, rows, next, part, other, sum, upper,
+                                                             lower);
         }
     }
 }
 
 template <int N, bool REGISTERS, int MODE, int MOST>
-__global__ void __launch_bounds__((MOST + 1) * 128, 1) rates(const u8* from, u32 buffer_bytes, int blocks, int groups, u64* cycles, float* out) {
+__global__ void __launch_bounds__((MOST + 1) * 128, 1)
+    rates(const u8* from, u32 buffer_bytes, int blocks, int groups, u64* cycles, float* out) {
     using C = Config<N, REGISTERS, MODE, MOST>;
     extern __shared__ __align__(1024) u8 shared[];
     const Stage s{__shfl_sync(0xffffffffu, shared_address(shared), 0), (C::outputs + groups * 64) * 128, 0};
     for (int i = threadIdx.x; i < STAGES * s.bytes / 16; i += blockDim.x)
-        reinterpret_cast<uint4*>(shared)[i] = reinterpret_cast<const uint4*>(from)[(blockIdx.x * 4096 + i) % (buffer_bytes / 16)];
+        reinterpret_cast<uint4*>(shared)[i] =
+            reinterpret_cast<const uint4*>(from)[(blockIdx.x * 4096 + i) % (buffer_bytes / 16)];
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(s.full(i)) : "memory");
@@ -223,13 +237,15 @@ __global__ void __launch_bounds__((MOST + 1) * 128, 1) rates(const u8* from, u32
             u32 at = blockIdx.x * 65536 % (buffer_bytes - s.bytes);
             for (int block = 0; block <= blocks; ++block) {
                 if (block >= STAGES) wait_for_phase(s.empty(block), (block / STAGES - 1) & 1);
-                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(s.full(block)), "r"(s.bytes) : "memory");
+                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(s.full(block)), "r"(s.bytes)
+                             : "memory");
                 const int half = s.bytes / 2;
                 for (int part = 0; part < 2; ++part)
-                    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                                     s.weights(block) + part * half),
-                                 "l"(from + at + part * half), "r"(half), "r"(s.full(block))
-                                 : "memory");
+                    asm volatile(
+                        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                            s.weights(block) + part * half),
+                        "l"(from + at + part * half), "r"(half), "r"(s.full(block))
+                        : "memory");
                 at = (at + 8192) % (buffer_bytes - s.bytes);
             }
             wait_for_phase(s.full(blocks), blocks / STAGES & 1);
@@ -259,23 +275,31 @@ __global__ void __launch_bounds__((MOST + 1) * 128, 1) rates(const u8* from, u32
     if (total == 1.2345678f) out[threadIdx.x] = total;
 }
 
-#define MODES(X, N, REGISTERS, MOST) X(N, REGISTERS, 0, MOST) X(N, REGISTERS, 1, MOST) X(N, REGISTERS, 2, MOST) X(N, REGISTERS, 3, MOST)
-#define WIDTHS(X, MOST)                                                                                                       \
-    MODES(X, 64, false, MOST) MODES(X, 96, false, MOST) MODES(X, 128, false, MOST) MODES(X, 192, false, MOST)                  \
-    MODES(X, 256, false, MOST) MODES(X, 32, true, MOST) MODES(X, 64, true, MOST) MODES(X, 96, true, MOST)                      \
-    MODES(X, 128, true, MOST) MODES(X, 192, true, MOST)
+#define MODES(X, N, REGISTERS, MOST) \
+    X(N, REGISTERS, 0, MOST) X(N, REGISTERS, 1, MOST) X(N, REGISTERS, 2, MOST) X(N, REGISTERS, 3, MOST)
+#define WIDTHS(X, MOST)        \
+    MODES(X, 64, false, MOST)  \
+    MODES(X, 96, false, MOST)  \
+    MODES(X, 128, false, MOST) \
+    MODES(X, 192, false, MOST) \
+    MODES(X, 256, false, MOST) \
+    MODES(X, 32, true, MOST)   \
+    MODES(X, 64, true, MOST)   \
+    MODES(X, 96, true, MOST)   \
+    MODES(X, 128, true, MOST)  \
+    MODES(X, 192, true, MOST)
 
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
-#define CHECK(call)                                                                           \
-    do {                                                                                      \
-        const cudaError_t error = call;                                                       \
-        if (error != cudaSuccess) {                                                           \
-            std::printf("%s: %s\n", #call, cudaGetErrorString(error));                        \
-            std::exit(1);                                                                     \
-        }                                                                                     \
+#define CHECK(call)                                                    \
+    do {                                                               \
+        const cudaError_t error = call;                                \
+        if (error != cudaSuccess) {                                    \
+            std::printf("%s: %s\n", #call, cudaGetErrorString(error)); \
+            std::exit(1);                                              \
+        }                                                              \
     } while (false)
 
 static u8* buffer;
@@ -313,10 +337,11 @@ void measure(int groups) {
         for (u64 c : counted) mean += (double)c / multiprocessors / BLOCKS;
         const double ideal = groups * 64.0 * C::outputs / 32.0;
         const double flops = 2.0 * groups * 64.0 * C::outputs * 128.0 * BLOCKS * multiprocessors;
-        std::printf("%-9s n%-4d %d  %-7s %-5s %-7s %8.0f %6.1f%% %8.0f %6.0f %4d%s\n", REGISTERS ? "registers" : "shared", N, groups,
-                    MODE & COPIES ? "copies" : "", MODE & SUMS ? "sums" : "", MODE & SUMS ? C::is_double ? "2 parts" : "1 part" : "", mean,
-                    100.0 * ideal / mean, flops / milliseconds * 1e-9, mean * BLOCKS / milliseconds * 1e-3, attributes.numRegs,
-                    attributes.localSizeBytes > 0 ? " SPILLS" : "");
+        std::printf("%-9s n%-4d %d  %-7s %-5s %-7s %8.0f %6.1f%% %8.0f %6.0f %4d%s\n",
+                    REGISTERS ? "registers" : "shared", N, groups, MODE & COPIES ? "copies" : "",
+                    MODE & SUMS ? "sums" : "", MODE & SUMS ? C::is_double ? "2 parts" : "1 part" : "", mean,
+                    100.0 * ideal / mean, flops / milliseconds * 1e-9, mean * BLOCKS / milliseconds * 1e-3,
+                    attributes.numRegs, attributes.localSizeBytes > 0 ? " SPILLS" : "");
     }
 }
 
@@ -338,12 +363,12 @@ int main() {
     CHECK(cudaMalloc(&out, 4096));
     CHECK(cudaMemcpy(buffer, bytes.data(), BUFFER_BYTES, cudaMemcpyHostToDevice));
     std::printf("%s\nA from    width groups (64 rows each)      cycles   busy  TFLOP/s   MHz regs\n", properties.name);
-#define MEASURE(N, REGISTERS, MODE, MOST)                     \
-    if (MOST == 3) {                                          \
-        measure<N, REGISTERS, MODE, MOST>(3);                 \
-    } else {                                                  \
-        measure<N, REGISTERS, MODE, MOST>(1);                 \
-        measure<N, REGISTERS, MODE, MOST>(2);                 \
+#define MEASURE(N, REGISTERS, MODE, MOST)     \
+    if (MOST == 3) {                          \
+        measure<N, REGISTERS, MODE, MOST>(3); \
+    } else {                                  \
+        measure<N, REGISTERS, MODE, MOST>(1); \
+        measure<N, REGISTERS, MODE, MOST>(2); \
     }
     WIDTHS(MEASURE, 2)
     WIDTHS(MEASURE, 3)

@@ -1,4 +1,5 @@
-// What a kernel compiled for the CPU asks of the emulator, and what the emulator tells each of its threads. In Rust: machine.rs.
+// What a kernel compiled for the CPU asks of the emulator, and what the emulator tells each of its threads. In Rust:
+// machine.rs.
 #pragma once
 
 struct EmulatedPlace {

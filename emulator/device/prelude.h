@@ -99,7 +99,8 @@ inline T atomicAdd(T* address, T value) {
 template <typename T>
 inline T atomicMax(T* address, T value) {
     T old = __atomic_load_n(address, __ATOMIC_SEQ_CST);
-    while (old < value && !__atomic_compare_exchange_n(address, &old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    while (old < value &&
+           !__atomic_compare_exchange_n(address, &old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
     }
     return old;
 }

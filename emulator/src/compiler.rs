@@ -2,7 +2,7 @@
 //!
 //! Most of the language is macros and functions of device/prelude.h. What they cannot express is rewritten here: shared variables
 //! (one for all threads of a block) and entry points (called with the addresses of their parameters). The headers that hold
-//! inline PTX are replaced by those in device/. Pointers and handles are the caller's word, as they are to NVRTC.
+//! inline PTX are replaced by those in device/ptx/. Pointers and handles are the caller's word, as they are to NVRTC.
 #![allow(non_snake_case, clippy::not_unsafe_ptr_arg_deref)]
 
 use regex::{Captures, Regex};
@@ -13,10 +13,10 @@ use std::process::Command;
 const REPLACED: [(&str, &str); 6] = [
     ("machine.h", include_str!("../device/machine.h")),
     ("prelude.h", include_str!("../device/prelude.h")),
-    ("access.cuh", include_str!("../device/access.cuh")),
-    ("convert.cuh", include_str!("../device/convert.cuh")),
-    ("hopper.cuh", include_str!("../device/hopper.cuh")),
-    ("wgmma.cuh", include_str!("../device/wgmma.cuh")),
+    ("ptx/access.cuh", include_str!("../device/ptx/access.cuh")),
+    ("ptx/convert.cuh", include_str!("../device/ptx/convert.cuh")),
+    ("ptx/hopper.cuh", include_str!("../device/ptx/hopper.cuh")),
+    ("ptx/wgmma.cuh", include_str!("../device/ptx/wgmma.cuh")),
 ];
 
 /// What a "cubin" of this driver starts with; its length in 8 bytes and a shared object follow.
@@ -126,8 +126,11 @@ pub extern "C" fn nvrtcGetErrorString(code: c_int) -> *const c_char {
 
 fn compile(program: &Program, options: &[String]) -> Result<Vec<u8>, String> {
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
-    let write =
-        |name: &str, text: &str| std::fs::write(folder.path().join(name), text).map_err(|error| error.to_string());
+    let write = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        let parent = path.parent().unwrap_or(folder.path());
+        std::fs::create_dir_all(parent).and_then(|()| std::fs::write(&path, text)).map_err(|error| error.to_string())
+    };
     for (name, header) in &program.headers {
         write(name, &shared_variables(header))?;
     }
@@ -149,7 +152,8 @@ fn compile(program: &Program, options: &[String]) -> Result<Vec<u8>, String> {
         "-ffp-contract=off",
         "-fno-strict-aliasing",
     ]);
-    command.args(["-fno-math-errno", "-include", "prelude.h", "-x", "c++"]).current_dir(folder.path());
+    // Headers are named by their path from the folder, in headers too.
+    command.args(["-I.", "-fno-math-errno", "-include", "prelude.h", "-x", "c++"]).current_dir(folder.path());
     for option in options {
         if let Some(definition) = option.strip_prefix("--define-macro=") {
             command.arg(format!("-D{definition}"));
@@ -188,7 +192,7 @@ fn shared_variables(source: &str) -> String {
 fn entry_points(source: &str) -> String {
     let entry = Regex::new(r#"extern "C" __global__ void((?:\s+__\w+__\([^)]*\))*)\s+(\w+)\(([^)]*)\)\s*\{"#)
         .expect("a pattern");
-    let cluster = Regex::new(r"__cluster_dims__\((\w+)").expect("a pattern");
+    let cluster = Regex::new(r"__cluster_dims__\(([\w:]+)").expect("a pattern");
     let mut added = String::new();
     for found in entry.captures_iter(source) {
         let (attributes, name) = (&found[1], &found[2]);

@@ -5,12 +5,15 @@
 mod on_device;
 
 use expertile::cuda::{
-    ActivateConfig, Compiler, GemmConfig, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, PermuteConfig,
-    QuantizePermuteConfig, RouteConfig, Source, UnpermuteConfig, WIDE_ROW_TILE,
+    ActivateConfig, Compiler, GemmConfig, GemmKernel, PermuteConfig, QuantizePermuteConfig, RouteConfig, Source,
+    UnpermuteConfig,
 };
 use expertile::{Activation, Dtype, Error, Group, Padding, ScaleFormat, ScaleLayout, ScaleRounding, WeightFormat};
+use std::path::PathBuf;
 
 const ARCHITECTURES: [&str; 5] = ["sm_90a", "sm_80", "sm_89", "sm_100a", "sm_120a"];
+
+const WIDE: GemmKernel = GemmKernel::Wide { shares_rows: false };
 
 fn compiler() -> Option<Compiler> {
     match Compiler::find() {
@@ -88,21 +91,14 @@ fn sources() -> Vec<Source> {
 fn gemm_sources() -> Vec<Source> {
     let mut sources = Vec::new();
     for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
-        for tile in GemmTile::all(format) {
-            sources.push(GemmConfig { format, tile, activation: None }.source());
-        }
-        for row_tile in [16, 32, 64] {
-            for splits in [2, 4, 8] {
-                let tile = GemmTile { row_tile, outputs: 128, shared: 1, splits, wide: false };
-                sources.push(GemmConfig { format, tile, activation: None }.source());
-            }
+        for kernel in GemmKernel::all(format).into_iter().chain(GemmKernel::all_split()) {
+            sources.push(GemmConfig { format, kernel, activation: None }.source());
         }
     }
     let limited = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
-    for (row_tile, outputs) in [(LARGE_ROW_TILE, LARGE_OUTPUTS), (WIDE_ROW_TILE, 128)] {
-        let tile = GemmTile { row_tile, outputs, shared: 1, splits: 1, wide: true };
+    for kernel in [GemmKernel::Large, WIDE] {
         for activation in [None, Some(Activation::default()), Some(limited)] {
-            sources.push(GemmConfig { format: WeightFormat::E4m3, tile, activation }.source());
+            sources.push(GemmConfig { format: WeightFormat::E4m3, kernel, activation }.source());
         }
     }
     sources.into_iter().map(|source| source.unwrap()).collect()
@@ -117,14 +113,21 @@ fn spills(log: &str) -> (Vec<&str>, usize) {
 
 /// Compiles every `step`-th source: all of them for the architecture that is measured, a sample for the others.
 fn compile_all(arch: &str, step: usize) {
-    compile_sources(arch, sources().into_iter().step_by(step).collect());
+    compile_sources(arch, "step", sources().into_iter().step_by(step).collect());
 }
 
-fn compile_sources(arch: &str, sources: Vec<Source>) {
+/// Compiles and checks sources. With `EXPERTILE_CUBINS=<folder>` the cubins are left there, named by architecture, list and
+/// place in the list: `benches/hopper/compare_cubins.py` compares two such folders.
+fn compile_sources(arch: &str, list: &str, sources: Vec<Source>) {
     let Some(compiler) = compiler() else { return };
-    for source in &sources {
+    let folder = std::env::var_os("EXPERTILE_CUBINS").map(PathBuf::from);
+    for (index, source) in sources.iter().enumerate() {
         let (cubin, log) = compiler.compile_logged(source, arch).unwrap();
         assert_eq!(cubin[..4], *b"\x7fELF", "{source:?} gave no cubin for {arch}");
+        if let Some(folder) = &folder {
+            std::fs::create_dir_all(folder).unwrap();
+            std::fs::write(folder.join(format!("{arch}-{list}-{index:03}.cubin")), &cubin).unwrap();
+        }
         let (spilled, kernels) = spills(&log);
         assert!(kernels > 0, "the assembler said nothing about {source:?}:\n{log}");
         assert!(spilled.is_empty(), "{source:?} spills on {arch}: {spilled:?}");
@@ -142,7 +145,7 @@ fn every_kernel_compiles_for_hopper_without_spills() {
 
 #[test]
 fn every_tile_of_the_grouped_gemm_compiles_for_hopper_without_spills() {
-    compile_sources(ARCHITECTURES[0], gemm_sources());
+    compile_sources(ARCHITECTURES[0], "gemm", gemm_sources());
 }
 
 #[test]
@@ -216,8 +219,7 @@ fn configurations_that_cannot_be_are_errors() {
     ] {
         let error = ActivateConfig { intermediate: 128, activation, format: None }.source().unwrap_err();
         assert!(error.to_string().starts_with(start), "{error}");
-        let tile = GemmTile { row_tile: WIDE_ROW_TILE, outputs: 128, shared: 1, splits: 1, wide: true };
-        let inside = GemmConfig { format: WeightFormat::E4m3, tile, activation: Some(activation) }.source();
+        let inside = GemmConfig { format: WeightFormat::E4m3, kernel: WIDE, activation: Some(activation) }.source();
         assert_eq!(inside.unwrap_err().to_string(), error.to_string());
     }
 }

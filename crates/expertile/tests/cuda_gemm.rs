@@ -10,9 +10,8 @@
 mod on_device;
 
 use expertile::cuda::{
-    Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, Gemm, GemmCall, GemmConfig,
-    GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, LayoutPtrs, NARROW_OUTPUTS, Route, RouteCall, RouteConfig, RoutingPtrs,
-    STATE_BYTES, Stream, WIDE_ROW_TILE, Weights,
+    Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, FewRowsCut, Gemm, GemmCall,
+    GemmConfig, GemmKernel, LayoutPtrs, Route, RouteCall, RouteConfig, RoutingPtrs, STATE_BYTES, Stream, Weights,
 };
 use expertile::{Activation, Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat};
 use half::bf16;
@@ -29,7 +28,7 @@ struct Case {
     n: usize,
     k: usize,
     format: WeightFormat,
-    tile: GemmTile,
+    kernel: GemmKernel,
     seed: u64,
 }
 
@@ -177,7 +176,7 @@ struct Call {
 impl Call {
     fn new(device: &Device, case: &Case, operands: &Operands) -> Self {
         let plan = &operands.plan;
-        let row_tile = case.tile.row_tile;
+        let row_tile = case.kernel.row_tile();
         let route = Route::prepare(device, RouteConfig { topk: 1, ids: Dtype::I32, row_tile }).unwrap();
         let lists: DeviceBuffer = device.allocate(LayoutPtrs::space_bytes(plan, row_tile).unwrap()).unwrap();
         lists.fill(POISON).unwrap();
@@ -218,7 +217,7 @@ impl Call {
             alignment: plan.alignment(),
         };
         let gemm =
-            Gemm::prepare(device, GemmConfig { format: case.format, tile: case.tile, activation: None }).unwrap();
+            Gemm::prepare(device, GemmConfig { format: case.format, kernel: case.kernel, activation: None }).unwrap();
         Self { gemm, weights, operands, out, _memory: vec![lists, state, workspace, ids, rows, scales] }
     }
 
@@ -286,29 +285,37 @@ fn check_row(case: &Case, operands: &Operands, expert: usize, row: usize, out: &
 
 const FORMATS: [WeightFormat; 2] = [WeightFormat::E4m3, WeightFormat::Bf16];
 
-fn plain(row_tile: usize) -> GemmTile {
-    GemmTile { row_tile, outputs: 128, shared: 1, splits: 1, wide: false }
+fn few_rows(row_tile: usize, cut: FewRowsCut) -> GemmKernel {
+    GemmKernel::FewRows { row_tile, cut }
 }
 
-fn narrow(row_tile: usize) -> GemmTile {
-    GemmTile { outputs: NARROW_OUTPUTS, ..plain(row_tile) }
+fn plain(row_tile: usize) -> GemmKernel {
+    few_rows(row_tile, FewRowsCut::Plain)
 }
 
-fn wide(shared: usize) -> GemmTile {
-    GemmTile { row_tile: WIDE_ROW_TILE, outputs: 128, shared, splits: 1, wide: true }
+fn narrow(row_tile: usize) -> GemmKernel {
+    few_rows(row_tile, FewRowsCut::Narrow)
 }
 
-fn large() -> GemmTile {
-    GemmTile { row_tile: LARGE_ROW_TILE, outputs: LARGE_OUTPUTS, ..wide(1) }
+fn sharing(row_tile: usize) -> GemmKernel {
+    few_rows(row_tile, FewRowsCut::SharedRows)
 }
+
+fn split(row_tile: usize, parts: usize) -> GemmKernel {
+    few_rows(row_tile, FewRowsCut::SplitK { parts })
+}
+
+const WIDE: GemmKernel = GemmKernel::Wide { shares_rows: false };
+const WIDE_SHARING: GemmKernel = GemmKernel::Wide { shares_rows: true };
+const LARGE: GemmKernel = GemmKernel::Large;
 
 /// Those for many rows.
-fn wide_tiles(format: WeightFormat) -> Vec<GemmTile> {
-    let mut tiles = vec![wide(1), wide(2)];
+fn wide_kernels(format: WeightFormat) -> Vec<GemmKernel> {
+    let mut kernels = vec![WIDE, WIDE_SHARING];
     if format == WeightFormat::E4m3 {
-        tiles.push(large());
+        kernels.push(LARGE);
     }
-    tiles
+    kernels
 }
 
 #[test]
@@ -317,9 +324,9 @@ fn every_row_tile_multiplies_hostile_layouts() {
     // Empty experts, one row, whole tiles, tails of one and of one less than the alignment.
     let counts = vec![0, 1, 16, 17, 0, 64, 63, 193, 128, 5, 0, 31];
     for format in FORMATS {
-        for tile in GemmTile::all(format) {
-            let alignment = 8 * tile.shared;
-            check(device, &Case { counts: counts.clone(), alignment, n: 256, k: 384, format, tile, seed: 1 });
+        for kernel in GemmKernel::all(format) {
+            let alignment = 8 * kernel.shared();
+            check(device, &Case { counts: counts.clone(), alignment, n: 256, k: 384, format, kernel, seed: 1 });
         }
     }
 }
@@ -328,11 +335,9 @@ fn every_row_tile_multiplies_hostile_layouts() {
 fn every_alignment_runs_with_every_row_tile() {
     let Some(device) = hopper() else { return };
     for alignment in [4, 8, 16, 32, 64, 128] {
-        for tile in
-            [plain(32), GemmTile { shared: 2, ..plain(64) }, GemmTile { shared: 2, ..plain(192) }, wide(2), large()]
-        {
+        for kernel in [plain(32), sharing(64), sharing(192), WIDE_SHARING, LARGE] {
             let counts = vec![alignment - 1, 1, alignment, 0, alignment + 1, 200];
-            let case = Case { counts, alignment, n: 128, k: 256, format: WeightFormat::E4m3, tile, seed: 2 };
+            let case = Case { counts, alignment, n: 128, k: 256, format: WeightFormat::E4m3, kernel, seed: 2 };
             check(device, &case);
         }
     }
@@ -343,10 +348,9 @@ fn partial_n_and_k_are_right_to_the_last_column() {
     let Some(device) = hopper() else { return };
     for format in FORMATS {
         for (n, k) in [(8, 16), (136, 144), (264, 2880), (120, 400), (384, 3584)] {
-            let few =
-                [plain(16), narrow(64), GemmTile { shared: 2, ..plain(64) }, GemmTile { shared: 2, ..plain(192) }];
-            for tile in few.into_iter().chain(wide_tiles(format)) {
-                check(device, &Case { counts: vec![3, 0, 33, 70], alignment: 8, n, k, format, tile, seed: 3 });
+            let few = [plain(16), narrow(64), sharing(64), sharing(192)];
+            for kernel in few.into_iter().chain(wide_kernels(format)) {
+                check(device, &Case { counts: vec![3, 0, 33, 70], alignment: 8, n, k, format, kernel, seed: 3 });
             }
         }
     }
@@ -360,19 +364,19 @@ fn a_row_has_the_same_bits_in_every_tile_and_beside_any_others() {
     for format in FORMATS {
         // Nine blocks of K for e4m3 and seventeen for bf16, the last in part.
         let (n, k) = (136, 1040);
-        let all = Case { counts: vec![193, 0, 17, 66], alignment: 8, n, k, format, tile: plain(64), seed: 10 };
+        let all = Case { counts: vec![193, 0, 17, 66], alignment: 8, n, k, format, kernel: plain(64), seed: 10 };
         let whole = Operands::new(&all);
         let expected = Call::new(device, &all, &whole).run(whole.plan.m_sum(), n);
-        for tile in GemmTile::all(format) {
+        for kernel in GemmKernel::all(format) {
             for counts in [[193, 0, 17, 66], [1, 0, 5, 33]] {
-                let (case, operands) = whole.first_rows(&Case { tile, ..all.clone() }, &counts);
+                let (case, operands) = whole.first_rows(&Case { kernel, ..all.clone() }, &counts);
                 let found = Call::new(device, &case, &operands).run(operands.plan.m_sum(), n);
                 for (expert, &count) in counts.iter().enumerate() {
                     for row in 0..count {
                         let [at, of] = [&operands, &whole].map(|operands| (operands.starts[expert] + row) * n);
                         assert!(
                             found[at..at + n] == expected[of..of + n],
-                            "row {row} of expert {expert} has other bits: {tile}, {counts:?}, {format}"
+                            "row {row} of expert {expert} has other bits: {kernel}, {counts:?}, {format}"
                         );
                     }
                 }
@@ -387,9 +391,9 @@ fn parts_of_k_add_up() {
     for format in FORMATS {
         for splits in [2, 4, 8] {
             for row_tile in [16, 32, 64] {
-                let tile = GemmTile { splits, ..plain(row_tile) };
+                let kernel = split(row_tile, splits);
                 let counts = vec![1, 0, row_tile, 7, 2 * row_tile + 1];
-                check(device, &Case { counts, alignment: 8, n: 200, k: 1168, format, tile, seed: 4 });
+                check(device, &Case { counts, alignment: 8, n: 200, k: 1168, format, kernel, seed: 4 });
             }
         }
     }
@@ -400,9 +404,9 @@ fn all_rows_on_one_expert_and_none_at_all() {
     let Some(device) = hopper() else { return };
     for format in FORMATS {
         for counts in [vec![0, 0, 700, 0], vec![0, 0, 0], vec![1000]] {
-            for tile in wide_tiles(format) {
+            for kernel in wide_kernels(format) {
                 let counts = counts.clone();
-                check(device, &Case { counts, alignment: 128, n: 512, k: 512, format, tile, seed: 5 });
+                check(device, &Case { counts, alignment: 128, n: 512, k: 512, format, kernel, seed: 5 });
             }
         }
     }
@@ -412,16 +416,11 @@ fn all_rows_on_one_expert_and_none_at_all() {
 fn many_tiles_go_round_the_ring_and_fifty_runs_give_the_same_bits() {
     let Some(device) = hopper() else { return };
     for format in FORMATS {
-        let few = [
-            (GemmTile { shared: 2, ..plain(128) }, 400),
-            (plain(64), 100),
-            (narrow(32), 40),
-            (GemmTile { splits: 4, ..plain(16) }, 20),
-        ];
-        for (tile, most) in wide_tiles(format).into_iter().map(|tile| (tile, 400)).chain(few) {
+        let few = [(sharing(128), 400), (plain(64), 100), (narrow(32), 40), (split(16, 4), 20)];
+        for (kernel, most) in wide_kernels(format).into_iter().map(|kernel| (kernel, 400)).chain(few) {
             let mut random = Random::new(77);
             let counts: Vec<usize> = (0..24).map(|_| random.below(most)).collect();
-            let case = Case { counts, alignment: 16, n: 1024, k: 640, format, tile, seed: 6 };
+            let case = Case { counts, alignment: 16, n: 1024, k: 640, format, kernel, seed: 6 };
             let operands = Operands::new(&case);
             let call = Call::new(device, &case, &operands);
             let first = call.run(operands.plan.m_sum(), case.n);
@@ -439,8 +438,15 @@ fn many_tiles_go_round_the_ring_and_fifty_runs_give_the_same_bits() {
 #[test]
 fn what_does_not_fit_is_an_error_and_writes_nothing() {
     let Some(device) = hopper() else { return };
-    let case =
-        Case { counts: vec![3, 4], alignment: 8, n: 64, k: 128, format: WeightFormat::E4m3, tile: plain(16), seed: 7 };
+    let case = Case {
+        counts: vec![3, 4],
+        alignment: 8,
+        n: 64,
+        k: 128,
+        format: WeightFormat::E4m3,
+        kernel: plain(16),
+        seed: 7,
+    };
     let operands = Operands::new(&case);
     let call = Call::new(device, &case, &operands);
     call.out.fill(POISON).unwrap();
@@ -450,11 +456,11 @@ fn what_does_not_fit_is_an_error_and_writes_nothing() {
     let error = launch(&call.gemm, Operand { alignment: 6, ..call.operands }).unwrap_err();
     assert!(matches!(error, Error::Alignment { actual: 6, .. }), "{error}");
     let wide =
-        Gemm::prepare(device, GemmConfig { format: WeightFormat::Bf16, tile: plain(16), activation: None }).unwrap();
+        Gemm::prepare(device, GemmConfig { format: WeightFormat::Bf16, kernel: plain(16), activation: None }).unwrap();
     let error = launch(&wide, call.operands).unwrap_err();
     assert!(matches!(error, Error::WeightFormat { argument: "weights", .. }), "{error}");
-    let tile = GemmTile { splits: 2, ..plain(16) };
-    let split = Gemm::prepare(device, GemmConfig { format: WeightFormat::E4m3, tile, activation: None }).unwrap();
+    let kernel = split(16, 2);
+    let split = Gemm::prepare(device, GemmConfig { format: WeightFormat::E4m3, kernel, activation: None }).unwrap();
     let error = launch(&split, call.operands).unwrap_err();
     assert!(matches!(error, Error::Value { argument: "k", actual: 128, .. }), "{error}");
     let mut out = vec![0u8; call.out.bytes()];
@@ -488,7 +494,7 @@ fn check_activation(device: &Device, case: &Case, activation: Activation) {
         m_sum,
     };
     unsafe { Activate::prepare(device, config).unwrap().launch(Stream(0), &buffers).unwrap() };
-    let config = GemmConfig { format: case.format, tile: case.tile, activation: Some(activation) };
+    let config = GemmConfig { format: case.format, kernel: case.kernel, activation: Some(activation) };
     let gemm = Gemm::prepare(device, config).unwrap();
     let (expected, expected_scales) = (read(&apart), read(&apart_scales));
     for run in 0..3 {
@@ -518,11 +524,11 @@ fn an_activation_in_the_gemm_gives_the_bits_of_one_after_it() {
         (vec![33, 200], 64, 256, 128),
         (vec![70; 24], 16, 768, 400),
     ] {
-        for (activation, tile) in
-            [(Activation::default(), wide(1)), (limited, wide(1)), (Activation::default(), large()), (limited, large())]
+        for (activation, kernel) in
+            [(Activation::default(), WIDE), (limited, WIDE), (Activation::default(), LARGE), (limited, LARGE)]
         {
             let (counts, format) = (counts.clone(), WeightFormat::E4m3);
-            check_activation(device, &Case { counts, alignment, n, k, format, tile, seed: 9 }, activation);
+            check_activation(device, &Case { counts, alignment, n, k, format, kernel, seed: 9 }, activation);
         }
     }
 }
@@ -532,24 +538,20 @@ fn an_activation_in_the_gemm_gives_the_bits_of_one_after_it() {
 fn sanitizer_runs_the_grouped_gemm() {
     let Some(device) = hopper() else { return };
     for format in FORMATS {
-        let few = [
-            plain(16),
-            narrow(32),
-            GemmTile { splits: 2, ..plain(32) },
-            GemmTile { splits: 8, ..plain(16) },
-            GemmTile { shared: 2, ..plain(64) },
-            GemmTile { shared: 2, ..plain(192) },
-        ];
-        for tile in few.into_iter().chain(wide_tiles(format)) {
-            check(device, &Case { counts: vec![3, 0, 41, 100], alignment: 8, n: 200, k: 1040, format, tile, seed: 8 });
+        let few = [plain(16), narrow(32), split(32, 2), split(16, 8), sharing(64), sharing(192)];
+        for kernel in few.into_iter().chain(wide_kernels(format)) {
+            check(
+                device,
+                &Case { counts: vec![3, 0, 41, 100], alignment: 8, n: 200, k: 1040, format, kernel, seed: 8 },
+            );
         }
     }
     // More tiles than an H200 has multiprocessors, so that blocks claim them.
     let (counts, format) = (vec![130; 36], WeightFormat::E4m3);
-    check(device, &Case { counts, alignment: 8, n: 512, k: 144, format, tile: large(), seed: 8 });
-    for tile in [wide(1), large()] {
+    check(device, &Case { counts, alignment: 8, n: 512, k: 144, format, kernel: LARGE, seed: 8 });
+    for kernel in [WIDE, LARGE] {
         let (counts, format) = (vec![3, 0, 41, 200], WeightFormat::E4m3);
-        let case = Case { counts, alignment: 8, n: 512, k: 272, format, tile, seed: 8 };
+        let case = Case { counts, alignment: 8, n: 512, k: 272, format, kernel, seed: 8 };
         check_activation(device, &case, Activation::default());
     }
 }

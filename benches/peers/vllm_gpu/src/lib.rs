@@ -6,7 +6,7 @@
 
 use expertile::cuda::{
     Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, Gemm, GemmCall, GemmConfig,
-    GemmTile, Layer, LayerCall, LayoutPtrs, QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig, RouteConfig,
+    GemmKernel, Layer, LayerCall, LayoutPtrs, QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig, RouteConfig,
     RoutingPtrs, RowsPtrs, STATE_BYTES, Stream, Unpermute, UnpermuteCall, UnpermuteConfig, Weights,
 };
 use expertile::{
@@ -294,9 +294,21 @@ pub extern "C" fn expertile_bind_unpermute(
     hand_over(make())
 }
 
-/// A tile as five words: row tile, blocks that share rows, parts of K, 1 for the wide kernel, outputs.
-fn words_of_tile(tile: GemmTile) -> [usize; 5] {
-    [tile.row_tile, tile.shared, tile.splits, usize::from(tile.wide), tile.outputs]
+/// A GEMM kernel as five words: row tile, blocks that share rows, parts of K, 1 where tokens are the M operand, outputs.
+fn words_of_kernel(kernel: GemmKernel) -> [usize; 5] {
+    let tokens_on_m = usize::from(kernel.tokens_on_m());
+    [kernel.row_tile(), kernel.shared(), kernel.splits(), tokens_on_m, kernel.outputs()]
+}
+
+/// The kernel that has these words, if there is one.
+fn kernel_of_words(words: [usize; 5]) -> Result<GemmKernel> {
+    let mut kernels = GemmKernel::all(WeightFormat::E4m3).into_iter().chain(GemmKernel::all_split());
+    let expected = "the words of a GEMM kernel: row tile, sharing blocks, parts of K, tokens on M, outputs".into();
+    kernels.find(|&kernel| words_of_kernel(kernel) == words).ok_or(Error::Value {
+        argument: "row_tile",
+        actual: words[0] as i128,
+        expected,
+    })
 }
 
 /// Prepares and binds the grouped GEMM of e4m3 rows and weights `[experts, n, k]`, whose worklist has `row_tile`; with
@@ -329,7 +341,7 @@ pub unsafe extern "C" fn expertile_bind_gemm(
     let make = || {
         let config = GemmConfig {
             format: WeightFormat::E4m3,
-            tile: GemmTile { row_tile, outputs, shared, splits, wide: wide != 0 },
+            kernel: kernel_of_words([row_tile, shared, splits, usize::from(wide != 0), outputs])?,
             activation: (out_scales != 0).then(Activation::default),
         };
         let step = Arc::new(Gemm::prepare(&device()?, config)?);
@@ -389,7 +401,7 @@ pub unsafe extern "C" fn expertile_layer(
 }
 
 /// Writes what a call of the layer does: bytes of workspace, alignment, launches, 1 if GEMM 1 has the activation inside, and
-/// each GEMM's tile as [`words_of_tile`]; 1, or 0 on failure.
+/// each GEMM's kernel as [`words_of_kernel`]; 1, or 0 on failure.
 ///
 /// # Safety
 /// `layer` came from [`expertile_layer`], `choice` holds fourteen.
@@ -401,8 +413,8 @@ pub unsafe extern "C" fn expertile_layer_choice(layer: *const Arc<Layer>, tokens
         Ok((bytes, found)) => {
             let inside = usize::from(found.activation_inside_gemm1);
             choice[..4].copy_from_slice(&[bytes, found.plan.alignment(), found.launches, inside]);
-            choice[4..9].copy_from_slice(&words_of_tile(found.gemm1));
-            choice[9..].copy_from_slice(&words_of_tile(found.gemm2));
+            choice[4..9].copy_from_slice(&words_of_kernel(found.gemm1));
+            choice[9..].copy_from_slice(&words_of_kernel(found.gemm2));
             1
         }
         Err(error) => {

@@ -3,7 +3,7 @@
 use super::arguments::require_int;
 use super::definitions::{activation_definitions, scale_definitions};
 use super::driver::{Device, DevicePtr, Resident, Resources, Source, Stream};
-use super::route::require_experts;
+use super::route::{MAX_EXPERTS, require_experts};
 use crate::activation::Activation;
 use crate::error::{Error, Result};
 use crate::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding};
@@ -44,8 +44,10 @@ impl ActivateConfig {
             ("INTERMEDIATE", i64::from(require_int("intermediate", self.intermediate)?)),
             ("QUANTIZED", i64::from(self.format.is_some())),
             ("ALIGNED", 1),
+            ("HOST_THREADS", i64::from(THREADS)),
+            ("HOST_MAX_EXPERTS", MAX_EXPERTS as i64),
         ]);
-        Ok(Source::new("activation.cu", include_str!("kernels/activation.cu"), definitions))
+        Ok(Source::new("activation.cu", include_str!("kernels/rows/activation.cu"), definitions))
     }
 }
 

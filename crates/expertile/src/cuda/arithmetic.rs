@@ -15,7 +15,8 @@ fn disagreements(entry: &'static std::ffi::CStr, input: i64) -> Option<[u64; 2]>
             return None;
         }
     };
-    let source = Source::new("arithmetic_test.cu", include_str!("kernels/arithmetic_test.cu"), vec![("INPUT", input)]);
+    let source =
+        Source::new("arithmetic_test.cu", include_str!("kernels/common/arithmetic_test.cu"), vec![("INPUT", input)]);
     let kernel = device.kernel(&source, entry).unwrap();
     let result = device.upload(&[0u64, u64::MAX]).unwrap();
     let address = result.ptr();

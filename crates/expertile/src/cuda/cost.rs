@@ -8,18 +8,18 @@
 //! The constants were fitted to what an H200 took for layers drawn at random (`expertile bench tiles --device cuda:0`), and are
 //! judged by layers of another seed.
 
-use super::gemm::{GemmShape, GemmTile, LARGE_OUTPUTS, LARGE_ROW_TILE, WIDE_ROW_TILE, values_of_block};
+use super::gemm::{GemmKernel, GemmShape, LARGE_ROW_TILE, WIDE_ROW_TILE, values_of_block};
 use crate::gemm::WeightFormat;
 use table::COSTS;
 
 mod table;
 
 /// What one kernel takes. Times in microseconds, of which some depend on the rows of a tile: one for each step of
-/// [`GemmTile::row_step`].
+/// [`GemmKernel::row_step`].
 #[derive(Debug)]
 pub(super) struct Cost {
     pub(super) format: WeightFormat,
-    pub(super) tile: GemmTile,
+    pub(super) kernel: GemmKernel,
     /// Whether the activation is inside.
     pub(super) activated: bool,
     /// Before the first tile and after the last one.
@@ -120,13 +120,13 @@ impl Cost {
     /// Whether a tile is activated while the next one is multiplied: the slower of the two decides then, and the last tile's
     /// activation comes after all.
     fn activates_meanwhile(&self) -> bool {
-        self.activated && self.tile.row_tile == WIDE_ROW_TILE
+        self.activated && matches!(self.kernel, GemmKernel::Wide { .. })
     }
 
     /// Microseconds.
     fn of(&self, shape: &GemmShape, population: &Population, multiprocessors: usize) -> f64 {
-        let GemmTile { row_tile, outputs, shared, .. } = self.tile;
-        let step = self.tile.row_step();
+        let (row_tile, outputs, shared) = (self.kernel.row_tile(), self.kernel.outputs(), self.kernel.shared());
+        let step = self.kernel.row_step();
         let blocks = shape.k.div_ceil(values_of_block(shape.format)) as f64;
         let columns = (shared * shape.n.div_ceil(outputs * shared)) as f64;
         // Tiles of each number of steps.
@@ -165,9 +165,7 @@ impl Cost {
         // A large tile and the small one that holds the rest of an expert's rows go at different paces and read its weights
         // twice. Past the wide tile's rows that is so of the wide one too, and decides nothing between them.
         let twice = |&&(rows, _): &&(usize, f64)| {
-            row_tile == LARGE_ROW_TILE
-                && outputs == LARGE_OUTPUTS
-                && (LARGE_ROW_TILE + 1..=WIDE_ROW_TILE).contains(&rows)
+            self.kernel == GemmKernel::Large && (LARGE_ROW_TILE + 1..=WIDE_ROW_TILE).contains(&rows)
         };
         let again: f64 = population.groups.iter().filter(twice).map(|(_, experts)| experts).sum();
         let reads = population.experts.min(shape.experts as f64) + again;
@@ -187,12 +185,12 @@ fn activation(format: WeightFormat, rows: f64, n: usize) -> f64 {
 
 /// The tile that is expected to take least; with `activation_follows`, which is then counted, of tiles that have it inside and of
 /// those that do not.
-pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> (GemmTile, bool) {
+pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> (GemmKernel, bool) {
     let populations = [Population::even(shape), Population::skewed(shape)];
     let fits = |cost: &&Cost| {
         cost.format == shape.format
             && (!cost.activated || (activation_follows && shape.n.is_multiple_of(256)))
-            && (cost.tile.shared == 1 || shape.n > cost.tile.outputs)
+            && (cost.kernel.shared() == 1 || shape.n > cost.kernel.outputs())
     };
     let expected = |cost: &Cost| {
         let one = |population: &Population| {
@@ -204,7 +202,7 @@ pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, multiprocess
     };
     let costs = COSTS.iter().filter(fits).map(|cost| (expected(cost), cost));
     let least = costs.min_by(|a, b| a.0.total_cmp(&b.0)).map_or(&COSTS[0], |(_, cost)| cost);
-    (least.tile, least.activated)
+    (least.kernel, least.activated)
 }
 
 #[cfg(test)]
@@ -236,7 +234,7 @@ mod tests {
     #[test]
     fn every_kernel_has_a_time_for_each_of_its_steps_and_more_work_takes_longer() {
         for cost in COSTS {
-            let steps = cost.tile.row_tile / cost.tile.row_step();
+            let steps = cost.kernel.row_tile() / cost.kernel.row_step();
             assert_eq!((cost.tile_times.len(), cost.block_times.len()), (steps, steps), "{cost:?}");
             assert!(steps <= MOST_STEPS && cost.hardness >= 1.0 && (0.0..=1.0).contains(&cost.whole), "{cost:?}");
             let time = |sizes, experts, rows| {
@@ -261,19 +259,23 @@ mod tests {
         let chosen = |format, sizes, experts, rows| cheapest(&shape(format, sizes, experts, rows), false, H200).0;
         let inside = |format, n| cheapest(&shape(format, (n, 7168), 256, (131_072, 16384)), true, H200).1;
         for format in [E4m3, Bf16] {
-            let tile = chosen(format, (4096, 4096), 128, (32, 4));
-            assert!(!tile.wide && tile.row_tile <= 64, "{tile}");
-            let tile = chosen(format, (4096, 4096), 8, (32768, 16384));
-            assert!(tile.row_tile >= 128, "{tile}");
+            let kernel = chosen(format, (4096, 4096), 128, (32, 4));
+            assert!(!kernel.tokens_on_m() && kernel.row_tile() <= 64, "{kernel}");
+            let kernel = chosen(format, (4096, 4096), 8, (32768, 16384));
+            assert!(kernel.row_tile() >= 128, "{kernel}");
         }
-        assert!(chosen(E4m3, (7168, 256), 256, (32768, 4096)).wide, "also where K is short");
+        assert!(chosen(E4m3, (7168, 256), 256, (32768, 4096)).tokens_on_m(), "also where K is short");
         assert!(inside(E4m3, 4096));
         for (experts, rows) in [(256, (32768, 4096)), (32, (4096, 4096))] {
-            let tile = chosen(E4m3, (4096, 7168), experts, rows);
-            assert_eq!(tile.row_tile, WIDE_ROW_TILE, "half of the experts have more rows than the large tile: {tile}");
+            let kernel = chosen(E4m3, (4096, 7168), experts, rows);
+            assert_eq!(
+                kernel.row_tile(),
+                WIDE_ROW_TILE,
+                "half of the experts have more rows than the large tile: {kernel}"
+            );
         }
         assert!(!inside(E4m3, 4096 + 128), "256 does not divide N");
         assert!(!inside(Bf16, 4096), "there is no such kernel of bf16");
-        assert_eq!(chosen(Bf16, (128, 1024), 8, (32768, 16384)).shared, 1, "nobody to share with");
+        assert_eq!(chosen(Bf16, (128, 1024), 8, (32768, 16384)).shared(), 1, "nobody to share with");
     }
 }

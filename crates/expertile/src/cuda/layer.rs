@@ -15,7 +15,7 @@ use super::activation::Activate;
 use super::call::{DeviceMatrix, RoutingPtrs};
 use super::definitions::activation_definitions;
 use super::driver::{Device, DevicePtr, Stream};
-use super::gemm::{Gemm, GemmConfig, GemmTile};
+use super::gemm::{Gemm, GemmConfig, GemmKernel};
 use super::route;
 use super::unpermute::Unpermute;
 use super::weights::Weights;
@@ -94,8 +94,8 @@ pub struct Layer {
     w13: Weights,
     w2: Weights,
     entry: Entry,
-    /// By tile, and whether the activation is inside.
-    gemms: HashMap<(GemmTile, bool), Gemm>,
+    /// By how the work is cut, and whether the activation is inside.
+    gemms: HashMap<(GemmKernel, bool), Gemm>,
     choices: Choices,
     activate: Activate,
     unpermute: Unpermute,
@@ -131,9 +131,9 @@ impl Layer {
             entry: Entry::prepare(device, &shape, &config, &choices.row_tiles)?,
             activate: Activate::prepare(device, config.activate(&shape))?,
             unpermute: Unpermute::prepare(device, config.unpermute(&shape))?,
-            gemms: each_at_once(&choices.gemms, |(tile, activated)| {
+            gemms: each_at_once(&choices.gemms, |(kernel, activated)| {
                 let activation = activated.then_some(config.activation);
-                Gemm::prepare(device, GemmConfig { format, tile, activation })
+                Gemm::prepare(device, GemmConfig { format, kernel, activation })
             })?,
             choices,
         })

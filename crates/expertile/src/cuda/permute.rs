@@ -66,8 +66,9 @@ impl PermuteConfig {
             ("VECTOR", self.vector_bytes()? as i64),
             ("ZERO_ROWS", i64::from(self.padding == Padding::Zero)),
             ("SCALED", i64::from(self.scales.is_some())),
+            ("HOST_THREADS", i64::from(THREADS)),
         ]);
-        Ok(Source::new("permute.cu", include_str!("kernels/permute.cu"), definitions))
+        Ok(Source::new("permute.cu", include_str!("kernels/rows/permute.cu"), definitions))
     }
 }
 

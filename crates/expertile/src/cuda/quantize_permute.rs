@@ -19,6 +19,8 @@ const FEW_THREADS: u32 = 1024;
 const FEW_SLOTS: usize = 8192;
 /// Of them, those of the tokens whose rows a block brings: what its shared memory has room for.
 const OWN_SLOTS: usize = 4096;
+/// Values of a row that a warp takes at a time.
+const SLAB: usize = 512;
 
 /// Launches of quantize + permute: more slots than one takes have two, the layout; then rows and scales.
 pub(super) fn launches(slots: usize) -> usize {
@@ -64,8 +66,10 @@ impl QuantizePermuteConfig {
             ("ALIGNED", i64::from(self.aligned)),
             ("ROWS_THREADS", i64::from(rows_threads(self.hidden))),
             ("OWN_SLOTS", OWN_SLOTS as i64),
+            ("HOST_FEW_THREADS", i64::from(FEW_THREADS)),
+            ("HOST_SLAB", SLAB as i64),
         ]);
-        Ok(Source::new("quantize_permute.cu", include_str!("kernels/quantize_permute.cu"), definitions))
+        Ok(Source::new("quantize_permute.cu", include_str!("kernels/rows/quantize_permute.cu"), definitions))
     }
 
     /// [`QuantizePermute::workspace_bytes`] on a device of that many multiprocessors.
@@ -265,10 +269,10 @@ impl QuantizePermute {
     }
 }
 
-/// Threads per block of `permute_rows`. A row is cut into pieces of at most 16 slabs of 512 values; a team has one
+/// Threads per block of `permute_rows`. A row is cut into pieces of at most 16 slabs; a team has one
 /// warp per two slabs; a block holds as many teams as fit in 8 warps.
 fn rows_threads(hidden: usize) -> u32 {
-    let slabs = hidden.div_ceil(512);
+    let slabs = hidden.div_ceil(SLAB);
     let slabs_of_a_piece = slabs.div_ceil(slabs.div_ceil(16));
     let warps_of_a_team = slabs_of_a_piece.div_ceil(2);
     (8 / warps_of_a_team * warps_of_a_team * 32) as u32
@@ -286,7 +290,7 @@ struct FewArgs {
 
 impl FewArgs {
     fn new(plan: &Plan, config: &QuantizePermuteConfig, second: Option<&SecondWorklist>, blocks: u32) -> Result<Self> {
-        let units = require_int("M * slabs", checked_mul("M * slabs", plan.tokens(), config.hidden.div_ceil(512))?)?;
+        let units = require_int("M * slabs", checked_mul("M * slabs", plan.tokens(), config.hidden.div_ceil(SLAB))?)?;
         let inverse = |divisor: usize| ((1u64 << 31) / divisor as u64) as u32;
         Ok(Self {
             units: units / blocks as i32,

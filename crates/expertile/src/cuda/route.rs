@@ -44,7 +44,7 @@ impl RouteConfig {
             Dtype::I64 => 1,
             actual => return Err(Error::Dtype { argument: "topk_ids", actual, expected: "i32 or i64" }),
         };
-        Ok(vec![("TOPK", self.topk as i64), ("IDS_I64", wide)])
+        Ok(vec![("TOPK", self.topk as i64), ("IDS_I64", wide), ("HOST_MAX_EXPERTS", MAX_EXPERTS as i64)])
     }
 
     /// The kernel's source for this configuration.
@@ -52,7 +52,9 @@ impl RouteConfig {
     /// # Errors
     /// [`Error::Value`] for a `topk` outside 1 to 32, [`Error::Dtype`] unless ids are i32 or i64.
     pub fn source(&self) -> Result<Source> {
-        Ok(Source::new("route_plan.cu", include_str!("kernels/route_plan.cu"), self.definitions()?))
+        let mut definitions = self.definitions()?;
+        definitions.push(("HOST_THREADS", i64::from(THREADS)));
+        Ok(Source::new("route_plan.cu", include_str!("kernels/route/route_plan.cu"), definitions))
     }
 
     /// Checks a call and puts it into the kernels' terms.

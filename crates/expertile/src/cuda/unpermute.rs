@@ -60,8 +60,9 @@ impl UnpermuteConfig {
             ("OUTPUT", float_number("out", self.output)?),
             ("WEIGHTED", i64::from(self.weighted)),
             ("VECTOR", self.vector() as i64),
+            ("HOST_THREADS", i64::from(THREADS)),
         ];
-        Ok(Source::new("unpermute.cu", include_str!("kernels/unpermute.cu"), definitions))
+        Ok(Source::new("unpermute.cu", include_str!("kernels/rows/unpermute.cu"), definitions))
     }
 }
 

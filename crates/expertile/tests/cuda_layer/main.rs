@@ -162,7 +162,7 @@ fn a_layer_that_may_split_k_does_for_few_rows_and_is_right() {
         let spec = Spec { hidden: 1024, intermediate: 128, experts: 1, topk: 1, max_tokens: 300, format, ..BASE };
         let choices = |split_k| {
             let model = Model::new(device, Spec { split_k, ..spec });
-            [1, 40, 300].map(|tokens| model.on_device.choice(tokens).unwrap().gemm1.splits)
+            [1, 40, 300].map(|tokens| model.on_device.choice(tokens).unwrap().gemm1.splits())
         };
         assert_eq!(choices(false), [1; 3], "never, unless it may");
         let [one, forty, many] = choices(true);
@@ -179,7 +179,7 @@ fn gemms_whose_row_tiles_differ_have_a_worklist_each() {
         let model = Model::new(device, Spec { format, ..spec });
         let differ = |&tokens: &usize| {
             let choice = model.on_device.choice(tokens).unwrap();
-            choice.gemm1.row_tile != choice.gemm2.row_tile
+            choice.gemm1.row_tile() != choice.gemm2.row_tile()
         };
         // Routing in the permute's launch and before it.
         let few = (1..2730).find(differ);

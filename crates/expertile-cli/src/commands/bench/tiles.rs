@@ -8,7 +8,7 @@ use crate::output;
 use crate::report::format;
 use crate::report::progress::Progress;
 use expertile::cuda::measure::{TileBench, TileInputs, TileTime};
-use expertile::cuda::{Device, GemmTile, LayerChoice};
+use expertile::cuda::{Device, GemmKernel, LayerChoice};
 use expertile::{ActivationFormat, LayerConfig, LayerShape, Stage, WeightFormat};
 use serde::Serialize;
 use std::fmt::Write;
@@ -256,11 +256,11 @@ impl Layer {
             _ => time.seconds,
         };
         let best = |gemm, splits| {
-            let ways = times.gemms.iter().filter(move |time| time.gemm == gemm && time.tile.splits <= splits);
+            let ways = times.gemms.iter().filter(move |time| time.gemm == gemm && time.kernel.splits() <= splits);
             ways.min_by(|a, b| cost(a).total_cmp(&cost(b))).copied()
         };
-        let timed = |gemm, tile: GemmTile, activated| {
-            let of_choice = |time: &&TileTime| (time.gemm, time.tile, time.activated) == (gemm, tile, activated);
+        let timed = |gemm, kernel: GemmKernel, activated| {
+            let of_choice = |time: &&TileTime| (time.gemm, time.kernel, time.activated) == (gemm, kernel, activated);
             times.gemms.iter().find(of_choice).copied()
         };
         let choice = draw.choice(multiprocessors)?;
@@ -271,9 +271,9 @@ impl Layer {
         // A choice that was not timed is as far off as can be said.
         let seconds = |time: &Option<TileTime>| time.as_ref().map_or(f64::INFINITY, cost);
         let way = |[gemm1, gemm2]: [Option<TileTime>; 2]| Way {
-            gemm1: gemm1.map_or_else(String::new, |time| time.tile.to_string()),
+            gemm1: gemm1.map_or_else(String::new, |time| time.kernel.to_string()),
             activation_inside_gemm1: gemm1.is_some_and(|time| time.activated),
-            gemm2: gemm2.map_or_else(String::new, |time| time.tile.to_string()),
+            gemm2: gemm2.map_or_else(String::new, |time| time.kernel.to_string()),
             seconds: seconds(&gemm1) + seconds(&gemm2),
         };
         let bests = [best(Stage::Gemm1, 1), best(Stage::Gemm2, 1)];
@@ -282,11 +282,11 @@ impl Layer {
         let (chosen, best) = (way(chosen), way(bests));
         let tiles = times.gemms.iter().map(|time| Tile {
             gemm: time.gemm.name(),
-            row_tile: time.tile.row_tile,
-            outputs: time.tile.outputs,
-            shared: time.tile.shared,
-            splits: time.tile.splits,
-            wide: time.tile.wide,
+            row_tile: time.kernel.row_tile(),
+            outputs: time.kernel.outputs(),
+            shared: time.kernel.shared(),
+            splits: time.kernel.splits(),
+            wide: time.kernel.tokens_on_m(),
             activated: time.activated,
             seconds: time.seconds,
         });

@@ -1,13 +1,13 @@
 //! Written by `benches/hopper/fit_costs.py` from sweeps on an H200; [`super`] says what the numbers are.
 
 use super::Cost;
-use crate::cuda::gemm::GemmTile;
+use crate::cuda::gemm::{FewRowsCut, GemmKernel};
 use crate::gemm::WeightFormat;
 
 pub(super) const COSTS: &[Cost] = &[
     Cost {
         format: WeightFormat::E4m3,
-        tile: GemmTile { row_tile: 16, outputs: 64, shared: 1, splits: 1, wide: false },
+        kernel: GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::Narrow },
         activated: false,
         start: 2.598,
         tile_times: &[0.6162],
@@ -20,7 +20,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
-        tile: GemmTile { row_tile: 16, outputs: 128, shared: 1, splits: 1, wide: false },
+        kernel: GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::Plain },
         activated: false,
         start: 1.666,
         tile_times: &[0.764],
@@ -33,7 +33,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
-        tile: GemmTile { row_tile: 32, outputs: 64, shared: 1, splits: 1, wide: false },
+        kernel: GemmKernel::FewRows { row_tile: 32, cut: FewRowsCut::Narrow },
         activated: false,
         start: 1.853,
         tile_times: &[0.6555, 1.336],
@@ -46,7 +46,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
-        tile: GemmTile { row_tile: 32, outputs: 128, shared: 1, splits: 1, wide: false },
+        kernel: GemmKernel::FewRows { row_tile: 32, cut: FewRowsCut::Plain },
         activated: false,
         start: 1.634,
         tile_times: &[0.7527, 1.778],
@@ -59,7 +59,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
-        tile: GemmTile { row_tile: 64, outputs: 64, shared: 1, splits: 1, wide: false },
+        kernel: GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::Narrow },
         activated: false,
         start: 1.734,
         tile_times: &[0.6269, 1.022, 1.408, 1.813],
@@ -72,7 +72,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
-        tile: GemmTile { row_tile: 64, outputs: 128, shared: 1, splits: 1, wide: false },
+        kernel: GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::Plain },
         activated: false,
         start: 1.762,
         tile_times: &[0.8873, 1.25, 1.665, 1.759],
@@ -85,7 +85,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
-        tile: GemmTile { row_tile: 128, outputs: 256, shared: 1, splits: 1, wide: true },
+        kernel: GemmKernel::Large,
         activated: false,
         start: 2.409,
         tile_times: &[0.892, 0.7201],
@@ -98,7 +98,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
-        tile: GemmTile { row_tile: 128, outputs: 256, shared: 1, splits: 1, wide: true },
+        kernel: GemmKernel::Large,
         activated: true,
         start: 3.704,
         tile_times: &[2.332, 1.67],
@@ -111,7 +111,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
-        tile: GemmTile { row_tile: 192, outputs: 128, shared: 1, splits: 1, wide: true },
+        kernel: GemmKernel::Wide { shares_rows: false },
         activated: false,
         start: 2.616,
         tile_times: &[0.7286, 1.021, 0.7689],
@@ -124,7 +124,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
-        tile: GemmTile { row_tile: 192, outputs: 128, shared: 1, splits: 1, wide: true },
+        kernel: GemmKernel::Wide { shares_rows: false },
         activated: true,
         start: 0.426,
         tile_times: &[2.59, 9.868, 13.13],
@@ -137,7 +137,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
-        tile: GemmTile { row_tile: 16, outputs: 64, shared: 1, splits: 1, wide: false },
+        kernel: GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::Narrow },
         activated: false,
         start: 2.131,
         tile_times: &[0.5787],
@@ -150,7 +150,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
-        tile: GemmTile { row_tile: 16, outputs: 128, shared: 1, splits: 1, wide: false },
+        kernel: GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::Plain },
         activated: false,
         start: 1.071,
         tile_times: &[0.5566],
@@ -163,7 +163,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
-        tile: GemmTile { row_tile: 32, outputs: 64, shared: 1, splits: 1, wide: false },
+        kernel: GemmKernel::FewRows { row_tile: 32, cut: FewRowsCut::Narrow },
         activated: false,
         start: 1.914,
         tile_times: &[0.6518, 1.283],
@@ -176,7 +176,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
-        tile: GemmTile { row_tile: 32, outputs: 128, shared: 1, splits: 1, wide: false },
+        kernel: GemmKernel::FewRows { row_tile: 32, cut: FewRowsCut::Plain },
         activated: false,
         start: 2.27,
         tile_times: &[0.4523, 0.8854],
@@ -189,7 +189,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
-        tile: GemmTile { row_tile: 64, outputs: 64, shared: 1, splits: 1, wide: false },
+        kernel: GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::Narrow },
         activated: false,
         start: 2.123,
         tile_times: &[0.6042, 0.9156, 1.26, 1.583],
@@ -202,7 +202,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
-        tile: GemmTile { row_tile: 64, outputs: 128, shared: 1, splits: 1, wide: false },
+        kernel: GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::Plain },
         activated: false,
         start: 3.187,
         tile_times: &[0.3841, 0.6811, 0.9651, 1.294],
@@ -215,7 +215,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
-        tile: GemmTile { row_tile: 128, outputs: 128, shared: 1, splits: 1, wide: false },
+        kernel: GemmKernel::FewRows { row_tile: 128, cut: FewRowsCut::Plain },
         activated: false,
         start: 2.733,
         tile_times: &[0.4824, 0.5932, 0.9072, 1.138],
@@ -228,7 +228,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
-        tile: GemmTile { row_tile: 128, outputs: 128, shared: 2, splits: 1, wide: false },
+        kernel: GemmKernel::FewRows { row_tile: 128, cut: FewRowsCut::SharedRows },
         activated: false,
         start: 2.518,
         tile_times: &[0.4233, 0.7995, 1.176, 2.215],
@@ -241,7 +241,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
-        tile: GemmTile { row_tile: 192, outputs: 128, shared: 1, splits: 1, wide: true },
+        kernel: GemmKernel::Wide { shares_rows: false },
         activated: false,
         start: 2.328,
         tile_times: &[0.125, 0.96, 0.01982],
@@ -254,7 +254,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
-        tile: GemmTile { row_tile: 192, outputs: 128, shared: 2, splits: 1, wide: true },
+        kernel: GemmKernel::Wide { shares_rows: true },
         activated: false,
         start: 3.246,
         tile_times: &[0.1499, 0.9702, 4.049e-10],

@@ -9,6 +9,7 @@
 mod cache;
 mod device;
 mod graph;
+mod headers;
 mod kernel;
 mod launch;
 mod memory;

@@ -7,7 +7,8 @@
 //! Looked for in this order: `$EXPERTILE_NVRTC` (the library or its folder), the loader's own path, the toolkit
 //! (`$CUDA_HOME`, `$CUDA_PATH`, `/usr/local/cuda`), and Python environments (`$VIRTUAL_ENV`, `$CONDA_PREFIX`).
 
-use super::source::{HEADERS, Source};
+use super::headers::HEADERS;
+use super::source::Source;
 use crate::error::{Error, Result};
 use libloading::Library;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};

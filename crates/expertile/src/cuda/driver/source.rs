@@ -1,24 +1,7 @@
 //! A kernel's source, what it is specialised for, and the key of its cubin.
 
-use std::ffi::CStr;
+use super::headers::HEADERS;
 use std::fmt::Write as _;
-
-/// Headers, in memory: compiling reads no file.
-pub(super) const HEADERS: [(&CStr, &str); 13] = [
-    (c"access.cuh", include_str!("../kernels/access.cuh")),
-    (c"activation.cuh", include_str!("../kernels/activation.cuh")),
-    (c"convert.cuh", include_str!("../kernels/convert.cuh")),
-    (c"gemm.cuh", include_str!("../kernels/gemm.cuh")),
-    (c"hopper.cuh", include_str!("../kernels/hopper.cuh")),
-    (c"quantize.cuh", include_str!("../kernels/quantize.cuh")),
-    (c"route.cuh", include_str!("../kernels/route.cuh")),
-    (c"rows.cuh", include_str!("../kernels/rows.cuh")),
-    (c"scales.cuh", include_str!("../kernels/scales.cuh")),
-    (c"search.cuh", include_str!("../kernels/search.cuh")),
-    (c"staging.cuh", include_str!("../kernels/staging.cuh")),
-    (c"wgmma.cuh", include_str!("../kernels/wgmma.cuh")),
-    (c"words.cuh", include_str!("../kernels/words.cuh")),
-];
 
 /// A kernel's source file and the values it is specialised for.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 use crate::cuda::arguments::SecondWorklist;
 use crate::cuda::call::LayoutPtrs;
 use crate::cuda::driver::DevicePtr;
-use crate::cuda::gemm::{GemmShape, GemmTile};
+use crate::cuda::gemm::{GemmKernel, GemmShape};
 use crate::cuda::{quantize_permute, route};
 use crate::error::{Error, Result, checked_add, checked_mul};
 use crate::gemm::ActivationFormat;
@@ -24,10 +24,10 @@ pub struct LayerChoice {
     /// Rows of an entry of the layout's worklist, and so of GEMM 1's tiles. GEMM 2 has another list where its row tile
     /// is another.
     pub row_tile: usize,
-    /// The tile of `[rows, H]` times `[2 I, H]`.
-    pub gemm1: GemmTile,
-    /// The tile of `[rows, I]` times `[H, I]`.
-    pub gemm2: GemmTile,
+    /// How `[rows, H]` times `[2 I, H]` is cut.
+    pub gemm1: GemmKernel,
+    /// How `[rows, I]` times `[H, I]` is cut.
+    pub gemm2: GemmKernel,
     /// Whether GEMM 1 stores activated, quantized rows, so that `gate | up` never reaches memory.
     pub activation_inside_gemm1: bool,
     /// Kernels that one call launches.
@@ -67,11 +67,11 @@ impl LayerChoice {
         )?;
         let Tiles { gemm1, gemm2, activation_inside_gemm1 } = *tiles;
         let slots = tokens * config.topk;
-        let row_tiles = (gemm1.row_tile, second_row_tile(&gemm1, &gemm2));
+        let row_tiles = (gemm1.row_tile(), second_row_tile(&gemm1, &gemm2));
         let offsets = Offsets::new(shape, config, &plan, row_tiles, activation_inside_gemm1, multiprocessors)?;
         let choice = Self {
             plan,
-            row_tile: gemm1.row_tile,
+            row_tile: gemm1.row_tile(),
             gemm1,
             gemm2,
             activation_inside_gemm1,
@@ -87,15 +87,15 @@ impl LayerChoice {
     }
 }
 
-fn second_row_tile(gemm1: &GemmTile, gemm2: &GemmTile) -> Option<usize> {
-    (gemm1.row_tile != gemm2.row_tile).then_some(gemm2.row_tile)
+fn second_row_tile(gemm1: &GemmKernel, gemm2: &GemmKernel) -> Option<usize> {
+    (gemm1.row_tile() != gemm2.row_tile()).then_some(gemm2.row_tile())
 }
 
 /// How both GEMMs are cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Tiles {
-    pub(super) gemm1: GemmTile,
-    pub(super) gemm2: GemmTile,
+    pub(super) gemm1: GemmKernel,
+    pub(super) gemm2: GemmKernel,
     pub(super) activation_inside_gemm1: bool,
 }
 
@@ -110,11 +110,11 @@ impl Tiles {
         let rows = checked_mul("M * topk * E", slots, experts)?.div_ceil(config.global_experts).min(slots);
         let format = config.weight_format();
         let of = |n, k| GemmShape { n, k, format, experts, rows, most_rows: tokens };
-        let split = |shape: &GemmShape| GemmTile::choose_split(shape, multiprocessors).filter(|_| config.split_k);
+        let split = |shape: &GemmShape| GemmKernel::choose_split(shape, multiprocessors).filter(|_| config.split_k);
         let (up, down) = (of(2 * intermediate, hidden), of(hidden, intermediate));
-        let (gemm1, activation_inside_gemm1) =
-            split(&up).map_or_else(|| GemmTile::choose_before_activation(&up, multiprocessors), |tile| (tile, false));
-        let gemm2 = split(&down).unwrap_or_else(|| GemmTile::choose(&down, multiprocessors));
+        let (gemm1, activation_inside_gemm1) = split(&up)
+            .map_or_else(|| GemmKernel::choose_before_activation(&up, multiprocessors), |kernel| (kernel, false));
+        let gemm2 = split(&down).unwrap_or_else(|| GemmKernel::choose(&down, multiprocessors));
         Ok(Self { gemm1, gemm2, activation_inside_gemm1 })
     }
 }
@@ -148,8 +148,8 @@ impl fmt::Display for LayerChoice {
 #[derive(Debug, Default)]
 pub(super) struct Choices {
     pub(super) row_tiles: Vec<usize>,
-    /// Tiles of the GEMMs, and whether the activation is inside.
-    pub(super) gemms: Vec<(GemmTile, bool)>,
+    /// How GEMMs are cut, and whether the activation is inside.
+    pub(super) gemms: Vec<(GemmKernel, bool)>,
     /// From how many tokens on which tiles are chosen, ascending.
     tiles: Vec<(usize, Tiles)>,
     /// Numbers of tokens after which one token more takes less workspace, with the bytes up to there.

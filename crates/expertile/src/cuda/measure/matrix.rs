@@ -3,8 +3,8 @@
 use super::clock::Clock;
 use super::random_bytes;
 use crate::cuda::{
-    ALIGNMENT, Device, DeviceBuffer, DeviceMatrix, Gemm, GemmCall, GemmConfig, GemmShape, GemmTile, LayoutPtrs, Route,
-    RouteCall, RouteConfig, RoutingPtrs, STATE_BYTES, Stream, Weights,
+    ALIGNMENT, Device, DeviceBuffer, DeviceMatrix, Gemm, GemmCall, GemmConfig, GemmKernel, GemmShape, LayoutPtrs,
+    Route, RouteCall, RouteConfig, RoutingPtrs, STATE_BYTES, Stream, Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::Result;
@@ -22,9 +22,9 @@ pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<
     const ROWS: usize = 16384;
     const WIDTH: usize = 8192;
     let shape = GemmShape { n: WIDTH, k: WIDTH, format, experts: 1, rows: ROWS, most_rows: ROWS };
-    let tile = GemmTile::choose(&shape, device.info().multiprocessors as usize);
-    let row_tile = tile.row_tile;
-    let gemm = Gemm::prepare(device, GemmConfig { format, tile, activation: None })?;
+    let kernel = GemmKernel::choose(&shape, device.info().multiprocessors as usize);
+    let row_tile = kernel.row_tile();
+    let gemm = Gemm::prepare(device, GemmConfig { format, kernel, activation: None })?;
     let route = Route::prepare(device, RouteConfig { topk: 1, ids: Dtype::I32, row_tile })?;
     let plan = Plan::tight(ROWS, 1, 1, ALIGNMENT, TokenExperts::Distinct)?;
 

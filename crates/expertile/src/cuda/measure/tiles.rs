@@ -7,7 +7,7 @@ use crate::activation::Activation;
 use crate::cuda::layer::each_at_once;
 use crate::cuda::{
     ALIGNMENT, Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, Gemm, GemmCall, GemmConfig,
-    GemmTile, LayoutPtrs, ROW_TILES, Route, RouteCall, RouteConfig, RoutingPtrs, STATE_BYTES, Stream, Weights, route,
+    GemmKernel, LayoutPtrs, ROW_TILES, Route, RouteCall, RouteConfig, RoutingPtrs, STATE_BYTES, Stream, Weights, route,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_mul};
@@ -46,7 +46,7 @@ pub struct TileTime {
     /// [`Stage::Gemm1`] or [`Stage::Gemm2`].
     pub gemm: Stage,
     /// How it is cut.
-    pub tile: GemmTile,
+    pub kernel: GemmKernel,
     /// Whether the activation is inside.
     pub activated: bool,
     /// Seconds of one of many calls, weights not in the cache.
@@ -68,7 +68,7 @@ pub struct TileBench<'a> {
     device: &'a Device,
     /// By row tile: one kernel.
     routes: HashMap<usize, Route>,
-    gemms: HashMap<(bool, GemmTile, bool), Gemm>,
+    gemms: HashMap<(bool, GemmKernel, bool), Gemm>,
     activations: HashMap<(bool, usize), Activate>,
 }
 
@@ -80,14 +80,14 @@ impl<'a> TileBench<'a> {
     pub fn prepare(device: &'a Device, layers: &[(WeightFormat, usize)]) -> Result<Self> {
         let mut keys = Vec::new();
         for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
-            for tile in GemmTile::all(format).into_iter().chain(splitting_tiles()) {
-                keys.extend([false, true].map(|activated| (format == WeightFormat::E4m3, tile, activated)));
+            for kernel in GemmKernel::all(format).into_iter().chain(GemmKernel::all_split()) {
+                keys.extend([false, true].map(|activated| (format == WeightFormat::E4m3, kernel, activated)));
             }
         }
-        keys.retain(|&(e4m3, tile, activated)| !activated || (e4m3 && tile.takes_activation()));
-        let gemms = each_at_once(&keys, |(e4m3, tile, activated)| {
+        keys.retain(|&(e4m3, kernel, activated)| !activated || (e4m3 && kernel.takes_activation()));
+        let gemms = each_at_once(&keys, |(e4m3, kernel, activated)| {
             let activation = activated.then(Activation::default);
-            Gemm::prepare(device, GemmConfig { format: format_of(e4m3), tile, activation })
+            Gemm::prepare(device, GemmConfig { format: format_of(e4m3), kernel, activation })
         })?;
         let layers: BTreeSet<_> = layers.iter().map(|&(format, i)| (format == WeightFormat::E4m3, i)).collect();
         let activations = each_at_once(&Vec::from_iter(layers), |(e4m3, intermediate)| {
@@ -125,50 +125,42 @@ impl<'a> TileBench<'a> {
             let mut ways: Vec<_> = self
                 .gemms
                 .iter()
-                .filter(|((of_e4m3, tile, activated), _)| {
+                .filter(|((of_e4m3, kernel, activated), _)| {
+                    let splits = kernel.splits();
                     let fits =
                         !activated || (gemm == Stage::Gemm1 && shape.intermediate().is_multiple_of(WEIGHT_BLOCK));
-                    let few = active * n.div_ceil(128) * tile.splits <= 2 * self.device.info().multiprocessors as usize;
-                    let splits = tile.splits == 1 || (few && tile.splits * WEIGHT_BLOCK < k);
-                    *of_e4m3 == e4m3 && fits && splits && call.layouts.contains_key(&tile.row_tile)
+                    let few = active * n.div_ceil(128) * splits <= 2 * self.device.info().multiprocessors as usize;
+                    let splits = splits == 1 || (few && splits * WEIGHT_BLOCK < k);
+                    *of_e4m3 == e4m3 && fits && splits && call.layouts.contains_key(&kernel.row_tile())
                 })
                 .collect();
-            ways.sort_by_key(|((_, tile, activated), _)| {
-                (*activated, tile.splits, tile.wide, tile.row_tile, tile.outputs, tile.shared)
-            });
+            ways.sort_by_key(|((_, kernel, activated), _)| (*activated, kernel.splits(), *kernel));
             let sets = call.weights(format, (shape.local_experts(), n, k), experts)?;
             call.compare(self.device, &ways, &sets[0], n)?;
             let next = Cell::new(0);
             let works: Vec<_> = ways
                 .iter()
-                .map(|((_, tile, activated), gemm)| {
+                .map(|((_, kernel, activated), gemm)| {
                     let (sets, next, call) = (&sets, &next, &call);
                     move |stream| {
                         next.set(next.get() + 1);
                         let weights = &sets[next.get() % sets.len()];
                         // SAFETY: as above.
-                        unsafe { gemm.launch(stream, &call.gemm(tile, *activated, weights)) }
+                        unsafe { gemm.launch(stream, &call.gemm(kernel, *activated, weights)) }
                     }
                 })
                 .collect();
             let seconds = clock.in_turns(&works)?;
             let times = ways.iter().zip(seconds);
-            gemms.extend(times.map(|(&(&(_, tile, activated), _), seconds)| TileTime {
+            gemms.extend(times.map(|(&(&(_, kernel, activated), _), seconds)| TileTime {
                 gemm,
-                tile,
+                kernel,
                 activated,
                 seconds,
             }));
         }
         Ok(TileTimes { activation_seconds, gemms })
     }
-}
-
-/// Tiles whose K is split.
-fn splitting_tiles() -> impl Iterator<Item = GemmTile> {
-    [16, 32, 64].into_iter().flat_map(|row_tile| {
-        [2, 4, 8].map(|splits| GemmTile { row_tile, outputs: 128, shared: 1, splits, wide: false })
-    })
 }
 
 fn format_of(e4m3: bool) -> WeightFormat {
@@ -301,8 +293,8 @@ impl Call {
         (0..places).map(place).collect()
     }
 
-    fn gemm<'w>(&self, tile: &GemmTile, activated: bool, weights: &'w Weights) -> GemmCall<'w> {
-        let layout = &self.layouts[&tile.row_tile];
+    fn gemm<'w>(&self, kernel: &GemmKernel, activated: bool, weights: &'w Weights) -> GemmCall<'w> {
+        let layout = &self.layouts[&kernel.row_tile()];
         GemmCall {
             weights,
             rows: self.rows.ptr(),
@@ -322,18 +314,18 @@ impl Call {
     fn compare(
         &self,
         device: &Device,
-        ways: &[(&(bool, GemmTile, bool), &Gemm)],
+        ways: &[(&(bool, GemmKernel, bool), &Gemm)],
         weights: &Weights,
         n: usize,
     ) -> Result<()> {
         let mut first: HashMap<bool, Vec<u8>> = HashMap::new();
-        for ((_, tile, activated), gemm) in ways.iter().filter(|((_, tile, _), _)| tile.splits == 1) {
+        for ((_, kernel, activated), gemm) in ways.iter().filter(|((_, kernel, _), _)| kernel.splits() == 1) {
             let row_bytes = if *activated { n / 2 } else { 2 * n };
             self.out.fill(POISON)?;
             let mut found = vec![0u8; self.compared.len() * row_bytes];
             // SAFETY: every buffer is the call's own, and outlives the wait.
             unsafe {
-                gemm.launch(Stream(0), &self.gemm(tile, *activated, weights))?;
+                gemm.launch(Stream(0), &self.gemm(kernel, *activated, weights))?;
                 device.synchronize(Stream(0))?;
             }
             for (&row, found) in self.compared.iter().zip(found.chunks_mut(row_bytes)) {
@@ -342,7 +334,7 @@ impl Call {
             let expected = first.entry(*activated).or_insert_with(|| found.clone());
             if *expected != found {
                 let differing = expected.iter().zip(&found).filter(|(a, b)| a != b).count();
-                let expected = format!("the bits of the first tile, at {tile}, activated {activated}");
+                let expected = format!("the bits of the first one, at {kernel}, activated {activated}");
                 return Err(Error::value("differing bytes", differing, expected));
             }
         }

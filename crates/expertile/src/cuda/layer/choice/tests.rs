@@ -57,7 +57,7 @@ fn k_is_split_only_where_a_layer_may() {
     let config = |split_k| LayerConfig { split_k, ..config(1, 1, ActivationFormat::E4m3) };
     let splits = |split_k, tokens| {
         let choice = LayerChoice::new(&shape, &config(split_k), tokens, H200).unwrap();
-        (choice.gemm1.splits, choice.gemm2.splits)
+        (choice.gemm1.splits(), choice.gemm2.splits())
     };
     for tokens in (1..200).chain([1000, 10_000]) {
         assert_eq!(splits(false, tokens), (1, 1), "{tokens} tokens");
@@ -88,8 +88,8 @@ fn gemm2_has_a_worklist_of_its_own_where_its_row_tile_is_another() {
     for shape in 0..SHAPES.len() {
         for tokens in (0..600).chain([1024, 4096, 16384, 65536]) {
             let choice = choice(shape, tokens);
-            assert_eq!(choice.gemm1.row_tile, choice.row_tile);
-            let own = (choice.gemm2.row_tile != choice.row_tile).then_some(choice.gemm2.row_tile);
+            assert_eq!(choice.gemm1.row_tile(), choice.row_tile);
+            let own = (choice.gemm2.row_tile() != choice.row_tile).then_some(choice.gemm2.row_tile());
             assert_eq!(choice.second_row_tile(), own);
         }
     }

@@ -1,0 +1,133 @@
+//! What a grouped GEMM is specialised for, and the source that this makes.
+
+use super::GemmKernel;
+use super::shared_memory::{self, stages};
+use crate::activation::Activation;
+use crate::cuda::definitions::activation_definitions;
+use crate::cuda::driver::Source;
+use crate::error::{Error, Result};
+use crate::gemm::WeightFormat;
+
+/// Values in the 128 bytes that a block of K has of each row.
+pub(in crate::cuda) fn values_of_block(format: WeightFormat) -> usize {
+    128 / format.bytes()
+}
+
+/// What the GEMM is specialised for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GemmConfig {
+    /// What both operands are made of: e4m3 with scales, or bf16.
+    pub format: WeightFormat,
+    /// How the work is cut.
+    pub kernel: GemmKernel,
+    /// The activation that turns `[gate | up]` into the next GEMM's e4m3 rows before anything is stored. Only for e4m3 with a
+    /// kernel that [takes one](GemmKernel::takes_activation), and an `N / 2` that 128 divides; the results are those of
+    /// [`crate::cuda::Activate`].
+    pub activation: Option<Activation>,
+}
+
+impl GemmConfig {
+    /// Blocks of K in flight: as many as fit in shared memory.
+    #[must_use]
+    pub fn stages(&self) -> usize {
+        stages(&self.kernel, self.activation.is_some())
+    }
+
+    /// Blocks of a cluster; with an activation a pair, whose results share scales, unless a tile has all of those.
+    pub(super) fn cluster(&self) -> usize {
+        match self.kernel {
+            GemmKernel::Wide { .. } if self.activation.is_some() => 2 * self.kernel.cluster(),
+            GemmKernel::FewRows { .. } | GemmKernel::Wide { .. } | GemmKernel::Large => self.kernel.cluster(),
+        }
+    }
+
+    /// Weight rows that are loaded at once: all of a tile's, or those that have a place or a scale of their own.
+    pub(super) fn weight_box_rows(&self) -> usize {
+        self.kernel.outputs() / shared_memory::weight_boxes(&self.kernel, self.activation.is_some())
+    }
+
+    /// Bytes of dynamic shared memory. Passed to the kernel, which compares them with the size of its `SharedStorage`.
+    pub(super) fn shared_bytes(&self) -> u32 {
+        shared_memory::bytes(&self.kernel, self.format, self.activation.is_some(), self.stages()) as u32
+    }
+
+    /// Fails unless there is a kernel for the format, with the activation.
+    fn check(&self) -> Result<()> {
+        self.kernel.check()?;
+        let expected = match (self.activation.is_some(), self.kernel) {
+            (true, _) => "e4m3, for a GEMM with an activation",
+            (false, GemmKernel::Large) => "e4m3, for a tile of 256 outputs",
+            (false, GemmKernel::FewRows { .. } | GemmKernel::Wide { .. }) => return Ok(()),
+        };
+        if self.format != WeightFormat::E4m3 {
+            return Err(Error::WeightFormat { argument: "weights", actual: self.format.name(), expected });
+        }
+        if self.activation.is_some() && !self.kernel.takes_activation() {
+            let expected = "128 x 256, or 192 x 128 without shared rows, for a GEMM with an activation";
+            return Err(Error::Name { argument: "kernel", actual: self.kernel.to_string(), expected });
+        }
+        Ok(())
+    }
+
+    /// The kernel's source for this configuration. What the definitions are is written down in kernels/gemm/config.cuh.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a cut that there is no kernel for, [`Error::WeightFormat`] for bf16 with an activation or in
+    /// [`GemmKernel::Large`], [`Error::Name`] for a kernel that takes no activation.
+    pub fn source(&self) -> Result<Source> {
+        self.check()?;
+        let mut definitions = vec![
+            ("HOST_BF16", i64::from(self.format == WeightFormat::Bf16)),
+            ("HOST_ROW_TILE", self.kernel.row_tile() as i64),
+            ("HOST_ROW_STEP", self.kernel.row_step() as i64),
+            ("HOST_MULTICAST", self.kernel.shared() as i64),
+            ("HOST_K_SPLITS", self.kernel.splits() as i64),
+            ("HOST_STAGES", self.stages() as i64),
+            ("HOST_THREADS", i64::from(self.kernel.threads())),
+            ("HOST_SHARED_BYTES", i64::from(self.shared_bytes())),
+        ];
+        let activation = ("HOST_ACTIVATION", i64::from(self.activation.is_some()));
+        let (file, text) = match self.kernel {
+            GemmKernel::FewRows { .. } => {
+                definitions.push(("HOST_OUTPUTS", self.kernel.outputs() as i64));
+                ("sm90_gemm_few_rows.cu", include_str!("../kernels/gemm/sm90_gemm_few_rows.cu"))
+            }
+            GemmKernel::Wide { .. } => {
+                definitions.push(activation);
+                ("sm90_gemm_192x128.cu", include_str!("../kernels/gemm/sm90_gemm_192x128.cu"))
+            }
+            GemmKernel::Large => {
+                definitions.push(activation);
+                ("sm90_gemm_128x256.cu", include_str!("../kernels/gemm/sm90_gemm_128x256.cu"))
+            }
+        };
+        if let Some(activation) = &self.activation {
+            definitions.extend(activation_definitions(activation)?);
+        }
+        Ok(Source::new(file, text, definitions))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::FewRowsCut;
+    use super::*;
+
+    #[test]
+    fn configurations_without_a_kernel_are_refused() {
+        let with = Some(Activation::default());
+        let refuse = |format, kernel, activation| GemmConfig { format, kernel, activation }.source().unwrap_err();
+        let few = GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::Plain };
+        for kernel in [few, GemmKernel::Wide { shares_rows: true }] {
+            let error = refuse(WeightFormat::E4m3, kernel, with);
+            assert!(error.to_string().starts_with("kernel is "), "{error}");
+        }
+        let wide = GemmKernel::Wide { shares_rows: false };
+        for (kernel, activation) in [(GemmKernel::Large, None), (GemmKernel::Large, with), (wide, with)] {
+            let error = refuse(WeightFormat::Bf16, kernel, activation);
+            assert!(matches!(error, Error::WeightFormat { argument: "weights", actual: "bf16", .. }), "{error}");
+        }
+        let split = GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::SplitK { parts: 3 } };
+        assert!(refuse(WeightFormat::E4m3, split, None).to_string().starts_with("parts is 3"));
+    }
+}

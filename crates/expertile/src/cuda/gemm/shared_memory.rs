@@ -1,0 +1,140 @@
+//! Shared memory of the grouped GEMM's kernels: how many bytes, and so how many stages.
+//!
+//! Mirrors each kernel's `SharedStorage` member by member. The kernel gets the sum as `HOST_SHARED_BYTES` and does not compile
+//! where its own is another.
+
+use super::{FewRowsCut, GemmKernel};
+use crate::gemm::WeightFormat;
+
+/// Shared memory that a block may have on Hopper.
+const MOST_BYTES: usize = 227 * 1024;
+/// More stages are not worth their barriers.
+const MOST_STAGES: usize = 12;
+const MOST_NARROW_STAGES: usize = 16;
+
+/// Bytes of a row of a block of K.
+const ROW_BYTES: usize = 128;
+/// Alignment of `Tile`, of what the copy engine writes, and so of the whole.
+const ALIGNMENT: usize = 16;
+const F32: usize = 4;
+const BF16: usize = 2;
+const TILE: usize = 16;
+const BARRIER: usize = 8;
+/// Bytes between staged rows, so that eight of them start on different banks.
+const STAGING_GAP: usize = 16;
+/// Warps of the wide kernel that activate.
+const ACTIVATING_WARPS: usize = 3;
+
+/// Blocks of K in flight: as many as fit.
+pub(super) fn stages(kernel: &GemmKernel, activated: bool) -> usize {
+    // bf16 takes a little less than e4m3, and gets as many stages: those it was measured with.
+    let fits = |&stages: &usize| bytes(kernel, WeightFormat::E4m3, activated, stages) <= MOST_BYTES;
+    let most = match kernel {
+        GemmKernel::FewRows { cut: FewRowsCut::Narrow, .. } => MOST_NARROW_STAGES,
+        GemmKernel::FewRows { .. } | GemmKernel::Wide { .. } | GemmKernel::Large => MOST_STAGES,
+    };
+    (1..=most).rev().find(fits).unwrap_or(1)
+}
+
+/// Boxes in which a stage's weights are loaded; each has a scale. `WEIGHT_BOXES` of the kernel.
+pub(super) fn weight_boxes(kernel: &GemmKernel, activated: bool) -> usize {
+    match kernel {
+        GemmKernel::FewRows { .. } => 1,
+        GemmKernel::Wide { .. } => 1 + usize::from(activated),
+        GemmKernel::Large => 2,
+    }
+}
+
+/// `sizeof(SharedStorage)`.
+pub(super) fn bytes(kernel: &GemmKernel, format: WeightFormat, activated: bool, stages: usize) -> usize {
+    let rows = kernel.row_tile();
+    // `stages`, `staging`, `row_scales`, `weight_scales`, `tiles`.
+    let mut sum = Sum(stages * (kernel.outputs() + rows) * ROW_BYTES);
+    sum.add(ALIGNMENT, staging_bytes(kernel, activated));
+    sum.add(ALIGNMENT, stages * rows * F32);
+    sum.add(F32, stages * weight_boxes(kernel, activated) * F32);
+    sum.add(TILE, stages * TILE);
+    match kernel {
+        GemmKernel::FewRows { .. } => {
+            if format == WeightFormat::E4m3 {
+                // `products`: four lanes of a quad, 4 words between their quarters of the rows.
+                sum.add(F32, stages * 4 * (rows / 4 + 4) * F32);
+            }
+            // `full`, `empty`, `scaled`; `partials_ready`, `partials_read`.
+            sum.add(BARRIER, (3 * stages + 2) * BARRIER);
+        }
+        // `full`, `empty`.
+        GemmKernel::Wide { .. } => sum.add(BARRIER, 2 * stages * BARRIER),
+        GemmKernel::Large => {
+            // `full`, `empty`, `unused`; `next_tile`; `next_tile_ready`, `next_tile_taken`.
+            sum.add(BARRIER, (3 * stages + 2) * BARRIER);
+            sum.add(TILE, TILE);
+            sum.add(BARRIER, 2 * BARRIER);
+        }
+    }
+    sum.0.next_multiple_of(ALIGNMENT)
+}
+
+/// `staging`: results on their way out.
+fn staging_bytes(kernel: &GemmKernel, activated: bool) -> usize {
+    let (rows, outputs) = (kernel.row_tile(), kernel.outputs());
+    match kernel {
+        GemmKernel::FewRows { cut: FewRowsCut::SplitK { .. }, .. } => rows * (outputs * F32 + STAGING_GAP),
+        GemmKernel::FewRows { .. } => outputs / 64 * rows * (64 * BF16 + STAGING_GAP),
+        GemmKernel::Wide { .. } => {
+            let mut sum = Sum(rows * (outputs * BF16 + STAGING_GAP));
+            if activated {
+                // `row_magnitudes`, `tiles`; `staged`, `activated`, `magnitudes`.
+                sum.add(F32, 3 * rows * F32);
+                sum.add(TILE, 2 * TILE);
+                sum.add(BARRIER, (2 + ACTIVATING_WARPS) * BARRIER);
+            }
+            sum.0.next_multiple_of(ALIGNMENT)
+        }
+        GemmKernel::Large => rows * (128 + STAGING_GAP),
+    }
+}
+
+/// Members one behind the other, as a C++ compiler lays them out.
+struct Sum(usize);
+
+impl Sum {
+    fn add(&mut self, alignment: usize, bytes: usize) {
+        self.0 = self.0.next_multiple_of(alignment) + bytes;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_fits_a_multiprocessor_with_at_least_four_stages() {
+        for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+            for kernel in GemmKernel::all(format).into_iter().chain(GemmKernel::all_split()) {
+                for activated in [false, kernel.takes_activation()] {
+                    let stages = stages(&kernel, activated);
+                    assert!(stages >= 4, "{kernel}: {stages} stages");
+                    assert!(bytes(&kernel, format, activated, stages) <= MOST_BYTES, "{kernel}");
+                }
+            }
+        }
+    }
+
+    /// Both sides of the ring's size: a stage more would not fit, or would be past the most.
+    #[test]
+    fn stages_are_as_many_as_fit() {
+        let few = |row_tile, cut| GemmKernel::FewRows { row_tile, cut };
+        for (kernel, activated, expected) in [
+            (few(16, FewRowsCut::Narrow), false, 16),
+            (few(16, FewRowsCut::SplitK { parts: 2 }), false, 11),
+            (few(64, FewRowsCut::Plain), false, 8),
+            (few(192, FewRowsCut::SharedRows), false, 4),
+            (GemmKernel::Wide { shares_rows: false }, false, 4),
+            (GemmKernel::Wide { shares_rows: false }, true, 4),
+            (GemmKernel::Large, true, 4),
+        ] {
+            assert_eq!(stages(&kernel, activated), expected, "{kernel}, activated {activated}");
+        }
+    }
+}

@@ -1,0 +1,210 @@
+// What the grouped GEMMs share: the ring of stages in shared memory, the thread that fills it (the producer), and how
+// the warps that multiply (the consumers) give stages back.
+//
+// A kernel's `SharedStorage` has at least these members, `stages` first (docs/kernels/gemm.md has the maps):
+//
+//   Stage<Config> stages[STAGES];          on 1024 bytes, which the swizzle needs
+//   float row_scales[STAGES][ROW_TILE];    on 16 bytes
+//   float weight_scales[STAGES][WEIGHT_BOXES];
+//   Tile tiles[STAGES];                    written with the first block of K of a tile
+//   Mbarrier full[STAGES], empty[STAGES];
+#pragma once
+#include "common/quantize.cuh"
+#include "gemm/config.cuh"
+#include "gemm/tiles.cuh"
+
+// An mbarrier object. Addressed, never read or written as a value.
+typedef u64 Mbarrier;
+
+// offsetof, which NVRTC lacks: bytes from the start of shared memory to a member of the kernel's SharedStorage.
+#define OFFSET(Storage, member) ((int)reinterpret_cast<u64>(&((Storage*)0)->member))
+
+// A position in the ring of stages. The producer and every consumer warp have one each, and go round on their own.
+//
+// Parity: an mbarrier's phases alternate between 0 and 1. A wait for `full` passes `parity()`; the producer's wait for
+// `empty` passes the opposite, so that its first round finds every stage empty.
+template <typename KernelConfig, typename SharedStorage>
+struct StageRing {
+    using Config = KernelConfig;
+    static constexpr int STAGES = Config::STAGES;
+    static constexpr int TILE_BIT = 31;
+    static_assert(STAGES <= TILE_BIT, "a bit for each stage, and one for the tile");
+
+    u32 memory;  // address of SharedStorage
+    int stage;
+    u32 parities;  // bit s: parity of stage s; bit TILE_BIT: parity of the number of tiles so far
+
+    __device__ __forceinline__ explicit StageRing(u32 shared) : memory(shared), stage(0), parities(0) {}
+
+    __device__ __forceinline__ u32 parity() const { return parities >> stage & 1; }
+    __device__ __forceinline__ u32 tile_parity() const { return parities >> TILE_BIT; }
+    __device__ __forceinline__ void flip_tile_parity() { parities ^= 1u << TILE_BIT; }
+    __device__ __forceinline__ void advance() {
+        parities ^= 1u << stage;
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+
+    // Addresses of the members of the current stage.
+    __device__ __forceinline__ u32 full() const { return memory + OFFSET(SharedStorage, full) + stage * 8; }
+    __device__ __forceinline__ u32 empty() const { return memory + OFFSET(SharedStorage, empty) + stage * 8; }
+    __device__ __forceinline__ u32 weights() const { return memory + stage * (int)sizeof(Stage<Config>); }
+    __device__ __forceinline__ u32 rows() const {
+        return memory + stage * (int)sizeof(Stage<Config>) + OFFSET(Stage<Config>, rows);
+    }
+    __device__ __forceinline__ u32 row_scales() const {
+        return memory + OFFSET(SharedStorage, row_scales) + stage * Config::ROW_TILE * 4;
+    }
+    __device__ __forceinline__ u32 weight_scales() const {
+        return memory + OFFSET(SharedStorage, weight_scales) + stage * Config::WEIGHT_BOXES * 4;
+    }
+    // Only in kernels with scaling warps.
+    __device__ __forceinline__ u32 scaled() const { return memory + OFFSET(SharedStorage, scaled) + stage * 8; }
+    __device__ __forceinline__ u32 products() const {
+        return memory + OFFSET(SharedStorage, products) + stage * (int)sizeof(SharedStorage::products[0]);
+    }
+    // Valid from the first block of K of a tile on.
+    __device__ __forceinline__ u32 tile() const { return memory + OFFSET(SharedStorage, tiles) + stage * 16; }
+};
+
+__device__ __forceinline__ void store_tile(u32 to, const Tile& tile) {
+    store_shared_words(to, make_uint4(tile.expert, tile.first, tile.rows, tile.column));
+}
+
+__device__ __forceinline__ Tile load_tile(u32 from) {
+    const uint4 words = load_shared_words(from);
+    return Tile{(int)words.x, (int)words.y, (int)words.z, (int)words.w};
+}
+
+// The producer: one thread, which fills stages with the blocks of K of one tile after the other, as far ahead as there
+// are empty stages. `scheduler.next(tile)` gives the tiles.
+template <typename Config, typename Ring, typename Scheduler>
+__device__ __forceinline__ void produce(const GemmArgs<Config>& a, Ring ring, Scheduler scheduler, int rank) {
+    constexpr int WEIGHTS_BYTES = Config::OUTPUTS * ROW_BYTES;
+    const KRange<Config> range(a.k, rank);
+    const int stride = (a.m_sum + 3) & ~3;
+    const int scale_rows = (a.n + SCALE_BLOCK - 1) / SCALE_BLOCK;
+    const int scale_columns = (a.k + SCALE_BLOCK - 1) / SCALE_BLOCK;
+    Tile tile;
+    while (scheduler.next(tile)) {
+        const u64 keep_weights = (tile.expert & READ_ONCE) != 0 ? KEEP_BRIEFLY : KEEP_NORMALLY;
+        tile.expert &= ~READ_ONCE;
+        const int map = (tile.rows - 1) / Config::ROW_STEP;
+        const int rows = (map + 1) * Config::ROW_STEP;
+        const int share = rows / Config::MULTICAST;
+        const TensorMap& rows_map = a.rows[map];
+        const int scaled_rows = min(rows, stride - tile.first);
+        // There are fewer than 2^31 scales: the host has checked.
+        u32 row_scales = (u32)range.begin * stride + tile.first;
+        u32 weight_scale =
+            (tile.expert * scale_rows + min(tile.column / SCALE_BLOCK, scale_rows - 1)) * scale_columns + range.begin;
+        // Distance from one box of weights to the next, and from its scale. A box past the last output takes any scale.
+        const int next_weights = Config::GATE_AND_UP ? a.n / 2 : Config::OUTPUTS / Config::WEIGHT_BOXES;
+        const int next_scales = Config::GATE_AND_UP                          ? a.n / 2 / SCALE_BLOCK
+                                : tile.column / SCALE_BLOCK + 1 < scale_rows ? 1
+                                                                             : 0;
+        for (int block = range.begin; block < range.end; ++block) {
+            wait_for_phase(ring.empty(), ring.parity() ^ 1);
+            if (block == range.begin) store_tile(ring.tile(), tile);
+            arrive_expecting(ring.full(), WEIGHTS_BYTES + rows * ROW_BYTES + (Config::SCALED ? scaled_rows * 4 : 0));
+#pragma unroll
+            for (int box = 0; box < Config::WEIGHT_BOXES; ++box)
+                copy_box(ring.weights() + box * (WEIGHTS_BYTES / Config::WEIGHT_BOXES), a.weights,
+                         block * Config::K_BLOCK, tile.column + box * next_weights, tile.expert, ring.full(),
+                         keep_weights);
+            if constexpr (Config::MULTICAST > 1)
+                share_box(ring.rows() + rank * share * ROW_BYTES, rows_map, block * Config::K_BLOCK,
+                          tile.first + rank * share, ring.full(), (1 << Config::MULTICAST) - 1);
+            else
+                copy_box(ring.rows(), rows_map, block * Config::K_BLOCK, tile.first, ring.full());
+            if constexpr (Config::SCALED) {
+                copy_bytes(ring.row_scales(), a.row_scales + row_scales, scaled_rows * 4, ring.full());
+#pragma unroll
+                for (int box = 0; box < Config::WEIGHT_BOXES; ++box)
+                    copy_word(ring.weight_scales() + box * 4,
+                              a.weight_scales + weight_scale + box * next_scales * scale_columns);
+                arrive_after_copies(ring.full());
+                row_scales += stride;
+                ++weight_scale;
+            }
+            ring.advance();
+        }
+    }
+    // A tile without rows comes last: consumers stop there.
+    wait_for_phase(ring.empty(), ring.parity() ^ 1);
+    store_tile(ring.tile(), Tile{0, 0, 0, 0});
+    arrive(ring.full());
+    if (Config::SCALED) arrive(ring.full());
+}
+
+// This warp is done with a stage: arrives at `empty`, in every block that writes to this block's stages.
+template <typename Config>
+__device__ __forceinline__ void release(u32 empty) {
+    const int lane = lane_of_thread();
+    __syncwarp();
+    if (lane == 0) arrive(empty);
+    if (Config::MULTICAST > 1 && lane == 1) arrive_elsewhere(address_in_block(empty, rank_in_cluster() ^ 1));
+}
+
+// The same without a branch: for a place where a branch would make the compiler bring threads together again.
+template <typename Config>
+__device__ __forceinline__ void release_without_branch(u32 empty) {
+    const int lane = lane_of_thread();
+    __syncwarp();
+    if constexpr (Config::MULTICAST > 1)
+        arrive_elsewhere_if(address_in_block(empty, lane), lane < Config::MULTICAST);
+    else
+        arrive_if(empty, lane == 0);
+}
+
+// Releases a tile's stages without multiplying: this warpgroup has no rows of the tile.
+template <typename Ring>
+__device__ __forceinline__ void skip_blocks(Ring& ring, int blocks) {
+    for (int block = 0; block < blocks; ++block) {
+        wait_for_phase(ring.full(), ring.parity());
+        release<typename Ring::Config>(ring.empty());
+        ring.advance();
+    }
+}
+
+__device__ __forceinline__ u32 pack_bf16(float low, float high) { return pack_halves<0>(low, high); }
+
+// Starts the products of a block of K for a warpgroup: sum = a * b^T where `add` is false, sum += a * b^T where it is
+// true. `sum` may be read after wait_for_products.
+template <Format FORMAT, int N>
+__device__ __forceinline__ void start_products(float (&sum)[N / 2], u64 a, u64 b, bool add) {
+    constexpr int INSTRUCTIONS = ROW_BYTES / 32;
+    fence_accumulators(sum);
+    begin_products();
+#pragma unroll
+    for (int i = 0; i < INSTRUCTIONS; ++i) multiply<FORMAT, N>(sum, a + 2 * i, b + 2 * i, add || i > 0);
+    commit_products();
+    fence_accumulators(sum);
+}
+
+// Initialises the barriers of the ring, and those of scaling warps and of a split K. Every thread of the cluster calls
+// it once, before anything else.
+template <typename Config, typename SharedStorage>
+__device__ __forceinline__ void set_up(const GemmArgs<Config>& a, u32 memory) {
+    // The producer arrives at `full` with the bytes it expects; for e4m3 once more when its cp.async of the scales is
+    // done.
+    constexpr int FULL_ARRIVALS = Config::SCALED ? 2 : 1;
+    constexpr int CONSUMER_WARPS = Config::CONSUMERS * (WARPGROUP / 32);
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < Config::STAGES; ++stage) {
+            init_barrier(memory + OFFSET(SharedStorage, full) + stage * 8, FULL_ARRIVALS);
+            init_barrier(memory + OFFSET(SharedStorage, empty) + stage * 8, CONSUMER_WARPS * Config::MULTICAST);
+            if constexpr (Config::SCALING_WARPS > 0)
+                init_barrier(memory + OFFSET(SharedStorage, scaled) + stage * 8, Config::SCALING_WARPS);
+        }
+        if constexpr (Config::K_SPLITS > 1) {
+            init_barrier(memory + OFFSET(SharedStorage, partials_ready), CONSUMER_WARPS * Config::K_SPLITS);
+            init_barrier(memory + OFFSET(SharedStorage, partials_read), CONSUMER_WARPS * Config::K_SPLITS);
+        }
+        publish_barriers();
+        prefetch_map(a.weights);
+    }
+    if constexpr (Config::CLUSTER > 1)
+        meet_cluster();
+    else
+        __syncthreads();
+}

@@ -1,0 +1,300 @@
+// The grouped GEMM on Hopper for few rows: out[r, :] = weights[expert of r] * rows[r, :], live rows only, f32 sums,
+// bf16 out.
+//
+// Weights are the M operand of wgmma and tokens its N operand, which takes any multiple of 8: a tile is 128 outputs of
+// up to ROW_TILE rows of one expert, and an expert's last tile costs what its rows cost, rounded up to ROW_STEP. Tiles
+// come from the worklist that the plan left on the device, so padding is never multiplied or stored.
+//
+// A block is persistent: one thread loads up to STAGES blocks of K ahead, and two warpgroups multiply, 64 outputs each.
+// Where a tile has 64 outputs there is one such warpgroup: few tiles then keep more multiprocessors reading. With e4m3
+// the products of each 128 of K are scaled and added outside the matrix unit, which keeps fewer bits.
+//
+// A cluster of MULTICAST blocks takes neighbouring outputs of the same rows; each block loads a part of the rows for
+// all. A cluster of K_SPLITS blocks takes parts of K of the same tile and adds them up in the order of the parts, for
+// when tiles are few.
+//
+// docs/kernels/gemm.md has the maps of threads, shared memory and barriers. Set by the host: see config.cuh; one of
+// HOST_MULTICAST and HOST_K_SPLITS is 1; HOST_OUTPUTS is 128, or 64 where both are 1.
+#include "gemm/pipeline.cuh"
+
+struct Config : HostConfig {
+    static constexpr int OUTPUTS = HOST_OUTPUTS;
+    static constexpr int OUTPUTS_OF_CONSUMER = 64;
+    static constexpr int CONSUMERS = OUTPUTS / OUTPUTS_OF_CONSUMER;
+    static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
+    static constexpr int PRODUCER_REGISTERS = 40;
+    static constexpr int CONSUMER_REGISTERS = 232;
+    static constexpr int WEIGHT_BOXES = 1;
+    static constexpr bool GATE_AND_UP = false;
+    static constexpr int CLUSTER_COLUMNS = MULTICAST;
+    static constexpr int CLUSTER = CLUSTER_COLUMNS * K_SPLITS;
+    static constexpr int ROW_TILES_PER_GROUP = 8;
+    // A thread of these scales two rows.
+    static constexpr int SCALING_WARPS = SCALED ? (ROW_TILE / 2 + 31) / 32 : 0;
+
+    // Bytes from a staged row to the next: 16 more than its results, so that eight rows start on different banks.
+    static constexpr int STAGING_ROW = OUTPUTS_OF_CONSUMER * 2 + 16;
+    static constexpr int PARTIAL_ROW = OUTPUTS * 4 + 16;
+    static constexpr int STAGING_BYTES = ROW_TILE * (K_SPLITS > 1 ? PARTIAL_ROW : CONSUMERS * STAGING_ROW);
+    // Words of `products` for a lane of a quad: a quarter of the rows, and 4 so that the quarters start on different
+    // banks.
+    static constexpr int PRODUCTS_OF_LANE = ROW_TILE / 4 + 4;
+};
+
+// host: FewRows in cuda/gemm/shared_memory.rs.
+struct SharedStorage {
+    Stage<Config> stages[Config::STAGES];
+    // Results, transposed, before they are stored: [CONSUMERS][ROW_TILE][STAGING_ROW]; with a split K the sums of this
+    // part, [ROW_TILE][PARTIAL_ROW].
+    alignas(16) u8 staging[Config::STAGING_BYTES];
+    alignas(16) float row_scales[Config::STAGES][Config::ROW_TILE];
+    float weight_scales[Config::STAGES][Config::WEIGHT_BOXES];
+    Tile tiles[Config::STAGES];
+#if !HOST_BF16
+    // Row scale times weight scale, in the order of their readers: lane i of a quad reads those of the rows
+    // 8 j + 2 i and 8 j + 2 i + 1.
+    float products[Config::STAGES][4][Config::PRODUCTS_OF_LANE];
+#endif
+    Mbarrier full[Config::STAGES];
+    Mbarrier empty[Config::STAGES];
+    Mbarrier scaled[Config::STAGES];
+    Mbarrier partials_ready;
+    Mbarrier partials_read;
+};
+
+static_assert(AgreesWithHost<Config, SharedStorage>::value);
+static_assert(Config::OUTPUTS == 128 || (Config::OUTPUTS == 64 && Config::CLUSTER == 1), "there is no kernel for this");
+static_assert(Config::SCALING_WARPS <= 3, "the producer's warpgroup has three warps to spare");
+
+using Args = GemmArgs<Config>;
+using Ring = StageRing<Config, SharedStorage>;
+
+// Warps of the first warpgroup, by number; the other warpgroups are consumers.
+enum class ProducerWarp : int {
+    LOAD = 0,         // one thread of it: the producer
+    FIRST_SCALE = 1,  // SCALING_WARPS of them; the rest of the warpgroup is idle
+};
+
+// Ids of bar.sync; 0 is that of __syncthreads.
+enum class NamedBarrier : int { CONSUMER_0 = 1, CONSUMER_1 = 2 };
+
+// The threads of a consumer warpgroup meet.
+__device__ __forceinline__ void meet_consumer(int consumer) {
+    if (consumer == 0)
+        meet_at<(int)NamedBarrier::CONSUMER_0, WARPGROUP>();
+    else
+        meet_at<(int)NamedBarrier::CONSUMER_1, WARPGROUP>();
+}
+
+// What scaling warps do: multiply the rows' scales by the weights', once for all warps that use them. `thread` counts
+// the threads of the scaling warps; each has two rows.
+template <typename Ring>
+__device__ __forceinline__ void multiply_scales(Ring ring, int blocks, int thread) {
+    const u32 mine = (thread % 4 * Config::PRODUCTS_OF_LANE + thread / 4 * 2) * 4;
+    while (true) {
+        wait_for_phase(ring.full(), ring.parity());
+        if (load_tile(ring.tile()).rows == 0) break;
+        for (int block = 0; block < blocks; ++block) {
+            wait_for_phase(ring.full(), ring.parity());
+            if (thread < Config::ROW_TILE / 2) {
+                const float weight_scale = load_shared(ring.weight_scales());
+                const float2 row_scale = load_shared_pair(ring.row_scales() + thread * 8);
+                store_shared_pair(ring.products() + mine, __fmul_rn(row_scale.x, weight_scale),
+                                  __fmul_rn(row_scale.y, weight_scale));
+            }
+            __syncwarp();
+            if (thread % 32 == 0) arrive(ring.scaled());
+            ring.advance();
+        }
+    }
+}
+
+// The sum over this block's part of K: 64 outputs of N rows.
+template <int N>
+__device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int consumer, float (&sum)[N / 2]) {
+    constexpr int CONSUMER_BYTES = Config::OUTPUTS_OF_CONSUMER * ROW_BYTES;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
+    if constexpr (Config::SCALED) {
+        const u32 my_products = lane_of_thread() % 4 * Config::PRODUCTS_OF_LANE * 4;
+        float part[N / 2];
+        for (int block = 0; block < blocks; ++block) {
+            wait_for_phase(ring.full(), ring.parity());
+            const u64 w = operand(ring.weights() + consumer * CONSUMER_BYTES);
+            const u64 x = operand(ring.rows());
+            start_products<Config::FORMAT, N>(part, w, x, false);
+            wait_for_phase(ring.scaled(), ring.parity());
+            wait_for_products<0>();
+            fence_accumulators(part);
+#pragma unroll
+            for (int i = 0; i < N / 16; ++i) {
+                const float4 scale = load_shared_quad(ring.products() + my_products + i * 16);
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    const float mine = j % 2 == 0 ? (j < 4 ? scale.x : scale.z) : (j < 4 ? scale.y : scale.w);
+                    sum[8 * i + j] = __fmaf_rn(part[8 * i + j], mine, sum[8 * i + j]);
+                }
+            }
+            release<Config>(ring.empty());
+            ring.advance();
+        }
+    } else {
+        u32 previous = 0;
+        for (int block = 0; block < blocks; ++block) {
+            wait_for_phase(ring.full(), ring.parity());
+            const u64 w = operand(ring.weights() + consumer * CONSUMER_BYTES);
+            const u64 x = operand(ring.rows());
+            start_products<Config::FORMAT, N>(sum, w, x, true);
+            // The products before these are done: release their operands.
+            wait_for_products<1>();
+            if (block > 0) release<Config>(previous);
+            previous = ring.empty();
+            ring.advance();
+        }
+        wait_for_products<0>();
+        fence_accumulators(sum);
+        if (blocks > 0) release<Config>(previous);
+    }
+}
+
+// Stores the live rows: transposed in shared memory, then one bulk copy of 64 outputs for each row.
+template <int N>
+__device__ __forceinline__ void store_rows(const Args& a, const Tile& tile, u32 memory, int consumer,
+                                           const float (&sum)[N / 2]) {
+    constexpr int STAGING_ROW = Config::STAGING_ROW;
+    const u32 staging = memory + OFFSET(SharedStorage, staging) + consumer * Config::ROW_TILE * STAGING_ROW;
+    const int lane = lane_of_thread();
+    const int thread = threadIdx.x % WARPGROUP;
+    wait_for_stores_to_read();
+    meet_consumer(consumer);
+    const u32 mine = staging + (lane / 16 * 8 + lane % 8) * STAGING_ROW + (thread / 32 * 16 + lane / 8 % 2 * 8) * 2;
+#pragma unroll
+    for (int i = 0; i < N / 16; ++i)
+        store_transposed(mine + i * 16 * STAGING_ROW, pack_bf16(sum[8 * i], sum[8 * i + 1]),
+                         pack_bf16(sum[8 * i + 2], sum[8 * i + 3]), pack_bf16(sum[8 * i + 4], sum[8 * i + 5]),
+                         pack_bf16(sum[8 * i + 6], sum[8 * i + 7]));
+    publish_shared_writes();
+    meet_consumer(consumer);
+    const int column = tile.column + consumer * Config::OUTPUTS_OF_CONSUMER;
+    const int outputs = min(a.n - column, Config::OUTPUTS_OF_CONSUMER);
+    if (outputs > 0)
+        for (int row = thread; row < tile.rows; row += WARPGROUP)
+            store_bytes(static_cast<u16*>(a.out) + (i64)(tile.first + row) * a.n + column, staging + row * STAGING_ROW,
+                        outputs * 2);
+    commit_stores();
+}
+
+// This warp arrives at a barrier in every block of the cluster.
+__device__ __forceinline__ void arrive_in_all_blocks(u32 barrier, int rank) {
+    const int lane = lane_of_thread();
+    if (lane == rank)
+        arrive(barrier);
+    else if (lane < Config::K_SPLITS)
+        arrive_in_cluster(address_in_block(barrier, lane));
+}
+
+// Adds up the parts of K: every block leaves its sums in its own shared memory; each then reads a share of the rows
+// from all.
+template <int N>
+__device__ __forceinline__ void add_and_store_rows(const Args& a, const Tile& tile, u32 memory, int consumer, int rank,
+                                                   u32 parity, const float (&sum)[N / 2]) {
+    constexpr int PARTIAL_ROW = Config::PARTIAL_ROW;
+    const u32 ready = memory + OFFSET(SharedStorage, partials_ready);
+    const u32 read = memory + OFFSET(SharedStorage, partials_read);
+    const u32 staging = memory + OFFSET(SharedStorage, staging);
+    const int lane = lane_of_thread();
+    const int thread = threadIdx.x - WARPGROUP;
+    wait_for_cluster(read, parity ^ 1);
+    const int output = consumer * Config::OUTPUTS_OF_CONSUMER + threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
+    const u32 mine = staging + lane % 4 * 2 * PARTIAL_ROW + output * 4;
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+        const u32 at = mine + (i / 4 * 8 + i % 2) * PARTIAL_ROW + i / 2 % 2 * 32;
+        store_shared(at, sum[i]);
+    }
+    __syncwarp();
+    arrive_in_all_blocks(ready, rank);
+    wait_for_cluster(ready, parity);
+    constexpr int QUADS = Config::OUTPUTS / 4;
+    constexpr int SHARE = N * QUADS / Config::K_SPLITS;
+    for (int i = thread; i < SHARE; i += Config::CONSUMERS * WARPGROUP) {
+        const int row = (rank * SHARE + i) / QUADS;
+        const int quad = i % QUADS;
+        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int part = 0; part < Config::K_SPLITS; ++part) {
+            const float4 v = load_from_cluster(address_in_block(staging + row * PARTIAL_ROW + quad * 16, part));
+            total = make_float4(__fadd_rn(total.x, v.x), __fadd_rn(total.y, v.y), __fadd_rn(total.z, v.z),
+                                __fadd_rn(total.w, v.w));
+        }
+        const int column = tile.column + quad * 4;
+        if (row < tile.rows && column < a.n)
+            *reinterpret_cast<uint2*>(static_cast<u16*>(a.out) + (i64)(tile.first + row) * a.n + column) =
+                make_uint2(pack_bf16(total.x, total.y), pack_bf16(total.z, total.w));
+    }
+    __syncwarp();
+    arrive_in_all_blocks(read, rank);
+}
+
+// A tile of up to N rows.
+template <int N>
+__device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, Ring& ring, int blocks, int consumer,
+                                            int rank, u32 parity) {
+    float sum[N / 2];
+    multiply_blocks<N>(ring, blocks, consumer, sum);
+    if constexpr (Config::K_SPLITS > 1)
+        add_and_store_rows<N>(a, tile, ring.memory, consumer, rank, parity, sum);
+    else
+        store_rows<N>(a, tile, ring.memory, consumer, sum);
+}
+
+// Takes the code for the fewest steps that the tile's rows fit: N of wgmma is a constant of the instruction.
+template <int STEPS>
+__device__ __forceinline__ void multiply_tile(const Args& a, const Tile& tile, Ring& ring, int blocks, int consumer,
+                                              int rank, u32 parity) {
+    if (STEPS == Config::ROW_MAPS || tile.rows <= STEPS * Config::ROW_STEP)
+        finish_tile<STEPS * Config::ROW_STEP>(a, tile, ring, blocks, consumer, rank, parity);
+    else if constexpr (STEPS < Config::ROW_MAPS)
+        multiply_tile<STEPS + 1>(a, tile, ring, blocks, consumer, rank, parity);
+}
+
+extern "C" __global__ void __cluster_dims__(Config::CLUSTER, 1, 1) __launch_bounds__(Config::THREADS, 1)
+    gemm(const __grid_constant__ Args a) {
+    extern __shared__ __align__(1024) u8 shared[];
+    const u32 memory = shared_address(shared);
+    const int rank = Config::CLUSTER > 1 ? (int)rank_in_cluster() : 0;
+    const int cluster = blockIdx.x / Config::CLUSTER;
+    const int clusters = gridDim.x / Config::CLUSTER;
+    const int consumer = (int)threadIdx.x / WARPGROUP - 1;
+    Ring ring(memory);
+    set_up<Config, SharedStorage>(a, memory);
+    wait_for_previous_launch();
+    let_next_launch_start();
+    // With one consumer warpgroup every thread has as many registers as it may have from the start.
+    constexpr bool MOVE_REGISTERS = Config::CONSUMERS > 1;
+    if (consumer < 0) {
+        if constexpr (MOVE_REGISTERS) give_registers<Config::PRODUCER_REGISTERS>();
+        const int warp = threadIdx.x / 32;
+        if (warp == (int)ProducerWarp::LOAD) {
+            if (threadIdx.x == 0) produce(a, ring, StaticScheduler<Config>(a, cluster, clusters, rank), rank);
+        } else if (warp < (int)ProducerWarp::FIRST_SCALE + Config::SCALING_WARPS) {
+            if constexpr (Config::SCALED)
+                multiply_scales(ring, KRange<Config>(a.k, rank).blocks(),
+                                threadIdx.x - (int)ProducerWarp::FIRST_SCALE * 32);
+        }
+    } else {
+        if constexpr (MOVE_REGISTERS) take_registers<Config::CONSUMER_REGISTERS>();
+        const int blocks = KRange<Config>(a.k, rank).blocks();
+        u32 parity = 0;
+        while (true) {
+            wait_for_phase(ring.full(), ring.parity());
+            const Tile tile = load_tile(ring.tile());
+            if (tile.rows == 0) break;
+            multiply_tile<1>(a, tile, ring, blocks, consumer, rank, parity);
+            parity ^= 1;
+        }
+        wait_for_stores_to_read();
+    }
+    // Blocks of a cluster write to each other's memory: none may end before the others are done.
+    if constexpr (Config::CLUSTER > 1) meet_cluster();
+}

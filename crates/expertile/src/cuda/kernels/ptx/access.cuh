@@ -1,0 +1,69 @@
+// Loads and stores of global memory, and the order between launches. Each comment ends with the PTX instruction.
+#pragma once
+#include "common/words.cuh"
+
+// Waits until the launches before this one in the stream have finished and their writes are seen. Every thread of every
+// kernel calls it before touching global memory: a launch that waits for this one has then waited for those before it,
+// too. PTX: griddepcontrol.wait
+__device__ __forceinline__ void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next launch occupy multiprocessors as they become free; it still waits for this one's writes.
+// PTX: griddepcontrol.launch_dependents
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Loads 16 bytes that this kernel reads once and that nothing writes meanwhile. PTX: ld.global.nc.L1::no_allocate
+__device__ __forceinline__ uint4 load_once(const void* address) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address));
+    return v;
+}
+
+// The same, kept in the L1 for a while: a neighbouring load that takes the other half of the sectors finds them there.
+// Not by the read-only path: a launch that may start before the one that writes has no memory that is read-only
+// throughout. PTX: ld.global
+__device__ __forceinline__ uint4 load_through_l1(const void* address) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address)
+                 : "memory");
+    return v;
+}
+
+// Stores that the cache evicts first: results that it cannot hold until they are read. An H200 copies 4 % faster with
+// them. PTX: st.global.cs
+__device__ __forceinline__ void store_brief(void* to, uint4 v) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_brief(void* to, uint2 v) {
+    asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
+// Brings a line to the L2. No thread sees its content by that, so the launch that writes it may still be running.
+// PTX: prefetch.global.L2
+__device__ __forceinline__ void prefetch_line(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// Loads a word as it is now: for a loop that waits until another block has changed it. PTX: ld.volatile
+__device__ __forceinline__ u32 load_now(const u32* address) { return *const_cast<const volatile u32*>(address); }
+
+// The lane of the thread, read at this point: the compiler neither moves it nor keeps what follows from it. PTX:
+// %laneid
+__device__ __forceinline__ int read_lane() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
