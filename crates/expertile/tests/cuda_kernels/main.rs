@@ -9,6 +9,7 @@
 mod activation;
 mod case;
 mod graph;
+mod hostile;
 mod kept_cubins;
 #[path = "../on_device/mod.rs"]
 mod on_device;
