@@ -674,14 +674,8 @@ impl<'py> Array<'py> {
         MatrixRef::with_strides(memory, rows, cols, stride(0), stride(1)).map_err(crate::error::exception)
     }
 
-    /// A copy of a matrix, row by row. Each element is read once: another thread may write it at any time, and what was
+    /// A copy of some rows of a matrix. Each element is read once: another thread may write it at any time, and what was
     /// checked has to be what is used.
-    pub(crate) fn copied_matrix<T: Native + Send>(&self, py: Python<'_>) -> PyResult<Vec<T>> {
-        let (rows, _) = self.matrix_shape("two dimensions")?;
-        self.copied_rows(py, 0..rows)
-    }
-
-    /// The same of some of its rows.
     pub(crate) fn copied_rows<T: Native + Send>(&self, py: Python<'_>, rows: Range<usize>) -> PyResult<Vec<T>> {
         let (all, cols) = self.matrix_shape("two dimensions")?;
         self.copied(py, rows.start.min(all)..rows.end.min(all), cols, (self.strides[0], self.strides[1]))

@@ -6,9 +6,10 @@ use crate::error::{exception, optional_size, size};
 use crate::limits;
 use crate::permute::Ids;
 use crate::pool::{cpu, work};
-use expertile::cpu::{Layer, LayerOptions, PackedWeights};
+use expertile::cpu::{Layer, LayerOptions, PackedWeights, PackedWeightsBuilder};
+use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
 use expertile::quantize::ue8m0_value;
-use expertile::{Activation, ActivationFormat, Float, GateUpOrder, MatrixRef, Routing};
+use expertile::{Activation, ActivationFormat, Float, MatrixRef, Routing};
 use half::{bf16, f16};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -119,25 +120,23 @@ fn pack(
         return Err(weights.shape_error("[E, 2 I, H]"));
     }
     let scale = Array::optional(scale_name, scale)?;
+    let stack = Stack { experts, segments: if gate_up { 2 } else { 1 }, segment: if gate_up { n / 2 } else { n }, k };
     let cpu = cpu()?;
     match (weights.element(), &scale) {
         (Element::Bf16, None) => {
             let weights = weights.contiguous::<bf16>()?;
-            py.detach(|| match gate_up {
-                true => PackedWeights::pack_gate_up_bf16(&cpu, weights, experts, n / 2, k, GateUpOrder::Halves),
-                false => PackedWeights::pack_bf16(&cpu, weights, experts, n, k),
+            stack.pack(py, WeightFormat::Bf16, |builder, part| {
+                builder.pack_bf16_rows(&cpu, part.expert, part.first_row, part.matrix(weights)?)
             })
-            .map_err(exception)
         }
         (Element::E4m3, Some(scale)) => {
-            let blocks = if gate_up { 2 * (n / 2).div_ceil(128) } else { n.div_ceil(128) };
-            scale.require_shape(&[experts, blocks, k.div_ceil(128)])?;
+            let blocks = stack.segments * stack.segment.div_ceil(WEIGHT_BLOCK);
+            scale.require_shape(&[experts, blocks, k.div_ceil(WEIGHT_BLOCK)])?;
             let (weights, scale) = (weights.contiguous()?, widened(scale)?);
-            py.detach(|| match gate_up {
-                true => PackedWeights::pack_gate_up_e4m3(&cpu, weights, &scale, experts, n / 2, k, GateUpOrder::Halves),
-                false => PackedWeights::pack_e4m3(&cpu, weights, &scale, experts, n, k),
+            stack.pack(py, WeightFormat::E4m3, |builder, part| {
+                let (rows, scales) = (part.matrix(weights)?, part.scales(&scale)?);
+                builder.pack_e4m3_rows(&cpu, part.expert, part.first_row, rows, scales)
             })
-            .map_err(exception)
         }
         (Element::Bf16, Some(_)) => {
             Err(PyValueError::new_err(format!("{scale_name} is given, expected none for bfloat16 {name}")))
@@ -146,6 +145,72 @@ fn pack(
             Err(PyValueError::new_err(format!("{scale_name} is None, expected block scales for float8_e4m3fn {name}")))
         }
         _ => Err(weights.dtype_error("bfloat16 or float8_e4m3fn")),
+    }
+}
+
+/// Extents of the weights of all experts: gate and up, or one segment of output rows.
+#[derive(Clone, Copy)]
+struct Stack {
+    experts: usize,
+    segments: usize,
+    segment: usize,
+    k: usize,
+}
+
+/// Some rows of one expert's segment.
+#[derive(Clone, Copy)]
+struct Part {
+    stack: Stack,
+    expert: usize,
+    /// Within the expert.
+    first_row: usize,
+    rows: usize,
+}
+
+impl Stack {
+    /// Packs part after part; between two of them it looks whether it has been interrupted.
+    fn pack(
+        self,
+        py: Python<'_>,
+        format: WeightFormat,
+        mut pack: impl FnMut(&mut PackedWeightsBuilder, Part) -> expertile::Result<()> + Send,
+    ) -> PyResult<PackedWeights> {
+        let Self { experts, segments, segment, k } = self;
+        let builder = match segments {
+            2 => PackedWeightsBuilder::gate_up(format, experts, segment, k),
+            _ => PackedWeightsBuilder::new(format, experts, segment, k),
+        };
+        let mut builder = builder.map_err(exception)?;
+        for (expert, segment_index) in (0..experts).flat_map(|expert| (0..segments).map(move |index| (expert, index))) {
+            // Of whole blocks, so that each part has scales of its own.
+            for rows in limits::stretches(segment, k, WEIGHT_BLOCK) {
+                let first_row = segment_index * segment + rows.start;
+                let part = Part { stack: self, expert, first_row, rows: rows.len() };
+                work(py, || pack(&mut builder, part).map_err(exception))?;
+                py.check_signals()?;
+            }
+        }
+        builder.finish().map_err(exception)
+    }
+}
+
+impl Part {
+    /// Its rows, of the weights of all experts.
+    fn matrix<T: Copy>(self, weights: &[T]) -> expertile::Result<MatrixRef<'_, T>> {
+        let Stack { segments, segment, k, .. } = self.stack;
+        let start = (self.expert * segments * segment + self.first_row) * k;
+        MatrixRef::new(&weights[start..start + self.rows * k], self.rows, k)
+    }
+
+    /// Its block scales, of those of all experts: each segment's row blocks are its own.
+    fn scales(self, scales: &[f32]) -> expertile::Result<MatrixRef<'_, f32>> {
+        let Stack { segments, segment, k, .. } = self.stack;
+        let (rows, columns) = (self.rows.div_ceil(WEIGHT_BLOCK), k.div_ceil(WEIGHT_BLOCK));
+        let blocks_before = self.first_row / segment * segment.div_ceil(WEIGHT_BLOCK);
+        let row = self.expert * segments * segment.div_ceil(WEIGHT_BLOCK)
+            + blocks_before
+            + self.first_row % segment / WEIGHT_BLOCK;
+        MatrixRef::new(&scales[row * columns..(row + rows) * columns], rows, columns)
     }
 }
 

@@ -5,6 +5,7 @@
 
 use pyo3::exceptions::{PyMemoryError, PyValueError};
 use pyo3::prelude::*;
+use std::ops::Range;
 
 /// Experts, and entries of an expert map: far above any model's, and lists of that length are still small.
 pub(crate) const EXPERTS: usize = 1 << 24;
@@ -14,6 +15,10 @@ pub(crate) const TOPK: usize = 1 << 16;
 pub(crate) const HIDDEN: usize = 1 << 24;
 /// Threads of a pool.
 pub(crate) const THREADS: usize = 1024;
+
+/// Values that a call moves, packs or adds up between looks at whether the caller has been interrupted: a fraction of a
+/// second.
+const VALUES_AT_ONCE: usize = 1 << 28;
 
 /// Below this, the system is not asked whether it has the memory.
 const ASK_FROM_BYTES: usize = 256 << 20;
@@ -43,6 +48,13 @@ pub(crate) fn slots(tokens: usize, topk: usize) -> PyResult<()> {
 #[pyfunction]
 pub(crate) fn require_slots(tokens: &Bound<'_, PyAny>, topk: &Bound<'_, PyAny>) -> PyResult<()> {
     slots(crate::error::size("M", tokens)?, crate::error::size("topk", topk)?)
+}
+
+/// `0..count` in stretches of as many items, of `values` each, as take a fraction of a second; at least one stretch, and
+/// all but the last of a multiple of `step` items. Between two of them a call looks whether it has been interrupted.
+pub(crate) fn stretches(count: usize, values: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
+    let at_once = (VALUES_AT_ONCE / values.max(1) / step).max(1) * step;
+    (0..count.max(1)).step_by(at_once).map(move |first| first.min(count)..count.min(first + at_once))
 }
 
 /// An empty vector with room for `len` elements.

@@ -18,6 +18,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
+use std::ops::Range;
 
 /// `topk_ids` and what they are read with.
 pub(crate) struct Ids<'py> {
@@ -53,6 +54,7 @@ impl<'py> Ids<'py> {
 
     /// Writes how many rows each expert has, a stretch of tokens at a time.
     fn count(&self, py: Python<'_>, counts: &mut [i32]) -> PyResult<()> {
+        /// How much is copied at a time.
         const SLOTS_AT_ONCE: usize = 1 << 22;
         let (tokens, topk) = self.ids.matrix_shape("two dimensions")?;
         limits::at_most("local_experts", self.local_experts, limits::EXPERTS)?;
@@ -60,36 +62,17 @@ impl<'py> Ids<'py> {
             let (len, needed) = (counts.len(), self.local_experts);
             return Err(PyValueError::new_err(format!("out holds {len} elements, expected at least {needed}")));
         }
-        let map = self.map.as_ref().map(|map| map.copied_list::<i32>(py)).transpose()?;
-        let (experts, map) = (self.local_experts, map.as_deref());
         let at_once = (SLOTS_AT_ONCE / topk.max(1)).max(1);
         let mut sums: Vec<i32> = limits::vec("out", self.local_experts)?;
         let mut counted: Vec<i32> = limits::vec("out", self.local_experts)?;
         sums.resize(self.local_experts, 0);
         counted.resize(self.local_experts, 0);
+        let map = self.map_list(py)?;
         // Also where there are no tokens: what else is wrong is said all the same.
         for first in (0..tokens.max(1)).step_by(at_once) {
-            let part = first..tokens.min(first + at_once);
-            let mut count = |ids: TopkIds<'_>| {
-                let routing = Routing::new(ids, experts, map).map_err(|error| match error {
-                    Error::ExpertId { token, slot, id, limit } => {
-                        Error::ExpertId { token: token + first, slot, id, limit }
-                    }
-                    other => other,
-                });
-                routing.and_then(|routing| routing.count_expert_num_tokens(&mut counted)).map_err(exception)
-            };
-            match self.ids.element() {
-                Element::I32 => {
-                    let ids = self.ids.copied_rows(py, part.clone())?;
-                    work(py, || count(TopkIds::I32(copy_of(&ids, part.len(), topk)?)))?;
-                }
-                Element::I64 => {
-                    let ids = self.ids.copied_rows(py, part.clone())?;
-                    work(py, || count(TopkIds::I64(copy_of(&ids, part.len(), topk)?)))?;
-                }
-                _ => return Err(self.dtype_error()),
-            }
+            self.routing_of(py, first.min(tokens)..tokens.min(first + at_once), map.as_deref(), |routing| {
+                work(py, || routing.count_expert_num_tokens(&mut counted).map_err(exception))
+            })?;
             for (sum, count) in sums.iter_mut().zip(&counted) {
                 *sum += count;
             }
@@ -100,16 +83,36 @@ impl<'py> Ids<'py> {
 
     /// Checks a copy of the ids and hands the routing to `then`.
     pub(crate) fn routing<R>(&self, py: Python<'_>, then: impl FnOnce(Routing<'_>) -> PyResult<R>) -> PyResult<R> {
-        let (tokens, topk) = self.ids.matrix_shape("two dimensions")?;
-        let map = self.map.as_ref().map(|map| map.copied_list::<i32>(py)).transpose()?;
+        let (tokens, _) = self.ids.matrix_shape("two dimensions")?;
+        self.routing_of(py, 0..tokens, self.map_list(py)?.as_deref(), then)
+    }
+
+    /// A copy of the map.
+    pub(crate) fn map_list(&self, py: Python<'_>) -> PyResult<Option<Vec<i32>>> {
+        self.map.as_ref().map(|map| map.copied_list(py)).transpose()
+    }
+
+    /// The same as [`Ids::routing`] for some of the tokens, by a copy of the map.
+    pub(crate) fn routing_of<R>(
+        &self,
+        py: Python<'_>,
+        tokens: Range<usize>,
+        map: Option<&[i32]>,
+        then: impl FnOnce(Routing<'_>) -> PyResult<R>,
+    ) -> PyResult<R> {
+        let (_, topk) = self.ids.matrix_shape("two dimensions")?;
+        let (first, len, experts) = (tokens.start, tokens.len(), self.local_experts);
         let route = |ids: TopkIds<'_>| {
-            let (experts, map) = (self.local_experts, map.as_deref());
-            let routing = work(py, || Routing::new(ids, experts, map).map_err(exception))?;
-            then(routing)
+            let of_all = |error| match error {
+                Error::ExpertId { token, slot, id, limit } => Error::ExpertId { token: token + first, slot, id, limit },
+                other => other,
+            };
+            let routing = || Routing::new(ids, experts, map).map_err(|error| exception(of_all(error)));
+            then(work(py, routing)?)
         };
         match self.ids.element() {
-            Element::I32 => route(TopkIds::I32(copy_of(&self.ids.copied_matrix(py)?, tokens, topk)?)),
-            Element::I64 => route(TopkIds::I64(copy_of(&self.ids.copied_matrix(py)?, tokens, topk)?)),
+            Element::I32 => route(TopkIds::I32(copy_of(&self.ids.copied_rows(py, tokens)?, len, topk)?)),
+            Element::I64 => route(TopkIds::I64(copy_of(&self.ids.copied_rows(py, tokens)?, len, topk)?)),
             _ => Err(self.dtype_error()),
         }
     }
@@ -170,16 +173,18 @@ impl<'py> Place<'py> {
         Ok(hidden)
     }
 
-    /// Builds the layout (which must have these counts, if some are given) and hands it to `rows`; then writes the lists.
+    /// Builds the layout (which must have these counts, if some are given), hands it to `rows`, then writes the lists.
     ///
     /// It is built in memory of the call's own: the lists say where rows go, so nobody else may write them meanwhile, and
-    /// the caller's are left as they were where something does not fit.
+    /// the caller's are left as they were where something does not fit. `rows` gets the layout of some tokens at a time,
+    /// and whether they are the last; in between the call looks whether it has been interrupted.
     fn layout(
         &self,
         py: Python<'_>,
         apart: Apart,
         expected_counts: Option<&[i32]>,
-        rows: impl FnOnce(&Layout<'_>) -> expertile::Result<()> + Send,
+        values_of_token: usize,
+        mut rows: impl FnMut(&Layout<'_>, Range<usize>, bool) -> PyResult<()>,
     ) -> PyResult<()> {
         let lists = self.lists.contiguous_mut::<i32>(apart)?;
         let words = Layout::space_len(&self.plan).map_err(exception)?;
@@ -190,14 +195,23 @@ impl<'py> Place<'py> {
         let mut space = limits::vec("layout", words)?;
         let plan = &self.plan;
         self.ids.routing(py, |routing| {
-            work(py, || {
+            let layout = work(py, || {
                 space.resize(words, 0);
                 let layout = Layout::build(plan, &routing, &mut space).map_err(exception)?;
                 if let Some(expected) = expected_counts {
                     require_counts(expected, layout.expert_num_tokens())?;
                 }
-                rows(&layout).map_err(exception)
-            })
+                Ok(layout)
+            })?;
+            let values = plan.topk().saturating_mul(values_of_token);
+            for tokens in limits::stretches(plan.tokens(), values, 1) {
+                let last = tokens.end == plan.tokens();
+                rows(&layout.of_tokens(tokens.clone()), tokens, last)?;
+                if !last {
+                    py.check_signals()?;
+                }
+            }
+            Ok(())
         })?;
         lists[..words].copy_from_slice(&space);
         Ok(())
@@ -313,6 +327,13 @@ fn scale_memory<'a>(scales: &'a Array<'_>, apart: Apart) -> PyResult<ScalesMut<'
     }
 }
 
+fn reborrowed<'s>(words: &'s mut ScalesMut<'_>) -> ScalesMut<'s> {
+    match words {
+        ScalesMut::F32(words) => ScalesMut::F32(words),
+        ScalesMut::Ue8m0(words) => ScalesMut::Ue8m0(words),
+    }
+}
+
 /// Fails unless rows quantized by others have scales `[M, H / group]` of the type that the format takes.
 fn require_row_scales(x: &Array<'_>, x_scales: &Array<'_>, format: ScaleFormat) -> PyResult<()> {
     let (tokens, hidden) = x.matrix_shape("[M, H]")?;
@@ -400,8 +421,10 @@ impl<'py> Quantized<'py> {
         Ok(Self { out, scales, matrix, apart, device })
     }
 
-    fn made(self, py: Python<'py>, place: Place<'py>) -> PyResult<MadeQuantized<'py>> {
+    /// What a call returns that is done, or has failed: after an interruption rows that are done stay written.
+    fn made(self, py: Python<'py>, place: Place<'py>, done: PyResult<()>) -> PyResult<MadeQuantized<'py>> {
         written(py, &[&self.out, &self.scales, &place.lists])?;
+        done?;
         Ok((self.out.into_object(), self.scales.into_object(), self.matrix, place.made()))
     }
 }
@@ -454,7 +477,7 @@ pub(crate) fn build_layout<'py>(
     let apart = Apart::check(&[&place.lists], &[ids, map])?;
     match Array::common_device(&[ids, map, Some(&place.lists)])? {
         Some(ordinal) => cuda::build_layout(py, ordinal, &place)?,
-        None => place.layout(py, apart, None, |_| Ok(()))?,
+        None => place.layout(py, apart, None, 0, |_, _, _| Ok(()))?,
     }
     written(py, &[&place.lists])?;
     Ok(place.made())
@@ -496,13 +519,15 @@ pub(crate) fn permute_rows<'py>(
     let cpu = cpu()?;
     macro_rules! rows_of {
         ($type:ty) => {{
-            let (rows, to) = (x.matrix::<$type>()?, out.contiguous_mut::<$type>(apart)?);
-            place.layout(py, apart, given.as_deref(), |layout| {
-                cpu::permute_rows(&cpu, rows, layout, padding(zero_padding), to)
+            let to = out.contiguous_mut::<$type>(apart)?;
+            place.layout(py, apart, given.as_deref(), hidden, |layout, tokens, last| {
+                let rows = x.matrix_rows::<$type>(tokens)?;
+                let padding = padding(zero_padding && last);
+                work(py, || cpu::permute_rows(&cpu, rows, layout, padding, to).map_err(exception))
             })
         }};
     }
-    match x.element() {
+    let done = match x.element() {
         Element::E4m3 | Element::U8 | Element::I8 => rows_of!(u8),
         Element::Bf16 => rows_of!(bf16),
         Element::F16 => rows_of!(f16),
@@ -511,8 +536,10 @@ pub(crate) fn permute_rows<'py>(
         Element::E8m0 | Element::I64 | Element::Other => {
             Err(x.dtype_error("float8_e4m3fn, bfloat16, float16, float32, int32 or uint8"))
         }
-    }?;
+    };
+    // Also after an interruption, which leaves rows that are done.
     written(py, &[&out, &place.lists])?;
+    done?;
     Ok((out.into_object(), place.made()))
 }
 
@@ -546,22 +573,30 @@ pub(crate) fn permute_quantized<'py>(
     let to = Quantized::new(py, &place, (&x, Some(&x_scales), hidden), (x.element(), format), out, scales)?;
     if let Some(ordinal) = to.device {
         let rows = Rows { x: &x, out: &to.out, scales: Some((&x_scales, &to.scales, format)), zero_padding };
-        cuda::permute(py, ordinal, &place, &rows)?;
-        return to.made(py, place);
+        let done = cuda::permute(py, ordinal, &place, &rows);
+        return to.made(py, place, done);
     }
     let given = expert_num_tokens.map(counts).transpose()?;
-    let words = scale_memory(&to.scales, to.apart)?;
-    let row_scales = match x_scales.element() {
-        Element::F32 => RowScales::F32(x_scales.matrix()?),
-        Element::U8 => RowScales::Ue8m0(x_scales.matrix()?),
+    let mut words = scale_memory(&to.scales, to.apart)?;
+    let packed = match x_scales.element() {
+        Element::F32 => false,
+        Element::U8 => true,
         _ => return Err(x_scales.dtype_error("float32, or uint8 for packed UE8M0")),
     };
-    let (rows, out) = (x.matrix()?, to.out.contiguous_mut(to.apart)?);
+    let out = to.out.contiguous_mut(to.apart)?;
     let cpu = cpu()?;
-    place.layout(py, to.apart, given.as_deref(), |layout| {
-        cpu::permute_quantized(&cpu, rows, row_scales, layout, format, padding(zero_padding), out, words)
-    })?;
-    to.made(py, place)
+    let done = place.layout(py, to.apart, given.as_deref(), hidden, |layout, tokens, last| {
+        let rows = x.matrix_rows(tokens.clone())?;
+        let row_scales = match packed {
+            false => RowScales::F32(x_scales.matrix_rows(tokens)?),
+            true => RowScales::Ue8m0(x_scales.matrix_rows(tokens)?),
+        };
+        let (padding, words) = (padding(zero_padding && last), reborrowed(&mut words));
+        work(py, || {
+            cpu::permute_quantized(&cpu, rows, row_scales, layout, format, padding, out, words).map_err(exception)
+        })
+    });
+    to.made(py, place, done)
 }
 
 /// What `expertile.deep_gemm_utils.deepgemm_moe_permute` returns: rows, scales, grouped layout, inv_perm, alignment.
@@ -667,26 +702,32 @@ pub(crate) fn quantize_permute<'py>(
     let to = Quantized::new(py, &place, (&x, weights.as_ref(), hidden), (Element::E4m3, format), out, scales)?;
     if let Some(ordinal) = to.device {
         let rows = (&x, weights.as_ref(), &to.out, &to.scales);
-        cuda::quantize_permute(py, ordinal, &place, rows, format, zero_padding)?;
-        return to.made(py, place);
+        let done = cuda::quantize_permute(py, ordinal, &place, rows, format, zero_padding);
+        return to.made(py, place, done);
     }
-    let words = scale_memory(&to.scales, to.apart)?;
-    let weights: Option<MatrixRef<'_, f32>> = weights.as_ref().map(Array::matrix).transpose()?;
+    let mut words = scale_memory(&to.scales, to.apart)?;
+    if let Some(weights) = weights.as_ref().filter(|_| place.plan.topk() == 1) {
+        weights.require_shape(&[place.plan.tokens(), 1])?;
+    }
     let out = to.out.contiguous_mut(to.apart)?;
     let cpu = cpu()?;
     macro_rules! rows_of {
-        ($type:ty) => {{
-            let rows = x.matrix::<$type>()?;
-            place.layout(py, to.apart, None, |layout| {
-                cpu::quantize_permute(&cpu, rows, weights, layout, format, padding(zero_padding), out, words)
+        ($type:ty) => {
+            place.layout(py, to.apart, None, hidden, |layout, tokens, last| {
+                let rows = x.matrix_rows::<$type>(tokens.clone())?;
+                let weights = weights.as_ref().map(|weights| weights.matrix_rows::<f32>(tokens)).transpose()?;
+                let (padding, words) = (padding(zero_padding && last), reborrowed(&mut words));
+                work(py, || {
+                    cpu::quantize_permute(&cpu, rows, weights, layout, format, padding, out, words).map_err(exception)
+                })
             })
-        }};
+        };
     }
-    match x.element() {
+    let done = match x.element() {
         Element::Bf16 => rows_of!(bf16),
         Element::F16 => rows_of!(f16),
         Element::F32 => rows_of!(f32),
         _ => Err(x.dtype_error("bfloat16, float16 or float32")),
-    }?;
-    to.made(py, place)
+    };
+    to.made(py, place, done)
 }

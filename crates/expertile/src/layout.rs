@@ -250,6 +250,14 @@ impl<'a> Layout<'a> {
         ends.zip(next_starts.chain([self.m_sum()])).map(|(end, next_start)| end..next_start)
     }
 
+    /// The same layout for some of its tokens: experts, rows and padding are all there, `inv_perm` is theirs alone. For
+    /// callers who move the rows of a large call in several steps; panics for tokens past `M`.
+    #[must_use]
+    pub fn of_tokens(&self, tokens: std::ops::Range<usize>) -> Self {
+        let inv_perm = &self.inv_perm[tokens.start * self.topk..tokens.end * self.topk];
+        Self { tokens: tokens.len(), inv_perm, ..*self }
+    }
+
     /// Whether a GEMM that reads one expert per tile of `row_tile` rows (from `m_indices`) may take this layout.
     ///
     /// # Errors
@@ -328,6 +336,10 @@ mod tests {
         assert_eq!(again.expert_start(), layout.expert_start());
         assert_eq!(again.expert_num_tokens(), layout.expert_num_tokens());
         assert_eq!((again.tokens(), again.inv_perm().len()), (0, 0));
+        let last = layout.of_tokens(1..3);
+        assert_eq!((last.tokens(), last.topk(), last.m_sum(), last.live_rows()), (2, 2, 12, 5));
+        assert_eq!(last.inv_perm(), [1, -1, 5, 2]);
+        assert_eq!(last.psum(), layout.psum());
     }
 
     #[test]
