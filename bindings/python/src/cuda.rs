@@ -1,20 +1,20 @@
 //! The CUDA backend on tensors: their addresses, the current stream, and what is kept between calls.
 //!
-//! Kept, for the life of the process: a device and its prepared steps (a kernel is compiled by the first call that needs
-//! it), and a workspace for each stream. A call that is being captured into a graph has a workspace of its own.
+//! Kept, for the life of the process: a device and its prepared steps (a kernel is compiled by the first call that
+//! needs it), and a workspace for each stream. A call that is being captured into a graph has a workspace of its own.
 
 use crate::array::{Array, Element};
-use crate::error::exception;
+use crate::error::{exception, wrong};
 use crate::exchange;
-use crate::permute::{Ids, Lists, Place, Rows, padding};
+use crate::operands::{Ids, Lists, Place, Rows, padding};
 use crate::tensor::{self, Form};
 use expertile::cuda::compiler::Compiler;
 use expertile::cuda::{
     Buffer, CubinCache, Device, LayoutBuffers, Permute, PermuteConfig, QuantizePermute, QuantizePermuteConfig, Route,
     RouteConfig, RoutingBuffers, RowsBuffers, Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig,
 };
-use expertile::{Dtype, Plan, ScaleFormat};
-use pyo3::exceptions::PyValueError;
+use expertile::layout::List;
+use expertile::{Dtype, Error, Layout, Plan, ScaleFormat};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -59,8 +59,11 @@ impl Workspace {
         // SAFETY: the stream is torch's, and the workspace was initialised when it was made.
         let checked = unsafe { route.check(self.stream, plan, routing, self.buffer.address()) };
         checked.map_err(|error| match error {
-            error @ expertile::Error::Cuda { .. } => exception(error),
-            error => PyValueError::new_err(format!("{error} (found by a kernel; the slot was treated as empty)")),
+            error @ Error::ExpertId { .. } | error @ Error::MapEntry { .. } => match wrong(error) {
+                Ok((wrong, _)) => wrong.noting("found by a kernel; the slot was treated as empty").value(),
+                Err(error) => exception(error),
+            },
+            error => exception(error),
         })
     }
 }
@@ -163,23 +166,31 @@ fn matrix(array: &Array<'_>) -> PyResult<Tensor2> {
     Ok(Tensor2 { address: array.address(), row_stride, col_stride })
 }
 
-/// The lists as the CPU has them, then (on 8 bytes) the header, the worklist and each row's token.
+/// A layout's lists, then what a GPU adds.
 fn layout(place: &Place<'_>) -> PyResult<LayoutBuffers> {
     let plan = &place.plan;
-    let words = crate::plan::layout_words(plan)?;
-    let mut next = place.lists.require_device_memory::<i32>(words, 4)?;
-    let mut list = |words: usize| {
-        let start = next;
-        next += 4 * words as u64;
-        start
+    let words = Layout::device_space_len(plan).map_err(exception)?;
+    let next = &mut place.lists.require_device_memory::<i32>(words, 4)?;
+    let take = |next: &mut u64, list: &List| {
+        let bytes = 4 * list.len(plan).map_err(exception)? as u64;
+        *next += bytes;
+        Ok::<_, PyErr>(*next - bytes)
     };
-    let experts = plan.local_experts();
-    let (expert_num_tokens, expert_start, psum) = (list(experts), list(experts), list(experts));
-    let (m_indices, inv_perm) = (list(plan.m_sum()), list(plan.tokens() * plan.topk()));
-    let header = next.next_multiple_of(8);
-    let worklist = header + 16;
-    let row_tokens = worklist + 8 * (plan.m_sum() / plan.alignment()) as u64;
-    Ok(LayoutBuffers { expert_num_tokens, expert_start, psum, m_indices, row_tokens, inv_perm, header, worklist })
+    let [expert_num_tokens, expert_start, psum, m_indices, inv_perm] = &Layout::LISTS;
+    let [_spare, header, worklist, row_tokens] = &Layout::DEVICE_LISTS;
+    Ok(LayoutBuffers {
+        expert_num_tokens: take(next, expert_num_tokens)?,
+        expert_start: take(next, expert_start)?,
+        psum: take(next, psum)?,
+        m_indices: take(next, m_indices)?,
+        inv_perm: take(next, inv_perm)?,
+        header: {
+            *next = next.next_multiple_of(8);
+            take(next, header)?
+        },
+        worklist: take(next, worklist)?,
+        row_tokens: take(next, row_tokens)?,
+    })
 }
 
 /// A call on its way: the device, the stream, the routing.
@@ -193,8 +204,8 @@ struct Call<'py> {
     route: Arc<Route>,
 }
 
-/// Memory that a call works in: a tensor's, or that of the stream, which no other thread's call gets in between. Nothing of
-/// Python's is called while it is held, or a thread could wait for it that holds the interpreter's lock.
+/// Memory that a call works in: a tensor's, or that of the stream, which no other thread's call gets in between.
+/// Nothing of Python's is called while it is held, or a thread could wait for it that holds the interpreter's lock.
 struct Space<'a, 'py> {
     address: u64,
     _tensor: Option<Array<'py>>,
@@ -210,8 +221,8 @@ impl<'py> Call<'py> {
         Ok(Self { py, gpu, stream, plan, routing: routing(ids)?, route_config: config, route })
     }
 
-    /// `bytes` of workspace: the stream's, or a new tensor where the call is being captured into a graph, to which it then
-    /// belongs.
+    /// `bytes` of workspace: the stream's, or a new tensor where the call is being captured into a graph, to which it
+    /// then belongs.
     fn workspace(&self, bytes: expertile::Result<usize>) -> PyResult<Space<'_, 'py>> {
         let bytes = bytes.map_err(exception)?;
         #[allow(unsafe_code)]
@@ -248,8 +259,9 @@ impl<'py> Call<'py> {
 
     fn launch_route(&self, layout: &LayoutBuffers, workspace: &Space<'_, '_>) -> PyResult<()> {
         #[allow(unsafe_code)]
-        // SAFETY: every address is a live tensor's, of the size and type that was checked, and `Apart` has seen that what
-        // is written overlaps nothing else. torch hands memory on in stream order, and the workspace is this stream's.
+        // SAFETY: every address is a live tensor's, of the size and type that was checked, and `Apart` has seen that
+        // what is written overlaps nothing else. torch hands memory on in stream order, and the workspace is this
+        // stream's.
         unsafe { self.route.launch(self.stream, &self.plan, &self.routing, layout, workspace.address) }
             .map_err(exception)
     }
@@ -437,8 +449,8 @@ pub(crate) fn unpermute(
     let step = gpu.unpermutes.get(config, |config| Unpermute::prepare(&gpu.device, config))?;
     let stream = current_stream(py, ordinal)?;
     #[allow(unsafe_code)]
-    // SAFETY: every address is a live tensor's of the size and type that was checked, in stream order; rows past `m_sum`
-    // are skipped by the kernel.
+    // SAFETY: every address is a live tensor's of the size and type that was checked, in stream order; rows past
+    // `m_sum` are skipped by the kernel.
     unsafe { step.launch(stream, &call) }.map_err(exception)
 }
 

@@ -2,16 +2,15 @@
 
 use crate::array::{Apart, Array, Element, Native};
 use crate::autograd::written;
-use crate::error::{exception, optional_size, size};
+use crate::error::{Actual, Wrong, exception, optional_size, size};
 use crate::limits;
-use crate::permute::Ids;
+use crate::operands::Ids;
 use crate::pool::{cpu, work};
 use expertile::cpu::{Layer, LayerOptions, PackedWeights, PackedWeightsBuilder};
 use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
 use expertile::quantize::ue8m0_value;
 use expertile::{Activation, ActivationFormat, Float, MatrixRef, Routing};
 use half::{bf16, f16};
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::borrow::Cow;
 
@@ -39,7 +38,7 @@ impl PyLayer {
             "bf16" => ActivationFormat::Bf16,
             "e4m3" => ActivationFormat::E4m3,
             other => {
-                return Err(PyValueError::new_err(format!("activations is \"{other}\", expected one of bf16, e4m3")));
+                return Err(Wrong::word("activations", other, "one of bf16, e4m3").value());
             }
         };
         let alignment = size("alignment", alignment)?;
@@ -106,8 +105,8 @@ impl PyLayer {
     }
 }
 
-/// Packs `[E, N, K]` bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K / 128)]`; for gate and up, `N = 2 I`, there are
-/// `ceil(I / 128)` row blocks for each of the two.
+/// Packs `[E, N, K]` bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K / 128)]`; for gate and up, `N = 2 I`,
+/// there are `ceil(I / 128)` row blocks for each of the two.
 fn pack(
     py: Python<'_>,
     (name, weights): (&'static str, &Bound<'_, PyAny>),
@@ -138,11 +137,12 @@ fn pack(
                 builder.pack_e4m3_rows(&cpu, part.expert, part.first_row, rows, scales)
             })
         }
-        (Element::Bf16, Some(_)) => {
-            Err(PyValueError::new_err(format!("{scale_name} is given, expected none for bfloat16 {name}")))
+        (Element::Bf16, Some(scale)) => {
+            Err(Wrong::new(scale_name, "is given", scale.object(), format!("none for bfloat16 {name}")).value())
         }
         (Element::E4m3, None) => {
-            Err(PyValueError::new_err(format!("{scale_name} is None, expected block scales for float8_e4m3fn {name}")))
+            let expected = format!("block scales for float8_e4m3fn {name}");
+            Err(Wrong::new(scale_name, "is None", Actual::Nothing, expected).value())
         }
         _ => Err(weights.dtype_error("bfloat16 or float8_e4m3fn")),
     }
@@ -261,8 +261,8 @@ impl Call<'_, '_> {
         routing: &Routing<'_>,
         apart: Apart,
     ) -> PyResult<()> {
-        /// Multiplications of a thread between looks at whether the caller has been interrupted: some seconds, with so many
-        /// rows to an expert that reading its weights once more costs next to nothing.
+        /// Multiplications of a thread between looks at whether the caller has been interrupted: some seconds, with so
+        /// many rows to an expert that reading its weights once more costs next to nothing.
         const PRODUCTS_AT_ONCE: usize = 1 << 36;
         let cpu = cpu()?;
         let (tokens, topk) = (routing.tokens(), routing.topk());
@@ -281,8 +281,7 @@ impl Call<'_, '_> {
         self.weights.require_shape(&[tokens, topk])?;
         let needed = self.layer.workspace_bytes(tokens, topk).map_err(exception)?;
         if workspace.len() < needed {
-            let len = workspace.len();
-            return Err(PyValueError::new_err(format!("workspace holds {len} elements, expected at least {needed}")));
+            return Err(Wrong::short("workspace", workspace.len(), needed).value());
         }
         // A row's result does not depend on the rows beside it.
         for first in (0..tokens).step_by(at_once) {

@@ -3,398 +3,28 @@
 use crate::array::{Apart, Array, Element};
 use crate::autograd::written;
 use crate::cuda;
-use crate::error::{exception, optional_size, size};
-use crate::limits;
-use crate::plan::{counts, layout_words, parse_rule, token_experts};
+use crate::error::exception;
+use crate::operands::{Ids, Made, Place, Rows, padding, require_rows_out, rows_out};
+use crate::plan::counts;
 use crate::pool::{cpu, work};
-use crate::tensor::{self, Form};
+use crate::scales::{Shaped, reborrowed, require_row_scales, require_scales, scale_format, scale_memory, scales_out};
+use expertile::ScaleFormat;
 use expertile::cpu::{self, RowScales};
-use expertile::{
-    Error, Group, Layout, MatrixRef, Padding, Plan, Routing, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut,
-    TopkIds,
-};
 use half::{bf16, f16};
-use pyo3::exceptions::PyValueError;
-use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::pybacked::PyBackedStr;
-use std::ops::Range;
-
-/// `topk_ids` and what they are read with.
-pub(crate) struct Ids<'py> {
-    pub(crate) ids: Array<'py>,
-    pub(crate) map: Option<Array<'py>>,
-    pub(crate) local_experts: usize,
-}
-
-impl<'py> Ids<'py> {
-    pub(crate) fn new(
-        topk_ids: &Bound<'py, PyAny>,
-        expert_map: Option<&Bound<'py, PyAny>>,
-        local_experts: &Bound<'py, PyAny>,
-    ) -> PyResult<Self> {
-        let ids = Self {
-            ids: Array::new("topk_ids", topk_ids)?,
-            map: Array::optional("expert_map", expert_map)?,
-            local_experts: size("local_experts", local_experts)?,
-        };
-        if let [tokens, topk] = *ids.ids.shape() {
-            limits::slots(tokens, topk)?;
-        }
-        Ok(ids)
-    }
-
-    fn dtype_error(&self) -> PyErr {
-        self.ids.dtype_error("int32 or int64")
-    }
-
-    pub(crate) fn arrays(&self) -> [Option<&Array<'py>>; 2] {
-        [Some(&self.ids), self.map.as_ref()]
-    }
-
-    /// Writes how many rows each expert has, a stretch of tokens at a time.
-    fn count(&self, py: Python<'_>, counts: &mut [i32]) -> PyResult<()> {
-        /// How much is copied at a time.
-        const SLOTS_AT_ONCE: usize = 1 << 22;
-        let (tokens, topk) = self.ids.matrix_shape("two dimensions")?;
-        limits::at_most("local_experts", self.local_experts, limits::EXPERTS)?;
-        if counts.len() < self.local_experts {
-            let (len, needed) = (counts.len(), self.local_experts);
-            return Err(PyValueError::new_err(format!("out holds {len} elements, expected at least {needed}")));
-        }
-        let at_once = (SLOTS_AT_ONCE / topk.max(1)).max(1);
-        let mut sums: Vec<i32> = limits::vec("out", self.local_experts)?;
-        let mut counted: Vec<i32> = limits::vec("out", self.local_experts)?;
-        sums.resize(self.local_experts, 0);
-        counted.resize(self.local_experts, 0);
-        let map = self.map_list(py)?;
-        // Also where there are no tokens: what else is wrong is said all the same.
-        for first in (0..tokens.max(1)).step_by(at_once) {
-            self.routing_of(py, first.min(tokens)..tokens.min(first + at_once), map.as_deref(), |routing| {
-                work(py, || routing.count_expert_num_tokens(&mut counted).map_err(exception))
-            })?;
-            for (sum, count) in sums.iter_mut().zip(&counted) {
-                *sum += count;
-            }
-        }
-        counts[..self.local_experts].copy_from_slice(&sums);
-        Ok(())
-    }
-
-    /// Checks a copy of the ids and hands the routing to `then`.
-    pub(crate) fn routing<R>(&self, py: Python<'_>, then: impl FnOnce(Routing<'_>) -> PyResult<R>) -> PyResult<R> {
-        let (tokens, _) = self.ids.matrix_shape("two dimensions")?;
-        self.routing_of(py, 0..tokens, self.map_list(py)?.as_deref(), then)
-    }
-
-    /// A copy of the map.
-    pub(crate) fn map_list(&self, py: Python<'_>) -> PyResult<Option<Vec<i32>>> {
-        self.map.as_ref().map(|map| map.copied_list(py)).transpose()
-    }
-
-    /// The same as [`Ids::routing`] for some of the tokens, by a copy of the map.
-    pub(crate) fn routing_of<R>(
-        &self,
-        py: Python<'_>,
-        tokens: Range<usize>,
-        map: Option<&[i32]>,
-        then: impl FnOnce(Routing<'_>) -> PyResult<R>,
-    ) -> PyResult<R> {
-        let (_, topk) = self.ids.matrix_shape("two dimensions")?;
-        let (first, len, experts) = (tokens.start, tokens.len(), self.local_experts);
-        let route = |ids: TopkIds<'_>| {
-            let of_all = |error| match error {
-                Error::ExpertId { token, slot, id, limit } => Error::ExpertId { token: token + first, slot, id, limit },
-                other => other,
-            };
-            let routing = || Routing::new(ids, experts, map).map_err(|error| exception(of_all(error)));
-            then(work(py, routing)?)
-        };
-        match self.ids.element() {
-            Element::I32 => route(TopkIds::I32(copy_of(&self.ids.copied_rows(py, tokens)?, len, topk)?)),
-            Element::I64 => route(TopkIds::I64(copy_of(&self.ids.copied_rows(py, tokens)?, len, topk)?)),
-            _ => Err(self.dtype_error()),
-        }
-    }
-}
-
-fn copy_of<T: Copy>(copy: &[T], rows: usize, cols: usize) -> PyResult<MatrixRef<'_, T>> {
-    MatrixRef::new(copy, rows, cols).map_err(exception)
-}
-
-/// Where a layout's lists go, and how many rows it may have.
-pub(crate) struct Place<'py> {
-    pub(crate) ids: Ids<'py>,
-    pub(crate) plan: Plan,
-    pub(crate) lists: Array<'py>,
-}
-
-impl<'py> Place<'py> {
-    /// Without `m_sum`, as many rows as any routing can need; without `lists`, some on the device of `inputs` and ids.
-    fn new(
-        py: Python<'py>,
-        inputs: [Option<&Array<'py>>; 2],
-        ids: Ids<'py>,
-        alignment: &Bound<'py, PyAny>,
-        m_sum: Option<&Bound<'py, PyAny>>,
-        distinct: bool,
-        lists: Option<&Bound<'py, PyAny>>,
-    ) -> PyResult<Self> {
-        let ([first, second], [id_list, map]) = (inputs, ids.arrays());
-        let device = Array::common_device(&[first, second, id_list, map])?;
-        let (tokens, topk) = ids.ids.matrix_shape("two dimensions")?;
-        let (experts, alignment) = (ids.local_experts, size("alignment", alignment)?);
-        limits::at_most("local_experts", experts, limits::EXPERTS)?;
-        let plan = match optional_size("m_sum", m_sum)? {
-            Some(m_sum) => Plan::with_m_sum(tokens, topk, experts, alignment, m_sum),
-            None => Plan::tight(tokens, topk, experts, alignment, token_experts(distinct)),
-        };
-        let plan = plan.map_err(exception)?;
-        let form = || Ok(Form::list(Element::I32, layout_words(&plan)?));
-        let lists = tensor::given_or_made(py, "layout", lists, device, form)?;
-        Ok(Self { ids, plan, lists })
-    }
-
-    fn m_sum(&self) -> usize {
-        self.plan.m_sum()
-    }
-
-    fn made(self) -> Made<'py> {
-        let Self { ids: _, plan, lists } = self;
-        let (experts, alignment) = (plan.local_experts(), plan.alignment());
-        (lists.into_object(), plan.tokens(), plan.topk(), experts, alignment, plan.m_sum())
-    }
-
-    /// `H`, of rows that are one to a token.
-    fn hidden(&self, x: &Array<'_>) -> PyResult<usize> {
-        let (_, hidden) = x.matrix_shape("two dimensions")?;
-        x.require_shape(&[self.plan.tokens(), hidden])?;
-        limits::at_most("hidden", hidden, limits::HIDDEN)?;
-        Ok(hidden)
-    }
-
-    /// Builds the layout (which must have these counts, if some are given), hands it to `rows`, then writes the lists.
-    ///
-    /// It is built in memory of the call's own: the lists say where rows go, so nobody else may write them meanwhile, and
-    /// the caller's are left as they were where something does not fit. `rows` gets the layout of some tokens at a time,
-    /// and whether they are the last; in between the call looks whether it has been interrupted.
-    fn layout(
-        &self,
-        py: Python<'_>,
-        apart: Apart,
-        expected_counts: Option<&[i32]>,
-        values_of_token: usize,
-        mut rows: impl FnMut(&Layout<'_>, Range<usize>, bool) -> PyResult<()>,
-    ) -> PyResult<()> {
-        let lists = self.lists.contiguous_mut::<i32>(apart)?;
-        let words = Layout::space_len(&self.plan).map_err(exception)?;
-        if lists.len() < words {
-            let message = format!("layout holds {} elements, expected at least {words}", lists.len());
-            return Err(PyValueError::new_err(message));
-        }
-        let mut space = limits::vec("layout", words)?;
-        let plan = &self.plan;
-        self.ids.routing(py, |routing| {
-            let layout = work(py, || {
-                space.resize(words, 0);
-                let layout = Layout::build(plan, &routing, &mut space).map_err(exception)?;
-                if let Some(expected) = expected_counts {
-                    require_counts(expected, layout.expert_num_tokens())?;
-                }
-                Ok(layout)
-            })?;
-            let values = plan.topk().saturating_mul(values_of_token);
-            for tokens in limits::stretches(plan.tokens(), values, 1) {
-                let last = tokens.end == plan.tokens();
-                rows(&layout.of_tokens(tokens.clone()), tokens, last)?;
-                if !last {
-                    py.check_signals()?;
-                }
-            }
-            Ok(())
-        })?;
-        lists[..words].copy_from_slice(&space);
-        Ok(())
-    }
-}
-
-/// For a GPU: rows as they are, with their scales if there are any, and where they go.
-pub(crate) struct Rows<'a> {
-    pub(crate) x: &'a Array<'a>,
-    pub(crate) out: &'a Array<'a>,
-    pub(crate) scales: Option<(&'a Array<'a>, &'a Array<'a>, ScaleFormat)>,
-    pub(crate) zero_padding: bool,
-}
-
-/// For a GPU: where the lists go that outlive a call; the others are only the call's.
-pub(crate) struct Lists<'a> {
-    pub(crate) psum: Option<&'a Array<'a>>,
-    pub(crate) m_indices: Option<&'a Array<'a>>,
-    pub(crate) inv_perm: &'a Array<'a>,
-}
-
-/// What a call that makes a layout says about it: its lists, and what Python's `Layout` takes besides, in its order.
-type Made<'py> = (Bound<'py, PyAny>, usize, usize, usize, usize, usize);
 
 /// Rows, their layout.
 type MadeRows<'py> = (Bound<'py, PyAny>, Made<'py>);
 
 /// Rows, scales (and the matrix to read them as, if they are flat), layout.
-type MadeQuantized<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Option<ScaleMatrix>, Made<'py>);
-
-/// Shape and strides of the matrix that a flat array of scales is read as.
-type ScaleMatrix = ((usize, usize), (usize, usize));
-
-fn require_counts(given: &[i32], counted: &[i32]) -> PyResult<()> {
-    if given.len() != counted.len() {
-        return Err(PyValueError::new_err(format!(
-            "expert_num_tokens has shape [{}], expected [{}]",
-            given.len(),
-            counted.len()
-        )));
-    }
-    match given.iter().zip(counted).position(|(given, counted)| given != counted) {
-        Some(expert) => Err(PyValueError::new_err(format!(
-            "expert_num_tokens[{expert}] is {}, expected {}, which is how often topk_ids names the expert",
-            given[expert], counted[expert]
-        ))),
-        None => Ok(()),
-    }
-}
-
-pub(crate) fn padding(zero_padding: bool) -> Padding {
-    if zero_padding { Padding::Zero } else { Padding::Untouched }
-}
-
-/// The format of that name, group and rounding; by default a power of two only where the layout holds nothing else.
-fn scale_format(layout: &str, group: &Bound<'_, PyAny>, power_of_two: Option<bool>) -> PyResult<ScaleFormat> {
-    const LAYOUTS: [(&str, ScaleLayout); 3] = [
-        ("row_major", ScaleLayout::RowMajor),
-        ("mn_major", ScaleLayout::MnMajor),
-        ("packed_ue8m0", ScaleLayout::PackedUe8m0),
-    ];
-    let group = Group::from_size(size("group", group)?).map_err(exception)?;
-    let Some(&(_, layout)) = LAYOUTS.iter().find(|(name, _)| *name == layout) else {
-        return Err(PyValueError::new_err(format!(
-            "scale_layout is \"{layout}\", expected one of row_major, mn_major, packed_ue8m0"
-        )));
-    };
-    let power_of_two = power_of_two.unwrap_or(layout == ScaleLayout::PackedUe8m0);
-    let rounding = if power_of_two { ScaleRounding::PowerOfTwo } else { ScaleRounding::Exact };
-    ScaleFormat::new(group, layout, rounding).map_err(exception)
-}
-
-/// Fails unless a scale array is flat, or a matrix with the strides that its format asks for, and large enough. The matrix
-/// of a flat one.
-fn require_scales(
-    scales: &Array<'_>,
-    format: ScaleFormat,
-    m_sum: usize,
-    hidden: usize,
-) -> PyResult<Option<ScaleMatrix>> {
-    let packed = format.layout() == ScaleLayout::PackedUe8m0;
-    if scales.element() != if packed { Element::I32 } else { Element::F32 } {
-        return Err(scales.dtype_error(if packed { "int32 for packed UE8M0 scales" } else { "float32" }));
-    }
-    let matrix = scale_matrix(format, m_sum, hidden)?;
-    let ((rows, columns), (of_row, of_column)) = matrix;
-    let flat = scales.shape().len() == 1;
-    if flat {
-        scales.require_strides(&[1])?;
-    } else {
-        scales.require_shape(&[rows, columns])?;
-        scales.require_strides(&[of_row, of_column])?;
-    }
-    scales.require_span(format.words(m_sum, hidden).map_err(exception)?)?;
-    Ok(flat.then_some(matrix))
-}
-
-fn scale_matrix(format: ScaleFormat, m_sum: usize, hidden: usize) -> PyResult<ScaleMatrix> {
-    let groups = format.groups(hidden).map_err(exception)?;
-    let column = m_sum.next_multiple_of(4);
-    Ok(match format.layout() {
-        ScaleLayout::RowMajor => ((m_sum, groups), (groups, 1)),
-        ScaleLayout::MnMajor => ((m_sum, groups), (1, column)),
-        ScaleLayout::PackedUe8m0 => ((m_sum, groups.div_ceil(4)), (1, column)),
-    })
-}
-
-/// The words of a scale array that fits its format.
-fn scale_memory<'a>(scales: &'a Array<'_>, apart: Apart) -> PyResult<ScalesMut<'a>> {
-    match scales.element() {
-        Element::I32 => Ok(ScalesMut::Ue8m0(scales.memory_mut(apart)?)),
-        _ => Ok(ScalesMut::F32(scales.memory_mut(apart)?)),
-    }
-}
-
-fn reborrowed<'s>(words: &'s mut ScalesMut<'_>) -> ScalesMut<'s> {
-    match words {
-        ScalesMut::F32(words) => ScalesMut::F32(words),
-        ScalesMut::Ue8m0(words) => ScalesMut::Ue8m0(words),
-    }
-}
-
-/// Fails unless rows quantized by others have scales `[M, H / group]` of the type that the format takes.
-fn require_row_scales(x: &Array<'_>, x_scales: &Array<'_>, format: ScaleFormat) -> PyResult<()> {
-    let (tokens, hidden) = x.matrix_shape("[M, H]")?;
-    let (element, expected) = match format.layout() {
-        ScaleLayout::PackedUe8m0 => (Element::U8, "uint8, for packed UE8M0"),
-        _ => (Element::F32, "float32, or uint8 for packed UE8M0"),
-    };
-    if x_scales.element() != element {
-        return Err(x_scales.dtype_error(expected));
-    }
-    x_scales.require_shape(&[tokens, format.groups(hidden).map_err(exception)?])
-}
-
-/// Fails unless `out` is contiguous, `[M_sum, H]` and of the elements of `like` (or e4m3 without one).
-fn require_rows_out(out: &Array<'_>, m_sum: usize, hidden: usize, like: Option<&Array<'_>>) -> PyResult<()> {
-    out.require_shape(&[m_sum, hidden])?;
-    out.require_contiguous()?;
-    let fits = match like {
-        Some(x) => x.element() == out.element() || (x.item_bytes() == 1 && out.item_bytes() == 1),
-        None => matches!(out.element(), Element::E4m3 | Element::U8 | Element::I8),
-    };
-    if fits { Ok(()) } else { Err(out.dtype_error(if like.is_some() { "that of x" } else { "float8_e4m3fn" })) }
-}
-
-/// `out`, or `[M_sum, H]` on the device of `x`.
-fn rows_out<'py>(
-    py: Python<'py>,
-    out: Option<&Bound<'py, PyAny>>,
-    x: &Array<'py>,
-    element: Element,
-    m_sum: usize,
-    hidden: usize,
-) -> PyResult<Array<'py>> {
-    tensor::given_or_made(py, "out", out, x.device(), || Ok(Form::row_major(element, m_sum, hidden)))
-}
-
-/// `scales`, or new ones on the device of `x`: the matrix of their layout, or flat where a matrix would not own all words.
-fn scales_out<'py>(
-    py: Python<'py>,
-    scales: Option<&Bound<'py, PyAny>>,
-    x: &Array<'py>,
-    format: ScaleFormat,
-    m_sum: usize,
-    hidden: usize,
-) -> PyResult<Array<'py>> {
-    tensor::given_or_made(py, "scales", scales, x.device(), || {
-        let element = if format.layout() == ScaleLayout::PackedUe8m0 { Element::I32 } else { Element::F32 };
-        if format.layout() == ScaleLayout::RowMajor || m_sum.is_multiple_of(4) {
-            let (shape, strides) = scale_matrix(format, m_sum, hidden)?;
-            return Ok(Form::matrix(element, shape, strides));
-        }
-        Ok(Form::list(element, format.words(m_sum, hidden).map_err(exception)?))
-    })
-}
+type MadeQuantized<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Shaped>, Made<'py>);
 
 /// Where quantized rows and their scales go: made where they are not handed in, and checked.
 struct Quantized<'py> {
     out: Array<'py>,
     scales: Array<'py>,
     /// What flat scales are read as.
-    matrix: Option<ScaleMatrix>,
+    matrix: Option<Shaped>,
     apart: Apart,
     device: Option<usize>,
 }
@@ -427,18 +57,6 @@ impl<'py> Quantized<'py> {
         done?;
         Ok((self.out.into_object(), self.scales.into_object(), self.matrix, place.made()))
     }
-}
-
-/// 4-byte words that the scales of `[m_sum, hidden]` take.
-#[pyfunction]
-pub(crate) fn scale_words(
-    m_sum: &Bound<'_, PyAny>,
-    hidden: &Bound<'_, PyAny>,
-    scale_layout: &str,
-    group: &Bound<'_, PyAny>,
-) -> PyResult<usize> {
-    let format = scale_format(scale_layout, group, None)?;
-    format.words(size("m_sum", m_sum)?, size("hidden", hidden)?).map_err(exception)
 }
 
 /// Writes live rows per local expert to `out [E]`.
@@ -485,7 +103,10 @@ pub(crate) fn build_layout<'py>(
 
 /// `x [M, H]` to `out [M_sum, H]`, any element of 1, 2 or 4 bytes.
 #[pyfunction]
-#[pyo3(signature = (x, topk_ids, expert_map, local_experts, alignment, m_sum, expert_num_tokens, zero_padding, out, layout, *, distinct=true))]
+#[pyo3(signature = (
+    x, topk_ids, expert_map, local_experts, alignment, m_sum, expert_num_tokens, zero_padding, out, layout, *,
+    distinct=true
+))]
 pub(crate) fn permute_rows<'py>(
     py: Python<'py>,
     x: &Bound<'py, PyAny>,
@@ -545,7 +166,10 @@ pub(crate) fn permute_rows<'py>(
 
 /// e4m3 `x [M, H]` and its scales `[M, H / group]` to `out [M_sum, H]` and `scales`.
 #[pyfunction]
-#[pyo3(signature = (x, x_scales, topk_ids, expert_map, local_experts, alignment, m_sum, expert_num_tokens, group, scale_layout, zero_padding, out, scales, layout, *, distinct=true))]
+#[pyo3(signature = (
+    x, x_scales, topk_ids, expert_map, local_experts, alignment, m_sum, expert_num_tokens, group,
+    scale_layout, zero_padding, out, scales, layout, *, distinct=true
+))]
 pub(crate) fn permute_quantized<'py>(
     py: Python<'py>,
     x: &Bound<'py, PyAny>,
@@ -599,83 +223,12 @@ pub(crate) fn permute_quantized<'py>(
     to.made(py, place, done)
 }
 
-/// What `expertile.deep_gemm_utils.deepgemm_moe_permute` returns: rows, scales, grouped layout, inv_perm, alignment.
-type DeepGemm<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>, usize);
-
-/// `permute_quantized` on a GPU, with the scales' layout that their type asks for, into tensors made here: `out` (unless
-/// it is given), scales, the grouped layout, inv_perm. Without `m_sum`, as many rows as the reference has. None, and nothing
-/// done, for what `permute_quantized` has to be asked.
-#[pyfunction]
-pub(crate) fn deep_gemm_permute<'py>(
-    py: Python<'py>,
-    x: &Bound<'py, PyAny>,
-    x_scales: &Bound<'py, PyAny>,
-    topk_ids: &Bound<'py, PyAny>,
-    expert_map: Option<&Bound<'py, PyAny>>,
-    local_experts: &Bound<'py, PyAny>,
-    alignment: &Bound<'py, PyAny>,
-    m_sum: Option<&Bound<'py, PyAny>>,
-    group: &Bound<'py, PyAny>,
-    use_psum_layout: bool,
-    out: Option<&Bound<'py, PyAny>>,
-    rule: Option<(PyBackedStr, PyBackedStr)>,
-) -> PyResult<Option<DeepGemm<'py>>> {
-    let x = Array::new("x", x)?;
-    let Some(ordinal) = x.device() else { return Ok(None) };
-    let (x_scales, ids) = (Array::new("x_scales", x_scales)?, Ids::new(topk_ids, expert_map, local_experts)?);
-    let out = out.map(|out| Array::output("out", out)).transpose()?;
-    let (tokens, topk) = ids.ids.matrix_shape("2 dimensions")?;
-    let alignment = size("alignment", alignment)?;
-    let plan = match optional_size("m_sum", m_sum)? {
-        Some(m_sum) => Plan::with_m_sum(tokens, topk, ids.local_experts, alignment, m_sum),
-        None => {
-            let (rule, arch) = rule.unzip();
-            Plan::reference(tokens, topk, ids.local_experts, alignment, parse_rule(rule.as_deref(), arch.as_deref())?)
-        }
-    };
-    let plan = plan.map_err(exception)?;
-    let (m_sum, alignment) = (plan.m_sum(), plan.alignment());
-    let packed = x_scales.element() == Element::U8;
-    let as_it_is =
-        |out: &Array<'_>| out.element() == x.element() && out.require_contiguous().is_ok() && out.shape().len() == 2;
-    // Packed columns end on four rows, which a matrix of fewer does not own.
-    if x.item_bytes() != 1 || (packed && !m_sum.is_multiple_of(4)) || !out.as_ref().is_none_or(as_it_is) {
-        return Ok(None);
-    }
-    let (_, hidden) = x.matrix_shape("2 dimensions")?;
-    x.require_shape(&[tokens, hidden])?;
-    limits::at_most("local_experts", ids.local_experts, limits::EXPERTS)?;
-    limits::at_most("hidden", hidden, limits::HIDDEN)?;
-    let format = scale_format(if packed { "packed_ue8m0" } else { "row_major" }, group, None)?;
-    require_row_scales(&x, &x_scales, format)?;
-    let [id_list, map] = ids.arrays();
-    let inputs = [Some(&x), Some(&x_scales), id_list, map];
-    Array::common_device(&[inputs[0], inputs[1], id_list, map, out.as_ref()])?;
-    Apart::check(out.as_ref().as_slice(), &inputs)?;
-    let out = match out {
-        Some(out) => {
-            require_rows_out(&out, m_sum, hidden, None)?;
-            out
-        }
-        None => rows_out(py, None, &x, x.element(), m_sum, hidden)?,
-    };
-    let scales = scales_out(py, None, &x, format, m_sum, hidden)?;
-    let rows_or_experts = if use_psum_layout { ids.local_experts } else { m_sum };
-    let grouped = tensor::empty(py, ordinal, Form::list(Element::I32, rows_or_experts))?;
-    let inv_perm = tensor::empty(py, ordinal, Form::row_major(Element::I32, tokens, topk))?;
-    let rows = Rows { x: &x, out: &out, scales: Some((&x_scales, &scales, format)), zero_padding: false };
-    let (psum, m_indices) = if use_psum_layout { (Some(&grouped), None) } else { (None, Some(&grouped)) };
-    cuda::permute_to_lists(py, ordinal, &ids, plan, &rows, &Lists { psum, m_indices, inv_perm: &inv_perm })?;
-    written(py, &[&out])?;
-    let inv_perm = inv_perm.into_object();
-    // For the way back: a negative entry says all there is to know about an empty slot.
-    inv_perm.setattr(intern!(py, "_expertile_complete"), true)?;
-    Ok(Some((out.into_object(), scales.into_object(), grouped.into_object(), inv_perm, alignment)))
-}
-
 /// bf16, f16 or f32 `x [M, H]` (times `topk_weights [M, 1]`, if given) to e4m3 `out [M_sum, H]` and `scales`.
 #[pyfunction]
-#[pyo3(signature = (x, topk_weights, topk_ids, expert_map, local_experts, alignment, m_sum, group, scale_layout, power_of_two, zero_padding, out, scales, layout, *, distinct=true))]
+#[pyo3(signature = (
+    x, topk_weights, topk_ids, expert_map, local_experts, alignment, m_sum, group, scale_layout, power_of_two,
+    zero_padding, out, scales, layout, *, distinct=true
+))]
 pub(crate) fn quantize_permute<'py>(
     py: Python<'py>,
     x: &Bound<'py, PyAny>,

@@ -3,14 +3,13 @@
 use crate::array::{Apart, Array, Element, Native};
 use crate::autograd::written;
 use crate::cuda;
-use crate::error::exception;
+use crate::error::{Actual, Wrong, exception};
 use crate::limits;
-use crate::permute::Ids;
+use crate::operands::Ids;
 use crate::pool::{cpu, work};
 use expertile::cpu;
 use expertile::{Error, Float, MatrixRef, Routing};
 use half::{bf16, f16};
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::ops::Range;
 
@@ -26,7 +25,8 @@ pub(crate) fn unpermute(
     out: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
     if topk_ids.is_none() && expert_map.is_some() {
-        return Err(PyValueError::new_err("topk_ids is None, expected ids for the expert_map to translate"));
+        let expected = "ids for the expert_map to translate";
+        return Err(Wrong::new("topk_ids", "is None", Actual::Nothing, expected).value());
     }
     let call = Call {
         rows: Array::new("rows", rows)?,
@@ -35,10 +35,9 @@ pub(crate) fn unpermute(
         out: Array::output("out", out)?,
     };
     if let Some(ordinal) = call.device()? {
-        if topk_ids.is_some() {
-            return Err(PyValueError::new_err(
-                "topk_ids is given, expected None on a GPU, where a negative inv_perm says that a slot is empty",
-            ));
+        if let Some(ids) = topk_ids {
+            let expected = "None on a GPU, where a negative inv_perm says that a slot is empty";
+            return Err(Wrong::new("topk_ids", "is given", ids, expected).value());
         }
         return call.on_gpu(py, ordinal);
     }
@@ -58,39 +57,17 @@ pub(crate) fn unpermute(
     done
 }
 
-/// `unpermute` on a GPU, of arrays that it can take as they are. False, and nothing done, for others.
-#[pyfunction]
-pub(crate) fn deep_gemm_unpermute(
-    py: Python<'_>,
-    rows: &Bound<'_, PyAny>,
-    inv_perm: &Bound<'_, PyAny>,
-    topk_weights: &Bound<'_, PyAny>,
-    out: &Bound<'_, PyAny>,
-) -> PyResult<bool> {
-    let rows = Array::new("rows", rows)?;
-    if rows.device().is_none() {
-        return Ok(false);
-    }
-    let (inv_perm, weights) = (Array::new("inv_perm", inv_perm)?, Array::new("topk_weights", topk_weights)?);
-    let call = Call { rows, inv_perm, weights: Some(weights), out: Array::output("out", out)? };
-    if !call.is_direct() {
-        return Ok(false);
-    }
-    let Some(ordinal) = call.device()? else { return Ok(false) };
-    call.on_gpu(py, ordinal).map(|()| true)
-}
-
-struct Call<'py> {
-    rows: Array<'py>,
-    inv_perm: Array<'py>,
-    weights: Option<Array<'py>>,
-    out: Array<'py>,
+pub(crate) struct Call<'py> {
+    pub(crate) rows: Array<'py>,
+    pub(crate) inv_perm: Array<'py>,
+    pub(crate) weights: Option<Array<'py>>,
+    pub(crate) out: Array<'py>,
 }
 
 impl Call<'_> {
-    /// Where all of it is; fails unless the shapes go together. An expanded array says that it has any number of slots: none
-    /// is read, and no memory asked for, before they are known to be those of `out`.
-    fn device(&self) -> PyResult<Option<usize>> {
+    /// Where all of it is; fails unless the shapes go together. An expanded array says that it has any number of slots:
+    /// none is read, and no memory asked for, before they are known to be those of `out`.
+    pub(crate) fn device(&self) -> PyResult<Option<usize>> {
         let (_, hidden) = self.rows.matrix_shape("two dimensions")?;
         let (tokens, topk) = self.inv_perm.matrix_shape("two dimensions")?;
         limits::slots(tokens, topk)?;
@@ -106,13 +83,13 @@ impl Call<'_> {
     }
 
     /// Whether a GPU can work on it without a copy.
-    fn is_direct(&self) -> bool {
+    pub(crate) fn is_direct(&self) -> bool {
         let weights = self.weights.as_ref();
         [&self.rows, &self.inv_perm, &self.out].iter().all(|array| array.require_contiguous().is_ok())
             && weights.is_none_or(|weights| weights.element() == Element::F32)
     }
 
-    fn on_gpu(&self, py: Python<'_>, ordinal: usize) -> PyResult<()> {
+    pub(crate) fn on_gpu(&self, py: Python<'_>, ordinal: usize) -> PyResult<()> {
         self.apart(&[None, None])?;
         self.rows.require_contiguous()?;
         self.out.require_contiguous()?;
@@ -143,8 +120,26 @@ impl Call<'_> {
         }
     }
 
-    /// Some tokens at a time; in between it looks whether it has been interrupted. Where that is more than once, all slots
-    /// are checked before the first sum is written, and those of a stretch again with it: only these are ever copied.
+    /// Hands copies of some tokens' slots to `then`, and the routing that says which are empty, if there are ids.
+    fn slots(
+        &self,
+        py: Python<'_>,
+        tokens: Range<usize>,
+        (ids, map): (Option<&Ids<'_>>, Option<&[i32]>),
+        then: impl FnOnce(MatrixRef<'_, i32>, Option<&Routing<'_>>) -> PyResult<()>,
+    ) -> PyResult<()> {
+        let (_, topk) = self.inv_perm.matrix_shape("two dimensions")?;
+        let copy = self.inv_perm.copied_rows::<i32>(py, tokens.clone())?;
+        let slots = MatrixRef::new(&copy, tokens.len(), topk).map_err(exception)?;
+        match ids {
+            Some(ids) => ids.routing_of(py, tokens, map, |routing| then(slots, Some(&routing))),
+            None => then(slots, None),
+        }
+    }
+
+    /// Some tokens at a time; in between it looks whether it has been interrupted. Where that is more than once, all
+    /// slots are checked before the first sum is written, and those of a stretch again with it: only these are ever
+    /// copied.
     fn run<T: Native + Float, O: Native + Float>(
         &self,
         py: Python<'_>,
@@ -155,15 +150,7 @@ impl Call<'_> {
         let (rows, out) = (self.rows.matrix::<T>()?, self.out.contiguous_mut::<O>(apart)?);
         let (hidden, cpu) = (rows.cols(), cpu()?);
         let map = ids.map_or(Ok(None), |ids| ids.map_list(py))?;
-        let slots =
-            |tokens: Range<usize>, then: &mut dyn FnMut(MatrixRef<'_, i32>, Option<&Routing<'_>>) -> PyResult<()>| {
-                let copy = self.inv_perm.copied_rows::<i32>(py, tokens.clone())?;
-                let slots = MatrixRef::new(&copy, tokens.len(), topk).map_err(exception)?;
-                match ids {
-                    Some(ids) => ids.routing_of(py, tokens, map.as_deref(), |routing| then(slots, Some(&routing))),
-                    None => then(slots, None),
-                }
-            };
+        let map = map.as_deref();
         let stretches = || limits::stretches(tokens, topk * hidden, 1);
         if stretches().nth(1).is_some() {
             if let Some(weights) = &self.weights {
@@ -171,14 +158,16 @@ impl Call<'_> {
             }
             for part in stretches() {
                 let first = part.start;
-                slots(part, &mut |slots, routing| work(py, || require_rows(slots, routing, first, rows.rows())))?;
+                self.slots(py, part, (ids, map), |slots, routing| {
+                    work(py, || require_rows(slots, routing, first, rows.rows()))
+                })?;
             }
         }
         for part in stretches() {
             let weights = self.weights.as_ref().map(|weights| weights.matrix_rows::<f32>(part.clone())).transpose()?;
             let out = &mut out[part.start * hidden..part.end * hidden];
             let end = part.end;
-            slots(part, &mut |slots, routing| {
+            self.slots(py, part, (ids, map), |slots, routing| {
                 work(py, || cpu::unpermute_slots(&cpu, rows, slots, routing, weights, out).map_err(exception))
             })?;
             if end < tokens {
