@@ -1,14 +1,19 @@
 //! What torch has to know of a call that goes past its dispatcher, and what may forbid one.
 //!
-//! torch's own operators materialise lazily negated tensors, count the writes to a tensor (a gradient that needs what was
-//! there fails instead of being wrong), and are seen by its tracers. Functions that take addresses do it here.
+//! torch's own operators materialise lazily negated tensors, count the writes to a tensor (a gradient that needs what
+//! was there fails instead of being wrong), and are seen by its tracers. Functions that take addresses do it here.
 
 use crate::array::{Array, Element};
-use pyo3::exceptions::{PyRuntimeError, PyUserWarning, PyValueError};
+use crate::error::Wrong;
+use pyo3::exceptions::{PyRuntimeError, PyUserWarning};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyTuple;
+
+/// What a call says that a trace would keep the numbers of.
+pub(crate) const TRACED: &str = "a trace is being recorded, which would keep the numbers of this call: \
+     expected a call outside of torch.jit.trace and make_fx, or the operators of expertile.torch in them";
 
 /// torch's functions for it; one that a release lacks is not asked.
 struct Functions {
@@ -60,7 +65,8 @@ fn is_traced(py: Python<'_>, functions: &Functions) -> PyResult<bool> {
     Ok(!c.call_method1("_get_dispatch_mode", (key,))?.is_none())
 }
 
-/// Fails where torch's tracers or its autograd would be misled by a call on these arrays; warns of a gradient that is lost.
+/// Fails where torch's tracers or its autograd would be misled by a call on these arrays; warns of a gradient that is
+/// lost.
 ///
 /// # Errors
 /// `RuntimeError` under a trace, `ValueError` for an output that requires gradients.
@@ -71,10 +77,7 @@ pub(crate) fn admit(outputs: &[&Array<'_>], inputs: &[Option<&Array<'_>>]) -> Py
     let py = first.object().py();
     let functions = Functions::get(py)?;
     if is_traced(py, functions)? {
-        return Err(PyRuntimeError::new_err(
-            "a trace is being recorded, which would keep the numbers of this call: \
-             expected a call outside of torch.jit.trace and make_fx, or the operators of expertile.torch in them",
-        ));
+        return Err(PyRuntimeError::new_err(TRACED));
     }
     if !functions.is_grad_enabled.bind(py).call0()?.is_truthy()? {
         return Ok(());
@@ -87,10 +90,8 @@ pub(crate) fn admit(outputs: &[&Array<'_>], inputs: &[Option<&Array<'_>>]) -> Py
     };
     for output in outputs {
         if requires_grad(output)? {
-            return Err(PyValueError::new_err(format!(
-                "{} requires gradients, expected an output that does not: its gradient would be that of what it held",
-                output.argument()
-            )));
+            let expected = "an output that does not: its gradient would be that of what it held";
+            return Err(Wrong::new(output.argument(), "requires gradients", output.object(), expected).value());
         }
     }
     for input in inputs.iter().flatten() {

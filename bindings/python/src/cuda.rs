@@ -1,20 +1,20 @@
 //! The CUDA backend on tensors: their addresses, the current stream, and what is kept between calls.
 //!
-//! Kept, for the life of the process: a device and its prepared steps (a kernel is compiled by the first call that needs
-//! it), and a workspace for each stream. A call that is being captured into a graph has a workspace of its own.
+//! Kept, for the life of the process: a device and its prepared steps (a kernel is compiled by the first call that
+//! needs it), and a workspace for each stream. A call that is being captured into a graph has a workspace of its own.
 
 use crate::array::{Array, Element};
-use crate::error::exception;
+use crate::error::{exception, wrong};
 use crate::exchange;
-use crate::permute::{Ids, Lists, Place, Rows, padding};
+use crate::operands::{Ids, Lists, Place, Rows, padding};
 use crate::tensor::{self, Form};
-use expertile::cuda::compiler::Compiler;
 use expertile::cuda::{
-    Buffer, CubinCache, Device, LayoutBuffers, Permute, PermuteConfig, QuantizePermute, QuantizePermuteConfig, Route,
-    RouteConfig, RoutingBuffers, RowsBuffers, Stream, Tensor2, Unpermute, UnpermuteBuffers, UnpermuteConfig,
+    Compiler, CubinCache, Device, DeviceBuffer, DeviceMatrix, DevicePtr, LayoutPtrs, Permute, PermuteCall,
+    PermuteConfig, QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig, Route, RouteCall, RouteConfig,
+    RoutingPtrs, RowsPtrs, STATE_BYTES, Stream, Unpermute, UnpermuteCall, UnpermuteConfig,
 };
-use expertile::{Dtype, Plan, ScaleFormat};
-use pyo3::exceptions::PyValueError;
+use expertile::layout::List;
+use expertile::{Dtype, Error, Layout, Plan, ScaleFormat};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -44,23 +44,27 @@ impl<C: PartialEq + Copy, S> Prepared<C, S> {
     }
 }
 
-/// One stream's workspace, and the call that used it last.
+/// One stream's state and workspace, and the call that used them last.
 struct Workspace {
     stream: Stream,
-    buffer: Buffer,
-    last: Option<(Arc<Route>, Plan, RoutingBuffers)>,
+    state: DeviceBuffer,
+    buffer: DeviceBuffer,
+    last: Option<(Arc<Route>, RouteCall)>,
 }
 
 impl Workspace {
     /// Waits for the stream and raises what kernels found wrong with ids since the last time.
     fn check(&self) -> PyResult<()> {
-        let Some((route, plan, routing)) = &self.last else { return Ok(()) };
+        let Some((route, call)) = &self.last else { return Ok(()) };
         #[allow(unsafe_code)]
-        // SAFETY: the stream is torch's, and the workspace was initialised when it was made.
-        let checked = unsafe { route.check(self.stream, plan, routing, self.buffer.address()) };
+        // SAFETY: the stream is torch's, and the state was initialised when it was made.
+        let checked = unsafe { route.check(self.stream, call) };
         checked.map_err(|error| match error {
-            error @ expertile::Error::Cuda { .. } => exception(error),
-            error => PyValueError::new_err(format!("{error} (found by a kernel; the slot was treated as empty)")),
+            error @ Error::ExpertId { .. } | error @ Error::MapEntry { .. } => match wrong(error) {
+                Ok((wrong, _)) => wrong.noting("found by a kernel; the slot was treated as empty").value(),
+                Err(error) => exception(error),
+            },
+            error => exception(error),
         })
     }
 }
@@ -143,43 +147,55 @@ fn ids_dtype(ids: &Ids<'_>) -> PyResult<Dtype> {
     }
 }
 
-fn routing(ids: &Ids<'_>) -> PyResult<RoutingBuffers> {
+fn routing(ids: &Ids<'_>) -> PyResult<RoutingPtrs> {
     let (expert_map, global_experts) = match &ids.map {
-        None => (0, ids.local_experts),
+        None => (None, ids.local_experts),
         Some(map) => {
             let &[len] = map.shape() else { return Err(map.shape_error("one dimension")) };
             if len == 0 {
                 return Err(map.shape_error("at least one entry"));
             }
             map.require_strides(&[1])?;
-            (map.require_device_memory::<i32>(len, 4)?, len)
+            (Some(DevicePtr::new(map.require_device_memory::<i32>(len, 4)?)), len)
         }
     };
-    Ok(RoutingBuffers { ids: matrix(&ids.ids)?, expert_map, global_experts })
+    Ok(RoutingPtrs { ids: matrix(&ids.ids)?, expert_map, global_experts })
 }
 
-fn matrix(array: &Array<'_>) -> PyResult<Tensor2> {
+fn ptr<T>(array: &Array<'_>) -> DevicePtr<T> {
+    DevicePtr::new(array.address())
+}
+
+fn matrix<T>(array: &Array<'_>) -> PyResult<DeviceMatrix<T>> {
     let (row_stride, col_stride) = array.matrix_strides()?;
-    Ok(Tensor2 { address: array.address(), row_stride, col_stride })
+    Ok(DeviceMatrix { ptr: ptr(array), row_stride, col_stride })
 }
 
-/// The lists as the CPU has them, then (on 8 bytes) the header, the worklist and each row's token.
-fn layout(place: &Place<'_>) -> PyResult<LayoutBuffers> {
+/// A layout's lists, then what a GPU adds.
+fn layout(place: &Place<'_>) -> PyResult<LayoutPtrs> {
     let plan = &place.plan;
-    let words = crate::plan::layout_words(plan)?;
-    let mut next = place.lists.require_device_memory::<i32>(words, 4)?;
-    let mut list = |words: usize| {
-        let start = next;
-        next += 4 * words as u64;
-        start
+    let words = Layout::device_space_len(plan).map_err(exception)?;
+    let next = &mut place.lists.require_device_memory::<i32>(words, 4)?;
+    let take = |next: &mut u64, list: &List| {
+        let bytes = 4 * list.len(plan).map_err(exception)? as u64;
+        *next += bytes;
+        Ok::<_, PyErr>(DevicePtr::new(*next - bytes))
     };
-    let experts = plan.local_experts();
-    let (expert_num_tokens, expert_start, psum) = (list(experts), list(experts), list(experts));
-    let (m_indices, inv_perm) = (list(plan.m_sum()), list(plan.tokens() * plan.topk()));
-    let header = next.next_multiple_of(8);
-    let worklist = header + 16;
-    let row_tokens = worklist + 8 * (plan.m_sum() / plan.alignment()) as u64;
-    Ok(LayoutBuffers { expert_num_tokens, expert_start, psum, m_indices, row_tokens, inv_perm, header, worklist })
+    let [expert_num_tokens, expert_start, psum, m_indices, inv_perm] = &Layout::LISTS;
+    let [_spare, header, worklist, row_tokens] = &Layout::DEVICE_LISTS;
+    Ok(LayoutPtrs {
+        expert_num_tokens: take(next, expert_num_tokens)?,
+        expert_start: take(next, expert_start)?,
+        psum: take(next, psum)?,
+        m_indices: take(next, m_indices)?,
+        inv_perm: take(next, inv_perm)?,
+        header: {
+            *next = next.next_multiple_of(8);
+            take(next, header)?
+        },
+        worklist: take(next, worklist)?,
+        row_tokens: take(next, row_tokens)?,
+    })
 }
 
 /// A call on its way: the device, the stream, the routing.
@@ -188,15 +204,16 @@ struct Call<'py> {
     gpu: Arc<Gpu>,
     stream: Stream,
     plan: Plan,
-    routing: RoutingBuffers,
+    routing: RoutingPtrs,
     route_config: RouteConfig,
     route: Arc<Route>,
 }
 
-/// Memory that a call works in: a tensor's, or that of the stream, which no other thread's call gets in between. Nothing of
-/// Python's is called while it is held, or a thread could wait for it that holds the interpreter's lock.
+/// Memory that a call works in: a tensor's, or that of the stream, which no other thread's call gets in between.
+/// Nothing of Python's is called while it is held, or a thread could wait for it that holds the interpreter's lock.
 struct Space<'a, 'py> {
-    address: u64,
+    state: DevicePtr,
+    workspace: DevicePtr,
     _tensor: Option<Array<'py>>,
     _held: Option<MutexGuard<'a, Vec<Workspace>>>,
 }
@@ -210,19 +227,21 @@ impl<'py> Call<'py> {
         Ok(Self { py, gpu, stream, plan, routing: routing(ids)?, route_config: config, route })
     }
 
-    /// `bytes` of workspace: the stream's, or a new tensor where the call is being captured into a graph, to which it then
-    /// belongs.
+    /// `bytes` of workspace: the stream's, or a new tensor where the call is being captured into a graph, to which it
+    /// then belongs.
     fn workspace(&self, bytes: expertile::Result<usize>) -> PyResult<Space<'_, 'py>> {
         let bytes = bytes.map_err(exception)?;
         #[allow(unsafe_code)]
         // SAFETY: the stream is torch's current one.
         if unsafe { self.gpu.device.is_capturing(self.stream) }.map_err(exception)? {
+            let bytes = bytes + STATE_BYTES;
             let tensor = tensor::empty(self.py, self.gpu.ordinal, Form::list(Element::U8, bytes))?;
-            let address = tensor.require_device_memory::<u8>(bytes, 16)?;
+            let state: DevicePtr = DevicePtr::new(tensor.require_device_memory::<u8>(bytes, 16)?);
             #[allow(unsafe_code)]
             // SAFETY: the tensor is alive during the call, and its allocator hands its memory on in stream order.
-            unsafe { self.route.initialise_workspace(self.stream, address) }.map_err(exception)?;
-            return Ok(Space { address, _tensor: Some(tensor), _held: None });
+            unsafe { self.route.initialise_state(self.stream, state) }.map_err(exception)?;
+            let workspace = state.byte_add(STATE_BYTES);
+            return Ok(Space { state, workspace, _tensor: Some(tensor), _held: None });
         }
         let mut workspaces = lock(&self.gpu.workspaces);
         let found = workspaces.iter().position(|workspace| workspace.stream == self.stream);
@@ -234,24 +253,32 @@ impl<'py> Call<'py> {
                     small.check()?;
                 }
                 let buffer = self.gpu.device.allocate(bytes.next_power_of_two()).map_err(exception)?;
+                let state: DeviceBuffer = self.gpu.device.allocate(STATE_BYTES).map_err(exception)?;
                 #[allow(unsafe_code)]
-                // SAFETY: the buffer is new and lives until it is replaced here, which waits for its last use.
-                unsafe { self.route.initialise_workspace(self.stream, buffer.address()) }.map_err(exception)?;
-                workspaces.push(Workspace { stream: self.stream, buffer, last: None });
+                // SAFETY: the state is new and lives until it is replaced here, which waits for its last use.
+                unsafe { self.route.initialise_state(self.stream, state.ptr()) }.map_err(exception)?;
+                workspaces.push(Workspace { stream: self.stream, state, buffer, last: None });
                 workspaces.len() - 1
             }
         };
-        workspaces[index].last = Some((self.route.clone(), self.plan, self.routing));
-        let address = workspaces[index].buffer.address();
-        Ok(Space { address, _tensor: None, _held: Some(workspaces) })
+        let (state, workspace) = (workspaces[index].state.ptr(), workspaces[index].buffer.ptr());
+        let call =
+            RouteCall { plan: self.plan, routing: self.routing, layout: LayoutPtrs::default(), state, workspace };
+        workspaces[index].last = Some((self.route.clone(), call));
+        Ok(Space { state, workspace, _tensor: None, _held: Some(workspaces) })
     }
 
-    fn launch_route(&self, layout: &LayoutBuffers, workspace: &Space<'_, '_>) -> PyResult<()> {
+    fn launch_route(&self, layout: &LayoutPtrs, space: &Space<'_, '_>) -> PyResult<()> {
         #[allow(unsafe_code)]
-        // SAFETY: every address is a live tensor's, of the size and type that was checked, and `Apart` has seen that what
-        // is written overlaps nothing else. torch hands memory on in stream order, and the workspace is this stream's.
-        unsafe { self.route.launch(self.stream, &self.plan, &self.routing, layout, workspace.address) }
-            .map_err(exception)
+        // SAFETY: every address is a live tensor's, of the size and type that was checked, and `Apart` has seen that
+        // what is written overlaps nothing else. torch hands memory on in stream order, and the workspace is this
+        // stream's.
+        unsafe { self.route.launch(self.stream, &self.route_call(layout, space)) }.map_err(exception)
+    }
+
+    fn route_call(&self, layout: &LayoutPtrs, space: &Space<'_, '_>) -> RouteCall {
+        let Space { state, workspace, .. } = *space;
+        RouteCall { plan: self.plan, routing: self.routing, layout: *layout, state, workspace }
     }
 
     fn permute(&self, config: PermuteConfig) -> PyResult<Arc<Permute>> {
@@ -262,14 +289,15 @@ impl<'py> Call<'py> {
     fn launch_permute(
         &self,
         step: &Permute,
-        rows: &RowsBuffers,
-        layout: &LayoutBuffers,
+        rows: &RowsPtrs,
+        layout: &LayoutPtrs,
         workspace: &Space<'_, '_>,
     ) -> PyResult<()> {
         self.launch_route(layout, workspace)?;
         #[allow(unsafe_code)]
         // SAFETY: as in `launch_route`; shapes and strides were checked against the configuration.
-        unsafe { step.launch(self.stream, &self.plan, rows, layout) }.map_err(exception)
+        unsafe { step.launch(self.stream, &PermuteCall { plan: self.plan, rows: *rows, layout: *layout }) }
+            .map_err(exception)
     }
 }
 
@@ -281,9 +309,9 @@ pub(crate) fn build_layout(py: Python<'_>, ordinal: usize, place: &Place<'_>) ->
 }
 
 impl Rows<'_> {
-    fn prepare(&self, plan: &Plan) -> PyResult<(PermuteConfig, RowsBuffers)> {
+    fn prepare(&self, plan: &Plan) -> PyResult<(PermuteConfig, RowsPtrs)> {
         let (tokens, hidden) = self.x.matrix_shape("[M, H]")?;
-        let x = matrix(self.x)?;
+        let x = matrix::<u8>(self.x)?;
         let row_bytes = if tokens > 1 { x.row_stride * self.x.item_bytes() } else { 16 };
         let common = self.x.address() | self.out.address() | row_bytes as u64 | 16;
         let config = PermuteConfig {
@@ -295,10 +323,10 @@ impl Rows<'_> {
             alignment_bytes: 1 << common.trailing_zeros(),
         };
         let (x_scales, scales) = match self.scales {
-            Some((x_scales, scales, _)) => (matrix(x_scales)?, scales.address()),
-            None => (Tensor2::default(), 0),
+            Some((x_scales, scales, _)) => (Some(matrix(x_scales)?), Some(ptr(scales))),
+            None => (None, None),
         };
-        Ok((config, RowsBuffers { x, x_scales, weights: Tensor2::default(), out: self.out.address(), scales }))
+        Ok((config, RowsPtrs { x, x_scales, weights: None, out: ptr(self.out), scales }))
     }
 
     fn dtype(&self) -> PyResult<Dtype> {
@@ -339,12 +367,12 @@ pub(crate) fn permute_to_lists(
     let (config, rows) = rows.prepare(&plan)?;
     let step = call.permute(config)?;
     let bytes = call.route.workspace_bytes(&plan).map_err(exception)?;
-    let all = LayoutBuffers::space_bytes(&plan, plan.alignment()).map_err(exception)?;
+    let all = LayoutPtrs::space_bytes(&plan, plan.alignment()).map_err(exception)?;
     let workspace = call.workspace(Ok(bytes + all))?;
-    let scratch = LayoutBuffers::carve(workspace.address + bytes as u64, &plan, plan.alignment());
+    let scratch = LayoutPtrs::carve(workspace.workspace.byte_add(bytes), &plan, plan.alignment());
     let mut layout = scratch.map_err(exception)?;
     // An empty tensor is nowhere; its list then has room in the scratch, of which nothing is written.
-    let of_tensor = |tensor: Option<&Array<'_>>| tensor.map(Array::address).filter(|&address| address != 0);
+    let of_tensor = |tensor: Option<&Array<'_>>| tensor.map(ptr).filter(|&ptr| ptr != DevicePtr::default());
     layout.inv_perm = of_tensor(Some(lists.inv_perm)).unwrap_or(layout.inv_perm);
     layout.psum = of_tensor(lists.psum).unwrap_or(layout.psum);
     layout.m_indices = of_tensor(lists.m_indices).unwrap_or(layout.m_indices);
@@ -366,7 +394,7 @@ pub(crate) fn quantize_permute(
         _ => return Err(x.dtype_error("bfloat16 or float16 on a GPU")),
     };
     let (tokens, hidden) = x.matrix_shape("[M, H]")?;
-    let rows_x = matrix(x)?;
+    let rows_x = matrix::<u8>(x)?;
     let call = Call::new(py, ordinal, &place.ids, place.plan)?;
     let layout = layout(place)?;
     if let Some(weights) = weights {
@@ -383,17 +411,19 @@ pub(crate) fn quantize_permute(
         aligned: x.address().is_multiple_of(16) && (rows_x.row_stride * 2).is_multiple_of(16),
     };
     let step = call.gpu.quantize_permutes.get(config, |config| QuantizePermute::prepare(&call.gpu.device, config))?;
-    let rows = RowsBuffers {
+    let rows = RowsPtrs {
         x: rows_x,
-        x_scales: Tensor2::default(),
-        weights: weights.map(matrix).transpose()?.unwrap_or_default(),
-        out: out.address(),
-        scales: scales.address(),
+        x_scales: None,
+        weights: weights.map(matrix).transpose()?,
+        out: ptr(out),
+        scales: Some(ptr(scales)),
     };
-    let workspace = call.workspace(step.workspace_bytes(&call.plan))?;
+    let Space { state, workspace, .. } = &call.workspace(step.workspace_bytes(&call.plan))?;
+    let (plan, routing) = (call.plan, call.routing);
+    let quantize_call = QuantizePermuteCall { plan, routing, rows, layout, state: *state, workspace: *workspace };
     #[allow(unsafe_code)]
     // SAFETY: as in `launch_route`; shapes and strides were checked against the configuration.
-    unsafe { step.launch(call.stream, &call.plan, &call.routing, &rows, &layout, workspace.address) }.map_err(exception)
+    unsafe { step.launch(call.stream, &quantize_call) }.map_err(exception)
 }
 
 /// The weighted sum; every array's shape and type has been checked, rows, inv_perm and out are contiguous.
@@ -426,19 +456,19 @@ pub(crate) fn unpermute(
         weights.require_shape(&[tokens, topk])?;
         weights.require_dtype::<f32>()?;
     }
-    let call = UnpermuteBuffers {
-        rows: rows.address(),
-        inv_perm: inv_perm.require_device_memory::<i32>(tokens * topk, 4)?,
-        weights: weights.map(matrix).transpose()?.unwrap_or_default(),
-        out: out.address(),
+    let call = UnpermuteCall {
+        rows: ptr(rows),
+        inv_perm: DevicePtr::new(inv_perm.require_device_memory::<i32>(tokens * topk, 4)?),
+        weights: weights.map(matrix).transpose()?,
+        out: ptr(out),
         tokens,
         m_sum,
     };
     let step = gpu.unpermutes.get(config, |config| Unpermute::prepare(&gpu.device, config))?;
     let stream = current_stream(py, ordinal)?;
     #[allow(unsafe_code)]
-    // SAFETY: every address is a live tensor's of the size and type that was checked, in stream order; rows past `m_sum`
-    // are skipped by the kernel.
+    // SAFETY: every address is a live tensor's of the size and type that was checked, in stream order; rows past
+    // `m_sum` are skipped by the kernel.
     unsafe { step.launch(stream, &call) }.map_err(exception)
 }
 

@@ -1,5 +1,8 @@
 //! torch's tensors and streams, asked for through the table of C functions that torch offers other libraries (DLPack's
 //! exchange API): a tensor is read without a Python object being made. A torch without the table is asked in Python.
+//!
+//! Written by hand: of the table, one function per tensor and one per call are needed. The crate for it (dlpark 0.10)
+//! asks for the stream with every tensor, not without one, and its table cannot be kept for the life of the process.
 
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -112,7 +115,8 @@ pub(crate) fn view<R>(object: &Bound<'_, PyAny>, read: impl FnOnce(View<'_>) -> 
     let list = |first: *const i64| match dimensions {
         0 => [].as_slice(),
         #[allow(unsafe_code)]
-        // SAFETY: not null, and of as many numbers as there are dimensions, by DLPack; nobody else runs until `read` is done.
+        // SAFETY: not null, and of as many numbers as there are dimensions, by DLPack; nobody else runs until `read` is
+        // done.
         _ => unsafe { std::slice::from_raw_parts(first, dimensions) },
     };
     Some(read(View {

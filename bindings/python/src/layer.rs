@@ -2,15 +2,15 @@
 
 use crate::array::{Apart, Array, Element, Native};
 use crate::autograd::written;
-use crate::error::{exception, optional_size, size};
+use crate::error::{Actual, Wrong, exception, optional_size, size};
 use crate::limits;
-use crate::permute::Ids;
+use crate::operands::Ids;
 use crate::pool::{cpu, work};
-use expertile::cpu::{Layer, LayerOptions, PackedWeights};
+use expertile::cpu::{Layer, PackedWeights, PackedWeightsBuilder};
+use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
 use expertile::quantize::ue8m0_value;
-use expertile::{Activation, ActivationFormat, Float, GateUpOrder, MatrixRef, Routing};
+use expertile::{Activation, ActivationFormat, Float, LayerConfig, MatrixRef, Routing};
 use half::{bf16, f16};
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use std::borrow::Cow;
 
@@ -38,7 +38,7 @@ impl PyLayer {
             "bf16" => ActivationFormat::Bf16,
             "e4m3" => ActivationFormat::E4m3,
             other => {
-                return Err(PyValueError::new_err(format!("activations is \"{other}\", expected one of bf16, e4m3")));
+                return Err(Wrong::word("activations", other, "one of bf16, e4m3").value());
             }
         };
         let alignment = size("alignment", alignment)?;
@@ -46,8 +46,14 @@ impl PyLayer {
         activation.check().map_err(exception)?;
         let w13 = pack(py, ("w13", w13), ("w13_scale", w13_scale), true)?;
         let w2 = pack(py, ("w2", w2), ("w2_scale", w2_scale), false)?;
-        let options = LayerOptions { activation, activations, alignment, weight_on_input };
-        Layer::new(w13, w2, options).map(Self).map_err(exception)
+        // Of a call only its ids and tensors say more: see `for_calls`.
+        let config = LayerConfig {
+            activation,
+            alignment: Some(alignment),
+            weight_on_input,
+            ..LayerConfig::new(1, w13.experts(), activations)
+        };
+        Layer::prepare(&cpu()?, w13, w2, config, usize::MAX).map(Self).map_err(exception)
     }
 
     #[getter]
@@ -67,7 +73,9 @@ impl PyLayer {
 
     /// Bytes that `run` needs for any routing of `[tokens, topk]`.
     fn workspace_bytes(&self, tokens: &Bound<'_, PyAny>, topk: &Bound<'_, PyAny>) -> PyResult<usize> {
-        self.0.workspace_bytes(size("tokens", tokens)?, size("topk", topk)?).map_err(exception)
+        let config = LayerConfig { topk: size("topk", topk)?, ..*self.0.config() };
+        let layer = self.0.with_config(config, usize::MAX).map_err(exception)?;
+        layer.workspace_bytes(size("tokens", tokens)?).map_err(exception)
     }
 
     /// `hidden_states [M, H]` to `out [M, H]`, `tokens_at_once` before it looks whether it has been interrupted.
@@ -105,8 +113,8 @@ impl PyLayer {
     }
 }
 
-/// Packs `[E, N, K]` bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K / 128)]`; for gate and up, `N = 2 I`, there are
-/// `ceil(I / 128)` row blocks for each of the two.
+/// Packs `[E, N, K]` bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K / 128)]`; for gate and up, `N = 2 I`,
+/// there are `ceil(I / 128)` row blocks for each of the two.
 fn pack(
     py: Python<'_>,
     (name, weights): (&'static str, &Bound<'_, PyAny>),
@@ -119,33 +127,98 @@ fn pack(
         return Err(weights.shape_error("[E, 2 I, H]"));
     }
     let scale = Array::optional(scale_name, scale)?;
-    let cpu = cpu()?;
+    let stack = Stack { experts, segments: if gate_up { 2 } else { 1 }, segment: if gate_up { n / 2 } else { n }, k };
     match (weights.element(), &scale) {
         (Element::Bf16, None) => {
             let weights = weights.contiguous::<bf16>()?;
-            py.detach(|| match gate_up {
-                true => PackedWeights::pack_gate_up_bf16(&cpu, weights, experts, n / 2, k, GateUpOrder::Halves),
-                false => PackedWeights::pack_bf16(&cpu, weights, experts, n, k),
+            stack.pack(py, WeightFormat::Bf16, |builder, part| {
+                builder.add_bf16_rows(part.expert, part.first_row, part.matrix(weights)?)
             })
-            .map_err(exception)
         }
         (Element::E4m3, Some(scale)) => {
-            let blocks = if gate_up { 2 * (n / 2).div_ceil(128) } else { n.div_ceil(128) };
-            scale.require_shape(&[experts, blocks, k.div_ceil(128)])?;
+            let blocks = stack.segments * stack.segment.div_ceil(WEIGHT_BLOCK);
+            scale.require_shape(&[experts, blocks, k.div_ceil(WEIGHT_BLOCK)])?;
             let (weights, scale) = (weights.contiguous()?, widened(scale)?);
-            py.detach(|| match gate_up {
-                true => PackedWeights::pack_gate_up_e4m3(&cpu, weights, &scale, experts, n / 2, k, GateUpOrder::Halves),
-                false => PackedWeights::pack_e4m3(&cpu, weights, &scale, experts, n, k),
+            stack.pack(py, WeightFormat::E4m3, |builder, part| {
+                let (rows, scales) = (part.matrix(weights)?, part.scales(&scale)?);
+                builder.add_e4m3_rows(part.expert, part.first_row, rows, scales)
             })
-            .map_err(exception)
         }
-        (Element::Bf16, Some(_)) => {
-            Err(PyValueError::new_err(format!("{scale_name} is given, expected none for bfloat16 {name}")))
+        (Element::Bf16, Some(scale)) => {
+            Err(Wrong::new(scale_name, "is given", scale.object(), format!("none for bfloat16 {name}")).value())
         }
         (Element::E4m3, None) => {
-            Err(PyValueError::new_err(format!("{scale_name} is None, expected block scales for float8_e4m3fn {name}")))
+            let expected = format!("block scales for float8_e4m3fn {name}");
+            Err(Wrong::new(scale_name, "is None", Actual::Nothing, expected).value())
         }
         _ => Err(weights.dtype_error("bfloat16 or float8_e4m3fn")),
+    }
+}
+
+/// Extents of the weights of all experts: gate and up, or one segment of output rows.
+#[derive(Clone, Copy)]
+struct Stack {
+    experts: usize,
+    segments: usize,
+    segment: usize,
+    k: usize,
+}
+
+/// Some rows of one expert's segment.
+#[derive(Clone, Copy)]
+struct Part {
+    stack: Stack,
+    expert: usize,
+    /// Within the expert.
+    first_row: usize,
+    rows: usize,
+}
+
+impl Stack {
+    /// Packs part after part; between two of them it looks whether it has been interrupted.
+    fn pack(
+        self,
+        py: Python<'_>,
+        format: WeightFormat,
+        mut pack: impl FnMut(&mut PackedWeightsBuilder, Part) -> expertile::Result<()> + Send,
+    ) -> PyResult<PackedWeights> {
+        let Self { experts, segments, segment, k } = self;
+        let cpu = cpu()?;
+        let builder = match segments {
+            2 => PackedWeightsBuilder::gate_up(&cpu, format, experts, segment, k),
+            _ => PackedWeightsBuilder::new(&cpu, format, experts, segment, k),
+        };
+        let mut builder = builder.map_err(exception)?;
+        for (expert, segment_index) in (0..experts).flat_map(|expert| (0..segments).map(move |index| (expert, index))) {
+            // Of whole blocks, so that each part has scales of its own.
+            for rows in limits::stretches(segment, k, WEIGHT_BLOCK) {
+                let first_row = segment_index * segment + rows.start;
+                let part = Part { stack: self, expert, first_row, rows: rows.len() };
+                work(py, || pack(&mut builder, part).map_err(exception))?;
+                py.check_signals()?;
+            }
+        }
+        builder.finish().map_err(exception)
+    }
+}
+
+impl Part {
+    /// Its rows, of the weights of all experts.
+    fn matrix<T: Copy>(self, weights: &[T]) -> expertile::Result<MatrixRef<'_, T>> {
+        let Stack { segments, segment, k, .. } = self.stack;
+        let start = (self.expert * segments * segment + self.first_row) * k;
+        MatrixRef::new(&weights[start..start + self.rows * k], self.rows, k)
+    }
+
+    /// Its block scales, of those of all experts: each segment's row blocks are its own.
+    fn scales(self, scales: &[f32]) -> expertile::Result<MatrixRef<'_, f32>> {
+        let Stack { segments, segment, k, .. } = self.stack;
+        let (rows, columns) = (self.rows.div_ceil(WEIGHT_BLOCK), k.div_ceil(WEIGHT_BLOCK));
+        let blocks_before = self.first_row / segment * segment.div_ceil(WEIGHT_BLOCK);
+        let row = self.expert * segments * segment.div_ceil(WEIGHT_BLOCK)
+            + blocks_before
+            + self.first_row % segment / WEIGHT_BLOCK;
+        MatrixRef::new(&scales[row * columns..(row + rows) * columns], rows, columns)
     }
 }
 
@@ -196,8 +269,8 @@ impl Call<'_, '_> {
         routing: &Routing<'_>,
         apart: Apart,
     ) -> PyResult<()> {
-        /// Multiplications of a thread between looks at whether the caller has been interrupted: some seconds, with so many
-        /// rows to an expert that reading its weights once more costs next to nothing.
+        /// Multiplications of a thread between looks at whether the caller has been interrupted: some seconds, with so
+        /// many rows to an expert that reading its weights once more costs next to nothing.
         const PRODUCTS_AT_ONCE: usize = 1 << 36;
         let cpu = cpu()?;
         let (tokens, topk) = (routing.tokens(), routing.topk());
@@ -206,18 +279,22 @@ impl Call<'_, '_> {
         let workspace = self.workspace.contiguous_mut::<u8>(apart)?;
         let out = self.out.contiguous_mut::<O>(apart)?;
         let shape = self.layer.shape();
+        // Of local ids, and of the caller's.
+        let config = LayerConfig { topk, input: T::DTYPE, output: O::DTYPE, ..*self.layer.config() };
+        let local = self.layer.with_config(config, usize::MAX).map_err(exception)?.on(&cpu);
         let hidden = shape.hidden();
         let of_token = (topk * 3).saturating_mul(hidden).saturating_mul(shape.intermediate());
         let at_once = self.tokens_at_once.unwrap_or((PRODUCTS_AT_ONCE * cpu.threads()) / of_token.max(1)).max(1);
         if tokens <= at_once {
-            return work(py, || self.layer.run(&cpu, rows, routing, weights, workspace, out).map_err(exception));
+            let config = LayerConfig { global_experts: routing.global_experts(), ..config };
+            let layer = local.with_config(config, usize::MAX).map_err(exception)?;
+            return work(py, || layer.run(rows, routing, weights, workspace, out).map_err(exception));
         }
         self.hidden_states.require_shape(&[tokens, hidden])?;
         self.weights.require_shape(&[tokens, topk])?;
-        let needed = self.layer.workspace_bytes(tokens, topk).map_err(exception)?;
+        let needed = local.workspace_bytes(tokens).map_err(exception)?;
         if workspace.len() < needed {
-            let len = workspace.len();
-            return Err(PyValueError::new_err(format!("workspace holds {len} elements, expected at least {needed}")));
+            return Err(Wrong::short("workspace", workspace.len(), needed).value());
         }
         // A row's result does not depend on the rows beside it.
         for first in (0..tokens).step_by(at_once) {
@@ -230,7 +307,7 @@ impl Call<'_, '_> {
             let ids = MatrixRef::new(&ids, part.len(), topk).map_err(exception)?;
             let routing = Routing::new(ids, shape.local_experts(), None).map_err(exception)?;
             let out = &mut out[part.start * hidden..part.end * hidden];
-            work(py, || self.layer.run(&cpu, rows, &routing, weights, workspace, out).map_err(exception))?;
+            work(py, || local.run(rows, &routing, weights, workspace, out).map_err(exception))?;
             py.check_signals()?;
         }
         Ok(())

@@ -1,10 +1,12 @@
 //! How large a request may be, and memory that scales with one.
 //!
-//! An expanded array says it has 2^40 elements and holds one. What is sized by an argument is compared with these limits
-//! before anything is allocated or walked, and allocated so that a machine without the memory answers `MemoryError`.
+//! An expanded array says it has 2^40 elements and holds one. What is sized by an argument is compared with these
+//! limits before anything is allocated or walked, and allocated so that a machine without the memory answers
+//! `MemoryError`.
 
-use pyo3::exceptions::{PyMemoryError, PyValueError};
+use crate::error::{Wrong, size};
 use pyo3::prelude::*;
+use std::ops::Range;
 
 /// Experts, and entries of an expert map: far above any model's, and lists of that length are still small.
 pub(crate) const EXPERTS: usize = 1 << 24;
@@ -15,6 +17,10 @@ pub(crate) const HIDDEN: usize = 1 << 24;
 /// Threads of a pool.
 pub(crate) const THREADS: usize = 1024;
 
+/// Values that a call moves, packs or adds up between looks at whether the caller has been interrupted: a fraction of a
+/// second.
+const VALUES_AT_ONCE: usize = 1 << 28;
+
 /// Below this, the system is not asked whether it has the memory.
 const ASK_FROM_BYTES: usize = 256 << 20;
 
@@ -22,7 +28,7 @@ const ASK_FROM_BYTES: usize = 256 << 20;
 /// `ValueError` if a size is more than `most`.
 pub(crate) fn at_most(argument: &str, size: usize, most: usize) -> PyResult<()> {
     if size > most {
-        return Err(PyValueError::new_err(format!("{argument} is {size}, expected at most {most}")));
+        return Err(Wrong::number(argument, size, format!("at most {most}")).value());
     }
     Ok(())
 }
@@ -34,7 +40,8 @@ pub(crate) fn at_most(argument: &str, size: usize, most: usize) -> PyResult<()> 
 pub(crate) fn slots(tokens: usize, topk: usize) -> PyResult<()> {
     at_most("topk", topk, TOPK)?;
     if tokens.checked_mul(topk).is_none_or(|slots| i32::try_from(slots).is_err()) {
-        return Err(PyValueError::new_err(format!("M * topk overflows: {tokens} * {topk} > {}", i32::MAX)));
+        let found = format_args!("overflows: {tokens} * {topk} > {}", i32::MAX);
+        return Err(Wrong::new("M * topk", found, &[tokens, topk][..], "as many slots as an i32 can count").value());
     }
     Ok(())
 }
@@ -42,7 +49,15 @@ pub(crate) fn slots(tokens: usize, topk: usize) -> PyResult<()> {
 /// Fails with `ValueError` unless `[tokens, topk]` slots are within the limits.
 #[pyfunction]
 pub(crate) fn require_slots(tokens: &Bound<'_, PyAny>, topk: &Bound<'_, PyAny>) -> PyResult<()> {
-    slots(crate::error::size("M", tokens)?, crate::error::size("topk", topk)?)
+    slots(size("M", tokens)?, size("topk", topk)?)
+}
+
+/// `0..count` in stretches of as many items, of `values` each, as take a fraction of a second; at least one stretch,
+/// and all but the last of a multiple of `step` items. Between two of them a call looks whether it has been
+/// interrupted.
+pub(crate) fn stretches(count: usize, values: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
+    let at_once = (VALUES_AT_ONCE / values.max(1) / step).max(1) * step;
+    (0..count.max(1)).step_by(at_once).map(move |first| first.min(count)..count.min(first + at_once))
 }
 
 /// An empty vector with room for `len` elements.
@@ -60,7 +75,7 @@ pub(crate) fn vec<T>(argument: &str, len: usize) -> PyResult<Vec<T>> {
 /// Fails with `MemoryError` unless there is memory for an array of the caller's.
 #[pyfunction(name = "require_memory")]
 pub(crate) fn require_memory_for(argument: &str, bytes: &Bound<'_, PyAny>) -> PyResult<()> {
-    require_memory(argument, crate::error::size(argument, bytes)?)
+    require_memory(argument, size(argument, bytes)?)
 }
 
 /// # Errors
@@ -77,8 +92,8 @@ pub(crate) fn require_memory(argument: &str, bytes: usize) -> PyResult<()> {
 }
 
 fn missing(argument: &str, bytes: usize, left: Option<u64>) -> PyErr {
-    let left = left.map_or_else(String::new, |left| format!(", of which {left} are left"));
-    PyMemoryError::new_err(format!("{argument} needs {bytes} bytes{left}"))
+    let expected = left.map_or_else(|| "less".into(), |left| format!("at most the {left} that are left"));
+    Wrong::new(argument, format_args!("needs {bytes} bytes"), bytes, expected).of_memory()
 }
 
 /// What the machine and the control group have left; `None` where neither says.

@@ -1,7 +1,7 @@
 //! In the place of `cuda.rs` where the extension is built without its feature `cuda`: every call says so.
 
 use crate::array::Array;
-use crate::permute::{Ids, Lists, Place, Rows};
+use crate::operands::{Ids, Lists, Place, Rows};
 use expertile::{Plan, ScaleFormat};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;

@@ -1,10 +1,10 @@
 //! Sizing.
 
 use crate::array::{Array, Element};
-use crate::error::{exception, optional_size, size};
+use crate::error::{Actual, Wrong, exception, optional_size, size};
+use expertile::layout::{Extent, List};
 use expertile::plan::{self, Plan, TokenExperts};
 use expertile::{AlignmentRule, Arch, Layout};
-use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 use std::str::FromStr;
@@ -125,7 +125,7 @@ impl PyPlan {
     /// How many int32 a layout takes.
     #[getter]
     fn layout_len(&self) -> PyResult<usize> {
-        layout_words(&self.0)
+        Layout::device_space_len(&self.0).map_err(exception)
     }
 
     fn __reduce__<'py>(&self, py: Python<'py>) -> (Bound<'py, PyAny>, (usize, usize, usize, usize, usize)) {
@@ -222,13 +222,6 @@ pub(crate) fn theoretical_alignment(
         .map_err(exception)
 }
 
-/// The lists, then what a GPU adds: a word to reach 8 bytes, a header of 4, 2 for each tile of `alignment` rows, 1 a row.
-pub(crate) fn layout_words(plan: &Plan) -> PyResult<usize> {
-    const HEADER: usize = 4;
-    let lists = Layout::space_len(plan).map_err(exception)?;
-    Ok(lists + 1 + HEADER + 2 * (plan.m_sum() / plan.alignment()) + plan.m_sum())
-}
-
 /// How many int32 a layout takes, the GPU's part included.
 #[pyfunction]
 pub(crate) fn layout_len(
@@ -241,6 +234,28 @@ pub(crate) fn layout_len(
     PyPlan::new(tokens, topk, local_experts, alignment, m_sum)?.layout_len()
 }
 
+/// The name of the architecture of a compute capability's major number.
+#[pyfunction]
+pub(crate) fn arch_of(major: u32) -> &'static str {
+    Arch::from_compute_capability_major(major).name()
+}
+
+/// For code that computes with numbers that are not known yet: the lists of a layout's memory in their order, each with
+/// what it has elements for and how many for each.
+pub(crate) fn layout_lists<'py>(py: Python<'py>, lists: &[List]) -> PyResult<Bound<'py, PyTuple>> {
+    let facts = lists.iter().map(|list| {
+        let per = match list.per {
+            Extent::Layout => "layout",
+            Extent::Expert => "expert",
+            Extent::Row => "row",
+            Extent::Slot => "slot",
+            Extent::Tile => "tile",
+        };
+        (list.name, per, list.words)
+    });
+    PyTuple::new(py, facts)
+}
+
 pub(crate) fn token_experts(distinct: bool) -> TokenExperts {
     if distinct { TokenExperts::Distinct } else { TokenExperts::MayRepeat }
 }
@@ -249,13 +264,13 @@ pub(crate) fn parse_rule(rule: Option<&str>, arch: Option<&str>) -> PyResult<Opt
     match (rule, arch) {
         (None, None) => Ok(None),
         (Some(rule), Some(arch)) => Ok(Some((rule.parse().map_err(exception)?, arch.parse().map_err(exception)?))),
-        (Some(rule), None) => {
-            Err(PyValueError::new_err(format!("arch is None, expected one with the rule \"{rule}\"")))
-        }
-        (None, Some(arch)) => {
-            Err(PyValueError::new_err(format!("rule is None, expected one with the arch \"{arch}\"")))
-        }
+        (Some(rule), None) => Err(missing("arch", format!("one with the rule \"{rule}\""))),
+        (None, Some(arch)) => Err(missing("rule", format!("one with the arch \"{arch}\""))),
     }
+}
+
+fn missing(argument: &str, expected: String) -> PyErr {
+    Wrong::new(argument, "is None", Actual::Nothing, expected).value()
 }
 
 /// Counts from an int32 or int64 array, or from a list or tuple of integers.
@@ -263,7 +278,9 @@ pub(crate) fn counts(counts: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
     const ARGUMENT: &str = "expert_num_tokens";
     if counts.is_instance_of::<PyList>() || counts.is_instance_of::<PyTuple>() {
         let wide = counts.extract::<Vec<i64>>().map_err(|error| {
-            PyTypeError::new_err(format!("{ARGUMENT} is not a list of integers that fit 64 bits: {error}"))
+            let wrong = Wrong::new(ARGUMENT, "is a list", counts, "one of integers that fit 64 bits").of_type();
+            wrong.set_cause(counts.py(), Some(error));
+            wrong
         })?;
         return narrow(ARGUMENT, &wide);
     }
@@ -277,9 +294,7 @@ pub(crate) fn counts(counts: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
 
 fn narrow(argument: &str, wide: &[i64]) -> PyResult<Vec<i32>> {
     let number = |(expert, &count): (usize, &i64)| {
-        i32::try_from(count).map_err(|_| {
-            PyValueError::new_err(format!("{argument}[{expert}] is {count}, expected at most {}", i32::MAX))
-        })
+        i32::try_from(count).map_err(|_| Wrong::count(argument, expert, count, format!("at most {}", i32::MAX)).value())
     };
     wide.iter().enumerate().map(number).collect()
 }

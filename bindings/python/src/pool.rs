@@ -1,5 +1,6 @@
 //! The threads that CPU work runs on.
 
+use crate::error::{Wrong, size};
 use crate::limits;
 use expertile::cpu::Cpu;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -53,7 +54,7 @@ fn default_threads() -> PyResult<usize> {
     let named = std::env::var(VARIABLE).ok().and_then(|value| value.trim().parse::<usize>().ok());
     match named {
         Some(threads @ 1..) if threads > limits::THREADS => {
-            Err(PyValueError::new_err(format!("{VARIABLE} is {threads}, expected 1 to {}", limits::THREADS)))
+            Err(Wrong::number(VARIABLE, threads, format!("1 to {}", limits::THREADS)).value())
         }
         Some(threads @ 1..) => Ok(threads),
         _ => Ok(std::thread::available_parallelism().map_or(1, |cores| cores.get().min(limits::THREADS))),
@@ -63,8 +64,8 @@ fn default_threads() -> PyResult<usize> {
 /// Runs `call` with the interpreter lock released.
 ///
 /// # Errors
-/// Those of `call`. What a call indexes by is its own copy, but for a layer's workspace, in which all of its stages live:
-/// where another thread writes there meanwhile, a check inside fails, and that is a `ValueError`.
+/// Those of `call`. What a call indexes by is its own copy, but for a layer's workspace, in which all of its stages
+/// live: where another thread writes there meanwhile, a check inside fails, and that is a `ValueError`.
 pub(crate) fn work<R: Send>(py: Python<'_>, call: impl FnOnce() -> PyResult<R> + Send) -> PyResult<R> {
     py.detach(|| catch_unwind(AssertUnwindSafe(call))).unwrap_or_else(|panic| {
         let words = panic.downcast_ref::<String>().map(String::as_str);
@@ -84,9 +85,9 @@ pub(crate) fn get_num_threads() -> PyResult<usize> {
 /// Spreads CPU work over `threads` threads from now on.
 #[pyfunction]
 pub(crate) fn set_num_threads(threads: &Bound<'_, PyAny>) -> PyResult<()> {
-    let threads = crate::error::size("threads", threads)?;
+    let threads = size("threads", threads)?;
     if threads == 0 || threads > limits::THREADS {
-        return Err(PyValueError::new_err(format!("threads is {threads}, expected 1 to {}", limits::THREADS)));
+        return Err(Wrong::number("threads", threads, format!("1 to {}", limits::THREADS)).value());
     }
     let mut backend = BACKEND.lock().unwrap_or_else(PoisonError::into_inner);
     replace(&mut backend, Some(threads)).map(drop)

@@ -222,7 +222,7 @@ def test_packed_scales_have_the_references_strides_also_where_there_are_no_rows(
     assert (scales.shape, scales.stride()) == (expected.shape, expected.stride())
 
 
-# -- bad input ----------------------------------------------------------------------------------------------------------
+# -- bad input ---------------------------------------------------------------------------------------------------------
 
 
 def permute_arguments(kind, **changed):

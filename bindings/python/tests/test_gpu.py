@@ -136,7 +136,7 @@ def test_bad_ids_are_empty_slots_and_reported_by_check():
 
 
 def test_arrays_of_two_places_are_an_error():
-    with pytest.raises(ValueError, match="topk_ids is on the CPU, expected cuda:0, as x"):
+    with pytest.raises(ValueError, match="topk_ids is on the CPU, unlike x, expected cuda:0"):
         et.quantize_permute(
             torch.zeros(2, 128, dtype=torch.bfloat16, device="cuda"), torch.zeros(2, 1, dtype=torch.int64), 1
         )
@@ -435,7 +435,7 @@ def test_the_cost_of_a_call_is_printed():
         print(f"  {name:55} {host_us(call):7.2f} {graph_us(call):7.2f}")
 
 
-# -- vLLM's order of calls ----------------------------------------------------------------------------------------------
+# -- vLLM's order of calls ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

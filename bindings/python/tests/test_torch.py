@@ -13,6 +13,8 @@ torch = pytest.importorskip("torch")
 
 import expertile  # noqa: E402
 import expertile.torch as et  # noqa: E402
+from expertile import _layout  # noqa: E402
+from expertile.torch.layout import symbolic_tight_m_sum  # noqa: E402
 
 
 def routing(seed, tokens, topk, experts):
@@ -166,7 +168,7 @@ def test_tensors_without_memory_are_errors_and_no_crash():
         expertile._native.build_layout(ids.to_sparse(), None, 4, 1, 12, space)
 
 
-# -- torch's own checks -------------------------------------------------------------------------------------------------
+# -- torch's own checks ------------------------------------------------------------------------------------------------
 
 
 def cases():
@@ -248,10 +250,25 @@ def test_the_bound_for_compiled_code_is_the_librarys():
                 for alignment in (1, 3, 16, 128):
                     for distinct in (True, False):
                         arguments = (tokens, topk, experts, alignment, distinct)
-                        assert et._symbolic_tight_m_sum(*arguments) == expertile.tight_m_sum(*arguments), arguments
+                        assert symbolic_tight_m_sum(*arguments) == expertile.tight_m_sum(*arguments), arguments
 
 
-# -- layer --------------------------------------------------------------------------------------------------------------
+def test_sizes_for_compiled_code_are_the_librarys():
+    native = expertile._native
+    for m_sum in (0, 1, 3, 4, 130):
+        for group in native.SCALE_GROUPS:
+            for name in native.SCALE_LAYOUTS:
+                words, dtype, shape, strides, _ = native.scale_matrix(m_sum, 640, name, group)
+                assert _layout.scale_shape(m_sum, 640, name, group) == (words, dtype, shape, strides), (m_sum, name)
+    for tokens, topk, experts, alignment in ((0, 1, 1, 1), (5, 3, 7, 4), (64, 8, 256, 128)):
+        plan = expertile.Plan.tight(tokens, topk, experts, alignment)
+        assert _layout.total_len(experts, plan.m_sum, tokens * topk, alignment) == plan.layout_len
+    assert [name for name, _, _ in native.LAYOUT_LISTS] == [
+        *("expert_num_tokens", "expert_start", "psum", "m_indices", "inv_perm")
+    ]
+
+
+# -- layer -------------------------------------------------------------------------------------------------------------
 
 
 def layer_by_definition(x, ids, weights, w13, w2):
@@ -373,7 +390,7 @@ def test_scales_of_other_types_are_widened_exactly():
             out(s13.to(dtype), s2)
 
 
-# -- threads and processes ----------------------------------------------------------------------------------------------
+# -- threads and processes ---------------------------------------------------------------------------------------------
 
 
 def test_threads_at_once_get_the_same_bits():

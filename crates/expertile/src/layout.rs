@@ -18,6 +18,49 @@ pub enum Padding {
     Zero,
 }
 
+/// What a list of a layout has elements for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Extent {
+    /// The layout as a whole.
+    Layout,
+    /// Each of the `E` local experts.
+    Expert,
+    /// Each of the `M_sum` rows.
+    Row,
+    /// Each of the `M * topk` slots.
+    Slot,
+    /// Each of the `M_sum / A` tiles of as many rows as the alignment.
+    Tile,
+}
+
+/// A list in a layout's memory. All lists stand one right behind the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct List {
+    /// Its name.
+    pub name: &'static str,
+    /// What it has elements for.
+    pub per: Extent,
+    /// Elements, of 4 bytes, for each.
+    pub words: usize,
+}
+
+impl List {
+    /// Its elements in a layout of this plan.
+    ///
+    /// # Errors
+    /// [`Error::Overflow`] if they cannot be counted.
+    pub fn len(&self, plan: &Plan) -> Result<usize> {
+        let count = match self.per {
+            Extent::Layout => 1,
+            Extent::Expert => plan.local_experts(),
+            Extent::Row => plan.m_sum(),
+            Extent::Slot => checked_mul("M * topk", plan.tokens(), plan.topk())?,
+            Extent::Tile => plan.m_sum() / plan.alignment(),
+        };
+        checked_mul("elements of a layout", self.words, count)
+    }
+}
+
 /// The layout of one call.
 ///
 /// | list | shape | meaning |
@@ -50,12 +93,22 @@ struct Lists<'a> {
 }
 
 impl<'a> Lists<'a> {
-    fn carve(space: &'a mut [i32], local_experts: usize, m_sum: usize, slots: usize) -> Self {
-        let (expert_num_tokens, space) = space.split_at_mut(local_experts);
-        let (expert_start, space) = space.split_at_mut(local_experts);
-        let (psum, space) = space.split_at_mut(local_experts);
-        let (m_indices, space) = space.split_at_mut(m_sum);
-        Self { expert_num_tokens, expert_start, psum, m_indices, inv_perm: &mut space[..slots] }
+    fn carve(space: &'a mut [i32], plan: &Plan) -> Result<Self> {
+        require_len("space", space.len(), Layout::space_len(plan)?)?;
+        let mut rest = space;
+        let mut next = |list: &List| {
+            let (taken, others) = std::mem::take(&mut rest).split_at_mut(list.len(plan)?);
+            rest = others;
+            Ok(taken)
+        };
+        let [expert_num_tokens, expert_start, psum, m_indices, inv_perm] = &Layout::LISTS;
+        Ok(Self {
+            expert_num_tokens: next(expert_num_tokens)?,
+            expert_start: next(expert_start)?,
+            psum: next(psum)?,
+            m_indices: next(m_indices)?,
+            inv_perm: next(inv_perm)?,
+        })
     }
 
     /// Writes `m_indices` from starts and counts.
@@ -82,12 +135,38 @@ impl<'a> Lists<'a> {
 }
 
 impl<'a> Layout<'a> {
+    /// The lists in the order in which they stand in a layout's space, from its first element on.
+    pub const LISTS: [List; 5] = [
+        List { name: "expert_num_tokens", per: Extent::Expert, words: 1 },
+        List { name: "expert_start", per: Extent::Expert, words: 1 },
+        List { name: "psum", per: Extent::Expert, words: 1 },
+        List { name: "m_indices", per: Extent::Row, words: 1 },
+        List { name: "inv_perm", per: Extent::Slot, words: 1 },
+    ];
+
+    /// What stands behind the lists in memory that a GPU's steps share with its GEMM. The spare word is in front of the
+    /// header or behind everything, so that header and worklist start on 8 bytes.
+    pub const DEVICE_LISTS: [List; 4] = [
+        List { name: "spare", per: Extent::Layout, words: 1 },
+        List { name: "header", per: Extent::Layout, words: 4 },
+        List { name: "worklist", per: Extent::Tile, words: 2 },
+        List { name: "row_tokens", per: Extent::Row, words: 1 },
+    ];
+
     /// How many `i32` a layout of this plan takes: `3 E + M_sum + M * topk`.
     ///
     /// # Errors
     /// [`Error::Overflow`] if that does not fit.
     pub fn space_len(plan: &Plan) -> Result<usize> {
-        space_len(plan.local_experts(), plan.m_sum(), checked_mul("M * topk", plan.tokens(), plan.topk())?)
+        total_len(&Self::LISTS, plan)
+    }
+
+    /// The same, with what a GPU adds.
+    ///
+    /// # Errors
+    /// [`Error::Overflow`] if that does not fit.
+    pub fn device_space_len(plan: &Plan) -> Result<usize> {
+        checked_add("elements of a layout", Self::space_len(plan)?, total_len(&Self::DEVICE_LISTS, plan)?)
     }
 
     /// Lays a routing out: a stable counting sort of its slots by expert.
@@ -108,8 +187,7 @@ impl<'a> Layout<'a> {
         if routing.local_experts() != local_experts {
             return Err(Error::value("local_experts", routing.local_experts(), format!("{local_experts}, as planned")));
         }
-        require_len("space", space.len(), Self::space_len(plan)?)?;
-        let mut lists = Lists::carve(space, local_experts, plan.m_sum(), tokens * topk);
+        let mut lists = Lists::carve(space, plan)?;
         routing.count_expert_num_tokens(lists.expert_num_tokens)?;
         let alignment = plan.alignment();
         write_starts(&mut lists, alignment, plan.m_sum())?;
@@ -158,8 +236,7 @@ impl<'a> Layout<'a> {
             }
             previous_end = end;
         }
-        require_len("space", space.len(), Self::space_len(&plan)?)?;
-        let mut lists = Lists::carve(space, psum.len(), m_sum, 0);
+        let mut lists = Lists::carve(space, &plan)?;
         lists.psum.copy_from_slice(psum);
         let mut start = 0;
         for (expert, &end) in psum.iter().enumerate() {
@@ -250,6 +327,14 @@ impl<'a> Layout<'a> {
         ends.zip(next_starts.chain([self.m_sum()])).map(|(end, next_start)| end..next_start)
     }
 
+    /// The same layout for some of its tokens: experts, rows and padding are all there, `inv_perm` is theirs alone. For
+    /// callers who move the rows of a large call in several steps; panics for tokens past `M`.
+    #[must_use]
+    pub fn of_tokens(&self, tokens: std::ops::Range<usize>) -> Self {
+        let inv_perm = &self.inv_perm[tokens.start * self.topk..tokens.end * self.topk];
+        Self { tokens: tokens.len(), inv_perm, ..*self }
+    }
+
     /// Whether a GEMM that reads one expert per tile of `row_tile` rows (from `m_indices`) may take this layout.
     ///
     /// # Errors
@@ -280,9 +365,8 @@ impl<'a> Layout<'a> {
     }
 }
 
-fn space_len(local_experts: usize, m_sum: usize, slots: usize) -> Result<usize> {
-    let what = "3 E + M_sum + M * topk";
-    checked_add(what, checked_mul(what, 3, local_experts)?, checked_add(what, m_sum, slots)?)
+fn total_len(lists: &[List], plan: &Plan) -> Result<usize> {
+    lists.iter().try_fold(0, |all, list| checked_add("elements of a layout", all, list.len(plan)?))
 }
 
 /// Writes `expert_start` from the counts, or says how many rows they need.
@@ -321,6 +405,8 @@ mod tests {
         assert_eq!(layout.m_indices(), [0, 0, 0, -1, 2, 2, -1, -1, -1, -1, -1, -1]);
         assert_eq!(layout.inv_perm(), [4, 0, 1, -1, 5, 2]);
         assert_eq!(layout.live_rows(), 5);
+        assert_eq!(Layout::space_len(&plan).unwrap(), 3 * 3 + 12 + 6);
+        assert_eq!(Layout::device_space_len(&plan).unwrap(), 3 * 3 + 12 + 6 + 1 + 4 + 2 * 3 + 12);
         let psum = layout.psum().to_vec();
         let mut space = vec![7; 9 + 12];
         let again = Layout::from_psum(&psum, 4, 12, &mut space).unwrap();
@@ -328,6 +414,10 @@ mod tests {
         assert_eq!(again.expert_start(), layout.expert_start());
         assert_eq!(again.expert_num_tokens(), layout.expert_num_tokens());
         assert_eq!((again.tokens(), again.inv_perm().len()), (0, 0));
+        let last = layout.of_tokens(1..3);
+        assert_eq!((last.tokens(), last.topk(), last.m_sum(), last.live_rows()), (2, 2, 12, 5));
+        assert_eq!(last.inv_perm(), [1, -1, 5, 2]);
+        assert_eq!(last.psum(), layout.psum());
     }
 
     #[test]

@@ -13,7 +13,6 @@
 
 use crate::dtype::E4m3;
 use crate::error::{Error, Result, checked_mul};
-use std::str::FromStr;
 
 /// `amax` is never below this, so that a group of zeros has a finite reciprocal (the reference's floor).
 pub const AMAX_FLOOR: f32 = 1e-10;
@@ -62,28 +61,78 @@ pub enum ScaleLayout {
 }
 
 impl ScaleLayout {
-    /// Every layout.
+    /// All of them.
     pub const ALL: [Self; 3] = [Self::RowMajor, Self::MnMajor, Self::PackedUe8m0];
 
-    /// The name that messages and options use.
+    /// Its name.
     #[must_use]
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::RowMajor => "row_major",
             Self::MnMajor => "mn_major",
             Self::PackedUe8m0 => "packed_ue8m0",
         }
     }
+
+    /// Groups whose scales share a word of 4 bytes.
+    #[must_use]
+    pub const fn groups_per_word(self) -> usize {
+        match self {
+            Self::RowMajor | Self::MnMajor => 1,
+            Self::PackedUe8m0 => 4,
+        }
+    }
+
+    /// Where a column's words stand together: what the words from one column to the next are a multiple of. None where
+    /// a row's do.
+    #[must_use]
+    pub const fn column_multiple(self) -> Option<usize> {
+        match self {
+            Self::RowMajor => None,
+            Self::MnMajor | Self::PackedUe8m0 => Some(COLUMN_MULTIPLE),
+        }
+    }
 }
 
-impl FromStr for ScaleLayout {
+/// A column of words starts on 16 bytes.
+const COLUMN_MULTIPLE: usize = 4;
+
+impl std::str::FromStr for ScaleLayout {
     type Err = Error;
+
     fn from_str(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|layout| layout.name() == name).ok_or_else(|| Error::Name {
+        let found = Self::ALL.into_iter().find(|layout| layout.name() == name);
+        found.ok_or_else(|| Error::Name {
             argument: "scale_layout",
             actual: name.into(),
             expected: "row_major, mn_major, packed_ue8m0",
         })
+    }
+}
+
+/// The matrix of words that scales are read as: `[rows, columns]`, strides in words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ScaleMatrix {
+    /// `M_sum`.
+    pub rows: usize,
+    /// Words to a row.
+    pub columns: usize,
+    /// Words from one row to the next.
+    pub row_stride: usize,
+    /// Words from one column to the next.
+    pub column_stride: usize,
+}
+
+impl ScaleMatrix {
+    /// Words that it takes, those between the rows' end and the next column included.
+    ///
+    /// # Errors
+    /// [`Error::Overflow`].
+    pub fn words(self) -> Result<usize> {
+        match self.row_stride {
+            1 if self.column_stride != 1 => checked_mul("scales", self.column_stride, self.columns),
+            _ => checked_mul("scales", self.rows, self.columns),
+        }
     }
 }
 
@@ -154,17 +203,25 @@ impl ScaleFormat {
         Ok(hidden / group)
     }
 
+    /// The matrix that the scales of `[m_sum, hidden]` are.
+    ///
+    /// # Errors
+    /// As [`ScaleFormat::groups`]; [`Error::Overflow`].
+    pub fn matrix(self, m_sum: usize, hidden: usize) -> Result<ScaleMatrix> {
+        let columns = self.groups(hidden)?.div_ceil(self.layout.groups_per_word());
+        let (row_stride, column_stride) = match self.layout.column_multiple() {
+            None => (columns, 1),
+            Some(multiple) => (1, crate::plan::round_up(m_sum, multiple)?),
+        };
+        Ok(ScaleMatrix { rows: m_sum, columns, row_stride, column_stride })
+    }
+
     /// 4-byte words that the scales of `[m_sum, hidden]` take, padding included.
     ///
     /// # Errors
     /// As [`ScaleFormat::groups`]; [`Error::Overflow`].
     pub fn words(self, m_sum: usize, hidden: usize) -> Result<usize> {
-        let groups = self.groups(hidden)?;
-        match self.layout {
-            ScaleLayout::RowMajor => checked_mul("scales", m_sum, groups),
-            ScaleLayout::MnMajor => checked_mul("scales", leading_dimension(m_sum)?, groups),
-            ScaleLayout::PackedUe8m0 => checked_mul("scales", leading_dimension(m_sum)?, groups.div_ceil(4)),
-        }
+        self.matrix(m_sum, hidden)?.words()
     }
 
     /// The word that holds the scale of `[row, group]` in a buffer of `m_sum` rows, `groups` to a row.
@@ -173,15 +230,10 @@ impl ScaleFormat {
     pub fn word(self, row: usize, group: usize, m_sum: usize, groups: usize) -> usize {
         match self.layout {
             ScaleLayout::RowMajor => row * groups + group,
-            ScaleLayout::MnMajor => row + group * m_sum.next_multiple_of(4),
-            ScaleLayout::PackedUe8m0 => row + group / 4 * m_sum.next_multiple_of(4),
+            ScaleLayout::MnMajor => row + group * m_sum.next_multiple_of(COLUMN_MULTIPLE),
+            ScaleLayout::PackedUe8m0 => row + group / 4 * m_sum.next_multiple_of(COLUMN_MULTIPLE),
         }
     }
-}
-
-/// `round_up(M_sum, 4)`: the stride between groups, so that every column starts on 16 bytes.
-fn leading_dimension(m_sum: usize) -> Result<usize> {
-    crate::plan::round_up(m_sum, 4)
 }
 
 /// The scale of a group whose largest magnitude is `amax` (which must not be NaN).
@@ -306,6 +358,15 @@ impl<'a> ScalesMut<'a> {
     #[must_use]
     pub fn format(&self) -> ScaleFormat {
         self.format
+    }
+
+    /// The same, for a part of the time.
+    pub fn reborrow(&mut self) -> ScalesMut<'_> {
+        let words = match &mut self.words {
+            Words::F32(words) => Words::F32(&mut **words),
+            Words::Ue8m0(words) => Words::Ue8m0(&mut **words),
+        };
+        ScalesMut { format: self.format, words }
     }
 
     pub(crate) fn into_words(self) -> Words<&'a mut [f32], &'a mut [i32]> {

@@ -13,10 +13,11 @@ Plan(tokens=128, topk=8, local_experts=128, alignment=128, m_sum=16384)
 ``expertile.vllm``
     Puts ``expertile.deep_gemm_utils`` in the place of an installed vLLM's own.
 
-Bad input raises ``ValueError``, or ``TypeError`` for a wrong type or dtype. The message names the argument, its value and
-what was expected, and nothing has been written.
+Bad input raises ``ValueError``, or ``TypeError`` for a wrong type or dtype: an :class:`ArgumentError`, whose message
+and attributes say which argument, what it was and what was expected. Nothing has been written.
 """
 
+from ._errors import ArgumentDeviceError, ArgumentError, ArgumentMemoryError, ArgumentTypeError, ArgumentValueError
 from ._native import (
     Plan,
     __version__,
@@ -30,6 +31,11 @@ from ._native import (
 )
 
 __all__ = [
+    "ArgumentDeviceError",
+    "ArgumentError",
+    "ArgumentMemoryError",
+    "ArgumentTypeError",
+    "ArgumentValueError",
     "Plan",
     "__version__",
     "compute_aligned_m_and_alignment",

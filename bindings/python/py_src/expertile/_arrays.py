@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from . import _native
+from ._errors import ArgumentMemoryError, ArgumentTypeError, ArgumentValueError
 
 Array = Any
 """A torch tensor or a NumPy array."""
@@ -24,10 +25,31 @@ def require_array(argument: str, x: Any, dimensions: int) -> tuple[int, ...]:
     try:
         shape, _ = x.shape, x.dtype
     except AttributeError:
-        raise TypeError(f"{argument} is a {type(x).__qualname__}, expected a torch tensor or a NumPy array") from None
+        raise not_a(argument, x, "a torch tensor or a NumPy array") from None
     if len(shape) != dimensions:
-        raise ValueError(f"{argument} has shape {list(shape)}, expected {dimensions} dimensions")
+        raise wrong_shape(argument, shape, f"{dimensions} dimensions")
     return tuple(shape)
+
+
+def not_a(argument: str, x: Any, expected: str) -> ArgumentTypeError:
+    """The error of something of another type."""
+    return ArgumentTypeError(argument, f" is a {type(x).__qualname__}", x, expected)
+
+
+def wrong_shape(argument: str, shape: Any, expected: str) -> ArgumentValueError:
+    """The error of an array of another shape."""
+    return ArgumentValueError(argument, f" has shape {list(shape)}", list(shape), expected)
+
+
+def wrong_dtype(argument: str, x: Array, expected: str) -> ArgumentTypeError:
+    """The error of an array of another dtype."""
+    return ArgumentTypeError(argument, f" has dtype {x.dtype}", x.dtype, expected)
+
+
+def require_shape(argument: str, x: Any, shape: tuple[int, ...]) -> None:
+    """Fails unless `x` is an array of that shape."""
+    if require_array(argument, x, len(shape)) != shape:
+        raise wrong_shape(argument, x.shape, str(list(shape)))
 
 
 def empty(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
@@ -47,19 +69,22 @@ def empty_tensor(argument: str, shape: tuple[int, ...], dtype: Any, device: Any)
     torch = sys.modules["torch"]
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
+    elements = math.prod(shape)
+    if min(shape, default=0) < 0 or elements * dtype.itemsize > sys.maxsize:
+        raise wrong_shape(argument, shape, "one that memory can be addressed for")
     require_memory(argument, shape, dtype.itemsize)
     try:
         return torch.empty(shape, dtype=dtype)
     except RuntimeError as error:
-        if "allocate" not in str(error):
-            raise
-        raise MemoryError(
-            f"{argument} of shape {list(shape)} needs {math.prod(shape) * dtype.itemsize} bytes"
-        ) from None
+        # What else torch would refuse has been checked.
+        bytes = elements * dtype.itemsize
+        found = f" of shape {list(shape)} needs {bytes} bytes"
+        raise ArgumentMemoryError(argument, found, bytes, "less") from error
 
 
 def require_memory(argument: str, shape: tuple[int, ...], itemsize: int) -> None:
-    """Raises MemoryError for an array that the machine has no memory for: some promise it, and kill the process later."""
+    """Raises MemoryError for an array that the machine has no memory for: some promise it, and kill the process
+    later."""
     bytes = math.prod(shape) * itemsize
     if bytes > _ASK_FROM_BYTES:
         _native.require_memory(argument, bytes)
@@ -119,11 +144,14 @@ def without_empty_slots(inv_perm: Array, topk_ids: Array, expert_map: Array | No
     return torch.where(live, inv_perm, -1)
 
 
-def column_major(flat: Array, rows: int, columns: int) -> Array:
-    """The matrix ``[rows, columns]`` with strides ``(1, round_up(rows, 4))`` over a flat array of that many words."""
+def matrix_over(flat: Array, shape: tuple[int, int], strides: tuple[int, int]) -> Array:
+    """The matrix of this shape and these strides over a flat array that is long enough."""
     if is_tensor(flat):
-        return flat.as_strided((rows, columns), (1, -(-rows // 4) * 4))
-    return flat.reshape(columns, -(-rows // 4) * 4).T[:rows] if columns else flat.reshape(rows, 0)
+        return flat.as_strided(shape, strides)
+    import numpy
+
+    of_bytes = tuple(stride * flat.itemsize for stride in strides)
+    return numpy.lib.stride_tricks.as_strided(flat, shape, of_bytes)
 
 
 def as_float32(x: Array) -> Array:

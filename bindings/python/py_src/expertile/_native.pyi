@@ -1,12 +1,23 @@
-"""The extension. What users call is in the package's other modules."""
+"""The extension. What users call is in the package's other modules.
+
+Bad arguments raise the classes of ``expertile._errors``: ``ArgumentValueError`` (a ValueError), ``ArgumentTypeError``
+(a TypeError), ``ArgumentMemoryError`` (a MemoryError) and ``ArgumentDeviceError`` (a RuntimeError), with the attributes
+``argument``, ``actual``, ``expected`` and, where two arguments do not go together, ``other``.
+"""
 
 from collections.abc import Sequence
 from typing import Any, final
 
 __all__ = [
+    "DEVICE_LISTS",
+    "LAYOUT_LISTS",
+    "SCALE_GROUPS",
+    "SCALE_LAYOUTS",
+    "TRACED",
     "Layer",
     "Plan",
     "__version__",
+    "arch_of",
     "build_layout",
     "compute_aligned_m_and_alignment",
     "count_expert_num_tokens",
@@ -16,7 +27,9 @@ __all__ = [
     "deep_gemm_unpermute",
     "expert_num_tokens_round_up_and_sum",
     "get_num_threads",
+    "is_complete",
     "layout_len",
+    "mark_complete",
     "permute_quantized",
     "permute_rows",
     "quantize_permute",
@@ -24,7 +37,7 @@ __all__ = [
     "require_slots",
     "require_targets",
     "round_up",
-    "scale_words",
+    "scale_matrix",
     "set_num_threads",
     "theoretical_alignment",
     "tight_m_sum",
@@ -32,6 +45,23 @@ __all__ = [
 ]
 
 __version__: str
+
+LAYOUT_LISTS: tuple[tuple[str, str, int], ...]
+"""A layout's lists in their order: name, what it has elements for (layout, expert, row, slot, tile), how many for
+each."""
+
+DEVICE_LISTS: tuple[tuple[str, str, int], ...]
+"""What a GPU adds behind them."""
+
+SCALE_LAYOUTS: dict[str, tuple[str, int, int | None]]
+"""By name: dtype, groups to a word, what the words between two columns are a multiple of (None: rows stand
+together)."""
+
+SCALE_GROUPS: tuple[int, ...]
+"""How many values may share a scale."""
+
+TRACED: str
+"""What a call says that a trace would keep the numbers of."""
 
 @final
 class Plan:
@@ -154,7 +184,20 @@ def theoretical_alignment(rule: str, arch: str, expected_m: int | None = None, n
     """The row tile that a rule picks: ``deepgemm-2026-06``, ``vllm-fork`` or ``deepgemm-2.8``."""
 
 def layout_len(tokens: int, topk: int, local_experts: int, alignment: int, m_sum: int) -> int: ...
-def scale_words(m_sum: int, hidden: int, scale_layout: str, group: int) -> int: ...
+def scale_matrix(
+    m_sum: int, hidden: int, scale_layout: str, group: int
+) -> tuple[int, str, tuple[int, int], tuple[int, int], bool]:
+    """Words, then dtype, shape and strides of the matrix that they are, and whether such an array has all the words."""
+
+def arch_of(major: int) -> str:
+    """The name of the architecture of a compute capability's major number."""
+
+def mark_complete(inv_perm: Any) -> None:
+    """Says of a tensor of row numbers that it has a negative one for every empty slot."""
+
+def is_complete(inv_perm: Any) -> bool:
+    """Whether that was said, and nothing has been written since."""
+
 def get_num_threads() -> int:
     """Threads that CPU work is spread over."""
 
@@ -172,8 +215,8 @@ def require_targets(outputs: Sequence[tuple[str, Any]], inputs: Sequence[tuple[s
 
 def count_expert_num_tokens(topk_ids: Any, expert_map: Any | None, local_experts: int, out: Any) -> None: ...
 
-# What a call that makes a layout says about it: the layout's memory, tokens, topk, local experts, alignment, m_sum. On a
-# GPU, out, scales and layout that are None are made; without m_sum there are as many rows as any routing can need.
+# What a call that makes a layout says about it: the layout's memory, tokens, topk, local experts, alignment, m_sum. On
+# a GPU, out, scales and layout that are None are made; without m_sum there are as many rows as any routing can need.
 
 _Made = tuple[Any, int, int, int, int, int]
 _ScaleMatrix = tuple[tuple[int, int], tuple[int, int]]

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from . import _native, deep_gemm_utils
+from .deep_gemm_utils import _alignment
 
 __all__ = ["is_patched", "patch", "plugin", "unpatch"]
 
@@ -91,7 +92,7 @@ def patch() -> None:
             if not hasattr(module, name):
                 raise ImportError(f"{module_name} has no {name}, expected vLLM 0.33's module")
             found.append((name, getattr(module, name)))
-    deep_gemm_utils._alignment = _VllmAlignment(importlib.import_module("vllm.utils.deep_gemm"))
+    _alignment.source = _VllmAlignment(importlib.import_module("vllm.utils.deep_gemm"))
     for module in list(sys.modules.values()):
         names_in_module = getattr(module, "__dict__", {})
         for name, original in found:
@@ -112,7 +113,7 @@ def unpatch() -> None:
             if names_in_module.get(name) is ours:
                 setattr(module, name, original)
     _undo.clear()
-    deep_gemm_utils._alignment = deep_gemm_utils._own_alignment
+    _alignment.source = _alignment.own
 
 
 def plugin() -> None:
