@@ -5,10 +5,10 @@
     EXPERTILE_CUBINS=after cargo test -p expertile --test cuda_compile      # at the new one
     benches/hopper/compare_cubins.py before after
 
-Compares, for every file name in either folder: the instructions (`.text.*`), the constant banks that they read, the size of
-shared memory, and the registers and barriers of each entry. Names of symbols, of files and line numbers may differ, and so may
-what the compiler keeps of a source's unused constants (`.nv.global*`, and their addresses in `.nv.constant4`). Exits with 1 where
-anything else does. Needs Python alone: it reads the ELF files itself.
+Compares, for every file name in either folder: the instructions (`.text.*`), the constant banks that they read, the
+size of shared memory, and the registers and barriers of each entry. Names of symbols, of files and line numbers may
+differ, and so may what the compiler keeps of a source's unused constants (`.nv.global*`, and their addresses in
+`.nv.constant4`). Exits with 1 where anything else does. Needs Python alone: it reads the ELF files itself.
 """
 
 import argparse

@@ -116,8 +116,8 @@ fn compile_all(arch: &str, step: usize) {
     compile_sources(arch, "step", sources().into_iter().step_by(step).collect());
 }
 
-/// Compiles and checks sources. With `EXPERTILE_CUBINS=<folder>` the cubins are left there, named by architecture, list and
-/// place in the list: `benches/hopper/compare_cubins.py` compares two such folders.
+/// Compiles and checks sources. With `EXPERTILE_CUBINS=<folder>` the cubins are left there, named by architecture, list
+/// and place in the list: `benches/hopper/compare_cubins.py` compares two such folders.
 fn compile_sources(arch: &str, list: &str, sources: Vec<Source>) {
     let Some(compiler) = compiler() else { return };
     let folder = std::env::var_os("EXPERTILE_CUBINS").map(PathBuf::from);

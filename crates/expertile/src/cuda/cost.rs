@@ -1,12 +1,12 @@
 //! What a grouped GEMM is expected to take, cut in a given way: what a choice of tiles goes by.
 //!
-//! A tile takes a time of its own and one for each of its blocks of K; tiles are spread over the multiprocessors; meanwhile
-//! weights come from memory, and rows come and go. The slower of the two decides, softly. How many tiles of how many rows there
-//! are depends on how tokens choose experts, which nobody knows beforehand: a cut is judged by two guesses together, that all
-//! experts are as likely, and that they are as likely as 1, 1/2, 1/3, ...
+//! A tile takes a time of its own and one for each of its blocks of K; tiles are spread over the multiprocessors;
+//! meanwhile weights come from memory, and rows come and go. The slower of the two decides, softly. How many tiles of
+//! how many rows there are depends on how tokens choose experts, which nobody knows beforehand: a cut is judged by two
+//! guesses together, that all experts are as likely, and that they are as likely as 1, 1/2, 1/3, ...
 //!
-//! The constants were fitted to what an H200 took for layers drawn at random (`expertile bench tiles --device cuda:0`), and are
-//! judged by layers of another seed.
+//! The constants were fitted to what an H200 took for layers drawn at random (`expertile bench tiles --device cuda:0`),
+//! and are judged by layers of another seed.
 
 use super::gemm::{GemmKernel, GemmShape, LARGE_ROW_TILE, WIDE_ROW_TILE, values_of_block};
 use crate::gemm::WeightFormat;
@@ -117,8 +117,8 @@ impl Population {
 const MOST_STEPS: usize = 6;
 
 impl Cost {
-    /// Whether a tile is activated while the next one is multiplied: the slower of the two decides then, and the last tile's
-    /// activation comes after all.
+    /// Whether a tile is activated while the next one is multiplied: the slower of the two decides then, and the last
+    /// tile's activation comes after all.
     fn activates_meanwhile(&self) -> bool {
         self.activated && matches!(self.kernel, GemmKernel::Wide { .. })
     }
@@ -162,8 +162,8 @@ impl Cost {
         let work = (work / tiles * spread).max(longest);
         let element = shape.format.bytes() as f64;
         let result = if self.activated { 0.5 } else { 2.0 };
-        // A large tile and the small one that holds the rest of an expert's rows go at different paces and read its weights
-        // twice. Past the wide tile's rows that is so of the wide one too, and decides nothing between them.
+        // A large tile and the small one that holds the rest of an expert's rows go at different paces and read its
+        // weights twice. Past the wide tile's rows that is so of the wide one too, and decides nothing between them.
         let twice = |&&(rows, _): &&(usize, f64)| {
             self.kernel == GemmKernel::Large && (LARGE_ROW_TILE + 1..=WIDE_ROW_TILE).contains(&rows)
         };
@@ -183,8 +183,8 @@ fn activation(format: WeightFormat, rows: f64, n: usize) -> f64 {
     START + rows * (n / 2 * (4 + format.bytes())) as f64 / BYTES
 }
 
-/// The tile that is expected to take least; with `activation_follows`, which is then counted, of tiles that have it inside and of
-/// those that do not.
+/// The tile that is expected to take least; with `activation_follows`, which is then counted, of tiles that have it
+/// inside and of those that do not.
 pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> (GemmKernel, bool) {
     let populations = [Population::even(shape), Population::skewed(shape)];
     let fits = |cost: &&Cost| {

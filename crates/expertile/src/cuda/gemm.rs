@@ -1,7 +1,9 @@
 //! The grouped GEMM on Hopper: `D[r, n] = sum_k A[r, k] * B[expert of r, n, k]`, live rows only.
 //!
 //! It walks the worklist that the plan left on the device: no count is needed on the host, padding costs nothing, and the
-//! layout's alignment and the GEMM's row tile know nothing of each other.
+//! layout's alignment and the GEMM's row tile are independent. `kernel` says which kernels there are and how they cut
+//! the work, `config` what a kernel is compiled with, `shared_memory` how many stages it has; docs/kernels/gemm.md
+//! explains the kernels themselves.
 
 use super::arguments::require_int;
 use super::driver::{Device, DevicePtr, Kernel, Launch, Resources, Stream, TensorMap};

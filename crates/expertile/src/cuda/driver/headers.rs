@@ -1,5 +1,5 @@
-//! The kernels' headers, in memory: compiling reads no file. A header's name is its path below `kernels/`, which is how every
-//! `#include` names it. The entry files (`*.cu`) are included by the modules that launch them.
+//! The kernels' headers, in memory: compiling reads no file. A header's name is its path below `kernels/`, which is how
+//! every `#include` names it. The entry files (`*.cu`) are included by the modules that launch them.
 
 use std::ffi::CStr;
 

@@ -20,9 +20,9 @@ pub struct GemmConfig {
     pub format: WeightFormat,
     /// How the work is cut.
     pub kernel: GemmKernel,
-    /// The activation that turns `[gate | up]` into the next GEMM's e4m3 rows before anything is stored. Only for e4m3 with a
-    /// kernel that [takes one](GemmKernel::takes_activation), and an `N / 2` that 128 divides; the results are those of
-    /// [`crate::cuda::Activate`].
+    /// The activation that turns `[gate | up]` into the next GEMM's e4m3 rows before anything is stored. Only for e4m3
+    /// with a kernel that [takes one](GemmKernel::takes_activation), and an `N / 2` that 128 divides; the results are
+    /// those of [`crate::cuda::Activate`].
     pub activation: Option<Activation>,
 }
 
@@ -72,8 +72,8 @@ impl GemmConfig {
     /// The kernel's source for this configuration. What the definitions are is written down in kernels/gemm/config.cuh.
     ///
     /// # Errors
-    /// [`Error::Value`] for a cut that there is no kernel for, [`Error::WeightFormat`] for bf16 with an activation or in
-    /// [`GemmKernel::Large`], [`Error::Name`] for a kernel that takes no activation.
+    /// [`Error::Value`] for a cut that there is no kernel for, [`Error::WeightFormat`] for bf16 with an activation or
+    /// in [`GemmKernel::Large`], [`Error::Name`] for a kernel that takes no activation.
     pub fn source(&self) -> Result<Source> {
         self.check()?;
         let mut definitions = vec![

@@ -25,11 +25,11 @@ const WIDE_OUTPUTS: usize = 128;
 pub(in crate::cuda) const LARGE_ROW_TILE: usize = 128;
 const LARGE_OUTPUTS: usize = 256;
 
-/// One of the grouped GEMM's kernels, and how it cuts its work. Plain data: choosing one is a pure function of the shape and
-/// the device.
+/// One of the grouped GEMM's kernels, and how it cuts its work. Plain data: choosing one is a pure function of the
+/// shape and the device.
 ///
-/// All but a split K add up in the same order, so that a row's results have the same bits in all of them; a split K has an
-/// order of its own.
+/// All but a split K add up in the same order, so that a row's results have the same bits in all of them; a split K has
+/// an order of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum GemmKernel {
     /// `sm90_gemm_few_rows.cu`: weights are the M operand, so that a tile's cost grows by 16 or 32 rows.
@@ -51,8 +51,8 @@ pub enum GemmKernel {
 /// How [`GemmKernel::FewRows`] cuts a row tile's outputs and its K.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum FewRowsCut {
-    /// 64 outputs to a tile: where there are few tiles, twice as many multiprocessors then read weights. For row tiles up
-    /// to 64.
+    /// 64 outputs to a tile: where there are few tiles, twice as many multiprocessors then read weights. For row tiles
+    /// up to 64.
     Narrow,
     /// 128 outputs to a tile.
     Plain,
@@ -89,14 +89,15 @@ impl GemmKernel {
         cost::cheapest(shape, false, multiprocessors).0
     }
 
-    /// The same for a GEMM whose `[gate | up]` an activation follows, and whether that should be inside the GEMM. For bf16, and
-    /// where 256 does not divide N, it never is.
+    /// The same for a GEMM whose `[gate | up]` an activation follows, and whether that should be inside the GEMM. For
+    /// bf16, and where 256 does not divide N, it never is.
     #[must_use]
     pub fn choose_before_activation(shape: &GemmShape, multiprocessors: usize) -> (Self, bool) {
         cost::cheapest(shape, true, multiprocessors)
     }
 
-    /// The kernel whose K is split, where so few tiles of few rows are expected that most multiprocessors would have none.
+    /// The kernel whose K is split, where so few tiles of few rows are expected that most multiprocessors would have
+    /// none.
     ///
     /// Results then have other bits than those of kernels that do not split K, or that split it otherwise.
     #[must_use]
@@ -224,8 +225,8 @@ impl GemmKernel {
         }
     }
 
-    /// Threads of a block: a warpgroup that loads, and those that multiply. Passed to the kernel, which has its own count and
-    /// compares.
+    /// Threads of a block: a warpgroup that loads, and those that multiply. Passed to the kernel, which has its own
+    /// count and compares.
     pub(super) fn threads(&self) -> u32 {
         128 * (1 + self.consumers() as u32)
     }

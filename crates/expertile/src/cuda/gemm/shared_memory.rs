@@ -1,7 +1,7 @@
 //! Shared memory of the grouped GEMM's kernels: how many bytes, and so how many stages.
 //!
-//! Mirrors each kernel's `SharedStorage` member by member. The kernel gets the sum as `HOST_SHARED_BYTES` and does not compile
-//! where its own is another.
+//! Mirrors each kernel's `SharedStorage` member by member. The kernel gets the sum as `HOST_SHARED_BYTES` and does not
+//! compile where its own is another.
 
 use super::{FewRowsCut, GemmKernel};
 use crate::gemm::WeightFormat;

@@ -1,5 +1,5 @@
 // What the host defines for every grouped GEMM, as constants. `HOST_*` macros come from `GemmConfig::source` in
-// cuda/gemm/config.rs and are read here only (HOST_ACTIVATION and HOST_OUTPUTS: in the kernels that have them).
+// cuda/gemm/config.rs and are read here (HOST_ACTIVATION and HOST_OUTPUTS: in the kernels that have them).
 //
 // A kernel's `Config` derives from HostConfig and adds:
 //

@@ -195,8 +195,8 @@ __device__ __forceinline__ void copy_bytes(u32 to, const void* from, u32 bytes, 
                  : "memory");
 }
 
-// Cache hints of the loads below: keep what is read as everything else, or evict it first. (The values that
-// PTX: createpolicy.fractional makes of L2::evict_normal and L2::evict_first for all of what is read.)
+// Cache hints of the loads below: keep what is read as everything else, or evict it first. PTX: the policies that
+// createpolicy.fractional makes of L2::evict_normal and L2::evict_first for all of what is read
 constexpr u64 KEEP_NORMALLY = 0x1000000000000000ull;
 constexpr u64 KEEP_BRIEFLY = 0x12f0000000000000ull;
 
