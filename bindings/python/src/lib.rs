@@ -36,6 +36,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("SCALE_GROUPS", (Group::G32.size(), Group::G128.size()))?;
     module.add_class::<plan::PyPlan>()?;
     module.add_class::<layer::PyLayer>()?;
+    module.add_class::<cuda::CudaLayer>()?;
     module.add_function(wrap_pyfunction!(plan::round_up, module)?)?;
     module.add_function(wrap_pyfunction!(plan::expert_num_tokens_round_up_and_sum, module)?)?;
     module.add_function(wrap_pyfunction!(plan::compute_aligned_m_and_alignment, module)?)?;

@@ -5,6 +5,7 @@ use crate::operands::{Ids, Lists, Place, Rows};
 use expertile::{Plan, ScaleFormat};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 const MISSING: &str = "cuda is not part of this build of expertile, expected a build with the feature \"cuda\"";
 
@@ -64,4 +65,17 @@ pub(crate) fn cuda_unavailable() -> Option<String> {
 pub(crate) fn cuda_check(ordinal: usize) -> PyResult<()> {
     let _ = ordinal;
     missing()
+}
+
+/// A layer on a GPU, of which there is none.
+#[pyclass(frozen, module = "expertile._native")]
+pub(crate) struct CudaLayer {}
+
+#[pymethods]
+impl CudaLayer {
+    #[new]
+    #[pyo3(signature = (*_weights))]
+    fn new(_weights: &Bound<'_, PyTuple>) -> PyResult<Self> {
+        missing()
+    }
 }

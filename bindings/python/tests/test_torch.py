@@ -431,3 +431,27 @@ def test_the_number_of_threads_changes_no_bit(threads):
         expertile.set_num_threads(before)
     assert torch.equal(again.rows.view(torch.uint8), first.rows.view(torch.uint8))
     assert torch.equal(again.scales, first.scales)
+
+
+def test_a_layer_of_a_state_dict_is_the_layer_of_its_stacks():
+    w13, w2 = torch.randn(3, 256, 128).bfloat16(), torch.randn(3, 128, 128).bfloat16()
+    x, ids = torch.randn(5, 128).bfloat16(), torch.tensor([[0, 2], [1, 0], [2, 1], [1, 2], [0, 1]])
+    router = torch.rand(5, 2)
+    expected = et.Layer(w13, w2)(x, ids, router)
+    for gate, up, down in (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")):
+        state = {f"p.{e}.{gate}.weight": w13[e, :128] for e in range(3)}
+        state |= {f"p.{e}.{up}.weight": w13[e, 128:] for e in range(3)}
+        state |= {f"p.{e}.{down}.weight": w2[e] for e in range(3)}
+        layer = et.Layer.from_state_dict(state, "p.")
+        layer.prepare(5, 2)
+        layer.check()
+        assert layer.device.type == "cpu" and torch.equal(layer(x, ids, router), expected)
+        some = et.Layer.from_state_dict(state, "p.", experts=(2, 1))
+        assert torch.equal(some(x, ids.remainder(2), router), et.Layer(w13[[2, 1]], w2[[2, 1]])(x, ids % 2, router))
+        with pytest.raises(ValueError, match=rf"p\.3\.{gate}\.weight is not there, expected a matrix"):
+            et.Layer.from_state_dict(state, "p.", experts=(0, 3))
+        del state[f"p.1.{down}.weight"]
+        with pytest.raises(ValueError, match=rf"p\.1\.{down}\.weight is not there"):
+            et.Layer.from_state_dict(state, "p.")
+    with pytest.raises(ValueError, match=r"experts are none, expected matrices named like q\.0\.gate_proj\.weight"):
+        et.Layer.from_state_dict(state, "q.")

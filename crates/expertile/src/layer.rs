@@ -51,11 +51,7 @@ impl LayerShape {
     ///
     /// # Errors
     /// [`Error::Shape`] and [`Error::WeightFormat`] if the two do not fit each other; as [`LayerShape::new`].
-    pub(crate) fn of_weights(
-        w13: ([usize; 3], WeightFormat),
-        w2: ([usize; 3], WeightFormat),
-        gated: bool,
-    ) -> Result<Self> {
+    pub fn of_weights(w13: ([usize; 3], WeightFormat), w2: ([usize; 3], WeightFormat), gated: bool) -> Result<Self> {
         let [experts, hidden, intermediate] = w2.0;
         let shape = Self::with_gate(hidden, intermediate, experts, gated)?;
         let expected = [experts, shape.w13_rows(), hidden];

@@ -14,6 +14,7 @@ __all__ = [
     "SCALE_GROUPS",
     "SCALE_LAYOUTS",
     "TRACED",
+    "CudaLayer",
     "Layer",
     "Plan",
     "__version__",
@@ -159,6 +160,45 @@ class Layer:
         tokens_at_once: int | None = None,
     ) -> None:
         """By default as many tokens at once as take some seconds; then it looks whether it has been interrupted."""
+
+@final
+class CudaLayer:
+    """Weights of one layer on a GPU, used in place: see `expertile.torch.Layer`."""
+
+    def __new__(
+        cls,
+        w13: Any,
+        w2: Any,
+        w13_scale: Any | None,
+        w2_scale: Any | None,
+        alignment: int | None,
+        alpha: float,
+        beta: float,
+        limit: float | None,
+        weight_on_input: bool,
+    ) -> CudaLayer: ...
+    @property
+    def local_experts(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    def prepare(
+        self, max_tokens: int, topk: int, global_experts: int | None, ids: Any, input: Any, output: Any
+    ) -> None: ...
+    def workspace_bytes(self, tokens: int, topk: int) -> int: ...
+    def run(
+        self,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        expert_map: Any | None = None,
+        workspace: Any | None = None,
+        out: Any | None = None,
+    ) -> Any:
+        """The result: `out`, or the tensor made in its place."""
+
+    def check(self) -> None: ...
 
 def round_up(rows: int, alignment: int) -> int:
     """The smallest multiple of `alignment` that is at least `rows`."""

@@ -71,6 +71,11 @@ impl Element {
         }
     }
 
+    /// Of one of torch's dtypes.
+    pub(crate) fn of_torch(dtype: &Bound<'_, PyAny>) -> PyResult<Self> {
+        torch_element(dtype)
+    }
+
     /// Its name; empty for anything else.
     pub(crate) fn name(self) -> &'static str {
         Self::NAMED.iter().find(|&&(_, element)| element == self).map_or("", |&(name, _)| name)

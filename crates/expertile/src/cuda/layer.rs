@@ -20,6 +20,7 @@ use super::route;
 use super::unpermute::Unpermute;
 use super::weights::Weights;
 use crate::error::Result;
+use crate::gemm::WeightFormat;
 use crate::layer::{LayerConfig, LayerShape, Stage};
 use choice::{Choices, Offsets};
 use launch::Entry;
@@ -116,9 +117,8 @@ impl Layer {
     /// Hopper, [`Error::Kernel`] if a kernel does not compile, [`Error::Cuda`].
     pub fn prepare(device: &Device, w13: Weights, w2: Weights, config: LayerConfig, max_tokens: usize) -> Result<Self> {
         let what = |weights: &Weights| ([weights.experts(), weights.n(), weights.k()], weights.format());
-        activation_definitions(&config.activation)?;
         let shape = LayerShape::of_weights(what(&w13), what(&w2), config.activation.is_gated())?;
-        config.check_on_gpu(&shape, w13.format())?;
+        Self::check_config(&shape, &config, w13.format())?;
         let choices = Choices::new(&shape, &config, max_tokens, device.info().multiprocessors as usize)?;
         let format = config.weight_format();
         Ok(Self {
@@ -137,6 +137,16 @@ impl Layer {
             })?,
             choices,
         })
+    }
+
+    /// Whether layers of this shape, configuration and weight format exist on a GPU: what [`Layer::prepare`] refuses
+    /// for another reason than its weights or the device. It needs no device.
+    ///
+    /// # Errors
+    /// As [`Layer::prepare`].
+    pub fn check_config(shape: &LayerShape, config: &LayerConfig, weights: WeightFormat) -> Result<()> {
+        activation_definitions(&config.activation)?;
+        config.check_on_gpu(shape, weights)
     }
 
     /// The layer's sizes.

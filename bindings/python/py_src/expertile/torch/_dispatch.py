@@ -91,7 +91,7 @@ def _layer(
     if alive is None:
         raise ArgumentValueError("layer", f" is {layer}", layer, "the number of a Layer that is alive")
     native = alive._native
-    if workspace is None:
+    if workspace is None and not alive._on_gpu:
         tokens, topk = topk_ids.shape
         size = (native.workspace_bytes(tokens, topk),)
         workspace = _arrays.empty_tensor("workspace", size, torch.uint8, hidden_states.device)
@@ -100,7 +100,7 @@ def _layer(
 
 _KERNELS: dict[str, tuple[Any, ...]] = {
     "build_layout": (_build_layout, "CPU", "CUDA"),
-    "layer": (_layer, "CPU"),
+    "layer": (_layer, "CPU", "CUDA"),
     "permute_quantized": (_permute_quantized, "CPU", "CUDA"),
     "permute_rows": (_permute_rows, "CPU", "CUDA"),
     "quantize_permute": (_quantize_permute, "CPU", "CUDA"),

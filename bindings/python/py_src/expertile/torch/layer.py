@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from ._dispatch import call, layers
-from .layout import empty, matrix
+from .._errors import ArgumentValueError
+from ._dispatch import call, layers, unwatched
+from .layout import empty, matrix, require_tensor
+from .state_dict import stacked
 
 
 class Layer:
-    """The expert half of a layer on the CPU: permute, GEMM 1, activation, GEMM 2, unpermute.
+    """The expert half of a layer: permute, GEMM 1, activation, GEMM 2, unpermute. On the CPU, or on a Hopper GPU.
 
     w13: ``[E, 2 I, H]``, gate rows first; w2: ``[E, H, I]``. Both bfloat16, or both float8_e4m3fn with block scales:
     w13_scale ``[E, 2 ceil(I / 128), ceil(H / 128)]``, gate's row blocks, then up's; w2_scale ``[E, ceil(H / 128),
-    ceil(I / 128)]``. Scales are float32, or bfloat16, float16 or float8_e8m0fnu, which are widened exactly. Weights are
-    packed, once, into memory of the layer's own.
+    ceil(I / 128)]``. Scales are float32, or bfloat16, float16 or float8_e8m0fnu, which are widened exactly.
 
-    activations: ``"bf16"``, or ``"e4m3"`` to quantize them (needs e4m3 weights, and 128 to divide H and I).
+    On the CPU, weights are packed, once, into memory of the layer's own. On a GPU they are used where they are, and the
+    layer keeps them alive; what cannot be used so (scales that are not float32, tensors that are not contiguous) is
+    copied once, with a warning. A layer has to live as long as the CUDA graphs that captured a call of it.
+
+    activations: ``"bf16"``, or ``"e4m3"`` to quantize them (needs e4m3 weights, and 128 to divide H and I). Without it
+    ``"bf16"`` on the CPU, and the weights' own format on a GPU, which has no other.
     alpha, beta, limit: ``glu = gate * sigmoid(alpha * gate)``, ``(up + beta) * glu``, gate clamped to at most `limit`,
-    up to within it. weight_on_input: router weights multiply the input (``topk = 1`` only).
+    up to within it. weight_on_input: router weights multiply the input (``topk = 1`` only). alignment: of each expert's
+    rows, by default the device's own; it changes no result.
 
     Raises ValueError or TypeError for what does not fit.
     """
@@ -38,19 +46,50 @@ class Layer:
         *,
         w13_scale: Tensor | None = None,
         w2_scale: Tensor | None = None,
-        activations: str = "bf16",
-        alignment: int = 1,
+        activations: str | None = None,
+        alignment: int | None = None,
         alpha: float = 1.0,
         beta: float = 0.0,
         limit: float | None = None,
         weight_on_input: bool = False,
     ) -> None:
-        self._native = _native.Layer(
-            w13, w2, w13_scale, w2_scale, activations, alignment, alpha, beta, limit, weight_on_input
-        )
+        self._native: _native.Layer | _native.CudaLayer
+        self._on_gpu = isinstance(w13, Tensor) and w13.is_cuda
+        if self._on_gpu:
+            require_own_format(w13, activations)
+            held = [in_place("w13", w13), in_place("w2", w2)]
+            scales = [scales_in_place("w13_scale", w13_scale), scales_in_place("w2_scale", w2_scale)]
+            self._native = _native.CudaLayer(*held, *scales, alignment, alpha, beta, limit, weight_on_input)
+        else:
+            activations = "bf16" if activations is None else activations
+            alignment = 1 if alignment is None else alignment
+            self._native = _native.Layer(
+                w13, w2, w13_scale, w2_scale, activations, alignment, alpha, beta, limit, weight_on_input
+            )
+        self._device = w13.device if isinstance(w13, Tensor) else torch.device("cpu")
         # Operators take numbers and tensors: a layer is passed to its operator by number.
         self._number = next(Layer._numbers)
         layers[self._number] = self
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        prefix: str = "",
+        *,
+        experts: Iterable[int] | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> Layer:
+        """A layer of per-expert matrices: ``{prefix}{expert}.gate_proj.weight`` and so on (or w1, w3, w2).
+
+        prefix: such as ``"model.layers.3.mlp.experts."``. experts: which of them, in which order; all, if not given.
+        device: where the layer is to be; that of the matrices, if not given. Block scales are found by the names
+        ``weight_scale_inv`` and ``weight_scale``. options: as for ``Layer``.
+
+        Raises ValueError or TypeError for what does not fit, and ValueError for a matrix that is missing.
+        """
+        return cls(**stacked(state_dict, prefix, experts, device), **options)
 
     def __copy__(self) -> Layer:
         """Another layer with the same packed weights, which nothing can change."""
@@ -69,6 +108,11 @@ class Layer:
         )
 
     @property
+    def device(self) -> torch.device:
+        """Where the layer is computed."""
+        return self._device
+
+    @property
     def local_experts(self) -> int:
         """``E``."""
         return self._native.local_experts
@@ -82,6 +126,38 @@ class Layer:
     def intermediate(self) -> int:
         """``I``."""
         return self._native.intermediate
+
+    def prepare(
+        self,
+        max_tokens: int,
+        topk: int,
+        *,
+        global_experts: int | None = None,
+        ids_dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        out_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Compiles (or loads) whatever calls of up to `max_tokens` tokens can launch; a call compiles nothing.
+
+        Needed on a GPU, before the first call; on the CPU there is nothing to do. global_experts: the length of the
+        calls' expert map; ``E``, if they have none. ids_dtype: of topk_ids; both int32 and int64 if not given. dtype:
+        of hidden_states. out_dtype: of the result, if another. More calls prepare for more kinds of calls.
+
+        Raises ValueError or TypeError for what the kernels do not take, RuntimeError where nothing can be compiled.
+        """
+        if isinstance(self._native, _native.Layer):
+            self._native.workspace_bytes(max_tokens, topk)
+            return
+        for ids in (torch.int32, torch.int64) if ids_dtype is None else (ids_dtype,):
+            self._native.prepare(max_tokens, topk, global_experts, ids, dtype, out_dtype or dtype)
+
+    def check(self) -> None:
+        """Waits for the current stream, and raises ValueError for ids that calls found wrong since the last time.
+
+        On the CPU a call checks its ids itself. On a GPU a slot whose id is no expert's counts as empty until then.
+        """
+        if isinstance(self._native, _native.CudaLayer):
+            self._native.check()
 
     def workspace_bytes(self, tokens: int, topk: int) -> int:
         """Bytes of uint8 workspace that a call with ``topk_ids [tokens, topk]`` needs at most."""
@@ -100,12 +176,46 @@ class Layer:
     ) -> Tensor:
         """hidden_states ``[M, H]`` (bfloat16, float16 or float32), topk_weights float32 ``[M, topk]`` to ``[M, H]``.
 
-        `dtype` of the result is that of `hidden_states` unless given. workspace: uint8, contiguous.
+        `dtype` of the result is that of `hidden_states` unless given. workspace: uint8, contiguous; torch's allocator's,
+        if not given. On a GPU the call is queued on torch's current stream.
 
         Raises ValueError or TypeError for what does not fit.
         """
+        if self._on_gpu and unwatched(hidden_states, topk_weights):
+            if out is None and dtype is not None and dtype is not hidden_states.dtype:
+                out = empty("out", hidden_states.shape, dtype, hidden_states)
+            return self._native.run(hidden_states, topk_ids, topk_weights, expert_map, workspace, out)
         shape = matrix("hidden_states", hidden_states)
         if out is None:
             out = empty("out", shape, hidden_states.dtype if dtype is None else dtype, hidden_states)
         call("layer", self._number, hidden_states, topk_ids, topk_weights, expert_map, workspace, out)
         return out
+
+
+def require_own_format(w13: Tensor, activations: str | None) -> None:
+    """Fails for activations of another format than that of the weights, which a GPU does not compute with."""
+    own = "e4m3" if w13.dtype == torch.float8_e4m3fn else "bf16"
+    if activations not in (None, own):
+        found = f' is "{activations}"'
+        raise ArgumentValueError("activations", found, activations, f'"{own}", which the weights are, on a GPU')
+
+
+def in_place(name: str, x: Tensor) -> Tensor:
+    """The tensor's memory, whatever happens to the tensor; a contiguous copy, if it must be."""
+    require_tensor(name, x)
+    x = x.detach()
+    if x.is_contiguous():
+        return x
+    warnings.warn(f"{name} is not contiguous: the layer holds a copy of it", stacklevel=3)
+    return x.contiguous()
+
+
+def scales_in_place(name: str, x: Tensor | None) -> Tensor | None:
+    """The same for scales, as float32."""
+    if x is None:
+        return None
+    require_tensor(name, x)
+    if x.dtype in (torch.bfloat16, torch.float16, torch.float8_e8m0fnu):
+        warnings.warn(f"{name} is {x.dtype}: the layer holds a copy of it as float32", stacklevel=3)
+        return x.detach().float().contiguous()
+    return in_place(name, x)

@@ -3,140 +3,28 @@
 //! Kept, for the life of the process: a device and its prepared steps (a kernel is compiled by the first call that
 //! needs it), and a workspace for each stream. A call that is being captured into a graph has a workspace of its own.
 
+mod gpu;
+mod layer;
+
+pub(crate) use layer::CudaLayer;
+
 use crate::array::{Array, Element};
-use crate::error::{exception, wrong};
-use crate::exchange;
+use crate::error::exception;
 use crate::operands::{Ids, Lists, Place, Rows, padding};
 use crate::tensor::{self, Form};
 use expertile::cuda::{
-    Compiler, CubinCache, Device, DeviceBuffer, DeviceMatrix, DevicePtr, LayoutPtrs, Permute, PermuteCall,
-    PermuteConfig, QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig, Route, RouteCall, RouteConfig,
-    RoutingPtrs, RowsPtrs, STATE_BYTES, Stream, Unpermute, UnpermuteCall, UnpermuteConfig,
+    DeviceBuffer, DeviceMatrix, DevicePtr, LayoutPtrs, Permute, PermuteCall, PermuteConfig, QuantizePermute,
+    QuantizePermuteCall, QuantizePermuteConfig, Route, RouteCall, RouteConfig, RoutingPtrs, RowsPtrs, STATE_BYTES,
+    Stream, Unpermute, UnpermuteCall, UnpermuteConfig,
 };
 use expertile::layout::List;
-use expertile::{Dtype, Error, Layout, Plan, ScaleFormat};
-use pyo3::intern;
+use expertile::{Dtype, Layout, Plan, ScaleFormat};
+use gpu::{Gpu, Workspace, compiler, current_stream, gpu};
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-/// Steps by configuration.
-struct Prepared<C, S>(Mutex<Vec<(C, Arc<S>)>>);
-
-impl<C: PartialEq + Copy, S> Prepared<C, S> {
-    const fn new() -> Self {
-        Self(Mutex::new(Vec::new()))
-    }
-
-    fn get(&self, config: C, prepare: impl FnOnce(C) -> expertile::Result<S>) -> PyResult<Arc<S>> {
-        let find =
-            |steps: &[(C, Arc<S>)]| steps.iter().find(|(known, _)| *known == config).map(|(_, step)| step.clone());
-        if let Some(step) = find(&lock(&self.0)) {
-            return Ok(step);
-        }
-        let step = Arc::new(prepare(config).map_err(exception)?);
-        let mut steps = lock(&self.0);
-        Ok(find(&steps).unwrap_or_else(|| {
-            steps.push((config, step.clone()));
-            step
-        }))
-    }
-}
-
-/// One stream's state and workspace, and the call that used them last.
-struct Workspace {
-    stream: Stream,
-    state: DeviceBuffer,
-    buffer: DeviceBuffer,
-    last: Option<(Arc<Route>, RouteCall)>,
-}
-
-impl Workspace {
-    /// Waits for the stream and raises what kernels found wrong with ids since the last time.
-    fn check(&self) -> PyResult<()> {
-        let Some((route, call)) = &self.last else { return Ok(()) };
-        #[allow(unsafe_code)]
-        // SAFETY: the stream is torch's, and the state was initialised when it was made.
-        let checked = unsafe { route.check(self.stream, call) };
-        checked.map_err(|error| match error {
-            error @ Error::ExpertId { .. } | error @ Error::MapEntry { .. } => match wrong(error) {
-                Ok((wrong, _)) => wrong.noting("found by a kernel; the slot was treated as empty").value(),
-                Err(error) => exception(error),
-            },
-            error => exception(error),
-        })
-    }
-}
-
-/// A device and what is kept for it.
-struct Gpu {
-    ordinal: usize,
-    device: Device,
-    routes: Prepared<RouteConfig, Route>,
-    permutes: Prepared<PermuteConfig, Permute>,
-    quantize_permutes: Prepared<QuantizePermuteConfig, QuantizePermute>,
-    unpermutes: Prepared<UnpermuteConfig, Unpermute>,
-    workspaces: Mutex<Vec<Workspace>>,
-}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn gpu(py: Python<'_>, ordinal: usize) -> PyResult<Arc<Gpu>> {
-    static GPUS: Mutex<Vec<Arc<Gpu>>> = Mutex::new(Vec::new());
-    let known = |gpus: &[Arc<Gpu>]| gpus.iter().find(|gpu| gpu.ordinal == ordinal).cloned();
-    if let Some(gpu) = known(&lock(&GPUS)) {
-        return Ok(gpu);
-    }
-    let device = Device::open_with(ordinal, compiler(py)?, CubinCache::from_environment()).map_err(exception)?;
-    let gpu = Arc::new(Gpu {
-        ordinal,
-        device,
-        routes: Prepared::new(),
-        permutes: Prepared::new(),
-        quantize_permutes: Prepared::new(),
-        unpermutes: Prepared::new(),
-        workspaces: Mutex::new(Vec::new()),
-    });
-    let mut gpus = lock(&GPUS);
-    Ok(known(&gpus).unwrap_or_else(|| {
-        gpus.push(gpu.clone());
-        gpu
-    }))
-}
-
-/// NVRTC from where the machine has it, else from torch's own packages.
-fn compiler(py: Python<'_>) -> PyResult<Compiler> {
-    Compiler::find().or_else(|missing| {
-        let beside_torch: Vec<PathBuf> = py.import("expertile._nvrtc")?.call_method0("beside_torch")?.extract()?;
-        beside_torch.iter().find_map(|path| Compiler::load(path).ok()).ok_or_else(|| exception(missing))
-    })
-}
-
-/// The stream that torch's own operators would use now.
-fn current_stream(py: Python<'_>, ordinal: usize) -> PyResult<Stream> {
-    if let Some(stream) = exchange::current_stream(py, ordinal) {
-        return Ok(Stream(stream));
-    }
-    static CURRENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let current = CURRENT.get_or_try_init(py, || {
-        let torch = py.import("torch")?;
-        let raw = torch.getattr("_C")?.getattr_opt("_cuda_getCurrentRawStream")?;
-        raw.map_or_else(|| torch.getattr("cuda")?.getattr("current_stream"), Ok).map(Bound::unbind)
-    })?;
-    let stream = current.bind(py).call1((ordinal,))?;
-    Ok(Stream(match stream.extract::<u64>() {
-        Ok(raw) => raw,
-        Err(_) => stream.getattr(intern!(py, "cuda_stream"))?.extract()?,
-    }))
-}
-
-impl Gpu {
-    fn route(&self, config: RouteConfig) -> PyResult<Arc<Route>> {
-        self.routes.get(config, |config| Route::prepare(&self.device, config))
-    }
 }
 
 fn ids_dtype(ids: &Ids<'_>) -> PyResult<Dtype> {
