@@ -9,6 +9,7 @@ use serde_json::Value;
 use std::path::Path;
 
 const README: &str = include_str!("../../../README.md");
+const PERFORMANCE: &str = include_str!("../../../docs/performance.md");
 const RESULTS: &str = include_str!("../../../benches/results/2026-11-29-h200-rivals.json");
 
 /// The arguments of every `expertile` that the README calls in a block of shell.
@@ -42,22 +43,34 @@ fn every_line_of_shell_runs() {
     }
 }
 
-#[test]
-fn the_table_is_the_results() {
+/// Compares the first table after `text`'s start with the results, and returns how many rows it has.
+fn check_table(text: &str, format: &str) -> usize {
     let results: Value = serde_json::from_str(RESULTS).unwrap();
-    let (_, table) = README.split_once("| layer | tokens | floor |").unwrap();
+    let (_, table) = text.split_once("| layer | tokens | floor |").unwrap();
     let rows: Vec<&str> = table.lines().skip(2).take_while(|line| line.starts_with('|')).collect();
-    assert!((4..=8).contains(&rows.len()));
-    for row in rows {
+    for row in &rows {
         let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
         let layers = results["layers"].as_array().unwrap();
-        let layer = layers.iter().find(|layer| layer["name"] == cells[0] && layer["format"] == "e4m3").unwrap();
+        let layer = layers.iter().find(|layer| layer["name"] == cells[0] && layer["format"] == format).unwrap();
         let measured = layer["rows"].as_array().unwrap();
         let measured = measured.iter().find(|row| row["tokens"].to_string() == cells[1]).unwrap();
         for (key, cell) in ["floor", "ours", "triton", "deepgemm", "flashinfer"].into_iter().zip(&cells[2..]) {
             let expected = measured.get(key).map_or_else(|| "-".to_owned(), Value::to_string);
-            assert_eq!(*cell, expected, "{row}: {key}");
+            assert_eq!(cell.trim_end_matches('*'), expected, "{row}: {key}");
         }
+    }
+    rows.len()
+}
+
+#[test]
+fn the_tables_are_the_results() {
+    assert!((4..=8).contains(&check_table(README, "e4m3")));
+    let (e4m3, bf16) = PERFORMANCE.split_once("\nbf16 experts:\n").unwrap();
+    let results: Value = serde_json::from_str(RESULTS).unwrap();
+    for (text, format) in [(e4m3, "e4m3"), (bf16, "bf16")] {
+        let layers = results["layers"].as_array().unwrap().iter().filter(|layer| layer["format"] == format);
+        let rows: usize = layers.map(|layer| layer["rows"].as_array().unwrap().len()).sum();
+        assert_eq!(check_table(text, format), rows, "{format}");
     }
 }
 
