@@ -70,7 +70,7 @@ impl CudaLayer {
         let [Some(w13), Some(w2), w13_scale, w2_scale] = &arrays[..] else { unreachable!("four arrays") };
         let device = Array::common_device(&[Some(w13), Some(w2), w13_scale.as_ref(), w2_scale.as_ref()])?;
         let Some(ordinal) = device else {
-            return Err(Wrong::new("w13", "is on cpu", "cpu", "a CUDA device").value());
+            return Err(Wrong::new("w13", "is on the CPU", "the CPU", "a CUDA device").value());
         };
         let sizes = |array: &Array<'_>, expected| match *array.shape() {
             [experts, n, k] => Ok([experts, n, k]),
@@ -250,16 +250,15 @@ impl CudaLayer {
             };
             states.used.iter().enumerate().map(call).collect()
         };
-        py.detach(|| {
-            calls.iter().try_for_each(|(layer, call)| {
-                #[allow(unsafe_code)]
-                // SAFETY: the stream is torch's, and the state was made ready with the layer, which it outlives.
-                unsafe {
-                    layer.check_launch(stream, call)
-                }
-            })
-        })
-        .map_err(found_by_a_kernel)
+        // All of them: each says what it found once.
+        let check = |(layer, call): &(Arc<Layer>, LayerCall)| {
+            #[allow(unsafe_code)]
+            // SAFETY: the stream is torch's, and the state was made ready with the layer, which outlives the check.
+            unsafe {
+                layer.check_launch(stream, call)
+            }
+        };
+        py.detach(|| calls.iter().map(check).fold(Ok(()), expertile::Result::and)).map_err(found_by_a_kernel)
     }
 }
 
@@ -307,7 +306,7 @@ impl CudaLayer {
         if array.device() == Some(self.gpu.ordinal) {
             return Ok(());
         }
-        let place = |device: Option<usize>| device.map_or("cpu".into(), |ordinal| format!("cuda:{ordinal}"));
+        let place = |device: Option<usize>| device.map_or("the CPU".into(), |ordinal| format!("cuda:{ordinal}"));
         let actual = place(array.device());
         let expected = format!("{}, where the weights are", place(Some(self.gpu.ordinal)));
         Err(Wrong::new(array.argument(), format_args!("is on {actual}"), &actual[..], expected).value())

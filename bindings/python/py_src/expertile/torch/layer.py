@@ -176,8 +176,8 @@ class Layer:
     ) -> Tensor:
         """hidden_states ``[M, H]`` (bfloat16, float16 or float32), topk_weights float32 ``[M, topk]`` to ``[M, H]``.
 
-        `dtype` of the result is that of `hidden_states` unless given. workspace: uint8, contiguous; torch's allocator's,
-        if not given. On a GPU the call is queued on torch's current stream.
+        `dtype` of the result is that of `hidden_states` unless given. workspace: uint8, contiguous; from torch's
+        allocator if not given. On a GPU the call is queued on torch's current stream.
 
         Raises ValueError or TypeError for what does not fit.
         """
