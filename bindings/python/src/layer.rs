@@ -20,7 +20,12 @@ pub(crate) struct PyLayer(Layer);
 
 #[pymethods]
 impl PyLayer {
+    /// Packs as many rows at once as take a fraction of a second, or `rows_at_once`; then it looks whether it has been
+    /// interrupted.
     #[new]
+    #[pyo3(signature = (
+        w13, w2, w13_scale, w2_scale, activations, alignment, alpha, beta, limit, weight_on_input, *, rows_at_once=None
+    ))]
     fn new(
         py: Python<'_>,
         w13: &Bound<'_, PyAny>,
@@ -33,6 +38,7 @@ impl PyLayer {
         beta: f32,
         limit: Option<f32>,
         weight_on_input: bool,
+        rows_at_once: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let activations = match activations {
             "bf16" => ActivationFormat::Bf16,
@@ -44,9 +50,10 @@ impl PyLayer {
         let alignment = size("alignment", alignment)?;
         let activation = Activation::Swiglu { alpha, beta, limit };
         activation.check().map_err(exception)?;
-        let w13 = pack(py, ("w13", w13), ("w13_scale", w13_scale), true)?;
-        let w2 = pack(py, ("w2", w2), ("w2_scale", w2_scale), false)?;
-        // Of a call only its ids and tensors say more: see `for_calls`.
+        let at_once = optional_size("rows_at_once", rows_at_once)?;
+        let w13 = pack(py, ("w13", w13), ("w13_scale", w13_scale), 2, at_once)?;
+        let w2 = pack(py, ("w2", w2), ("w2_scale", w2_scale), 1, at_once)?;
+        // Of a call only its ids and tensors say more.
         let config = LayerConfig {
             activation,
             alignment: Some(alignment),
@@ -113,21 +120,25 @@ impl PyLayer {
     }
 }
 
-/// Packs `[E, N, K]` bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K / 128)]`; for gate and up, `N = 2 I`,
-/// there are `ceil(I / 128)` row blocks for each of the two.
+/// Packs `[E, N, K]` in one segment, or two (gate and up): bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K /
+/// 128)]`; for gate and up, `N = 2 I`, there are `ceil(I / 128)` row blocks for each of the two.
 fn pack(
     py: Python<'_>,
     (name, weights): (&'static str, &Bound<'_, PyAny>),
     (scale_name, scale): (&'static str, Option<&Bound<'_, PyAny>>),
-    gate_up: bool,
+    segments: usize,
+    rows_at_once: Option<usize>,
 ) -> PyResult<PackedWeights> {
     let weights = Array::new(name, weights)?;
     let &[experts, n, k] = weights.shape() else { return Err(weights.shape_error("[E, N, K]")) };
-    if gate_up && !n.is_multiple_of(2) {
+    if !n.is_multiple_of(segments) {
         return Err(weights.shape_error("[E, 2 I, H]"));
     }
     let scale = Array::optional(scale_name, scale)?;
-    let stack = Stack { experts, segments: if gate_up { 2 } else { 1 }, segment: if gate_up { n / 2 } else { n }, k };
+    // Of whole blocks, so that each part has scales of its own.
+    let rows_at_once = rows_at_once.unwrap_or_else(|| limits::at_once(k)).max(WEIGHT_BLOCK);
+    let rows_at_once = rows_at_once - rows_at_once % WEIGHT_BLOCK;
+    let stack = Stack { experts, segments, segment: n / segments, k, rows_at_once };
     match (weights.element(), &scale) {
         (Element::Bf16, None) => {
             let weights = weights.contiguous::<bf16>()?;
@@ -162,6 +173,8 @@ struct Stack {
     segments: usize,
     segment: usize,
     k: usize,
+    /// How many are packed at a time.
+    rows_at_once: usize,
 }
 
 /// Some rows of one expert's segment.
@@ -182,7 +195,7 @@ impl Stack {
         format: WeightFormat,
         mut pack: impl FnMut(&mut PackedWeightsBuilder, Part) -> expertile::Result<()> + Send,
     ) -> PyResult<PackedWeights> {
-        let Self { experts, segments, segment, k } = self;
+        let Self { experts, segments, segment, k, rows_at_once } = self;
         let cpu = cpu()?;
         let builder = match segments {
             2 => PackedWeightsBuilder::gate_up(&cpu, format, experts, segment, k),
@@ -190,8 +203,7 @@ impl Stack {
         };
         let mut builder = builder.map_err(exception)?;
         for (expert, segment_index) in (0..experts).flat_map(|expert| (0..segments).map(move |index| (expert, index))) {
-            // Of whole blocks, so that each part has scales of its own.
-            for rows in limits::stretches(segment, k, WEIGHT_BLOCK) {
+            for rows in limits::stretches(segment, rows_at_once) {
                 let first_row = segment_index * segment + rows.start;
                 let part = Part { stack: self, expert, first_row, rows: rows.len() };
                 work(py, || pack(&mut builder, part).map_err(exception))?;

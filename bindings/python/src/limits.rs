@@ -52,11 +52,14 @@ pub(crate) fn require_slots(tokens: &Bound<'_, PyAny>, topk: &Bound<'_, PyAny>) 
     slots(size("M", tokens)?, size("topk", topk)?)
 }
 
-/// `0..count` in stretches of as many items, of `values` each, as take a fraction of a second; at least one stretch,
-/// and all but the last of a multiple of `step` items. Between two of them a call looks whether it has been
-/// interrupted.
-pub(crate) fn stretches(count: usize, values: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
-    let at_once = (VALUES_AT_ONCE / values.max(1) / step).max(1) * step;
+/// How many items, of `values` each, take a fraction of a second; at least one.
+pub(crate) fn at_once(values: usize) -> usize {
+    (VALUES_AT_ONCE / values.max(1)).max(1)
+}
+
+/// `0..count` in stretches of `at_once` items; at least one stretch. Between two of them a call looks whether it has
+/// been interrupted.
+pub(crate) fn stretches(count: usize, at_once: usize) -> impl Iterator<Item = Range<usize>> {
     (0..count.max(1)).step_by(at_once).map(move |first| first.min(count)..count.min(first + at_once))
 }
 

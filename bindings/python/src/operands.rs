@@ -192,7 +192,7 @@ impl<'py> Place<'py> {
                 Ok(layout)
             })?;
             let values = plan.topk().saturating_mul(values_of_token);
-            for tokens in limits::stretches(plan.tokens(), values, 1) {
+            for tokens in limits::stretches(plan.tokens(), limits::at_once(values)) {
                 let last = tokens.end == plan.tokens();
                 rows(&layout.of_tokens(tokens.clone()), tokens, last)?;
                 if !last {

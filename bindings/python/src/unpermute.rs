@@ -151,7 +151,7 @@ impl Call<'_> {
         let (hidden, cpu) = (rows.cols(), cpu()?);
         let map = ids.map_or(Ok(None), |ids| ids.map_list(py))?;
         let map = map.as_deref();
-        let stretches = || limits::stretches(tokens, topk * hidden, 1);
+        let stretches = || limits::stretches(tokens, limits::at_once(topk * hidden));
         if stretches().nth(1).is_some() {
             if let Some(weights) = &self.weights {
                 weights.matrix::<f32>()?;

@@ -105,6 +105,34 @@ def test_a_long_call_can_be_interrupted(which):
 
 
 @needs_torch
+@pytest.mark.parametrize("intermediate", [128, 160, 320])
+def test_weights_packed_in_parts_are_those_packed_at_once(intermediate):
+    from expertile import _native
+
+    generator = torch.Generator().manual_seed(11)
+    experts, hidden, tokens = 3, 416, 40
+    w13, w2 = (
+        torch.randn(experts, *shape, generator=generator)
+        for shape in ((2 * intermediate, hidden), (hidden, intermediate))
+    )
+    blocks = [-(-extent // 128) for extent in (intermediate, hidden)]
+    s13 = torch.rand(experts, 2 * blocks[0], blocks[1], generator=generator) + 0.5
+    s2 = torch.rand(experts, blocks[1], blocks[0], generator=generator) + 0.5
+    ids = torch.randint(-1, experts, (tokens, 2), generator=generator)
+    x, weights = torch.randn(tokens, hidden, generator=generator), torch.rand(tokens, 2, generator=generator)
+    for dtype, scales in ((torch.bfloat16, (None, None)), (torch.float8_e4m3fn, (s13, s2))):
+        results = []
+        for rows_at_once in (None, 1, 128, 255, 256, 10**6):
+            layer = _native.Layer(
+                w13.to(dtype), w2.to(dtype), *scales, "bf16", 1, 1.0, 0.0, None, False, rows_at_once=rows_at_once
+            )
+            workspace = torch.empty(layer.workspace_bytes(tokens, 2), dtype=torch.uint8)
+            results.append(torch.empty(tokens, hidden))
+            layer.run(x, ids, weights, None, workspace, results[-1])
+        assert results[0].any() and all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_torch
 @pytest.mark.parametrize("scale_layout", ["row_major", "mn_major", "packed_ue8m0"])
 def test_a_permute_in_parts_is_the_same_as_one_by_one(scale_layout):
     """Rows enough for two parts, against the same tokens in calls of their own."""

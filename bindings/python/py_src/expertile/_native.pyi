@@ -140,7 +140,11 @@ class Layer:
         beta: float,
         limit: float | None,
         weight_on_input: bool,
-    ) -> Layer: ...
+        *,
+        rows_at_once: int | None = None,
+    ) -> Layer:
+        """Packs as many rows at once as take a fraction of a second; then it looks whether it has been interrupted."""
+
     @property
     def local_experts(self) -> int: ...
     @property
