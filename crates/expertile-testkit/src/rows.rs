@@ -1,7 +1,6 @@
 //! Rows of tokens, ordinary and hostile.
 
 use crate::Random;
-use half::{bf16, f16};
 
 /// `len` values evenly spread with unit variance, each through `round`.
 pub fn unit_rows<T>(random: &mut Random, len: usize, round: impl Fn(f32) -> T) -> Vec<T> {
@@ -53,58 +52,9 @@ pub fn numbers<T>(random: &mut Random, len: usize, fill: Fill, round: impl Fn(f3
         .collect()
 }
 
-/// A type of 16 bits, whose values are kept as bits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Half {
-    /// bfloat16.
-    Bf16,
-    /// IEEE binary16.
-    F16,
-}
-
-impl Half {
-    /// The bits of the nearest value.
-    pub fn bits(self, x: f32) -> u16 {
-        match self {
-            Self::Bf16 => bf16::from_f32(x).to_bits(),
-            Self::F16 => f16::from_f32(x).to_bits(),
-        }
-    }
-
-    /// Mostly a number, now and then one of the special ones: NaNs, an infinity, the largest number, subnormals, zeros.
-    pub fn hostile(self, random: &mut Random) -> u16 {
-        let (infinity, largest) = match self {
-            Self::Bf16 => (0xff80, 0x7f7f),
-            Self::F16 => (0xfc00, 0x7bff),
-        };
-        if random.one_in(97) {
-            random.of(&[0x7fff, infinity, 1, 0x8001, 0x8000, largest, 0xffc1, 0])
-        } else {
-            self.bits(random.spread())
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn hostile_halves_hold_every_special_value_and_mostly_numbers() {
-        for half in [Half::Bf16, Half::F16] {
-            let mut random = Random::new(7);
-            let bits: Vec<u16> = (0..20_000).map(|_| half.hostile(&mut random)).collect();
-            let value = |bits: u16| match half {
-                Half::Bf16 => bf16::from_bits(bits).to_f32(),
-                Half::F16 => f16::from_bits(bits).to_f32(),
-            };
-            let count = |is: &dyn Fn(f32) -> bool| bits.iter().filter(|&&bits| is(value(bits))).count();
-            assert!(count(&|x| x.is_nan()) > 10 && count(&|x| x == f32::NEG_INFINITY) > 5);
-            assert!(count(&|x| x.is_finite() && x.abs() > 60_000.0) > 5);
-            assert!(bits.contains(&1) && bits.contains(&0x8001) && bits.contains(&0x8000) && bits.contains(&0));
-            assert!(count(&|x| x.is_normal() && x.abs() < 32.0) > 19_000);
-        }
-    }
 
     #[test]
     fn special_rows_are_ordinary_ones_with_special_values_among_them() {
