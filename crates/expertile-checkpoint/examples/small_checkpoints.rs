@@ -11,8 +11,9 @@
 #[path = "../tests/files/made_up.rs"]
 mod made_up;
 
+use expertile_testkit::Random;
 use half::bf16;
-use made_up::{FAMILIES, LAYER, Model, NewTensor, Random, Sizes, serialize};
+use made_up::{FAMILIES, LAYER, Model, NewTensor, Sizes, serialize};
 use safetensors::Dtype;
 use std::path::PathBuf;
 
@@ -32,8 +33,8 @@ fn main() -> std::io::Result<()> {
             println!("{}: layer {LAYER}, {} experts", checkpoint.display(), SIZES.experts);
         }
     }
-    let mut random = Random(5);
-    let values = (0..TOKENS * SIZES.hidden).flat_map(|_| bf16::from_f32(random.next()).to_le_bytes()).collect();
+    let mut random = Random::new(5);
+    let values = (0..TOKENS * SIZES.hidden).flat_map(|_| bf16::from_f32(random.uniform()).to_le_bytes()).collect();
     let states = NewTensor {
         name: "hidden_states".into(),
         dtype: Dtype::BF16,

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::made_up::{FAMILIES, LAYER, Model, NewTensor, Random, Sizes, serialize};
+use common::made_up::{FAMILIES, LAYER, Model, NewTensor, Sizes, serialize};
 use common::{fail, json, succeed};
 use expertile_oracle::gemm::dot;
 use expertile_oracle::routing as oracle;
@@ -25,8 +25,8 @@ fn bytes<const N: usize, T: Copy>(values: &[T], convert: impl Fn(T) -> [u8; N]) 
 }
 
 fn states(tokens: usize, hidden: usize) -> Vec<f32> {
-    let mut random = Random(5);
-    (0..tokens * hidden).map(|_| bf16::from_f32(1.7 * random.next()).to_f32()).collect()
+    let mut random = expertile_testkit::Random::new(5);
+    (0..tokens * hidden).map(|_| bf16::from_f32(1.7 * random.uniform()).to_f32()).collect()
 }
 
 fn tensor(name: &str, dtype: Dtype, shape: &[usize], bytes: Vec<u8>) -> NewTensor {

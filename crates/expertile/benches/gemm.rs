@@ -7,6 +7,7 @@
 use expertile::cpu::{self, Activations, Cpu, Isa, PackedWeights, PackedWeightsBuilder};
 use expertile::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding, Scales};
 use expertile::{E4m3, Layout, MatrixRef, WeightFormat};
+use expertile_testkit::{Pattern, Random, block_scaled_weights, unit_rows, unit_weights};
 use half::bf16;
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -17,56 +18,31 @@ const TOPK: usize = 8;
 const HIDDEN: usize = 2048;
 const INTERMEDIATE: usize = 768;
 
-/// A reproducible stream of numbers.
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        self.0 >> 33
-    }
-
-    fn float(&mut self) -> f32 {
-        self.next() as f32 / (1u64 << 30) as f32 - 1.0
-    }
-}
-
 /// Rows per expert for `tokens` tokens that go to `TOPK` distinct experts each.
-fn route(tokens: usize, numbers: &mut Numbers) -> Vec<usize> {
+fn route(tokens: usize, random: &mut Random) -> Vec<usize> {
     let mut counts = vec![0; EXPERTS];
-    for _ in 0..tokens {
-        let mut chosen = [usize::MAX; TOPK];
-        for slot in 0..TOPK {
-            while chosen[slot] == usize::MAX {
-                let expert = numbers.next() as usize % EXPERTS;
-                if !chosen[..slot].contains(&expert) {
-                    chosen[slot] = expert;
-                }
-            }
-            counts[chosen[slot]] += 1;
-        }
+    for id in Pattern::Even.ids(random, [tokens, TOPK], EXPERTS, 0) {
+        counts[id as usize] += 1;
     }
     counts
 }
 
 /// One expert's random weights, packed for each of them: the values do not matter here, the memory does.
 fn weights(cpu: &Cpu, format: WeightFormat, n: usize, k: usize) -> PackedWeights {
-    let mut numbers = Numbers(1);
+    let mut random = Random::new(1);
     let mut builder = PackedWeightsBuilder::new(cpu, format, EXPERTS, n, k).unwrap();
-    let values: Vec<f32> = (0..n * k).map(|_| numbers.float()).collect();
-    let wide: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
-    // Quantized weights fill e4m3's range.
-    let narrow: Vec<E4m3> = values.iter().map(|&x| E4m3::from_f32(x * E4m3::MAX)).collect();
-    let scales = vec![0.01; n.div_ceil(128) * k.div_ceil(128)];
-    for expert in 0..EXPERTS {
-        match format {
-            WeightFormat::Bf16 => {
-                let rows = MatrixRef::new(&wide, n, k).unwrap();
-                builder.add_bf16_rows(expert, 0, rows).unwrap();
+    match format {
+        WeightFormat::Bf16 => {
+            let values = unit_weights(&mut random, [1, n, k], bf16::from_f32);
+            for expert in 0..EXPERTS {
+                builder.add_bf16_rows(expert, 0, MatrixRef::new(&values, n, k).unwrap()).unwrap();
             }
-            WeightFormat::E4m3 => {
-                let scales = MatrixRef::new(&scales, n.div_ceil(128), k.div_ceil(128)).unwrap();
-                builder.add_e4m3_rows(expert, 0, MatrixRef::new(&narrow, n, k).unwrap(), scales).unwrap();
+        }
+        WeightFormat::E4m3 => {
+            let (values, scales) = block_scaled_weights(&mut random, [1, n, k], E4m3::MAX, E4m3::from_f32);
+            let scales = MatrixRef::new(&scales, n.div_ceil(128), k.div_ceil(128)).unwrap();
+            for expert in 0..EXPERTS {
+                builder.add_e4m3_rows(expert, 0, MatrixRef::new(&values, n, k).unwrap(), scales).unwrap();
             }
         }
     }
@@ -93,9 +69,9 @@ struct Timing {
 
 fn time(cpu: &Cpu, weights: &PackedWeights, e4m3_rows: bool, tokens: usize) -> Timing {
     let (n, k) = (weights.n(), weights.k());
-    let mut numbers = Numbers(tokens as u64);
+    let mut random = Random::new(tokens as u64);
     let m_sum = tokens * TOPK;
-    let rows: Vec<bf16> = (0..m_sum * k).map(|_| bf16::from_f32(numbers.float())).collect();
+    let rows = unit_rows(&mut random, m_sum * k, bf16::from_f32);
     let bytes: Vec<E4m3> = rows.iter().map(|x| E4m3::from_f32(x.to_f32())).collect();
     let scales = vec![0.01; m_sum * k.div_ceil(128)];
     let activations = match e4m3_rows {
@@ -114,7 +90,7 @@ fn time(cpu: &Cpu, weights: &PackedWeights, e4m3_rows: bool, tokens: usize) -> T
     let mut active = 0;
     let repeats = if tokens > 64 { 7 } else { 15 };
     for _ in 0..repeats {
-        let counts = route(tokens, &mut numbers);
+        let counts = route(tokens, &mut random);
         active += counts.iter().filter(|&&count| count > 0).count();
         let psum: Vec<i32> = counts
             .iter()

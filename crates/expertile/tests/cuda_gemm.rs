@@ -14,10 +14,10 @@ use expertile::cuda::{
     GemmConfig, GemmKernel, LayoutPtrs, Route, RouteCall, RouteConfig, RoutingPtrs, STATE_BYTES, Stream, Weights,
 };
 use expertile::{Activation, Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat};
+use expertile_testkit::{POISON, Random, assert_untouched};
 use half::bf16;
-use on_device::{Random, filled, hopper, upload};
+use on_device::{filled, hopper, upload};
 
-const POISON: u8 = 0xa5;
 const BLOCK: usize = 128;
 
 #[derive(Debug, Clone)]
@@ -465,7 +465,7 @@ fn what_does_not_fit_is_an_error_and_writes_nothing() {
     assert!(matches!(error, Error::Value { argument: "k", actual: 128, .. }), "{error}");
     let mut out = vec![0u8; call.out.bytes()];
     call.out.download_at(0, &mut out).unwrap();
-    assert!(out.iter().all(|&byte| byte == POISON));
+    assert_untouched("out", &out, POISON);
 }
 
 /// With an activation in the GEMM: the bits of the GEMM, then the activation.

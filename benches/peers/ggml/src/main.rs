@@ -6,6 +6,7 @@
 //!
 //! `expertile-peer-ggml [--tokens 1,8,64,512] [--threads T] [--repeat N]`
 
+use expertile_testkit::{Pattern, Random, unit_weights};
 use llama_cpp_sys_2 as ggml;
 use std::ffi::c_void;
 use std::time::Instant;
@@ -14,21 +15,6 @@ const EXPERTS: usize = 128;
 const TOPK: usize = 8;
 const HIDDEN: usize = 2048;
 const INTERMEDIATE: usize = 768;
-
-/// A reproducible stream of numbers.
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        self.0 >> 33
-    }
-
-    /// In -1..1.
-    fn float(&mut self) -> f32 {
-        self.next() as f32 / (1u64 << 30) as f32 - 1.0
-    }
-}
 
 struct Arguments {
     tokens: Vec<usize>,
@@ -88,12 +74,9 @@ fn fill<T: Copy>(tensor: *mut ggml::ggml_tensor, values: &[T]) {
     }
 }
 
-/// One random expert's weights `[rows, cols]`.
-fn random_matrix(rows: usize, cols: usize, seed: u64) -> Vec<f32> {
-    let mut numbers = Numbers(seed);
-    let size = (3.0 / cols as f32).sqrt();
-    // bf16 values, so that the plain loops see what ggml sees.
-    (0..rows * cols).map(|_| f32::from_bits((numbers.float() * size).to_bits() & 0xffff_0000)).collect()
+/// A value of bf16, so that the plain loops see what ggml sees.
+fn to_bf16(value: f32) -> f32 {
+    f32::from_bits(value.to_bits() & 0xffff_0000)
 }
 
 /// The same matrix for every expert: values do not matter here, memory does.
@@ -120,20 +103,6 @@ fn weights(context: &Context, kind: ggml::ggml_type, matrix: &[f32], rows: usize
     tensor
 }
 
-/// `[tokens, TOPK]` distinct experts of each token.
-fn route(tokens: usize, numbers: &mut Numbers) -> Vec<i32> {
-    let mut ids: Vec<i32> = Vec::new();
-    for token in 0..tokens {
-        while ids.len() < (token + 1) * TOPK {
-            let expert = (numbers.next() % EXPERTS as u64) as i32;
-            if !ids[token * TOPK..].contains(&expert) {
-                ids.push(expert);
-            }
-        }
-    }
-    ids
-}
-
 /// What the layer reads besides its weights.
 struct Input {
     hidden_states: Vec<f32>,
@@ -143,10 +112,11 @@ struct Input {
 
 impl Input {
     fn new(tokens: usize) -> Self {
-        let mut numbers = Numbers(tokens as u64);
+        let mut random = Random::new(tokens as u64);
+        let ids = Pattern::Even.ids(&mut random, [tokens, TOPK], EXPERTS, 0);
         Self {
-            hidden_states: (0..tokens * HIDDEN).map(|_| numbers.float()).collect(),
-            ids: route(tokens, &mut numbers),
+            hidden_states: (0..tokens * HIDDEN).map(|_| random.uniform()).collect(),
+            ids: ids.into_iter().map(|id| id as i32).collect(),
             topk_weights: vec![1.0 / TOPK as f32; tokens * TOPK],
         }
     }
@@ -239,7 +209,9 @@ fn median_milliseconds(mut times: Vec<f64>) -> f64 {
 fn main() {
     let arguments = arguments();
     let threads = Threads::new(arguments.threads as i32);
-    let (w13, w2) = (random_matrix(2 * INTERMEDIATE, HIDDEN, 1), random_matrix(HIDDEN, INTERMEDIATE, 2));
+    let mut random = Random::new(1);
+    let w13 = unit_weights(&mut random, [1, 2 * INTERMEDIATE, HIDDEN], to_bf16);
+    let w2 = unit_weights(&mut random, [1, HIDDEN, INTERMEDIATE], to_bf16);
     let mut sizes: Vec<String> = arguments.tokens.iter().map(|tokens| format!("\"tokens\": {tokens}")).collect();
     for (name, kind, tolerance) in [("bf16", ggml::GGML_TYPE_BF16, 0.03), ("q8_0", ggml::GGML_TYPE_Q8_0, 0.06)] {
         let context = Context::new((64 << 20) + EXPERTS * 2 * (w13.len() + w2.len()));

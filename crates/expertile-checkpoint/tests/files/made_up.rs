@@ -1,5 +1,7 @@
 //! Small checkpoints, made up: every family, both weight formats, one file or several.
 
+use expertile::E4m3;
+use expertile_testkit::{Random, block_scaled_weights, unit_weights};
 use half::bf16;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -39,7 +41,7 @@ pub(crate) struct Sizes {
 
 impl Model {
     pub(crate) fn new(family: &str, sizes: Sizes, e4m3: bool) -> Self {
-        let mut random = Random(17);
+        let mut random = Random::new(17);
         let mut model = Self { config: config(family, sizes, e4m3), tensors: Vec::new() };
         let (block, parts) = match family {
             "mixtral" => ("block_sparse_moe", ["w1", "w3", "w2"]),
@@ -49,7 +51,7 @@ impl Model {
         let Sizes { hidden, intermediate, experts, .. } = sizes;
         model.add_bf16(format!("{prefix}.gate.weight"), [experts, hidden], &mut random);
         if family == "deepseek_v3" {
-            let bias: Vec<u8> = (0..experts).flat_map(|_| (0.1 * random.next()).to_le_bytes()).collect();
+            let bias: Vec<u8> = (0..experts).flat_map(|_| (0.1 * random.uniform()).to_le_bytes()).collect();
             let name = format!("{prefix}.gate.e_score_correction_bias");
             model.tensors.push(NewTensor { name, dtype: Dtype::F32, shape: vec![experts], bytes: bias });
         }
@@ -72,22 +74,19 @@ impl Model {
         model
     }
 
-    fn add_bf16(&mut self, name: String, shape: [usize; 2], random: &mut Random) {
-        // Weights of this size keep sums of `cols` products near 1.
-        let size = (shape[1] as f32).powf(-0.5) * 1.7;
-        let bytes = (0..shape[0] * shape[1]).flat_map(|_| bf16::from_f32(size * random.next()).to_le_bytes()).collect();
-        self.tensors.push(NewTensor { name, dtype: Dtype::BF16, shape: shape.to_vec(), bytes });
+    fn add_bf16(&mut self, name: String, [rows, cols]: [usize; 2], random: &mut Random) {
+        let weights = unit_weights(random, [1, rows, cols], bf16::from_f32);
+        let bytes = weights.into_iter().flat_map(bf16::to_le_bytes).collect();
+        self.tensors.push(NewTensor { name, dtype: Dtype::BF16, shape: vec![rows, cols], bytes });
     }
 
-    fn add_e4m3(&mut self, name: String, shape: [usize; 2], random: &mut Random) {
-        let bytes = (0..shape[0] * shape[1]).map(|_| expertile::E4m3::from_f32(300.0 * random.next()).0).collect();
-        self.tensors.push(NewTensor { name: name.clone(), dtype: Dtype::F8_E4M3, shape: shape.to_vec(), bytes });
-        let blocks = shape.map(|extent| extent.div_ceil(128));
-        let scale = (shape[1] as f32).powf(-0.5) * 1.7 / 300.0;
-        let scales =
-            (0..blocks[0] * blocks[1]).flat_map(|_| (scale * (1.0 + 0.5 * random.next())).to_le_bytes()).collect();
-        let name = format!("{name}_scale_inv");
-        self.tensors.push(NewTensor { name, dtype: Dtype::F32, shape: blocks.to_vec(), bytes: scales });
+    fn add_e4m3(&mut self, name: String, [rows, cols]: [usize; 2], random: &mut Random) {
+        let byte = |x| E4m3::from_f32(x).0;
+        let (bytes, scales) = block_scaled_weights(random, [1, rows, cols], E4m3::MAX, byte);
+        self.tensors.push(NewTensor { name: name.clone(), dtype: Dtype::F8_E4M3, shape: vec![rows, cols], bytes });
+        let (name, shape) = (format!("{name}_scale_inv"), vec![rows.div_ceil(128), cols.div_ceil(128)]);
+        let bytes = scales.into_iter().flat_map(f32::to_le_bytes).collect();
+        self.tensors.push(NewTensor { name, dtype: Dtype::F32, shape, bytes });
     }
 
     /// The tensor whose name ends so.
@@ -148,14 +147,4 @@ fn config(family: &str, sizes: Sizes, e4m3: bool) -> Value {
         config["quantization_config"] = json!({"quant_method": "fp8", "weight_block_size": [128, 128]});
     }
     config
-}
-
-/// Numbers in (-1, 1), the same on every run.
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    pub(crate) fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
 }

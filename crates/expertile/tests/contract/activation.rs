@@ -1,9 +1,11 @@
 //! The activation: within a few units in the last place of f64, the same bits everywhere, padding untouched.
 
-use crate::cases::{Fill, Number, bits, config, exact, fills, machines, numbers, routings};
+use crate::cases::{Number, bits, exact, fills, machines, numbers};
+use crate::routings::{config, routings};
 use expertile::cpu;
 use expertile::{Activation, E4m3, Group, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut};
 use expertile_oracle as oracle;
+use expertile_testkit::Fill;
 use half::{bf16, f16};
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -60,7 +62,7 @@ fn near<O: Number>(actual: O, exact: f64, activation: Activation, gate: f64, up:
 }
 
 fn check_activate<O: Number>(
-    case: &crate::cases::RoutingCase,
+    case: &crate::routings::RoutingCase,
     intermediate: usize,
     fill: Fill,
     seed: u64,

@@ -1,13 +1,14 @@
 //! The trait that unites the backends, on the CPU: the bits of the layer's own calls, and refusals that name the
 //! argument.
 
-use crate::cases::{Noise, bits};
+use crate::cases::bits;
 use expertile::backend::{ExpandedRows, Ids, LayerInputs};
 use expertile::cpu::{self, Cpu};
 use expertile::{
     ActivationFormat, Backend, Dtype, Error, ExpertLayer, LayerConfig, LayerShape, Layout, MatrixRef, Padding, Plan,
     Result, Routing, TokenExperts, WeightFormat, WeightsBuilder,
 };
+use expertile_testkit::Random;
 use half::bf16;
 
 const EXPERTS: usize = 3;
@@ -24,9 +25,9 @@ fn config() -> LayerConfig {
 
 /// A layer of random weights, as an engine that knows no backend makes it.
 fn layer<B: Backend>(backend: &B, config: LayerConfig) -> Result<B::Layer> {
-    let mut noise = Noise(5);
+    let mut numbers = Random::new(5);
     let mut random =
-        |rows: usize, cols: usize| -> Vec<f32> { (0..rows * cols).map(|_| noise.normal() / 16.0).collect() };
+        |rows: usize, cols: usize| -> Vec<f32> { (0..rows * cols).map(|_| numbers.normal() / 16.0).collect() };
     let shape = LayerShape::new(HIDDEN, INTERMEDIATE, EXPERTS)?;
     let mut w13 = backend.w13_builder(WeightFormat::Bf16, &shape)?;
     let mut w2 = backend.w2_builder(WeightFormat::Bf16, &shape)?;
@@ -51,11 +52,11 @@ struct Inputs {
 
 impl Inputs {
     fn new() -> Self {
-        let mut noise = Noise(9);
+        let mut random = Random::new(9);
         Self {
-            x: (0..TOKENS * HIDDEN).map(|_| bf16::from_f32(noise.normal())).collect(),
-            ids: (0..TOKENS * TOPK).map(|_| (noise.next() % 6) as i64 - 1).collect(),
-            weights: (0..TOKENS * TOPK).map(|_| noise.unit().abs()).collect(),
+            x: (0..TOKENS * HIDDEN).map(|_| bf16::from_f32(random.normal())).collect(),
+            ids: (0..TOKENS * TOPK).map(|_| random.below(6) as i64 - 1).collect(),
+            weights: (0..TOKENS * TOPK).map(|_| random.uniform().abs()).collect(),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The grouped GEMM within the contract's tolerances, by row and by expert; the same bits on any number of threads.
 
-use crate::cases::{Noise, RoutingCase, Strided, Strides, config, exact, machines, routings};
+use crate::cases::{Strided, Strides, exact, machines};
+use crate::routings::{RoutingCase, config, routings};
 use crate::weights::{Part, Weights, reordered};
 use expertile::cpu::{
     Activations, Cpu, Isa, PackedWeights, PackedWeightsBuilder, grouped_gemm, grouped_gemm_with_bias,
@@ -11,6 +12,7 @@ use expertile::{
     WeightFormat,
 };
 use expertile_oracle as oracle;
+use expertile_testkit::Random;
 use half::bf16;
 use oracle::compare::{BF16_GEMM, E4M3_GEMM, Tolerance, by_expert, by_row, difference, worst};
 use proptest::prelude::*;
@@ -59,8 +61,8 @@ struct Rows {
 impl Rows {
     /// Random rows `[M_sum, k]`; padding holds NaN, its scales too: nobody may read them.
     fn random(m_indices: &[i32], k: usize, format: Option<ScaleFormat>, seed: u64) -> Self {
-        let mut noise = Noise(seed);
-        let bf16: Vec<bf16> = (0..m_indices.len() * k).map(|_| bf16::from_f32(noise.normal())).collect();
+        let mut random = Random::new(seed);
+        let bf16: Vec<bf16> = (0..m_indices.len() * k).map(|_| bf16::from_f32(random.normal())).collect();
         let unquantized: Vec<f64> = bf16.iter().map(|x| x.to_f64()).collect();
         let mut rows = Self {
             meant: unquantized.clone(),
@@ -343,9 +345,9 @@ proptest! {
             builder.add_bf16_rows(0, 0, rows.matrix()).unwrap();
             builder.finish().unwrap()
         }
-        let mut noise = Noise(seed);
+        let mut random = Random::new(seed);
         // f16 has these as well, so that the three differ in nothing but their type.
-        let weights: Vec<f32> = (0..n * k).map(|_| half::f16::from_f32(noise.normal()).to_f32()).collect();
+        let weights: Vec<f32> = (0..n * k).map(|_| half::f16::from_f32(random.normal()).to_f32()).collect();
         let rounded: Vec<f32> = weights.iter().map(|&weight| bf16::from_f32(weight).to_f32()).collect();
         let all = [
             rows_of::<f32>(&weights, [n, k], strides),
@@ -417,9 +419,9 @@ fn a_scale_for_each_channel_multiplies_its_sums_once() {
     let (half, k) = (70, 256);
     let case = real_case();
     let weights = Weights::random(WeightFormat::E4m3, [4, 2 * half, k], 4);
-    let mut noise = Noise(9);
-    let scales: Vec<f32> = (0..4 * 2 * half).map(|_| 0.5 + noise.unit().abs()).collect();
-    let bias: Vec<f32> = (0..4 * 2 * half).map(|_| noise.normal()).collect();
+    let mut random = Random::new(9);
+    let scales: Vec<f32> = (0..4 * 2 * half).map(|_| 0.5 + random.uniform().abs()).collect();
+    let bias: Vec<f32> = (0..4 * 2 * half).map(|_| random.normal()).collect();
     let bytes = |expert: usize, first: usize, rows: usize| match weights.part(expert, first, rows) {
         Part::E4m3(bytes, _) => bytes,
         Part::Bf16(_) => unreachable!("e4m3 weights"),

@@ -1,15 +1,14 @@
 //! The whole layer against f64 on unquantized inputs, by row and by expert; the same bits on any number of threads.
 
 use crate::activation::in_f64;
-use crate::cases::{
-    Noise, Number, RoutingCase, Strided, Strides, bits, config, exact, machines, routings, routings_of_one_slot,
-    strides,
-};
+use crate::cases::{Number, Strided, Strides, bits, exact, machines, strides};
 use crate::gemm::within;
+use crate::routings::{RoutingCase, config, routings, routings_of_one_slot};
 use crate::weights::Weights;
 use expertile::cpu::{self, Cpu, Isa, Layer, SharedExpert};
 use expertile::{Activation, ActivationFormat, LayerConfig, Layout, MatrixRef, Padding, Stage, WeightFormat};
 use expertile_oracle as oracle;
+use expertile_testkit::Random;
 use half::{bf16, f16};
 use oracle::compare::{BF16_LAYER, E4M3_LAYER, Tolerance, by_row, difference, worst};
 use proptest::prelude::*;
@@ -106,27 +105,27 @@ struct SharedBench {
 impl<T: Number> Bench<T> {
     fn new(make: Make, case: &RoutingCase) -> Self {
         let Make { hidden, intermediate, weights, seed, .. } = make;
-        let mut noise = Noise(seed);
+        let mut random = Random::new(seed);
         let extents = [case.local_experts, intermediate, hidden];
         let w13 = if make.activation.is_gated() { Weights::gate_up } else { Weights::random };
         Self {
             make,
-            w13: w13(weights, extents, noise.next()),
-            w2: Weights::random(weights, [case.local_experts, hidden, intermediate], noise.next()),
+            w13: w13(weights, extents, random.draw()),
+            w2: Weights::random(weights, [case.local_experts, hidden, intermediate], random.draw()),
             biases: make.biases.then(|| {
-                [make.w13_rows(), hidden].map(|n| (0..case.local_experts * n).map(|_| 0.5 * noise.normal()).collect())
+                [make.w13_rows(), hidden].map(|n| (0..case.local_experts * n).map(|_| 0.5 * random.normal()).collect())
             }),
             shared: make.shared.map(|shared| SharedBench {
                 w13: if make.activation.is_gated() {
-                    Weights::gate_up(shared.weights, [1, shared.intermediate, hidden], noise.next())
+                    Weights::gate_up(shared.weights, [1, shared.intermediate, hidden], random.draw())
                 } else {
-                    Weights::random(shared.weights, [1, shared.intermediate, hidden], noise.next())
+                    Weights::random(shared.weights, [1, shared.intermediate, hidden], random.draw())
                 },
-                w2: Weights::random(shared.weights, [1, hidden, shared.intermediate], noise.next()),
-                gate: shared.gate.then(|| (0..hidden).map(|_| noise.normal() / (hidden as f32).sqrt()).collect()),
+                w2: Weights::random(shared.weights, [1, hidden, shared.intermediate], random.draw()),
+                gate: shared.gate.then(|| (0..hidden).map(|_| random.normal() / (hidden as f32).sqrt()).collect()),
             }),
-            x: (0..case.tokens() * hidden).map(|_| T::nearest(noise.normal())).collect(),
-            topk_weights: (0..case.ids.len()).map(|_| 0.1 + noise.unit().abs()).collect(),
+            x: (0..case.tokens() * hidden).map(|_| T::nearest(random.normal())).collect(),
+            topk_weights: (0..case.ids.len()).map(|_| 0.1 + random.uniform().abs()).collect(),
         }
     }
 
@@ -514,12 +513,12 @@ fn the_shared_experts_cost_counts_its_weights_once_and_every_token() {
 fn a_token_comes_out_with_the_same_bits_in_any_company() {
     use {ActivationFormat as A, WeightFormat as W};
     const TOKENS: usize = 260;
-    let mut noise = Noise(3);
+    let mut random = Random::new(3);
     let ids: Vec<i64> = (0..3 * TOKENS)
-        .map(|_| match noise.next() % 16 {
+        .map(|_| match random.below(16) {
             // Half of all slots on one expert, so that it has several blocks of rows.
             0..8 => 1,
-            8..15 => (noise.next() % 4) as i64,
+            8..15 => random.below(4) as i64,
             _ => -1,
         })
         .collect();

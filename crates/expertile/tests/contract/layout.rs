@@ -1,6 +1,7 @@
 //! The layout, bit for bit, and ready psum layouts as input.
 
-use crate::cases::{Strided, config, routings, strides};
+use crate::cases::{Strided, strides};
+use crate::routings::{config, routings};
 use expertile::{Layout, Plan, Routing, TokenExperts};
 use expertile_oracle as oracle;
 use proptest::prelude::*;

@@ -16,5 +16,7 @@ mod permute;
 mod plan;
 mod quantize;
 mod routing;
+#[path = "../routings/mod.rs"]
+mod routings;
 mod unpermute;
 mod weights;

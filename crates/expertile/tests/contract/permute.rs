@@ -1,12 +1,11 @@
 //! Permuted rows and scales, bit for bit, in poisoned buffers.
 
-use crate::cases::{
-    Fill, Noise, Number, RoutingCase, Strided, Strides, config, exact, fills, machines, numbers, routings,
-    routings_of_one_slot, strides,
-};
+use crate::cases::{Number, Strided, Strides, exact, fills, machines, numbers, strides};
+use crate::routings::{RoutingCase, config, routings, routings_of_one_slot};
 use expertile::cpu::{self, Cpu, RowScales};
 use expertile::{E4m3, Group, Layout, Padding, RowElement, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut};
 use expertile_oracle as oracle;
+use expertile_testkit::{Fill, Random};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -167,9 +166,9 @@ fn check_rows<T: RowElement + PartialEq + std::fmt::Debug>(
     seed: u64,
     poison: T,
 ) -> Result<(), TestCaseError> {
-    let mut noise = Noise(seed);
+    let mut random = Random::new(seed);
     let mut x = vec![T::zeroed(); case.tokens() * width];
-    bytemuck::cast_slice_mut(&mut x).fill_with(|| noise.next() as u8);
+    bytemuck::cast_slice_mut(&mut x).fill_with(|| random.draw() as u8);
     let matrix = Strided::new(&x, case.tokens(), width, strides, poison);
     case.with_layout(|layout, oracle_layout| {
         let gap = if padding == Padding::Zero { T::zeroed() } else { poison };
@@ -250,13 +249,13 @@ proptest! {
     ) {
         let Choice { format, hidden, seed, strides, padding, .. } = choice;
         let (tokens, groups) = (case.tokens(), hidden / format.group().size());
-        let mut noise = Noise(seed);
-        let bytes: Vec<u8> = (0..tokens * hidden).map(|_| noise.next() as u8).collect();
+        let mut random = Random::new(seed);
+        let bytes: Vec<u8> = (0..tokens * hidden).map(|_| random.draw() as u8).collect();
         let packed = format.layout() == ScaleLayout::PackedUe8m0;
-        let exponents: Vec<u8> = (0..tokens * groups).map(|_| noise.next() as u8).collect();
+        let exponents: Vec<u8> = (0..tokens * groups).map(|_| random.draw() as u8).collect();
         // Any f32 at all for the f32 layouts; for the packed one what the exponents mean.
         let scales: Vec<f32> = exponents.iter().map(|&byte| match byte {
-            _ if !packed => f32::from_bits(noise.next() as u32),
+            _ if !packed => f32::from_bits(random.draw() as u32),
             255 => f32::INFINITY,
             _ => oracle::quantize::ue8m0_value(byte) as f32,
         }).collect();

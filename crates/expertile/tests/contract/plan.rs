@@ -1,6 +1,6 @@
 //! Sizes: the reference's, the tight bound and the exact sum, against the oracle's formulas and brute force.
 
-use crate::cases::{config, routings};
+use crate::routings::{config, routings};
 use expertile::plan::{
     compute_aligned_m, compute_aligned_m_and_alignment, expert_num_tokens_round_up_and_sum, round_up, tight_m_sum,
 };

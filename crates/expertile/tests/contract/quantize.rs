@@ -1,6 +1,6 @@
 //! The definitions of a quantized value and its scale, against search.
 
-use crate::cases::config;
+use crate::routings::config;
 use expertile::quantize::{quantize_value, scale_of, ue8m0_byte, ue8m0_value};
 use expertile::{E4m3, ScaleRounding};
 use expertile_oracle::quantize as oracle;

@@ -1,6 +1,7 @@
 //! Counts, and the routers against the oracle's.
 
-use crate::cases::{Strided, Strides, config, routings, strides};
+use crate::cases::{Strided, Strides, strides};
+use crate::routings::{config, routings};
 use expertile::{GroupWorth, Groups, Normalization, Router, Routing, Scoring};
 use expertile_oracle::routing as oracle;
 use proptest::collection::vec;

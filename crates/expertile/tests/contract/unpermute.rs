@@ -1,11 +1,10 @@
 //! The weighted sum, bit for bit.
 
-use crate::cases::{
-    Fill, Noise, Number, RoutingCase, Strided, Strides, bits, config, exact, fills, machines, numbers, routings,
-    strides,
-};
+use crate::cases::{Number, Strided, Strides, bits, exact, fills, machines, numbers, strides};
+use crate::routings::{RoutingCase, config, routings};
 use expertile::cpu;
 use expertile_oracle as oracle;
+use expertile_testkit::{Fill, Random};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -89,16 +88,16 @@ proptest! {
         weighted: bool,
         with_routing: bool,
     ) {
-        let mut noise = Noise(seed);
+        let mut random = Random::new(seed);
         let rows: Vec<bf16> = numbers(held * hidden, Fill::Ordinary, seed);
         let weights: Vec<f32> = numbers(case.ids.len(), Fill::Ordinary, !seed);
         let mut given = Vec::new();
         let mut meant = Vec::new();
         for &id in &case.ids {
-            let row = (noise.next() % held as u64) as i32;
+            let row = random.below(held) as i32;
             let local = oracle::layout::local_expert(id, case.expert_map.as_deref()).is_some();
             meant.push(if local { row } else { -1 });
-            let junk = [-1, i32::MIN, i32::MAX, row][noise.next() as usize % 4];
+            let junk = random.of(&[-1, i32::MIN, i32::MAX, row]);
             given.push(if local { row } else if with_routing { junk } else { -5 });
         }
         let expected: Vec<u32> =

@@ -1,9 +1,9 @@
 //! Random weights, in the library's form and in the oracle's.
 
-use crate::cases::Noise;
 use expertile::cpu::{Cpu, PackedWeights};
 use expertile::{E4m3, GateUpOrder, WeightFormat};
 use expertile_oracle as oracle;
+use expertile_testkit::Random;
 use half::bf16;
 
 /// Weights `[experts, n, k]` of one format.
@@ -44,9 +44,9 @@ impl Weights {
     }
 
     fn of_segments(format: WeightFormat, [experts, n, k]: [usize; 3], segments: usize, seed: u64) -> Self {
-        let mut noise = Noise(seed);
+        let mut random = Random::new(seed);
         let size = 1.0 / (k as f32).sqrt();
-        let exact: Vec<f32> = (0..experts * n * k).map(|_| size * noise.normal()).collect();
+        let exact: Vec<f32> = (0..experts * n * k).map(|_| size * random.normal()).collect();
         let data = match format {
             WeightFormat::Bf16 => Data::Bf16(exact.into_iter().map(bf16::from_f32).collect()),
             WeightFormat::E4m3 => {

@@ -1,13 +1,12 @@
 //! The activation, quantized and not.
 
-use crate::case::{
-    BASE, Case, Inputs, POISON, Pattern, assert_same, download, element, format, poisoned, with_layout, word, words_of,
-};
-use crate::on_device::{Random, device, upload};
+use crate::case::{BASE, Case, Inputs, download, element, format, poisoned, with_layout, word, words_of};
+use crate::on_device::{device, upload};
 use crate::unpermute::number_bits;
 use expertile::cpu::{self, Cpu};
 use expertile::cuda::{Activate, ActivateCall, ActivateConfig, Device, Stream};
 use expertile::{Activation, E4m3, Group, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut};
+use expertile_testkit::{POISON, Pattern, Random, assert_same};
 use half::bf16;
 
 #[test]

@@ -1,6 +1,7 @@
 //! What a case is, its inputs, and how they and what comes of them are laid out.
 
-use crate::on_device::{Random, filled, upload};
+use crate::on_device::{filled, upload};
+use crate::routings::RoutingCase;
 use expertile::cuda::{
     Device, DeviceBuffer, DeviceMatrix, LayoutPtrs, QuantizePermuteCall, RouteCall, RoutingPtrs, RowsPtrs, STATE_BYTES,
 };
@@ -8,22 +9,8 @@ use expertile::{
     Dtype, Group, Layout, MatrixRef, Padding, Plan, Routing, ScaleFormat, ScaleLayout, ScaleRounding, TokenExperts,
     TopkIds,
 };
+use expertile_testkit::{POISON, Pattern, Random, expert_map};
 use half::{bf16, f16};
-
-pub(crate) const POISON: u8 = 0xa5;
-
-/// How tokens choose experts.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Pattern {
-    /// Distinct experts, evenly.
-    Even,
-    /// Half of all slots on few experts, repeats within a token, some slots empty.
-    Skewed,
-    /// Every slot on one expert.
-    One,
-    /// No slot at all.
-    Empty,
-}
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Case {
@@ -63,6 +50,12 @@ pub(crate) const BASE: Case = Case {
     seed: 1,
 };
 
+impl Case {
+    pub(crate) fn global_experts(&self) -> usize {
+        if self.global > 0 { self.global } else { self.experts }
+    }
+}
+
 /// A case's inputs on the host.
 pub(crate) struct Inputs {
     pub(crate) ids: Vec<i64>,
@@ -75,72 +68,37 @@ pub(crate) struct Inputs {
 impl Inputs {
     pub(crate) fn new(case: &Case) -> Self {
         let mut random = Random::new(case.seed);
-        let map = (case.global > 0).then(|| expert_map(case, &mut random));
-        let ids = ids(case, if case.global > 0 { case.global } else { case.experts }, &mut random);
-        let x = (0..case.tokens * case.hidden).map(|_| element(case, &mut random)).collect();
-        let weights = (0..case.tokens * case.topk).map(|_| random.float()).collect();
+        let map = (case.global > 0).then(|| expert_map(&mut random, case.global, case.experts));
+        let experts = case.global_experts();
+        let ids = case.pattern.ids(&mut random, [case.tokens, case.topk], experts, experts / 2);
         let repeat = if case.pattern == Pattern::Even { TokenExperts::Distinct } else { TokenExperts::MayRepeat };
         let plan = match case.seed % 2 {
             0 => Plan::reference(case.tokens, case.topk, case.experts, case.alignment, None),
             _ => Plan::tight(case.tokens, case.topk, case.experts, case.alignment, repeat),
         };
-        Self { ids, map, x, weights, plan: plan.unwrap() }
+        Self::with_rows(case, ids, map, plan.unwrap(), &mut random)
     }
-}
 
-pub(crate) fn expert_map(case: &Case, random: &mut Random) -> Vec<i32> {
-    let mut map = vec![-1; case.global];
-    for local in 0..case.experts {
-        let mut at = random.below(case.global);
-        while map[at] >= 0 {
-            at = (at + 1) % case.global;
-        }
-        map[at] = local as i32;
+    /// Those of a case whose tokens, experts and alignment are the routing's.
+    pub(crate) fn of_routing(case: &Case, routing: &RoutingCase) -> Self {
+        let (ids, map) = (routing.ids.clone(), routing.expert_map.clone());
+        Self::with_rows(case, ids, map, routing.plan(), &mut Random::new(case.seed))
     }
-    map
-}
 
-pub(crate) fn ids(case: &Case, global: usize, random: &mut Random) -> Vec<i64> {
-    let mut ids = Vec::with_capacity(case.tokens * case.topk);
-    for _ in 0..case.tokens {
-        let first = random.below(global);
-        let step = 1 + random.below(global.max(2) - 1);
-        for slot in 0..case.topk {
-            ids.push(match case.pattern {
-                Pattern::Even if slot < global && gcd(step, global) == 1 => ((first + slot * step) % global) as i64,
-                Pattern::Even if slot < global => ((first + slot) % global) as i64,
-                Pattern::Even | Pattern::Empty => -1 - (slot as i64),
-                Pattern::One => (global / 2) as i64,
-                Pattern::Skewed if random.below(5) == 0 => -1,
-                Pattern::Skewed if random.below(2) == 0 => random.below(global.min(3)) as i64,
-                Pattern::Skewed => random.below(global) as i64,
-            });
-        }
+    fn with_rows(case: &Case, ids: Vec<i64>, map: Option<Vec<i32>>, plan: Plan, random: &mut Random) -> Self {
+        let x = (0..case.tokens * case.hidden).map(|_| element(case, random)).collect();
+        let weights = (0..case.tokens * case.topk).map(|_| random.spread()).collect();
+        Self { ids, map, x, weights, plan }
     }
-    ids
-}
-
-pub(crate) fn gcd(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// A bf16 or f16: mostly a number, now and then one of the special ones.
 pub(crate) fn element(case: &Case, random: &mut Random) -> u16 {
-    if case.hostile && random.below(97) == 0 {
-        return match (random.below(8), case.input) {
-            (0, _) => 0x7fff,
-            (1, Dtype::F16) => 0xfc00,
-            (1, _) => 0xff80,
-            (2, _) => 1,
-            (3, _) => 0x8001,
-            (4, _) => 0x8000,
-            (5, Dtype::F16) => 0x7bff,
-            (5, _) => 0x7f7f,
-            (6, _) => 0xffc1,
-            _ => 0,
-        };
+    let (infinity, largest) = if case.input == Dtype::F16 { (0xfc00, 0x7bff) } else { (0xff80, 0x7f7f) };
+    if case.hostile && random.one_in(97) {
+        return random.of(&[0x7fff, infinity, 1, 0x8001, 0x8000, largest, 0xffc1, 0]);
     }
-    let x = random.float();
+    let x = random.spread();
     if case.input == Dtype::F16 { f16::from_f32(x).to_bits() } else { bf16::from_f32(x).to_bits() }
 }
 
@@ -160,23 +118,6 @@ pub(crate) fn words_of<T: bytemuck::Pod>(values: &[T]) -> Vec<u32> {
 
 pub(crate) fn word<T: bytemuck::Pod>() -> T {
     bytemuck::pod_read_unaligned(&[POISON; 8][..size_of::<T>()])
-}
-
-/// Fails with the first place where two lists differ.
-pub(crate) fn assert_same<T: PartialEq + std::fmt::Debug>(
-    what: &str,
-    case: &dyn std::fmt::Debug,
-    actual: &[T],
-    expected: &[T],
-) {
-    assert_eq!(actual.len(), expected.len(), "{what} of {case:?}");
-    let differs = |&at: &usize| actual[at] != expected[at];
-    if actual != expected
-        && let Some(at) = (0..actual.len()).find(differs)
-    {
-        let count = (0..actual.len()).filter(differs).count();
-        panic!("{what}[{at}] is {:?}, expected {:?} ({count} differ) in {case:?}", actual[at], expected[at]);
-    }
 }
 
 /// A case's inputs and poisoned outputs on the device.
@@ -214,7 +155,7 @@ impl OnDevice {
         let routing = RoutingPtrs {
             ids: DeviceMatrix::row_major(ids.ptr(), case.topk),
             expert_map: map.as_ref().map(|map| map.ptr().cast()),
-            global_experts: if case.global > 0 { case.global } else { case.experts },
+            global_experts: case.global_experts(),
         };
         let rows = RowsPtrs {
             x: DeviceMatrix::row_major(x.ptr(), case.hidden),

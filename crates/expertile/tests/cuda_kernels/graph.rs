@@ -1,13 +1,14 @@
 //! A captured chain of steps.
 
-use crate::case::{BASE, Case, Inputs, OnDevice, POISON, Pattern, assert_same, download, poisoned, with_layout};
-use crate::on_device::{Random, device, upload};
+use crate::case::{BASE, Case, Inputs, OnDevice, download, poisoned, with_layout};
+use crate::on_device::{device, upload};
 use crate::quantize_permute::{check_outputs, config, expected};
 use crate::unpermute::number_bits;
 use cudarc::driver::sys;
 use expertile::cpu::{self, Cpu};
 use expertile::cuda::{DeviceMatrix, QuantizePermute, Stream, Unpermute, UnpermuteCall, UnpermuteConfig};
 use expertile::{Dtype, MatrixRef};
+use expertile_testkit::{POISON, Pattern, Random, assert_same};
 use half::bf16;
 
 /// A captured launch, replayable.
@@ -73,7 +74,7 @@ fn a_captured_chain_replays_right_with_changed_inputs_in_a_worst_case_buffer() {
         let unpermute = Unpermute::prepare(device, config).unwrap();
         let m_sum = first.plan.m_sum();
         let mut random = Random::new(5);
-        let rows: Vec<u16> = (0..m_sum * 1024).map(|_| bf16::from_f32(random.float()).to_bits()).collect();
+        let rows: Vec<u16> = (0..m_sum * 1024).map(|_| bf16::from_f32(random.spread()).to_bits()).collect();
         let (from, to) = (upload(device, &rows), poisoned(device, tokens * 1024 * 2));
         let call = UnpermuteCall {
             rows: from.ptr(),

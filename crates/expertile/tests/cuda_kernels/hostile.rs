@@ -3,11 +3,12 @@
 //!
 //! `EXPERTILE_HOSTILE_LAUNCHES` sets how many routings are launched.
 
-use crate::case::{BASE, Case, Inputs, OnDevice, Pattern};
-use crate::on_device::{Random, device};
+use crate::case::{BASE, Case, Inputs, OnDevice};
+use crate::on_device::device;
 use crate::quantize_permute::{check_outputs, config, expected};
 use expertile::cuda::{QuantizePermute, Stream};
 use expertile::{Error, Plan, TokenExperts};
+use expertile_testkit::{Pattern, Random};
 
 /// Launches of an ordinary run: a few seconds under the emulator.
 const LAUNCHES: usize = 120;

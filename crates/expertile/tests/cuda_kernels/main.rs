@@ -16,16 +16,19 @@ mod on_device;
 mod permute;
 mod quantize_permute;
 mod routing_errors;
+#[path = "../routings/mod.rs"]
+mod routings;
 mod unpermute;
 
 use crate::activation::check_activation;
-use crate::case::{BASE, Case, Pattern, format};
+use crate::case::{BASE, Case, format};
 use crate::on_device::device;
 use crate::permute::check_permute_quantized;
 use crate::quantize_permute::{check_quantize_permute, config};
 use crate::unpermute::check_unpermute;
 use expertile::cuda::QuantizePermute;
 use expertile::{Activation, Group, Padding, ScaleLayout, ScaleRounding};
+use expertile_testkit::Pattern;
 
 #[test]
 fn no_kernel_uses_local_memory_and_every_one_says_its_registers() {

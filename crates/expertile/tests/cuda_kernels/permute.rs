@@ -1,13 +1,12 @@
 //! Rows that are ready, with their scales or without.
 
-use crate::case::{
-    BASE, Case, Inputs, OnDevice, POISON, assert_same, download, format, poisoned, with_layout, word, words_of,
-};
-use crate::on_device::{Random, device, upload};
+use crate::case::{BASE, Case, Inputs, OnDevice, download, format, poisoned, with_layout, word, words_of};
+use crate::on_device::{device, upload};
 use crate::quantize_permute::config;
 use expertile::cpu::{self, Cpu, RowScales};
 use expertile::cuda::{Device, DeviceMatrix, Permute, PermuteCall, PermuteConfig, Route, RowsPtrs, Stream};
 use expertile::{Dtype, E4m3, Group, MatrixRef, Padding, ScaleLayout, ScaleRounding, ScalesMut};
+use expertile_testkit::{POISON, Random, assert_same};
 use half::bf16;
 
 #[test]
@@ -34,10 +33,10 @@ fn ready_rows_are_permuted_with_their_scales() {
 pub(crate) fn check_permute_quantized(device: &Device, case: &Case) {
     let inputs = Inputs::new(case);
     let mut random = Random::new(case.seed + 1);
-    let rows: Vec<E4m3> = (0..case.tokens * case.hidden).map(|_| E4m3(random.next() as u8)).collect();
+    let rows: Vec<E4m3> = (0..case.tokens * case.hidden).map(|_| E4m3(random.draw() as u8)).collect();
     let groups = case.format.groups(case.hidden).unwrap();
-    let f32_scales: Vec<f32> = (0..case.tokens * groups).map(|_| random.float()).collect();
-    let bytes: Vec<u8> = (0..case.tokens * groups).map(|_| random.next() as u8).collect();
+    let f32_scales: Vec<f32> = (0..case.tokens * groups).map(|_| random.spread()).collect();
+    let bytes: Vec<u8> = (0..case.tokens * groups).map(|_| random.draw() as u8).collect();
     let packed = case.format.layout() == ScaleLayout::PackedUe8m0;
     let words = case.format.words(inputs.plan.m_sum(), case.hidden).unwrap();
     let mut out = vec![E4m3(POISON); inputs.plan.m_sum() * case.hidden];

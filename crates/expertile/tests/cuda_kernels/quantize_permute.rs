@@ -1,13 +1,15 @@
 //! From routing to quantized rows: lists, bytes, scales, gaps.
 
-use crate::case::{
-    BASE, Case, Inputs, OnDevice, POISON, Pattern, assert_same, download, format, with_layout, word, words_of,
-};
+use crate::case::{BASE, Case, Inputs, OnDevice, download, format, with_layout, word, words_of};
 use crate::on_device::device;
+use crate::routings::{self, RoutingCase, routings};
 use expertile::cpu::{self, Cpu};
 use expertile::cuda::{Device, DevicePtr, QuantizePermute, QuantizePermuteConfig, RouteConfig, Stream};
 use expertile::{Dtype, E4m3, Group, MatrixRef, Padding, Plan, ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut};
+use expertile_testkit::{POISON, Pattern, assert_same};
 use half::{bf16, f16};
+use proptest::strategy::Strategy;
+use proptest::test_runner::TestRunner;
 
 /// What the CPU backend makes of a case.
 pub(crate) struct Expected {
@@ -127,15 +129,18 @@ pub(crate) fn config(case: &Case) -> QuantizePermuteConfig {
 
 /// One launch where the slots allow it, and two; the same bits.
 pub(crate) fn check_quantize_permute(device: &Device, case: &Case) {
-    let inputs = Inputs::new(case);
-    let expected = expected(case, &inputs);
+    check_inputs(device, case, &Inputs::new(case));
+}
+
+fn check_inputs(device: &Device, case: &Case, inputs: &Inputs) {
+    let expected = expected(case, inputs);
     for single_launch_slots in [8192, 0] {
         if case.tokens * case.topk > single_launch_slots && single_launch_slots > 0 {
             continue;
         }
         let step =
             QuantizePermute::prepare(device, config(case)).unwrap().with_single_launch_slots(single_launch_slots);
-        let on = OnDevice::new(device, case, &inputs, step.workspace_bytes(&inputs.plan).unwrap());
+        let on = OnDevice::new(device, case, inputs, step.workspace_bytes(&inputs.plan).unwrap());
         let stream = Stream(0);
         unsafe {
             step.initialise_state(stream, on.state.ptr()).unwrap();
@@ -236,6 +241,34 @@ fn quantize_permute_is_the_cpus_when_all_tokens_go_one_way_or_none() {
             ..BASE
         };
         check_quantize_permute(device, &case);
+    }
+}
+
+/// What the properties of `contract` run on the CPU.
+#[test]
+fn quantize_permute_is_the_cpus_for_every_kind_of_routing() {
+    let Some(device) = device() else { return };
+    let fits = routings().prop_filter("a GPU takes at most 32 experts of a token", |routing| routing.topk <= 32);
+    let check = |routing: RoutingCase| {
+        let case = Case {
+            tokens: routing.tokens(),
+            topk: routing.topk,
+            experts: routing.local_experts,
+            global: routing.expert_map.as_ref().map_or(0, Vec::len),
+            hidden: 128,
+            alignment: routing.alignment,
+            // Two of them, and few values of topk: every pair is compiled.
+            row_tile: if routing.alignment.is_multiple_of(4) { 4 } else { 1 },
+            // The ids of empty slots need 64 bits.
+            wide_ids: true,
+            seed: 1601,
+            ..BASE
+        };
+        check_inputs(device, &case, &Inputs::of_routing(&case, &routing));
+        Ok(())
+    };
+    if let Err(error) = TestRunner::new(routings::config(40)).run(&fits, check) {
+        panic!("{error}");
     }
 }
 

@@ -1,10 +1,11 @@
 //! Ids, map entries and routings that do not fit: nothing outside is touched, and the next wait says so.
 
-use crate::case::{BASE, Case, Inputs, OnDevice, POISON, download, poisoned, with_layout};
+use crate::case::{BASE, Case, Inputs, OnDevice, download, poisoned, with_layout};
 use crate::on_device::device;
 use crate::quantize_permute::{check_outputs, config, expected, lists};
 use expertile::cuda::{QuantizePermute, QuantizePermuteCall, RowsPtrs, Stream};
 use expertile::{Error, Plan};
+use expertile_testkit::{POISON, assert_untouched};
 
 #[test]
 fn ids_past_the_limit_write_nothing_outside_and_are_reported_at_the_next_wait() {
@@ -77,7 +78,7 @@ fn a_routing_that_needs_more_rows_than_planned_stays_inside_and_is_reported() {
             assert_eq!(error, Error::MSum { m_sum: small, needed, alignment: 16 });
         }
         let after: Vec<u8> = download(&guarded, guarded.bytes());
-        assert!(after[small * 256..].iter().all(|&byte| byte == POISON), "rows past the buffer were written");
+        assert_untouched("memory past the rows", &after[small * 256..], POISON);
         let lists = lists(&on, &case, &inputs.plan);
         assert!(lists[..24].iter().all(|&row| (0..=small as i32).contains(&row)), "{:?}", &lists[..24]);
         assert!(lists[24 + small..].iter().all(|&row| row < small as i32));

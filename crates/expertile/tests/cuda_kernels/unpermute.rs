@@ -1,10 +1,11 @@
 //! Rows back to their tokens.
 
-use crate::case::{BASE, Case, Inputs, Pattern, assert_same, download, element, poisoned, with_layout, word};
-use crate::on_device::{Random, device, upload};
+use crate::case::{BASE, Case, Inputs, download, element, poisoned, with_layout, word};
+use crate::on_device::{device, upload};
 use expertile::cpu::{self, Cpu};
 use expertile::cuda::{Device, DeviceMatrix, Stream, Unpermute, UnpermuteCall, UnpermuteConfig};
 use expertile::{Dtype, MatrixRef};
+use expertile_testkit::{Pattern, Random, assert_same};
 use half::bf16;
 
 /// The bits of numbers; one value for every NaN, whose payload is nobody's promise.

@@ -19,8 +19,9 @@ use expertile::{
     Activation, Dtype, E4m3, Error, LayerConfig, MatrixRef, WeightFormat, WeightsBuilder as WeightsBuilderTrait,
 };
 use expertile_oracle::compare::{self, Tolerance};
+use expertile_testkit::{NAN_POISON, Pattern, assert_untouched};
 use half::bf16;
-use model::{BASE, Call, Inputs, Matrices, Model, POISON, Pattern, Spec};
+use model::{BASE, Call, Inputs, Matrices, Model, Spec};
 use on_device::hopper;
 use std::fmt::{self, Write};
 
@@ -92,7 +93,7 @@ fn differences(device: &Device, model: &Model, tokens: usize, pattern: Pattern) 
     assert!(found == half.output, "unpermute differs: {tokens} tokens, {pattern:?}, {:?}", model.spec);
     let same_rows = Differences::of(&half.from_device, &half.from_cpu, hidden);
     // Once more on what the first call left in the workspace.
-    call.output.fill(POISON).unwrap();
+    call.output.fill(NAN_POISON).unwrap();
     call.launch(Stream(0));
     assert!(call.output_bytes() == bytes, "a second call differs: {tokens} tokens, {pattern:?}, {:?}", model.spec);
 
@@ -238,7 +239,7 @@ fn fifty_repeats_give_the_same_bits() {
             call.launch(Stream(0));
             let first = call.output_bytes();
             for repeat in 1..50 {
-                call.output.fill(POISON).unwrap();
+                call.output.fill(NAN_POISON).unwrap();
                 call.launch(Stream(0));
                 assert!(call.output_bytes() == first, "repeat {repeat} of {tokens} tokens, {format}");
             }
@@ -359,11 +360,11 @@ fn a_captured_call_replays_on_new_inputs() {
         let _context = current_context(device);
         let stream = OwnStream::new();
         let executable = capture(&stream, |stream| call.launch(stream));
-        assert!(call.output_bytes().iter().all(|&byte| byte == POISON), "capturing runs nothing");
+        assert_untouched("output after capturing, which runs nothing,", &call.output_bytes(), NAN_POISON);
         for (seed, pattern) in [(1, Pattern::Even), (2, Pattern::Skewed), (3, Pattern::One), (4, Pattern::Skewed)] {
             let inputs = Inputs::new(&model, tokens, pattern, seed);
             call.upload(&inputs);
-            call.output.fill(POISON).unwrap();
+            call.output.fill(NAN_POISON).unwrap();
             unsafe { sys::cuGraphLaunch(executable, stream.0).result().unwrap() };
             call.check(stream.stream()).unwrap();
             let found = Differences::of(&call.output(), &model.cpu(&inputs), spec.hidden);
@@ -448,15 +449,15 @@ fn bad_calls_are_typed_errors_and_nothing_is_written() {
     routing = good.routing;
     routing.global_experts = 17;
     refuse(40, LayerCall { routing, ..good }, "global_experts is 17, expected 16");
-    assert!(call.output_bytes().iter().all(|&byte| byte == POISON));
+    assert_untouched("output", &call.output_bytes(), NAN_POISON);
     let mut workspace = vec![0; call.workspace_bytes];
     call.workspace.download_at(0, &mut workspace).unwrap();
-    assert!(workspace[64..].iter().all(|&byte| byte == POISON));
+    assert_untouched("workspace", &workspace[64..], NAN_POISON);
     // No tokens: nothing to do, and nothing is looked at.
     unsafe {
         model.on_device.launch(Stream(0), &LayerCall { tokens: 0, output: DevicePtr::default(), ..good }).unwrap()
     };
-    assert!(call.output_bytes().iter().all(|&byte| byte == POISON));
+    assert_untouched("output", &call.output_bytes(), NAN_POISON);
 }
 
 /// One expert's worth of weights that fit nothing in particular.

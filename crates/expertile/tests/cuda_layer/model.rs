@@ -1,6 +1,6 @@
 //! A made-up layer on the host, on the CPU backend, for the oracle, and on a device.
 
-use crate::on_device::{Random, upload};
+use crate::on_device::upload;
 use expertile::cpu::{self, Cpu, PackedWeights};
 use expertile::cuda::{
     Device, DeviceBuffer, DeviceMatrix, DevicePtr, Layer, LayerCall, RoutingPtrs, STATE_BYTES, Stream, Weights,
@@ -10,13 +10,11 @@ use expertile::{
     Scales, TopkIds, WeightFormat,
 };
 use expertile_oracle::layer as oracle;
+use expertile_testkit::{
+    GUARD, NAN_POISON, Pattern, Random, assert_untouched, block_scaled_weights, expert_map, unit_rows, unit_weights,
+};
 use half::{bf16, f16};
 use std::ops::Range;
-
-/// NaN in every type that the layer has.
-pub(crate) const POISON: u8 = 0xff;
-/// Bytes behind every output and workspace that nothing may touch.
-pub(crate) const GUARD: usize = 4096;
 
 /// What a made-up layer is.
 #[derive(Debug, Clone, Copy)]
@@ -85,18 +83,12 @@ pub(crate) enum Matrices {
 }
 
 impl Matrices {
-    fn new(format: WeightFormat, (experts, n, k): (usize, usize, usize), random: &mut Random) -> Self {
-        // A sum of k products of unit variance keeps it.
-        let size = (3.0 / k as f32).sqrt();
+    fn new(format: WeightFormat, extents: [usize; 3], random: &mut Random) -> Self {
         match format {
-            WeightFormat::Bf16 => {
-                Self::Bf16((0..experts * n * k).map(|_| bf16::from_f32(size * random.uniform())).collect())
-            }
+            WeightFormat::Bf16 => Self::Bf16(unit_weights(random, extents, bf16::from_f32)),
             WeightFormat::E4m3 => {
-                let values = (0..experts * n * k).map(|_| E4m3::from_f32(E4m3::MAX * random.uniform())).collect();
-                let blocks = experts * n.div_ceil(128) * k.div_ceil(128);
-                let scale = |_| size / E4m3::MAX * (1.0 + 0.5 * random.uniform());
-                Self::E4m3(values, (0..blocks).map(scale).collect())
+                let (values, scales) = block_scaled_weights(random, extents, E4m3::MAX, E4m3::from_f32);
+                Self::E4m3(values, scales)
             }
         }
     }
@@ -159,9 +151,9 @@ impl Model {
         let mut random = Random::new(spec.hidden as u64 + spec.experts as u64);
         let Spec { hidden, intermediate, experts, .. } = spec;
         let sizes = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate));
-        let w13 = Matrices::new(spec.format, sizes.0, &mut random);
-        let w2 = Matrices::new(spec.format, sizes.1, &mut random);
-        let map = (spec.global > 0).then(|| expert_map(&spec, &mut random));
+        let w13 = Matrices::new(spec.format, sizes.0.into(), &mut random);
+        let w2 = Matrices::new(spec.format, sizes.1.into(), &mut random);
+        let map = (spec.global > 0).then(|| expert_map(&mut random, spec.global, experts));
         Self::with_weights(device, spec, (w13, w2), map)
     }
 
@@ -292,36 +284,11 @@ impl Model {
     }
 }
 
-fn expert_map(spec: &Spec, random: &mut Random) -> Vec<i32> {
-    let mut map = vec![-1; spec.global];
-    for local in 0..spec.experts {
-        let mut at = random.below(spec.global);
-        while map[at] >= 0 {
-            at = (at + 1) % spec.global;
-        }
-        map[at] = local as i32;
-    }
-    map
-}
-
 /// See [`Model::second_half`]; the rows are live ones only.
 pub(crate) struct SecondHalf {
     pub(crate) from_cpu: Vec<f64>,
     pub(crate) from_device: Vec<f64>,
     pub(crate) output: Vec<f64>,
-}
-
-/// How tokens choose experts.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Pattern {
-    /// Distinct experts, evenly.
-    Even,
-    /// Half of all slots on few experts, repeats within a token, some slots empty.
-    Skewed,
-    /// Every slot on one expert.
-    One,
-    /// No slot at all.
-    Empty,
 }
 
 /// One call's inputs on the host; values are exact in the layer's input type.
@@ -340,24 +307,9 @@ impl Inputs {
             Dtype::F16 => f16::from_f32(x).to_f32(),
             _ => bf16::from_f32(x).to_f32(),
         };
-        let x = (0..tokens * spec.hidden).map(|_| round(3f32.sqrt() * random.uniform())).collect();
+        let x = unit_rows(&mut random, tokens * spec.hidden, round);
         let local = model.map.as_ref().and_then(|map| map.iter().position(|&expert| expert >= 0)).unwrap_or(0);
-        let mut ids = Vec::with_capacity(tokens * spec.topk);
-        for _ in 0..tokens {
-            let first = random.below(spec.global_experts());
-            for slot in 0..spec.topk {
-                ids.push(match pattern {
-                    Pattern::Even => ((first + slot * 7) % spec.global_experts()) as i64,
-                    Pattern::Empty => -1 - slot as i64,
-                    Pattern::One => local as i64,
-                    Pattern::Skewed if random.below(5) == 0 => -1,
-                    Pattern::Skewed if random.below(2) == 0 => {
-                        ((local + random.below(3)) % spec.global_experts()) as i64
-                    }
-                    Pattern::Skewed => random.below(spec.global_experts()) as i64,
-                });
-            }
-        }
+        let ids = pattern.ids(&mut random, [tokens, spec.topk], spec.global_experts(), local);
         let weights = (0..tokens * spec.topk).map(|_| (1.0 + 0.9 * random.uniform()) / spec.topk as f32).collect();
         Self { tokens, x, ids, weights }
     }
@@ -408,7 +360,7 @@ impl<'a> Call<'a> {
             workspace_bytes,
         };
         call.upload(inputs);
-        call.output.fill(POISON).unwrap();
+        call.output.fill(NAN_POISON).unwrap();
         call
     }
 
@@ -445,8 +397,8 @@ impl<'a> Call<'a> {
 
     /// Poisons the output and all of the workspace, and readies the state.
     pub(crate) fn poison(&self, device: &Device) {
-        self.output.fill(POISON).unwrap();
-        self.workspace.fill(POISON).unwrap();
+        self.output.fill(NAN_POISON).unwrap();
+        self.workspace.fill(NAN_POISON).unwrap();
         unsafe {
             self.model.on_device.initialise_state(Stream(0), self.state.ptr()).unwrap();
             device.synchronize(Stream(0)).unwrap();
@@ -473,14 +425,14 @@ impl<'a> Call<'a> {
         let mut bytes = vec![0; self.output.bytes()];
         self.output.download_at(0, &mut bytes).unwrap();
         let guard = bytes.split_off(bytes.len() - GUARD);
-        assert!(guard.iter().all(|&byte| byte == POISON), "written past the output");
+        assert_untouched("guard of the output", &guard, NAN_POISON);
         bytes
     }
 
     pub(crate) fn check_workspace_guard(&self) {
         let mut bytes = vec![0; self.workspace.bytes()];
         self.workspace.download_at(0, &mut bytes).unwrap();
-        assert!(bytes[self.workspace_bytes..].iter().all(|&byte| byte == POISON), "written past the workspace");
+        assert_untouched("guard of the workspace", &bytes[self.workspace_bytes..], NAN_POISON);
     }
 
     pub(crate) fn output(&self) -> Vec<f64> {

@@ -1,9 +1,10 @@
 //! The safe door: the bits of the raw one, refusals before anything is queued, graphs.
 
-use crate::model::{BASE, Inputs, Model, Pattern, Spec};
+use crate::model::{BASE, Inputs, Model, Spec};
 use crate::on_device::hopper;
 use expertile::cuda::{Device, DeviceBuffer, Ids, LayerInputs};
 use expertile::{Dtype, Error, ExpertLayer};
+use expertile_testkit::{NAN_POISON, Pattern};
 use half::bf16;
 
 /// A call's inputs in typed buffers.
@@ -59,7 +60,7 @@ fn a_safe_call_and_its_graph_have_the_bits_of_the_raw_call() {
     };
     let typed = Typed::new(device, &model, &first);
     let output = device.allocate::<f32>(tokens * SPEC.hidden).unwrap();
-    output.fill(0xff).unwrap();
+    output.fill(NAN_POISON).unwrap();
     // A workspace for more tokens serves fewer.
     let mut workspace = layer.workspace(SPEC.max_tokens).unwrap();
     layer.run(&typed.inputs(tokens), &mut workspace, &output).unwrap();
@@ -72,7 +73,7 @@ fn a_safe_call_and_its_graph_have_the_bits_of_the_raw_call() {
         typed.x.upload(&inputs.x.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>()).unwrap();
         typed.ids.upload(&inputs.ids).unwrap();
         typed.weights.upload(&inputs.weights).unwrap();
-        output.fill(0xff).unwrap();
+        output.fill(NAN_POISON).unwrap();
         graph.replay().unwrap();
         graph.check().unwrap();
         assert_eq!(values(&output), expected(&inputs), "replay {seed}");
@@ -90,7 +91,7 @@ fn a_safe_call_refuses_what_does_not_fit_before_it_queues_anything() {
     let (tokens, layer) = (33, &model.on_device);
     let typed = Typed::new(device, &model, &Inputs::new(&model, tokens, Pattern::Even, 1));
     let mut output = device.allocate::<f32>(tokens * SPEC.hidden).unwrap();
-    output.fill(0xff).unwrap();
+    output.fill(NAN_POISON).unwrap();
     let mut workspace = layer.workspace(tokens).unwrap();
     let small = |len| device.allocate::<bf16>(len).unwrap();
     let good = typed.inputs(tokens);

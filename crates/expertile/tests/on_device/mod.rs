@@ -33,37 +33,6 @@ pub(crate) fn hopper() -> Option<&'static Device> {
     Some(device)
 }
 
-/// Random numbers by xorshift, the same on every run.
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 >> 11
-    }
-
-    pub(crate) fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-
-    /// Evenly spread in [-1, 1).
-    pub(crate) fn uniform(&mut self) -> f32 {
-        (self.next() >> 29) as f32 / (1 << 23) as f32 - 1.0
-    }
-
-    /// Spread over many magnitudes.
-    pub(crate) fn float(&mut self) -> f32 {
-        let unit = self.next() as f32 / (1u64 << 53) as f32 - 0.5;
-        unit * 2f32.powi(self.below(12) as i32 - 6)
-    }
-}
-
 /// Device memory with its contents.
 pub(crate) fn upload<T: bytemuck::NoUninit>(device: &Device, values: &[T]) -> DeviceBuffer {
     let buffer = device.allocate(size_of_val(values).max(16)).unwrap();

@@ -4,40 +4,26 @@ use super::*;
 use crate::cpu::Isa;
 use crate::matrix::MatrixRef;
 use crate::quantize::{ScaleFormat, ScaleLayout, ScaleRounding};
+use expertile_testkit::Random;
 use proptest::prelude::*;
 use std::sync::Arc;
 
-/// A reproducible stream of numbers.
-struct Numbers(u64);
+fn bf16s(random: &mut Random, len: usize) -> Vec<bf16> {
+    (0..len).map(|_| bf16::from_f32(random.uniform())).collect()
+}
 
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        self.0 >> 33
-    }
+/// Every finite byte, but few zeros and subnormals: lines with and without them take different ways.
+fn e4m3s(random: &mut Random, len: usize) -> Vec<E4m3> {
+    let byte = |_| match random.draw() as u8 {
+        nan @ (0x7f | 0xff) => nan ^ 1,
+        small if small & 0x78 == 0 && !random.one_in(256) => small | 0x40,
+        byte => byte,
+    };
+    (0..len).map(byte).map(E4m3).collect()
+}
 
-    /// In -1..1.
-    fn float(&mut self) -> f32 {
-        (self.next() as f32 / (1u64 << 30) as f32) - 1.0
-    }
-
-    fn bf16s(&mut self, len: usize) -> Vec<bf16> {
-        (0..len).map(|_| bf16::from_f32(self.float())).collect()
-    }
-
-    /// Every finite byte, but few zeros and subnormals: lines with and without them take different ways.
-    fn e4m3s(&mut self, len: usize) -> Vec<E4m3> {
-        let normal = |byte: u8| if byte & 0x78 == 0 { byte | 0x40 } else { byte };
-        let bytes = (0..len).map(|_| match self.next() {
-            number if number >> 8 & 0xff == 0 => number as u8,
-            number => normal(number as u8),
-        });
-        bytes.map(|byte| if byte & 0x7f == 0x7f { E4m3(byte ^ 1) } else { E4m3(byte) }).collect()
-    }
-
-    fn scales(&mut self, len: usize) -> Vec<f32> {
-        (0..len).map(|_| (0.6 + 0.5 * self.float()) / 100.0).collect()
-    }
+fn scales(random: &mut Random, len: usize) -> Vec<f32> {
+    (0..len).map(|_| (0.6 + 0.5 * random.uniform()) / 100.0).collect()
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -66,7 +52,7 @@ const POISON: bf16 = bf16::from_bits(0x4abc);
 
 impl Case {
     fn new(formats: Formats, counts: &[usize], alignment: usize, n: usize, k: usize, seed: u64) -> Self {
-        let mut numbers = Numbers(seed);
+        let mut random = Random::new(seed);
         let m_sum: usize = counts.iter().map(|count| count.next_multiple_of(alignment)).sum();
         let e = counts.len();
         let (row_blocks, blocks) = (n.div_ceil(128), k.div_ceil(128));
@@ -76,12 +62,12 @@ impl Case {
             alignment,
             n,
             k,
-            rows: numbers.bf16s(m_sum * k),
-            byte_rows: numbers.e4m3s(m_sum * k),
-            row_scales: numbers.scales(m_sum * blocks),
-            weights: numbers.bf16s(e * n * k),
-            byte_weights: numbers.e4m3s(e * n * k),
-            weight_scales: numbers.scales(e * row_blocks * blocks),
+            rows: bf16s(&mut random, m_sum * k),
+            byte_rows: e4m3s(&mut random, m_sum * k),
+            row_scales: scales(&mut random, m_sum * blocks),
+            weights: bf16s(&mut random, e * n * k),
+            byte_weights: e4m3s(&mut random, e * n * k),
+            weight_scales: scales(&mut random, e * row_blocks * blocks),
         }
     }
 
@@ -363,8 +349,8 @@ fn weights_in_parts_are_those_packed_whole() {
 fn a_part_keeps_its_own_block_scales() {
     // Gate and up of 160 rows: blocks of 128 are counted from row 0 and from row 160.
     let (half, k) = (160, 200);
-    let mut numbers = Numbers(6);
-    let (values, scales) = (numbers.e4m3s(2 * half * k), numbers.scales(2 * 2 * 2));
+    let random = &mut Random::new(6);
+    let (values, scales) = (e4m3s(random, 2 * half * k), scales(random, 2 * 2 * 2));
     let mut builder = PackedWeightsBuilder::new(&Cpu::new(), WeightFormat::E4m3, 1, 2 * half, k).unwrap();
     for part in [1, 0] {
         let rows = MatrixRef::new(&values[part * half * k..], half, k).unwrap();

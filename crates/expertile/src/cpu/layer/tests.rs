@@ -2,6 +2,7 @@ use super::*;
 use crate::cpu::{Isa, unpermute};
 use crate::dtype::Dtype;
 use expertile_oracle::{activation::SWIGLU, compare, layer as oracle};
+use expertile_testkit::Random;
 
 const EXPERTS: usize = 3;
 const HIDDEN: usize = 256;
@@ -11,16 +12,10 @@ const F32: LayerConfig =
     LayerConfig { input: Dtype::F32, output: Dtype::F32, ..LayerConfig::new(2, EXPERTS, ActivationFormat::Bf16) };
 const IDS: [i64; 2 * TOKENS] = [0, 2, 2, 0, -1, 2, 0, -1, -1, -1];
 
-/// Values spread over a few powers of two, different for every seed.
-fn values(seed: u32, len: usize) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9) | 1;
-    let next = |_| {
-        state ^= state << 13;
-        state ^= state >> 17;
-        state ^= state << 5;
-        bf16::from_f32((state >> 8) as f32 / (1 << 23) as f32 - 1.0).to_f32()
-    };
-    (0..len).map(next).collect()
+/// Values exact in bf16, different for every seed.
+fn values(seed: u64, len: usize) -> Vec<f32> {
+    let mut random = Random::new(seed);
+    (0..len).map(|_| bf16::from_f32(random.uniform()).to_f32()).collect()
 }
 
 fn to_bf16(values: &[f32]) -> Vec<bf16> {
