@@ -44,7 +44,8 @@ struct Meeting {
     times: Cell<u64>,
 }
 
-/// Where the lanes of a warp tell each other a value. Two of them in turn: who is early for the next time leaves this one alone.
+/// Where the lanes of a warp tell each other a value. Two of them in turn: who is early for the next time leaves this
+/// one alone.
 #[derive(Default)]
 struct Warp {
     meeting: Meeting,

@@ -1,8 +1,9 @@
 //! NVRTC's functions: CUDA C++ to C++ for the CPU, and that to a shared object by the system's compiler.
 //!
-//! Most of the language is macros and functions of device/prelude.h. What they cannot express is rewritten here: shared variables
-//! (one for all threads of a block) and entry points (called with the addresses of their parameters). The headers that hold
-//! inline PTX are replaced by those in device/ptx/. Pointers and handles are the caller's word, as they are to NVRTC.
+//! Most of the language is macros and functions of device/prelude.h. What they cannot express is rewritten here:
+//! shared variables (one for all threads of a block) and entry points (called with the addresses of their parameters).
+//! The headers that hold inline PTX are replaced by those in device/ptx/. Pointers and handles are the caller's word,
+//! as they are to NVRTC.
 #![allow(non_snake_case, clippy::not_unsafe_ptr_arg_deref)]
 
 use regex::{Captures, Regex};
@@ -187,8 +188,8 @@ fn shared_variables(source: &str) -> String {
     fixed.replace_all(&source, declare).into_owned()
 }
 
-/// For every entry point, a function that calls it with parameters by address, and what a launch has to know of it: blocks of
-/// its cluster, how many parameters, and their sizes.
+/// For every entry point, a function that calls it with parameters by address, and what a launch has to know of it:
+/// blocks of its cluster, how many parameters, and their sizes.
 fn entry_points(source: &str) -> String {
     let entry = Regex::new(r#"extern "C" __global__ void((?:\s+__\w+__\([^)]*\))*)\s+(\w+)\(([^)]*)\)\s*\{"#)
         .expect("a pattern");

@@ -210,7 +210,8 @@ unsafe fn load(image: *const u8) -> Option<Library> {
     };
     let mut file = tempfile::NamedTempFile::new().ok()?;
     file.write_all(object).ok()?;
-    // SAFETY: compiled from the kernels' sources; its initialisers do nothing but fill tables. Every file is another library.
+    // SAFETY: compiled from the kernels' sources; its initialisers do nothing but fill tables. Every file is another
+    // library.
     unsafe { Library::new(file.path()) }.ok()
 }
 

@@ -1,5 +1,5 @@
-//! The CUDA driver and NVRTC as far as Expertile uses them, on the CPU: the kernels' own sources, compiled by a C++ compiler,
-//! run thread by thread where there is no GPU.
+//! The CUDA driver and NVRTC as far as Expertile uses them, on the CPU: the kernels' own sources, compiled by a C++
+//! compiler, run thread by thread where there is no GPU.
 //!
 //! | module | what it does |
 //! |---|---|
@@ -11,9 +11,9 @@
 //! | `machine` | what a kernel calls: barriers, the copy engine, clusters |
 //! | `memory` | device memory that ends at a page nobody may touch; shared memory below 4 GiB |
 //!
-//! Order is hostile on purpose. Threads of a warp run apart from each other between the points where they meet; what the copy
-//! engine does comes late; products of the matrix unit come as late as they may, and their registers hold NaN until then. What
-//! is not emulated: the weak order of memory between threads, and time.
+//! Order is hostile on purpose. Threads of a warp run apart from each other between the points where they meet; what
+//! the copy engine does comes late; products of the matrix unit come as late as they may, and their registers hold NaN
+//! until then. What is not emulated: the weak order of memory between threads, and time.
 
 mod block;
 mod compiler;

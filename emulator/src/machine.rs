@@ -130,8 +130,8 @@ extern "C" fn address_in_block(address: u32, rank: u32) -> u32 {
     block.cluster.shared(rank).map_or(0, |there| (address as usize - block.shared.start() + there) as u32)
 }
 
-/// A barrier in shared memory, in as many bits as it has on the hardware: the phase, then 20 bits how many arrivals are missing,
-/// 20 how many a phase takes (all ones where nobody set it up), and 23 how many bytes are on their way.
+/// A barrier in shared memory, in as many bits as it has on the hardware: the phase, then 20 bits how many arrivals
+/// are missing, 20 how many a phase takes (all ones where nobody set it up), and 23 how many bytes are on their way.
 struct Barrier(&'static AtomicU64);
 
 const COUNT: u32 = 20;

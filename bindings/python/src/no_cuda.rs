@@ -1,7 +1,7 @@
 //! In the place of `cuda.rs` where the extension is built without its feature `cuda`: every call says so.
 
 use crate::array::Array;
-use crate::operands::{Ids, Lists, Place, Rows};
+use crate::operands::{Ids, LayoutTarget, Lists, Rows};
 use expertile::{Plan, ScaleFormat};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -13,11 +13,11 @@ fn missing<T>() -> PyResult<T> {
     Err(PyRuntimeError::new_err(MISSING))
 }
 
-pub(crate) fn build_layout(_: Python<'_>, _: usize, _: &Place<'_>) -> PyResult<()> {
+pub(crate) fn build_layout(_: Python<'_>, _: usize, _: &LayoutTarget<'_>) -> PyResult<()> {
     missing()
 }
 
-pub(crate) fn permute(_: Python<'_>, _: usize, _: &Place<'_>, _: &Rows<'_>) -> PyResult<()> {
+pub(crate) fn permute(_: Python<'_>, _: usize, _: &LayoutTarget<'_>, _: &Rows<'_>) -> PyResult<()> {
     missing()
 }
 
@@ -35,7 +35,7 @@ pub(crate) fn permute_to_lists(
 pub(crate) fn quantize_permute(
     _: Python<'_>,
     _: usize,
-    _: &Place<'_>,
+    _: &LayoutTarget<'_>,
     _: (&Array<'_>, Option<&Array<'_>>, &Array<'_>, &Array<'_>),
     _: ScaleFormat,
     _: bool,

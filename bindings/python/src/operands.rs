@@ -112,13 +112,13 @@ fn copy_of<T: Copy>(copy: &[T], rows: usize, cols: usize) -> PyResult<MatrixRef<
 }
 
 /// Where a layout's lists go, and how many rows it may have.
-pub(crate) struct Place<'py> {
+pub(crate) struct LayoutTarget<'py> {
     pub(crate) ids: Ids<'py>,
     pub(crate) plan: Plan,
     pub(crate) lists: Array<'py>,
 }
 
-impl<'py> Place<'py> {
+impl<'py> LayoutTarget<'py> {
     /// Without `m_sum`, as many rows as any routing can need; without `lists`, some on the device of `inputs` and ids.
     pub(crate) fn new(
         py: Python<'py>,

@@ -4,7 +4,7 @@ use crate::array::{Apart, Array, Element};
 use crate::autograd::written;
 use crate::cuda;
 use crate::error::exception;
-use crate::operands::{Ids, Made, Place, Rows, padding, require_rows_out, rows_out};
+use crate::operands::{Ids, LayoutTarget, Made, Rows, padding, require_rows_out, rows_out};
 use crate::plan::counts;
 use crate::pool::{cpu, work};
 use crate::scales::{Shaped, require_row_scales, require_scales, scale_format, scale_memory, scales_out};
@@ -33,29 +33,29 @@ impl<'py> Quantized<'py> {
     /// For rows `x` of `hidden` values, with the array (scales or weights) that goes with them.
     fn new(
         py: Python<'py>,
-        place: &Place<'py>,
+        target: &LayoutTarget<'py>,
         (x, with_x, hidden): (&Array<'py>, Option<&Array<'py>>, usize),
         (element, format): (Element, ScaleFormat),
         out: Option<&Bound<'py, PyAny>>,
         scales: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Self> {
-        let m_sum = place.m_sum();
+        let m_sum = target.m_sum();
         let out = rows_out(py, out, x, element, m_sum, hidden)?;
         let scales = scales_out(py, scales, x, format, m_sum, hidden)?;
-        let [ids, map] = place.ids.arrays();
-        let apart = Apart::check(&[&out, &scales, &place.lists], &[Some(x), with_x, ids, map])?;
+        let [ids, map] = target.ids.arrays();
+        let apart = Apart::check(&[&out, &scales, &target.lists], &[Some(x), with_x, ids, map])?;
         require_rows_out(&out, m_sum, hidden, None)?;
         let matrix = require_scales(&scales, format, m_sum, hidden)?;
-        let all = [Some(x), with_x, ids, map, Some(&out), Some(&scales), Some(&place.lists)];
+        let all = [Some(x), with_x, ids, map, Some(&out), Some(&scales), Some(&target.lists)];
         let device = Array::common_device(&all)?;
         Ok(Self { out, scales, matrix, apart, device })
     }
 
     /// What a call returns that is done, or has failed: after an interruption rows that are done stay written.
-    fn made(self, py: Python<'py>, place: Place<'py>, done: PyResult<()>) -> PyResult<MadeQuantized<'py>> {
-        written(py, &[&self.out, &self.scales, &place.lists])?;
+    fn made(self, py: Python<'py>, target: LayoutTarget<'py>, done: PyResult<()>) -> PyResult<MadeQuantized<'py>> {
+        written(py, &[&self.out, &self.scales, &target.lists])?;
         done?;
-        Ok((self.out.into_object(), self.scales.into_object(), self.matrix, place.made()))
+        Ok((self.out.into_object(), self.scales.into_object(), self.matrix, target.made()))
     }
 }
 
@@ -90,15 +90,15 @@ pub(crate) fn build_layout<'py>(
     distinct: bool,
 ) -> PyResult<Made<'py>> {
     let ids = Ids::new(topk_ids, expert_map, local_experts)?;
-    let place = Place::new(py, [None, None], ids, alignment, m_sum, distinct, layout)?;
-    let [ids, map] = place.ids.arrays();
-    let apart = Apart::check(&[&place.lists], &[ids, map])?;
-    match Array::common_device(&[ids, map, Some(&place.lists)])? {
-        Some(ordinal) => cuda::build_layout(py, ordinal, &place)?,
-        None => place.layout(py, apart, None, 0, |_, _, _| Ok(()))?,
+    let target = LayoutTarget::new(py, [None, None], ids, alignment, m_sum, distinct, layout)?;
+    let [ids, map] = target.ids.arrays();
+    let apart = Apart::check(&[&target.lists], &[ids, map])?;
+    match Array::common_device(&[ids, map, Some(&target.lists)])? {
+        Some(ordinal) => cuda::build_layout(py, ordinal, &target)?,
+        None => target.layout(py, apart, None, 0, |_, _, _| Ok(()))?,
     }
-    written(py, &[&place.lists])?;
-    Ok(place.made())
+    written(py, &[&target.lists])?;
+    Ok(target.made())
 }
 
 /// `x [M, H]` to `out [M_sum, H]`, any element of 1, 2 or 4 bytes.
@@ -123,25 +123,25 @@ pub(crate) fn permute_rows<'py>(
 ) -> PyResult<MadeRows<'py>> {
     let x = Array::new("x", x)?;
     let ids = Ids::new(topk_ids, expert_map, local_experts)?;
-    let place = Place::new(py, [Some(&x), None], ids, alignment, m_sum, distinct, layout)?;
-    let hidden = place.hidden(&x)?;
-    let out = rows_out(py, out, &x, x.element(), place.m_sum(), hidden)?;
-    let [ids, map] = place.ids.arrays();
-    let apart = Apart::check(&[&out, &place.lists], &[Some(&x), ids, map])?;
-    require_rows_out(&out, place.m_sum(), hidden, Some(&x))?;
-    let all = [Some(&x), ids, map, Some(&out), Some(&place.lists)];
+    let target = LayoutTarget::new(py, [Some(&x), None], ids, alignment, m_sum, distinct, layout)?;
+    let hidden = target.hidden(&x)?;
+    let out = rows_out(py, out, &x, x.element(), target.m_sum(), hidden)?;
+    let [ids, map] = target.ids.arrays();
+    let apart = Apart::check(&[&out, &target.lists], &[Some(&x), ids, map])?;
+    require_rows_out(&out, target.m_sum(), hidden, Some(&x))?;
+    let all = [Some(&x), ids, map, Some(&out), Some(&target.lists)];
     if let Some(ordinal) = Array::common_device(&all)? {
         let rows = Rows { x: &x, out: &out, scales: None, zero_padding };
-        cuda::permute(py, ordinal, &place, &rows)?;
-        written(py, &[&out, &place.lists])?;
-        return Ok((out.into_object(), place.made()));
+        cuda::permute(py, ordinal, &target, &rows)?;
+        written(py, &[&out, &target.lists])?;
+        return Ok((out.into_object(), target.made()));
     }
     let given = expert_num_tokens.map(counts).transpose()?;
     let cpu = cpu()?;
     macro_rules! rows_of {
         ($type:ty) => {{
             let to = out.contiguous_mut::<$type>(apart)?;
-            place.layout(py, apart, given.as_deref(), hidden, |layout, tokens, last| {
+            target.layout(py, apart, given.as_deref(), hidden, |layout, tokens, last| {
                 let rows = x.matrix_rows::<$type>(tokens)?;
                 let padding = padding(zero_padding && last);
                 work(py, || cpu::permute_rows(&cpu, rows, layout, padding, to).map_err(exception))
@@ -159,9 +159,9 @@ pub(crate) fn permute_rows<'py>(
         }
     };
     // Also after an interruption, which leaves rows that are done.
-    written(py, &[&out, &place.lists])?;
+    written(py, &[&out, &target.lists])?;
     done?;
-    Ok((out.into_object(), place.made()))
+    Ok((out.into_object(), target.made()))
 }
 
 /// e4m3 `x [M, H]` and its scales `[M, H / group]` to `out [M_sum, H]` and `scales`.
@@ -190,15 +190,15 @@ pub(crate) fn permute_quantized<'py>(
 ) -> PyResult<MadeQuantized<'py>> {
     let (x, x_scales) = (Array::new("x", x)?, Array::new("x_scales", x_scales)?);
     let ids = Ids::new(topk_ids, expert_map, local_experts)?;
-    let place = Place::new(py, [Some(&x), Some(&x_scales)], ids, alignment, m_sum, distinct, layout)?;
-    let hidden = place.hidden(&x)?;
+    let target = LayoutTarget::new(py, [Some(&x), Some(&x_scales)], ids, alignment, m_sum, distinct, layout)?;
+    let hidden = target.hidden(&x)?;
     let format = scale_format(scale_layout, group, None)?;
     require_row_scales(&x, &x_scales, format)?;
-    let to = Quantized::new(py, &place, (&x, Some(&x_scales), hidden), (x.element(), format), out, scales)?;
+    let to = Quantized::new(py, &target, (&x, Some(&x_scales), hidden), (x.element(), format), out, scales)?;
     if let Some(ordinal) = to.device {
         let rows = Rows { x: &x, out: &to.out, scales: Some((&x_scales, &to.scales, format)), zero_padding };
-        let done = cuda::permute(py, ordinal, &place, &rows);
-        return to.made(py, place, done);
+        let done = cuda::permute(py, ordinal, &target, &rows);
+        return to.made(py, target, done);
     }
     let given = expert_num_tokens.map(counts).transpose()?;
     let mut words = scale_memory(&to.scales, format, to.apart)?;
@@ -209,7 +209,7 @@ pub(crate) fn permute_quantized<'py>(
     };
     let out = to.out.contiguous_mut(to.apart)?;
     let cpu = cpu()?;
-    let done = place.layout(py, to.apart, given.as_deref(), hidden, |layout, tokens, last| {
+    let done = target.layout(py, to.apart, given.as_deref(), hidden, |layout, tokens, last| {
         let rows = x.matrix_rows(tokens.clone())?;
         let row_scales = match packed {
             false => RowScales::F32(x_scales.matrix_rows(tokens)?),
@@ -218,7 +218,7 @@ pub(crate) fn permute_quantized<'py>(
         let (padding, words) = (padding(zero_padding && last), words.reborrow());
         work(py, || cpu::permute_quantized(&cpu, rows, row_scales, layout, padding, out, words).map_err(exception))
     });
-    to.made(py, place, done)
+    to.made(py, target, done)
 }
 
 /// bf16, f16 or f32 `x [M, H]` (times `topk_weights [M, 1]`, if given) to e4m3 `out [M_sum, H]` and `scales`.
@@ -247,24 +247,24 @@ pub(crate) fn quantize_permute<'py>(
 ) -> PyResult<MadeQuantized<'py>> {
     let (x, weights) = (Array::new("x", x)?, Array::optional("topk_weights", topk_weights)?);
     let ids = Ids::new(topk_ids, expert_map, local_experts)?;
-    let place = Place::new(py, [Some(&x), weights.as_ref()], ids, alignment, m_sum, distinct, layout)?;
-    let hidden = place.hidden(&x)?;
+    let target = LayoutTarget::new(py, [Some(&x), weights.as_ref()], ids, alignment, m_sum, distinct, layout)?;
+    let hidden = target.hidden(&x)?;
     let format = scale_format(scale_layout, group, power_of_two)?;
-    let to = Quantized::new(py, &place, (&x, weights.as_ref(), hidden), (Element::E4m3, format), out, scales)?;
+    let to = Quantized::new(py, &target, (&x, weights.as_ref(), hidden), (Element::E4m3, format), out, scales)?;
     if let Some(ordinal) = to.device {
         let rows = (&x, weights.as_ref(), &to.out, &to.scales);
-        let done = cuda::quantize_permute(py, ordinal, &place, rows, format, zero_padding);
-        return to.made(py, place, done);
+        let done = cuda::quantize_permute(py, ordinal, &target, rows, format, zero_padding);
+        return to.made(py, target, done);
     }
     let mut words = scale_memory(&to.scales, format, to.apart)?;
-    if let Some(weights) = weights.as_ref().filter(|_| place.plan.topk() == 1) {
-        weights.require_shape(&[place.plan.tokens(), 1])?;
+    if let Some(weights) = weights.as_ref().filter(|_| target.plan.topk() == 1) {
+        weights.require_shape(&[target.plan.tokens(), 1])?;
     }
     let out = to.out.contiguous_mut(to.apart)?;
     let cpu = cpu()?;
     macro_rules! rows_of {
         ($type:ty) => {
-            place.layout(py, to.apart, None, hidden, |layout, tokens, last| {
+            target.layout(py, to.apart, None, hidden, |layout, tokens, last| {
                 let rows = x.matrix_rows::<$type>(tokens.clone())?;
                 let weights = weights.as_ref().map(|weights| weights.matrix_rows::<f32>(tokens)).transpose()?;
                 let (padding, words) = (padding(zero_padding && last), words.reborrow());
@@ -278,5 +278,5 @@ pub(crate) fn quantize_permute<'py>(
         Element::F32 => rows_of!(f32),
         _ => Err(x.dtype_error("bfloat16, float16 or float32")),
     };
-    to.made(py, place, done)
+    to.made(py, target, done)
 }

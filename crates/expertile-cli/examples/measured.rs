@@ -12,8 +12,8 @@ use serde_json::Value;
 
 /// The layers that have a panel, in order.
 const PANELS: [&str; 4] = ["dsv3_ep8", "dsv3_tp8", "qwen30b", "qwen235_tp4"];
-/// Keys of the paths, with the colour and the width of their lines; ours is drawn last. A path that was timed at few sizes
-/// has no line: what lies between its points is not known.
+/// Keys of the paths, with the colour and the width of their lines; ours is drawn last. A path that was timed at few
+/// sizes has no line: what lies between its points is not known.
 const PATHS: [(&str, RGBColor, u32); 4] = [
     ("flashinfer", RGBColor(148, 103, 189), 0),
     ("deepgemm", RGBColor(44, 160, 44), 0),

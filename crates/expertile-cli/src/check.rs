@@ -1,21 +1,22 @@
 //! A layer's result against the slow f64 oracle: as a whole, by row and by expert.
 //!
 //! Both see the same choice of experts and the same weights, as the command read them: a fault of the reader or of the
-//! router is in both, and only an independent program can see it. The oracle sees the hidden states unquantized. Distances
-//! are `1 - 2 sum(x y) / sum(x^2 + y^2)`. Rows are the output's tokens; an expert's distance is over the rows that GEMM 2
-//! gave for it, so that a wrong block cannot hide behind the other experts of a token.
+//! router is in both, and only an independent program can see it. The oracle sees the hidden states unquantized.
+//! Distances are `1 - 2 sum(x y) / sum(x^2 + y^2)`. Rows are the output's tokens; an expert's distance is over the
+//! rows that GEMM 2 gave for it, so that a wrong block cannot hide behind the other experts of a token.
 //!
 //! **Tolerances.** A distance is half the relative squared error, and its mean follows from the formats alone: every
-//! rounding adds half the mean square of its relative error (1.4e-6 to bf16, 3.5e-4 to e4m3), and K plays no part, because
-//! sums are f32 and products' errors cancel as often as they add. The oracle's `Tolerance::whole` for the formats is about
-//! three (bf16) or two (e4m3) such means. A single row scatters around the mean, the more the fewer independent errors it
-//! adds up, and the worst of many rows more than one. Errors of a row come from its I activated values (GEMM 2's K), seen
-//! in H outputs; as few of the values `silu(gate) * up` are most of their sum, these count like `k = min(H, I) / 4` equal
-//! ones (measured: 4096 rows of even, normal and heavy-tailed values, H and I from 16 to 1024). For a sum of `k` squares Laurent and Massart (2000), "Adaptive estimation of a
-//! quadratic functional by model selection", Annals of Statistics 28(5), lemma 1, give
-//! `P(sum >= k + 2 sqrt(k t) + 2 t) <= exp(-t)`; so one of `n` rows exceeds `1 + 2 sqrt(t / k) + 2 t / k` means with a
-//! probability below 1/1000 if `t = ln(1000 n)`. That factor, or 2 if it is less, is what a row and an expert are allowed;
-//! the whole, which adds up the errors of all its rows, is one draw with `k` times as many.
+//! rounding adds half the mean square of its relative error (1.4e-6 to bf16, 3.5e-4 to e4m3), and K plays no part,
+//! because sums are f32 and products' errors cancel as often as they add. The oracle's `Tolerance::whole` for the
+//! formats is about three (bf16) or two (e4m3) such means. A single row scatters around the mean, the more the fewer
+//! independent errors it adds up, and the worst of many rows more than one. Errors of a row come from its I activated
+//! values (GEMM 2's K), seen in H outputs; as few of the values `silu(gate) * up` are most of their sum, these count
+//! like `k = min(H, I) / 4` equal ones (measured: 4096 rows of even, normal and heavy-tailed values, H and I from 16
+//! to 1024). For a sum of `k` squares Laurent and Massart (2000), "Adaptive estimation of a quadratic functional by
+//! model selection", Annals of Statistics 28(5), lemma 1, give `P(sum >= k + 2 sqrt(k t) + 2 t) <= exp(-t)`; so one of
+//! `n` rows exceeds `1 + 2 sqrt(t / k) + 2 t / k` means with a probability below 1/1000 if `t = ln(1000 n)`. That
+//! factor, or 2 if it is less, is what a row and an expert are allowed; the whole, which adds up the errors of all its
+//! rows, is one draw with `k` times as many.
 
 use crate::call::Inputs;
 use crate::parts::Parts;
@@ -44,9 +45,9 @@ pub(crate) struct Report {
     pub(crate) finite_values: usize,
     pub(crate) whole: f64,
     /// The token that differs most.
-    pub(crate) worst_row: Option<Place>,
+    pub(crate) worst_row: Option<Worst>,
     /// The expert that differs most.
-    pub(crate) worst_expert: Option<Place>,
+    pub(crate) worst_expert: Option<Worst>,
     pub(crate) tolerance_whole: f64,
     /// For any row and any expert.
     pub(crate) tolerance_row: f64,
@@ -54,7 +55,7 @@ pub(crate) struct Report {
 
 /// Where a difference is, and how large.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub(crate) struct Place {
+pub(crate) struct Worst {
     pub(crate) index: usize,
     pub(crate) difference: f64,
 }
@@ -135,11 +136,11 @@ impl Report {
         let finite_values = output.iter().zip(expected).filter(|(x, y)| x.is_finite() && y.is_finite()).count();
         let by_row: Vec<f64> =
             output.chunks(hidden).zip(expected.chunks(hidden)).map(|(x, y)| distance(x, y)).collect();
-        let place = |(index, difference)| Place { index, difference };
-        let worst_row = compare::worst(&by_row).map(place);
-        let worst_expert = compare::worst(by_expert).map(place);
+        let worst = |(index, difference)| Worst { index, difference };
+        let worst_row = compare::worst(&by_row).map(worst);
+        let worst_expert = compare::worst(by_expert).map(worst);
         let whole = distance(output, expected);
-        let within = |place: Option<Place>| place.is_none_or(|place| place.difference < tolerance.row);
+        let within = |worst: Option<Worst>| worst.is_none_or(|worst| worst.difference < tolerance.row);
         Self {
             compared: String::new(),
             // No values at all (no tokens) are as they should be; values of which none is a number say nothing.
@@ -169,16 +170,16 @@ impl Report {
             0 => String::new(),
             count => format!(", {count} of {} values are not finite and were left out", self.values),
         };
-        let place = |what: &str, place: Option<Place>| {
-            place.map_or_else(String::new, |place| format!(", worst {what} {} {:.2e}", place.index, place.difference))
+        let worst = |what: &str, worst: Option<Worst>| {
+            worst.map_or_else(String::new, |worst| format!(", worst {what} {} {:.2e}", worst.index, worst.difference))
         };
         format!(
             "check {}: whole {:.2e} (tolerated {:.1e}){}{} (tolerated {:.1e}){left_out}{}",
             if self.passed { "passed" } else { "failed" },
             self.whole,
             self.tolerance_whole,
-            place("token", self.worst_row),
-            place("expert", self.worst_expert),
+            worst("token", self.worst_row),
+            worst("expert", self.worst_expert),
             self.tolerance_row,
             match &self.compared[..] {
                 "" => String::new(),
@@ -265,7 +266,8 @@ impl<'a> Oracle<'a> {
         };
         let token = |slot: &usize| &self.hidden_states[slot / self.topk * hidden..][..hidden];
         let inputs: Vec<f32> = slots.iter().flat_map(token).copied().collect();
-        // Every row is a token of its own with one slot, all of them this expert's. Only a weight on the input shows in it.
+        // Every row is a token of its own with one slot, all of them this expert's. Only a weight on the input shows
+        // in it.
         let weights: Vec<f32> = slots.iter().map(|&slot| self.topk_weights[slot]).collect();
         layer.run(&inputs, &vec![0; slots.len()], 1, Some(&weights), None).slot_rows
     }
@@ -399,6 +401,6 @@ mod tests {
         // A value of its neighbour: what an off-by-one in a tile gives.
         wrong[777 * 32 + 5] = rounded[777 * 32 + 6];
         let failed = report(&wrong);
-        assert!(!failed.passed && failed.worst_row.is_some_and(|place| place.index == 777), "{}", failed.text());
+        assert!(!failed.passed && failed.worst_row.is_some_and(|worst| worst.index == 777), "{}", failed.text());
     }
 }

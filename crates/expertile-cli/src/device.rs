@@ -1,4 +1,5 @@
-//! Which device a command runs on, and what a GPU's layer needs of the host: its weights in parts, its limits, its choice.
+//! Which device a command runs on, and what a GPU's layer needs of the host: its weights in parts, its limits, its
+//! choice.
 
 use crate::error::{Error, Result};
 use crate::machine::{Bandwidth, Limits};

@@ -174,8 +174,8 @@ pub(crate) fn pool(threads: Option<usize>) -> Result<rayon::ThreadPool> {
     builder.build().map_err(|error| Error::usage(format!("{threads} threads cannot be started: {error}")))
 }
 
-/// Threads beyond the processors only wait for each other: thousands of them take a minute to do nothing. A few times as
-/// many are let be, and what a small machine may want to try.
+/// Threads beyond the processors only wait for each other: thousands of them take a minute to do nothing. A few times
+/// as many are let be, and what a small machine may want to try.
 fn most_threads(processors: usize) -> usize {
     processors.saturating_mul(4).max(64)
 }

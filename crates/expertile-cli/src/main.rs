@@ -1,7 +1,9 @@
-//! The command `expertile`: what padding costs, one layer run and checked, every stage timed, what this machine offers.
+//! The command `expertile`: what padding costs, one layer run and checked, every stage timed, what this machine
+//! offers.
 //!
-//! `commands` has one module per subcommand, `report` what they print. This file parses, dispatches, and turns an error
-//! into one line and an exit code: 2 for bad input, 1 for a check that failed. A signal ends it as signals do (`signals`).
+//! `commands` has one module per subcommand, `report` what they print. This file parses, dispatches, and turns an
+//! error into one line and an exit code: 2 for bad input, 1 for a check that failed. A signal ends it as signals do
+//! (`signals`).
 
 mod call;
 mod check;

@@ -1,9 +1,9 @@
 //! How much memory this process may still take, and (in [`layer`]) what a call is going to take.
 //!
-//! Four things limit it: the host's free memory, the process's cgroups (version 2 or 1, each of their ancestors), and its
-//! limits on address space and on data (`ulimit -v`, `ulimit -d`). Linux grants more memory than there is, and kills a
-//! process that uses it; so a call that cannot fit is refused before it begins. A call that passes is still allocated by
-//! functions that can fail. On other systems nothing is known, and only these failures count.
+//! Four things limit it: the host's free memory, the process's cgroups (version 2 or 1, each of their ancestors), and
+//! its limits on address space and on data (`ulimit -v`, `ulimit -d`). Linux grants more memory than there is, and
+//! kills a process that uses it; so a call that cannot fit is refused before it begins. A call that passes is still
+//! allocated by functions that can fail. On other systems nothing is known, and only these failures count.
 
 mod layer;
 

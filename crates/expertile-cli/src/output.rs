@@ -1,13 +1,14 @@
 //! Writing results: files appear whole or not at all, inputs stay as they are, and a closed pipe is no error.
 //!
-//! What a target is decides how it is written. A regular file, or a name that is not taken, is written beside its place
-//! and renamed into it, with the old file's permissions (and, where we may, its owner); a symbolic link stays, and the file
-//! that it leads to is replaced. Anything else (a device, a FIFO, `>(command)`) is written through: opening a FIFO waits for
-//! its reader, as it does for every program. A name that the system keeps (`/dev/stderr`, `/proc/self/fd/3`) is an open
-//! file and not a place: it is written through even if the shell redirected it to a regular file.
+//! What a target is decides how it is written. A regular file, or a name that is not taken, is written beside its
+//! place and renamed into it, with the old file's permissions (and, where we may, its owner); a symbolic link stays,
+//! and the file that it leads to is replaced. Anything else (a device, a FIFO, `>(command)`) is written through:
+//! opening a FIFO waits for its reader, as it does for every program. A name that the system keeps (`/dev/stderr`,
+//! `/proc/self/fd/3`) is an open file and not a place: it is written through even if the shell redirected it to a
+//! regular file.
 //!
-//! [`prepare`] finds before the work what would make writing fail after it: a folder that is missing or closed to us, a
-//! directory in the file's place, a target that is one of the call's inputs or that another option writes too.
+//! [`prepare`] finds before the work what would make writing fail after it: a folder that is missing or closed to us,
+//! a directory in the file's place, a target that is one of the call's inputs or that another option writes too.
 //!
 //! All text for people leaves through this module, which is where control characters, that names in hostile files may
 //! hold, are written as `\u001b` rather than sent to a terminal.
@@ -24,7 +25,7 @@ use std::path::{Path, PathBuf};
 const MOST_LINKS: usize = 40;
 
 /// How a target is written.
-enum Place {
+enum Destination {
     /// Beside this name, then renamed into it; like the file that is there, if there is one.
     Replace(PathBuf, Option<Metadata>),
     /// Into what is there.
@@ -35,7 +36,8 @@ enum Place {
     Stderr,
 }
 
-/// Checks that each option's target can be written when the time comes, is none of `inputs` and not the same as another's.
+/// Checks that each option's target can be written when the time comes, is none of `inputs` and not the same as
+/// another's.
 ///
 /// An input that does not exist counts too: a file of its name would be taken for it by the next call.
 pub(crate) fn prepare(targets: &[(&'static str, Option<&Path>)], inputs: &[PathBuf]) -> Result<()> {
@@ -43,9 +45,9 @@ pub(crate) fn prepare(targets: &[(&'static str, Option<&Path>)], inputs: &[PathB
     for &(option, target) in targets {
         let Some(target) = target else { continue };
         let refuse = |expected: String| Err(Error::Target { option, file: target.to_owned(), expected });
-        match place(target).map_err(|source| Error::write(target, source))? {
-            Place::Through | Place::Stdout | Place::Stderr => {}
-            Place::Replace(file, _) => {
+        match destination(target).map_err(|source| Error::write(target, source))? {
+            Destination::Through | Destination::Stdout | Destination::Stderr => {}
+            Destination::Replace(file, _) => {
                 if let Some(input) = inputs.iter().find(|input| is_same_file(&file, input)) {
                     return refuse(format!("a file that is not an input of this call ({})", input.display()));
                 }
@@ -65,25 +67,25 @@ pub(crate) fn prepare(targets: &[(&'static str, Option<&Path>)], inputs: &[PathB
 
 /// Writes a file as its kind asks for.
 pub(crate) fn write_file(file: &Path, bytes: &[u8]) -> Result<()> {
-    let write = || match place(file)? {
-        Place::Replace(file, old) => replace(&file, old.as_ref(), bytes),
+    let write = || match destination(file)? {
+        Destination::Replace(file, old) => replace(&file, old.as_ref(), bytes),
         // At the end: what another program wrote into an open file stays.
-        Place::Through => tolerate_closed_pipe(File::options().append(true).open(file)?.write_all(bytes)),
-        Place::Stdout => write_stdout(bytes),
-        Place::Stderr => tolerate_closed_pipe(io::stderr().lock().write_all(bytes)),
+        Destination::Through => tolerate_closed_pipe(File::options().append(true).open(file)?.write_all(bytes)),
+        Destination::Stdout => write_stdout(bytes),
+        Destination::Stderr => tolerate_closed_pipe(io::stderr().lock().write_all(bytes)),
     };
     write().map_err(|source| Error::write(file, source))
 }
 
 /// The kind of file at a target, or the lack of one.
-fn place(target: &Path) -> io::Result<Place> {
+fn destination(target: &Path) -> io::Result<Destination> {
     match fs::metadata(target) {
         Ok(there) if there.is_dir() => Err(ErrorKind::IsADirectory.into()),
-        Ok(there) if !there.is_file() => Ok(Place::Through),
-        Ok(there) if is_open_as(&there, &io::stdout()) => Ok(Place::Stdout),
-        Ok(there) if is_open_as(&there, &io::stderr()) => Ok(Place::Stderr),
-        Ok(_) if belongs_to_the_system(target)? => Ok(Place::Through),
-        Ok(there) => Ok(Place::Replace(fs::canonicalize(target)?, Some(there))),
+        Ok(there) if !there.is_file() => Ok(Destination::Through),
+        Ok(there) if is_open_as(&there, &io::stdout()) => Ok(Destination::Stdout),
+        Ok(there) if is_open_as(&there, &io::stderr()) => Ok(Destination::Stderr),
+        Ok(_) if belongs_to_the_system(target)? => Ok(Destination::Through),
+        Ok(there) => Ok(Destination::Replace(fs::canonicalize(target)?, Some(there))),
         Err(error) if error.kind() == ErrorKind::NotFound => {
             if belongs_to_the_system(target)? {
                 return Err(error);
@@ -93,7 +95,7 @@ fn place(target: &Path) -> io::Result<Place> {
             if file.as_os_str().as_encoded_bytes().ends_with(b"/") || file.file_name().is_none() {
                 return Err(ErrorKind::IsADirectory.into());
             }
-            Ok(Place::Replace(file, None))
+            Ok(Destination::Replace(file, None))
         }
         Err(error) => Err(error),
     }
@@ -116,8 +118,8 @@ fn links(name: &Path) -> impl Iterator<Item = io::Result<PathBuf>> {
         .scan(false, |failed, name| (!std::mem::replace(failed, name.is_err())).then_some(name))
 }
 
-/// Whether a name, or one that it leads to, is the system's own: of an open file or a device. (`/dev/shm` holds ordinary
-/// files.)
+/// Whether a name, or one that it leads to, is the system's own: of an open file or a device. (`/dev/shm` holds
+/// ordinary files.)
 fn belongs_to_the_system(name: &Path) -> io::Result<bool> {
     for name in links(name) {
         let name = name?;

@@ -1,7 +1,7 @@
 //! From hidden states to logits: the step before the library's routers.
 //!
-//! `logits[t, e] = sum_h x[t, h] * w[e, h]` in f32 on the widened values, 16 partial sums side by side: the same bits for
-//! any number of threads.
+//! `logits[t, e] = sum_h x[t, h] * w[e, h]` in f32 on the widened values, 16 partial sums side by side: the same bits
+//! for any number of threads.
 
 use crate::error::Result;
 use expertile::{MatrixRef, Router};
@@ -15,8 +15,8 @@ use std::str::FromStr;
 pub(crate) enum RouterPrecision {
     /// f32 throughout.
     F32,
-    /// Hidden states, the router's weight, logits (their bias added) and the weights of the chosen experts are rounded to
-    /// bf16, as Transformers does for a Qwen3-MoE in bf16; sums, softmax and sigmoid are in f32.
+    /// Hidden states, the router's weight, logits (their bias added) and the weights of the chosen experts are rounded
+    /// to bf16, as Transformers does for a Qwen3-MoE in bf16; sums, softmax and sigmoid are in f32.
     Bf16,
 }
 

@@ -1,13 +1,13 @@
 //! What happens when the process is asked to stop, or when a mapped file is cut short under it.
 //!
-//! A request to stop (`SIGINT`, `SIGTERM`, `SIGHUP`) ends the process at once, whatever its other threads compute, and as
-//! the shell expects it: by the signal, which shells report as 130, 143 or 129. First the file that is being written, if
-//! there is one, is removed. A thread of its own waits for these signals, because removing a file in step with the thread
-//! that creates it takes a lock, which a signal handler must not take.
+//! A request to stop (`SIGINT`, `SIGTERM`, `SIGHUP`) ends the process at once, whatever its other threads compute, and
+//! as the shell expects it: by the signal, which shells report as 130, 143 or 129. First the file that is being
+//! written, if there is one, is removed. A thread of its own waits for these signals, because removing a file in step
+//! with the thread that creates it takes a lock, which a signal handler must not take.
 //!
-//! A file that loses its end while it is mapped answers the next load with `SIGBUS`. The alternative, reading into memory
-//! of our own, would hold every weight twice while it is packed; so weights stay mapped, and a handler turns the signal
-//! into the error line that a failed read would have given, and exit code 2.
+//! A file that loses its end while it is mapped answers the next load with `SIGBUS`. The alternative, reading into
+//! memory of our own, would hold every weight twice while it is packed; so weights stay mapped, and a handler turns
+//! the signal into the error line that a failed read would have given, and exit code 2.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -42,7 +42,8 @@ mod unix {
     /// Starts listening. A request that this process was started to ignore (`nohup`, a background job) stays ignored.
     pub(crate) fn watch() {
         let requests: Vec<i32> = [SIGHUP, SIGINT, SIGTERM].into_iter().filter(|&signal| !is_ignored(signal)).collect();
-        // Registered by the thread itself: without a thread to act on them, requests keep their default, which is to end.
+        // Registered by the thread itself: without a thread to act on them, requests keep their default, which is to
+        // end.
         let listen = move || {
             if let Ok(mut signals) = Signals::new(requests)
                 && let Some(signal) = signals.forever().next()
@@ -54,7 +55,8 @@ mod unix {
         catch_bus_errors();
     }
 
-    /// Removes the unfinished file and ends the process by the signal; the lock is never released, so no other file appears.
+    /// Removes the unfinished file and ends the process by the signal; the lock is never released, so no other file
+    /// appears.
     fn stop(signal: i32) {
         let unfinished = unfinished();
         if let Some(file) = &*unfinished {

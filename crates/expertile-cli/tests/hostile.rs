@@ -1,8 +1,8 @@
 //! Absurd command lines and files, drawn from a seed.
 //!
-//! Whatever they are: an exit code that the command documents, one line of error, nothing that steers a terminal, inputs as
-//! they were, no files but the ones asked for, and an end within seconds. `HOSTILE_SEED=7` draws other cases and
-//! `HOSTILE_CASES=2000` more of them; a failure prints its command line and what was done to its files.
+//! Whatever they are: an exit code that the command documents, one line of error, nothing that steers a terminal,
+//! inputs as they were, no files but the ones asked for, and an end within seconds. `HOSTILE_SEED=7` draws other cases
+//! and `HOSTILE_CASES=2000` more of them; a failure prints its command line and what was done to its files.
 
 #![cfg(unix)]
 

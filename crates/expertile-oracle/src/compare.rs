@@ -50,7 +50,8 @@ pub fn by_row(x: &[f64], y: &[f64], width: usize) -> Vec<f64> {
     x.chunks(width).zip(y.chunks(width)).map(|(x, y)| difference(x, y)).collect()
 }
 
-/// [`difference`] over all rows of each expert; `expert_of_row[r]` is row `r`'s expert, negative for a row to leave out.
+/// [`difference`] over all rows of each expert; `expert_of_row[r]` is row `r`'s expert, negative for a row to leave
+/// out.
 ///
 /// An expert without rows differs by 0.
 ///

@@ -6,9 +6,9 @@ use crate::layout::local_expert;
 
 /// One layer: its shape, its options, and where its weights come from.
 ///
-/// `w13_row(e, j, row)` fills `row [hidden]` with row `j` of expert `e`'s `[2 I, H]` (gate first, then up; `[I, H]` without
-/// a gate); `w2_row(e, j, row)` fills `row [intermediate]` with row `j` of `[H, I]`. Quantized weights come with their
-/// scales applied.
+/// `w13_row(e, j, row)` fills `row [hidden]` with row `j` of expert `e`'s `[2 I, H]` (gate first, then up; `[I, H]`
+/// without a gate); `w2_row(e, j, row)` fills `row [intermediate]` with row `j` of `[H, I]`. Quantized weights come
+/// with their scales applied.
 pub struct Layer<'a> {
     /// `H`.
     pub hidden: usize,

@@ -1,8 +1,8 @@
 //! Times the grouped GEMM at the Qwen3-30B-A3B layer (H 2048, I 768, 128 experts, 8 of them per token).
 //!
-//! `cargo bench -p expertile --bench gemm -- [threads] [isa]` prints, for every number of tokens, the median and the best
-//! of the repeats, GFLOP/s of live rows, and GB/s of weights beside what this machine reads at most. Every repeat has
-//! another routing, so that the last one's weights are not what the caches hold.
+//! `cargo bench -p expertile --bench gemm -- [threads] [isa]` prints, for every number of tokens, the median and the
+//! best of the repeats, GFLOP/s of live rows, and GB/s of weights beside what this machine reads at most. Every repeat
+//! has another routing, so that the last one's weights are not what the caches hold.
 
 use expertile::cpu::{self, Activations, Cpu, Isa, PackedWeights, PackedWeightsBuilder};
 use expertile::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding, Scales};

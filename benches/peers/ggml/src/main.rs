@@ -1,8 +1,9 @@
 //! Times an expert layer in ggml on the CPU, as llama.cpp builds it, and prints JSON.
 //!
 //! Two `ggml_mul_mat_id` (gate and up merged, then down) with `ggml_swiglu` between them, weights and sum after, f32
-//! activations as ggml wants them, weights in bf16 and in q8_0. Weights, tokens and routing are random; the routing of a
-//! size stays the same over its repeats. Before it is timed, the layer's first columns are compared with plain loops.
+//! activations as ggml wants them, weights in bf16 and in q8_0. Weights, tokens and routing are random; the routing of
+//! a size stays the same over its repeats. Before it is timed, the layer's first columns are compared with plain
+//! loops.
 //!
 //! `expertile-peer-ggml [--tokens 1,8,64,512] [--threads T] [--repeat N]`
 
@@ -159,8 +160,8 @@ fn run(weights: &Weights, input: &Input, threads: &Threads, repeat: usize) -> (V
     fill(x, &input.hidden_states);
     fill(ids, &input.ids);
     fill(topk_weights, &input.topk_weights);
-    // SAFETY: all tensors live in contexts that outlive the graph, shapes fit each other, and the work buffer is as long
-    // as the plan asks for.
+    // SAFETY: all tensors live in contexts that outlive the graph, shapes fit each other, and the work buffer is as
+    // long as the plan asks for.
     unsafe {
         let c = context.0;
         let gate_up = ggml::ggml_mul_mat_id(c, weights.w13, x, ids);

@@ -1,8 +1,8 @@
-//! Expertile's GPU steps behind a C interface, for `compare.py`: one Python process times them beside vLLM's kernels, on the
-//! same tensors and the same stream.
+//! Expertile's GPU steps behind a C interface, for `compare.py`: one Python process times them beside vLLM's kernels,
+//! on the same tensors and the same stream.
 //!
-//! A step is made once (which compiles), bound to addresses once per set of buffers, and launched many times: what a serving
-//! loop does. Functions return 0 or null on failure, and `expertile_error` then says what was wrong.
+//! A step is made once (which compiles), bound to addresses once per set of buffers, and launched many times: what a
+//! serving loop does. Functions return 0 or null on failure, and `expertile_error` then says what was wrong.
 
 use expertile::cuda::{
     Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, Gemm, GemmCall, GemmConfig,
@@ -294,7 +294,8 @@ pub extern "C" fn expertile_bind_unpermute(
     hand_over(make())
 }
 
-/// A GEMM kernel as five words: row tile, blocks that share rows, parts of K, 1 where tokens are the M operand, outputs.
+/// A GEMM kernel as five words: row tile, blocks that share rows, parts of K, 1 where tokens are the M operand,
+/// outputs.
 fn words_of_kernel(kernel: GemmKernel) -> [usize; 5] {
     let tokens_on_m = usize::from(kernel.tokens_on_m());
     [kernel.row_tile(), kernel.shared(), kernel.splits(), tokens_on_m, kernel.outputs()]
@@ -372,8 +373,8 @@ unsafe fn on_device(sizes: (usize, usize, usize), values: u64, scales: u64) -> R
     unsafe { Weights::from_device(WeightFormat::E4m3, sizes, DevicePtr::new(values), optional(scales)) }
 }
 
-/// Prepares the whole layer of e4m3 weights `[E, 2 I, H]` and `[E, H, I]` for calls of up to `max_tokens` tokens; hidden
-/// states and output are bf16, ids i32.
+/// Prepares the whole layer of e4m3 weights `[E, 2 I, H]` and `[E, H, I]` for calls of up to `max_tokens` tokens;
+/// hidden states and output are bf16, ids i32.
 ///
 /// # Safety
 /// The addresses are device memory of the sizes that `Weights` says.
@@ -400,8 +401,8 @@ pub unsafe extern "C" fn expertile_layer(
     hand_over(make())
 }
 
-/// Writes what a call of the layer does: bytes of workspace, alignment, launches, 1 if GEMM 1 has the activation inside, and
-/// each GEMM's kernel as [`words_of_kernel`]; 1, or 0 on failure.
+/// Writes what a call of the layer does: bytes of workspace, alignment, launches, 1 if GEMM 1 has the activation
+/// inside, and each GEMM's kernel as [`words_of_kernel`]; 1, or 0 on failure.
 ///
 /// # Safety
 /// `layer` came from [`expertile_layer`], `choice` holds fourteen.

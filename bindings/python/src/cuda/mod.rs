@@ -10,7 +10,7 @@ pub(crate) use layer::CudaLayer;
 
 use crate::array::{Array, Element};
 use crate::error::exception;
-use crate::operands::{Ids, Lists, Place, Rows, padding};
+use crate::operands::{Ids, LayoutTarget, Lists, Rows, padding};
 use crate::tensor::{self, Form};
 use expertile::cuda::{
     DeviceBuffer, DeviceMatrix, DevicePtr, LayoutPtrs, Permute, PermuteCall, PermuteConfig, QuantizePermute,
@@ -60,10 +60,10 @@ fn matrix<T>(array: &Array<'_>) -> PyResult<DeviceMatrix<T>> {
 }
 
 /// A layout's lists, then what a GPU adds.
-fn layout(place: &Place<'_>) -> PyResult<LayoutPtrs> {
-    let plan = &place.plan;
+fn layout(target: &LayoutTarget<'_>) -> PyResult<LayoutPtrs> {
+    let plan = &target.plan;
     let words = Layout::device_space_len(plan).map_err(exception)?;
-    let next = &mut place.lists.require_device_memory::<i32>(words, 4)?;
+    let next = &mut target.lists.require_device_memory::<i32>(words, 4)?;
     let take = |next: &mut u64, list: &List| {
         let bytes = 4 * list.len(plan).map_err(exception)? as u64;
         *next += bytes;
@@ -189,9 +189,9 @@ impl<'py> Call<'py> {
     }
 }
 
-pub(crate) fn build_layout(py: Python<'_>, ordinal: usize, place: &Place<'_>) -> PyResult<()> {
-    let call = Call::new(py, ordinal, &place.ids, place.plan)?;
-    let layout = layout(place)?;
+pub(crate) fn build_layout(py: Python<'_>, ordinal: usize, target: &LayoutTarget<'_>) -> PyResult<()> {
+    let call = Call::new(py, ordinal, &target.ids, target.plan)?;
+    let layout = layout(target)?;
     let workspace = call.workspace(call.route.workspace_bytes(&call.plan))?;
     call.launch_route(&layout, &workspace)
 }
@@ -233,9 +233,9 @@ impl Rows<'_> {
     }
 }
 
-pub(crate) fn permute(py: Python<'_>, ordinal: usize, place: &Place<'_>, rows: &Rows<'_>) -> PyResult<()> {
-    let call = Call::new(py, ordinal, &place.ids, place.plan)?;
-    let layout = layout(place)?;
+pub(crate) fn permute(py: Python<'_>, ordinal: usize, target: &LayoutTarget<'_>, rows: &Rows<'_>) -> PyResult<()> {
+    let call = Call::new(py, ordinal, &target.ids, target.plan)?;
+    let layout = layout(target)?;
     let (config, rows) = rows.prepare(&call.plan)?;
     let step = call.permute(config)?;
     let workspace = call.workspace(call.route.workspace_bytes(&call.plan))?;
@@ -271,7 +271,7 @@ pub(crate) fn permute_to_lists(
 pub(crate) fn quantize_permute(
     py: Python<'_>,
     ordinal: usize,
-    place: &Place<'_>,
+    target: &LayoutTarget<'_>,
     (x, weights, out, scales): (&Array<'_>, Option<&Array<'_>>, &Array<'_>, &Array<'_>),
     format: ScaleFormat,
     zero_padding: bool,
@@ -283,8 +283,8 @@ pub(crate) fn quantize_permute(
     };
     let (tokens, hidden) = x.matrix_shape("[M, H]")?;
     let rows_x = matrix::<u8>(x)?;
-    let call = Call::new(py, ordinal, &place.ids, place.plan)?;
-    let layout = layout(place)?;
+    let call = Call::new(py, ordinal, &target.ids, target.plan)?;
+    let layout = layout(target)?;
     if let Some(weights) = weights {
         weights.require_shape(&[tokens, 1])?;
         weights.require_dtype::<f32>()?;

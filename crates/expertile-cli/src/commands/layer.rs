@@ -26,8 +26,8 @@ use std::path::PathBuf;
 /// of a stage is the memory it must move at the bandwidth measured at the start, or its operations at the rate of the
 /// GEMM in cache, whichever takes longer; a share above 100 % means that caches hold what memory would have to bring.
 ///
-/// On a GPU (a Hopper) a stage's time is that inside a graph, the bandwidth is that of a copy, and the rate that of a large
-/// matrix product, all measured at the start. The router still runs on the CPU, and is not in the table.
+/// On a GPU (a Hopper) a stage's time is that inside a graph, the bandwidth is that of a copy, and the rate that of a
+/// large matrix product, all measured at the start. The router still runs on the CPU, and is not in the table.
 #[derive(Debug, clap::Args)]
 #[command(allow_negative_numbers = true)]
 #[command(group(clap::ArgGroup::new("source").required(true).args(["model", "preset"])))]
@@ -50,8 +50,8 @@ pub(crate) struct Args {
     /// topk_weights (f32); without them the router decides.
     #[arg(long, value_name = "FILE.safetensors")]
     input: Option<PathBuf>,
-    /// Where to write output [M, H] (bf16), topk_ids (i32) and topk_weights (f32). A file is replaced whole or not at all; a
-    /// device or a pipe is written through.
+    /// Where to write output [M, H] (bf16), topk_ids (i32) and topk_weights (f32). A file is replaced whole or not at
+    /// all; a device or a pipe is written through.
     #[arg(long, value_name = "FILE.safetensors")]
     output: Option<PathBuf>,
     /// A known model's layer with made-up weights instead of a checkpoint.
@@ -67,7 +67,8 @@ pub(crate) struct Args {
     /// What the output holds: routed, shared, or routed,shared [default: all that the block has].
     #[arg(long, value_name = "PARTS")]
     parts: Option<Parts>,
-    /// What the router computes in: f32, or bf16 as Transformers does for most models in bf16; near ties fall differently.
+    /// What the router computes in: f32, or bf16 as Transformers does for most models in bf16; near ties fall
+    /// differently.
     #[arg(long, value_name = "FORMAT", default_value = "f32")]
     router: RouterPrecision,
     /// Compare with the f64 oracle by row and by expert; the exit code is 1 past the tolerance.

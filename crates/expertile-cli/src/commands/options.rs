@@ -85,8 +85,8 @@ impl FormatOptions {
         self.weights.unwrap_or_else(|| preset.usual_format())
     }
 
-    /// The activations asked for, or those that go with the weights: e4m3 ones need e4m3 weights, and sizes that groups of
-    /// 128 divide.
+    /// The activations asked for, or those that go with the weights: e4m3 ones need e4m3 weights, and sizes that
+    /// groups of 128 divide.
     pub(crate) fn activations(&self, weights: WeightFormat, shape: LayerShape) -> Result<ActivationFormat> {
         let sizes = [("hidden", shape.hidden()), ("intermediate", shape.intermediate())];
         let unfilled = sizes.into_iter().find(|(_, extent)| !extent.is_multiple_of(WEIGHT_BLOCK));

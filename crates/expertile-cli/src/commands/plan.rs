@@ -16,10 +16,10 @@ const ALIGNMENTS: [usize; 6] = [8, 16, 32, 64, 128, 256];
 
 /// Say what padding costs: rows of the permuted buffer, padding among them, workspace.
 ///
-/// Three sizes are given: the reference's bound, the tight bound (the exact maximum over all routings) and, when --ids or
-/// --counts give the routing, the exact sum. Live rows are counted when the routing is known, else they are the most
-/// there can be, tokens * min(topk, local experts). Padding is the rest of the exact size, or of the tight bound where
-/// there is no exact size.
+/// Three sizes are given: the reference's bound, the tight bound (the exact maximum over all routings) and, when --ids
+/// or --counts give the routing, the exact sum. Live rows are counted when the routing is known, else they are the
+/// most there can be, tokens * min(topk, local experts). Padding is the rest of the exact size, or of the tight bound
+/// where there is no exact size.
 #[derive(Debug, clap::Args)]
 #[command(allow_negative_numbers = true)]
 #[command(override_usage = "\
@@ -55,8 +55,8 @@ pub(crate) struct Args {
     /// Hidden size H; with --intermediate, the workspace is counted.
     ///
     /// Counted, for M_sum rows: the permuted rows [M_sum, H] and the activated rows [M_sum, I], each e4m3 with one f32
-    /// scale per 128 values (or bf16, see --activations), the first GEMM's rows [M_sum, 2 I] and the second's [M_sum, H],
-    /// both bf16. Every buffer has its own place; M_sum is the exact size where it is known, else the tight bound.
+    /// scale per 128 values (or bf16, see --activations), the first GEMM's rows [M_sum, 2 I] and the second's [M_sum,
+    /// H], both bf16. Every buffer has its own place; M_sum is the exact size where it is known, else the tight bound.
     #[arg(long, value_name = "H", requires = "intermediate")]
     hidden: Option<usize>,
     /// Intermediate size I of one expert.

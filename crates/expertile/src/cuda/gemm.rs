@@ -1,8 +1,8 @@
 //! The grouped GEMM on Hopper: `D[r, n] = sum_k A[r, k] * B[expert of r, n, k]`, live rows only.
 //!
-//! It walks the worklist that the plan left on the device: no count is needed on the host, padding costs nothing, and the
-//! layout's alignment and the GEMM's row tile are independent. `kernel` says which kernels there are and how they cut
-//! the work, `config` what a kernel is compiled with, `shared_memory` how many stages it has; docs/kernels/gemm.md
+//! It walks the worklist that the plan left on the device: no count is needed on the host, padding costs nothing, and
+//! the layout's alignment and the GEMM's row tile are independent. `kernel` says which kernels there are and how they
+//! cut the work, `config` what a kernel is compiled with, `shared_memory` how many stages it has; docs/kernels/gemm.md
 //! explains the kernels themselves.
 
 use super::arguments::require_int;
@@ -29,13 +29,16 @@ pub struct GemmCall<'a> {
     pub weights: &'a Weights,
     /// `[M_sum, K]`, e4m3 or bf16, 16-byte aligned.
     pub rows: DevicePtr,
-    /// Scales of e4m3 rows: one to 128 values, MN-major ([`crate::ScaleFormat::HOPPER`]), 16-byte aligned; absent for bf16.
+    /// Scales of e4m3 rows: one to 128 values, MN-major ([`crate::ScaleFormat::HOPPER`]), 16-byte aligned; absent for
+    /// bf16.
     pub scales: Option<DevicePtr<f32>>,
     /// `[M_sum, N]` bf16, 16-byte aligned; with an activation `[M_sum, N / 2]` e4m3. Only live rows are written.
     pub out: DevicePtr,
-    /// With an activation, the results' scales, as `scales` has its own; only those of live rows are written. Else absent.
+    /// With an activation, the results' scales, as `scales` has its own; only those of live rows are written. Else
+    /// absent.
     pub out_scales: Option<DevicePtr<f32>>,
-    /// [`super::LayoutPtrs::header`]. Blocks claim tiles in its last word, so GEMMs of one layout run one after the other.
+    /// [`super::LayoutPtrs::header`]. Blocks claim tiles in its last word, so GEMMs of one layout run one after the
+    /// other.
     pub header: DevicePtr<i32>,
     /// [`super::LayoutPtrs::worklist`], of the tile's row tile.
     pub worklist: DevicePtr<i32>,
@@ -117,8 +120,8 @@ impl Gemm {
     /// As [`super::Route::launch`]; the weights' memory outlives the launch.
     ///
     /// # Errors
-    /// [`Error::WeightFormat`] for weights of another format; [`Error::Value`] and [`Error::Alignment`] for what does not
-    /// fit the kernel; [`Error::Cuda`].
+    /// [`Error::WeightFormat`] for weights of another format; [`Error::Value`] and [`Error::Alignment`] for what does
+    /// not fit the kernel; [`Error::Cuda`].
     #[allow(unsafe_code)]
     pub unsafe fn launch(&self, stream: Stream, call: &GemmCall<'_>) -> Result<()> {
         self.check(call)?;

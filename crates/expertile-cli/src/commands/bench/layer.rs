@@ -18,12 +18,12 @@ use expertile::{ActivationFormat, LayerConfig, MatrixRef, Routing};
 
 /// Time the whole layer of a known model, and each of its stages.
 ///
-/// Weights and tokens are made up, experts are drawn evenly. On the CPU each size runs once to warm up and then --repeat
-/// times; the medians are shown. After each run, in the same process and with the same threads, memory is copied: as many
-/// bytes (read and written) as permute, then as unpermute moved.
+/// Weights and tokens are made up, experts are drawn evenly. On the CPU each size runs once to warm up and then
+/// --repeat times; the medians are shown. After each run, in the same process and with the same threads, memory is
+/// copied: as many bytes (read and written) as permute, then as unpermute moved.
 ///
-/// On a GPU (a Hopper) times are medians inside a graph of many calls, and of calls launched one by one, beside its copy
-/// bandwidth and a large matrix product.
+/// On a GPU (a Hopper) times are medians inside a graph of many calls, and of calls launched one by one, beside its
+/// copy bandwidth and a large matrix product.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

@@ -9,10 +9,10 @@ use crate::error::Result;
 
 /// Time the steps around the GEMMs: routing, quantize + permute, activation + quantize, unpermute.
 ///
-/// Rows are quantized to e4m3, experts are drawn evenly; no weights are needed, so any size runs that the rows fit in. On
-/// the CPU each size runs once to warm up and then --repeat times, with copies of the same bytes in between; the medians
-/// are shown. On a GPU (any that the library supports) times are medians inside a graph of many calls, and of calls
-/// launched one by one, beside its copy bandwidth.
+/// Rows are quantized to e4m3, experts are drawn evenly; no weights are needed, so any size runs that the rows fit in.
+/// On the CPU each size runs once to warm up and then --repeat times, with copies of the same bytes in between; the
+/// medians are shown. On a GPU (any that the library supports) times are medians inside a graph of many calls, and of
+/// calls launched one by one, beside its copy bandwidth.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

@@ -20,8 +20,8 @@ const MOST_FLOPS: f64 = 3e13;
 
 /// Draw layers at random, cut their GEMMs in every way, and say by how much the choice of tiles misses the best.
 ///
-/// Layers have H 1024 to 8192, I 128 to 16384, 8 to 512 experts, 1 to 10 of them per token, and 1 to 16384 tokens, as far
-/// as they fit in 24 GiB of weights, 32 GiB of rows and 30 TFLOP. Needs a Hopper GPU.
+/// Layers have H 1024 to 8192, I 128 to 16384, 8 to 512 experts, 1 to 10 of them per token, and 1 to 16384 tokens, as
+/// far as they fit in 24 GiB of weights, 32 GiB of rows and 30 TFLOP. Needs a Hopper GPU.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -68,8 +68,8 @@ struct Report {
     /// Of both GEMMs and the activation: how much longer the choice takes than the best, as a share of the best.
     most: f64,
     mean: f64,
-    /// How much shorter the best takes if K may be split by the size of a call, which gives up that a row's bits do not depend
-    /// on it; as a share of the best that does not.
+    /// How much shorter the best takes if K may be split by the size of a call, which gives up that a row's bits do
+    /// not depend on it; as a share of the best that does not.
     most_of_splits: f64,
     mean_of_splits: f64,
     layers: Vec<Layer>,

@@ -11,7 +11,8 @@ use crate::cuda::route;
 use crate::dtype::Float;
 use crate::error::{Result, checked_mul};
 
-/// A workspace of the safe door, and the state of its calls. Layers of one device may share it, one call after the other.
+/// A workspace of the safe door, and the state of its calls. Layers of one device may share it, one call after the
+/// other.
 #[derive(Debug)]
 pub struct Workspace {
     memory: DeviceBuffer,

@@ -100,8 +100,8 @@ impl<'a> TileBench<'a> {
         Ok(Self { device, routes: routes.into_iter().collect::<Result<_>>()?, gemms, activations })
     }
 
-    /// Times every tile, after its results were found to be those of the first one, bit for bit; and where there are few
-    /// tiles, what it takes to split K, whose results are not.
+    /// Times every tile, after its results were found to be those of the first one, bit for bit; and where there are
+    /// few tiles, what it takes to split K, whose results are not.
     ///
     /// # Errors
     /// [`Error::Value`] for no slots or results that differ; whatever preparing and launching the steps may refuse.
@@ -342,8 +342,8 @@ impl Call {
     }
 }
 
-/// In how many places a GEMM's weights should be, and the bytes from one to the next: past each other, or, where a call reads
-/// few of them, an expert further.
+/// In how many places a GEMM's weights should be, and the bytes from one to the next: past each other, or, where a
+/// call reads few of them, an expert further.
 fn places(expert_bytes: usize, experts: usize, active: usize) -> (usize, usize) {
     let places = ROTATED_BYTES.div_ceil(expert_bytes * active.max(1)).clamp(1, MOST_ROTATED);
     let step = if active * 4 > experts { expert_bytes * experts } else { expert_bytes };
