@@ -19,6 +19,10 @@ use super::gemm::{Gemm, GemmConfig, GemmKernel};
 use super::route;
 use super::unpermute::Unpermute;
 use super::weights::Weights;
+#[cfg(doc)]
+use crate::activation::Activation;
+#[cfg(doc)]
+use crate::error::Error;
 use crate::error::Result;
 use crate::gemm::WeightFormat;
 use crate::layer::{LayerConfig, LayerShape, Stage};

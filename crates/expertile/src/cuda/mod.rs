@@ -12,11 +12,11 @@
 //! | the whole layer | [`Layer`] | all of them |
 //!
 //! Building needs nothing of CUDA. [`Device::open`] looks for the driver and says what is missing; kernels are
-//! compiled by NVRTC (see [`compiler`]) when a step is *prepared*, never when it runs, and kept as cubins on disk.
+//! compiled by NVRTC (see [`Compiler`]) when a step is *prepared*, never when it runs, and kept as cubins on disk.
 //!
 //! A prepared step takes a [`Plan`](crate::Plan), raw device addresses and a raw [`Stream`]. It checks what the host
 //! can see, launches, and returns: it allocates nothing, never waits, and can be captured in a graph. What only a
-//! kernel can see (an expert id past the limit) is kept in the workspace and comes back from [`Route::check`] or
+//! kernel can see (an expert id past the limit) is kept in the state and comes back from [`Route::check`] or
 //! [`QuantizePermute::check`] (or [`Layer::check`]); until then nothing was read or written outside the buffers.
 //! Results are the CPU backend's, bit for bit (where a result is NaN, a NaN); only the sums of the GEMM have an order
 //! of their own.

@@ -57,9 +57,12 @@ class Layer:
         self._on_gpu = isinstance(w13, Tensor) and w13.is_cuda
         if self._on_gpu:
             require_own_format(w13, activations)
-            held = [in_place("w13", w13), in_place("w2", w2)]
-            scales = [scales_in_place("w13_scale", w13_scale), scales_in_place("w2_scale", w2_scale)]
-            self._native = _native.CudaLayer(*held, *scales, alignment, alpha, beta, limit, weight_on_input)
+            w13, w2 = in_place("w13", w13), in_place("w2", w2)
+            w13_scale = scales_in_place("w13_scale", w13_scale)
+            w2_scale = scales_in_place("w2_scale", w2_scale)
+            self._native = _native.CudaLayer(
+                w13, w2, w13_scale, w2_scale, alignment, alpha, beta, limit, weight_on_input
+            )
         else:
             activations = "bf16" if activations is None else activations
             alignment = 1 if alignment is None else alignment

@@ -19,7 +19,7 @@ pub(super) const PART_BYTES: usize = 256;
 /// What a call with a number of tokens does. Plain data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LayerChoice {
-    /// The buffer's rows: the tight bound, aligned to [`ALIGNMENT`].
+    /// The buffer's rows: the tight bound, aligned to [`super::ALIGNMENT`] unless the configuration says otherwise.
     pub plan: Plan,
     /// Rows of an entry of the layout's worklist, and so of GEMM 1's tiles. GEMM 2 has another list where its row tile
     /// is another.
