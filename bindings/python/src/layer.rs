@@ -24,7 +24,8 @@ impl PyLayer {
     /// interrupted.
     #[new]
     #[pyo3(signature = (
-        w13, w2, w13_scale, w2_scale, activations, alignment, alpha, beta, limit, weight_on_input, *, rows_at_once=None
+        w13, w2, w13_scale, w2_scale, activations, alignment, alpha, beta, limit, weight_on_input, *,
+        activation="swiglu", w13_bias=None, w2_bias=None, rows_at_once=None
     ))]
     fn new(
         py: Python<'_>,
@@ -38,6 +39,9 @@ impl PyLayer {
         beta: f32,
         limit: Option<f32>,
         weight_on_input: bool,
+        activation: &str,
+        w13_bias: Option<&Bound<'_, PyAny>>,
+        w2_bias: Option<&Bound<'_, PyAny>>,
         rows_at_once: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let activations = match activations {
@@ -48,10 +52,10 @@ impl PyLayer {
             }
         };
         let alignment = size("alignment", alignment)?;
-        let activation = Activation::Swiglu { alpha, beta, limit };
-        activation.check().map_err(exception)?;
+        let activation = named_activation(activation, (alpha, beta, limit))?;
         let at_once = optional_size("rows_at_once", rows_at_once)?;
-        let w13 = pack(py, ("w13", w13), ("w13_scale", w13_scale), 2, at_once)?;
+        let segments = if activation.is_gated() { 2 } else { 1 };
+        let w13 = pack(py, ("w13", w13), ("w13_scale", w13_scale), segments, at_once)?;
         let w2 = pack(py, ("w2", w2), ("w2_scale", w2_scale), 1, at_once)?;
         // Of a call only its ids and tensors say more.
         let config = LayerConfig {
@@ -60,7 +64,11 @@ impl PyLayer {
             weight_on_input,
             ..LayerConfig::new(1, w13.experts(), activations)
         };
-        Layer::prepare(&cpu()?, w13, w2, config, usize::MAX).map(Self).map_err(exception)
+        let layer = Layer::prepare(&cpu()?, w13, w2, config, usize::MAX).map_err(exception)?;
+        let (experts, shape) = (layer.shape().local_experts(), *layer.shape());
+        let b13 = bias("w13_bias", w13_bias, &[experts, segments * shape.intermediate()])?;
+        let b2 = bias("w2_bias", w2_bias, &[experts, shape.hidden()])?;
+        layer.with_biases(b13, b2).map(Self).map_err(exception)
     }
 
     #[getter]
@@ -118,6 +126,36 @@ impl PyLayer {
         written(py, &[&call.out, &call.workspace])?;
         done
     }
+}
+
+/// The activation of that name; only SwiGLU has parameters.
+pub(crate) fn named_activation(name: &str, parameters: (f32, f32, Option<f32>)) -> PyResult<Activation> {
+    let (alpha, beta, limit) = parameters;
+    let activation = match name {
+        "swiglu" => Activation::Swiglu { alpha, beta, limit },
+        "geglu_tanh" => Activation::GegluTanh,
+        "relu2" => Activation::Relu2,
+        other => return Err(Wrong::word("activation", other, "one of swiglu, geglu_tanh, relu2").value()),
+    };
+    if name != "swiglu" && parameters != (1.0, 0.0, None) {
+        let found = format!("is \"{name}\" with alpha, beta or a limit");
+        return Err(Wrong::new("activation", found, name, "swiglu for those").value());
+    }
+    activation.check().map_err(exception)?;
+    Ok(activation)
+}
+
+/// A bias of the layer, as f32.
+fn bias(name: &'static str, bias: Option<&Bound<'_, PyAny>>, shape: &[usize]) -> PyResult<Option<Vec<f32>>> {
+    let Some(bias) = Array::optional(name, bias)? else { return Ok(None) };
+    bias.require_shape(shape)?;
+    let values = match bias.element() {
+        Element::F32 => bias.contiguous::<f32>()?.to_vec(),
+        Element::Bf16 => bias.contiguous::<bf16>()?.iter().map(|value| value.to_f32()).collect(),
+        Element::F16 => bias.contiguous::<f16>()?.iter().map(|value| value.to_f32()).collect(),
+        _ => return Err(bias.dtype_error("float32, bfloat16 or float16")),
+    };
+    Ok(Some(values))
 }
 
 /// Packs `[E, N, K]` in one segment, or two (gate and up): bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K /

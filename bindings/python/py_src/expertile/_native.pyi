@@ -141,6 +141,9 @@ class Layer:
         limit: float | None,
         weight_on_input: bool,
         *,
+        activation: str = "swiglu",
+        w13_bias: Any | None = None,
+        w2_bias: Any | None = None,
         rows_at_once: int | None = None,
     ) -> Layer:
         """Packs as many rows at once as take a fraction of a second; then it looks whether it has been interrupted."""
@@ -180,6 +183,8 @@ class CudaLayer:
         beta: float,
         limit: float | None,
         weight_on_input: bool,
+        *,
+        activation: str = "swiglu",
     ) -> CudaLayer: ...
     @property
     def local_experts(self) -> int: ...

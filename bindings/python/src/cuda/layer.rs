@@ -5,11 +5,12 @@ use super::{lock, matrix, ptr};
 use crate::array::{Apart, Array, Element};
 use crate::autograd::written;
 use crate::error::{Actual, Wrong, exception, optional_size, size};
+use crate::layer::named_activation;
 use crate::tensor::{self, Form};
 use expertile::cuda::{DeviceBuffer, DevicePtr, Layer, LayerCall, RoutingPtrs, STATE_BYTES, Stream, Weights};
 use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
 use expertile::layer::LayerShape;
-use expertile::{Activation, ActivationFormat, Dtype, LayerConfig};
+use expertile::{ActivationFormat, Dtype, LayerConfig};
 use half::bf16;
 use pyo3::prelude::*;
 use std::ops::Range;
@@ -53,6 +54,9 @@ struct State {
 #[pymethods]
 impl CudaLayer {
     #[new]
+    #[pyo3(signature = (
+        w13, w2, w13_scale, w2_scale, alignment, alpha, beta, limit, weight_on_input, *, activation="swiglu"
+    ))]
     fn new(
         py: Python<'_>,
         w13: &Bound<'_, PyAny>,
@@ -64,6 +68,7 @@ impl CudaLayer {
         beta: f32,
         limit: Option<f32>,
         weight_on_input: bool,
+        activation: &str,
     ) -> PyResult<Self> {
         let arrays = [Some(w13), Some(w2), w13_scale, w2_scale].into_iter().zip(["w13", "w2", "w13_scale", "w2_scale"]);
         let arrays: Vec<_> = arrays.map(|(array, name)| Array::optional(name, array)).collect::<PyResult<_>>()?;
@@ -78,13 +83,15 @@ impl CudaLayer {
         };
         let (sizes13, sizes2) = (sizes(w13, "[E, 2 I, H]")?, sizes(w2, "[E, H, I]")?);
         let (format, format2) = (format(w13)?, format(w2)?);
-        let shape = LayerShape::of_weights((sizes13, format), (sizes2, format2), true).map_err(exception)?;
+        let activation = named_activation(activation, (alpha, beta, limit))?;
+        let gated = activation.is_gated();
+        let shape = LayerShape::of_weights((sizes13, format), (sizes2, format2), gated).map_err(exception)?;
         let activation_format = match format {
             WeightFormat::Bf16 => ActivationFormat::Bf16,
             WeightFormat::E4m3 => ActivationFormat::E4m3,
         };
         let config = LayerConfig {
-            activation: Activation::Swiglu { alpha, beta, limit },
+            activation,
             alignment: optional_size("alignment", alignment)?,
             weight_on_input,
             ..LayerConfig::new(1, shape.local_experts(), activation_format)

@@ -30,7 +30,10 @@ class Layer:
 
     activations: ``"bf16"``, or ``"e4m3"`` to quantize them (needs e4m3 weights, and 128 to divide H and I). Without it
     ``"bf16"`` on the CPU, and the weights' own format on a GPU, which has no other.
-    alpha, beta, limit: ``glu = gate * sigmoid(alpha * gate)``, ``(up + beta) * glu``, gate clamped to at most `limit`,
+    activation: ``"swiglu"``; on the CPU also ``"geglu_tanh"`` (the tanh form of GELU), or ``"relu2"`` (``max(x, 0)^2``,
+    without a gate: w13 is ``[E, I, H]``). w13_bias ``[E, 2 I]``, w2_bias ``[E, H]``: on the CPU, added to the GEMMs'
+    sums.
+    alpha, beta, limit, of SwiGLU: ``glu = gate * sigmoid(alpha * gate)``, ``(up + beta) * glu``, gate clamped to at most `limit`,
     up to within it. weight_on_input: router weights multiply the input (``topk = 1`` only). alignment: of each expert's
     rows, by default the device's own; it changes no result.
 
@@ -52,22 +55,40 @@ class Layer:
         beta: float = 0.0,
         limit: float | None = None,
         weight_on_input: bool = False,
+        activation: str = "swiglu",
+        w13_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
     ) -> None:
         self._native: _native.Layer | _native.CudaLayer
         self._on_gpu = isinstance(w13, Tensor) and w13.is_cuda
         if self._on_gpu:
             require_own_format(w13, activations)
+            for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias)):
+                if bias is not None:
+                    raise ArgumentValueError(name, " is given", bias, "none on a GPU")
             w13, w2 = in_place("w13", w13), in_place("w2", w2)
             w13_scale = scales_in_place("w13_scale", w13_scale)
             w2_scale = scales_in_place("w2_scale", w2_scale)
             self._native = _native.CudaLayer(
-                w13, w2, w13_scale, w2_scale, alignment, alpha, beta, limit, weight_on_input
+                w13, w2, w13_scale, w2_scale, alignment, alpha, beta, limit, weight_on_input, activation=activation
             )
         else:
             activations = "bf16" if activations is None else activations
             alignment = 1 if alignment is None else alignment
             self._native = _native.Layer(
-                w13, w2, w13_scale, w2_scale, activations, alignment, alpha, beta, limit, weight_on_input
+                w13,
+                w2,
+                w13_scale,
+                w2_scale,
+                activations,
+                alignment,
+                alpha,
+                beta,
+                limit,
+                weight_on_input,
+                activation=activation,
+                w13_bias=w13_bias,
+                w2_bias=w2_bias,
             )
         self._device = w13.device if isinstance(w13, Tensor) else torch.device("cpu")
         # Operators take numbers and tensors: a layer is passed to its operator by number.
