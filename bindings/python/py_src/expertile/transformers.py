@@ -63,7 +63,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         if self.training:
             raise RuntimeError("expertile computes no gradients: call model.eval(), or use torch.no_grad()")
         hidden_states, top_k_weights = hidden_states.detach(), top_k_weights.detach()
-    if self._is_expert_parallel if hasattr(self, "_is_expert_parallel") else False:
+    if getattr(self, "_is_expert_parallel", False):
         # Slots of other ranks' experts.
         top_k_index = top_k_index.masked_fill(top_k_index >= layer.local_experts, -1)
     if layer.device.type == "cuda":
@@ -198,6 +198,6 @@ def _give_back(module: nn.Module, names: tuple[str, ...]) -> None:
 
 def _no_weights(module: nn.Module, *_: Any) -> None:
     raise RuntimeError(
-        f"the weights of {type(module).__name__} have been packed by expertile and are not in the module any more: save "
-        "or load before the first call, or call expertile.transformers.configure(keep_weights=True) before it"
+        f"the weights of {type(module).__name__} have been packed by expertile and are not in the module any more: "
+        "save or load before the first call, or call expertile.transformers.configure(keep_weights=True) before it"
     )

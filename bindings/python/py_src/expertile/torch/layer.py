@@ -33,9 +33,9 @@ class Layer:
     activation: ``"swiglu"``; on the CPU also ``"geglu_tanh"`` (the tanh form of GELU), or ``"relu2"`` (``max(x, 0)^2``,
     without a gate: w13 is ``[E, I, H]``). w13_bias ``[E, 2 I]``, w2_bias ``[E, H]``: on the CPU, added to the GEMMs'
     sums.
-    alpha, beta, limit, of SwiGLU: ``glu = gate * sigmoid(alpha * gate)``, ``(up + beta) * glu``, gate clamped to at most `limit`,
-    up to within it. weight_on_input: router weights multiply the input (``topk = 1`` only). alignment: of each expert's
-    rows, by default the device's own; it changes no result.
+    alpha, beta, limit, of SwiGLU: ``glu = gate * sigmoid(alpha * gate)``, ``(up + beta) * glu``, gate clamped to at
+    most `limit`, up to within it. weight_on_input: router weights multiply the input (``topk = 1`` only). alignment: of
+    each expert's rows, by default the device's own; it changes no result.
 
     Raises ValueError or TypeError for what does not fit.
     """

@@ -1,0 +1,130 @@
+"""Transformers' experts on a GPU: ours beside its own implementations, one module of a model's real size.
+
+    transformers_experts.py [--models qwen3-30b-a3b,mixtral-8x7b] [--tokens 1,8,64,256,1024,4096] [--json FILE]
+
+The module is Transformers' own (`Qwen3MoeExperts` with the model's sizes, bf16, random weights, random routing); only
+its `experts_implementation` changes. Each result is compared with `grouped_mm`'s before it is timed. Two times: as a
+program calls it, which waits for the host where that is slower, and replayed in a CUDA graph. Several sets of inputs
+take turns, each with experts of its own draw.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+import torch
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+import expertile.transformers as ours
+
+# Experts, chosen of them, H, I.
+MODELS = {
+    "qwen3-30b-a3b": (128, 8, 2048, 768),
+    "mixtral-8x7b": (8, 2, 4096, 14336),
+    "deepseek-v3-ep8": (32, 8, 7168, 2048),
+}
+SETS = 4
+# `batched_mm` copies the weights of every slot.
+MOST_TOKENS = {"batched_mm": 64}
+
+
+def seconds_of(call, repeats):
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / repeats)
+    return sorted(times)[4]
+
+
+def graph_of(call):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def measure(experts, implementation, inputs):
+    """Microseconds a call: as called, and in a graph (None if it cannot be captured)."""
+    experts.config._experts_implementation = implementation
+
+    def call():
+        for x, ids, weights in inputs:
+            experts(x, ids, weights)
+
+    called = seconds_of(call, 5) / len(inputs)
+    try:
+        graph = graph_of(call)
+        replayed = seconds_of(graph.replay, 5) / len(inputs) * 1e6
+    except RuntimeError:
+        torch.cuda.synchronize()
+        replayed = None
+    return called * 1e6, replayed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--tokens", default="1,8,64,256,1024,4096")
+    parser.add_argument("--implementations", default="expertile,grouped_mm,batched_mm")
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    implementations = options.implementations.split(",")
+    ours.configure(max_tokens=max(int(tokens) for tokens in options.tokens.split(",")))
+    rows = []
+    print(f"{'model':<16} {'tokens':>6} " + " ".join(f"{name + ', called':>19} {'graph':>8}" for name in implementations))
+    for model in options.models.split(","):
+        count, topk, hidden, intermediate = MODELS[model]
+        config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=intermediate, num_experts=count)
+        config._experts_implementation = "grouped_mm"
+        with torch.device("cuda"):
+            experts = modeling_qwen3_moe.Qwen3MoeExperts(config).bfloat16().eval()
+        for weights in experts.parameters():
+            weights.requires_grad_(False).normal_(std=weights.shape[-1] ** -0.5)
+        for tokens in map(int, options.tokens.split(",")):
+            inputs = []
+            for _ in range(SETS):
+                scores = torch.rand(tokens, count, device="cuda")
+                chosen = scores.topk(topk)
+                weights = torch.softmax(chosen.values, -1).bfloat16()
+                inputs.append((torch.randn(tokens, hidden, device="cuda").bfloat16(), chosen.indices, weights))
+            row = {"model": model, "tokens": tokens, "us": {}}
+            cells = []
+            experts.config._experts_implementation = "grouped_mm"
+            expected = experts(*inputs[0]).float()
+            for name in implementations:
+                if tokens > MOST_TOKENS.get(name, tokens):
+                    cells.append(f"{'-':>19} {'-':>8}")
+                    continue
+                experts.config._experts_implementation = name
+                found = experts(*inputs[0]).float()
+                distance = float((found - expected).norm() / expected.norm())
+                if not distance < 1e-2:
+                    sys.exit(f"{name} is {distance} away from grouped_mm")
+                called, replayed = measure(experts, name, inputs)
+                row["us"][name] = {"called": called, "graph": replayed}
+                cells.append(f"{called:>19.1f} " + (f"{replayed:>8.1f}" if replayed else f"{'-':>8}"))
+            rows.append(row)
+            print(f"{model:<16} {tokens:>6} " + " ".join(cells), flush=True)
+        del experts
+        torch.cuda.empty_cache()
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"device": torch.cuda.get_device_name(), "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
