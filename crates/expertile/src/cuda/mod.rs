@@ -3,12 +3,12 @@
 //!
 //! | step | here | kernel |
 //! |---|---|---|
-//! | routing, plan, layout | [`Route`] | `route_plan.cu` |
-//! | routing to quantized rows in place, one launch where the slots are few | [`QuantizePermute`] | `quantize_permute.cu` |
-//! | permute of rows as they are | [`Permute`] | `permute.cu` |
-//! | grouped GEMM | [`Gemm`] | `gemm.cu` |
-//! | activation, quantized or not | [`Activate`] | `activation.cu` |
-//! | unpermute | [`Unpermute`] | `unpermute.cu` |
+//! | routing, plan, layout | [`Route`] | `route/route_plan.cu` |
+//! | routing to quantized rows, one launch for few slots | [`QuantizePermute`] | `rows/quantize_permute.cu` |
+//! | permute of rows as they are | [`Permute`] | `rows/permute.cu` |
+//! | grouped GEMM | [`Gemm`] | `gemm/sm90_gemm_*.cu`, three of them |
+//! | activation, quantized or not | [`Activate`] | `rows/activation.cu` |
+//! | unpermute | [`Unpermute`] | `rows/unpermute.cu` |
 //! | the whole layer | [`Layer`] | all of them |
 //!
 //! Building needs nothing of CUDA. [`Device::open`] looks for the driver and says what is missing; kernels are
