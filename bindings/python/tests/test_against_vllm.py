@@ -74,6 +74,24 @@ def rows_by_expert(rows, scales, m_indices):
     return {expert: sorted(lines) for expert, lines in experts.items()}
 
 
+@pytest.mark.parametrize("rows_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", ["float32", "uint8"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_permute_of_wide_rows_is_theirs(peer, rng, case, scale, rows_dtype):
+    tokens, topk, experts, global_experts, hidden = case
+    group = 32 if scale == "uint8" else 128
+    ids, expert_map = routing(rng, tokens, topk, experts, global_experts, torch.int32)
+    aq = torch.from_numpy(rng.standard_normal((tokens, hidden))).to(rows_dtype)
+    aq_scale = torch.from_numpy(rng.integers(1, 255, (tokens, hidden // group))).to(getattr(torch, scale))
+    arguments = (aq, aq_scale, ids, experts, expert_map, None)
+    theirs = peer.deepgemm_moe_permute(*arguments, block_size=group)
+    mine = ours.deepgemm_moe_permute(*arguments, block_size=group)
+    for ours_, its in zip(mine[:4], theirs[:4], strict=True):
+        assert (ours_.shape, ours_.stride(), ours_.dtype) == (its.shape, its.stride(), its.dtype)
+    assert torch.equal(mine[2], theirs[2]) and mine[4] == theirs[4]
+    assert rows_by_expert(*mine[:3]) == rows_by_expert(*theirs[:3])
+
+
 @pytest.mark.parametrize("psum", [False, True])
 @pytest.mark.parametrize("scale", ["float32", "uint8"])
 @pytest.mark.parametrize("meta", ["none", "counts", "empty"])

@@ -210,6 +210,34 @@ def test_metadata_from_a_list_sizes_a_buffer():
     assert (meta.psum_recv_per_rank, meta.rank_expert_offset) == (None, None)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [0, 1, 7, 40])
+@pytest.mark.parametrize("hidden", [128, 288])
+def test_wide_rows_go_where_narrow_ones_go_with_or_without_scales(kind, tokens, hidden):
+    rng = np.random.default_rng(tokens)
+    ids = as_kind(kind, rng.integers(-1, 5, (tokens, 3)))
+    narrow = as_kind(kind, rng.integers(0, 0x7F, (tokens, hidden), dtype=np.uint8))
+    wide = as_kind(kind, rng.standard_normal((tokens, hidden)).astype(np.float16))
+    # With uint8 scales in groups of 32, whose last word is not full at 288.
+    scales = as_kind(kind, rng.integers(1, 255, (tokens, hidden // 32), dtype=np.uint8))
+    expected = deep_gemm_utils.deepgemm_moe_permute(narrow, scales, ids, 5, None, None, block_size=32)
+    mine = deep_gemm_utils.deepgemm_moe_permute(wide, scales, ids, 5, None, None, block_size=32)
+    bare = deep_gemm_utils.deepgemm_moe_permute(wide, None, ids, 5, None, None)
+    assert bare[1] is None
+    inv_perm, m_indices = as_numpy(mine[3]), as_numpy(mine[2])
+    live = m_indices >= 0
+    words, theirs = as_numpy(mine[1]), as_numpy(expected[1])
+    assert (words.dtype, words.shape) == (theirs.dtype, theirs.shape) and (words == theirs).all()
+    for found in (mine, bare):
+        assert all((as_numpy(a) == as_numpy(b)).all() for a, b in zip(found[2:4], expected[2:4], strict=True))
+        rows = as_numpy(found[0])
+        for token, slot in np.argwhere(inv_perm >= 0):
+            assert (rows[inv_perm[token, slot]] == as_numpy(wide)[token]).all()
+        assert (
+            rows.shape == (len(m_indices), hidden) and rows.dtype == np.float16 and live.sum() == (inv_perm >= 0).sum()
+        )
+
+
 @pytest.mark.skipif(torch is None, reason="torch is not installed")
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_packed_scales_have_the_references_strides_also_where_there_are_no_rows(tokens):

@@ -154,6 +154,18 @@ def matrix_over(flat: Array, shape: tuple[int, int], strides: tuple[int, int]) -
     return numpy.lib.stride_tricks.as_strided(flat, shape, of_bytes)
 
 
+def words_of(values: Array) -> Array:
+    """Bytes ``[M, G]`` as int32 ``[M, ceil(G / 4)]``: byte j of word p is that of column ``4 p + j``, zero past G."""
+    rows, columns = values.shape
+    words = empty((rows, (columns + 3) // 4), "int32", values)
+    words[...] = 0
+    if is_tensor(words):
+        words.view(values.dtype)[:, :columns] = values
+    else:
+        words.view("uint8")[:, :columns] = values
+    return words
+
+
 def as_float32(x: Array) -> Array:
     """`x` as float32: itself, or an exact copy of a narrower float."""
     if dtype_name(x) in ("bfloat16", "float16"):

@@ -40,7 +40,7 @@ def count_expert_num_tokens(topk_ids: Array, num_local_experts: int, expert_map:
 
 def deepgemm_moe_permute(
     aq: Array,
-    aq_scale: Array,
+    aq_scale: Array | None,
     topk_ids: Array,
     local_num_experts: int,
     expert_map: Array | None,
@@ -48,23 +48,24 @@ def deepgemm_moe_permute(
     aq_out: Array | None = None,
     block_size: int | None = None,
     use_psum_layout: bool = False,
-) -> tuple[Array, Array, Array, Array, int]:
-    """Lays quantized rows out for DeepGEMM's contiguous grouped GEMM.
+) -> tuple[Array, Array | None, Array, Array, int]:
+    """Lays rows out for DeepGEMM's contiguous grouped GEMM.
 
-    aq: ``[M, H]``, e4m3 (or bytes). aq_scale: float32 ``[M, H / block_size]``, or uint8 (UE8M0), which is packed.
-    topk_ids: int32 or int64 ``[M, topk]``. expert_map: int32 ``[G]``. aq_out: ``[M_sum, H]``, written in place; rows of
-    padding are left as they are. block_size: values per scale, by default the block in force (128).
+    aq: ``[M, H]``, e4m3 (or bytes), bfloat16 or another type of 2 or 4 bytes, which is moved as it is. aq_scale:
+    float32 ``[M, H / block_size]``, or uint8 (UE8M0), which is packed; None for rows that have none, if they are not
+    e4m3. topk_ids: int32 or int64 ``[M, topk]``. expert_map: int32 ``[G]``. aq_out: ``[M_sum, H]``, written in place;
+    rows of padding are left as they are. block_size: values per scale, by default the block in force (128).
 
     Returns ``(aq_out, scales, grouped_layout, inv_perm, alignment_used)``: scales float32 ``[M_sum, H / block_size]``,
-    or int32 ``[M_sum, ceil(H / block_size / 4)]`` with strides ``(1, round_up(M_sum, 4))``; grouped_layout int32
-    ``[M_sum]`` (the expert of each row, -1 on padding), or with `use_psum_layout` int32 ``[E]`` (the end of each
-    expert's rows); inv_perm int32 ``[M, topk]``, -1 for an empty slot.
+    or int32 ``[M_sum, ceil(H / block_size / 4)]`` with strides ``(1, round_up(M_sum, 4))``, or None without `aq_scale`;
+    grouped_layout int32 ``[M_sum]`` (the expert of each row, -1 on padding), or with `use_psum_layout` int32 ``[E]``
+    (the end of each expert's rows); inv_perm int32 ``[M, topk]``, -1 for an empty slot.
 
     Raises ValueError or TypeError for what does not fit.
     """
     block = _alignment.source.get()
     group = block if block_size is None else block_size
-    if getattr(aq, "is_cuda", False):
+    if getattr(aq, "is_cuda", False) and aq_scale is not None:
         # One call, planning included where that is ours; what it does not take goes step by step.
         alignment, m_sum = block, None
         if expert_tokens_meta is not None or _alignment.source is not _alignment.own:
@@ -93,13 +94,17 @@ def deepgemm_moe_permute(
     tokens, topk = _arrays.require_array("topk_ids", topk_ids, 2)
     m_sum, alignment = compute_aligned_M_and_alignment(tokens, topk, local_num_experts, block, expert_tokens_meta)
     _, hidden = _arrays.require_array("aq", aq, 2)
-    _arrays.require_array("aq_scale", aq_scale, 2)
+    if aq_scale is not None or aq.itemsize == 1:
+        # Rows of one byte are quantized: theirs cannot have been left out on purpose.
+        _arrays.require_array("aq_scale", aq_scale, 2)
     if aq_out is None:
         aq_out = _arrays.empty((m_sum, hidden), aq.dtype, aq)
     else:
         _arrays.require_shape("aq_out", aq_out, (m_sum, hidden))
-    scale_layout = "packed_ue8m0" if _arrays.dtype_name(aq_scale) == "uint8" else "row_major"
-    flat, scales, _ = _empty_scales(aq, m_sum, hidden, group, scale_layout)
+    scale_layout, flat, scales = "row_major", None, None
+    if aq_scale is not None:
+        scale_layout = "packed_ue8m0" if _arrays.dtype_name(aq_scale) == "uint8" else "row_major"
+        flat, scales, _ = _empty_scales(aq, m_sum, hidden, group, scale_layout)
     lists = _permute(
         aq,
         aq_scale,
@@ -111,7 +116,7 @@ def deepgemm_moe_permute(
         group,
         scale_layout,
         aq_out,
-        flat,
+        (flat, scales),
         PERMUTE,
     )
     layout = lists.psum if use_psum_layout else lists.m_indices
@@ -176,7 +181,7 @@ def ep_scatter(
         block_size,
         scale_layout,
         output_tensor,
-        flat,
+        (flat, scales),
         SCATTER,
     )
     if scales is not output_tensor_scale:
@@ -217,7 +222,7 @@ class _Lists:
 
 def _permute(
     x: Array,
-    x_scale: Array,
+    x_scale: Array | None,
     topk_ids: Array,
     experts: int,
     expert_map: Array | None,
@@ -226,9 +231,10 @@ def _permute(
     group: int,
     scale_layout: str,
     out: Array,
-    scales: Array,
+    scales: tuple[Array | None, Array | None],
     names: dict[str, str],
 ) -> _Lists:
+    """Rows to `out` and scales to memory and the matrix it is read as, if there are any."""
     tokens, topk = topk_ids.shape
     m_sum = out.shape[0]
     if out.dtype != x.dtype:
@@ -240,21 +246,23 @@ def _permute(
     target = _arrays.contiguous(out)
     try:
         lists = _arrays.empty((_native.layout_len(tokens, topk, experts, alignment, m_sum),), "int32", x)
-        if x.itemsize == 1:
-            _native.permute_quantized(x, x_scale, *where, group, scale_layout, False, target, scales, lists)
+        flat, matrix = scales
+        if x_scale is None:
+            _native.permute_rows(x, *where, False, target, lists)
+        elif x.itemsize == 1:
+            _native.permute_quantized(x, x_scale, *where, group, scale_layout, False, target, flat, lists)
         else:
-            # Wider rows cannot be e4m3; they are moved as they are, and so are their scales.
-            if scale_layout != "row_major":
-                raise _arrays.wrong_dtype("x", x, "float8_e4m3fn with uint8 scales")
-            # The scales first, and not yet to their place: the rows, written last, may still be refused.
+            # Wider rows cannot be e4m3; they are moved as they are, and so are their scales. The scales first, and not
+            # yet to their place: the rows, written last, may still be refused.
             groups = out.shape[1] // group
             _arrays.require_shape("x_scales", x_scale, (tokens, groups))
-            if _arrays.dtype_name(x_scale) != _arrays.dtype_name(scales):
-                raise _arrays.wrong_dtype("x_scales", x_scale, "float32")
-            moved = _arrays.empty((m_sum, groups), scales.dtype, scales)
+            expected = "uint8" if scale_layout == "packed_ue8m0" else "float32"
+            if _arrays.dtype_name(x_scale) != expected:
+                raise _arrays.wrong_dtype("x_scales", x_scale, expected)
+            moved = _arrays.empty((m_sum, groups), expected, x)
             _native.permute_rows(x_scale, *where, True, moved, lists)
             _native.permute_rows(x, *where, False, target, lists)
-            _arrays.assign(scales, moved.reshape(scales.shape))
+            _arrays.assign(matrix, _arrays.words_of(moved) if expected == "uint8" else moved)
     except ArgumentError as error:
         raise named(error, names) from None
     if target is not out:
@@ -274,7 +282,7 @@ def _where_live(new: Array, old: Array) -> Array:
 def _require_targets(
     outputs: list[tuple[str, Array]],
     x: Array,
-    x_scale: Array,
+    x_scale: Array | None,
     topk_ids: Array,
     expert_map: Array | None,
     names: dict[str, str],
