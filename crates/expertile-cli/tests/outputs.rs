@@ -180,6 +180,14 @@ fn kill(child: &Child, signal: &str) {
     assert!(Command::new("kill").args(arguments).status().unwrap().success());
 }
 
+/// The command with every signal's default action, which what started the tests may have changed: a shell that runs
+/// them in the background ignores SIGINT, and the command leaves an ignored signal ignored.
+fn with_default_signals() -> Command {
+    let mut command = Command::new("env");
+    command.args(["--default-signal", env!("CARGO_BIN_EXE_expertile")]);
+    command
+}
+
 #[test]
 fn a_signal_ends_the_call_at_once_and_leaves_nothing() {
     // So many experts that the picture takes a while to write.
@@ -190,7 +198,7 @@ fn a_signal_ends_the_call_at_once_and_leaves_nothing() {
         let met = (0..50).any(|_| {
             let folder = tempfile::tempdir().unwrap();
             fs::write(folder.path().join("a.svg"), "old").unwrap();
-            let mut command = Command::new(env!("CARGO_BIN_EXE_expertile"));
+            let mut command = with_default_signals();
             let mut child = command.current_dir(folder.path()).args(plot).stdout(Stdio::null()).spawn().unwrap();
             while fs::read_dir(folder.path()).unwrap().count() == 1 && child.try_wait().unwrap().is_none() {}
             let _ = Command::new("kill").args([format!("-{name}"), child.id().to_string()]).output().unwrap();
@@ -211,7 +219,7 @@ fn a_call_of_minutes_ends_at_once() {
     for (name, signal) in [("INT", 2), ("TERM", 15)] {
         let arguments =
             ["bench", "layer", "--preset", "deepseek-v3", "--experts", "8", "--tokens", "4096", "--threads", "2"];
-        let mut command = Command::new(env!("CARGO_BIN_EXE_expertile"));
+        let mut command = with_default_signals();
         let mut child = command.current_dir(folder.path()).args(arguments).stdout(Stdio::null()).spawn().unwrap();
         std::thread::sleep(Duration::from_millis(700));
         let started = Instant::now();
