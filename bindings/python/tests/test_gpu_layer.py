@@ -113,6 +113,22 @@ def test_an_expert_map_other_types_and_weights_on_the_input():
             assert mine.dtype == its.dtype and distance(mine, its) < TOLERANCE["e4m3"]
 
 
+def test_inputs_may_be_views_of_wider_tensors():
+    layer = et.Layer(**on_gpu(weights(8, 512, 256, "e4m3")))
+    layer.prepare(64, 2)
+    x, ids, router = inputs(64, 2, 8, 512)
+    expected = layer(x, ids, router)
+    wide = torch.full((64, 1024), float("nan"), dtype=torch.bfloat16, device="cuda")
+    wide[:, 256:768] = x
+    many = torch.full((64, 9), float("nan"), device="cuda")
+    many[:, 3:5] = router
+    strided_ids = ids.mT.contiguous().mT
+    assert torch.equal(layer(wide[:, 256:768], strided_ids, many[:, 3:5]), expected)
+    one = layer(x[:1].expand(64, 512), ids[:1].expand(64, 2), router[:1].expand(64, 2))
+    assert torch.equal(one, expected[:1].expand(64, 512))
+    layer.check()
+
+
 def test_weights_are_used_where_they_are_and_kept_alive():
     parts = on_gpu(weights(8, 1024, 512, "e4m3"))
     before = torch.cuda.memory_allocated()

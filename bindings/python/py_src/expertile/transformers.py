@@ -66,8 +66,10 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     if getattr(self, "_is_expert_parallel", False):
         # Slots of other ranks' experts.
         top_k_index = top_k_index.masked_fill(top_k_index >= layer.local_experts, -1)
-    if layer.device.type == "cuda":
-        _prepare(layer, hidden_states, top_k_index)
+    if layer.device.type == "cuda" and not torch.compiler.is_compiling():
+        kind = (top_k_index.shape[1], top_k_index.dtype, hidden_states.dtype)
+        if self.__dict__["_expertile_prepared"].get(kind, -1) < top_k_index.shape[0]:
+            _prepare(self, layer, hidden_states, top_k_index)
     return layer(hidden_states, top_k_index, top_k_weights.float())
 
 
@@ -76,15 +78,12 @@ ALL_FP8_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
 @torch.compiler.disable
-def _prepare(layer: Layer, hidden_states: Tensor, top_k_index: Tensor) -> None:
-    """Compiles what a call needs, unless that has been done."""
+def _prepare(module: nn.Module, layer: Layer, hidden_states: Tensor, top_k_index: Tensor) -> None:
+    """Compiles what such calls need, of as many tokens and of more."""
     tokens, topk = top_k_index.shape
-    kind = (topk, top_k_index.dtype, hidden_states.dtype)
-    prepared = layer.__dict__.setdefault("_prepared", {})
-    if prepared.get(kind, -1) < tokens:
-        most = max(_options.max_tokens, 1 << (tokens - 1).bit_length())
-        layer.prepare(most, topk, ids_dtype=top_k_index.dtype, dtype=hidden_states.dtype)
-        prepared[kind] = most
+    most = max(_options.max_tokens, 1 << (tokens - 1).bit_length())
+    layer.prepare(most, topk, ids_dtype=top_k_index.dtype, dtype=hidden_states.dtype)
+    module.__dict__["_expertile_prepared"][topk, top_k_index.dtype, hidden_states.dtype] = most
 
 
 @torch.compiler.disable
@@ -116,6 +115,7 @@ def _make(module: nn.Module) -> Layer:
         warnings.simplefilter("ignore")
         layer = Layer(up if on_gpu else up.contiguous(), down if on_gpu else down.contiguous(), **options)
     module.__dict__["_expertile_layer"] = layer
+    module.__dict__["_expertile_prepared"] = {}
     if not in_place and not _options.keep_weights:
         _give_back(module, (up_name, "down_proj"))
     return layer
