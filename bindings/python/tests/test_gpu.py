@@ -7,7 +7,6 @@ modules) and ``deep_gemm/`` (the DeepGEMM it carries). ``pytest -s`` prints the 
 import contextlib
 import os
 import sys
-import time
 
 import pytest
 
@@ -17,6 +16,7 @@ import expertile  # noqa: E402
 import expertile.torch as et  # noqa: E402
 import expertile.vllm  # noqa: E402
 from expertile import _native, deep_gemm_utils  # noqa: E402
+from on_gpu import captured, host_us  # noqa: E402
 
 unavailable = "torch sees no CUDA device" if not torch.cuda.is_available() else _native.cuda_unavailable()
 pytestmark = [
@@ -270,20 +270,6 @@ def test_weights_that_are_lazily_negated_are_read_as_what_they_stand_for():
     assert torch.equal(et.unpermute(rows, layout.inv_perm, lazily), et.unpermute(rows, layout.inv_perm, weights))
 
 
-def captured(call):
-    """A graph of one call, after the warm-up that graphs ask for."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph, result
-
-
 @pytest.mark.parametrize("tokens", [3, 64, 2000])
 def test_a_captured_graph_replays_right_with_changed_inputs(tokens):
     x = torch.randn(tokens, 512, dtype=torch.bfloat16, device="cuda")
@@ -358,20 +344,6 @@ def test_functions_know_what_torch_keeps_beside_memory():
             call(aq[:1].expand(shape[0], 128), scale[:1].expand(shape[0], 1), ids[:1, :1].expand(shape), 4, None, None)
         with pytest.raises(ValueError):
             et.unpermute(rows, expected[3][:1, :1].expand(shape), out=out[:1])
-
-
-def host_us(call, calls=200):
-    """Microseconds of the calling thread for one call, nothing waited for."""
-    call()
-    torch.cuda.synchronize()
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        best = min(best, (time.perf_counter() - start) / calls * 1e6)
-        torch.cuda.synchronize()
-    return best
 
 
 def graph_us(call, calls=20):

@@ -3,7 +3,6 @@
 Skips without a Hopper GPU. ``pytest -s`` prints the figures.
 """
 
-import time
 import warnings
 
 import pytest
@@ -12,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 import expertile.torch as et  # noqa: E402
 from expertile import _native  # noqa: E402
+from on_gpu import captured, host_us  # noqa: E402
 
 
 def missing():
@@ -166,19 +166,6 @@ def test_what_cannot_be_used_in_place_is_copied_with_a_warning():
     assert torch.equal(layer(*arguments), expected(*arguments))
 
 
-def captured(call):
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph, result
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tokens", [1, 64, 1000])
 def test_captured_calls_replay_with_changed_inputs(tokens, form):
@@ -311,20 +298,6 @@ def test_a_state_dict_of_experts():
     theirs = torch.tensor([[0], [2]] * 4, device="cuda")
     mine = torch.tensor([[1], [0]] * 4, device="cuda")
     assert torch.equal(some(x, mine, router), whole(x, theirs, router))
-
-
-def host_us(call, calls=200):
-    """Microseconds of the calling thread for one call, nothing waited for."""
-    call()
-    torch.cuda.synchronize()
-    best = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        best = min(best, (time.perf_counter() - start) / calls * 1e6)
-        torch.cuda.synchronize()
-    return best
 
 
 def test_the_cost_of_a_call_is_printed():

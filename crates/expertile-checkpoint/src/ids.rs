@@ -109,7 +109,7 @@ impl Ids {
 }
 
 /// Fails for a dimension that no routing has. Where the other one is 0, the file's length does not bound it, and
-/// whoever works through tokens or slots would never be done.
+/// a loop over the tokens or slots would not end.
 fn require_bearable(file: &Path, tensor: &str, shape: [usize; 2]) -> Result<()> {
     if shape.iter().any(|&extent| extent > MOST_ROWS) {
         return Err(Error::shape(file, tensor, &shape, format!("[M, topk] with both at most {MOST_ROWS}")));

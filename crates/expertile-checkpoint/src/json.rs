@@ -2,7 +2,7 @@
 //!
 //! A key that stands twice is an error, because readers disagree about which one counts. A byte order mark is skipped.
 //! `Infinity`, `-Infinity` and `NaN`, which Python's `json` writes for such floats, are read as strings of that name:
-//! who asks for the key meets a value that is no number, who does not is not stopped by it.
+//! code that reads the key gets an error (the value is no number), and code that ignores the key does not.
 
 use crate::error::{Error, Result};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};

@@ -159,10 +159,7 @@ def words_of(values: Array) -> Array:
     rows, columns = values.shape
     words = empty((rows, (columns + 3) // 4), "int32", values)
     words[...] = 0
-    if is_tensor(words):
-        words.view(values.dtype)[:, :columns] = values
-    else:
-        words.view("uint8")[:, :columns] = values
+    words.view(values.dtype)[:, :columns] = values
     return words
 
 

@@ -57,7 +57,7 @@ def configure(*, keep_weights: bool | None = None, max_tokens: int | None = None
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What Transformers calls: hidden_states ``[M, H]``, top_k_index and top_k_weights ``[M, topk]`` to ``[M, H]``."""
     layer = self.__dict__.get("_expertile_layer")
-    if layer is None:
+    if layer is None or (not torch.compiler.is_compiling() and _source(self) != self.__dict__["_expertile_source"]):
         layer = _make(self)
     if torch.is_grad_enabled() and hidden_states.requires_grad:
         if self.training:
@@ -116,15 +116,33 @@ def _make(module: nn.Module) -> Layer:
         layer = Layer(up if on_gpu else up.contiguous(), down if on_gpu else down.contiguous(), **options)
     module.__dict__["_expertile_layer"] = layer
     module.__dict__["_expertile_prepared"] = {}
-    if not in_place and not _options.keep_weights:
+    given_back = not in_place and not _options.keep_weights
+    if given_back:
         _give_back(module, (up_name, "down_proj"))
+    scales = [options[name] for name in ("w13_scale", "w2_scale") if name in options]
+    module.__dict__["_expertile_copied"] = not in_place or any(scale.dtype != torch.float32 for scale in scales)
+    module.__dict__["_expertile_given_back"] = given_back
+    module.__dict__["_expertile_source"] = _source(module)
     return layer
+
+
+def _source(module: nn.Module) -> list[tuple[int, int]]:
+    """Which tensors a module has, and how often those that were copied have been written since."""
+    copied, given_back = module.__dict__["_expertile_copied"], module.__dict__["_expertile_given_back"]
+    source = []
+    for name, tensor in module._parameters.items():
+        # Weights that were given back are on meta, and a copy of the module has biases of its own.
+        if tensor is not None and not tensor.is_meta and not (given_back and name.endswith("bias")):
+            source.append((tensor.data_ptr(), tensor._version if copied and not tensor.is_inference() else 0))
+    return source
 
 
 def _weights(module: nn.Module, name: str) -> Tensor:
     weights = getattr(module, name, None)
     if not isinstance(weights, Tensor) or weights.dim() != 3:
         raise ArgumentTypeError(name, f" is {type(weights).__name__}", weights, "weights of all experts, [E, N, K]")
+    if weights.is_meta:
+        raise ArgumentValueError(name, " is on meta", weights, "weights that have not been given back")
     if weights.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
         raise ArgumentTypeError(name, f" has dtype {weights.dtype}", weights.dtype, "bfloat16 or float8_e4m3fn")
     return weights.detach()

@@ -113,7 +113,7 @@ native! {
     i64: I64;
 }
 
-/// torch's dtypes are objects that live as long as torch: they are told apart by address.
+/// torch's dtypes and the elements they stand for. torch never frees a dtype, so comparing addresses identifies it.
 fn torch_dtypes(py: Python<'_>) -> PyResult<&'static [(Py<PyAny>, Element)]> {
     static DTYPES: PyOnceLock<Vec<(Py<PyAny>, Element)>> = PyOnceLock::new();
     let known = DTYPES.get_or_try_init(py, || {

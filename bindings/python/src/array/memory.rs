@@ -41,7 +41,7 @@ impl Array<'_> {
         }
         #[allow(unsafe_code)]
         // SAFETY: the owner, which `self` holds, says that elements of this type (plain data, any bits are a value)
-        // stand at these strides from this pointer; `check` found the pointer aligned and the last element at `len -
+        // are at these strides from this pointer; `check` found the pointer aligned and the last element at `len -
         // 1`. That nobody else writes there meanwhile is what `Apart` checks within a call; another thread that writes
         // a tensor while it is being read is a race in the caller, as with torch's own functions.
         Ok(unsafe { std::slice::from_raw_parts(self.pointer as *const T, len) })

@@ -177,6 +177,11 @@ impl<'py> Array<'py> {
         self.require_contiguous()?;
         self.check::<T>()?;
         self.require_span(len)?;
+        self.require_aligned(alignment)
+    }
+
+    /// The address, aligned to `alignment` bytes.
+    pub(crate) fn require_aligned(&self, alignment: usize) -> PyResult<u64> {
         if !self.pointer.is_multiple_of(alignment) {
             return Err(self.address_error(alignment));
         }
@@ -276,6 +281,6 @@ impl<'py> Array<'py> {
     }
 }
 
-fn place(device: Option<usize>) -> String {
+pub(crate) fn place(device: Option<usize>) -> String {
     device.map_or_else(|| "the CPU".into(), |ordinal| format!("cuda:{ordinal}"))
 }

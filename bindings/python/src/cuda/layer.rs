@@ -1,13 +1,13 @@
 //! The whole layer on CUDA tensors: weights where they are, calls on torch's current stream, in torch's memory.
 
 use super::gpu::{self, Gpu, current_stream, found_by_a_kernel};
-use super::{lock, matrix, ptr};
-use crate::array::{Apart, Array, Element};
+use super::{lock, matrix, ptr, routing};
+use crate::array::{Apart, Array, Element, place};
 use crate::autograd::written;
 use crate::error::{Actual, Wrong, exception, optional_size, size};
 use crate::layer::named_activation;
 use crate::tensor::{self, Form};
-use expertile::cuda::{DeviceBuffer, DevicePtr, Layer, LayerCall, RoutingPtrs, STATE_BYTES, Stream, Weights};
+use expertile::cuda::{DeviceBuffer, DevicePtr, Layer, LayerCall, STATE_BYTES, Stream, Weights};
 use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
 use expertile::layer::LayerShape;
 use expertile::{ActivationFormat, Dtype, LayerConfig};
@@ -202,7 +202,7 @@ impl CudaLayer {
         topk_ids.require_shape(&[tokens, topk])?;
         topk_weights.require_shape(&[tokens, topk])?;
         topk_weights.require_dtype::<f32>()?;
-        let routing = self.routing(&topk_ids, expert_map.as_ref())?;
+        let routing = routing(&topk_ids, expert_map.as_ref(), self.shape.local_experts())?;
         let input = hidden_states.element();
         let given = out.map(|out| Array::output("out", out)).transpose()?;
         let output = given.as_ref().map_or(input, Array::element);
@@ -234,7 +234,7 @@ impl CudaLayer {
             hidden_states: matrix(&hidden_states)?,
             routing,
             topk_weights: matrix(&topk_weights)?,
-            output: address(&out, 16)?,
+            output: DevicePtr::new(out.require_aligned(16)?),
             workspace: DevicePtr::new(memory.require_device_memory::<u8>(needed, 256)?),
             state: DevicePtr::default(),
         };
@@ -313,7 +313,6 @@ impl CudaLayer {
         if array.device() == Some(self.gpu.ordinal) {
             return Ok(());
         }
-        let place = |device: Option<usize>| device.map_or("the CPU".into(), |ordinal| format!("cuda:{ordinal}"));
         let actual = place(array.device());
         let expected = format!("{}, where the weights are", place(Some(self.gpu.ordinal)));
         Err(Wrong::new(array.argument(), format_args!("is on {actual}"), &actual[..], expected).value())
@@ -329,15 +328,6 @@ impl CudaLayer {
             return Err(Wrong::new(array.argument(), found, array.object(), "memory of its own").value());
         }
         Ok(())
-    }
-
-    fn routing(&self, ids: &Array<'_>, map: Option<&Array<'_>>) -> PyResult<RoutingPtrs> {
-        let Some(map) = map else {
-            return Ok(RoutingPtrs { ids: matrix(ids)?, expert_map: None, global_experts: self.shape.local_experts() });
-        };
-        let &[len] = map.shape() else { return Err(map.shape_error("one dimension")) };
-        let expert_map = Some(DevicePtr::new(map.require_device_memory::<i32>(len, 4)?));
-        Ok(RoutingPtrs { ids: matrix(ids)?, expert_map, global_experts: len })
     }
 
     fn launch(&self, py: Python<'_>, stream: Stream, layer: &Arc<Layer>, call: LayerCall) -> PyResult<()> {
@@ -444,18 +434,6 @@ fn dtype(argument: &'static str, element: Element, object: &Bound<'_, PyAny>) ->
             Err(Wrong::new(argument, format_args!("is {found}"), &found, expected).of_type())
         }
     }
-}
-
-/// The address of a contiguous array's first element, on a multiple of `alignment` bytes.
-fn address(array: &Array<'_>, alignment: usize) -> PyResult<DevicePtr> {
-    array.require_contiguous()?;
-    let address = array.address();
-    if !address.is_multiple_of(alignment as u64) {
-        let expected = format!("a multiple of {alignment}");
-        let found = format_args!("starts at address {address:#x}");
-        return Err(Wrong::new(array.argument(), found, address as usize, expected).value());
-    }
-    Ok(DevicePtr::new(address))
 }
 
 /// What calls have been prepared for, of what `of` chooses.

@@ -35,9 +35,10 @@ fn ids_dtype(ids: &Ids<'_>) -> PyResult<Dtype> {
     }
 }
 
-fn routing(ids: &Ids<'_>) -> PyResult<RoutingPtrs> {
-    let (expert_map, global_experts) = match &ids.map {
-        None => (None, ids.local_experts),
+/// Ids, the map if there is one, and how many experts the ids count.
+fn routing(ids: &Array<'_>, map: Option<&Array<'_>>, local_experts: usize) -> PyResult<RoutingPtrs> {
+    let (expert_map, global_experts) = match map {
+        None => (None, local_experts),
         Some(map) => {
             let &[len] = map.shape() else { return Err(map.shape_error("one dimension")) };
             if len == 0 {
@@ -47,7 +48,7 @@ fn routing(ids: &Ids<'_>) -> PyResult<RoutingPtrs> {
             (Some(DevicePtr::new(map.require_device_memory::<i32>(len, 4)?)), len)
         }
     };
-    Ok(RoutingPtrs { ids: matrix(&ids.ids)?, expert_map, global_experts })
+    Ok(RoutingPtrs { ids: matrix(ids)?, expert_map, global_experts })
 }
 
 fn ptr<T>(array: &Array<'_>) -> DevicePtr<T> {
@@ -112,7 +113,15 @@ impl<'py> Call<'py> {
         let stream = current_stream(py, ordinal)?;
         let config = RouteConfig { topk: plan.topk(), ids: ids_dtype(ids)?, row_tile: plan.alignment() };
         let route = gpu.route(config)?;
-        Ok(Self { py, gpu, stream, plan, routing: routing(ids)?, route_config: config, route })
+        Ok(Self {
+            py,
+            gpu,
+            stream,
+            plan,
+            routing: routing(&ids.ids, ids.map.as_ref(), ids.local_experts)?,
+            route_config: config,
+            route,
+        })
     }
 
     /// `bytes` of workspace: the stream's, or a new tensor where the call is being captured into a graph, to which it

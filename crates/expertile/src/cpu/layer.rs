@@ -467,7 +467,7 @@ struct Buffers<'a> {
 }
 
 impl Buffers<'_> {
-    /// Brings rows that already stand in their place into `front`.
+    /// Converts or quantizes rows that are already in the layout's order into `front`.
     fn take<T: Float>(
         &mut self,
         cpu: &Cpu,

@@ -127,7 +127,7 @@ fn zero_padding<W: Copy + Default>(format: ScaleFormat, layout: &Layout<'_>, gro
     }
 }
 
-/// Quantizes rows that already stand in their place: live rows of `rows [M_sum, H]` to `out [M_sum, H]` and its
+/// Quantizes rows that are already in the layout's order: live rows of `rows [M_sum, H]` to `out [M_sum, H]` and its
 /// scales.
 ///
 /// For dispatchers that deliver rows expanded and sorted ([`Layout::from_psum`]). Padding rows are neither read nor
