@@ -16,6 +16,8 @@ inline u32 address_in_block(u32 address, u32 rank) { return emulated_machine->ad
 inline u32 rank_in_cluster() { return emulated_self->rank; }
 inline void meet_cluster() { emulated_machine->meet_cluster(); }
 
+inline bool elect_thread() { return lane_of_thread() == 0; }
+
 inline float load_shared(u32 from) { return emulated_shared<float>(from); }
 inline float2 load_shared_pair(u32 from) { return emulated_shared<float2>(from); }
 inline float4 load_shared_quad(u32 from) { return emulated_shared<float4>(from); }

@@ -22,6 +22,8 @@ const TILE: usize = 16;
 const BARRIER: usize = 8;
 /// Bytes between staged rows, so that eight of them start on different banks.
 const STAGING_GAP: usize = 16;
+/// Most rows of a tile of the few-row kernel that has no scaling warps.
+const ROWS_SCALED_BY_CONSUMERS: usize = 32;
 /// Warps of the wide kernel that activate.
 const ACTIVATING_WARPS: usize = 3;
 
@@ -56,12 +58,13 @@ pub(super) fn bytes(kernel: &GemmKernel, format: WeightFormat, activated: bool, 
     sum.add(TILE, stages * TILE);
     match kernel {
         GemmKernel::FewRows { .. } => {
-            if format == WeightFormat::E4m3 {
-                // `products`: four lanes of a quad, 4 words between their quarters of the rows.
+            if format == WeightFormat::E4m3 && rows > ROWS_SCALED_BY_CONSUMERS {
+                // `products`: four lanes of a quad, 4 words between their quarters of the rows; `scaled`.
                 sum.add(F32, stages * 4 * (rows / 4 + 4) * F32);
+                sum.add(BARRIER, stages * BARRIER);
             }
-            // `full`, `empty`, `scaled`; `partials_ready`, `partials_read`.
-            sum.add(BARRIER, (3 * stages + 2) * BARRIER);
+            // `full`, `empty`; `partials_ready`, `partials_read`.
+            sum.add(BARRIER, (2 * stages + 2) * BARRIER);
         }
         // `full`, `empty`.
         GemmKernel::Wide { .. } => sum.add(BARRIER, 2 * stages * BARRIER),
@@ -127,7 +130,7 @@ mod tests {
         let few = |row_tile, cut| GemmKernel::FewRows { row_tile, cut };
         for (kernel, activated, expected) in [
             (few(16, FewRowsCut::Narrow), false, 16),
-            (few(16, FewRowsCut::SplitK { parts: 2 }), false, 11),
+            (few(16, FewRowsCut::SplitK { parts: 2 }), false, 12),
             (few(64, FewRowsCut::Plain), false, 8),
             (few(192, FewRowsCut::SharedRows), false, 4),
             (GemmKernel::Wide { shares_rows: false }, false, 4),

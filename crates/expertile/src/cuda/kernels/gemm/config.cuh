@@ -14,6 +14,7 @@
 //   CLUSTER               blocks of a cluster: CLUSTER_COLUMNS * K_SPLITS
 //   ROW_TILES_PER_GROUP   see TileOrder
 //   SCALING_WARPS         producer warps that multiply row scales by weight scales; 0 where consumers do it
+//   SCALES_APART          whether another thread than the producer loads the scales
 #pragma once
 #include "ptx/wgmma.cuh"
 

@@ -75,57 +75,95 @@ __device__ __forceinline__ Tile load_tile(u32 from) {
     return Tile{(int)words.x, (int)words.y, (int)words.z, (int)words.w};
 }
 
+// What is loaded of one tile, block of K by block of K.
+template <typename Config>
+struct TileLoads {
+    static constexpr int BOX_BYTES = Config::OUTPUTS / Config::WEIGHT_BOXES * ROW_BYTES;
+
+    Tile tile;
+    u64 keep_weights;
+    int map;            // of rows
+    u32 operand_bytes;  // of a block of K
+    u32 scale_bytes;
+    int next_weights;  // distance from one box of weights to the next
+    int next_scales;   // from its scale to the next's
+    int row_scales_stride;
+    const float* row_scales;     // of the next block of K
+    const float* weight_scales;  // likewise
+
+    // A tile as a scheduler has it, with READ_ONCE; `first_block` is the first block of K.
+    __device__ __forceinline__ TileLoads(const GemmArgs<Config>& a, const Tile& from, int first_block) : tile(from) {
+        const int scale_rows = (a.n + SCALE_BLOCK - 1) / SCALE_BLOCK;
+        const int scale_columns = (a.k + SCALE_BLOCK - 1) / SCALE_BLOCK;
+        keep_weights = (tile.expert & READ_ONCE) != 0 ? KEEP_BRIEFLY : KEEP_NORMALLY;
+        tile.expert &= ~READ_ONCE;
+        map = (tile.rows - 1) / Config::ROW_STEP;
+        const int rows = (map + 1) * Config::ROW_STEP;
+        row_scales_stride = (a.m_sum + 3) & ~3;
+        operand_bytes = Config::OUTPUTS * ROW_BYTES + rows * ROW_BYTES;
+        scale_bytes = min(rows, row_scales_stride - tile.first) * 4;
+        // There are fewer than 2^31 scales: the host has checked.
+        row_scales = a.row_scales + ((u32)first_block * row_scales_stride + tile.first);
+        weight_scales =
+            a.weight_scales +
+            ((tile.expert * scale_rows + min(tile.column / SCALE_BLOCK, scale_rows - 1)) * scale_columns + first_block);
+        // A box past the last output takes any scale.
+        const int box_scales = Config::GATE_AND_UP                          ? a.n / 2 / SCALE_BLOCK
+                               : tile.column / SCALE_BLOCK + 1 < scale_rows ? 1
+                                                                            : 0;
+        next_weights = Config::GATE_AND_UP ? a.n / 2 : Config::OUTPUTS / Config::WEIGHT_BOXES;
+        next_scales = box_scales * scale_columns;
+    }
+
+    // Loads a block's weights into the stage.
+    template <typename Ring>
+    __device__ __forceinline__ void load_weights(const GemmArgs<Config>& a, const Ring& ring, int block) const {
+#pragma unroll
+        for (int box = 0; box < Config::WEIGHT_BOXES; ++box)
+            copy_box(ring.weights() + box * BOX_BYTES, a.weights, block * Config::K_BLOCK,
+                     tile.column + box * next_weights, tile.expert, ring.full(), keep_weights);
+    }
+
+    // Loads a block's rows; `rank` is this thread block's among those that share them.
+    template <typename Ring>
+    __device__ __forceinline__ void load_rows(const GemmArgs<Config>& a, const Ring& ring, int block, int rank) const {
+        if constexpr (Config::MULTICAST > 1) {
+            const int share = (map + 1) * Config::ROW_STEP / Config::MULTICAST;
+            share_box(ring.rows() + rank * share * ROW_BYTES, a.rows[map], block * Config::K_BLOCK,
+                      tile.first + rank * share, ring.full(), (1 << Config::MULTICAST) - 1);
+        } else {
+            copy_box(ring.rows(), a.rows[map], block * Config::K_BLOCK, tile.first, ring.full());
+        }
+    }
+
+    // Loads the next block's scales, and arrives once those of the weights have landed.
+    template <typename Ring>
+    __device__ __forceinline__ void load_scales(const Ring& ring) {
+        copy_bytes(ring.row_scales(), row_scales, scale_bytes, ring.full());
+#pragma unroll
+        for (int box = 0; box < Config::WEIGHT_BOXES; ++box)
+            copy_word(ring.weight_scales() + box * 4, weight_scales + box * next_scales);
+        arrive_after_copies(ring.full());
+        row_scales += row_scales_stride;
+        ++weight_scales;
+    }
+};
+
 // The producer: one thread, which fills stages with the blocks of K of one tile after the other, as far ahead as there
-// are empty stages. `scheduler.next(tile)` gives the tiles.
-template <typename Config, typename Ring, typename Scheduler>
+// are empty stages. `scheduler.next(tile)` gives the tiles. SCALES: whether it loads those, too.
+template <bool SCALES, typename Config, typename Ring, typename Scheduler>
 __device__ __forceinline__ void produce(const GemmArgs<Config>& a, Ring ring, Scheduler scheduler, int rank) {
-    constexpr int WEIGHTS_BYTES = Config::OUTPUTS * ROW_BYTES;
     const KRange<Config> range(a.k, rank);
-    const int stride = (a.m_sum + 3) & ~3;
-    const int scale_rows = (a.n + SCALE_BLOCK - 1) / SCALE_BLOCK;
-    const int scale_columns = (a.k + SCALE_BLOCK - 1) / SCALE_BLOCK;
     Tile tile;
     while (scheduler.next(tile)) {
-        const u64 keep_weights = (tile.expert & READ_ONCE) != 0 ? KEEP_BRIEFLY : KEEP_NORMALLY;
-        tile.expert &= ~READ_ONCE;
-        const int map = (tile.rows - 1) / Config::ROW_STEP;
-        const int rows = (map + 1) * Config::ROW_STEP;
-        const int share = rows / Config::MULTICAST;
-        const TensorMap& rows_map = a.rows[map];
-        const int scaled_rows = min(rows, stride - tile.first);
-        // There are fewer than 2^31 scales: the host has checked.
-        u32 row_scales = (u32)range.begin * stride + tile.first;
-        u32 weight_scale =
-            (tile.expert * scale_rows + min(tile.column / SCALE_BLOCK, scale_rows - 1)) * scale_columns + range.begin;
-        // Distance from one box of weights to the next, and from its scale. A box past the last output takes any scale.
-        const int next_weights = Config::GATE_AND_UP ? a.n / 2 : Config::OUTPUTS / Config::WEIGHT_BOXES;
-        const int next_scales = Config::GATE_AND_UP                          ? a.n / 2 / SCALE_BLOCK
-                                : tile.column / SCALE_BLOCK + 1 < scale_rows ? 1
-                                                                             : 0;
+        TileLoads<Config> loads(a, tile, range.begin);
         for (int block = range.begin; block < range.end; ++block) {
             wait_for_phase(ring.empty(), ring.parity() ^ 1);
-            if (block == range.begin) store_tile(ring.tile(), tile);
-            arrive_expecting(ring.full(), WEIGHTS_BYTES + rows * ROW_BYTES + (Config::SCALED ? scaled_rows * 4 : 0));
-#pragma unroll
-            for (int box = 0; box < Config::WEIGHT_BOXES; ++box)
-                copy_box(ring.weights() + box * (WEIGHTS_BYTES / Config::WEIGHT_BOXES), a.weights,
-                         block * Config::K_BLOCK, tile.column + box * next_weights, tile.expert, ring.full(),
-                         keep_weights);
-            if constexpr (Config::MULTICAST > 1)
-                share_box(ring.rows() + rank * share * ROW_BYTES, rows_map, block * Config::K_BLOCK,
-                          tile.first + rank * share, ring.full(), (1 << Config::MULTICAST) - 1);
-            else
-                copy_box(ring.rows(), rows_map, block * Config::K_BLOCK, tile.first, ring.full());
-            if constexpr (Config::SCALED) {
-                copy_bytes(ring.row_scales(), a.row_scales + row_scales, scaled_rows * 4, ring.full());
-#pragma unroll
-                for (int box = 0; box < Config::WEIGHT_BOXES; ++box)
-                    copy_word(ring.weight_scales() + box * 4,
-                              a.weight_scales + weight_scale + box * next_scales * scale_columns);
-                arrive_after_copies(ring.full());
-                row_scales += stride;
-                ++weight_scale;
-            }
+            if (block == range.begin) store_tile(ring.tile(), loads.tile);
+            arrive_expecting(ring.full(), loads.operand_bytes + (SCALES ? loads.scale_bytes : 0));
+            loads.load_weights(a, ring, block);
+            loads.load_rows(a, ring, block, rank);
+            if constexpr (SCALES) loads.load_scales(ring);
             ring.advance();
         }
     }
@@ -133,7 +171,26 @@ __device__ __forceinline__ void produce(const GemmArgs<Config>& a, Ring ring, Sc
     wait_for_phase(ring.empty(), ring.parity() ^ 1);
     store_tile(ring.tile(), Tile{0, 0, 0, 0});
     arrive(ring.full());
-    if (Config::SCALED) arrive(ring.full());
+    if (SCALES) arrive(ring.full());
+}
+
+// What another thread does beside a producer that loads no scales.
+template <typename Config, typename Ring, typename Scheduler>
+__device__ __forceinline__ void produce_scales(const GemmArgs<Config>& a, Ring ring, Scheduler scheduler, int rank) {
+    const KRange<Config> range(a.k, rank);
+    Tile tile;
+    while (scheduler.next(tile)) {
+        TileLoads<Config> loads(a, tile, range.begin);
+        for (int block = range.begin; block < range.end; ++block) {
+            wait_for_phase(ring.empty(), ring.parity() ^ 1);
+            arrive_expecting(ring.full(), loads.scale_bytes);
+            loads.load_scales(ring);
+            ring.advance();
+        }
+    }
+    wait_for_phase(ring.empty(), ring.parity() ^ 1);
+    arrive(ring.full());
+    arrive(ring.full());
 }
 
 // This warp is done with a stage: arrives at `empty`, in every block that writes to this block's stages.
@@ -186,8 +243,8 @@ __device__ __forceinline__ void start_products(float (&sum)[N / 2], u64 a, u64 b
 template <typename Config, typename SharedStorage>
 __device__ __forceinline__ void set_up(const GemmArgs<Config>& a, u32 memory) {
     // The producer arrives at `full` with the bytes it expects; for e4m3 once more when its cp.async of the scales is
-    // done.
-    constexpr int FULL_ARRIVALS = Config::SCALED ? 2 : 1;
+    // done, and so does a thread of its own for scales with the bytes of theirs.
+    constexpr int FULL_ARRIVALS = Config::SCALES_APART ? 3 : Config::SCALED ? 2 : 1;
     constexpr int CONSUMER_WARPS = Config::CONSUMERS * (WARPGROUP / 32);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < Config::STAGES; ++stage) {

@@ -37,6 +37,7 @@ struct Config : HostConfig {
     // Tiles that run together then have about as many rows as outputs.
     static constexpr int ROW_TILES_PER_GROUP = 16;
     static constexpr int SCALING_WARPS = 0;
+    static constexpr bool SCALES_APART = false;
 
     static constexpr int SUMS = OUTPUTS / 2;  // of a consumer thread
     static constexpr int QUARTER = OUTPUTS / 4;
@@ -78,8 +79,6 @@ enum class ProducerWarp : int {
     LOAD = 0,  // the producer
     PLAN = 1,  // has the producer's next tile ready
 };
-
-__device__ __forceinline__ bool is_first_thread_of(ProducerWarp warp) { return threadIdx.x == (u32)warp * 32; }
 
 __device__ __forceinline__ u32 next_tile(u32 memory) { return memory + OFFSET(SharedStorage, next_tile); }
 __device__ __forceinline__ u32 next_tile_ready(u32 memory) { return memory + OFFSET(SharedStorage, next_tile_ready); }
@@ -400,8 +399,10 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, 1) gemm(const __gr
     let_next_launch_start();
     if (consumer < 0) {
         give_registers<Config::PRODUCER_REGISTERS>();
-        if (is_first_thread_of(ProducerWarp::LOAD)) produce(a, ring, PlannedTiles{memory, 0}, 0);
-        if (is_first_thread_of(ProducerWarp::PLAN)) plan_tiles(DynamicScheduler(a, blockIdx.x, gridDim.x), memory);
+        const int warp = threadIdx.x / 32;
+        if (warp == (int)ProducerWarp::LOAD && elect_thread()) produce<true>(a, ring, PlannedTiles{memory, 0}, 0);
+        if (warp == (int)ProducerWarp::PLAN && elect_thread())
+            plan_tiles(DynamicScheduler(a, blockIdx.x, gridDim.x), memory);
     } else {
         take_registers<Config::CONSUMER_REGISTERS>();
         multiply_tiles(a, ring, consumer);

@@ -32,6 +32,7 @@ struct Config : HostConfig {
     // took 8 % less to 2 % more time than 8.
     static constexpr int ROW_TILES_PER_GROUP = 12;
     static constexpr int SCALING_WARPS = 0;
+    static constexpr bool SCALES_APART = false;
 
     static constexpr int SUMS = OUTPUTS / 2;  // of a consumer thread: 2 rows in 8 columns each, of 64 x OUTPUTS
     // Bytes from a staged row to the next: 16 more than its results, so that eight rows start on different banks.
@@ -315,9 +316,10 @@ extern "C" __global__ void __cluster_dims__(Config::CLUSTER, 1, 1) __launch_boun
     let_next_launch_start();
     if (consumer < 0) {
         give_registers<Config::PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0)
-            produce(a, ring,
-                    StaticScheduler<Config>(a, blockIdx.x / Config::CLUSTER, gridDim.x / Config::CLUSTER, rank), rank);
+        if (threadIdx.x < 32 && elect_thread())
+            produce<Config::SCALED>(
+                a, ring, StaticScheduler<Config>(a, blockIdx.x / Config::CLUSTER, gridDim.x / Config::CLUSTER, rank),
+                rank);
         if constexpr (Config::ACTIVATION) {
             const int warp = __shfl_sync(WARP, (int)threadIdx.x / 32, 0);
             if (warp >= (int)ProducerWarp::FIRST_ACTIVATE)

@@ -29,8 +29,12 @@ struct Config : HostConfig {
     static constexpr int CLUSTER_COLUMNS = MULTICAST;
     static constexpr int CLUSTER = CLUSTER_COLUMNS * K_SPLITS;
     static constexpr int ROW_TILES_PER_GROUP = 8;
-    // A thread of these scales two rows.
-    static constexpr int SCALING_WARPS = SCALED ? (ROW_TILE / 2 + 31) / 32 : 0;
+    // A thread of these scales two rows. Up to 32 rows consumers multiply the few scales themselves: that takes less
+    // time than to wait for another warp.
+    static constexpr int SCALING_WARPS = SCALED && ROW_TILE > 32 ? (ROW_TILE / 2 + 31) / 32 : 0;
+
+    // Whether a thread of its own loads the scales: the producer's time for a block is what bounds small tiles.
+    static constexpr bool SCALES_APART = SCALED && SCALING_WARPS < 3;
 
     // Bytes from a staged row to the next: 16 more than its results, so that eight rows start on different banks.
     static constexpr int STAGING_ROW = OUTPUTS_OF_CONSUMER * 2 + 16;
@@ -50,14 +54,14 @@ struct SharedStorage {
     alignas(16) float row_scales[Config::STAGES][Config::ROW_TILE];
     float weight_scales[Config::STAGES][Config::WEIGHT_BOXES];
     Tile tiles[Config::STAGES];
-#if !HOST_BF16
+#if !HOST_BF16 && HOST_ROW_TILE > 32
     // Row scale times weight scale, in the order of their readers: lane i of a quad reads those of the rows
     // 8 j + 2 i and 8 j + 2 i + 1.
     float products[Config::STAGES][4][Config::PRODUCTS_OF_LANE];
+    Mbarrier scaled[Config::STAGES];
 #endif
     Mbarrier full[Config::STAGES];
     Mbarrier empty[Config::STAGES];
-    Mbarrier scaled[Config::STAGES];
     Mbarrier partials_ready;
     Mbarrier partials_read;
 };
@@ -71,8 +75,9 @@ using Ring = StageRing<Config, SharedStorage>;
 
 // Warps of the first warpgroup, by number; the other warpgroups are consumers.
 enum class ProducerWarp : int {
-    LOAD = 0,         // one thread of it: the producer
-    FIRST_SCALE = 1,  // SCALING_WARPS of them; the rest of the warpgroup is idle
+    LOAD = 0,                                  // one thread of it: the producer
+    LOAD_SCALES = 1,                           // one thread, where SCALES_APART
+    FIRST_SCALE = 4 - Config::SCALING_WARPS,  // the last of the warpgroup; those between are idle
 };
 
 // Ids of bar.sync; 0 is that of __syncthreads.
@@ -109,47 +114,106 @@ __device__ __forceinline__ void multiply_scales(Ring ring, int blocks, int threa
     }
 }
 
+// Blocks of K that a consumer has in the matrix unit at once, each in registers of its own. With one of them the matrix
+// unit's latency, the waits for barriers and the scaling come one after the other, some 400 cycles for a block: too long
+// where a tile is narrow. Of a wider one memory takes longer, and a stage in the matrix unit is none that is being
+// loaded.
+constexpr int BLOCKS_IN_FLIGHT = Config::OUTPUTS == 64 && Config::SCALING_WARPS == 0 ? 4 : 1;
+
+// Starts the products of the block of K that is next in the ring.
+template <int N>
+__device__ __forceinline__ void start_block(Ring& ring, int consumer, float (&part)[N / 2], bool add) {
+    wait_unless_over(ring.full(), ring.parity(), false);
+    const u64 w = operand(ring.weights() + consumer * Config::OUTPUTS_OF_CONSUMER * ROW_BYTES);
+    start_products<Config::FORMAT, N>(part, w, operand(ring.rows()), add);
+    ring.advance();
+}
+
+// Scales of the lane's rows among the I-th 16 of a block: those of rows 2 i and 2 i + 1 for lane i of a quad, then those
+// of the rows eight further.
+template <int I>
+__device__ __forceinline__ float4 scales_of_rows(const Ring& ring, float weight_scale) {
+    const int lane = lane_of_thread() % 4;
+    if constexpr (Config::SCALING_WARPS > 0) {
+        return load_shared_quad(ring.products() + lane * Config::PRODUCTS_OF_LANE * 4 + I * 16);
+    } else {
+        const float2 low = load_shared_pair(ring.row_scales() + (16 * I + 2 * lane) * 4);
+        const float2 high = load_shared_pair(ring.row_scales() + (16 * I + 8 + 2 * lane) * 4);
+        return make_float4(__fmul_rn(low.x, weight_scale), __fmul_rn(low.y, weight_scale),
+                           __fmul_rn(high.x, weight_scale), __fmul_rn(high.y, weight_scale));
+    }
+}
+
+// Adds a block's products, scaled, to the sums; from the I-th 16 rows on.
+template <int N, int I = 0>
+__device__ __forceinline__ void add_scaled(const Ring& ring, float weight_scale, const float (&part)[N / 2],
+                                           float (&sum)[N / 2]) {
+    const float4 scale = scales_of_rows<I>(ring, weight_scale);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const float mine = j % 2 == 0 ? (j < 4 ? scale.x : scale.z) : (j < 4 ? scale.y : scale.w);
+        sum[8 * I + j] = __fmaf_rn(part[8 * I + j], mine, sum[8 * I + j]);
+    }
+    if constexpr (16 * (I + 1) < N) add_scaled<N, I + 1>(ring, weight_scale, part, sum);
+}
+
+// Ends the block that has been in the matrix unit for longest, after which LATER are still there: adds its products to
+// the sums and releases its stage.
+template <int N, int LATER>
+__device__ __forceinline__ void finish_block(Ring& ring, float (&part)[N / 2], float (&sum)[N / 2]) {
+    float weight_scale = 0.0f;
+    if constexpr (Config::SCALING_WARPS > 0)
+        wait_unless_over(ring.scaled(), ring.parity(), false);
+    else
+        weight_scale = load_shared(ring.weight_scales());
+    wait_for_products<LATER>();
+    fence_accumulators(part);
+    add_scaled<N>(ring, weight_scale, part, sum);
+    release_without_branch<Config>(ring.empty());
+    ring.advance();
+}
+
+// The same for all blocks from the I-th of those in flight on.
+template <int N, int FLIGHT, int I = 0>
+__device__ __forceinline__ void finish_blocks(Ring& ring, float (&part)[FLIGHT][N / 2], float (&sum)[N / 2]) {
+    finish_block<N, FLIGHT - 1 - I>(ring, part[I], sum);
+    if constexpr (I + 1 < FLIGHT) finish_blocks<N, FLIGHT, I + 1>(ring, part, sum);
+}
+
+// Adds up `blocks` blocks of K, a multiple of FLIGHT, as many of which are in the matrix unit at once.
+template <int N, int FLIGHT>
+__device__ __forceinline__ void multiply_in_flight(Ring& ring, int blocks, int consumer, float (&sum)[N / 2]) {
+    float part[FLIGHT][N / 2];
+    Ring started = ring;
+    for (int block = 0; block < blocks; block += FLIGHT) {
+#pragma unroll
+        for (int i = 0; i < FLIGHT; ++i) start_block<N>(started, consumer, part[i], false);
+        finish_blocks<N, FLIGHT>(ring, part, sum);
+    }
+}
+
 // The sum over this block's part of K: 64 outputs of N rows.
 template <int N>
 __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int consumer, float (&sum)[N / 2]) {
-    constexpr int CONSUMER_BYTES = Config::OUTPUTS_OF_CONSUMER * ROW_BYTES;
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
     if constexpr (Config::SCALED) {
-        const u32 my_products = lane_of_thread() % 4 * Config::PRODUCTS_OF_LANE * 4;
-        float part[N / 2];
-        for (int block = 0; block < blocks; ++block) {
-            wait_for_phase(ring.full(), ring.parity());
-            const u64 w = operand(ring.weights() + consumer * CONSUMER_BYTES);
-            const u64 x = operand(ring.rows());
-            start_products<Config::FORMAT, N>(part, w, x, false);
-            wait_for_phase(ring.scaled(), ring.parity());
-            wait_for_products<0>();
-            fence_accumulators(part);
-#pragma unroll
-            for (int i = 0; i < N / 16; ++i) {
-                const float4 scale = load_shared_quad(ring.products() + my_products + i * 16);
-#pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    const float mine = j % 2 == 0 ? (j < 4 ? scale.x : scale.z) : (j < 4 ? scale.y : scale.w);
-                    sum[8 * i + j] = __fmaf_rn(part[8 * i + j], mine, sum[8 * i + j]);
-                }
-            }
-            release<Config>(ring.empty());
-            ring.advance();
-        }
+        constexpr int FLIGHT = BLOCKS_IN_FLIGHT;
+        const int left = blocks % FLIGHT;
+        if constexpr (FLIGHT > 1)
+            if (left & 1) multiply_in_flight<N, 1>(ring, 1, consumer, sum);
+        if constexpr (FLIGHT > 2)
+            if (left & 2) multiply_in_flight<N, 2>(ring, 2, consumer, sum);
+        if (blocks >= FLIGHT) multiply_in_flight<N, FLIGHT>(ring, blocks - left, consumer, sum);
     } else {
         u32 previous = 0;
         for (int block = 0; block < blocks; ++block) {
-            wait_for_phase(ring.full(), ring.parity());
-            const u64 w = operand(ring.weights() + consumer * CONSUMER_BYTES);
-            const u64 x = operand(ring.rows());
-            start_products<Config::FORMAT, N>(sum, w, x, true);
+            const u32 current = ring.empty();
+            start_block<N>(ring, consumer, sum, true);
             // The products before these are done: release their operands.
             wait_for_products<1>();
             if (block > 0) release<Config>(previous);
-            previous = ring.empty();
-            ring.advance();
+            previous = current;
         }
         wait_for_products<0>();
         fence_accumulators(sum);
@@ -276,9 +340,13 @@ extern "C" __global__ void __cluster_dims__(Config::CLUSTER, 1, 1) __launch_boun
         if constexpr (MOVE_REGISTERS) give_registers<Config::PRODUCER_REGISTERS>();
         const int warp = threadIdx.x / 32;
         if (warp == (int)ProducerWarp::LOAD) {
-            if (threadIdx.x == 0) produce(a, ring, StaticScheduler<Config>(a, cluster, clusters, rank), rank);
-        } else if (warp < (int)ProducerWarp::FIRST_SCALE + Config::SCALING_WARPS) {
-            if constexpr (Config::SCALED)
+            if (elect_thread())
+                produce<Config::SCALED && !Config::SCALES_APART>(
+                    a, ring, StaticScheduler<Config>(a, cluster, clusters, rank), rank);
+        } else if (Config::SCALES_APART && warp == (int)ProducerWarp::LOAD_SCALES) {
+            if (elect_thread()) produce_scales(a, ring, StaticScheduler<Config>(a, cluster, clusters, rank), rank);
+        } else if (warp >= (int)ProducerWarp::FIRST_SCALE) {
+            if constexpr (Config::SCALING_WARPS > 0)
                 multiply_scales(ring, KRange<Config>(a.k, rank).blocks(),
                                 threadIdx.x - (int)ProducerWarp::FIRST_SCALE * 32);
         }

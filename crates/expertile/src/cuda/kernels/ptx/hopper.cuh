@@ -33,6 +33,15 @@ __device__ __forceinline__ void meet_cluster() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// Whether the thread is the one of its warp that acts for all; every lane of the warp calls. Like `lane == 0`, but the
+// compiler knows that it is one thread: it then gives the copy engine's instructions their operands without a loop over
+// the lanes. PTX: elect.sync
+__device__ __forceinline__ bool elect_thread() {
+    u32 elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+    return elected != 0;
+}
+
 // Loads from and stores to shared memory by address. PTX: ld.shared, st.shared
 __device__ __forceinline__ float load_shared(u32 address) {
     float v;
