@@ -5,7 +5,7 @@
 #   run.sh FOLDER PART...
 #
 # FOLDER holds the test binaries (unit, cuda_kernels, cuda_gemm, cuda_layer), the command expertile, libexpertile_vllm_gpu.so and
-# the Python files of benches/peers/vllm_gpu; a part is one of: arithmetic, kernels, sanitize, tiles, promise, split, alone,
+# the Python files of benches/peers/hopper; a part is one of: arithmetic, kernels, sanitize, tiles, promise, split, alone,
 # compare, sweep, layer. PEER_DIR names vLLM's pieces. LAYER gives the last two their options (--shapes, --tokens),
 # DG_JIT_CACHE_DIR where DeepGEMM keeps what it compiles. tiles: by how much the choice of tiles misses the best, on the seeds
 # in SEEDS; promise: what it costs that K is never split by a call's size, where experts are few; split: layers whose experts
