@@ -10,24 +10,20 @@ Expertile only, for a machine without vLLM's pieces.
 import argparse
 import json
 import os
-import subprocess
 import sys
 
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import ours  # noqa: E402
+from device import device_facts  # noqa: E402
+from routing import local_ids, routing  # noqa: E402
+from shapes import SHAPES, STEP_SHAPES  # noqa: E402
+from timing import L2_BYTES  # noqa: E402
 
-SHAPES = {  # name: (H, I, local experts, topk, global experts)
-    "dsv3": (7168, 2048, 256, 8, 256),
-    "dsv3_ep8": (7168, 2048, 32, 8, 256),
-    "qwen235": (4096, 1536, 128, 8, 128),
-    "mixtral": (4096, 14336, 8, 2, 8),
-}
 ALIGNMENT = 128
 DECODE_ALIGNMENT = 8  # what our layer lays few tokens out with: its GEMM needs no more
 DECODE_TOKENS = 256
-L2_BYTES = 60 << 20
 
 
 def graph_us(calls, repeats=None, replays=9):
@@ -76,22 +72,6 @@ def copy_tbs(bytes_each=1 << 30):
         end.synchronize()
         times.append(start.elapsed_time(end) / 8 * 1e3)
     return 2 * bytes_each / sorted(times)[3] / 1e6
-
-
-def routing(tokens, topk, experts, global_experts, seed):
-    """Distinct experts per token, evenly: ids i32, map, weights."""
-    generator = torch.Generator(device="cuda").manual_seed(seed)
-    ids = torch.rand((tokens, global_experts), device="cuda", generator=generator).topk(topk, dim=1).indices.to(torch.int32)
-    weights = torch.rand((tokens, topk), device="cuda", generator=generator)
-    expert_map = None
-    if experts != global_experts:
-        expert_map = torch.full((global_experts,), -1, device="cuda", dtype=torch.int32)
-        expert_map[:experts] = torch.arange(experts, device="cuda", dtype=torch.int32)
-    return ids, expert_map, weights
-
-
-def local_ids(ids, expert_map):
-    return ids if expert_map is None else expert_map[ids.long()]
 
 
 def stable_layout(ids, expert_map, experts, alignment=ALIGNMENT):
@@ -246,19 +226,10 @@ def moe_unpermute_us(moe, rows, inv_perm, weights, out):
         return None
 
 
-def device_facts():
-    query = "name,driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
-    try:
-        smi = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True).stdout.strip()
-    except OSError:
-        smi = ""
-    return dict(smi=smi, torch=torch.__version__, multiprocessors=torch.cuda.get_device_properties(0).multi_processor_count)
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
-    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--shapes", default=",".join(STEP_SHAPES))
     parser.add_argument("--tokens", default="1,8,64,256,1024,4096,16384")
     parser.add_argument("--alone", action="store_true")
     options = parser.parse_args()

@@ -16,8 +16,8 @@ import torch
 
 # `compare` loads the library that is named here.
 os.environ.setdefault("EXPERTILE_LIB", next((path for path in sys.argv[1:] if path.endswith(".so")), ""))
-from compare import SHAPES  # noqa: E402
 from expert_layer import calls_for, layer_weights  # noqa: E402
+from shapes import SHAPES  # noqa: E402
 from timing import race  # noqa: E402
 
 # Seconds of replays before the clocks count.

@@ -19,11 +19,14 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import deepgemm_layer  # noqa: E402
 import gemm_part  # noqa: E402
 import layer_part  # noqa: E402
 import ours  # noqa: E402
-from compare import SHAPES, copy_tbs, device_facts  # noqa: E402
+from compare import copy_tbs  # noqa: E402
+from device import device_facts  # noqa: E402
 from expert_layer import layer_weights  # noqa: E402
+from shapes import SHAPES, STEP_SHAPES  # noqa: E402
 from timing import fp8_tflops, read_tbs  # noqa: E402
 
 BEGIN = time.perf_counter()
@@ -34,7 +37,7 @@ def options_of(arguments=None):
     parser.add_argument("--out", default=".")
     parser.add_argument("--name", default="compare_layer", help="of the JSON file")
     parser.add_argument("--parts", default="layer,gemm,eager,stages")
-    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--shapes", default=",".join(STEP_SHAPES))
     parser.add_argument("--tokens", default="1,8,32,64,128,256,1024,4096,16384")
     parser.add_argument("--sweep-tokens", default="1024,4096,16384")
     parser.add_argument("--tiles", type=lambda names: [gemm_part.tile_of(name) for name in names.split(",")], default=[],
@@ -124,7 +127,7 @@ def main():
     if options.compile_part == "steps":
         return [layer_part.compile_steps(peer, shape, tokens) for shape in shapes]
     if options.compile_part:
-        return gemm_part.compile_theirs(peer, shapes, tokens, int(options.compile_part))
+        return deepgemm_layer.compile_theirs(peer, shapes, tokens, int(options.compile_part))
     results = dict(date=time.strftime("%F"), commit=options.commit, device=device_facts(), quantizer=peer.quantizer, copy_tbs=copy_tbs(),
                    read_tbs=read_tbs(), fp8_tflops=fp8_tflops(), layer=[], gemm=[], eager=[], stages=[], sweep=[])
     print("copy {copy_tbs:.2f} TB/s, read {read_tbs:.2f} TB/s, fp8 {fp8_tflops:.0f} TFLOP/s, quantizer {quantizer}".format(**results), flush=True)

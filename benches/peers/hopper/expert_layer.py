@@ -1,24 +1,31 @@
-"""An expert layer's inputs on the GPU, and what its results are held against: weights with their originals, routings, checks."""
+"""An expert layer's inputs, and what its results are held against: weights with their originals, calls, checks."""
+
+import copy
 
 import torch
 
-from compare import L2_BYTES, SHAPES, local_ids, routing
+from device import DEVICE
+from routing import local_ids, routing
+from shapes import SHAPES
+from timing import L2_BYTES
 
-# The contract's distances, whole and by row: of a GEMM to the product of what was quantized, rows and weights; of a layer to
-# that of unquantized rows and of the weights as they are, which are its input. Between two GEMMs of the same quantized operands only
-# the order of f32 additions and the rounding to bf16 differ.
+# The contract's distances, whole and by row: of a GEMM to the product of what was quantized, rows and weights; of a
+# layer to that of unquantized rows and of the weights as they are, which are its input. Between two GEMMs of the same
+# quantized operands only the order of f32 additions and the rounding to bf16 differ. A layer of bf16 weights rounds its
+# rows and results to bf16 only.
 UNQUANTIZED_GEMM = (1e-3, 2e-3)
 UNQUANTIZED_LAYER = (2e-3, 4e-3)
+BF16_LAYER = (1e-4, 3e-4)
 SAME_OPERANDS = (1e-7, 1e-6)
 
 
 class Weights:
-    """e4m3 [E, N, K] with f32 scales of 128 x 128; an expert's original is drawn again from its seed when it is asked for."""
+    """e4m3 [E, N, K] with f32 scales of 128 x 128; an expert's original is drawn again when it is asked for."""
 
     def __init__(self, experts, n, k, seed):
         self.shape, self._seed = (experts, n, k), seed
-        self.values = torch.empty((experts, n, k), device="cuda", dtype=torch.float8_e4m3fn)
-        self.scales = torch.empty((experts, n // 128, k // 128), device="cuda", dtype=torch.float32)
+        self.values = torch.empty((experts, n, k), device=DEVICE, dtype=torch.float8_e4m3fn)
+        self.scales = torch.empty((experts, n // 128, k // 128), device=DEVICE, dtype=torch.float32)
         for expert in range(experts):
             blocks = self.original(expert).view(n // 128, 128, k // 128, 128)
             scale = blocks.abs().amax((1, 3)).clamp(min=1e-10) / 448
@@ -26,58 +33,108 @@ class Weights:
             self.values[expert] = (blocks / scale[:, None, :, None]).view(n, k).to(torch.float8_e4m3fn)
 
     def original(self, expert):
-        _, n, k = self.shape
-        generator = torch.Generator(device="cuda").manual_seed(self._seed * 1000 + expert)
-        return torch.randn((n, k), device="cuda", generator=generator) * k**-0.5
+        return original(self.shape, self._seed, expert)
 
-    def exact(self, expert):
-        """What the values and scales of an expert say, in f64."""
+    def exact(self, expert, dtype=torch.float64):
+        """What the values and scales of an expert say."""
         _, n, k = self.shape
-        blocks = self.values[expert].float().double().view(n // 128, 128, k // 128, 128)
-        return (blocks * self.scales[expert].double()[:, None, :, None]).view(n, k)
+        blocks = self.values[expert].float().to(dtype).view(n // 128, 128, k // 128, 128)
+        return (blocks * self.scales[expert].to(dtype)[:, None, :, None]).view(n, k)
 
     @property
     def pair(self):
         return self.values, self.scales
 
 
-def layer_weights(shape):
+class Bf16Weights:
+    """bf16 [E, N, K], drawn as those are."""
+
+    def __init__(self, experts, n, k, seed):
+        self.shape, self._seed = (experts, n, k), seed
+        self.values = torch.empty((experts, n, k), device=DEVICE, dtype=torch.bfloat16)
+        for expert in range(experts):
+            self.values[expert] = self.original(expert)
+
+    def original(self, expert):
+        return original(self.shape, self._seed, expert)
+
+    def exact(self, expert, dtype=torch.float64):
+        return self.values[expert].to(dtype)
+
+    @property
+    def pair(self):
+        return self.values, None
+
+
+def original(shape, seed, expert):
+    """An expert's weights in f32: the same whenever they are asked for."""
+    _, n, k = shape
+    generator = torch.Generator(device=DEVICE).manual_seed(seed * 1000 + expert)
+    return torch.randn((n, k), device=DEVICE, generator=generator) * k**-0.5
+
+
+def layer_weights(shape, format="e4m3"):
     """w13 [E, 2 I, H] and w2 [E, H, I]."""
     hidden, intermediate, experts, _, _ = SHAPES[shape]
-    return Weights(experts, 2 * intermediate, hidden, 1), Weights(experts, hidden, intermediate, 2)
+    kind = {"e4m3": Weights, "bf16": Bf16Weights}[format]
+    return kind(experts, 2 * intermediate, hidden, 1), kind(experts, hidden, intermediate, 2)
 
 
 class Call:
-    """One call's tokens and routing: uniform, distinct experts per token, at least one of them local."""
+    """One call's tokens and routing: distinct experts per token, at least one of them local."""
 
-    def __init__(self, shape, tokens, seed):
+    def __init__(self, shape, tokens, seed, kind="uniform"):
         hidden, _, experts, topk, global_experts = SHAPES[shape]
         self.shape, self.tokens = shape, tokens
         while True:
-            self.ids, self.expert_map, self.weights = routing(tokens, topk, experts, global_experts, seed)
-            self.local = local_ids(self.ids, self.expert_map)
-            self.counts = torch.bincount(self.local[self.local >= 0].long(), minlength=experts)
-            if self.counts.any():
+            self.ids, self.expert_map, self.weights = routing(tokens, topk, experts, global_experts, seed, kind)
+            self._count()
+            if self.live:
                 break
             seed += 1000
         self.weights /= self.weights.sum(1, keepdim=True)
+        generator = torch.Generator(device=DEVICE).manual_seed(seed + 1)
+        self.x = torch.randn((tokens, hidden), device=DEVICE, dtype=torch.bfloat16, generator=generator)
+
+    def _count(self):
+        self.local = local_ids(self.ids, self.expert_map)
+        self.counts = torch.bincount(self.local[self.local >= 0].long(), minlength=SHAPES[self.shape].experts)
         self.live, self.active = int(self.counts.sum()), int((self.counts > 0).sum())
-        generator = torch.Generator(device="cuda").manual_seed(seed + 1)
-        self.x = torch.randn((tokens, hidden), device="cuda", dtype=torch.bfloat16, generator=generator)
+
+    def of_tokens(self, tokens):
+        """A call with some of these tokens, in the order given, each with its row, experts and weights."""
+        part = copy.copy(self)
+        part.tokens = len(tokens)
+        part.x, part.ids, part.weights = (t[tokens].contiguous() for t in (self.x, self.ids, self.weights))
+        part._count()
+        return part
 
     def live_slots(self):
         return torch.nonzero(self.local.flatten() >= 0).flatten()
 
     def sample(self, experts=8, rows=8):
-        """-> (expert, its slots): the first and last active experts and some between, the first and last slots of each."""
+        """-> (expert, its slots): the first and last active experts and some between, of each the same of its slots."""
         active = torch.nonzero(self.counts).flatten()
         for expert in _spread(active, experts).tolist():
             yield expert, _spread(torch.nonzero(self.local.flatten() == expert).flatten(), rows)
 
+    def reference_rows(self, weights):
+        """What every token should become, in f32: zero without a local expert."""
+        rows, out = self.x.float(), torch.zeros(self.x.shape, device=DEVICE)
+        slots = torch.sort(self.local.flatten(), stable=True).indices[self.local.numel() - self.live :]
+        topk = self.ids.shape[1]
+        for expert, part in enumerate(slots.split(self.counts.tolist())):
+            if len(part):
+                w13, w2 = (w.exact(expert, torch.float32) for w in weights)
+                gate, up = (rows[part // topk] @ w13.t()).chunk(2, dim=1)
+                y = (torch.nn.functional.silu(gate) * up) @ w2.t()
+                out.index_add_(0, part // topk, y * self.weights.flatten()[part][:, None])
+        return out
+
     def reference(self, weights, most=3):
         """Some tokens that have local experts, and what they should become, in f64."""
         tokens = _spread(torch.nonzero((self.local >= 0).any(1)).flatten(), most)
-        local, out = self.local[tokens], torch.zeros((len(tokens), self.x.shape[1]), device="cuda", dtype=torch.float64)
+        local, out = self.local[tokens], torch.zeros((len(tokens), self.x.shape[1]), device=DEVICE, dtype=torch.float64)
         for expert in local[local >= 0].unique().tolist():
             token, slot = torch.nonzero(local == expert).unbind(1)
             w13, w2 = (w.exact(expert) for w in weights)
@@ -87,11 +144,11 @@ class Call:
         return tokens, out
 
 
-def calls_for(shape, tokens, weights_shape):
-    """Calls enough that the weights they read are several times the L2, where [E, N, K] is those of one GEMM: 1 to 8."""
+def calls_for(shape, tokens, weights_shape, kind="uniform"):
+    """1 to 8 calls: so many that the weights they read are several times the L2, [E, N, K] being those of a GEMM."""
     calls, read = [], 0
-    while not calls or read < 4 * L2_BYTES and len(calls) < 8:
-        calls.append(Call(shape, tokens, seed=tokens + len(shape) + 100 * len(calls)))
+    while not calls or (read < 4 * L2_BYTES and len(calls) < 8):
+        calls.append(Call(shape, tokens, seed=tokens + len(shape) + 100 * len(calls), kind=kind))
         read += calls[-1].active * weights_shape[1] * weights_shape[2]
     return calls
 
@@ -110,7 +167,8 @@ def _spread(values, most):
 def distance(x, y, chunk=1 << 25):
     """1 - 2 sum(xy) / sum(x^2 + y^2) in f64: of all, and of the worst row."""
     products, squares, worst = 0.0, 0.0, 0.0
-    for a, b in zip(x.split(max(chunk // x.shape[1], 1)), y.split(max(chunk // x.shape[1], 1))):
+    rows = max(chunk // x.shape[1], 1)
+    for a, b in zip(x.split(rows), y.split(rows), strict=True):
         a, b = a.double(), b.double()
         product, square = (a * b).sum(1), (a * a + b * b).sum(1)
         by_row = 1 - 2 * product / square.clamp(min=1e-300)
@@ -123,5 +181,7 @@ def distance(x, y, chunk=1 << 25):
 def require_near(what, x, y, limits):
     found = distance(x, y)
     if not (found[0] <= limits[0] and found[1] <= limits[1]):
-        raise AssertionError(f"{what}: distance {found[0]:.2e} whole, {found[1]:.2e} in the worst row, expected {limits}")
+        raise AssertionError(
+            f"{what}: distance {found[0]:.2e} whole, {found[1]:.2e} in the worst row, expected {limits}"
+        )
     return found

@@ -5,8 +5,8 @@ import concurrent.futures
 import torch
 
 import ours
-from compare import SHAPES
 from expert_layer import SAME_OPERANDS, UNQUANTIZED_GEMM, calls_for, mean, require_near
+from shapes import SHAPES
 from timing import race
 
 OUR_ALIGNMENT, THEIR_ALIGNMENT = 8, 128
@@ -181,18 +181,3 @@ def show(row):
     print(f"{row['shape']:8} {row['tokens']:5} g{row['gemm']} live {row['live_rows']:.0f}/{row['active_experts']:.1f}"
           f" floor {row['weight_bytes'] / 4.2e6:.1f} dg {row['theirs']:.1f} | {cells} | {best} {row['theirs'] / us:.2f}x"
           f" {row['flop'] / us / 1e6:.0f}TF {row['bytes'] / us / 1e6:.2f}TB/s", flush=True)
-
-
-def compile_theirs(peer, shapes, tokens, which):
-    """One launch of each size over no rows."""
-    for shape in shapes:
-        hidden, intermediate, experts, topk, _ = SHAPES[shape]
-        n, k = (2 * intermediate, hidden) if which == 1 else (hidden, intermediate)
-        empty = lambda *size, dtype=torch.float8_e4m3fn: torch.empty(size, device="cuda", dtype=dtype)
-        weights = empty(experts, n, k), empty(experts, n // 128, k // 128, dtype=torch.float32)
-        for count in tokens:
-            m_sum = peer.m_sum(count, topk, experts)
-            scales = empty(k // 128, m_sum, dtype=torch.float32).t()
-            psum = torch.zeros(experts, device="cuda", dtype=torch.int32)
-            peer.gemm((empty(m_sum, k), scales), weights, empty(m_sum, n, dtype=torch.bfloat16), psum)
-            torch.cuda.synchronize()

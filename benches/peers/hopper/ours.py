@@ -126,13 +126,14 @@ def bind_gemm(tile, weights, rows, scales, layout, out, alignment, out_scales=No
 
 
 class Layer:
-    """The whole layer; w13 and w2 are pairs as for `bind_gemm`."""
+    """The whole layer; w13 and w2 are pairs as for `bind_gemm`, or of bf16 weights and None."""
 
     def __init__(self, w13, w2, topk, global_experts, max_tokens):
         experts, hidden, intermediate = w2[0].shape
         self._keep = (w13, w2)
         self._handle = _checked(_lib.expertile_layer(
-            hidden, intermediate, experts, topk, global_experts, max_tokens, *(part.data_ptr() for part in (*w13, *w2))))
+            hidden, intermediate, experts, topk, global_experts, max_tokens,
+            *(0 if part is None else part.data_ptr() for part in (*w13, *w2))))
 
     def choice(self, tokens):
         """-> workspace bytes, alignment, launches, whether GEMM 1 has the activation inside, the tile of each GEMM: row tile, blocks

@@ -4,15 +4,18 @@
 #
 #   run.sh FOLDER PART...
 #
-# FOLDER holds the test binaries (unit, cuda_kernels, cuda_gemm, cuda_layer), the command expertile, libexpertile_vllm_gpu.so and
-# the Python files of benches/peers/hopper; a part is one of: arithmetic, kernels, sanitize, tiles, promise, split, alone,
-# compare, sweep, layer. PEER_DIR names vLLM's pieces. LAYER gives the last two their options (--shapes, --tokens),
-# DG_JIT_CACHE_DIR where DeepGEMM keeps what it compiles. tiles: by how much the choice of tiles misses the best, on the seeds
-# in SEEDS; promise: what it costs that K is never split by a call's size, where experts are few; split: layers whose experts
-# are split among ranks.
+# FOLDER holds the test binaries (unit, cuda_kernels, cuda_gemm, cuda_layer), the command expertile and
+# libexpertile_vllm_gpu.so; a part is one of: arithmetic, kernels, sanitize, tiles, promise, split, rivals, invariant,
+# alone, compare, sweep, layer. PEER_DIR names the pieces of the peers, DG_JIT_CACHE_DIR where DeepGEMM keeps what it
+# compiles. RIVALS and INVARIANT give options to the parts of these names, LAYER to the last two. tiles: by how much the
+# choice of tiles misses the best, on the seeds in SEEDS; promise: what it costs that K is never split by a call's size,
+# where experts are few; split: layers whose experts are split among ranks; rivals: beside everything that others run;
+# invariant: beside what vLLM offers in its batch-invariant mode.
 set -uo pipefail
+python=$(cd "$(dirname "$0")" && pwd)
 folder=$(cd "$1" && pwd)
 shift
+export EXPERTILE_LIB=${EXPERTILE_LIB:-$folder/libexpertile_vllm_gpu.so}
 out=${OUT:-.}
 export EXPERTILE_CACHE=/tmp/expertile-cache RUST_BACKTRACE=0 PYTHONUNBUFFERED=1
 nvrtc=$(python3 -c 'import glob, sys; print((glob.glob(sys.prefix + "/lib/python3*/site-packages/nvidia/cu13/lib") or [""])[0])')
@@ -63,16 +66,22 @@ for name in "$@"; do
                 --intermediate "${shape##*:}" --tokens "${SPLIT_TOKENS:-777,1024,4096,5000,8192}" --json "$out/split-${shape%%:*}.json"
             grep -E "layer|tokens:|gemm" "$out/split-${shape%%:*}.log" | tr -d '│┆' | tr -s ' '
         done ;;
+    rivals)
+        part rivals 400 python3 "$python/compare_rivals.py" --out "$out" ${RIVALS:-}
+        tail -n 230 "$out/rivals.log" ;;
+    invariant)
+        part invariant 300 python3 "$python/compare_rivals.py" --out "$out" --batch-invariant ${INVARIANT:-}
+        tail -n 100 "$out/invariant.log" ;;
     alone)
-        part alone 240 python3 "$folder/compare.py" --alone --out "$out" ${ALONE:-}
+        part alone 240 python3 "$python/compare.py" --alone --out "$out" ${ALONE:-}
         tail -n 40 "$out/alone.log" ;;
     compare)
-        part compare 500 python3 "$folder/compare.py" --out "$out" ${COMPARE:-}
+        part compare 500 python3 "$python/compare.py" --out "$out" ${COMPARE:-}
         tail -n 40 "$out/compare.log" ;;
     sweep | layer)
-        part compile 160 python3 "$folder/compare_layer.py" --compile ${LAYER:-}
+        part compile 160 python3 "$python/compare_layer.py" --compile ${LAYER:-}
         [ "$name" = sweep ] && options=--quick || options=
-        part "$name" 300 python3 "$folder/compare_layer.py" --out "$out" --name "$name" ${LAYER:-} $options
+        part "$name" 300 python3 "$python/compare_layer.py" --out "$out" --name "$name" ${LAYER:-} $options
         tail -n 100 "$out/$name.log" ;;
     esac
 done

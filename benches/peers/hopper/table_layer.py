@@ -3,7 +3,8 @@
 import argparse
 import json
 
-SHAPES = ("dsv3", "dsv3_ep8", "qwen235", "mixtral")
+from shapes import SHAPES
+
 PARTS = ("layer", "gemm", "eager", "stages", "sweep")
 STAGES = ("permute", "gemm1", "activation", "gemm1 + activation", "gemm2", "unpermute")
 FEW = 256  # tokens up to which reading the weights decides
@@ -20,7 +21,7 @@ def merged(files):
                 key = row["shape"], row["tokens"], row.get("gemm")
                 if "wrong" not in row or key not in rows:
                     rows[key] = row
-    order = lambda key: (SHAPES.index(key[0]), key[1], key[2] or 0)
+    order = lambda key: (list(SHAPES).index(key[0]), key[1], key[2] or 0)
     return runs, {part: {key: rows[key] for key in sorted(rows, key=order)} for part, rows in parts.items()}
 
 

@@ -4,6 +4,8 @@ import time
 
 import torch
 
+L2_BYTES = 60 << 20
+
 
 def capture(calls, repeats):
     for call in calls:

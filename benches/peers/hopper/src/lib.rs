@@ -1,5 +1,5 @@
-//! Expertile's GPU steps behind a C interface, for `compare.py`: one Python process times them beside vLLM's kernels,
-//! on the same tensors and the same stream.
+//! Expertile's GPU steps behind a C interface: one Python process times them beside the kernels of others, on the same
+//! tensors and the same stream.
 //!
 //! A step is made once (which compiles), bound to addresses once per set of buffers, and launched many times: what a
 //! serving loop does. Functions return 0 or null on failure, and `expertile_error` then says what was wrong.
@@ -364,17 +364,19 @@ pub unsafe extern "C" fn expertile_bind_gemm(
     hand_over(make())
 }
 
-/// e4m3 weights that are on the device.
+/// Weights that are on the device: e4m3, or bf16 where there are no scales.
 ///
 /// # Safety
 /// As [`Weights::from_device`].
 unsafe fn on_device(sizes: (usize, usize, usize), values: u64, scales: u64) -> Result<Weights> {
+    let format = if scales == 0 { WeightFormat::Bf16 } else { WeightFormat::E4m3 };
     // SAFETY: the caller's promise.
-    unsafe { Weights::from_device(WeightFormat::E4m3, sizes, DevicePtr::new(values), optional(scales)) }
+    unsafe { Weights::from_device(format, sizes, DevicePtr::new(values), optional(scales)) }
 }
 
-/// Prepares the whole layer of e4m3 weights `[E, 2 I, H]` and `[E, H, I]` for calls of up to `max_tokens` tokens;
-/// hidden states and output are bf16, ids i32.
+/// Prepares the whole layer of weights `[E, 2 I, H]` and `[E, H, I]` for calls of up to `max_tokens` tokens; weights
+/// are e4m3, and so are the rows of the GEMMs, or both are bf16 where there are no scales; hidden states and output are
+/// bf16, ids i32.
 ///
 /// # Safety
 /// The addresses are device memory of the sizes that `Weights` says.
@@ -395,7 +397,8 @@ pub unsafe extern "C" fn expertile_layer(
         let (up, down) = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate));
         // SAFETY: the caller's promise.
         let (w13, w2) = unsafe { (on_device(up, w13, w13_scales)?, on_device(down, w2, w2_scales)?) };
-        let config = LayerConfig::new(topk, global_experts, ActivationFormat::E4m3);
+        let activations = if w13_scales == 0 { ActivationFormat::Bf16 } else { ActivationFormat::E4m3 };
+        let config = LayerConfig::new(topk, global_experts, activations);
         Ok(Arc::new(Layer::prepare(&device()?, w13, w2, config, max_tokens)?))
     };
     hand_over(make())

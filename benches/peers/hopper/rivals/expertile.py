@@ -1,0 +1,52 @@
+"""Expertile's own layer, through the C interface beside this folder."""
+
+import os
+
+from rivals.base import Prepared, Rival
+from shapes import SHAPES
+
+# As in `ours`, which fails without it.
+LIBRARY = os.environ.get("EXPERTILE_LIB", os.path.join(os.path.dirname(__file__), "../libexpertile_vllm_gpu.so"))
+
+
+class Expertile(Rival):
+    key, label = "ours", "Expertile"
+    formats = ("e4m3", "bf16")
+    batch_invariant = True
+    compiles_together = True
+
+    def missing(self):
+        return None if os.path.isfile(LIBRARY) else f"no library {LIBRARY!r}, which EXPERTILE_LIB names"
+
+    def version(self):
+        return "this commit"
+
+    def compile_parts(self):
+        return ("layer",)
+
+    def load(self, shape, format, weights, tokens):
+        return Loaded(shape, format, weights, tokens)
+
+
+class Loaded:
+    def __init__(self, shape, format, weights, tokens):
+        # The library is loaded where it is used, so that the rest works without it.
+        import ours
+
+        self.format, self.weights = format, weights
+        _, _, _, topk, global_experts = SHAPES[shape]
+        self.layer = ours.Layer(*(w.pair for w in weights), topk, global_experts, max(tokens))
+
+    def prepare(self, calls):
+        import layer_part
+
+        mine = layer_part.Ours(self.layer, calls, self.weights)
+        tiles = [layer_part.name_of_tile(tile) for tile in mine.tiles]
+        facts = dict(tiles=tiles, alignment=mine.alignment, launches=mine.launches, inside=mine.inside)
+
+        def gemms():
+            stages = mine.stages()
+            return stages["gemm1"], stages["gemm2"]
+
+        apart = gemms if self.format == "e4m3" else None
+        return Prepared(mine.bounds, mine.outs, facts, lambda index: mine.bounds[index].check(), apart)
