@@ -103,7 +103,7 @@ class Gemm:
     def __init__(self, shape, layer_config, tensors, tokens, batch_invariant):
         config = humming_module("config")
         layer = config.LayerConfig(**layer_config)
-        # The order of a row's scales: vLLM hands them over row by row.
+        # vLLM hands the rows' scales over row by row; HUMMING_SCALES=m-major tries the other order.
         self.m_major = os.environ.get("HUMMING_SCALES") == "m-major"
         compute = config.ComputeConfig(
             gemm_type=config.GemmType.GROUPED_CONTIGUOUS,
