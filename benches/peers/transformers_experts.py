@@ -14,11 +14,10 @@ import json
 import sys
 import time
 
+import expertile.transformers as ours
 import torch
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe import modeling_qwen3_moe
-
-import expertile.transformers as ours
 
 # Experts, chosen of them, H, I.
 MODELS = {

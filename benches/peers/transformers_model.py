@@ -13,10 +13,9 @@ import json
 import sys
 import time
 
+import expertile.transformers as ours
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-import expertile.transformers as ours
 
 STEPS = 32
 

@@ -2,24 +2,22 @@
 
     PEER_DIR=... python3 compare.py --out FOLDER [--shapes dsv3,...] [--tokens 1,8,...] [--alone]
 
-Both sides are checked first, then timed by the same functions: inside a CUDA graph over one set of buffers (caches warm),
-inside a graph over rotating sets that together are several times the L2, and eagerly with the L2 flushed. `--alone` times
-Expertile only, for a machine without vLLM's pieces.
+Both sides are checked first, then timed by the same functions: inside a CUDA graph over one set of buffers (caches
+warm), inside a graph over rotating sets that together are several times the L2, and eagerly with the L2 flushed.
+`--alone` times Expertile only, for a machine without vLLM's pieces.
 """
 
 import argparse
 import json
 import os
-import sys
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import ours  # noqa: E402
-from device import device_facts  # noqa: E402
-from routing import local_ids, routing  # noqa: E402
-from shapes import SHAPES, STEP_SHAPES  # noqa: E402
-from timing import L2_BYTES  # noqa: E402
+import ours
+from device import device_facts
+from routing import local_ids, routing
+from shapes import SHAPES, STEP_SHAPES
+from timing import L2_BYTES
 
 ALIGNMENT = 128
 DECODE_ALIGNMENT = 8  # what our layer lays few tokens out with: its GEMM needs no more
@@ -27,8 +25,8 @@ DECODE_TOKENS = 256
 
 
 def graph_us(calls, repeats=None, replays=9):
-    """Median microseconds of one call in a CUDA graph that goes round `calls` until it holds `repeats` of them: of short ones so many
-    that the graph's own start, some microseconds, does not show."""
+    """Median microseconds of one call in a CUDA graph that goes round `calls` until it holds `repeats` of them: of
+    short ones so many that the graph's own start, some microseconds, does not show."""
     repeats = repeats or (100 if graph_us(calls, 20, 3) < 20 else 20)
     for call in calls:
         call()
@@ -59,7 +57,7 @@ def eager_us(call):
 
 
 def copy_tbs(bytes_each=1 << 30):
-    """Device-to-device copy as torch does it, bytes read and written, in TB/s. (In a graph the copy engine does it, slower.)"""
+    """Device-to-device copy as torch does it, read and written, in TB/s. (In a graph a copy engine does it, slower.)"""
     make = lambda: torch.empty(bytes_each, device="cuda", dtype=torch.uint8).random_()
     sets = [(make(), make()) for _ in range(2)]
     times = []
@@ -139,14 +137,23 @@ def measure(peer, shape, tokens, seed):
     up_bytes = live * hidden * 2 + tokens * hidden * 2 + ids.numel() * 8
     act_bytes = live * (intermediate * 5 + intermediate // 128 * 4)
     count = sets_for(qp_bytes)
-    row = dict(shape=shape, tokens=tokens, live_rows=live, m_sum=permutation.m_sum, sets=count,
-               quantize_permute_bytes=qp_bytes, padding_scale_bytes=padding_bytes, unpermute_bytes=up_bytes, activation_bytes=act_bytes)
+    row = dict(
+        shape=shape,
+        tokens=tokens,
+        live_rows=live,
+        m_sum=permutation.m_sum,
+        sets=count,
+        quantize_permute_bytes=qp_bytes,
+        padding_scale_bytes=padding_bytes,
+        unpermute_bytes=up_bytes,
+        activation_bytes=act_bytes,
+    )
 
     generator = torch.Generator(device="cuda").manual_seed(seed + 1)
     xs = [torch.randn((tokens, hidden), device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(count)]
     all_ids = [ids] + [routing(tokens, topk, experts, global_experts, seed + 2 + i)[0] for i in range(count - 1)]
-    bounds = [permutation.bind(x, i, expert_map) for x, i in zip(xs, all_ids)]
-    for bound, x, i in zip(bounds, xs, all_ids):
+    bounds = [permutation.bind(x, i, expert_map) for x, i in zip(xs, all_ids, strict=True)]
+    for bound, x, i in zip(bounds, xs, all_ids, strict=True):
         bound()
         bound.check()
         check_permutation(bound, x, i, expert_map, experts)
@@ -162,12 +169,15 @@ def measure(peer, shape, tokens, seed):
         row["ours_qp_decode"] = graph_us([bound])
         del bound, few
     if peer:
+
         def theirs(x, i):
             def call():
                 q, s = peer.quantize(x)
                 return peer.permute(q, s, i, experts, expert_map)
+
             return call
-        calls = [theirs(x, i) for x, i in zip(xs, all_ids)]
+
+        calls = [theirs(x, i) for x, i in zip(xs, all_ids, strict=True)]
         rows, scales, layout, inv_theirs, alignment = calls[0]()
         assert alignment == ALIGNMENT and torch.equal(layout.long(), psum), "the sides lay out differently"
         row["theirs_qp_graph"] = graph_us(calls[:1])
@@ -181,34 +191,46 @@ def measure(peer, shape, tokens, seed):
     torch.cuda.empty_cache()
 
     count = sets_for(up_bytes)
-    data = [torch.randn((m_sum, hidden), device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(min(count, len(perms)))]
+    data = [
+        torch.randn((m_sum, hidden), device="cuda", dtype=torch.bfloat16, generator=generator)
+        for _ in range(min(count, len(perms)))
+    ]
     outs = [torch.full((tokens, hidden), float("nan"), device="cuda", dtype=torch.bfloat16) for _ in data]
-    bounds = [ours.bind_unpermute(d, p, weights, o) for d, p, o in zip(data, perms, outs)]
-    for bound, d, p, o in zip(bounds, data, perms, outs):
+    bounds = [ours.bind_unpermute(d, p, weights, o) for d, p, o in zip(data, perms, outs, strict=False)]
+    for bound, d, p, o in zip(bounds, data, perms, outs, strict=False):
         bound()
         check_unpermute(o, d, p, weights)
     row["ours_up_graph"] = graph_us(bounds[:1])
     row["ours_up_rotated"] = graph_us(bounds)
     row["ours_up_eager"] = eager_us(bounds[0])
     if peer:
-        calls = [lambda d=d, p=p, o=o, i=i: peer.unpermute(d, i, weights, p, expert_map, o)
-                 for d, p, o, i in zip(data, perms, outs, all_ids)]
+        calls = [
+            lambda d=d, p=p, o=o, i=i: peer.unpermute(d, i, weights, p, expert_map, o)
+            for d, p, o, i in zip(data, perms, outs, all_ids, strict=False)
+        ]
         row["theirs_up_graph"] = graph_us(calls[:1])
         row["theirs_up_rotated"] = graph_us(calls)
         row["theirs_up_eager"] = eager_us(calls[0])
         moe = getattr(torch.ops, "_moe_C", None)
         # It reads whatever row a slot names, -1 too: only where every slot has one.
-        row["theirs_up_cuda"] = None if moe is None or expert_map is not None else moe_unpermute_us(moe, data[0], perms[0], weights, outs[0])
+        row["theirs_up_cuda"] = (
+            None
+            if moe is None or expert_map is not None
+            else moe_unpermute_us(moe, data[0], perms[0], weights, outs[0])
+        )
     del bounds, data, outs
     torch.cuda.empty_cache()
 
     if m_sum * intermediate * 4 < 40 << 30:
-        mids = [torch.randn((m_sum, 2 * intermediate), device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(2)]
-        bounds = [ours.bind_activation(m, p, ALIGNMENT) for m, p in zip(mids, psums)]
+        mids = [
+            torch.randn((m_sum, 2 * intermediate), device="cuda", dtype=torch.bfloat16, generator=generator)
+            for _ in range(2)
+        ]
+        bounds = [ours.bind_activation(m, p, ALIGNMENT) for m, p in zip(mids, psums, strict=False)]
         row["ours_act_graph"] = graph_us(bounds[:1])
         row["ours_act_rotated"] = graph_us(bounds)
         if peer:
-            calls = [lambda m=m, p=p: peer.activate(m, p, ALIGNMENT) for m, p in zip(mids, psums)]
+            calls = [lambda m=m, p=p: peer.activate(m, p, ALIGNMENT) for m, p in zip(mids, psums, strict=False)]
             row["theirs_act_graph"] = graph_us(calls[:1])
             row["theirs_act_rotated"] = graph_us(calls)
         del bounds, mids
@@ -221,7 +243,7 @@ def moe_unpermute_us(moe, rows, inv_perm, weights, out):
     try:
         places = inv_perm.flatten().contiguous()
         return graph_us([lambda: moe.moe_unpermute(rows, weights, places, None, weights.shape[1], out)])
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         print(f"moe_unpermute: {type(error).__name__}: {str(error).splitlines()[0]}")
         return None
 
@@ -243,7 +265,7 @@ def main():
         for tokens in map(int, options.tokens.split(",")):
             try:
                 row = measure(peer, shape, tokens, seed=tokens + len(shape))
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 row = dict(shape=shape, tokens=tokens, wrong=f"{type(error).__name__}: {error}")
             results["rows"].append(row)
             with open(os.path.join(options.out, "compare.json"), "w") as file:
@@ -259,6 +281,7 @@ def main():
 def print_row(row, copy):
     if "wrong" in row:
         return print(f"{row['shape']:9} {row['tokens']:6} WRONG: {row['wrong']}", flush=True)
+
     def cell(step, size):
         text = ""
         for how in ("graph", "rotated", "eager"):
@@ -267,9 +290,14 @@ def print_row(row, copy):
                 text += f" {how[0]} {mine:.1f}" + (f"/{other:.1f}" if other else "")
         mine = row.get(f"ours_{step}_rotated")
         return text + (f" {100 * size / mine / 1e6 / copy:.0f}%" if mine else "")
+
     decode = f" by 8 {row['ours_qp_decode']:.1f}" if "ours_qp_decode" in row else ""
-    print(f"{row['shape']:9} {row['tokens']:6} | qp{cell('qp', row['quantize_permute_bytes'])}{decode} | up{cell('up', row['unpermute_bytes'])}"
-          f" (cuda {row.get('theirs_up_cuda') or 0:.1f}) | act{cell('act', row['activation_bytes'])}", flush=True)
+    unpermute = f"up{cell('up', row['unpermute_bytes'])} (cuda {row.get('theirs_up_cuda') or 0:.1f})"
+    print(
+        f"{row['shape']:9} {row['tokens']:6} | qp{cell('qp', row['quantize_permute_bytes'])}{decode} | {unpermute}"
+        f" | act{cell('act', row['activation_bytes'])}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

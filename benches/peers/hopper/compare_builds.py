@@ -16,9 +16,9 @@ import torch
 
 # `compare` loads the library that is named here.
 os.environ.setdefault("EXPERTILE_LIB", next((path for path in sys.argv[1:] if path.endswith(".so")), ""))
-from expert_layer import calls_for, layer_weights  # noqa: E402
-from shapes import SHAPES  # noqa: E402
-from timing import race  # noqa: E402
+from expert_layer import calls_for, layer_weights
+from shapes import SHAPES
+from timing import race
 
 # Seconds of replays before the clocks count.
 HOT_SECONDS = 0.3
@@ -27,7 +27,9 @@ HOT_SECONDS = 0.3
 def build(path, name):
     """`ours` over one of the libraries."""
     os.environ["EXPERTILE_LIB"] = path
-    spec = importlib.util.spec_from_file_location(name, os.path.join(os.path.dirname(os.path.abspath(__file__)), "ours.py"))
+    spec = importlib.util.spec_from_file_location(
+        name, os.path.join(os.path.dirname(os.path.abspath(__file__)), "ours.py")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -56,7 +58,10 @@ def main():
     options = parser.parse_args()
     modules = {"before": build(options.before, "before"), "after": build(options.after, "after")}
     rows, same = [], True
-    print(f"{'shape':<10} {'tokens':>6} {'graph us: before':>17} {'after':>9} {'ratio':>6} {'host us: before':>16} {'after':>6}")
+    print(
+        f"{'shape':<10} {'tokens':>6} {'graph us: before':>17} {'after':>9} {'ratio':>6}"
+        f" {'host us: before':>16} {'after':>6}"
+    )
     for shape in options.shapes.split(","):
         weights = layer_weights(shape)
         _, _, _, topk, global_experts = SHAPES[shape]
@@ -74,18 +79,21 @@ def main():
                 ids = [call.ids.to(torch.int32) for call in calls]
                 bound[name] = [
                     layer.bind(call.x, i, call.weights, out, workspace, call.expert_map)
-                    for call, i, out in zip(calls, ids, outs[name])
+                    for call, i, out in zip(calls, ids, outs[name], strict=True)
                 ]
                 for call in bound[name]:
                     call()
                     call.check()
             bits = {name: [out.view(torch.int16) for out in values] for name, values in outs.items()}
-            same &= all(torch.equal(a, b) for a, b in zip(bits["before"], bits["after"]))
+            same &= all(torch.equal(a, b) for a, b in zip(bits["before"], bits["after"], strict=True))
             us = race(bound, 50 + tokens, HOT_SECONDS)
             host = {name: host_us(calls[0]) for name, calls in bound.items()}
             rows.append({"shape": shape, "tokens": tokens, "graph_us": us, "host_us": host, "same_bits": same})
-            print(f"{shape:<10} {tokens:>6} {us['before']:>17.1f} {us['after']:>9.1f} {us['after'] / us['before']:>6.3f}"
-                  f" {host['before']:>16.2f} {host['after']:>6.2f}", flush=True)
+            print(
+                f"{shape:<10} {tokens:>6} {us['before']:>17.1f} {us['after']:>9.1f} {us['after'] / us['before']:>6.3f}"
+                f" {host['before']:>16.2f} {host['after']:>6.2f}",
+                flush=True,
+            )
         del layers, bound, outs, weights
         torch.cuda.empty_cache()
     print("the same bits" if same else "OTHER BITS")

@@ -1,12 +1,13 @@
-"""Expertile's grouped GEMM and whole layer beside DeepGEMM's and vLLM 0.33.0's, in one process. README.md says how to run it.
+"""Expertile's grouped GEMM and layer beside DeepGEMM's and vLLM 0.33.0's, in one process. README.md says how to run it.
 
     PEER_DIR=... python3 compare_layer.py --out FOLDER [--parts layer,gemm] [--shapes dsv3,...] [--tokens 1,8,...]
 
-Parts, in the order given, each over all shapes and tokens: `layer` (graph) and `gemm`, both checked first; `eager` and `stages`
-of the layer; `sweep` of every tile of our GEMM that is worth it. Graphs take turns, clocks hot; eager with the L2 flushed.
+Parts, in the order given, each over all shapes and tokens: `layer` (graph) and `gemm`, both checked first; `eager` and
+`stages` of the layer; `sweep` of every tile of our GEMM that is worth it. Graphs take turns, clocks hot; eager with the
+L2 flushed.
 
-`--compile` only fills the caches for the shapes and tokens, a process for each part of the work: DeepGEMM's (DG_JIT_CACHE_DIR)
-takes many seconds a kernel.
+`--compile` only fills the caches for the shapes and tokens, a process for each part of the work: DeepGEMM's
+(DG_JIT_CACHE_DIR) takes many seconds a kernel.
 """
 
 import argparse
@@ -18,16 +19,15 @@ import time
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import deepgemm_layer  # noqa: E402
-import gemm_part  # noqa: E402
-import layer_part  # noqa: E402
-import ours  # noqa: E402
-from compare import copy_tbs  # noqa: E402
-from device import device_facts  # noqa: E402
-from expert_layer import layer_weights  # noqa: E402
-from shapes import SHAPES, STEP_SHAPES  # noqa: E402
-from timing import fp8_tflops, read_tbs  # noqa: E402
+import deepgemm_layer
+import gemm_part
+import layer_part
+import ours
+from compare import copy_tbs
+from device import device_facts
+from expert_layer import layer_weights
+from shapes import SHAPES, STEP_SHAPES
+from timing import fp8_tflops, read_tbs
 
 BEGIN = time.perf_counter()
 
@@ -40,17 +40,28 @@ def options_of(arguments=None):
     parser.add_argument("--shapes", default=",".join(STEP_SHAPES))
     parser.add_argument("--tokens", default="1,8,32,64,128,256,1024,4096,16384")
     parser.add_argument("--sweep-tokens", default="1024,4096,16384")
-    parser.add_argument("--tiles", type=lambda names: [gemm_part.tile_of(name) for name in names.split(",")], default=[],
-                        help="for the sweep, beside the chosen one, as it names them")
+    parser.add_argument(
+        "--tiles",
+        type=lambda names: [gemm_part.tile_of(name) for name in names.split(",")],
+        default=[],
+        help="for the sweep, beside the chosen one, as it names them",
+    )
     parser.add_argument("--hot", type=float, default=0.3, help="seconds of load before each timing")
     parser.add_argument("--seconds", type=float, default=1e9, help="after which nothing more is begun")
     parser.add_argument("--quick", action="store_true", help="what tuning needs: a sweep of two shapes")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--compile-part", choices=("1", "2", "steps"), help="only this GEMM of theirs, or all else, in this process")
+    parser.add_argument(
+        "--compile-part", choices=("1", "2", "steps"), help="only this GEMM of theirs, or all else, in this process"
+    )
     parser.add_argument("--commit", default="")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.parts, options.hot, options.shapes, options.sweep_tokens = "sweep", 0.12, "dsv3_ep8,qwen235", "1,8,64,256,1024,4096"
+        options.parts, options.hot, options.shapes, options.sweep_tokens = (
+            "sweep",
+            0.12,
+            "dsv3_ep8,qwen235",
+            "1,8,64,256,1024,4096",
+        )
     return options
 
 
@@ -61,7 +72,9 @@ class Setup:
         self.peer, self.options = peer, options
         self.weights = {shape: layer_weights(shape) for shape in shapes}
         self.layers = {
-            shape: ours.Layer(*(w.pair for w in weights), *SHAPES[shape][3:], max_tokens=max(tokens)) for shape, weights in self.weights.items()}
+            shape: ours.Layer(*(w.pair for w in weights), *SHAPES[shape][3:], max_tokens=max(tokens))
+            for shape, weights in self.weights.items()
+        }
         torch.cuda.synchronize()
 
     def rows(self, part, shape, tokens):
@@ -73,7 +86,13 @@ class Setup:
         return [getattr(case, "graph" if part == "layer" else part)(self.options)]
 
 
-SHOW = dict(gemm=gemm_part.show, sweep=gemm_part.show, layer=layer_part.show_layer, eager=layer_part.show_eager, stages=layer_part.show_stages)
+SHOW = dict(
+    gemm=gemm_part.show,
+    sweep=gemm_part.show,
+    layer=layer_part.show_layer,
+    eager=layer_part.show_eager,
+    stages=layer_part.show_stages,
+)
 
 
 def measurements(setup, shapes, tokens, options):
@@ -88,7 +107,7 @@ def measurements(setup, shapes, tokens, options):
                     continue
                 try:
                     rows = setup.rows(part, shape, count)
-                except Exception as error:  # noqa: BLE001
+                except Exception as error:
                     rows = [dict(shape=shape, tokens=count, wrong=f"{type(error).__name__}: {error}")]
                 for row in rows:
                     yield part, row
@@ -102,7 +121,16 @@ def compile_all(options):
     jobs = {}
     for shape in options.shapes.split(","):
         for part in ("1", "2", "steps"):
-            command = [sys.executable, os.path.abspath(__file__), "--tokens", options.tokens, "--shapes", shape, "--compile-part", part]
+            command = [
+                sys.executable,
+                os.path.abspath(__file__),
+                "--tokens",
+                options.tokens,
+                "--shapes",
+                shape,
+                "--compile-part",
+                part,
+            ]
             with open(os.path.join(options.out, f"compile-{shape}-{part}.log"), "w") as log:
                 jobs[shape, part] = subprocess.Popen(command, stdout=log, stderr=log)
     for job, process in jobs.items():
@@ -128,9 +156,25 @@ def main():
         return [layer_part.compile_steps(peer, shape, tokens) for shape in shapes]
     if options.compile_part:
         return deepgemm_layer.compile_theirs(peer, shapes, tokens, int(options.compile_part))
-    results = dict(date=time.strftime("%F"), commit=options.commit, device=device_facts(), quantizer=peer.quantizer, copy_tbs=copy_tbs(),
-                   read_tbs=read_tbs(), fp8_tflops=fp8_tflops(), layer=[], gemm=[], eager=[], stages=[], sweep=[])
-    print("copy {copy_tbs:.2f} TB/s, read {read_tbs:.2f} TB/s, fp8 {fp8_tflops:.0f} TFLOP/s, quantizer {quantizer}".format(**results), flush=True)
+    results = dict(
+        date=time.strftime("%F"),
+        commit=options.commit,
+        device=device_facts(),
+        quantizer=peer.quantizer,
+        copy_tbs=copy_tbs(),
+        read_tbs=read_tbs(),
+        fp8_tflops=fp8_tflops(),
+        layer=[],
+        gemm=[],
+        eager=[],
+        stages=[],
+        sweep=[],
+    )
+    print(
+        f"copy {results['copy_tbs']:.2f} TB/s, read {results['read_tbs']:.2f} TB/s,"
+        f" fp8 {results['fp8_tflops']:.0f} TFLOP/s, quantizer {results['quantizer']}",
+        flush=True,
+    )
     setup = Setup(peer, shapes, tokens + list(map(int, options.sweep_tokens.split(","))), options)
     if "sweep" in options.parts:
         gemm_part.compile_ours(options.tiles or gemm_part.all_tiles())

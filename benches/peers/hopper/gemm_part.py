@@ -1,6 +1,7 @@
 """The grouped GEMMs of a layer: Expertile's at its alignment beside DeepGEMM's at 128, the same live rows."""
 
 import concurrent.futures
+import itertools
 
 import torch
 
@@ -26,7 +27,7 @@ def worthwhile_tiles(weights, call):
     experts, n, k = weights.shape
     rows = call.live / call.active
     for row_tile, shared, splits, wide, outputs in all_tiles():
-        if row_tile * 4 < rows and row_tile < 128 or row_tile > 16 * max(rows, 2):
+        if (row_tile * 4 < rows and row_tile < 128) or row_tile > 16 * max(rows, 2):
             continue
         tiles = call.active * -(-rows // row_tile) * -(-n // 128)
         if splits == 1 or tiles * splits <= 4 * 132:
@@ -52,17 +53,19 @@ def permutation(call, alignment, row_tile):
 
 
 class Gemm:
-    """One of the two for some calls: both sides' rows, layouts and results. The second takes what the first leaves behind."""
+    """One of the two for some calls: both sides' rows, layouts and results. The second takes what the first leaves."""
 
     def __init__(self, which, weights, calls, row_tiles, before=None):
         self.which, self.weights, self.calls = which, weights, calls
         if before is None:
             bind = lambda alignment, row_tile: [
                 step.bind(call.x, call.ids, call.expert_map)
-                for step in [permutation(calls[0], alignment, row_tile)] for call in calls]
+                for step in [permutation(calls[0], alignment, row_tile)]
+                for call in calls
+            ]
             self.layouts = {row_tile: bind(OUR_ALIGNMENT, row_tile) for row_tile in row_tiles}
             self.their_layouts = bind(THEIR_ALIGNMENT, THEIR_ALIGNMENT)
-            for layout in [*sum(self.layouts.values(), []), *self.their_layouts]:
+            for layout in [*itertools.chain(*self.layouts.values()), *self.their_layouts]:
                 layout()
                 layout.check()
             self.inputs = [(layout.rows, layout.scales) for layout in self.any_layouts()]
@@ -71,7 +74,9 @@ class Gemm:
             self.layouts, self.their_layouts, self.mids = before.layouts, before.their_layouts, before.mids
             self.inputs = self._activate(before.mids, self.any_layouts(), OUR_ALIGNMENT)
             self.their_inputs = self._activate(before.their_mids, self.their_layouts, THEIR_ALIGNMENT)
-        result = lambda inputs: torch.empty((inputs[0][0].shape[0], weights.shape[1]), device="cuda", dtype=torch.bfloat16)
+        result = lambda inputs: torch.empty(
+            (inputs[0][0].shape[0], weights.shape[1]), device="cuda", dtype=torch.bfloat16
+        )
         self.out, self.their_out = result(self.inputs), result(self.their_inputs)
 
     def any_layouts(self):
@@ -80,18 +85,22 @@ class Gemm:
 
     @staticmethod
     def _activate(mids, layouts, alignment):
-        bounds = [ours.bind_activation(mid, layout.psum, alignment) for mid, layout in zip(mids, layouts)]
+        bounds = [ours.bind_activation(mid, layout.psum, alignment) for mid, layout in zip(mids, layouts, strict=True)]
         for bound in bounds:
             bound()
         return [(bound.rows, bound.scales) for bound in bounds]
 
     def ours(self, tile):
-        return [ours.bind_gemm(tile, self.weights.pair, rows, scales, layout, self.out, OUR_ALIGNMENT)
-                for (rows, scales), layout in zip(self.inputs, self.layouts[tile[0]])]
+        return [
+            ours.bind_gemm(tile, self.weights.pair, rows, scales, layout, self.out, OUR_ALIGNMENT)
+            for (rows, scales), layout in zip(self.inputs, self.layouts[tile[0]], strict=True)
+        ]
 
     def theirs(self, peer):
-        return [lambda inputs=inputs, layout=layout: peer.gemm(inputs, self.weights.pair, self.their_out, layout.psum)
-                for inputs, layout in zip(self.their_inputs, self.their_layouts)]
+        return [
+            lambda inputs=inputs, layout=layout: peer.gemm(inputs, self.weights.pair, self.their_out, layout.psum)
+            for inputs, layout in zip(self.their_inputs, self.their_layouts, strict=True)
+        ]
 
     def keep_results(self, calls, their_calls):
         """Each call's result of its own, for the activation."""
@@ -99,10 +108,10 @@ class Gemm:
         self.mids, self.their_mids = keep(calls, self.out), keep(their_calls, self.their_out)
 
     def check(self, calls, their_calls, found):
-        """All live rows against theirs, some of the first tile's against the unquantized product, and that nothing else was
-        written; raises `found`, the largest distances so far."""
+        """All live rows against theirs, some of the first tile's against the unquantized product, and that nothing else
+        was written; raises `found`, the largest distances so far."""
         first = not found
-        for index, (mine, their) in enumerate(zip(calls, their_calls)):
+        for index, (mine, their) in enumerate(zip(calls, their_calls, strict=True)):
             slots = self.calls[index].live_slots()
             places = self.any_layouts()[index].inv_perm.long()
             self.out.fill_(float("nan"))
@@ -114,7 +123,7 @@ class Gemm:
             their()
             theirs = self.their_out[self.their_layouts[index].inv_perm.long()[slots]]
             pair = require_near("against theirs", self.out[places[slots]], theirs, SAME_OPERANDS)
-            found["theirs"] = [max(old, new) for old, new in zip(found.get("theirs", pair), pair)]
+            found["theirs"] = [max(old, new) for old, new in zip(found.get("theirs", pair), pair, strict=True)]
             if index == 0 and first:
                 found["unquantized"] = self._check_unquantized(self.calls[0], places)
 
@@ -137,8 +146,8 @@ def measure(peer, shape, tokens, weights, chosen, options, sweep=False):
     # By the smaller GEMM, so that both read beyond the cache.
     calls = calls_for(shape, tokens, weights[1].shape)
     more = [(options.tiles or list(worthwhile_tiles(w, calls[0]))) if sweep else [] for w in weights]
-    tiles = [list(dict.fromkeys([first, *others])) for first, others in zip(chosen, more)]
-    row_tiles = list(dict.fromkeys(tile[0] for tile in sum(tiles, [])))
+    tiles = [list(dict.fromkeys([first, *others])) for first, others in zip(chosen, more, strict=True)]
+    row_tiles = list(dict.fromkeys(tile[0] for tile in itertools.chain(*tiles)))
     before, results = None, []
     for which in (1, 2):
         w = weights[which - 1]
@@ -154,10 +163,25 @@ def measure(peer, shape, tokens, weights, chosen, options, sweep=False):
         live, active = mean(c.live for c in calls), mean(c.active for c in calls)
         flop, bytes_ = 2 * live * n * k, active * n * k + live * (k + 2 * n)
         times = race(contenders, max(flop / 1.2e9, bytes_ / 4.2e6) + 3, options.hot)
-        results.append(dict(
-            shape=shape, tokens=tokens, gemm=which, n=n, k=k, sets=len(calls), live_rows=live, active_experts=active, flop=flop,
-            bytes=bytes_, weight_bytes=active * n * k, distance=found, chosen=name(chosen[which - 1]), theirs=times.pop("theirs"),
-            ours={name(tile): us for tile, us in times.items()}))
+        results.append(
+            dict(
+                shape=shape,
+                tokens=tokens,
+                gemm=which,
+                n=n,
+                k=k,
+                sets=len(calls),
+                live_rows=live,
+                active_experts=active,
+                flop=flop,
+                bytes=bytes_,
+                weight_bytes=active * n * k,
+                distance=found,
+                chosen=name(chosen[which - 1]),
+                theirs=times.pop("theirs"),
+                ours={name(tile): us for tile, us in times.items()},
+            )
+        )
         before = gemm
     return results
 
@@ -178,6 +202,9 @@ def show(row):
     best = min(row["ours"], key=row["ours"].get)
     us = row["ours"][best]
     cells = " ".join(f"{'*' if tile == row['chosen'] else ''}{tile} {time:.1f}" for tile, time in row["ours"].items())
-    print(f"{row['shape']:8} {row['tokens']:5} g{row['gemm']} live {row['live_rows']:.0f}/{row['active_experts']:.1f}"
-          f" floor {row['weight_bytes'] / 4.2e6:.1f} dg {row['theirs']:.1f} | {cells} | {best} {row['theirs'] / us:.2f}x"
-          f" {row['flop'] / us / 1e6:.0f}TF {row['bytes'] / us / 1e6:.2f}TB/s", flush=True)
+    print(
+        f"{row['shape']:8} {row['tokens']:5} g{row['gemm']} live {row['live_rows']:.0f}/{row['active_experts']:.1f}"
+        f" floor {row['weight_bytes'] / 4.2e6:.1f} dg {row['theirs']:.1f} | {cells} | {best} {row['theirs'] / us:.2f}x"
+        f" {row['flop'] / us / 1e6:.0f}TF {row['bytes'] / us / 1e6:.2f}TB/s",
+        flush=True,
+    )

@@ -15,21 +15,28 @@ STAGES = ("permute", "gemm1", "activation", "gemm1 + activation", "gemm2", "unpe
 
 
 class Ours:
-    """Expertile's layer on the same calls; stages are the layer's own steps and tiles, bound one by one, and GEMM 1 and the
-    activation also apart where the layer has them in one."""
+    """Expertile's layer on the same calls; stages are the layer's own steps and tiles, bound one by one, and GEMM 1 and
+    the activation also apart where the layer has them in one."""
 
     def __init__(self, layer, calls, weights):
         self.layer, self.calls, self.weights = layer, calls, weights
         self.workspace_bytes, self.alignment, self.launches, self.inside, *self.tiles = layer.choice(calls[0].tokens)
         self.outs = [torch.full_like(call.x, float("nan")) for call in calls]
         workspace = torch.full((self.workspace_bytes,), 0xFF, device="cuda", dtype=torch.uint8)
-        self.bounds = [layer.bind(c.x, c.ids, c.weights, out, workspace, c.expert_map) for c, out in zip(calls, self.outs)]
+        self.bounds = [
+            layer.bind(c.x, c.ids, c.weights, out, workspace, c.expert_map)
+            for c, out in zip(calls, self.outs, strict=True)
+        ]
 
     def stages(self):
         hidden, _, experts, topk, _ = SHAPES[self.calls[0].shape]
         # Each GEMM's worklist has its own row tile; the rows are in the same places.
-        steps = [ours.Permutation(self.calls[0].tokens, topk, experts, hidden, self.alignment, reference_size=False, row_tile=tile[0])
-                 for tile in self.tiles]
+        steps = [
+            ours.Permutation(
+                self.calls[0].tokens, topk, experts, hidden, self.alignment, reference_size=False, row_tile=tile[0]
+            )
+            for tile in self.tiles
+        ]
         step = steps[0]
         permutes, seconds = ([step.bind(c.x, c.ids, c.expert_map) for c in self.calls] for step in steps)
         up, down = (w.pair for w in self.weights)
@@ -37,12 +44,20 @@ class Ours:
         mid, rows = wide(up), wide(down)
         gemm1 = [ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, mid, self.alignment) for p in permutes]
         activation = [ours.bind_activation(mid, p.psum, self.alignment) for p in permutes]
-        gemm2 = [ours.bind_gemm(self.tiles[1], down, a.rows, a.scales, p, rows, self.alignment) for a, p in zip(activation, seconds)]
-        unpermute = [ours.bind_unpermute(rows, p.inv_perm, c.weights, torch.empty_like(c.x)) for p, c in zip(permutes, self.calls)]
+        gemm2 = [
+            ours.bind_gemm(self.tiles[1], down, a.rows, a.scales, p, rows, self.alignment)
+            for a, p in zip(activation, seconds, strict=True)
+        ]
+        unpermute = [
+            ours.bind_unpermute(rows, p.inv_perm, c.weights, torch.empty_like(c.x))
+            for p, c in zip(permutes, self.calls, strict=True)
+        ]
         found = dict(permute=permutes, gemm1=gemm1, activation=activation, gemm2=gemm2, unpermute=unpermute)
         if self.inside:
             found["gemm1 + activation"] = [
-                ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, a.rows, self.alignment, a.scales) for p, a in zip(permutes, activation)]
+                ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, a.rows, self.alignment, a.scales)
+                for p, a in zip(permutes, activation, strict=True)
+            ]
         for step in [*permutes, *seconds, *gemm1, *activation]:
             step()
         return found
@@ -59,7 +74,7 @@ def check(mine, theirs, calls, weights):
         if mine.outs[index][~some].any():
             raise AssertionError("a token without a local expert is not zero")
         pair = require_near("against theirs", mine.outs[index][some], theirs.outs[index][some], UNQUANTIZED_LAYER)
-        found["theirs"] = [max(old, new) for old, new in zip(found.get("theirs", pair), pair)]
+        found["theirs"] = [max(old, new) for old, new in zip(found.get("theirs", pair), pair, strict=True)]
     tokens, reference = calls[0].reference(weights)
     for name, side in (("ours", mine), ("vllm", theirs)):
         found[name] = require_near(f"{name} against f64", side.outs[0][tokens], reference, UNQUANTIZED_LAYER)
@@ -82,10 +97,20 @@ class Case:
         found = check(mine, theirs, self.calls, self.weights)
         times = race(dict(ours=mine.bounds, theirs=theirs.layers()), self.expected_us, options.hot, graph_us=4000)
         return dict(
-            self.row, sets=len(self.calls), live_rows=self.live, active_experts=self.active, weight_bytes=self.active * self.numbers,
-            flop=2 * self.live * self.numbers, distance=found, tiles=[name_of_tile(tile) for tile in mine.tiles],
-            alignment=mine.alignment, launches=mine.launches, inside=mine.inside, graph=times,
-            workspace=dict(ours=mine.workspace_bytes, theirs=theirs.workspace_bytes))
+            self.row,
+            sets=len(self.calls),
+            live_rows=self.live,
+            active_experts=self.active,
+            weight_bytes=self.active * self.numbers,
+            flop=2 * self.live * self.numbers,
+            distance=found,
+            tiles=[name_of_tile(tile) for tile in mine.tiles],
+            alignment=mine.alignment,
+            launches=mine.launches,
+            inside=mine.inside,
+            graph=times,
+            workspace=dict(ours=mine.workspace_bytes, theirs=theirs.workspace_bytes),
+        )
 
     def eager(self, _):
         """Medians, in turns; the smaller of two of each."""
@@ -98,18 +123,31 @@ class Case:
         times = race(contenders, self.expected_us / 3, options.hot / 2, rounds=5, graph_us=1000)
         for side in sides:
             times.setdefault((side, "gemm1 + activation"), times[side, "gemm1"] + times[side, "activation"])
-        return dict(self.row, inside=self.mine.inside, **{side: {stage: times[side, stage] for stage in STAGES} for side in sides})
+        return dict(
+            self.row,
+            inside=self.mine.inside,
+            **{side: {stage: times[side, stage] for stage in STAGES} for side in sides},
+        )
 
 
 def show_layer(row):
     graph, work, floor = row["graph"], row["workspace"], row["weight_bytes"] / 4.2e6
-    print(f"{row['shape']:8} {row['tokens']:5} layer {'+'.join(row['tiles'])}{' inside' * row['inside']} floor {floor:.1f} graph {graph['ours']:.1f}/{graph['theirs']:.1f}"
-          f" {graph['theirs'] / graph['ours']:.2f}x workspace {work['ours'] / 2**20:.1f}/{work['theirs'] / 2**20:.1f} MiB"
-          f" distance {row['distance']['ours'][0]:.1e}, to theirs {row['distance']['theirs'][0]:.0e}", flush=True)
+    tiles = "+".join(row["tiles"]) + " inside" * row["inside"]
+    print(
+        f"{row['shape']:8} {row['tokens']:5} layer {tiles} floor {floor:.1f}"
+        f" graph {graph['ours']:.1f}/{graph['theirs']:.1f}"
+        f" {graph['theirs'] / graph['ours']:.2f}x workspace {work['ours'] / 2**20:.1f}/{work['theirs'] / 2**20:.1f} MiB"
+        f" distance {row['distance']['ours'][0]:.1e}, to theirs {row['distance']['theirs'][0]:.0e}",
+        flush=True,
+    )
 
 
 def show_eager(row):
-    print(f"{row['shape']:8} {row['tokens']:5} eager {row['ours']:.1f}/{row['theirs']:.1f} {row['theirs'] / row['ours']:.2f}x", flush=True)
+    print(
+        f"{row['shape']:8} {row['tokens']:5} eager {row['ours']:.1f}/{row['theirs']:.1f}"
+        f" {row['theirs'] / row['ours']:.2f}x",
+        flush=True,
+    )
 
 
 def show_stages(row):
@@ -128,5 +166,12 @@ def compile_steps(peer, shape, tokens):
         call = Call(shape, count, seed=count)
         a, s, layout, inverse, alignment = peer.permute(*peer.quantize(call.x), call.ids, experts, call.expert_map)
         peer.activate(empty(a.shape[0], 2 * intermediate, dtype=torch.bfloat16), layout, alignment)
-        peer.unpermute(empty(a.shape[0], hidden, dtype=torch.bfloat16), call.ids, call.weights, inverse, call.expert_map, torch.empty_like(call.x))
+        peer.unpermute(
+            empty(a.shape[0], hidden, dtype=torch.bfloat16),
+            call.ids,
+            call.weights,
+            inverse,
+            call.expert_map,
+            torch.empty_like(call.x),
+        )
     torch.cuda.synchronize()

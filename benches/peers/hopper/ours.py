@@ -55,10 +55,31 @@ class Bound:
 class Permutation:
     """Quantize + permute for one shape."""
 
-    def __init__(self, tokens, topk, experts, hidden, alignment=128, reference_size=True, wide_ids=False,
-                 single_launch_slots=8192, row_tile=None):
-        self._handle = _checked(_lib.expertile_permutation(
-            tokens, topk, experts, hidden, alignment, row_tile or alignment, reference_size, wide_ids, single_launch_slots))
+    def __init__(
+        self,
+        tokens,
+        topk,
+        experts,
+        hidden,
+        alignment=128,
+        reference_size=True,
+        wide_ids=False,
+        single_launch_slots=8192,
+        row_tile=None,
+    ):
+        self._handle = _checked(
+            _lib.expertile_permutation(
+                tokens,
+                topk,
+                experts,
+                hidden,
+                alignment,
+                row_tile or alignment,
+                reference_size,
+                wide_ids,
+                single_launch_slots,
+            )
+        )
         self.alignment = alignment
         self.experts, self.hidden, self.tokens, self.topk = experts, hidden, tokens, topk
         sizes = (_size * 4)()
@@ -76,17 +97,41 @@ class Permutation:
         workspace = empty(self.workspace_bytes, torch.uint8)
         bound = Bound(
             _lib.expertile_bind_permutation(
-                self._handle, ids.data_ptr(), 0 if expert_map is None else expert_map.data_ptr(),
-                self.experts if expert_map is None else expert_map.numel(), x.data_ptr(), self.hidden,
-                out.data_ptr(), scales.data_ptr(), layout.data_ptr(), workspace.data_ptr()),
-            (x, ids, expert_map, out, scales, layout, workspace))
+                self._handle,
+                ids.data_ptr(),
+                0 if expert_map is None else expert_map.data_ptr(),
+                self.experts if expert_map is None else expert_map.numel(),
+                x.data_ptr(),
+                self.hidden,
+                out.data_ptr(),
+                scales.data_ptr(),
+                layout.data_ptr(),
+                workspace.data_ptr(),
+            ),
+            (x, ids, expert_map, out, scales, layout, workspace),
+        )
         torch.cuda.synchronize()
         bound.rows = out[: self.m_sum * self.hidden].view(self.m_sum, self.hidden).view(torch.float8_e4m3fn)
         stride = -(-self.m_sum // 4) * 4
         bound.scales = scales[: self.scale_words].view(self.hidden // 128, stride).t()[: self.m_sum]
         of_worklist = (self.layout_bytes - self._offsets[7]) // 4
-        lengths = dict(zip(LISTS, (self.experts, self.experts, self.experts, self.m_sum, self.m_sum, self.tokens * self.topk, 4, of_worklist)))
-        for name, offset in zip(LISTS, self._offsets):
+        lengths = dict(
+            zip(
+                LISTS,
+                (
+                    self.experts,
+                    self.experts,
+                    self.experts,
+                    self.m_sum,
+                    self.m_sum,
+                    self.tokens * self.topk,
+                    4,
+                    of_worklist,
+                ),
+                strict=True,
+            )
+        )
+        for name, offset in zip(LISTS, self._offsets, strict=True):
             setattr(bound, name, layout[offset : offset + 4 * lengths[name]].view(torch.int32))
         return bound
 
@@ -98,9 +143,18 @@ def bind_activation(mid, psum, alignment):
     stride = -(-m_sum // 4) * 4
     scales = torch.empty((intermediate // 128, stride), device="cuda", dtype=torch.float32).fill_(float("nan"))
     bound = Bound(
-        _lib.expertile_bind_activation(intermediate, mid.data_ptr(), psum.data_ptr(), rows.data_ptr(), scales.data_ptr(),
-                                       psum.numel(), alignment, m_sum),
-        (mid, psum, rows, scales))
+        _lib.expertile_bind_activation(
+            intermediate,
+            mid.data_ptr(),
+            psum.data_ptr(),
+            rows.data_ptr(),
+            scales.data_ptr(),
+            psum.numel(),
+            alignment,
+            m_sum,
+        ),
+        (mid, psum, rows, scales),
+    )
     bound.rows, bound.scales = rows.view(torch.float8_e4m3fn), scales.t()[:m_sum]
     return bound
 
@@ -109,20 +163,35 @@ def bind_unpermute(rows, inv_perm, weights, out):
     """rows [M_sum, H] bf16, inv_perm [M, topk] i32, weights [M, topk] f32, out [M, H] bf16."""
     (tokens, topk), (m_sum, hidden) = weights.shape, rows.shape
     return Bound(
-        _lib.expertile_bind_unpermute(hidden, topk, tokens, m_sum, rows.data_ptr(), inv_perm.data_ptr(),
-                                      weights.data_ptr(), out.data_ptr()),
-        (rows, inv_perm, weights, out))
+        _lib.expertile_bind_unpermute(
+            hidden, topk, tokens, m_sum, rows.data_ptr(), inv_perm.data_ptr(), weights.data_ptr(), out.data_ptr()
+        ),
+        (rows, inv_perm, weights, out),
+    )
 
 
 def bind_gemm(tile, weights, rows, scales, layout, out, alignment, out_scales=None):
-    """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]); `layout` is a bound permutation whose worklist has the tile's rows.
-    With `out_scales` the activation is in it: `out` is then e4m3 [M_sum, N / 2]."""
+    """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]); `layout` is a bound permutation whose worklist has the
+    tile's rows. With `out_scales` the activation is in it: `out` is then e4m3 [M_sum, N / 2]."""
     values, weight_scales = weights
     return Bound(
-        _lib.expertile_bind_gemm(*tile, *values.shape, values.data_ptr(), weight_scales.data_ptr(), rows.data_ptr(),
-                                 scales.data_ptr(), out.data_ptr(), 0 if out_scales is None else out_scales.data_ptr(),
-                                 layout.header.data_ptr(), layout.worklist.data_ptr(), layout.psum.data_ptr(), rows.shape[0], alignment),
-        (values, weight_scales, rows, scales, layout, out, out_scales))
+        _lib.expertile_bind_gemm(
+            *tile,
+            *values.shape,
+            values.data_ptr(),
+            weight_scales.data_ptr(),
+            rows.data_ptr(),
+            scales.data_ptr(),
+            out.data_ptr(),
+            0 if out_scales is None else out_scales.data_ptr(),
+            layout.header.data_ptr(),
+            layout.worklist.data_ptr(),
+            layout.psum.data_ptr(),
+            rows.shape[0],
+            alignment,
+        ),
+        (values, weight_scales, rows, scales, layout, out, out_scales),
+    )
 
 
 class Layer:
@@ -131,19 +200,30 @@ class Layer:
     def __init__(self, w13, w2, topk, global_experts, max_tokens):
         experts, hidden, intermediate = w2[0].shape
         self._keep = (w13, w2)
-        self._handle = _checked(_lib.expertile_layer(
-            hidden, intermediate, experts, topk, global_experts, max_tokens,
-            *(0 if part is None else part.data_ptr() for part in (*w13, *w2))))
+        self._handle = _checked(
+            _lib.expertile_layer(
+                hidden,
+                intermediate,
+                experts,
+                topk,
+                global_experts,
+                max_tokens,
+                *(0 if part is None else part.data_ptr() for part in (*w13, *w2)),
+            )
+        )
 
     def choice(self, tokens):
-        """-> workspace bytes, alignment, launches, whether GEMM 1 has the activation inside, the tile of each GEMM: row tile, blocks
-        that share rows, parts of K, 1 for the wide kernel, outputs."""
+        """-> workspace bytes, alignment, launches, whether GEMM 1 has the activation inside, the tile of each GEMM: row
+        tile, blocks that share rows, parts of K, 1 for the wide kernel, outputs."""
         found = (_size * 14)()
         _checked(_lib.expertile_layer_choice(self._handle, tokens, found))
         return *found[:3], bool(found[3]), tuple(found[4:9]), tuple(found[9:])
 
     def bind(self, x, ids, weights, out, workspace, expert_map=None):
         addresses = [0 if t is None else t.data_ptr() for t in (x, ids, expert_map, weights, out, workspace)]
-        bound = Bound(_lib.expertile_bind_layer(self._handle, x.shape[0], *addresses), (self, x, ids, expert_map, weights, out, workspace))
+        bound = Bound(
+            _lib.expertile_bind_layer(self._handle, x.shape[0], *addresses),
+            (self, x, ids, expert_map, weights, out, workspace),
+        )
         torch.cuda.synchronize()
         return bound

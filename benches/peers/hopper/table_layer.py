@@ -1,4 +1,4 @@
-"""The Markdown tables of one or more files of compare_layer.py, later ones count: python3 table_layer.py FILE... [--json MERGED]"""
+"""The Markdown tables of one or more files of compare_layer.py, later ones count: table_layer.py FILE..."""
 
 import argparse
 import json
@@ -41,23 +41,33 @@ def each(values):
 
 def head(runs):
     smi = [run["device"]["smi"].split(", ") for run in runs]
-    clocks = [run.get("device_after", run["device"])["smi"].split(", ")[2].split()[0] for run in runs]
-    print(f"# Expertile's grouped GEMM and layer beside DeepGEMM's and vLLM 0.33.0's, {each(run['date'] for run in runs)}, "
-          f"commit {each(run['commit'] for run in runs)}\n")
-    print(f"{smi[0][0]}, driver {smi[0][1]}, torch {runs[0]['device']['torch']}; SM clock at the end {span([float(c) for c in clocks], 0)} MHz."
-          f" Measured there: copy {span([run['copy_tbs'] for run in runs])} TB/s (read and written), read {span([run['read_tbs'] for run in runs])} TB/s,"
-          f" one large e4m3 product on random data {span([run['fp8_tflops'] for run in runs], 0)} TFLOP/s.")
-    print(f"vLLM's quantizer: its {each(run['quantizer'] for run in runs)} kernel.\n")
-    print("Microseconds, ours / theirs (how many times faster ours is), both sides' graphs replayed in turns after some hundred")
-    print("milliseconds of load. Uniform routing, distinct experts, random rows and weights; where a call's weights could stay in the")
-    print("cache, up to eight routings take turns. Results were held against f64 and against the other side's first.\n")
+    clocks = [float(run.get("device_after", run["device"])["smi"].split(", ")[2].split()[0]) for run in runs]
+    dates, commits = each(run["date"] for run in runs), each(run["commit"] for run in runs)
+    measured = lambda key, digits=2: span([run[key] for run in runs], digits)
+    print(
+        f"""# Expertile's grouped GEMM and layer beside DeepGEMM's and vLLM 0.33.0's, {dates}, commit {commits}
+
+{smi[0][0]}, driver {smi[0][1]}, torch {runs[0]["device"]["torch"]}; SM clock at the end {span(clocks, 0)} MHz. Measured
+there: copy {measured("copy_tbs")} TB/s (read and written), read {measured("read_tbs")} TB/s, one large e4m3 product on
+random data {measured("fp8_tflops", 0)} TFLOP/s. vLLM's quantizer: its {each(run["quantizer"] for run in runs)} kernel.
+
+Microseconds, ours / theirs (how many times faster ours is), both sides' graphs replayed in turns after some hundred
+milliseconds of load. Uniform routing, distinct experts, random rows and weights; where a call's weights could stay in
+the cache, up to eight routings take turns. Results were held against f64 and against the other side's first.
+"""
+    )
 
 
 def gemm_table(rows, rate, bandwidth):
-    print("## Grouped GEMM: ours at alignment 8, DeepGEMM at 128, the same live rows\n")
-    print("*Share*: of the large product's rate (M above 256) or of the bandwidth (active weights and rows, M up to 256).")
-    print("*Tile*: rows / blocks that share them / parts of K, and a w where tokens stand on the matrix unit's M side.\n")
-    print("| shape | M | live rows | N x K | us | TFLOP/s | TB/s | share | tile |\n|---|---|---|---|---|---|---|---|---|")
+    print(
+        """## Grouped GEMM: ours at alignment 8, DeepGEMM at 128, the same live rows
+
+*Share*: of the large product's rate (M above 256) or of the bandwidth (active weights and rows, M up to 256).
+*Tile*: rows / blocks that share them / parts of K, and a w where tokens stand on the matrix unit's M side.
+
+| shape | M | live rows | N x K | us | TFLOP/s | TB/s | share | tile |
+|---|---|---|---|---|---|---|---|---|"""
+    )
     for r in rows:
         start = f"| {r['shape']} | {r['tokens']} |"
         if "wrong" in r:
@@ -66,15 +76,21 @@ def gemm_table(rows, rate, bandwidth):
         us = r["ours"][r["chosen"]]
         tflops, tbs = r["flop"] / us / 1e6, r["bytes"] / us / 1e6
         share = tbs / bandwidth if r["tokens"] <= FEW else tflops / rate
-        print(f"{start} {r['live_rows']:.0f} | {r['n']} x {r['k']} | {pair(us, r['theirs'])} | {tflops:.0f} | {tbs:.2f} | {100 * share:.0f} %"
-              f" | {r['chosen']} |")
+        cells = f"{r['live_rows']:.0f} | {r['n']} x {r['k']} | {pair(us, r['theirs'])} | {tflops:.0f} | {tbs:.2f}"
+        print(f"{start} {cells} | {100 * share:.0f} % | {r['chosen']} |")
 
 
 def layer_table(rows, eager):
-    print("\n## Whole layer\n")
-    print("*Eager*: launches included, the L2 flushed. *Floor*: the active experts' weights over 4.2 TB/s. *Workspace*: for vLLM the two")
-    print("that it asks for and its scales. *Distance*: to the layer in f64, ours / theirs.\n")
-    print("| shape | M | graph | eager | floor | ours / floor | workspace, MiB | distance |\n|---|---|---|---|---|---|---|---|")
+    print(
+        """
+## Whole layer
+
+*Eager*: launches included, the L2 flushed. *Floor*: the active experts' weights over 4.2 TB/s. *Workspace*: for vLLM
+the two that it asks for and its scales. *Distance*: to the layer in f64, ours / theirs.
+
+| shape | M | graph | eager | floor | ours / floor | workspace, MiB | distance |
+|---|---|---|---|---|---|---|---|"""
+    )
     for key, r in rows.items():
         start = f"| {r['shape']} | {r['tokens']} |"
         if "wrong" in r:
@@ -86,16 +102,26 @@ def layer_table(rows, eager):
         launched = pair(launched["ours"], launched["theirs"]) if "ours" in launched else "-"
         mine, theirs = (r["workspace"][side] / 2**20 for side in ("ours", "theirs"))
         distance = " / ".join(f"{r['distance'][side][0]:.1e}" for side in ("ours", "vllm"))
-        print(f"{start} {pair(r['graph']['ours'], r['graph']['theirs'])} | {launched} | {floors}"
-              f" | {mine:.1f} / {theirs:.1f} ({theirs / mine:.1f}x) | {distance} |")
+        print(
+            f"{start} {pair(r['graph']['ours'], r['graph']['theirs'])} | {launched} | {floors}"
+            f" | {mine:.1f} / {theirs:.1f} ({theirs / mine:.1f}x) | {distance} |"
+        )
 
 
 def stage_table(rows):
-    print("\n## The layer's stages, each in a graph of its own\n")
-    print("*Permute*: quantize, routing and layout included. *gemm1 + activation*: ours in one launch where a star says so, else the sum of two.\n")
+    print(
+        """
+## The layer's stages, each in a graph of its own
+
+*Permute*: quantize, routing and layout included. *gemm1 + activation*: ours in one launch where a star says so, else
+the sum of two.
+"""
+    )
     print(f"| shape | M | {' | '.join(STAGES)} |\n|---|---|{'---|' * len(STAGES)}")
     for r in rows:
-        cells = " | ".join(pair(r["ours"][stage], r["theirs"][stage]) + "*" * ("+" in stage and r["inside"]) for stage in STAGES)
+        cells = " | ".join(
+            pair(r["ours"][stage], r["theirs"][stage]) + "*" * ("+" in stage and r["inside"]) for stage in STAGES
+        )
         print(f"| {r['shape']} | {r['tokens']} | {cells} |")
 
 
@@ -103,7 +129,10 @@ def sweep_table(rows):
     print("\n## Tiles of our GEMM, microseconds; the chosen one with a star\n")
     print("| shape | M | N x K | DeepGEMM | ours |\n|---|---|---|---|---|")
     for r in rows:
-        cells = ", ".join(f"{tile}{'*' if tile == r['chosen'] else ''} {us:.1f}" for tile, us in sorted(r["ours"].items(), key=lambda item: item[1]))
+        cells = ", ".join(
+            f"{tile}{'*' if tile == r['chosen'] else ''} {us:.1f}"
+            for tile, us in sorted(r["ours"].items(), key=lambda item: item[1])
+        )
         print(f"| {r['shape']} | {r['tokens']} | {r['n']} x {r['k']} | {r['theirs']:.1f} | {cells} |")
 
 
@@ -116,7 +145,11 @@ def main():
     right = {part: [row for row in rows.values() if "wrong" not in row] for part, rows in parts.items()}
     head(runs)
     if parts["gemm"]:
-        gemm_table(parts["gemm"].values(), max(run["fp8_tflops"] for run in runs), max(max(run["read_tbs"], run["copy_tbs"]) for run in runs))
+        gemm_table(
+            parts["gemm"].values(),
+            max(run["fp8_tflops"] for run in runs),
+            max(max(run["read_tbs"], run["copy_tbs"]) for run in runs),
+        )
     if parts["layer"]:
         layer_table(parts["layer"], parts["eager"])
     if right["stages"]:

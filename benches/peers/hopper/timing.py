@@ -1,4 +1,4 @@
-"""Times contenders inside CUDA graphs that take turns, so that clocks, power and heat are the same for all; and the ceilings."""
+"""Times contenders inside CUDA graphs that take turns: clocks, power and heat are the same for all. Ceilings, too."""
 
 import time
 
@@ -19,7 +19,7 @@ def capture(calls, repeats):
 
 
 def race(contenders, expected_us, hot_seconds, rounds=9, graph_us=2000):
-    """Median microseconds of a call of each contender (name: one call per set of inputs), their graphs replayed in turns."""
+    """Median microseconds of a call of each contender (name: one call per set of inputs); their graphs take turns."""
     sets = len(next(iter(contenders.values())))
     # A graph long enough that its own start does not count, and at least two calls, so that one can overlap the next.
     repeats = max(min(round(graph_us / expected_us), 96) // sets, 2 if sets == 1 else 1) * sets
@@ -50,7 +50,9 @@ def fp8_tflops(size=8192):
     """What the matrix unit gives on random e4m3 in one large product, hot."""
     a, b = (torch.randn((size, size), device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device="cuda")
-    product = lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    product = lambda: torch._scaled_mm(
+        a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
     return 2 * size**3 / race({"product": [product]}, 800, 0.4)["product"] / 1e6
 
 

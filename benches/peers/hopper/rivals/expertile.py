@@ -1,12 +1,14 @@
 """Expertile's own layer, through the C interface beside this folder."""
 
 import os
+import pathlib
 
 from rivals.base import Prepared, Rival
 from shapes import SHAPES
 
 # As in `ours`, which fails without it.
-LIBRARY = os.environ.get("EXPERTILE_LIB", os.path.join(os.path.dirname(__file__), "../libexpertile_vllm_gpu.so"))
+FOLDER = pathlib.Path(__file__).parent.parent
+LIBRARY = os.environ.get("EXPERTILE_LIB", str(FOLDER / "libexpertile_vllm_gpu.so"))
 
 
 class Expertile(Rival):
