@@ -3,8 +3,9 @@
 //! One way: [`source`] and [`nvrtc`] make a cubin, [`cache`] keeps it, [`kernel`] loads it, [`device`] holds it,
 //! [`launch`] queues it. Failures of the driver are errors that name its function.
 //!
-//! cudarc's bindings panic when the driver's library or one of its symbols is missing, so nothing here calls them
-//! before [`driver`] has seen the library and a driver recent enough to have every symbol used.
+//! cudarc's bindings load the driver's library, unless another crate of the program has them linked to it. Loading
+//! panics when the library or one of its symbols is missing, so nothing here calls the bindings before [`driver`] has
+//! seen the library and a driver recent enough to have every symbol used.
 
 mod cache;
 mod device;
@@ -35,6 +36,7 @@ pub(super) use tensor_map::TensorMap;
 
 use crate::error::{Error, Result};
 use cudarc::driver::sys;
+use libloading::Library;
 use std::ffi::CStr;
 use std::sync::OnceLock;
 
@@ -72,14 +74,21 @@ fn missing(what: &str, expected: impl Into<String>) -> Error {
     Error::Device { argument: "cuda", actual: what.into(), expected: expected.into() }
 }
 
+/// Whether there is a driver's library. cudarc can say so only where it loads the library, and tries these names too.
+#[allow(unsafe_code)]
+fn is_present() -> bool {
+    let names = if cfg!(windows) { &["nvcuda.dll"][..] } else { &["libcuda.so", "libcuda.so.1"] };
+    // SAFETY: loading the driver's library runs its initialisers, which is what it is for.
+    names.iter().any(|name| unsafe { Library::new(*name) }.is_ok())
+}
+
 /// Finds and initialises the driver, once; its CUDA version.
 #[allow(unsafe_code)]
 fn driver() -> Result<i32> {
     static DRIVER: OnceLock<Result<i32>> = OnceLock::new();
     DRIVER
         .get_or_init(|| {
-            // SAFETY: loading the driver's library runs its initialisers, which is what it is for.
-            if !unsafe { sys::is_culib_present() } {
+            if !is_present() {
                 return Err(missing("not available", "an NVIDIA driver (libcuda.so.1) on this machine"));
             }
             let mut version = 0;
