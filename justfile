@@ -55,6 +55,10 @@ dependencies:
 python:
     .ci/run python
 
+# the crate for candle, on the CPU
+candle:
+    .ci/run candle
+
 # checkpoints against Transformers' own blocks
 witness:
     .ci/run witness
