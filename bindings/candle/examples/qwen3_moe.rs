@@ -202,7 +202,8 @@ fn read_config(folder: &Path) -> Result<Config> {
     Ok(Config {
         hidden_size: size("hidden_size")?,
         moe_intermediate_size: size("moe_intermediate_size")?,
-        num_experts: size("num_experts")?,
+        // Transformers 5 writes another name than the checkpoints of Qwen have.
+        num_experts: size("num_experts").or_else(|_| size("num_local_experts"))?,
         num_experts_per_tok: size("num_experts_per_tok")?,
         norm_topk_prob: json["norm_topk_prob"].as_bool().unwrap_or(false),
     })
@@ -251,7 +252,7 @@ fn main() -> Result<()> {
     let most = |tensor: &Tensor| tensor.abs()?.max_all()?.to_scalar::<f32>();
     let (apart, largest) = (most(&(&actual - &expected)?)?, most(&expected)?);
     println!("{config:?}, {tokens} tokens, {dtype:?} on {:?}", device.location());
-    println!("largest difference {apart:.4} of values up to {largest:.3}");
+    println!("largest difference {apart:.1e} of values up to {largest:.1e}");
     println!("candle's operators {theirs:.2?}, Expertile's experts {own:.2?}, router included");
     if apart.is_nan() || apart > 0.02 * largest {
         candle_core::bail!("the results differ by more than rounding to bf16 explains");
