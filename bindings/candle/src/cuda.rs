@@ -81,7 +81,7 @@ fn address(argument: &'static str, tensor: &Tensor) -> Result<u64> {
 }
 
 /// Where a tensor's first element is, and the guard to keep until what reads it is queued.
-fn pointer<'a, T: CudaDType + DeviceRepr>(
+fn pointer<'a, T: CudaDType + DeviceRepr + 'a>(
     (storage, layout): Operand<'a>,
     stream: &'a CudaStream,
 ) -> Result<(u64, SyncOnDrop<'a>)> {
