@@ -2,12 +2,13 @@
 
 import os
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
 
 PEER = os.environ.get("EXPERTILE_PEER")
-if PEER:
+if PEER or (os.environ.get("EXPERTILE_VLLM_SOURCE") and not os.path.exists("/dev/nvidiactl")):
     # Before anything imports triton: its kernels then run on CPU tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -40,3 +41,21 @@ def peer():
     finally:
         sys.path.pop(0)
     return deep_gemm_utils
+
+
+@pytest.fixture
+def stand_in_vllm(monkeypatch):
+    """The stand-in is `vllm` during a test, whatever is installed, and no longer."""
+    import expertile.vllm
+
+    def of_vllm():
+        return [name for name in sys.modules if name.split(".")[0] == "vllm" or name == "expertile.vllm.experts"]
+
+    hidden = {name: sys.modules.pop(name) for name in of_vllm()}
+    monkeypatch.syspath_prepend(Path(__file__).parent / "stand_in")
+    yield
+    expertile.vllm.unpatch()
+    expertile.vllm.deselect_experts()
+    for name in of_vllm():
+        del sys.modules[name]
+    sys.modules.update(hidden)

@@ -1,9 +1,7 @@
 """Patching vLLM, on a stand-in package with its import structure."""
 
 import importlib
-import sys
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import pytest
 
@@ -14,16 +12,7 @@ EXPERTS = "vllm.model_executor.layers.fused_moe.experts.deep_gemm_moe"
 UTILS = "vllm.model_executor.layers.fused_moe.deep_gemm_utils"
 
 
-@pytest.fixture(autouse=True)
-def stand_in(monkeypatch):
-    """The stand-in is `vllm` during a test, whatever is installed, and no longer."""
-    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "vllm"}
-    monkeypatch.syspath_prepend(Path(__file__).parent / "stand_in")
-    yield
-    expertile.vllm.unpatch()
-    for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
-        del sys.modules[name]
-    sys.modules.update(hidden)
+pytestmark = pytest.mark.usefixtures("stand_in_vllm")
 
 
 def test_patch_reaches_every_module_that_imported_a_function_and_unpatch_all_of_them():

@@ -1,1 +1,1 @@
-"""vLLM's import structure around deep_gemm_utils, and nothing else: every function says whose it is."""
+"""vLLM's import structure around what this package replaces, and nothing else: every function says whose it is."""

@@ -4,8 +4,6 @@
 >>> expertile.vllm.patch()      # doctest: +SKIP
 >>> expertile.vllm.unpatch()    # doctest: +SKIP
 
-Or set ``EXPERTILE_VLLM=1``: vLLM calls :func:`plugin` in each of its processes (entry point ``vllm.general_plugins``).
-
 The GEMM's alignment stays vLLM's to know: while patched, ``expertile.deep_gemm_utils`` asks vLLM's DeepGEMM for it.
 """
 
@@ -13,15 +11,14 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import sys
 from types import ModuleType
 from typing import Any
 
-from . import _native, deep_gemm_utils
-from .deep_gemm_utils import _alignment
+from .. import _native, deep_gemm_utils
+from ..deep_gemm_utils import _alignment
 
-__all__ = ["is_patched", "patch", "plugin", "unpatch"]
+__all__ = ["is_patched", "patch", "unpatch"]
 
 _logger = logging.getLogger(__name__)
 
@@ -114,9 +111,3 @@ def unpatch() -> None:
                 setattr(module, name, original)
     _undo.clear()
     _alignment.source = _alignment.own
-
-
-def plugin() -> None:
-    """What vLLM calls at start: :func:`patch`, if ``EXPERTILE_VLLM`` is ``1``."""
-    if os.environ.get("EXPERTILE_VLLM") == "1":
-        patch()
