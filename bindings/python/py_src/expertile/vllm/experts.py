@@ -336,9 +336,9 @@ def swiglu_options(activation: Any, config: Any) -> dict[str, Any]:
 
 
 def source_of(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Where tensors are and, of those that are packed, how often they have been written."""
+    """Which memory tensors are and, of those that are packed, how often it has been written."""
     return tuple(
-        None if x is None else x.data_ptr() if x.is_cuda else (x.data_ptr(), 0 if x.is_inference() else x._version)
+        None if x is None else (x.data_ptr(), x.shape, x.stride(), 0 if x.is_cuda or x.is_inference() else x._version)
         for x in tensors
     )
 
