@@ -11,7 +11,7 @@ Plan(tokens=128, topk=8, local_experts=128, alignment=128, m_sum=16384)
 ``expertile.torch``
     What that module lacks, as torch operators.
 ``expertile.vllm``
-    Puts ``expertile.deep_gemm_utils`` in the place of an installed vLLM's own.
+    Experts for an installed vLLM, or ``expertile.deep_gemm_utils`` in the place of its own.
 
 Bad input raises ``ValueError``, or ``TypeError`` for a wrong type or dtype: an :class:`ArgumentError`, whose message
 and attributes say which argument, what it was and what was expected. Nothing has been written.
