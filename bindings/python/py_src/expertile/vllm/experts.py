@@ -53,8 +53,8 @@ class _Held:
     options: dict[str, Any]
     prepared: dict[tuple[int, int, torch.dtype], int] = dataclasses.field(default_factory=dict)
     """How many tokens at most, by topk, global experts and the type of ids."""
-    workspace_columns: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
-    """Elements of workspace for a token, by tokens and topk."""
+    workspace_bytes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
+    """By tokens and topk."""
 
 
 _layers = WeakTensorKeyDictionary()
@@ -153,16 +153,18 @@ class ExpertileExperts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: Any,
         activation: Any,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """All of the workspace is the second one: the first may share its memory with the output."""
+        """All of the workspace is the second one: the first may share its memory with the output.
+
+        It is not cut by tokens. Rounded up for each of them, it could be larger for fewer tokens, and vLLM's workspaces
+        do not grow once it serves.
+        """
         held = self._held
         if held is None:
             raise RuntimeError("workspace_shapes() before moe_problem_size(), which hands over the weights")
-        columns = held.workspace_columns.get((M, topk))
-        if columns is None:
-            token_bytes = max(M, 1) * self.moe_config.in_dtype.itemsize
-            columns = -(-held.layer.workspace_bytes(M, topk) // token_bytes)
-            held.workspace_columns[M, topk] = columns
-        return (0,), (M, columns), (M, K)
+        needed = held.workspace_bytes.get((M, topk))
+        if needed is None:
+            needed = held.workspace_bytes[M, topk] = held.layer.workspace_bytes(M, topk)
+        return (0,), (-(-needed // torch.bfloat16.itemsize),), (M, K)
 
     def finalize_weight_and_reduce_impl(self) -> Any:
         return TopKWeightAndReduceNoOP()
@@ -205,7 +207,7 @@ class ExpertileExperts(mk.FusedMoEExpertsModular):
             topk_weights = torch.ones_like(topk_weights, dtype=torch.float32)
         elif topk_weights.dtype in (torch.bfloat16, torch.float16):
             topk_weights = topk_weights.float()
-        workspace = workspace2.view(-1).view(torch.uint8)
+        workspace = workspace2.view(torch.uint8)
         try:
             held.layer(hidden_states, topk_ids, topk_weights, expert_map=expert_map, workspace=workspace, out=output)
         except ArgumentError as error:
