@@ -174,10 +174,11 @@ def test_other_devices_are_left_to_vllm(monkeypatch):
 
 def test_a_choice_that_fails_is_vllms():
     expertile.vllm.select_experts()
-    incomplete = config()
-    del incomplete.hidden_dim
-    assert fp8(incomplete)[0] == "vllm"
-    assert log()[-1][0] == "warning" and "AttributeError" in log()[-1][1] and "hidden_dim" in log()[-1][1]
+    for name in ("hidden_dim", "moe_backend", "num_experts"):
+        incomplete = config()
+        delattr(incomplete, name)
+        assert fp8(incomplete)[0] == "vllm"
+        assert log()[-1][0] == "warning" and "AttributeError" in log()[-1][1] and name in log()[-1][1]
 
 
 def test_a_vllm_with_a_registry_is_told_the_name():

@@ -110,14 +110,14 @@ def _choice(config: Any, weight_key: Any, activation_key: Any, backend: Callable
     logger = vllm_logger()
     try:
         reason = refusal(config, weight_key, activation_key)
-        chosen = None if reason is not None else (backend(), ExpertileExperts)
+        if reason is None:
+            chosen, what = (backend(), ExpertileExperts), describe(config, weight_key)
+            logger.info_once("Expertile computes experts (%s)", what)
+            return chosen
     except Exception as error:
-        reason, chosen = f"{type(error).__name__}: {error}", None
-    if chosen is None:
-        logger.warning_once("Expertile does not compute these experts, vLLM's own choice does: %s", reason)
-    else:
-        logger.info_once("Expertile computes experts (%s)", describe(config, weight_key))
-    return chosen
+        reason = f"{type(error).__name__}: {error}"
+    logger.warning_once("Expertile does not compute these experts, vLLM's own choice does: %s", reason)
+    return None
 
 
 def describe(config: Any, weight_key: Any) -> str:
