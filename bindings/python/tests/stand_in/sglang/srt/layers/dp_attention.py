@@ -1,0 +1,2 @@
+def is_allocation_symmetric():
+    return True
