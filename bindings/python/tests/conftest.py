@@ -1,5 +1,6 @@
 """What the tests share: where the peer is, whether torch is there, random routings."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,9 @@ def has_gpu():
 
 if PEER or (os.environ.get("EXPERTILE_VLLM_SOURCE") and not has_gpu()):
     # Before anything imports triton: its kernels then run on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
+SGLANG = os.environ.get("EXPERTILE_SGLANG_SOURCE") or importlib.util.find_spec("sglang")
+if SGLANG and importlib.util.find_spec("torch") and not importlib.import_module("torch").cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._errors import ArgumentTypeError
 from ..torch import Layer
 from . import serving
 from .refusal import layer_options, of_config, of_weights
@@ -49,7 +51,7 @@ class HeldLayer:
         if held.refused is None:
             try:
                 held.layer = _layer(config, weights)
-            except (ValueError, TypeError, RuntimeError) as reason:
+            except (ValueError, TypeError, RuntimeError, MemoryError) as reason:
                 held.refused = f"{type(reason).__name__}: {reason}"
             found = (getattr(weights, name) for name in _WEIGHTS)
             held._weights = [tensor.detach() for tensor in found if tensor is not None]
@@ -61,8 +63,8 @@ class HeldLayer:
         Raises TypeError for dtypes of which there are no calls.
         """
         layer = self.layer
-        if layer is None or layer.device.type != "cuda":
-            return None
+        if layer is None or layer.device.type != "cuda" or topk_ids.dim() != 2:
+            return None  # On the CPU there is nothing to compile; what does not fit, the call says.
         tokens, topk = topk_ids.shape
         kind = (topk, topk_ids.dtype, hidden_states.dtype)
         if self._prepared.get(kind, -1) >= tokens:
@@ -72,9 +74,13 @@ class HeldLayer:
         if torch.cuda.is_current_stream_capturing():
             return f"a CUDA graph captures the first call of {tokens} tokens, topk {topk}, expected a warm-up before it"
         most = serving.max_tokens(tokens)
+        serving.say(logging.INFO, f"expertile compiles for calls of up to {most} tokens, topk {topk}")
         try:
             layer.prepare(most, topk, ids_dtype=topk_ids.dtype, dtype=hidden_states.dtype)
-        except (ValueError, RuntimeError) as reason:
+        except ArgumentTypeError as error:
+            error.rename({"ids_dtype": "topk_ids", "dtype": "hidden_states"})
+            raise
+        except (ValueError, RuntimeError, MemoryError) as reason:
             self._not_prepared[kind] = f"{type(reason).__name__}: {reason}"
             return self._not_prepared[kind]
         self._prepared[kind] = most
