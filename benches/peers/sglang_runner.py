@@ -41,7 +41,7 @@ SETS = 4
 
 
 class Tuned(logging.Handler):
-    """Whether SGLang has said that it has no tuned tiles."""
+    """Whether SGLang has said that it has no tuned tiles; it says so once for a layer's sizes."""
 
     def __init__(self):
         super().__init__()
@@ -125,12 +125,14 @@ def called_us(calls, rounds=9, repeats=5):
 
 
 def measure(shape, weights, tokens, device):
-    """Microseconds of both, as called and in graphs; the distance of the results; whether Triton's tiles are tuned."""
-    tuned, inputs, runners = Tuned(), list(calls_of(shape, tokens, device)), runners_of(shape)
+    """Microseconds of both, as called and in graphs, and the distance of the results."""
+    inputs, runners = list(calls_of(shape, tokens, device)), runners_of(shape)
     found = {name: runner.run(inputs[0], weights).hidden_states.double() for name, runner in runners.items()}
     if runners["expertile"].runner_core._held.calls != 1:
         sys.exit("our core has left the call to Triton's runner: the log says why")
-    distance = float((found["expertile"] - found["triton"]).norm() / found["triton"].norm())
+    # A rank may have none of the experts of the only token.
+    size = float(found["triton"].norm()) or 1.0
+    distance = float((found["expertile"] - found["triton"]).norm()) / size
     if not distance < (4e-2 if shape[-1] else 1e-2):
         sys.exit(f"the results are {distance} apart")
     calls = {
@@ -139,8 +141,7 @@ def measure(shape, weights, tokens, device):
     }
     called = {name: called_us(several, *((9, 5) if device == "cuda" else (1, 1))) for name, several in calls.items()}
     graph = timing.race(calls, min(called.values()), hot_seconds=0.4) if device == "cuda" else {}
-    logging.getLogger("sglang").removeHandler(tuned)
-    return {"called": called, "graph": graph, "distance": distance, "tuned": not tuned.missing}
+    return {"called": called, "graph": graph, "distance": distance}
 
 
 def register():
@@ -171,17 +172,18 @@ def main():
     rows = []
     for name in options.layers.split(","):
         shape = LAYERS[name]
-        weights = weights_of(shape, options.device)
+        weights, tuned = weights_of(shape, options.device), Tuned()
         for tokens in map(int, options.tokens.split(",")):
             row = {"layer": name, "tokens": tokens, **measure(shape, weights, tokens, options.device)}
-            rows.append(row)
+            rows.append(row | {"tuned": not tuned.missing})
             cells = [f"{name:<13} {tokens:>6}"]
             for times in (row["called"], row["graph"]):
                 if times:
                     ratio = times["triton"] / times["expertile"]
-                    mark = " " if row["tuned"] else "*"
+                    mark = "*" if tuned.missing else " "
                     cells.append(f"{times['expertile']:>10.1f} {times['triton']:>9.1f}{mark} {ratio:>6.2f}")
             print("   ".join(cells), flush=True)
+        logging.getLogger("sglang").removeHandler(tuned)
         del weights
         if options.device == "cuda":
             torch.cuda.empty_cache()
