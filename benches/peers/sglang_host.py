@@ -12,8 +12,8 @@ for three things:
 
 - packages that its modules import and one layer does not use are empty where they are not installed (`ABSENT`);
 - its compiled operators (`sgl_kernel`, 370 MB, built for torch 2.14) are its own other kernels where it is not
-  installed: `moe_align_block_size` the one that it compiles when it runs (with nvcc and tvm_ffi), `moe_sum_reduce` the
-  one in Triton; without tvm_ffi, what it compiles when it runs is Triton or torch, written here;
+  installed: `moe_align_block_size` the one that it compiles when it runs, with nvcc and tvm_ffi, as it does its
+  activation and its quantizer; `moe_sum_reduce`, of more than 32 tokens, the one in Triton that it has for fewer;
 - on a CPU, in Triton's interpreter, `moe_align_block_size`, which SGLang has for GPUs only, and the quantizer, which
   the interpreter does not round in, are a few lines of torch.
 
@@ -183,8 +183,17 @@ def _own_kernels():
 
         moe_sum_reduce_triton(x, out, factor)
 
+    def missing(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def operator(*_, **__):
+            raise NotImplementedError(f"sgl_kernel.{name} has no stand-in")
+
+        return operator
+
     kernels.moe_align_block_size, kernels.moe_sum_reduce = moe_align_block_size, moe_sum_reduce
-    kernels.__getattr__ = _Absent._attribute
+    kernels.__getattr__ = missing
     sys.modules["sgl_kernel"] = kernels
     ABSENT.append("sgl_kernel")  # Its modules are.
     stand_ins.append("sgl_kernel (SGLang's moe_align_block_size of nvcc, moe_sum_reduce of Triton)")

@@ -35,7 +35,7 @@ LAYERS = {
     "qwen30b_bf16": (2048, 768, 128, 128, 8, None, False),
     "mixtral_bf16": (4096, 14336, 8, 8, 2, None, False),
     # To try the script, on a CPU too.
-    "tiny": (256, 128, 8, 16, 2, 2.5, True),
+    "tiny": (256, 256, 8, 16, 2, 2.5, True),
 }
 SETS = 4
 

@@ -52,8 +52,8 @@ def load_plugins(host, monkeypatch, value="experts"):
     host.hooks.HookRegistry.apply_hooks()
 
 
-def runner_of(host, lora=False, backend="triton", **config):
-    config = host.base.MoeRunnerConfig(num_experts=EXPERTS, num_local_experts=EXPERTS, **config)
+def runner_of(host, lora=False, backend="triton", num_experts=EXPERTS, **config):
+    config = host.base.MoeRunnerConfig(num_experts=num_experts, num_local_experts=EXPERTS, **config)
     return host.runner.MoeRunner(host.moe.MoeRunnerBackend(backend), config, lora_enabled=lora)
 
 
@@ -137,7 +137,7 @@ def test_the_package_names_the_plugin():
 def test_a_call_gives_what_tritons_runner_gives(host, monkeypatch, caplog, e4m3, tokens, ids_dtype, empty):
     caplog.set_level(logging.INFO)
     load_plugins(host, monkeypatch)
-    runner, weights = runner_of(host), weights_of(host, e4m3)
+    runner, weights = runner_of(host, num_experts=2 * EXPERTS if empty else EXPERTS), weights_of(host, e4m3)
     call = call_of(host, tokens, empty=empty, ids_dtype=ids_dtype)
     expected = theirs(host, call, weights)
     calls, x = len(host.triton.calls), call.hidden_states.clone()
@@ -146,6 +146,8 @@ def test_a_call_gives_what_tritons_runner_gives(host, monkeypatch, caplog, e4m3,
     assert distance(found, expected) < (3e-2 if e4m3 else 6e-3) if expected.any() else not found.any()
     assert found.dtype == x.dtype and torch.equal(call.hidden_states, x)
     assert len(host.triton.calls) == calls
+    expert_map = runner.runner_core._held.expert_map
+    assert expert_map.tolist() == [*range(EXPERTS), *[-1] * EXPERTS] if empty else expert_map is None
     line = f"expertile computes {EXPERTS} experts, H {HIDDEN}, I {INTERMEDIATE}, {'e4m3' if e4m3 else 'bf16'}, on cpu"
     assert line in said(caplog)
 

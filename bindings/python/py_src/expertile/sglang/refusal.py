@@ -66,8 +66,8 @@ def layer_options(config: MoeRunnerConfig) -> dict[str, Any]:
     """Options of ``expertile.torch.Layer`` for a configuration that is taken."""
     options: dict[str, Any] = {"weight_on_input": config.apply_router_weight_on_input}
     if config.gemm1_alpha is not None:
-        return options | {"alpha": config.gemm1_alpha, "beta": 1.0, "limit": config.gemm1_clamp_limit}
-    return options | {"limit": config.swiglu_limit}
+        return options | {"alpha": float(config.gemm1_alpha), "beta": 1.0, "limit": float(config.gemm1_clamp_limit)}
+    return options | {"limit": None if config.swiglu_limit is None else float(config.swiglu_limit)}
 
 
 def of_weights(weights: Any) -> str | None:

@@ -71,7 +71,8 @@ class ExpertileRunnerCore(DispatchMoeRunnerCore):
             topk_weights = topk_weights.float()
         if scaled and not runner_config.apply_router_weight_on_input:
             topk_weights = topk_weights * factor
-        output = held.layer(hidden_states, topk_ids, topk_weights, out=serving.output_for(hidden_states))
+        output = serving.output_for(hidden_states)
+        output = held.layer(hidden_states, topk_ids, topk_weights, expert_map=held.expert_map, out=output)
         if scaled and runner_config.apply_router_weight_on_input:
             output.mul_(factor)
         return StandardCombineInput(hidden_states=output)
