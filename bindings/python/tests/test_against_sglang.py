@@ -156,6 +156,16 @@ def test_what_is_not_sglangs_own(host, capsys):
     assert is_ours(mine) and mine.runner_core.host is theirs.fused_func is host.triton.fused_experts_none_to_triton
 
 
+def test_the_most_tokens_are_what_the_servers_arguments_say(host):
+    context = importlib.import_module("sglang.srt.runtime_context")
+    serving = importlib.import_module("expertile.sglang.serving")
+    chunk = context.get_schedule().chunked_prefill_size
+    assert context.get_parallel().num_dp_ranks == 1 and context.max_prefill_buffer_tokens() == max(chunk or 0, 0)
+    assert serving.max_tokens(1) == max(
+        8192, context.max_prefill_buffer_tokens() or context.get_schedule().max_prefill_tokens
+    )
+
+
 @pytest.mark.parametrize("e4m3", [False, True])
 @pytest.mark.parametrize("tokens", [1, 7, 130] + [777] * on_hopper)
 @pytest.mark.parametrize("global_experts", [EXPERTS, 3 * EXPERTS])
