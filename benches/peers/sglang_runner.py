@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "vllm_gpu")]
+sys.path[:0] = [str(HERE), str(HERE / "hopper")]
 import sglang_host  # noqa: E402
+
 import timing  # noqa: E402
 
 # H, I, local experts, global experts, topk, routed_scaling_factor, e4m3.
@@ -146,9 +147,8 @@ def measure(shape, weights, tokens, device):
 
 def register():
     """As SGLang's loader does it for EXPERTILE_SGLANG=experts."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
     import expertile.sglang
+    from sglang.srt.plugins.hook_registry import HookRegistry
 
     expertile.sglang.register()
     HookRegistry.apply_hooks()

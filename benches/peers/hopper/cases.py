@@ -85,7 +85,8 @@ class Case:
                 raise AssertionError("a token without an expert here is not zero")
             outs.append(out[some])
             references.append(reference[some])
-        return require_near("against f32", torch.cat(outs), torch.cat(references), self.layers.limits(rival))
+        limits = self.layers.limits(rival)
+        return require_near("against f32", torch.cat(outs), torch.cat(references), limits, least_share=0.2)
 
     def floor(self, numbers):
         return floor_us(numbers, self.live, self.active, self.layers.format)

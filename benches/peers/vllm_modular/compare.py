@@ -24,12 +24,12 @@ import sys
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[2] / "bindings/python/tests"), str(HERE.parent / "vllm_gpu")]
-
-import torch  # noqa: E402
+sys.path[:0] = [str(HERE.parents[2] / "bindings/python/tests"), str(HERE.parent / "hopper")]
 
 import real_vllm  # noqa: E402
+import torch  # noqa: E402
 from real_vllm import Case, Modular, distance, inputs, reference, weights  # noqa: E402
+
 from timing import median, race  # noqa: E402
 
 SHAPES = {
@@ -204,9 +204,8 @@ def main():
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     if options.json:
-        import triton
-
         import expertile
+        import triton
 
         versions = {"torch": torch.__version__, "triton": triton.__version__, "expertile": expertile.__version__}
         device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
