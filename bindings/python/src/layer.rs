@@ -9,7 +9,7 @@ use crate::pool::{cpu, work};
 use expertile::cpu::{Layer, PackedWeights, PackedWeightsBuilder};
 use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
 use expertile::quantize::ue8m0_value;
-use expertile::{Activation, ActivationFormat, Float, LayerConfig, MatrixRef, Routing};
+use expertile::{Activation, ActivationFormat, E4m3, Float, GateUpOrder, LayerConfig, MatrixRef, Routing};
 use half::{bf16, f16};
 use pyo3::prelude::*;
 use std::borrow::Cow;
@@ -25,7 +25,7 @@ impl PyLayer {
     #[new]
     #[pyo3(signature = (
         w13, w2, w13_scale, w2_scale, activations, alignment, alpha, beta, limit, weight_on_input, *,
-        activation="swiglu", w13_bias=None, w2_bias=None, rows_at_once=None
+        activation="swiglu", w13_bias=None, w2_bias=None, gate_up="halves", rows_at_once=None
     ))]
     fn new(
         py: Python<'_>,
@@ -42,6 +42,7 @@ impl PyLayer {
         activation: &str,
         w13_bias: Option<&Bound<'_, PyAny>>,
         w2_bias: Option<&Bound<'_, PyAny>>,
+        gate_up: &str,
         rows_at_once: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let activations = match activations {
@@ -54,9 +55,13 @@ impl PyLayer {
         let alignment = size("alignment", alignment)?;
         let activation = named_activation(activation, (alpha, beta, limit))?;
         let at_once = optional_size("rows_at_once", rows_at_once)?;
+        let order = gate_up_order(gate_up)?;
         let segments = if activation.is_gated() { 2 } else { 1 };
-        let w13 = pack(py, ("w13", w13), ("w13_scale", w13_scale), segments, at_once)?;
-        let w2 = pack(py, ("w2", w2), ("w2_scale", w2_scale), 1, at_once)?;
+        if segments == 1 && order != GateUpOrder::Halves {
+            return Err(Wrong::word("gate_up", gate_up, "halves for an activation without a gate").value());
+        }
+        let w13 = pack(py, ("w13", w13), ("w13_scale", w13_scale), (segments, order), at_once)?;
+        let w2 = pack(py, ("w2", w2), ("w2_scale", w2_scale), (1, GateUpOrder::Halves), at_once)?;
         // Of a call only its ids and tensors say more.
         let config = LayerConfig {
             activation,
@@ -66,7 +71,12 @@ impl PyLayer {
         };
         let layer = Layer::prepare(&cpu()?, w13, w2, config, usize::MAX).map_err(exception)?;
         let (experts, shape) = (layer.shape().local_experts(), *layer.shape());
-        let b13 = bias("w13_bias", w13_bias, &[experts, segments * shape.intermediate()])?;
+        let mut b13 = bias("w13_bias", w13_bias, &[experts, segments * shape.intermediate()])?;
+        if let Some(values) = b13.as_mut().filter(|_| segments == 2) {
+            for values in values.chunks_exact_mut(2 * shape.intermediate()) {
+                values.copy_from_slice(&order.to_halves(values).map_err(exception)?);
+            }
+        }
         let b2 = bias("w2_bias", w2_bias, &[experts, shape.hidden()])?;
         layer.with_biases(b13, b2).map(Self).map_err(exception)
     }
@@ -84,6 +94,43 @@ impl PyLayer {
     #[getter]
     fn intermediate(&self) -> usize {
         self.0.shape().intermediate()
+    }
+
+    /// Writes the weights as they were packed, bit for bit, to `w13 [E, N, H]`, in the order `gate_up`, and
+    /// `w2 [E, H, I]`.
+    #[pyo3(signature = (w13, w2, *, gate_up="halves"))]
+    fn unpack(&self, py: Python<'_>, w13: &Bound<'_, PyAny>, w2: &Bound<'_, PyAny>, gate_up: &str) -> PyResult<()> {
+        let order = gate_up_order(gate_up)?;
+        let (w13, w2) = (Array::output("w13", w13)?, Array::output("w2", w2)?);
+        let apart = Apart::check(&[&w13, &w2], &[])?;
+        let segments = if self.0.config().activation.is_gated() { 2 } else { 1 };
+        let (packed13, packed2) = (self.0.w13(), self.0.w2());
+        let targets = [(packed13, &w13), (packed2, &w2)];
+        for (packed, out) in targets {
+            out.require_shape(&[packed.experts(), packed.n(), packed.k()])?;
+            match packed.format() {
+                WeightFormat::Bf16 => out.require_dtype::<bf16>()?,
+                WeightFormat::E4m3 => out.require_dtype::<E4m3>()?,
+            }
+            out.require_contiguous()?;
+        }
+        let done =
+            targets.into_iter().zip([(segments, order), (1, order)]).try_for_each(
+                |((packed, out), order)| match packed.format() {
+                    WeightFormat::Bf16 => {
+                        unpack(py, packed, order, out.contiguous_mut(apart)?, |expert, first_row, out| {
+                            packed.unpack_bf16_rows(&cpu()?, expert, first_row, out).map_err(exception)
+                        })
+                    }
+                    WeightFormat::E4m3 => {
+                        unpack(py, packed, order, out.contiguous_mut(apart)?, |expert, first_row, out| {
+                            packed.unpack_e4m3_rows(&cpu()?, expert, first_row, out).map_err(exception)
+                        })
+                    }
+                },
+            );
+        written(py, &[&w13, &w2])?;
+        done
     }
 
     /// Bytes that `run` needs for any routing of `[tokens, topk]`.
@@ -145,6 +192,45 @@ pub(crate) fn named_activation(name: &str, parameters: (f32, f32, Option<f32>)) 
     Ok(activation)
 }
 
+/// The order of that name.
+fn gate_up_order(name: &str) -> PyResult<GateUpOrder> {
+    match name {
+        "halves" => Ok(GateUpOrder::Halves),
+        "interleaved" => Ok(GateUpOrder::Interleaved),
+        other => Err(Wrong::word("gate_up", other, "one of halves, interleaved").value()),
+    }
+}
+
+/// Writes all rows of every expert, in the order in which rows of `segments` are to stand; `rows(expert, first row, out)`
+/// unpacks some. It looks between two experts whether it has been interrupted.
+fn unpack<T: Copy + Send>(
+    py: Python<'_>,
+    packed: &PackedWeights,
+    (segments, order): (usize, GateUpOrder),
+    out: &mut [T],
+    rows: impl Fn(usize, usize, &mut [T]) -> PyResult<()> + Sync,
+) -> PyResult<()> {
+    let (n, k) = (packed.n(), packed.k());
+    for (expert, out) in out.chunks_exact_mut(n * k).enumerate() {
+        work(py, || {
+            if segments == 1 || order == GateUpOrder::Halves {
+                return rows(expert, 0, out);
+            }
+            let mut halves = out.to_vec();
+            rows(expert, 0, &mut halves)?;
+            let (gate, up) = halves.split_at(n / 2 * k);
+            let pairs = gate.chunks_exact(k).zip(up.chunks_exact(k));
+            for (out, (gate, up)) in out.chunks_exact_mut(2 * k).zip(pairs) {
+                out[..k].copy_from_slice(gate);
+                out[k..].copy_from_slice(up);
+            }
+            Ok(())
+        })?;
+        py.check_signals()?;
+    }
+    Ok(())
+}
+
 /// A bias of the layer, as f32.
 fn bias(name: &'static str, bias: Option<&Bound<'_, PyAny>>, shape: &[usize]) -> PyResult<Option<Vec<f32>>> {
     let Some(bias) = Array::optional(name, bias)? else { return Ok(None) };
@@ -159,12 +245,13 @@ fn bias(name: &'static str, bias: Option<&Bound<'_, PyAny>>, shape: &[usize]) ->
 }
 
 /// Packs `[E, N, K]` in one segment, or two (gate and up): bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K /
-/// 128)]`; for gate and up, `N = 2 I`, there are `ceil(I / 128)` row blocks for each of the two.
+/// 128)]`; for gate and up, `N = 2 I`, there are `ceil(I / 128)` row blocks for each of the two, gate's first whatever
+/// the order of the rows. Weights may have any strides.
 fn pack(
     py: Python<'_>,
     (name, weights): (&'static str, &Bound<'_, PyAny>),
     (scale_name, scale): (&'static str, Option<&Bound<'_, PyAny>>),
-    segments: usize,
+    (segments, order): (usize, GateUpOrder),
     rows_at_once: Option<usize>,
 ) -> PyResult<PackedWeights> {
     let weights = Array::new(name, weights)?;
@@ -176,10 +263,10 @@ fn pack(
     // Of whole blocks, so that each part has scales of its own.
     let rows_at_once = rows_at_once.unwrap_or_else(|| limits::at_once(k)).max(WEIGHT_BLOCK);
     let rows_at_once = rows_at_once - rows_at_once % WEIGHT_BLOCK;
-    let stack = Stack { experts, segments, segment: n / segments, k, rows_at_once };
+    let stack = Stack { experts, segments, segment: n / segments, k, order, rows_at_once };
     match (weights.element(), &scale) {
         (Element::Bf16, None) => {
-            let weights = weights.contiguous::<bf16>()?;
+            let weights = weights.stack::<bf16>()?;
             stack.pack(py, WeightFormat::Bf16, |builder, part| {
                 builder.add_bf16_rows(part.expert, part.first_row, part.matrix(weights)?)
             })
@@ -187,7 +274,7 @@ fn pack(
         (Element::E4m3, Some(scale)) => {
             let blocks = stack.segments * stack.segment.div_ceil(WEIGHT_BLOCK);
             scale.require_shape(&[experts, blocks, k.div_ceil(WEIGHT_BLOCK)])?;
-            let (weights, scale) = (weights.contiguous()?, widened(scale)?);
+            let (weights, scale) = (weights.stack()?, widened(scale)?);
             stack.pack(py, WeightFormat::E4m3, |builder, part| {
                 let (rows, scales) = (part.matrix(weights)?, part.scales(&scale)?);
                 builder.add_e4m3_rows(part.expert, part.first_row, rows, scales)
@@ -211,6 +298,8 @@ struct Stack {
     segments: usize,
     segment: usize,
     k: usize,
+    /// Of the rows, if they are gate's and up's.
+    order: GateUpOrder,
     /// How many are packed at a time.
     rows_at_once: usize,
 }
@@ -233,7 +322,7 @@ impl Stack {
         format: WeightFormat,
         mut pack: impl FnMut(&mut PackedWeightsBuilder, Part) -> expertile::Result<()> + Send,
     ) -> PyResult<PackedWeights> {
-        let Self { experts, segments, segment, k, rows_at_once } = self;
+        let Self { experts, segments, segment, k, rows_at_once, .. } = self;
         let cpu = cpu()?;
         let builder = match segments {
             2 => PackedWeightsBuilder::gate_up(&cpu, format, experts, segment, k),
@@ -254,10 +343,15 @@ impl Stack {
 
 impl Part {
     /// Its rows, of the weights of all experts.
-    fn matrix<T: Copy>(self, weights: &[T]) -> expertile::Result<MatrixRef<'_, T>> {
-        let Stack { segments, segment, k, .. } = self.stack;
-        let start = (self.expert * segments * segment + self.first_row) * k;
-        MatrixRef::new(&weights[start..start + self.rows * k], self.rows, k)
+    fn matrix<T: Copy>(self, (weights, strides): (&[T], [usize; 3])) -> expertile::Result<MatrixRef<'_, T>> {
+        let Stack { segment, k, order, .. } = self.stack;
+        let [of_expert, of_row, of_column] = strides;
+        let (row, step) = match order {
+            GateUpOrder::Halves => (self.first_row, 1),
+            GateUpOrder::Interleaved => (self.first_row % segment * 2 + self.first_row / segment, 2),
+        };
+        let start = self.expert * of_expert + row * of_row;
+        MatrixRef::with_strides(&weights[start..], self.rows, k, step * of_row, of_column)
     }
 
     /// Its block scales, of those of all experts: each segment's row blocks are its own.

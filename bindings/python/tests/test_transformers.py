@@ -8,54 +8,14 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.17")
 pytest.importorskip("transformers.integrations.moe")
+from safetensors.torch import load_file  # noqa: E402
+
+from tiny_models import COMMON, FAMILIES, distance, experts_of, model_of  # noqa: E402
 
 import expertile.transformers as mine  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")
 
-COMMON = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES = {
-    "Qwen3Moe": {"head_dim": 16, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2},
-    "Qwen2Moe": {
-        "moe_intermediate_size": 48,
-        "shared_expert_intermediate_size": 64,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-    },
-    "Mixtral": {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "DeepseekV3": {
-        "moe_intermediate_size": 48,
-        "intermediate_size": 96,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
-        "num_key_value_heads": 4,
-    },
-    "GptOss": {
-        "intermediate_size": 48,
-        "head_dim": 16,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 16,
-    },
-}
 IMPLEMENTED = sorted(FAMILIES)
 
 
@@ -63,29 +23,6 @@ IMPLEMENTED = sorted(FAMILIES)
 def defaults():
     yield
     mine.configure(keep_weights=False, max_tokens=8192)
-
-
-def model_of(family, implementation, device="cpu", seed=0, **more):
-    config = getattr(transformers, f"{family}Config")(**{**COMMON, **FAMILIES[family], **more})
-    torch.manual_seed(seed)
-    model = getattr(transformers, f"{family}ForCausalLM")._from_config(
-        config, dtype=torch.bfloat16, experts_implementation=implementation
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "bias" in name and "expert" in name:
-                parameter.normal_(std=0.1)
-            elif parameter.dim() >= 2:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return model.to(device).eval()
-
-
-def experts_of(model):
-    return [module for module in model.modules() if "_expertile_layer" in module.__dict__]
-
-
-def distance(mine, expected):
-    return float((mine.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("family", IMPLEMENTED)
@@ -114,28 +51,58 @@ def test_a_wrong_expert_is_seen(family):
         assert distance(model(tokens).logits, expected(tokens).logits) > 2e-2
 
 
-def test_memory_is_given_back_and_saving_says_why_it_cannot(tmp_path):
-    model = model_of("Qwen3Moe", "expertile")
-    before = {name: weights.clone() for name, weights in model.state_dict().items()}
+def saved(folder):
+    """Everything that a saved model holds, by name."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: weights for file in files for name, weights in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family", IMPLEMENTED)
+def test_memory_is_given_back_and_saving_writes_the_same_before_and_after(family, tmp_path):
+    model = model_of(family, "expertile")
     model.save_pretrained(tmp_path / "before")
     tokens = torch.arange(3, 30).unsqueeze(0)
     with torch.no_grad():
         first = model(tokens).logits
-    for module in experts_of(model):
-        assert module.gate_up_proj.is_meta and module.down_proj.is_meta
-        assert module.gate_up_proj.shape == (8, 96, 64)
-    with pytest.raises(RuntimeError, match=r"packed by expertile .*keep_weights=True"):
+        assert experts_of(model)
+        for module in experts_of(model):
+            shape = tuple(module.down_proj.shape)
+            assert module.gate_up_proj.is_meta and module.down_proj.is_meta and len(shape) == 3
         model.save_pretrained(tmp_path / "after")
-    with pytest.raises(RuntimeError, match="packed by expertile"):
-        model.load_state_dict(before)
-    load = transformers.Qwen3MoeForCausalLM.from_pretrained
-    again = load(tmp_path / "before", dtype=torch.bfloat16, experts_implementation="expertile").eval()
-    mine.configure(keep_weights=True)
-    with torch.no_grad():
+        before, after = saved(tmp_path / "before"), saved(tmp_path / "after")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[name], weights) for name, weights in before.items())
+        # Saving is for once: the layers stay as they are.
+        assert all(module.gate_up_proj.is_meta for module in experts_of(model))
+        again = type(model).from_pretrained(tmp_path / "after", dtype="bfloat16", experts_implementation="expertile")
         assert torch.equal(again(tokens).logits, first)
-    again.save_pretrained(tmp_path / "kept")
-    kept = load(tmp_path / "kept", dtype=torch.bfloat16).state_dict()
-    assert all(torch.equal(kept[name], weights) for name, weights in before.items())
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+def test_packed_models_take_other_weights_and_other_implementations(family):
+    expected, model = model_of(family, "eager"), model_of(family, "expertile")
+    tokens = torch.arange(3, 30).unsqueeze(0)
+    with torch.no_grad():
+        first = model(tokens).logits
+        other = model_of(family, "eager", seed=1).state_dict()
+        for each in (expected, model):
+            each.load_state_dict(other)
+        assert distance(model(tokens).logits, first) > 0.1
+        assert distance(model(tokens).logits, expected(tokens).logits) < 1e-2
+        assert experts_of(model)[0].gate_up_proj.is_meta
+        model.set_experts_implementation("eager")
+        assert torch.equal(model(tokens).logits, expected(tokens).logits)
+        model.set_experts_implementation("expertile")
+        assert distance(model(tokens).logits, expected(tokens).logits) < 1e-2
+
+
+def test_a_state_dict_of_other_names_leaves_packed_weights_alone():
+    model = model_of("Qwen3Moe", "expertile")
+    with torch.no_grad():
+        model(torch.arange(3, 30).unsqueeze(0))
+        norm = {"model.norm.weight": torch.ones(64, dtype=torch.bfloat16)}
+        model.load_state_dict(norm, strict=False)
+    assert all(module.gate_up_proj.is_meta for module in experts_of(model))
 
 
 @pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
@@ -187,19 +154,62 @@ def test_slots_of_other_ranks_add_nothing():
     assert torch.equal(out[:1], alone)
 
 
-def test_what_is_not_computed_says_so():
-    tokens = torch.arange(3, 30).unsqueeze(0)
-    model = model_of("Qwen3Moe", "expertile", hidden_act="relu")
-    with torch.no_grad(), pytest.raises(ValueError, match="_apply_gate of Qwen3MoeExperts is another function"):
-        model(tokens)
-    model = model_of("Qwen3Moe", "expertile").float()
-    with torch.no_grad(), pytest.raises(TypeError, match="gate_up_proj has dtype torch.float32, expected bfloat16"):
-        model(tokens)
-    model = model_of("Qwen3Moe", "expertile").train()
-    with pytest.raises(RuntimeError, match="computes no gradients: call model.eval"):
-        model(tokens)
-    # In evaluation, gradients that nobody asked for are in nobody's way.
-    assert model.eval()(tokens).logits.shape == (1, 27, 320)
+class TestWhatIsNotComputed:
+    def test_says_so_when_the_model_is_made(self):
+        found = r"model\.layers\.0\.mlp\.experts\._apply_gate of Qwen3MoeExperts is another function"
+        # The model inside is made first.
+        with pytest.raises(ValueError, match=found.removeprefix(r"model\.")):
+            model_of("Qwen3Moe", "expertile", hidden_act="relu")
+        # For those who do not ask, nothing changes.
+        model = model_of("Qwen3Moe", "eager", hidden_act="relu")
+        with pytest.raises(ValueError, match=found):
+            model.set_experts_implementation("expertile")
+        assert model.config._experts_implementation == "eager"
+        assert model(torch.arange(3, 30).unsqueeze(0)).logits.shape == (1, 27, 320)
+
+    def test_says_so_before_anything_is_loaded(self, tmp_path):
+        model = model_of("Qwen3Moe", "eager", hidden_act="relu")
+        model.save_pretrained(tmp_path)
+        for file in tmp_path.glob("*.safetensors"):
+            file.write_bytes(b"nobody reads this")
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        with pytest.raises(ValueError, match="_apply_gate of Qwen3MoeExperts is another function"):
+            load(tmp_path, dtype="bfloat16", experts_implementation="expertile")
+        model_of("Qwen3Moe", "eager").save_pretrained(tmp_path)
+        for file in tmp_path.glob("*.safetensors"):
+            file.write_bytes(b"nobody reads this")
+        with pytest.raises(TypeError, match=r"experts\.gate_up_proj has dtype torch.float32, expected bfloat16"):
+            load(tmp_path, dtype="float32", experts_implementation="expertile")
+
+    def test_may_be_converted_until_the_first_call(self):
+        config = transformers.Qwen3MoeConfig(**COMMON, **FAMILIES["Qwen3Moe"])
+        create = transformers.Qwen3MoeForCausalLM._from_config
+        model = create(config, dtype=torch.float32, experts_implementation="expertile").eval()
+        tokens = torch.arange(3, 30).unsqueeze(0)
+        with torch.no_grad():
+            with pytest.raises(TypeError, match="gate_up_proj has dtype torch.float32, expected bfloat16"):
+                model(tokens)
+            assert model.bfloat16()(tokens).logits.shape == (1, 27, 320)
+
+    def test_says_so_of_what_changes_after_that(self):
+        model = model_of("Qwen3Moe", "expertile")
+        model.model.layers[0].mlp.experts.act_fn = torch.nn.ReLU()
+        with torch.no_grad(), pytest.raises(ValueError, match="_apply_gate of Qwen3MoeExperts is another function"):
+            model(torch.arange(3, 30).unsqueeze(0))
+
+    def test_gradients(self):
+        model = model_of("Qwen3Moe", "expertile").train()
+        tokens = torch.arange(3, 30).unsqueeze(0)
+        with pytest.raises(RuntimeError, match="computes no gradients: call model.eval"):
+            model(tokens)
+        # In evaluation, gradients that nobody asked for are in nobody's way.
+        assert model.eval()(tokens).logits.shape == (1, 27, 320)
+
+    def test_models_without_experts(self):
+        config = transformers.LlamaConfig(**{**COMMON, "intermediate_size": 64})
+        model = transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        with pytest.warns(UserWarning, match="LlamaForCausalLM has no experts that expertile could compute"):
+            model.set_experts_implementation("expertile")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -215,6 +225,14 @@ class TestOnAGpu:
         options = {"max_new_tokens": 8, "do_sample": False}
         same = (model.generate(tokens, **options) == expected.generate(tokens, **options)).float().mean()
         assert same > 0.9
+        before = {name: weights.clone() for name, weights in expected.state_dict().items()}
+        assert all(torch.equal(weights, before[name]) for name, weights in model.state_dict().items())
+
+    def test_what_only_the_cpu_computes_says_so(self):
+        model = model_of("GptOss", "eager", "cuda")
+        with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.gate_up_proj_bias is given, expected none on a GPU"):
+            model.set_experts_implementation("expertile")
+        assert model.config._experts_implementation == "eager"
 
     def test_fp8_experts(self):
         fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")

@@ -144,6 +144,7 @@ class Layer:
         activation: str = "swiglu",
         w13_bias: Any | None = None,
         w2_bias: Any | None = None,
+        gate_up: str = "halves",
         rows_at_once: int | None = None,
     ) -> Layer:
         """Packs as many rows at once as take a fraction of a second; then it looks whether it has been interrupted."""
@@ -154,6 +155,9 @@ class Layer:
     def hidden(self) -> int: ...
     @property
     def intermediate(self) -> int: ...
+    def unpack(self, w13: Any, w2: Any, *, gate_up: str = "halves") -> None:
+        """Writes the weights as they were packed, bit for bit: `w13 [E, N, H]` in that order, and `w2 [E, H, I]`."""
+
     def workspace_bytes(self, tokens: int, topk: int) -> int: ...
     def run(
         self,

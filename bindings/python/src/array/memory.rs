@@ -94,6 +94,13 @@ impl Array<'_> {
         MatrixRef::with_strides(memory, rows, cols, stride(0), stride(1)).map_err(exception)
     }
 
+    /// The memory of a stack of matrices with any (not negative) strides, and the strides.
+    pub(crate) fn stack<T: Native>(&self) -> PyResult<(&[T], [usize; 3])> {
+        let &[_, _, _] = self.shape() else { return Err(self.shape_error("three dimensions")) };
+        let memory = self.memory()?;
+        Ok((memory, [0, 1, 2].map(|dimension| usize::try_from(self.strides[dimension]).unwrap_or(0))))
+    }
+
     /// A copy of some rows of a matrix. Each element is read once: another thread may write it at any time, and what
     /// was checked has to be what is used.
     pub(crate) fn copied_rows<T: Native + Send>(&self, py: Python<'_>, rows: Range<usize>) -> PyResult<Vec<T>> {

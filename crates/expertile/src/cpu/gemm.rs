@@ -10,6 +10,7 @@
 mod memory;
 mod packing;
 mod tiles;
+mod unpacking;
 
 pub use packing::{PackedWeights, PackedWeightsBuilder};
 

@@ -124,6 +124,18 @@ impl Layer {
         Ok(Self { shape, config, max_tokens, shared, ..self.clone() })
     }
 
+    /// The packed weights of GEMM 1.
+    #[must_use]
+    pub fn w13(&self) -> &PackedWeights {
+        &self.w13
+    }
+
+    /// The packed weights of GEMM 2.
+    #[must_use]
+    pub fn w2(&self) -> &PackedWeights {
+        &self.w2
+    }
+
     /// The same layer on other threads or another instruction set.
     #[must_use]
     pub fn on(&self, cpu: &Cpu) -> Self {

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _arrays, _native
 from .._errors import ArgumentValueError
 from ._dispatch import call, layers, unwatched
 from .layout import empty, matrix, require_tensor
@@ -24,9 +24,13 @@ class Layer:
     w13_scale ``[E, 2 ceil(I / 128), ceil(H / 128)]``, gate's row blocks, then up's; w2_scale ``[E, ceil(H / 128),
     ceil(I / 128)]``. Scales are float32, or bfloat16, float16 or float8_e8m0fnu, which are widened exactly.
 
-    On the CPU, weights are packed, once, into memory of the layer's own. On a GPU they are used where they are, and the
-    layer keeps them alive; what cannot be used so (scales that are not float32, tensors that are not contiguous) is
-    copied once, with a warning. A layer has to live as long as the CUDA graphs that captured a call of it.
+    On the CPU, weights are packed, once, from any strides into memory of the layer's own; ``unpack`` gives them back. On
+    a GPU they are used where they are, and the layer keeps them alive; what cannot be used so (scales that are not
+    float32, tensors that are not contiguous or interleaved) is copied once, with a warning. A layer has to live as long
+    as the CUDA graphs that captured a call of it.
+
+    gate_up: ``"halves"``, gate's rows and then up's, or ``"interleaved"``, gate's first, up's first, gate's second and
+    so on. w13_bias is in the same order; the row blocks of w13_scale are gate's, then up's, in either.
 
     activations: ``"bf16"``, or ``"e4m3"`` to quantize them (needs e4m3 weights, and 128 to divide H and I). Without it
     ``"bf16"`` on the CPU, and the weights' own format on a GPU, which has no other.
@@ -58,6 +62,7 @@ class Layer:
         activation: str = "swiglu",
         w13_bias: Tensor | None = None,
         w2_bias: Tensor | None = None,
+        gate_up: str = "halves",
     ) -> None:
         self._native: _native.Layer | _native.CudaLayer
         self._on_gpu = isinstance(w13, Tensor) and w13.is_cuda
@@ -66,7 +71,7 @@ class Layer:
             for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias)):
                 if bias is not None:
                     raise ArgumentValueError(name, " is given", bias, "none on a GPU")
-            w13, w2 = in_place("w13", w13), in_place("w2", w2)
+            w13, w2 = in_place("w13", in_halves("w13", w13, gate_up)), in_place("w2", w2)
             w13_scale = scales_in_place("w13_scale", w13_scale)
             w2_scale = scales_in_place("w2_scale", w2_scale)
             self._native = _native.CudaLayer(
@@ -89,8 +94,12 @@ class Layer:
                 activation=activation,
                 w13_bias=w13_bias,
                 w2_bias=w2_bias,
+                gate_up=gate_up,
             )
         self._device = w13.device if isinstance(w13, Tensor) else torch.device("cpu")
+        self._in_place = (w13, w2) if self._on_gpu else None
+        self._dtype = w13.dtype if isinstance(w13, Tensor) else torch.bfloat16
+        self._gated = activation != "relu2"
         # Operators take numbers and tensors: a layer is passed to its operator by number.
         self._number = next(Layer._numbers)
         layers[self._number] = self
@@ -150,6 +159,23 @@ class Layer:
     def intermediate(self) -> int:
         """``I``."""
         return self._native.intermediate
+
+    def unpack(self, *, gate_up: str = "halves") -> tuple[Tensor, Tensor]:
+        """Copies of w13 ``[E, 2 I, H]``, in that order, and w2 ``[E, H, I]`` as the layer was made of them, bit for bit.
+
+        Block scales are not among them: the layer does not change them.
+        """
+        if self._in_place is not None:
+            w13, w2 = (weights.clone() for weights in self._in_place)
+            if gate_up_order(gate_up) == "interleaved":
+                w13 = torch.stack(w13.chunk(2, dim=1), dim=2).flatten(1, 2)
+            return w13, w2
+        experts, hidden, intermediate = self.local_experts, self.hidden, self.intermediate
+        rows = 2 * intermediate if self._gated else intermediate
+        w13 = _arrays.empty_tensor("w13", (experts, rows, hidden), self._dtype, self._device)
+        w2 = _arrays.empty_tensor("w2", (experts, hidden, intermediate), self._dtype, self._device)
+        self._native.unpack(w13, w2, gate_up=gate_up)  # type: ignore[union-attr]
+        return w13, w2
 
     def prepare(
         self,
@@ -222,6 +248,22 @@ def require_own_format(w13: Tensor, activations: str | None) -> None:
     if activations not in (None, own):
         found = f' is "{activations}"'
         raise ArgumentValueError("activations", found, activations, f'"{own}", which the weights are, on a GPU')
+
+
+def gate_up_order(gate_up: str) -> str:
+    """The order of gate's and up's rows; fails for a word that names none."""
+    if gate_up not in ("halves", "interleaved"):
+        raise ArgumentValueError("gate_up", f' is "{gate_up}"', gate_up, "one of halves, interleaved")
+    return gate_up
+
+
+def in_halves(name: str, x: Tensor, gate_up: str) -> Tensor:
+    """Gate's rows, then up's; a copy, if they alternate."""
+    if gate_up_order(gate_up) == "halves":
+        return x
+    require_tensor(name, x)
+    warnings.warn(f"{name} is interleaved: the layer holds a copy of it", stacklevel=3)
+    return torch.cat([x[:, ::2], x[:, 1::2]], dim=1)
 
 
 def in_place(name: str, x: Tensor) -> Tensor:

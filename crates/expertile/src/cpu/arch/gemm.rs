@@ -11,13 +11,13 @@ use super::{Isa, Level, portable};
 /// One call for several blocks of K gives the bits of one call for each, and a row those it has in any other tile:
 /// callers cut K and rows by what the caches hold, and a token's result must not depend on its company.
 ///
-/// `ahead`, here and below, is asked for bit by bit as the kernel goes, by those for AVX-512.
+/// `ahead`, here and below, is asked for bit by bit as the kernel goes, by those for AVX2 and AVX-512.
 pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: Ahead<'_>) {
     check_tile(rows, panel.len(), sums);
     #[cfg(target_arch = "x86_64")]
     match isa.level() {
         Level::Avx512 => return super::x86_64::avx512::multiply(isa, rows, panel, sums, ahead),
-        Level::Avx2 => return super::x86_64::avx2::multiply(isa, rows, panel, sums),
+        Level::Avx2 => return super::x86_64::avx2::multiply(isa, rows, panel, sums, ahead),
         Level::Portable => {}
     }
     let _ = (isa, ahead);
@@ -43,25 +43,25 @@ pub(crate) fn multiply_e4m3(
     if isa.level() == Level::Avx512 {
         return super::x86_64::avx512::multiply_e4m3(isa, rows, panel, scales, sums, decoded, ahead);
     }
-    let _ = ahead;
     let mut scratch = [[0; PANEL]; BLOCK_PAIRS];
+    let blocks = scales.panel.len();
     for (block, lines) in panel.lines.chunks(BLOCK_PAIRS).enumerate() {
         let decoded = match decoded.chunks_mut(BLOCK_PAIRS).nth(block) {
             Some(decoded) => decoded,
             None => &mut scratch[..lines.len()],
         };
-        decode(isa, BytePanel { lines, special: &panel.special[block..=block] }, decoded);
-        promote(isa, rows, decoded, scales, block, sums);
+        decode(isa, BytePanel { lines, special: &panel.special[block..=block] }, decoded, ahead.part(block, blocks));
+        promote(isa, rows, decoded, scales, block, sums, Ahead::NOTHING);
     }
 }
 
 /// Every byte as bf16, in units of [`DECODED_UNIT`].
-fn decode(isa: Isa, panel: BytePanel<'_>, pairs: &mut [PairLine]) {
+fn decode(isa: Isa, panel: BytePanel<'_>, pairs: &mut [PairLine], ahead: Ahead<'_>) {
     #[cfg(target_arch = "x86_64")]
     if isa.level() == Level::Avx2 {
-        return super::x86_64::avx2::decode(isa, panel, pairs);
+        return super::x86_64::avx2::decode(isa, panel, pairs, ahead);
     }
-    let _ = isa;
+    let _ = (isa, ahead);
     for (line, pairs) in panel.lines.iter().zip(pairs) {
         portable::decode_line(line, pairs);
     }
@@ -81,9 +81,9 @@ pub(crate) fn multiply_decoded(
     if isa.level() == Level::Avx512 {
         return super::x86_64::avx512::multiply_decoded(isa, rows, panel, scales, sums, ahead);
     }
-    let _ = ahead;
+    let blocks = scales.panel.len();
     for (block, lines) in panel.chunks(BLOCK_PAIRS).enumerate() {
-        promote(isa, rows, lines, scales, block, sums);
+        promote(isa, rows, lines, scales, block, sums, ahead.part(block, blocks));
     }
 }
 
@@ -103,10 +103,18 @@ fn check_scaled_tile(rows: &[u32], pairs: usize, scales: BlockScales<'_>, sums: 
 }
 
 /// One block of K: a fresh sum, scaled, onto `sums`.
-fn promote(isa: Isa, rows: &[u32], lines: &[PairLine], scales: BlockScales<'_>, block: usize, sums: &mut [Sums]) {
+fn promote(
+    isa: Isa,
+    rows: &[u32],
+    lines: &[PairLine],
+    scales: BlockScales<'_>,
+    block: usize,
+    sums: &mut [Sums],
+    ahead: Ahead<'_>,
+) {
     let tile = sums.len();
     let mut fresh = [[0.0; PANEL]; MAX_ROWS];
-    multiply(isa, &rows[block * BLOCK_PAIRS * tile..][..lines.len() * tile], lines, &mut fresh[..tile], Ahead::NOTHING);
+    multiply(isa, &rows[block * BLOCK_PAIRS * tile..][..lines.len() * tile], lines, &mut fresh[..tile], ahead);
     for (row, (sums, fresh)) in sums.iter_mut().zip(&fresh).enumerate() {
         let scale = scales.of(block, row, tile);
         for (sum, &fresh) in sums.iter_mut().zip(fresh) {

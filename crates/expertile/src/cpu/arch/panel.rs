@@ -71,6 +71,14 @@ pub(crate) struct Ahead<'a> {
     pub(crate) soon: bool,
 }
 
+impl<'a> Ahead<'a> {
+    /// One of so many parts of nearly the same size.
+    pub(super) fn part(&self, index: usize, count: usize) -> Ahead<'a> {
+        let [start, end] = [index, index + 1].map(|part| part * self.bytes.len() / count);
+        Ahead { bytes: &self.bytes[start..end], soon: self.soon }
+    }
+}
+
 impl Ahead<'_> {
     pub(super) const NOTHING: Self = Self { bytes: &[], soon: true };
 }

@@ -1,27 +1,33 @@
-//! GEMM kernels for AVX2 with FMA: up to 5 rows by 16 columns in registers, bf16 pairs split into two f32.
+//! GEMM kernels for AVX2 with FMA: up to 5 rows by 16 columns in registers, or 2 by 32; bf16 pairs split into two f32.
 
+use super::prefetch::Prefetch;
 use crate::cpu::arch::panel::{
-    BLOCK_PAIRS, ByteLine, BytePanel, MAX_ROWS, PANEL, PairLine, REBIAS, SHIFTED_BITS, Sums,
+    Ahead, BLOCK_PAIRS, ByteLine, BytePanel, MAX_ROWS, PANEL, PairLine, REBIAS, SHIFTED_BITS, Sums,
 };
 use crate::cpu::arch::portable::{decode_line, split};
 use crate::cpu::arch::{Isa, Level};
 use std::arch::x86_64::*;
 
-/// Rows whose sums stay in registers: with 16 columns, ten of the sixteen; weights and a row's value take five.
+/// Rows whose sums stay in registers beside 16 columns: ten of the sixteen; weights and a row's value take five.
 const ROWS: usize = 5;
-/// Columns whose sums stay in registers: two of eight f32.
-const COLUMNS: usize = 16;
+/// Rows that all 32 columns of a panel can stand beside. One row or two then read a panel from its first byte to its
+/// last, and have enough sums to add to while others are still being added.
+const WIDE_ROWS: usize = 2;
+/// f32 of a register.
+const LANES: usize = 8;
 
 /// Rows of a tile as f32: `[pairs][even, odd][rows]`.
 type SplitRows = [[[f32; MAX_ROWS]; 2]; BLOCK_PAIRS];
 
 /// See [`crate::cpu::arch::gemm::multiply`].
 #[allow(unsafe_code)]
-pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums]) {
+pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: Ahead<'_>) {
     assert!(isa.level() == Level::Avx2);
     let tile = sums.len();
     let mut split_rows = [[[0.0; MAX_ROWS]; 2]; BLOCK_PAIRS];
-    for (rows, lines) in rows.chunks(tile * BLOCK_PAIRS).zip(panel.chunks(BLOCK_PAIRS)) {
+    let blocks = panel.len().div_ceil(BLOCK_PAIRS);
+    let each = rows.chunks(tile * BLOCK_PAIRS).zip(panel.chunks(BLOCK_PAIRS)).enumerate();
+    for (block, (rows, lines)) in each {
         for (split_rows, pair) in split_rows.iter_mut().zip(rows.chunks_exact(tile)) {
             let [even, odd] = split_rows;
             for (row, &pair) in pair.iter().enumerate() {
@@ -32,14 +38,15 @@ pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [S
         let part = tile.div_ceil(tile.div_ceil(ROWS));
         for first in (0..tile).step_by(part) {
             let sums = &mut sums[first..tile.min(first + part)];
+            let ahead = if first == 0 { ahead.part(block, blocks) } else { Ahead::NOTHING };
             // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
             unsafe {
                 match sums.len() {
-                    1 => multiply_rows::<1>(&split_rows, first, lines, sums),
-                    2 => multiply_rows::<2>(&split_rows, first, lines, sums),
-                    3 => multiply_rows::<3>(&split_rows, first, lines, sums),
-                    4 => multiply_rows::<4>(&split_rows, first, lines, sums),
-                    5 => multiply_rows::<5>(&split_rows, first, lines, sums),
+                    1 => multiply_rows::<1, 4>(&split_rows, first, lines, sums, ahead),
+                    2 => multiply_rows::<WIDE_ROWS, 4>(&split_rows, first, lines, sums, ahead),
+                    3 => multiply_rows::<3, 2>(&split_rows, first, lines, sums, ahead),
+                    4 => multiply_rows::<4, 2>(&split_rows, first, lines, sums, ahead),
+                    5 => multiply_rows::<ROWS, 2>(&split_rows, first, lines, sums, ahead),
                     rows => unreachable!("a part of {rows} rows"),
                 }
             }
@@ -47,28 +54,37 @@ pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [S
     }
 }
 
+/// `R` rows by `C` registers of columns at a time.
 #[target_feature(enable = "avx2,fma")]
 #[allow(unsafe_code)]
-fn multiply_rows<const R: usize>(rows: &SplitRows, first: usize, panel: &[PairLine], sums: &mut [Sums]) {
-    for column in (0..PANEL).step_by(COLUMNS) {
-        let mut tile = [[_mm256_setzero_ps(); 2]; R];
+fn multiply_rows<const R: usize, const C: usize>(
+    rows: &SplitRows,
+    first: usize,
+    panel: &[PairLine],
+    sums: &mut [Sums],
+    ahead: Ahead<'_>,
+) {
+    let passes = PANEL / (C * LANES);
+    for (pass, column) in (0..PANEL).step_by(C * LANES).enumerate() {
+        let mut prefetch = Prefetch::new(ahead.part(pass, passes), panel.len());
+        let mut tile = [[_mm256_setzero_ps(); C]; R];
         for ([even, odd], line) in rows.iter().zip(panel) {
+            prefetch.step();
             // Written out: `map` is compiled without AVX2, and what it calls is then not inlined.
-            let columns = &line[column..column + COLUMNS];
-            // SAFETY: 16 columns are two registers of 8 u32; unaligned loads.
-            let [a, b] = unsafe {
-                [_mm256_loadu_si256(columns.as_ptr().cast()), _mm256_loadu_si256(columns[8..].as_ptr().cast())]
-            };
-            let weights = [_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b)];
-            let weights = [_mm256_castsi256_ps(weights[0]), _mm256_castsi256_ps(weights[1])];
-            accumulate(&mut tile, &even[first..first + R], weights);
-            let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-            let weights = [_mm256_and_si256(a, high), _mm256_and_si256(b, high)];
-            let weights = [_mm256_castsi256_ps(weights[0]), _mm256_castsi256_ps(weights[1])];
-            accumulate(&mut tile, &odd[first..first + R], weights);
+            let mut low = [_mm256_setzero_ps(); C];
+            let mut high = [_mm256_setzero_ps(); C];
+            for (index, columns) in line[column..column + C * LANES].chunks_exact(LANES).enumerate() {
+                // SAFETY: a chunk is one register of 8 u32; an unaligned load.
+                let pairs = unsafe { _mm256_loadu_si256(columns.as_ptr().cast()) };
+                low[index] = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
+                let kept = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+                high[index] = _mm256_castsi256_ps(_mm256_and_si256(pairs, kept));
+            }
+            accumulate(&mut tile, &even[first..first + R], low);
+            accumulate(&mut tile, &odd[first..first + R], high);
         }
         for (sums, tile) in sums.iter_mut().zip(&tile) {
-            for (sums, &tile) in sums[column..column + COLUMNS].chunks_exact_mut(8).zip(tile) {
+            for (sums, &tile) in sums[column..column + C * LANES].chunks_exact_mut(LANES).zip(tile) {
                 // SAFETY: a chunk is one register of 8 f32; unaligned access.
                 unsafe { _mm256_storeu_ps(sums.as_mut_ptr(), _mm256_add_ps(_mm256_loadu_ps(sums.as_ptr()), tile)) };
             }
@@ -78,11 +94,13 @@ fn multiply_rows<const R: usize>(rows: &SplitRows, first: usize, panel: &[PairLi
 
 /// See [`crate::cpu::arch::gemm::multiply_e4m3`]: every byte as bf16, in units of `DECODED_UNIT`.
 #[allow(unsafe_code)]
-pub(crate) fn decode(isa: Isa, panel: BytePanel<'_>, pairs: &mut [PairLine]) {
+pub(crate) fn decode(isa: Isa, panel: BytePanel<'_>, pairs: &mut [PairLine], ahead: Ahead<'_>) {
     assert!(isa.level() == Level::Avx2);
+    let mut prefetch = Prefetch::new(ahead, panel.lines.len());
     let blocks = panel.lines.chunks(BLOCK_PAIRS).zip(panel.special).zip(pairs.chunks_mut(BLOCK_PAIRS));
     for ((lines, &special), pairs) in blocks {
         for (index, (line, pairs)) in lines.iter().zip(pairs).enumerate() {
+            prefetch.step();
             if special >> index & 1 != 0 {
                 decode_line(line, pairs);
             } else {
@@ -113,7 +131,7 @@ fn shift_line(line: &ByteLine, pairs: &mut PairLine) {
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn accumulate<const R: usize>(tile: &mut [[__m256; 2]; R], rows: &[f32], weights: [__m256; 2]) {
+fn accumulate<const R: usize, const C: usize>(tile: &mut [[__m256; C]; R], rows: &[f32], weights: [__m256; C]) {
     for (sums, &row) in tile.iter_mut().zip(rows) {
         let row = _mm256_set1_ps(row);
         for (sum, weights) in sums.iter_mut().zip(weights) {

@@ -3,6 +3,7 @@
 //! `vdpbf16ps` multiplies two bf16 pairs into an f32 with its own rounding, and takes bf16 subnormals for zero. No e4m3
 //! value is subnormal in bf16.
 
+use super::prefetch::Prefetch;
 use crate::cpu::arch::panel::{
     Ahead, BLOCK_PAIRS, BlockScales, ByteLine, BytePanel, DECODED_UNIT, PairLine, REBIAS, SHIFTED_BITS, Sums,
 };
@@ -176,34 +177,6 @@ fn promote<const R: usize>(tile: &Tile<R>, scales: BlockScales<'_>, block: usize
 fn load_pairs(line: &PairLine) -> [__m512i; 2] {
     // SAFETY: a line is two registers of 16 u32; unaligned loads.
     unsafe { [_mm512_loadu_si512(line.as_ptr().cast()), _mm512_loadu_si512(line[16..].as_ptr().cast())] }
-}
-
-/// Requests for memory, spread over so many steps.
-struct Prefetch {
-    next: *const i8,
-    half_step_bytes: usize,
-    soon: bool,
-}
-
-impl Prefetch {
-    fn new(ahead: Ahead<'_>, steps: usize) -> Self {
-        let Ahead { bytes, soon } = ahead;
-        Self { next: bytes.as_ptr().cast(), half_step_bytes: bytes.len() / (2 * steps), soon }
-    }
-
-    /// Two requests, for up to two lines: asking for the same line again costs less than finding out.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn step(&mut self) {
-        for _ in 0..2 {
-            if self.soon {
-                _mm_prefetch::<_MM_HINT_T0>(self.next);
-            } else {
-                _mm_prefetch::<_MM_HINT_T1>(self.next);
-            }
-            self.next = self.next.wrapping_add(self.half_step_bytes);
-        }
-    }
 }
 
 #[inline]

@@ -1,0 +1,124 @@
+"""What a module of Transformers' experts is, in the words of ``Layer``; what no layer computes is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._errors import ArgumentTypeError, ArgumentValueError
+from .activation import activation_of
+
+NAME = "expertile"
+"""The implementation's name."""
+
+BLOCK = (128, 128)
+"""Rows and columns of a block with one scale."""
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether it is a module whose experts' implementation can be chosen."""
+    return "is_concatenated" in module.__dict__ and "has_gate" in module.__dict__
+
+
+def asks_for_expertile(module: nn.Module) -> bool:
+    """Whether it is a module of experts whose configuration asks for this implementation."""
+    config = module.__dict__.get("config")
+    return is_experts(module) and getattr(config, "_experts_implementation", None) == NAME
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """A module of experts as it is: names of its weights, how they lie, and the options of ``Layer``."""
+
+    up_name: str
+    gated: bool
+    transposed: bool
+    interleaved: bool
+    options: dict[str, Any]
+    """alpha, beta, limit, activation."""
+    biases: dict[str, str]
+    """Option of ``Layer`` to the module's parameter."""
+    scales: dict[str, str]
+    """The same, for float8_e4m3fn."""
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The module's names of w13 and w2."""
+        return self.up_name, "down_proj"
+
+    def weights(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """Views ``[E, N, K]`` of the module's own weights."""
+        up, down = (getattr(module, name).detach() for name in self.names)
+        return (up.mT, down.mT) if self.transposed else (up, down)
+
+    def parameters(self, module: nn.Module) -> dict[str, Tensor]:
+        """Biases and scales, by the names of ``Layer``'s options."""
+        return {option: getattr(module, name).detach() for option, name in (self.biases | self.scales).items()}
+
+
+def describe(module: nn.Module, *, any_dtype: bool = False) -> Experts:
+    """What the module is. Its weights may be on meta, and with `any_dtype` be still of another type.
+
+    Raises ValueError or TypeError for what no layer computes.
+    """
+    if getattr(module, "has_post_expert_norm", False):
+        raise ArgumentValueError("has_post_expert_norm", " is True", True, "experts without a norm after each")
+    gated = getattr(module, "has_gate", True)
+    transposed = getattr(module, "is_transposed", False)
+    up_name = "gate_up_proj" if gated else "up_proj"
+    up, down = _weights(module, up_name, any_dtype), _weights(module, "down_proj", any_dtype)
+    _require_shapes((up_name, up), down, gated, transposed)
+    options, interleaved = activation_of(module, gated)
+    biases = {"w13_bias": f"{up_name}_bias", "w2_bias": "down_proj_bias"}
+    biases = {option: name for option, name in biases.items() if getattr(module, name, None) is not None}
+    scales = {}
+    if up.dtype == torch.float8_e4m3fn:
+        _require_scales(module, interleaved)
+        scales = {"w13_scale": f"{up_name}_scale_inv", "w2_scale": "down_proj_scale_inv"}
+    if up.is_cuda:
+        _require_on_a_gpu(module, options, biases)
+    return Experts(up_name, gated, transposed, interleaved, options, biases, scales)
+
+
+def _weights(module: nn.Module, name: str, any_dtype: bool) -> Tensor:
+    weights = getattr(module, name, None)
+    if not isinstance(weights, Tensor) or weights.dim() != 3:
+        raise ArgumentTypeError(name, f" is {type(weights).__name__}", weights, "weights of all experts, [E, N, K]")
+    if not any_dtype and weights.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
+        raise ArgumentTypeError(name, f" has dtype {weights.dtype}", weights.dtype, "bfloat16 or float8_e4m3fn")
+    return weights
+
+
+def _require_shapes(up: tuple[str, Tensor], down: Tensor, gated: bool, transposed: bool) -> None:
+    name, weights = up
+    (experts, rows, hidden), (_, _, intermediate) = (x.mT.shape if transposed else x.shape for x in (weights, down))
+    if rows != (2 * intermediate if gated else intermediate):
+        expected = f"{2 if gated else 1} x the {intermediate} that down_proj has"
+        raise ArgumentValueError(name, f" has {rows} output rows", rows, expected)
+    found = tuple(down.mT.shape if transposed else down.shape)
+    if found != (experts, hidden, intermediate):
+        raise ArgumentValueError("down_proj", f" is of {found}", found, f"{(experts, hidden, intermediate)}")
+
+
+def _require_scales(module: nn.Module, interleaved: bool) -> None:
+    """Fails unless float8_e4m3fn weights have the scales that a layer takes."""
+    if interleaved:
+        raise ArgumentValueError("is_concatenated", " is False", False, "True for float8_e4m3fn experts")
+    block = getattr(module, "block_size", None)
+    if block is None or tuple(block) != BLOCK:
+        raise ArgumentValueError("block_size", f" is {block}", block, f"{BLOCK}")
+    scheme = getattr(module, "activation_scheme", "dynamic")
+    if scheme != "dynamic":
+        raise ArgumentValueError("activation_scheme", f' is "{scheme}"', scheme, '"dynamic"')
+
+
+def _require_on_a_gpu(module: nn.Module, options: dict[str, Any], biases: dict[str, str]) -> None:
+    """Fails for what only the CPU computes."""
+    for name in biases.values():
+        raise ArgumentValueError(name, " is given", getattr(module, name), "none on a GPU")
+    activation = options.get("activation", "swiglu")
+    if activation != "swiglu":
+        raise ArgumentValueError("activation", f' is "{activation}"', activation, '"swiglu" on a GPU')

@@ -1,0 +1,103 @@
+"""What Transformers calls, and the layer that the first call makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._errors import ArgumentValueError
+from ..torch import Layer
+from .experts import describe
+from .packed import LAYER, give_back, is_packed
+
+
+@dataclasses.dataclass
+class _Options:
+    keep_weights: bool = False
+    max_tokens: int = 8192
+
+
+_options = _Options()
+
+
+def configure(*, keep_weights: bool | None = None, max_tokens: int | None = None) -> None:
+    """Settings for layers that are made from now on.
+
+    keep_weights: whether weights that were copied (packed on the CPU, or put in another order) stay in the module too:
+    twice the memory, and other implementations can compute with them. False at first. max_tokens: on a GPU, what is
+    compiled at a layer's first call is for that many tokens (8192 at first); a call of more compiles for more.
+    """
+    if keep_weights is not None:
+        _options.keep_weights = keep_weights
+    if max_tokens is not None:
+        _options.max_tokens = max_tokens
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What Transformers calls: hidden_states ``[M, H]``, top_k_index and top_k_weights ``[M, topk]`` to ``[M, H]``."""
+    layer = self.__dict__.get(LAYER)
+    if layer is None or (not torch.compiler.is_compiling() and _source(self) != self.__dict__["_expertile_source"]):
+        layer = _make(self)
+    if torch.is_grad_enabled() and hidden_states.requires_grad:
+        if self.training:
+            raise RuntimeError("expertile computes no gradients: call model.eval(), or use torch.no_grad()")
+        hidden_states, top_k_weights = hidden_states.detach(), top_k_weights.detach()
+    if getattr(self, "_is_expert_parallel", False):
+        # Slots of other ranks' experts.
+        top_k_index = top_k_index.masked_fill(top_k_index >= layer.local_experts, -1)
+    if layer.device.type == "cuda" and not torch.compiler.is_compiling():
+        kind = (top_k_index.shape[1], top_k_index.dtype, hidden_states.dtype)
+        if self.__dict__["_expertile_prepared"].get(kind, -1) < top_k_index.shape[0]:
+            _prepare(self, layer, hidden_states, top_k_index)
+    return layer(hidden_states, top_k_index, top_k_weights.float())
+
+
+@torch.compiler.disable
+def _prepare(module: nn.Module, layer: Layer, hidden_states: Tensor, top_k_index: Tensor) -> None:
+    """Compiles what such calls need, of as many tokens and of more."""
+    tokens, topk = top_k_index.shape
+    most = max(_options.max_tokens, 1 << (tokens - 1).bit_length())
+    layer.prepare(most, topk, ids_dtype=top_k_index.dtype, dtype=hidden_states.dtype)
+    module.__dict__["_expertile_prepared"][topk, top_k_index.dtype, hidden_states.dtype] = most
+
+
+@torch.compiler.disable
+def _make(module: nn.Module) -> Layer:
+    """The layer of a module of experts, which holds it from then on."""
+    experts = describe(module)
+    for name in experts.names:
+        if getattr(module, name).is_meta:
+            raise ArgumentValueError(name, " is on meta", "meta", "weights on the CPU or on a GPU")
+    up, down = experts.weights(module)
+    in_place = up.is_cuda and up.is_contiguous() and down.is_contiguous() and not experts.interleaved
+    parameters = experts.parameters(module)
+    scales = [parameters[name] for name in experts.scales]
+    order = "interleaved" if experts.interleaved else "halves"
+    with warnings.catch_warnings():
+        # That weights in another order are copied is what this module's documentation says.
+        warnings.simplefilter("ignore")
+        # On the CPU activations come as they are, with float8_e4m3fn weights too: as of the widened ones there.
+        layer = Layer(up, down, gate_up=order, **experts.options, **parameters)
+    del up, down
+    module.__dict__[LAYER] = layer
+    module.__dict__["_expertile_prepared"] = {}
+    if not in_place and not _options.keep_weights:
+        give_back(module, experts)
+    module.__dict__["_expertile_copied"] = not in_place or any(scale.dtype != torch.float32 for scale in scales)
+    module.__dict__["_expertile_source"] = _source(module)
+    return layer
+
+
+def _source(module: nn.Module) -> list[tuple[int, int]]:
+    """Which tensors a module has, and how often those that were copied have been written since."""
+    copied, packed = module.__dict__["_expertile_copied"], is_packed(module)
+    source = []
+    for name, tensor in module._parameters.items():
+        # Weights that were given back are on meta, and a copy of the module has biases of its own.
+        if tensor is not None and not tensor.is_meta and not (packed and name.endswith("bias")):
+            source.append((tensor.data_ptr(), tensor._version if copied and not tensor.is_inference() else 0))
+    return source

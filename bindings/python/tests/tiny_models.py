@@ -1,0 +1,81 @@
+"""Tiny models of Transformers with random weights, and what of them is compared."""
+
+import torch
+import transformers
+
+COMMON = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "Qwen3Moe": {"head_dim": 16, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2},
+    "Qwen2Moe": {
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 64,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+    },
+    "Mixtral": {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "DeepseekV3": {
+        "moe_intermediate_size": 48,
+        "intermediate_size": 96,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+    "GptOss": {
+        "intermediate_size": 48,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+    },
+}
+
+
+def model_of(family, implementation, device="cpu", seed=0, **more):
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, **FAMILIES[family], **more})
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{family}ForCausalLM")._from_config(
+        config, dtype=torch.bfloat16, experts_implementation=implementation
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bias" in name and "expert" in name:
+                parameter.normal_(std=0.1)
+            elif parameter.dim() >= 2:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model.to(device).eval()
+
+
+def experts_of(model):
+    return [module for module in model.modules() if "_expertile_layer" in module.__dict__]
+
+
+def distance(mine, expected):
+    return float((mine.double() - expected.double()).norm() / expected.double().norm())
+
+
+def share_near(mine, expected, within=1e-2):
+    """The share of positions whose logits are near.
+
+    Where a rounding makes a router choose another expert those of a token are some percent away.
+    """
+    mine, expected = (logits.double().flatten(0, -2) for logits in (mine, expected))
+    apart = (mine - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float((apart < within).double().mean())
