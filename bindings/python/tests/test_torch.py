@@ -358,6 +358,50 @@ def test_gate_and_up_have_row_blocks_of_their_own_whatever_the_width(intermediat
         et.Layer(w13[:, 1:].contiguous(), w2, w13_scale=s13, w2_scale=s2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_may_lie_in_any_order_and_are_unpacked_as_they_were(dtype):
+    generator = torch.Generator().manual_seed(5)
+    w13, w2 = (torch.randn(shape, generator=generator) for shape in ((3, 2 * 40, 72), (3, 72, 40)))
+    x, bias = torch.randn(9, 72, generator=generator), torch.randn(3, 80, generator=generator)
+    chosen = torch.rand(9, 3, generator=generator).topk(2)
+    options = {}
+    if dtype == torch.float8_e4m3fn:
+        scales = (torch.rand(shape, generator=generator) + 0.5 for shape in ((3, 2, 1), (3, 1, 1)))
+        options = dict(zip(("w13_scale", "w2_scale"), scales, strict=True))
+    w13, w2 = w13.to(dtype), w2.to(dtype)
+    # torch neither stacks nor compares float8.
+    bits = torch.uint8 if dtype == torch.float8_e4m3fn else torch.int16
+
+    def alternating(x):
+        return torch.stack(x.chunk(2, dim=1), dim=2).flatten(1, 2)
+
+    mixed = alternating(w13.view(bits)).view(dtype)
+    layer = et.Layer(w13, w2, w13_bias=bias, **options)
+    expected = layer(x, chosen.indices, chosen.values)
+    for first, second in [(mixed, w2), (mixed.mT.contiguous().mT, w2.mT.contiguous().mT)]:
+        other = et.Layer(first, second, w13_bias=alternating(bias), gate_up="interleaved", **options)
+        assert torch.equal(other(x, chosen.indices, chosen.values), expected)
+        for order, weights in [("halves", w13), ("interleaved", mixed)]:
+            found, down = other.unpack(gate_up=order)
+            assert found.dtype == down.dtype == dtype
+            assert torch.equal(found.view(bits), weights.view(bits)) and torch.equal(down.view(bits), w2.view(bits))
+    wrong = et.Layer(mixed, w2, w13_bias=bias, **options)
+    assert not torch.equal(wrong(x, chosen.indices, chosen.values), expected)
+
+
+def test_an_order_that_is_none_is_an_error():
+    w13, w2 = torch.zeros(3, 80, 72).bfloat16(), torch.zeros(3, 72, 40).bfloat16()
+    with pytest.raises(ValueError, match='gate_up is "rows", expected one of halves, interleaved'):
+        et.Layer(w13, w2, gate_up="rows")
+    with pytest.raises(ValueError, match='gate_up is "rows", expected one of halves, interleaved'):
+        et.Layer(w13, w2).unpack(gate_up="rows")
+    with pytest.raises(ValueError, match='gate_up is "interleaved", expected halves for an activation without a gate'):
+        et.Layer(w13[:, :40], w2, gate_up="interleaved", activation="relu2")
+    # Without a gate there is one order, and unpacking asks for none.
+    first, _ = et.Layer(w13[:, :40], w2, activation="relu2").unpack()
+    assert first.shape == (3, 40, 72)
+
+
 def test_scales_of_other_types_are_widened_exactly():
     generator = torch.Generator().manual_seed(4)
     w13 = torch.randn(2, 256, 128, generator=generator).to(torch.float8_e4m3fn)

@@ -2,6 +2,9 @@
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -9,10 +12,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.17")
 pytest.importorskip("transformers.integrations.moe")
 from safetensors.torch import load_file  # noqa: E402
-
 from tiny_models import COMMON, FAMILIES, distance, experts_of, model_of  # noqa: E402
 
 import expertile.transformers as mine  # noqa: E402
+from expertile.transformers import threads  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -22,7 +25,7 @@ IMPLEMENTED = sorted(FAMILIES)
 @pytest.fixture(autouse=True)
 def defaults():
     yield
-    mine.configure(keep_weights=False, max_tokens=8192)
+    mine.configure(keep_weights=False, max_tokens=8192, torch_may_spin=False)
 
 
 @pytest.mark.parametrize("family", IMPLEMENTED)
@@ -140,6 +143,40 @@ def test_compiled_models_give_the_same_after_a_first_call():
         assert distance(compiled(tokens).logits, expected) < 1e-2
 
 
+def spinning_seconds(after):
+    """CPU time of torch's threads while nothing happens after an operation; in a process of its own."""
+    program = f"""
+import os, time, torch
+import expertile.transformers as mine
+from expertile.transformers.threads import let_torch_sleep
+torch.set_num_threads(len(os.sched_getaffinity(0)))
+{after}
+spent = []
+for _ in range(20):
+    torch.ones(1 << 20).add_(1)
+    before = time.process_time()
+    time.sleep(0.01)
+    spent.append(time.process_time() - before)
+print(sorted(spent)[10])
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="one core, or no libgomp")
+def test_idle_threads_of_torch_leave_the_cores_to_a_layer():
+    assert spinning_seconds("assert let_torch_sleep()") < 5e-4
+    # That it is so for this reason.
+    assert spinning_seconds("") > 1e-3
+
+
+def test_who_has_decided_how_threads_wait_is_left_alone(monkeypatch):
+    monkeypatch.setattr(threads, "_told", False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert not threads.let_torch_sleep()
+
+
 def test_slots_of_other_ranks_add_nothing():
     model = model_of("Mixtral", "expertile")
     experts = model.model.layers[0].mlp.experts
@@ -230,7 +267,9 @@ class TestOnAGpu:
 
     def test_what_only_the_cpu_computes_says_so(self):
         model = model_of("GptOss", "eager", "cuda")
-        with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.gate_up_proj_bias is given, expected none on a GPU"):
+        with pytest.raises(
+            ValueError, match=r"layers\.0\.mlp\.experts\.gate_up_proj_bias is given, expected none on a GPU"
+        ):
             model.set_experts_implementation("expertile")
         assert model.config._experts_implementation == "eager"
 

@@ -1,4 +1,4 @@
-"""FP8 checkpoints of Transformers on a CPU: the experts stay float8_e4m3fn, the rest is widened as Transformers does."""
+"""FP8 checkpoints of Transformers on a CPU: the experts stay float8_e4m3fn, the rest is widened as ever."""
 
 import json
 
@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers", minversion="5.24")
 pytest.importorskip("accelerate")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_models import distance, experts_of, model_of, share_near  # noqa: E402
-from transformers.integrations.finegrained_fp8 import Fp8Quantize, FP8Experts  # noqa: E402
+from transformers.integrations.finegrained_fp8 import FP8Experts, Fp8Quantize  # noqa: E402
 from transformers.quantizers import auto  # noqa: E402
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer  # noqa: E402
 

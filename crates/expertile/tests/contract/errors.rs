@@ -431,7 +431,32 @@ fn gate_up_rows(first_row: usize, rows: usize, scale_rows: usize) -> Result<()> 
     builder.add_e4m3_rows(0, first_row, zeros(rows, 128), zeros(scale_rows, 1))
 }
 
+/// Rows of two experts of 64 x 128.
+fn unpack(format: WeightFormat, expert: usize, first_row: usize, out: &mut [bf16]) -> Result<()> {
+    let weights = match format {
+        WeightFormat::Bf16 => bf16_weights([2, 64, 128]),
+        WeightFormat::E4m3 => e4m3_weights([2, 64, 128]),
+    };
+    weights.unpack_bf16_rows(&Cpu::new(), expert, first_row, out)
+}
+
 const WEIGHTS: &[Refusal] = &[
+    ("WeightFormat", "weights is packed as e4m3, expected bf16", |out| {
+        unpack(WeightFormat::E4m3, 0, 0, &mut out.bf16[..128])
+    }),
+    ("WeightFormat", "weights is packed as bf16, expected e4m3", |out| {
+        bf16_weights([2, 64, 128]).unpack_e4m3_rows(&Cpu::new(), 0, 0, &mut out.e4m3[..128])
+    }),
+    ("Value", "expert is 2, expected below 2", |out| unpack(WeightFormat::Bf16, 2, 0, &mut out.bf16[..128])),
+    ("Shape", "out has shape [127], expected [R, 128] with R at most 64", |out| {
+        unpack(WeightFormat::Bf16, 0, 0, &mut out.bf16[..127])
+    }),
+    ("Shape", "out has shape [256], expected [R, 128] with R at most 1", |out| {
+        unpack(WeightFormat::Bf16, 0, 63, &mut out.bf16[..256])
+    }),
+    ("Shape", "out has shape [128], expected [R, 128] with R at most 0", |out| {
+        unpack(WeightFormat::Bf16, 1, 99, &mut out.bf16[..128])
+    }),
     ("Value", "experts is 0, expected at least 1", |_| {
         PackedWeights::pack_bf16(&Cpu::new(), &[bf16::ONE], 0, 1, 1).map(drop)
     }),

@@ -24,10 +24,10 @@ class Layer:
     w13_scale ``[E, 2 ceil(I / 128), ceil(H / 128)]``, gate's row blocks, then up's; w2_scale ``[E, ceil(H / 128),
     ceil(I / 128)]``. Scales are float32, or bfloat16, float16 or float8_e8m0fnu, which are widened exactly.
 
-    On the CPU, weights are packed, once, from any strides into memory of the layer's own; ``unpack`` gives them back. On
-    a GPU they are used where they are, and the layer keeps them alive; what cannot be used so (scales that are not
-    float32, tensors that are not contiguous or interleaved) is copied once, with a warning. A layer has to live as long
-    as the CUDA graphs that captured a call of it.
+    On the CPU, weights are packed, once, from any strides into memory of the layer's own; ``unpack`` gives them back.
+    On a GPU they are used where they are, and the layer keeps them alive; what cannot be used so (scales that are not
+    float32, tensors that are interleaved or not contiguous) is copied once, with a warning. A layer has to live as
+    long as the CUDA graphs that captured a call of it.
 
     gate_up: ``"halves"``, gate's rows and then up's, or ``"interleaved"``, gate's first, up's first, gate's second and
     so on. w13_bias is in the same order; the row blocks of w13_scale are gate's, then up's, in either.
@@ -161,9 +161,9 @@ class Layer:
         return self._native.intermediate
 
     def unpack(self, *, gate_up: str = "halves") -> tuple[Tensor, Tensor]:
-        """Copies of w13 ``[E, 2 I, H]``, in that order, and w2 ``[E, H, I]`` as the layer was made of them, bit for bit.
+        """Copies of w13 ``[E, 2 I, H]``, in that order, and w2 ``[E, H, I]``: the bits that the layer was made of.
 
-        Block scales are not among them: the layer does not change them.
+        Block scales are not among them.
         """
         if self._in_place is not None:
             w13, w2 = (weights.clone() for weights in self._in_place)

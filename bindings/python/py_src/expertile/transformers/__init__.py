@@ -9,8 +9,8 @@ scales, on the CPU and on a Hopper GPU. Models that do not ask for it are loaded
 - What no layer computes raises ValueError or TypeError when the model is made or loaded, or when
   ``set_experts_implementation`` is called, with the name of the module.
 - A layer is made by the first call of its experts. On the CPU that packs the weights and gives the memory of the
-  original ones back; ``state_dict``, and so ``save_pretrained``, unpacks them again. On a GPU weights in the usual order
-  are used where they are. ``configure`` changes that.
+  original ones back; ``state_dict``, and so ``save_pretrained``, unpacks them again. On a GPU weights in the usual
+  order are used where they are. ``configure`` changes that.
 - On the CPU an FP8 checkpoint keeps its float8_e4m3fn experts; its other layers are widened, as Transformers does it.
 """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +12,36 @@ from .._errors import ArgumentValueError
 from ..torch import Layer
 from .experts import describe
 from .packed import LAYER, give_back, is_packed
+from .threads import let_torch_sleep
 
 
 @dataclasses.dataclass
 class _Options:
     keep_weights: bool = False
     max_tokens: int = 8192
+    torch_may_spin: bool = False
 
 
 _options = _Options()
 
 
-def configure(*, keep_weights: bool | None = None, max_tokens: int | None = None) -> None:
+def configure(
+    *, keep_weights: bool | None = None, max_tokens: int | None = None, torch_may_spin: bool | None = None
+) -> None:
     """Settings for layers that are made from now on.
 
     keep_weights: whether weights that were copied (packed on the CPU, or put in another order) stay in the module too:
     twice the memory, and other implementations can compute with them. False at first. max_tokens: on a GPU, what is
     compiled at a layer's first call is for that many tokens (8192 at first); a call of more compiles for more.
+    torch_may_spin: on the CPU, whether torch's idle threads may go on spinning for milliseconds, on the cores that a
+    layer's threads work on. False at first: from the first layer on they sleep soon, in the whole process.
     """
     if keep_weights is not None:
         _options.keep_weights = keep_weights
     if max_tokens is not None:
         _options.max_tokens = max_tokens
+    if torch_may_spin is not None:
+        _options.torch_may_spin = torch_may_spin
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -82,6 +89,8 @@ def _make(module: nn.Module) -> Layer:
         warnings.simplefilter("ignore")
         # On the CPU activations come as they are, with float8_e4m3fn weights too: as of the widened ones there.
         layer = Layer(up, down, gate_up=order, **experts.options, **parameters)
+    if not up.is_cuda and not _options.torch_may_spin:
+        let_torch_sleep()
     del up, down
     module.__dict__[LAYER] = layer
     module.__dict__["_expertile_prepared"] = {}

@@ -26,7 +26,9 @@ logger = logging.get_logger(__name__)
 
 _METHOD = "fp8"
 _KEPT = "expertile: the experts stay float8_e4m3fn on the CPU; what is dequantized is the other layers"
-_WIDENED = "expertile: FP8Experts are not what these experts are, so they are dequantized on the CPU with the other layers"
+_WIDENED = (
+    "expertile: FP8Experts are not what these experts are, so they are dequantized on the CPU with the other layers"
+)
 
 
 class ExpertileFP8HfQuantizer(FineGrainedFP8HfQuantizer):
@@ -148,6 +150,6 @@ def _without(widen: type, conversions: list[Any]) -> Iterator[Any]:
 def register() -> None:
     """Puts the quantizer in the place of Transformers' own, where that has the hooks this one needs."""
     theirs = auto.AUTO_QUANTIZER_MAPPING.get(_METHOD)
-    hooks = ("update_attn_implementation", "get_load_operations", "get_weight_conversions")
+    hooks = ("update_attn_implementation", "get_load_operations", "get_weight_conversions", "serialized_names")
     if theirs is FineGrainedFP8HfQuantizer and all(hasattr(HfQuantizer, hook) for hook in hooks):
         auto.AUTO_QUANTIZER_MAPPING[_METHOD] = ExpertileFP8HfQuantizer

@@ -101,7 +101,5 @@ def register() -> None:
         return
     PreTrainedModel.post_init = _post_init(PreTrainedModel.post_init)
     PreTrainedModel.from_pretrained = _from_pretrained(PreTrainedModel.__dict__["from_pretrained"].__func__)
-    PreTrainedModel.set_experts_implementation = _set_experts_implementation(
-        PreTrainedModel.set_experts_implementation
-    )
+    PreTrainedModel.set_experts_implementation = _set_experts_implementation(PreTrainedModel.set_experts_implementation)
     setattr(PreTrainedModel, _WRAPPED, True)

@@ -53,7 +53,7 @@ impl PackedWeights {
             return Err(Error::WeightFormat { argument: "weights", actual, expected });
         }
         if expert >= self.experts() {
-            return Err(Error::value("expert", expert, format!("less than {}", self.experts())));
+            return Err(Error::value("expert", expert, format!("below {}", self.experts())));
         }
         let room = self.n().saturating_sub(first_row);
         if !len.is_multiple_of(self.k()) || len / self.k() > room {
