@@ -43,7 +43,7 @@ def compile_ours(tiles):
         header = worklist = psum = dummy
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda tile: ours.bind_gemm(tile, (dummy, scale), dummy[0], scale, layout, dummy, 8), tiles))
+        list(pool.map(lambda tile: ours.bind_gemm(tile, (dummy, scale), dummy[0], scale, layout, dummy), tiles))
 
 
 def permutation(call, alignment, row_tile):
@@ -92,7 +92,7 @@ class Gemm:
 
     def ours(self, tile):
         return [
-            ours.bind_gemm(tile, self.weights.pair, rows, scales, layout, self.out, OUR_ALIGNMENT)
+            ours.bind_gemm(tile, self.weights.pair, rows, scales, layout, self.out)
             for (rows, scales), layout in zip(self.inputs, self.layouts[tile[0]], strict=True)
         ]
 

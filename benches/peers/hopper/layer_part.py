@@ -42,10 +42,10 @@ class Ours:
         up, down = (w.pair for w in self.weights)
         wide = lambda pair: torch.empty((step.m_sum, pair[0].shape[1]), device="cuda", dtype=torch.bfloat16).normal_()
         mid, rows = wide(up), wide(down)
-        gemm1 = [ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, mid, self.alignment) for p in permutes]
+        gemm1 = [ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, mid) for p in permutes]
         activation = [ours.bind_activation(mid, p.psum, self.alignment) for p in permutes]
         gemm2 = [
-            ours.bind_gemm(self.tiles[1], down, a.rows, a.scales, p, rows, self.alignment)
+            ours.bind_gemm(self.tiles[1], down, a.rows, a.scales, p, rows)
             for a, p in zip(activation, seconds, strict=True)
         ]
         unpermute = [
@@ -55,7 +55,7 @@ class Ours:
         found = dict(permute=permutes, gemm1=gemm1, activation=activation, gemm2=gemm2, unpermute=unpermute)
         if self.inside:
             found["gemm1 + activation"] = [
-                ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, a.rows, self.alignment, a.scales)
+                ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, a.rows, a.scales)
                 for p, a in zip(permutes, activation, strict=True)
             ]
         for step in [*permutes, *seconds, *gemm1, *activation]:

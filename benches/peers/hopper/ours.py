@@ -20,7 +20,7 @@ _lib.expertile_bind_activation.argtypes = [_size, _word, _word, _word, _word, _s
 _lib.expertile_bind_unpermute.restype = _size
 _lib.expertile_bind_unpermute.argtypes = [_size] * 4 + [_word] * 4
 _lib.expertile_bind_gemm.restype = _size
-_lib.expertile_bind_gemm.argtypes = [_size] * 8 + [_word] * 9 + [_size] * 2
+_lib.expertile_bind_gemm.argtypes = [_size] * 8 + [_word] * 9 + [_size]
 _lib.expertile_layer.restype = _size
 _lib.expertile_layer.argtypes = [_size] * 6 + [_word] * 4
 _lib.expertile_layer_choice.argtypes = [_size, _size, ctypes.POINTER(_size)]
@@ -170,7 +170,7 @@ def bind_unpermute(rows, inv_perm, weights, out):
     )
 
 
-def bind_gemm(tile, weights, rows, scales, layout, out, alignment, out_scales=None):
+def bind_gemm(tile, weights, rows, scales, layout, out, out_scales=None):
     """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]); `layout` is a bound permutation whose worklist has the
     tile's rows. With `out_scales` the activation is in it: `out` is then e4m3 [M_sum, N / 2]."""
     values, weight_scales = weights
@@ -188,7 +188,6 @@ def bind_gemm(tile, weights, rows, scales, layout, out, alignment, out_scales=No
             layout.worklist.data_ptr(),
             layout.psum.data_ptr(),
             rows.shape[0],
-            alignment,
         ),
         (values, weight_scales, rows, scales, layout, out, out_scales),
     )

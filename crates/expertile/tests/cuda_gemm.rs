@@ -11,7 +11,8 @@ mod on_device;
 
 use expertile::cuda::{
     Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, FewRowsCut, Gemm, GemmCall,
-    GemmConfig, GemmKernel, LayoutPtrs, Route, RouteCall, RouteConfig, RoutingPtrs, STATE_BYTES, Stream, Weights,
+    GemmConfig, GemmKernel, LayoutPtrs, Route, RouteCall, RouteConfig, RoutingPtrs, RowEnds, STATE_BYTES, Stream,
+    Weights,
 };
 use expertile::{Activation, Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat};
 use expertile_testkit::{POISON, Random, assert_untouched};
@@ -153,14 +154,14 @@ struct Operand {
     out_scales: Option<DevicePtr<f32>>,
     layout: LayoutPtrs,
     m_sum: usize,
-    alignment: usize,
 }
 
 impl Operand {
     fn call<'a>(&self, weights: &'a Weights) -> GemmCall<'a> {
-        let Self { rows, scales, out, out_scales, layout, m_sum, alignment } = *self;
+        let Self { rows, scales, out, out_scales, layout, m_sum } = *self;
         let LayoutPtrs { header, worklist, psum, .. } = layout;
-        GemmCall { weights, rows, scales, out, out_scales, header, worklist, psum, m_sum, alignment }
+        let ends = RowEnds::Psum(psum);
+        GemmCall { weights, rows, scales, out, out_scales, header, worklist, ends, m_sum }
     }
 }
 
@@ -214,7 +215,6 @@ impl Call {
             out_scales: None,
             layout,
             m_sum: plan.m_sum(),
-            alignment: plan.alignment(),
         };
         let gemm =
             Gemm::prepare(device, GemmConfig { format: case.format, kernel: case.kernel, activation: None }).unwrap();
@@ -334,9 +334,10 @@ fn every_row_tile_multiplies_hostile_layouts() {
 #[test]
 fn every_alignment_runs_with_every_row_tile() {
     let Some(device) = hopper() else { return };
-    for alignment in [4, 8, 16, 32, 64, 128] {
+    // What 4 does not divide: scales of segments that do not start on 16 bytes.
+    for alignment in [1, 2, 3, 4, 6, 8, 16, 32, 64, 128] {
         for kernel in [plain(32), sharing(64), sharing(192), WIDE_SHARING, LARGE] {
-            let counts = vec![alignment - 1, 1, alignment, 0, alignment + 1, 200];
+            let counts = vec![alignment - 1, 1, alignment, 0, alignment + 1, 200, 3];
             let case = Case { counts, alignment, n: 128, k: 256, format: WeightFormat::E4m3, kernel, seed: 2 };
             check(device, &case);
         }
@@ -453,8 +454,6 @@ fn what_does_not_fit_is_an_error_and_writes_nothing() {
     let launch = |gemm: &Gemm, operands: Operand| unsafe { gemm.launch(Stream(0), &operands.call(&call.weights)) };
     let error = launch(&call.gemm, Operand { rows: call.operands.rows.byte_add(8), ..call.operands }).unwrap_err();
     assert!(matches!(error, Error::Value { argument: "rows", .. }), "{error}");
-    let error = launch(&call.gemm, Operand { alignment: 6, ..call.operands }).unwrap_err();
-    assert!(matches!(error, Error::Alignment { actual: 6, .. }), "{error}");
     let wide =
         Gemm::prepare(device, GemmConfig { format: WeightFormat::Bf16, kernel: plain(16), activation: None }).unwrap();
     let error = launch(&wide, call.operands).unwrap_err();

@@ -5,7 +5,7 @@
 //! serving loop does. Functions return 0 or null on failure, and `expertile_error` then says what was wrong.
 
 use expertile::cuda::{
-    Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, Gemm, GemmCall, GemmConfig,
+    RowEnds, Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, Gemm, GemmCall, GemmConfig,
     GemmKernel, Layer, LayerCall, LayoutPtrs, QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig, RouteConfig,
     RoutingPtrs, RowsPtrs, STATE_BYTES, Stream, Unpermute, UnpermuteCall, UnpermuteConfig, Weights,
 };
@@ -61,15 +61,14 @@ pub struct GemmOperands {
     out_scales: Option<DevicePtr<f32>>,
     header: DevicePtr<i32>,
     worklist: DevicePtr<i32>,
-    psum: DevicePtr<i32>,
+    ends: RowEnds,
     m_sum: usize,
-    alignment: usize,
 }
 
 impl GemmOperands {
     fn call<'a>(&self, weights: &'a Weights) -> GemmCall<'a> {
-        let &Self { rows, scales, out, out_scales, header, worklist, psum, m_sum, alignment } = self;
-        GemmCall { weights, rows, scales, out, out_scales, header, worklist, psum, m_sum, alignment }
+        let &Self { rows, scales, out, out_scales, header, worklist, ends, m_sum } = self;
+        GemmCall { weights, rows, scales, out, out_scales, header, worklist, ends, m_sum }
     }
 }
 
@@ -337,7 +336,6 @@ pub unsafe extern "C" fn expertile_bind_gemm(
     worklist: u64,
     psum: u64,
     m_sum: usize,
-    alignment: usize,
 ) -> usize {
     let make = || {
         let config = GemmConfig {
@@ -355,9 +353,8 @@ pub unsafe extern "C" fn expertile_bind_gemm(
             out_scales: optional(out_scales),
             header: DevicePtr::new(header),
             worklist: DevicePtr::new(worklist),
-            psum: DevicePtr::new(psum),
+            ends: RowEnds::Psum(DevicePtr::new(psum)),
             m_sum,
-            alignment,
         };
         Ok(Bound::Gemm { step, weights, operands })
     };

@@ -22,6 +22,15 @@ pub(super) use config::values_of_block;
 pub use kernel::{FewRowsCut, GemmKernel, GemmShape, ROW_TILES};
 pub(super) use kernel::{LARGE_ROW_TILE, WIDE_ROW_TILE};
 
+/// Where an expert's rows end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowEnds {
+    /// [`super::LayoutPtrs::psum`]: an expert's rows stand together.
+    Psum(DevicePtr<i32>),
+    /// Of each entry of the worklist, the rows to the end of its segment: an expert may have several.
+    Tiles(DevicePtr<i32>),
+}
+
 /// What one call works on.
 #[derive(Debug, Clone, Copy)]
 pub struct GemmCall<'a> {
@@ -42,12 +51,10 @@ pub struct GemmCall<'a> {
     pub header: DevicePtr<i32>,
     /// [`super::LayoutPtrs::worklist`], of the tile's row tile.
     pub worklist: DevicePtr<i32>,
-    /// [`super::LayoutPtrs::psum`].
-    pub psum: DevicePtr<i32>,
+    /// Where the rows of each entry of the worklist end.
+    pub ends: RowEnds,
     /// `M_sum`
     pub m_sum: usize,
-    /// `A`: for e4m3 a multiple of 4, so that a segment's scales start on 16 bytes.
-    pub alignment: usize,
 }
 
 /// The kernel's `GemmArgs`, with as many maps of rows as any kernel has.
@@ -62,6 +69,7 @@ struct Arguments<const PATHS: usize> {
     header: u64,
     worklist: u64,
     psum: u64,
+    rows_left: u64,
     n: i32,
     k: i32,
     m_sum: i32,
@@ -120,8 +128,8 @@ impl Gemm {
     /// As [`super::Route::launch`]; the weights' memory outlives the launch.
     ///
     /// # Errors
-    /// [`Error::WeightFormat`] for weights of another format; [`Error::Value`] and [`Error::Alignment`] for what does
-    /// not fit the kernel; [`Error::Cuda`].
+    /// [`Error::WeightFormat`] for weights of another format; [`Error::Value`] for what does not fit the kernel;
+    /// [`Error::Cuda`].
     #[allow(unsafe_code)]
     pub unsafe fn launch(&self, stream: Stream, call: &GemmCall<'_>) -> Result<()> {
         self.check(call)?;
@@ -140,7 +148,8 @@ impl Gemm {
         }
     }
 
-    fn check(&self, call: &GemmCall<'_>) -> Result<()> {
+    /// Fails for what does not fit the kernel.
+    pub(super) fn check(&self, call: &GemmCall<'_>) -> Result<()> {
         let (weights, format) = (call.weights, self.config.format);
         if weights.format() != format {
             return Err(Error::WeightFormat {
@@ -159,7 +168,10 @@ impl Gemm {
         call.out.require_aligned("out", 16)?;
         call.header.require_aligned("header", 4)?;
         call.worklist.require_aligned("worklist", 8)?;
-        call.psum.require_aligned("psum", 4)?;
+        match call.ends {
+            RowEnds::Psum(psum) => psum.require_aligned("psum", 4)?,
+            RowEnds::Tiles(rows_left) => rows_left.require_aligned("rows_left", 4)?,
+        }
         if self.config.activation.is_some() {
             DevicePtr::require(call.out_scales, "out_scales", 4)?;
             if !weights.n().is_multiple_of(2 * WEIGHT_BLOCK) {
@@ -168,10 +180,6 @@ impl Gemm {
         }
         if format == WeightFormat::E4m3 {
             DevicePtr::require(call.scales, "scales", 16)?;
-            if call.alignment == 0 || !call.alignment.is_multiple_of(4) {
-                let expected = "a multiple of 4 for e4m3 rows on a GPU".into();
-                return Err(Error::Alignment { actual: call.alignment, expected });
-            }
             let words = checked_mul("scales", call.m_sum.next_multiple_of(4), weights.k().div_ceil(WEIGHT_BLOCK))?;
             require_int("scales", words)?;
         }
@@ -193,6 +201,10 @@ impl Gemm {
             *map = TensorMap::encode(call.rows.address(), bytes, 2, (1, call.m_sum, k), box_rows)?;
         }
         let box_rows = self.config.weight_box_rows();
+        let (psum, rows_left) = match call.ends {
+            RowEnds::Psum(psum) => (psum.address(), 0),
+            RowEnds::Tiles(rows_left) => (0, rows_left.address()),
+        };
         let arguments = Arguments {
             weights: TensorMap::encode(weights.values().address(), bytes, 3, (weights.experts(), n, k), box_rows)?,
             rows,
@@ -202,7 +214,8 @@ impl Gemm {
             out_scales: DevicePtr::or_null(call.out_scales),
             header: call.header.address(),
             worklist: call.worklist.address(),
-            psum: call.psum.address(),
+            psum,
+            rows_left,
             n: require_int("n", n)?,
             k: require_int("k", k)?,
             m_sum: require_int("m_sum", call.m_sum)?,

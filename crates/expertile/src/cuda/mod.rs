@@ -44,7 +44,7 @@ pub use call::{DeviceMatrix, LayoutPtrs, RoutingPtrs, RowsPtrs};
 pub use driver::{
     Compiler, CubinCache, Device, DeviceBuffer, DevicePtr, Graph, Info, Resources, Source, Stream, availability,
 };
-pub use gemm::{FewRowsCut, Gemm, GemmCall, GemmConfig, GemmKernel, GemmShape, ROW_TILES};
+pub use gemm::{FewRowsCut, Gemm, GemmCall, GemmConfig, GemmKernel, GemmShape, ROW_TILES, RowEnds};
 pub use layer::{ALIGNMENT, CapturedLayer, Layer, LayerCall, LayerChoice, LayerParts, Workspace};
 pub use permute::{Permute, PermuteCall, PermuteConfig};
 pub use quantize_permute::{QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig};

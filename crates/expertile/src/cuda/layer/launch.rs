@@ -6,7 +6,7 @@ use crate::cuda::activation::ActivateCall;
 use crate::cuda::arguments::require_columns;
 use crate::cuda::call::{DeviceMatrix, RoutingPtrs, RowsPtrs};
 use crate::cuda::driver::{Device, DevicePtr, Stream};
-use crate::cuda::gemm::GemmCall;
+use crate::cuda::gemm::{GemmCall, RowEnds};
 use crate::cuda::permute::{Permute, PermuteCall, PermuteConfig};
 use crate::cuda::quantize_permute::{QuantizePermute, QuantizePermuteCall};
 use crate::cuda::route::{Route, RouteCall};
@@ -219,9 +219,8 @@ impl CheckedCall<'_> {
             out_scales,
             header: layout.header,
             worklist: layout.worklist,
-            psum: layout.psum,
+            ends: RowEnds::Psum(layout.psum),
             m_sum: self.choice.plan.m_sum(),
-            alignment: self.choice.plan.alignment(),
         }
     }
 

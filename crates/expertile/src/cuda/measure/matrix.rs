@@ -4,7 +4,7 @@ use super::clock::Clock;
 use super::random_bytes;
 use crate::cuda::{
     ALIGNMENT, Device, DeviceBuffer, DeviceMatrix, Gemm, GemmCall, GemmConfig, GemmKernel, GemmShape, LayoutPtrs,
-    Route, RouteCall, RouteConfig, RoutingPtrs, STATE_BYTES, Stream, Weights,
+    Route, RouteCall, RouteConfig, RoutingPtrs, RowEnds, STATE_BYTES, Stream, Weights,
 };
 use crate::dtype::Dtype;
 use crate::error::Result;
@@ -54,9 +54,8 @@ pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<
             out_scales: None,
             header: layout.header,
             worklist: layout.worklist,
-            psum: layout.psum,
+            ends: RowEnds::Psum(layout.psum),
             m_sum: plan.m_sum(),
-            alignment: plan.alignment(),
         };
         route.initialise_state(Stream(0), state.ptr())?;
         route.launch(Stream(0), &route_call)?;

@@ -7,7 +7,8 @@ use crate::activation::Activation;
 use crate::cuda::layer::each_at_once;
 use crate::cuda::{
     ALIGNMENT, Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, Gemm, GemmCall, GemmConfig,
-    GemmKernel, LayoutPtrs, ROW_TILES, Route, RouteCall, RouteConfig, RoutingPtrs, STATE_BYTES, Stream, Weights, route,
+    GemmKernel, LayoutPtrs, ROW_TILES, Route, RouteCall, RouteConfig, RoutingPtrs, RowEnds, STATE_BYTES, Stream,
+    Weights, route,
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_mul};
@@ -303,9 +304,8 @@ impl Call {
             out_scales: activated.then(|| self.out_scales.ptr().cast()),
             header: layout.header,
             worklist: layout.worklist,
-            psum: layout.psum,
+            ends: RowEnds::Psum(layout.psum),
             m_sum: self.plan.m_sum(),
-            alignment: self.plan.alignment(),
         }
     }
 

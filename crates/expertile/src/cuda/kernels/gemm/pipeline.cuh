@@ -84,7 +84,8 @@ struct TileLoads {
     u64 keep_weights;
     int map;            // of rows
     u32 operand_bytes;  // of a block of K
-    u32 scale_bytes;
+    u32 scale_bytes;    // that come by a bulk copy, which starts on 16 bytes; else 0, and scales are copied one by one
+    int scaled_rows;
     int next_weights;  // distance from one box of weights to the next
     int next_scales;   // from its scale to the next's
     int row_scales_stride;
@@ -101,7 +102,8 @@ struct TileLoads {
         const int rows = (map + 1) * Config::ROW_STEP;
         row_scales_stride = (a.m_sum + 3) & ~3;
         operand_bytes = Config::OUTPUTS * ROW_BYTES + rows * ROW_BYTES;
-        scale_bytes = min(rows, row_scales_stride - tile.first) * 4;
+        scaled_rows = min(rows, row_scales_stride - tile.first);
+        scale_bytes = tile.first % 4 == 0 ? scaled_rows * 4 : 0;
         // There are fewer than 2^31 scales: the host has checked.
         row_scales = a.row_scales + ((u32)first_block * row_scales_stride + tile.first);
         weight_scales =
@@ -139,7 +141,12 @@ struct TileLoads {
     // Loads the next block's scales, and arrives once those of the weights have landed.
     template <typename Ring>
     __device__ __forceinline__ void load_scales(const Ring& ring) {
-        copy_bytes(ring.row_scales(), row_scales, scale_bytes, ring.full());
+        if (scale_bytes > 0) {
+            copy_bytes(ring.row_scales(), row_scales, scale_bytes, ring.full());
+        } else {
+#pragma unroll 1
+            for (int row = 0; row < scaled_rows; ++row) copy_word(ring.row_scales() + row * 4, row_scales + row);
+        }
 #pragma unroll
         for (int box = 0; box < Config::WEIGHT_BOXES; ++box)
             copy_word(ring.weight_scales() + box * 4, weight_scales + box * next_scales);

@@ -15,7 +15,9 @@ struct GemmArgs {
     float* out_scales;                 // with an activation [n / 256, m_sum rounded up to 4]
     int* header;                       // word 2: number of row tiles; word 3: 0, and 0 again when the launch is over
     const int2* worklist;              // (expert, first row) of each row tile
-    const int* psum;                   // end of each expert's live rows
+    const int* psum;                   // end of each expert's live rows, where an expert has one segment; else null
+    const int* rows_left;  // without psum: of each entry of the worklist, rows to its segment's end, or more
+                           // than a tile has
     int n;
     int k;
     int m_sum;
@@ -56,7 +58,7 @@ struct TileOrder {
         // Rotated by one for each column: else a block could meet the short last tile of an expert every time.
         const int index = before + (place + place / in_group) % in_group;
         const int2 entry = a.worklist[index];
-        const int left = a.psum[entry.x] - entry.y;
+        const int left = a.psum != nullptr ? a.psum[entry.x] - entry.y : a.rows_left[index];
         const bool read_once = left <= Config::ROW_TILE && (index == 0 || a.worklist[index - 1].x != entry.x);
         const int column = place / in_group * Config::CLUSTER_COLUMNS + (Config::CLUSTER_COLUMNS > 1 ? rank : 0);
         return Tile{read_once ? entry.x | READ_ONCE : entry.x, entry.y, min(max(left, 1), Config::ROW_TILE),
