@@ -112,6 +112,18 @@ pub enum Error {
         /// The number of local experts.
         local_experts: usize,
     },
+    /// A row's expert that is not a local one.
+    #[error(
+        "m_indices[{row}] is {id}, expected a local expert below {local_experts} (or a negative value for padding)"
+    )]
+    RowExpert {
+        /// The row.
+        row: usize,
+        /// The id found there.
+        id: i32,
+        /// The number of local experts.
+        local_experts: usize,
+    },
     /// A slot's row that the permuted buffer does not have.
     #[error("inv_perm[{token}, {slot}] is {row}, expected a row below {rows} (or a negative one for an empty slot)")]
     SlotRow {

@@ -8,6 +8,10 @@ use crate::error::{Error, Result, checked_add, checked_mul, require_len};
 use crate::plan::{Plan, round_up};
 use crate::routing::{Routing, require_experts};
 
+mod segments;
+
+pub use segments::Segments;
+
 /// What becomes of the activation rows that are padding. (Scales of padding are always zero.)
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Padding {
@@ -223,18 +227,11 @@ impl<'a> Layout<'a> {
         let plan = Plan::with_m_sum(0, 1, psum.len(), alignment, m_sum)?;
         let mut previous_end = 0usize;
         for (expert, &end) in psum.iter().enumerate() {
-            let start = round_up(previous_end, alignment)?;
-            let end = usize::try_from(end).ok().filter(|&end| end >= start).ok_or_else(|| Error::Count {
-                argument: "psum",
-                expert,
-                actual: i64::from(end),
-                expected: format!("at least {start}, the start of the expert's segment"),
-            })?;
-            let needed = round_up(end, alignment)?;
+            previous_end = segments::rows_of_expert(expert, end, previous_end, alignment)?.end;
+            let needed = round_up(previous_end, alignment)?;
             if needed > m_sum {
                 return Err(Error::MSum { m_sum, needed, alignment });
             }
-            previous_end = end;
         }
         let mut lists = Lists::carve(space, &plan)?;
         lists.psum.copy_from_slice(psum);

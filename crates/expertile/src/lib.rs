@@ -24,7 +24,7 @@ pub use dtype::{Dtype, E4m3, Float, RowElement};
 pub use error::{Error, Result};
 pub use gemm::{ActivationFormat, GateUpOrder, WeightFormat};
 pub use layer::{LayerConfig, LayerShape, Stage, StageCost};
-pub use layout::{Layout, Padding};
+pub use layout::{Layout, Padding, Segments};
 pub use matrix::MatrixRef;
 pub use plan::{Plan, TokenExperts};
 pub use quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut};

@@ -21,11 +21,12 @@ use super::{Cpu, disjoint::Disjoint};
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result, checked_add, checked_mul, require_exact, require_len};
 use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
-use crate::layout::Layout;
+use crate::layout::{Layout, Segments};
 use crate::quantize::{Group, Scales};
 use half::bf16;
 use packing::{Panel, PanelWeights};
 use rayon::prelude::*;
+use std::ops::Range;
 use tiles::{BLOCK_ROWS, PackedRows, ROW_BLOCK_WORDS, RowBlock};
 
 #[cfg(test)]
@@ -114,20 +115,63 @@ pub fn grouped_gemm_with_bias(
     workspace: &mut [u8],
     out: &mut [bf16],
 ) -> Result<()> {
-    check(layout, activations, weights, workspace.len(), out.len())?;
+    let extent = Extent { experts: layout.local_experts(), m_sum: layout.m_sum(), live_rows: layout.live_rows() };
+    let segments = (0..extent.experts).map(|expert| (expert, layout.expert_rows(expert)));
+    check(extent, activations, weights, workspace.len(), out.len())?;
     if let Some(bias) = bias {
         require_exact("bias", bias.len(), &[weights.experts(), weights.n()])?;
     }
+    multiply_segments(cpu, extent, segments, activations, weights, bias, workspace, out);
+    Ok(())
+}
+
+/// [`grouped_gemm`] of rows that came in their places.
+///
+/// # Errors
+/// As [`grouped_gemm_with_bias`].
+pub fn grouped_gemm_of_segments(
+    cpu: &Cpu,
+    segments: &Segments<'_>,
+    activations: Activations<'_>,
+    weights: &PackedWeights,
+    workspace: &mut [u8],
+    out: &mut [bf16],
+) -> Result<()> {
+    let extent = Extent { experts: segments.local_experts(), m_sum: segments.m_sum(), live_rows: segments.live_rows() };
+    check(extent, activations, weights, workspace.len(), out.len())?;
+    multiply_segments(cpu, extent, segments.iter(), activations, weights, None, workspace, out);
+    Ok(())
+}
+
+/// How many experts, rows and live rows there are.
+#[derive(Debug, Clone, Copy)]
+struct Extent {
+    experts: usize,
+    m_sum: usize,
+    live_rows: usize,
+}
+
+/// The product, checked.
+fn multiply_segments(
+    cpu: &Cpu,
+    Extent { m_sum, live_rows, .. }: Extent,
+    segments: impl Iterator<Item = (usize, Range<usize>)>,
+    activations: Activations<'_>,
+    weights: &PackedWeights,
+    bias: Option<&[f32]>,
+    workspace: &mut [u8],
+    out: &mut [bf16],
+) {
     let k = weights.k();
     let start = workspace.as_ptr().align_offset(WORKSPACE_ALIGN_BYTES);
-    let words = layout.live_rows() * (ROW_BLOCK_WORDS + k.div_ceil(2) + scale_words(activations.format(), k));
+    let words = live_rows * (ROW_BLOCK_WORDS + k.div_ceil(2) + scale_words(activations.format(), k));
     let words: &mut [u32] = bytemuck::cast_slice_mut(&mut workspace[start..start + words * size_of::<u32>()]);
-    let (blocks, words) = words.split_at_mut(layout.live_rows() * ROW_BLOCK_WORDS);
-    let (pairs, scales) = words.split_at_mut(layout.live_rows() * k.div_ceil(2));
-    let blocks = tiles::cut_into_blocks(layout, bytemuck::cast_slice_mut(blocks));
+    let (blocks, words) = words.split_at_mut(live_rows * ROW_BLOCK_WORDS);
+    let (pairs, scales) = words.split_at_mut(live_rows * k.div_ceil(2));
+    let blocks = tiles::cut_into_blocks(segments, bytemuck::cast_slice_mut(blocks));
     cpu.install(|| {
         let scales = bytemuck::cast_slice_mut(scales);
-        let rows = tiles::pack_rows(blocks, activations, (layout.m_sum(), k), pairs, scales);
+        let rows = tiles::pack_rows(blocks, activations, (m_sum, k), pairs, scales);
         let (out, panels) = (Disjoint::new(out), weights.panels());
         (0..blocks.len() * panels).into_par_iter().for_each_init(
             || [[0.0; PANEL]; BLOCK_ROWS],
@@ -140,20 +184,19 @@ pub fn grouped_gemm_with_bias(
             },
         );
     });
-    Ok(())
 }
 
 fn check(
-    layout: &Layout<'_>,
+    Extent { experts, m_sum, live_rows }: Extent,
     activations: Activations<'_>,
     weights: &PackedWeights,
     workspace: usize,
     out: usize,
 ) -> Result<()> {
-    let (m_sum, k) = (layout.m_sum(), weights.k());
-    if layout.local_experts() != weights.experts() {
+    let k = weights.k();
+    if experts != weights.experts() {
         let expected = format!("{}, as many as the weights have", weights.experts());
-        return Err(Error::value("local_experts", layout.local_experts(), expected));
+        return Err(Error::value("local_experts", experts, expected));
     }
     let len = match activations {
         Activations::Bf16(rows) => rows.len(),
@@ -172,7 +215,7 @@ fn check(
     };
     require_len("activations", len, checked_mul("M_sum * K", m_sum, k)?)?;
     require_len("out", out, checked_mul("M_sum * N", m_sum, weights.n())?)?;
-    let needed = grouped_gemm_workspace_bytes(layout.live_rows(), k, activations.format())?;
+    let needed = grouped_gemm_workspace_bytes(live_rows, k, activations.format())?;
     require_len("workspace", workspace, needed)
 }
 

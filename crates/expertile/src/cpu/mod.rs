@@ -19,7 +19,7 @@ mod workspace;
 pub use activation::{activate, activate_quantize};
 pub use arch::Isa;
 pub use gemm::{
-    Activations, PackedWeights, PackedWeightsBuilder, grouped_gemm, grouped_gemm_with_bias,
+    Activations, PackedWeights, PackedWeightsBuilder, grouped_gemm, grouped_gemm_of_segments, grouped_gemm_with_bias,
     grouped_gemm_workspace_bytes,
 };
 pub use layer::{ALIGNMENT, Layer, LayerChoice, SharedExpert, StageDone};

@@ -2,7 +2,7 @@
 
 use expertile::cpu::{
     self, Activations, Cpu, Isa, Layer, PackedWeights, PackedWeightsBuilder, RowScales, SharedExpert, grouped_gemm,
-    grouped_gemm_with_bias, grouped_gemm_workspace_bytes,
+    grouped_gemm_of_segments, grouped_gemm_with_bias, grouped_gemm_workspace_bytes,
 };
 use expertile::plan::{
     compute_aligned_m, compute_aligned_m_and_alignment, expert_num_tokens_round_up_and_sum, round_up, tight_m_sum,
@@ -10,7 +10,7 @@ use expertile::plan::{
 use expertile::{
     Activation, ActivationFormat, AlignmentRule, Arch, Dtype, E4m3, Error, GateUpOrder, Group, GroupWorth, Groups,
     LayerConfig, LayerShape, Layout, MatrixRef, Padding, Plan, Result, Router, Routing, ScaleFormat, ScaleLayout,
-    ScaleRounding, Scales, ScalesMut, Scoring, TokenExperts, WeightFormat,
+    ScaleRounding, Scales, ScalesMut, Scoring, Segments, TokenExperts, WeightFormat,
 };
 use half::bf16;
 use std::collections::BTreeSet;
@@ -677,6 +677,26 @@ fn swiglu(alpha: f32, beta: f32, limit: Option<f32>) -> Result<()> {
     activated(Activation::Swiglu { alpha, beta, limit })
 }
 
+/// The GEMM of rows that came in their places, each of them of the first of two experts.
+fn of_segments(out: &mut Outputs, segments: Result<Segments<'_>>, rows: usize) -> Result<()> {
+    let (weights, rows) = (bf16_weights([2, 64, 48]), vec![bf16::ZERO; rows * 48]);
+    let mut workspace = vec![0; 1 << 14];
+    let activations = Activations::Bf16(&rows);
+    grouped_gemm_of_segments(&Cpu::new(), &segments?, activations, &weights, &mut workspace, &mut out.bf16)
+}
+
+const SEGMENTS: &[Refusal] = &[
+    ("RowExpert", "m_indices[1] is 2, expected a local expert below 2 (or a negative value for padding)", |out| {
+        of_segments(out, Segments::from_m_indices(&[0, 2, -1, 5], 2), 4)
+    }),
+    ("Value", "local_experts is 0", |out| of_segments(out, Segments::from_m_indices(&[-1], 0), 1)),
+    ("Value", "local_experts is 3, expected 2", |out| of_segments(out, Segments::from_m_indices(&[0], 3), 1)),
+    ("Count", "psum[1] is 3, expected at least 4", |out| of_segments(out, Segments::from_psum(&[2, 3], 4, 8), 8)),
+    ("Count", "psum[1] is 9, expected at most 8", |out| of_segments(out, Segments::from_psum(&[2, 9], 4, 8), 8)),
+    ("Alignment", "alignment is 0", |out| of_segments(out, Segments::from_psum(&[2, 3], 0, 8), 8)),
+    ("BufferTooSmall", "activations holds 336 elements", |out| of_segments(out, Segments::from_psum(&[2, 8], 4, 8), 7)),
+];
+
 const LAYER: &[Refusal] = &[
     ("Parameter", "alpha is NaN, expected a finite number", |_| swiglu(f32::NAN, 0.0, None)),
     ("Parameter", "beta is -inf, expected a finite number", |_| swiglu(1.0, f32::NEG_INFINITY, None)),
@@ -826,6 +846,7 @@ fn variant(error: &Error) -> &'static str {
         Error::Name { .. } => "Name",
         Error::ExpertId { .. } => "ExpertId",
         Error::MapEntry { .. } => "MapEntry",
+        Error::RowExpert { .. } => "RowExpert",
         Error::SlotRow { .. } => "SlotRow",
         Error::Count { .. } => "Count",
         Error::MSum { .. } => "MSum",
@@ -853,6 +874,7 @@ fn tables() -> Vec<Refusal> {
         UNGATED,
         UNPERMUTE,
         UNPERMUTE_SLOTS,
+        SEGMENTS,
         LAYER,
         MACHINE,
     ]

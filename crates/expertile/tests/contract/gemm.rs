@@ -4,12 +4,12 @@ use crate::cases::{Strided, Strides, exact, machines};
 use crate::routings::{RoutingCase, config, routings};
 use crate::weights::{Part, Weights, reordered};
 use expertile::cpu::{
-    Activations, Cpu, Isa, PackedWeights, PackedWeightsBuilder, grouped_gemm, grouped_gemm_with_bias,
-    grouped_gemm_workspace_bytes,
+    Activations, Cpu, Isa, PackedWeights, PackedWeightsBuilder, grouped_gemm, grouped_gemm_of_segments,
+    grouped_gemm_with_bias, grouped_gemm_workspace_bytes,
 };
 use expertile::{
     ActivationFormat, E4m3, GateUpOrder, Group, Layout, MatrixRef, ScaleFormat, ScaleLayout, ScaleRounding, Scales,
-    WeightFormat,
+    Segments, WeightFormat,
 };
 use expertile_oracle as oracle;
 use expertile_testkit::Random;
@@ -122,7 +122,64 @@ fn multiply(cpu: &Cpu, layout: &Layout<'_>, rows: &Rows, weights: &PackedWeights
     let mut workspace = vec![0xff; bytes + 1];
     let mut out = vec![POISON; layout.m_sum() * weights.n() + 3];
     grouped_gemm(cpu, layout, activations, weights, &mut workspace[1..], &mut out).unwrap();
+    // The same rows with either list in the layout's place.
+    let by_psum = Segments::from_psum(layout.psum(), layout.alignment(), layout.m_sum()).unwrap();
+    let by_row = Segments::from_m_indices(layout.m_indices(), layout.local_experts()).unwrap();
+    for segments in [by_psum, by_row] {
+        let mut again = vec![POISON; out.len()];
+        let workspace = &mut workspace[1..];
+        grouped_gemm_of_segments(cpu, &segments, activations, weights, workspace, &mut again).unwrap();
+        assert!(again.iter().zip(&out).all(|(a, b)| a.to_bits() == b.to_bits()), "{segments:?}");
+    }
     out
+}
+
+/// Rows in any order, padding among them: each has the bits that it has in its place in a layout.
+#[test]
+fn a_rows_bits_do_not_depend_on_its_place() {
+    let mut random = Random::new(5);
+    let (experts, n, k) = (3, 40, 256);
+    let psum = [5, 8, 40];
+    let mut space = [0; 3 * 3 + 48];
+    let layout = Layout::from_psum(&psum, 8, 48, &mut space).unwrap();
+    for format in [None, Some(ScaleFormat::HOPPER)] {
+        let weights = if format.is_some() { WeightFormat::E4m3 } else { WeightFormat::Bf16 };
+        let weights = Weights::random(weights, [experts, n, k], 3).pack(&Cpu::new());
+        let rows = Rows::random(layout.m_indices(), k, format, 4);
+        let expected = multiply(&Cpu::new(), &layout, &rows, &weights);
+        let mut order: Vec<usize> = (0..layout.m_sum()).collect();
+        random.shuffle(&mut order);
+        let m_indices: Vec<i32> = order.iter().map(|&row| layout.m_indices()[row]).collect();
+        let pick = |width: usize| order.iter().flat_map(move |&row| row * width..(row + 1) * width);
+        let (bf16_rows, e4m3_rows): (Vec<bf16>, Vec<E4m3>) = match format {
+            None => (pick(k).map(|at| rows.bf16[at]).collect(), vec![]),
+            Some(_) => (vec![], pick(k).map(|at| rows.e4m3[at]).collect()),
+        };
+        let row_major = ScaleFormat::new(Group::G128, ScaleLayout::RowMajor, ScaleRounding::Exact).unwrap();
+        let groups = k / 128;
+        let of = |row: usize, group: usize| rows.f32_scales[ScaleFormat::HOPPER.word(row, group, 48, groups)];
+        let scales: Vec<f32> = match format {
+            None => vec![],
+            Some(_) => order
+                .iter()
+                .flat_map(|&row| (0..groups).map(move |group| (row, group)))
+                .map(|(r, g)| of(r, g))
+                .collect(),
+        };
+        let activations = match format {
+            None => Activations::Bf16(&bf16_rows),
+            Some(_) => Activations::E4m3 { rows: &e4m3_rows, scales: Scales::f32(row_major, &scales) },
+        };
+        let segments = Segments::from_m_indices(&m_indices, experts).unwrap();
+        assert!(segments.iter().count() > 10, "there are many segments");
+        let bytes = grouped_gemm_workspace_bytes(segments.live_rows(), k, activations.format()).unwrap();
+        let (mut workspace, mut out) = (vec![0xff; bytes], vec![POISON; 48 * n]);
+        grouped_gemm_of_segments(&Cpu::new(), &segments, activations, &weights, &mut workspace, &mut out).unwrap();
+        for (place, &row) in order.iter().enumerate() {
+            let [mine, of_layout] = [&out[place * n..][..n], &expected[row * n..][..n]];
+            assert!(mine.iter().zip(of_layout).all(|(a, b)| a.to_bits() == b.to_bits()), "row {row} at {place}");
+        }
+    }
 }
 
 fn check(

@@ -9,7 +9,6 @@ use crate::cpu::arch::gemm::E4M3_AS_BF16;
 use crate::cpu::arch::panel::{BLOCK_PAIRS, MAX_ROWS};
 use crate::cpu::disjoint::Disjoint;
 use crate::gemm::WEIGHT_BLOCK;
-use crate::layout::Layout;
 use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -63,12 +62,14 @@ fn parts(len: usize, most: usize) -> impl Iterator<Item = Range<usize>> + Clone 
     (0..count).map(move |part| part * len / count..(part + 1) * len / count)
 }
 
-/// Writes the blocks of a layout into the start of `space` (one for each live row will do) and returns them.
-pub(super) fn cut_into_blocks<'a>(layout: &Layout<'_>, space: &'a mut [RowBlock]) -> &'a [RowBlock] {
+/// Writes the blocks of experts' rows into the start of `space` (one for each live row will do) and returns them.
+pub(super) fn cut_into_blocks(
+    segments: impl Iterator<Item = (usize, Range<usize>)>,
+    space: &mut [RowBlock],
+) -> &[RowBlock] {
     let mut count = 0;
     let mut live_row = 0;
-    for expert in 0..layout.local_experts() {
-        let rows = layout.expert_rows(expert);
+    for (expert, rows) in segments {
         for part in parts(rows.len(), BLOCK_ROWS) {
             space[count] = RowBlock {
                 expert: expert as u32,
