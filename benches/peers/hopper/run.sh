@@ -4,8 +4,8 @@
 #
 #   run.sh FOLDER PART...
 #
-# FOLDER holds the test binaries (unit, cuda_kernels, cuda_gemm, cuda_layer), the command expertile and
-# libexpertile_vllm_gpu.so; a part is one of: arithmetic, kernels, sanitize, tiles, promise, split, rivals, invariant,
+# FOLDER holds the test binaries (unit, cuda_kernels, cuda_gemm, cuda_grouped_gemm, cuda_layer), the command expertile
+# and libexpertile_vllm_gpu.so; a part is one of: arithmetic, kernels, sanitize, tiles, promise, split, rivals, invariant,
 # alone, compare, sweep, layer. PEER_DIR names the pieces of the peers, DG_JIT_CACHE_DIR where DeepGEMM keeps what it
 # compiles. RIVALS and INVARIANT give options to the parts of these names, LAYER to the last two. tiles: by how much the
 # choice of tiles misses the best, on the seeds in SEEDS; promise: what it costs that K is never split by a call's size,
@@ -38,13 +38,13 @@ for name in "$@"; do
         part arithmetic 120 "$folder/unit" cuda --nocapture
         grep -E "^test |panicked|skipped|disagree|first is" "$out/arithmetic.log" ;;
     kernels)
-        for tests in cuda_kernels cuda_gemm cuda_layer; do
+        for tests in cuda_kernels cuda_gemm cuda_grouped_gemm cuda_layer; do
             part "$tests" 120 "$folder/$tests" --nocapture --test-threads 6
             grep -E "^test |panicked|skipped| is .*, expected|Resources" "$out/$tests.log" | cut -c1-400
         done ;;
     sanitize)
         # racecheck does not follow an mbarrier at which one lane arrives for its warp, which is how the GEMM's warps meet.
-        for check in cuda_kernels:{memcheck,racecheck,initcheck,synccheck} cuda_gemm:{memcheck,initcheck,synccheck}; do
+        for check in cuda_kernels:{memcheck,racecheck,initcheck,synccheck} cuda_{gemm,grouped_gemm}:{memcheck,initcheck,synccheck}; do
             tests=${check%%:*} tool=${check##*:}
             part "$tests-$tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/$tests" --test-threads 1 sanitizer
             tail -n 3 "$out/$tests-$tool.log"

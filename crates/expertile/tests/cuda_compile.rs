@@ -5,8 +5,8 @@
 mod on_device;
 
 use expertile::cuda::{
-    ActivateConfig, Compiler, GemmConfig, GemmKernel, PermuteConfig, QuantizePermuteConfig, RouteConfig, Source,
-    UnpermuteConfig,
+    ActivateConfig, Compiler, GemmConfig, GemmKernel, Grouping, PermuteConfig, QuantizePermuteConfig, RouteConfig,
+    Source, UnpermuteConfig,
 };
 use expertile::{Activation, Dtype, Error, Group, Padding, ScaleFormat, ScaleLayout, ScaleRounding, WeightFormat};
 use std::path::PathBuf;
@@ -84,6 +84,7 @@ fn sources() -> Vec<Source> {
     for format in [None, Some(ScaleFormat::HOPPER)] {
         sources.push(ActivateConfig { intermediate: 2048, activation: Activation::default(), format }.source());
     }
+    sources.extend([Grouping::Psum { alignment: 1 }, Grouping::MIndices].map(|grouping| Ok(grouping.source())));
     sources.into_iter().map(|source| source.unwrap()).collect()
 }
 

@@ -8,6 +8,7 @@ mod config;
 mod launch;
 mod run;
 
+pub(in crate::cuda) use choice::alike;
 pub use choice::{LayerChoice, LayerParts};
 pub use run::{CapturedLayer, Workspace};
 

@@ -7,6 +7,8 @@
 //! | routing to quantized rows, one launch for few slots | [`QuantizePermute`] | `rows/quantize_permute.cu` |
 //! | permute of rows as they are | [`Permute`] | `rows/permute.cu` |
 //! | grouped GEMM | [`Gemm`] | `gemm/sm90_gemm_*.cu`, three of them |
+//! | its worklist, of rows that came in their places | [`ListTiles`] | `route/list_tiles.cu` |
+//! | both of these | [`GroupedGemm`] | |
 //! | activation, quantized or not | [`Activate`] | `rows/activation.cu` |
 //! | unpermute | [`Unpermute`] | `rows/unpermute.cu` |
 //! | the whole layer | [`Layer`] | all of them |
@@ -17,7 +19,7 @@
 //! A prepared step takes a [`Plan`](crate::Plan), raw device addresses and a raw [`Stream`]. It checks what the host
 //! can see, launches, and returns: it allocates nothing, never waits, and can be captured in a graph. What only a
 //! kernel can see (an expert id past the limit) is kept in the state and comes back from [`Route::check`] or
-//! [`QuantizePermute::check`] (or [`Layer::check`]); until then nothing was read or written outside the buffers.
+//! [`QuantizePermute::check`] (or [`Layer::check`], [`GroupedGemm::check`]); until then nothing was read or written outside the buffers.
 //! Results are the CPU backend's, bit for bit (where a result is NaN, a NaN); only the sums of the GEMM have an order
 //! of their own.
 
@@ -31,7 +33,9 @@ mod cost;
 mod definitions;
 mod driver;
 mod gemm;
+mod grouped_gemm;
 mod layer;
+mod list_tiles;
 pub mod measure;
 mod permute;
 mod quantize_permute;
@@ -45,7 +49,9 @@ pub use driver::{
     Compiler, CubinCache, Device, DeviceBuffer, DevicePtr, Graph, Info, Resources, Source, Stream, availability,
 };
 pub use gemm::{FewRowsCut, Gemm, GemmCall, GemmConfig, GemmKernel, GemmShape, ROW_TILES, RowEnds};
+pub use grouped_gemm::{GroupedGemm, GroupedGemmCall, GroupedGemmShape, expected_rows};
 pub use layer::{ALIGNMENT, CapturedLayer, Layer, LayerCall, LayerChoice, LayerParts, Workspace};
+pub use list_tiles::{Grouping, ListTiles, ListTilesCall, TileLists};
 pub use permute::{Permute, PermuteCall, PermuteConfig};
 pub use quantize_permute::{QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig};
 pub use route::{Route, RouteCall, RouteConfig, STATE_BYTES};

@@ -267,7 +267,8 @@ fn elements<T: Copy>(matrix: MatrixRef<'_, T>) -> impl Iterator<Item = T> + '_ {
     (0..matrix.rows()).flat_map(move |row| (0..matrix.cols()).map(move |col| matrix.get(row, col)))
 }
 
-fn check_sizes(experts: usize, n: usize, k: usize) -> Result<()> {
+/// Fails for sizes that the kernels do not take.
+pub(super) fn check_sizes(experts: usize, n: usize, k: usize) -> Result<()> {
     require_experts(experts)?;
     if n == 0 || !n.is_multiple_of(8) {
         return Err(Error::value("n", n, "a positive multiple of 8 on a GPU"));

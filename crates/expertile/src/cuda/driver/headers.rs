@@ -4,7 +4,7 @@
 use std::ffi::CStr;
 
 /// `(name, text)` of every header.
-pub(super) const HEADERS: [(&CStr, &str); 15] = [
+pub(super) const HEADERS: [(&CStr, &str); 16] = [
     (c"common/activation.cuh", include_str!("../kernels/common/activation.cuh")),
     (c"common/quantize.cuh", include_str!("../kernels/common/quantize.cuh")),
     (c"common/scales.cuh", include_str!("../kernels/common/scales.cuh")),
@@ -19,6 +19,7 @@ pub(super) const HEADERS: [(&CStr, &str); 15] = [
     (c"ptx/hopper.cuh", include_str!("../kernels/ptx/hopper.cuh")),
     (c"ptx/wgmma.cuh", include_str!("../kernels/ptx/wgmma.cuh")),
     (c"route/route.cuh", include_str!("../kernels/route/route.cuh")),
+    (c"route/scan.cuh", include_str!("../kernels/route/scan.cuh")),
     (c"rows/rows.cuh", include_str!("../kernels/rows/rows.cuh")),
 ];
 

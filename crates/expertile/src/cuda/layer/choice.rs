@@ -120,7 +120,7 @@ impl Tiles {
 }
 
 /// The least number of tokens that has the same tiles: of each power of two on its way to the next, every eighth.
-fn alike(tokens: usize) -> usize {
+pub(in crate::cuda) fn alike(tokens: usize) -> usize {
     let step = tokens.max(8).ilog2() - 3;
     (tokens >> step << step).max(1)
 }

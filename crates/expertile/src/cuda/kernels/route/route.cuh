@@ -3,6 +3,7 @@
 #pragma once
 #include "common/search.cuh"
 #include "ptx/access.cuh"
+#include "route/scan.cuh"
 
 constexpr int MAX_EXPERTS = HOST_MAX_EXPERTS;
 
@@ -133,17 +134,6 @@ __device__ __forceinline__ int rank_in_warp(int expert, int experts, u16* seen) 
     if (expert >= 0 && (peers >> lane) == 1u) seen[expert] = (u16)(before + __popc(peers));
     __syncwarp();
     return before + __popc(peers & ((1u << lane) - 1u));
-}
-
-template <typename T>
-__device__ __forceinline__ T scan_warp(T x) {
-    const int lane = lane_of_thread();
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-        const T below = __shfl_up_sync(WARP, x, distance);
-        if (lane >= distance) x += below;
-    }
-    return x;
 }
 
 // From the experts' totals to the starts of their segments (multiples of `alignment`) and tiles, by a scan over all of
