@@ -56,13 +56,42 @@ def test_a_gemm_that_picks_a_tile_per_call_shrinks_the_alignment():
     assert deep_gemm_utils.compute_aligned_M_and_alignment(4, 8, 16, 128, None) == (2176, 128)
 
 
-def test_a_module_without_the_functions_is_an_error_and_replaces_nothing():
+def test_a_module_without_the_main_functions_is_an_error_and_replaces_nothing():
     utils = importlib.import_module(UTILS)
     original = utils.compute_aligned_M
-    del utils.ep_gather
-    with pytest.raises(ImportError, match="has no ep_gather"):
+    del utils.deepgemm_moe_permute, utils.deepgemm_unpermute_and_reduce
+    with pytest.raises(ImportError, match="has neither deepgemm_moe_permute nor deepgemm_unpermute_and_reduce"):
         expertile.vllm.patch()
     assert utils.compute_aligned_M is original and not expertile.vllm.is_patched()
+
+
+def test_what_another_release_lacks_is_left_out_and_what_it_adds_stays(caplog):
+    """As a series of pull requests has it: other private kernels, classes and singletons that the warm-up imports."""
+    utils = importlib.import_module(UTILS)
+    del utils.ep_gather, utils.ep_scatter
+
+    class DeepGemmEPScatterStartKernel:
+        pass
+
+    utils.DeepGemmEPScatterStartKernel = DeepGemmEPScatterStartKernel
+    utils.scatter_start_kernel = singleton = DeepGemmEPScatterStartKernel()
+    with caplog.at_level("INFO", logger="expertile.vllm"):
+        expertile.vllm.patch()
+    assert "deep_gemm_utils has no ep_gather, ep_scatter, which is left out" in caplog.text
+    assert utils.deepgemm_moe_permute is deep_gemm_utils.deepgemm_moe_permute
+    assert not hasattr(utils, "ep_gather")
+    assert utils.DeepGemmEPScatterStartKernel is DeepGemmEPScatterStartKernel
+    assert utils.scatter_start_kernel is singleton
+    expertile.vllm.unpatch()
+    assert utils.deepgemm_moe_permute() == "vllm" and not hasattr(utils, "ep_gather")
+
+
+@pytest.mark.parametrize("main", ["deepgemm_moe_permute", "deepgemm_unpermute_and_reduce"])
+def test_one_of_the_main_functions_is_enough(main):
+    utils = importlib.import_module(UTILS)
+    delattr(utils, main)
+    expertile.vllm.patch()
+    assert expertile.vllm.is_patched() and not hasattr(utils, main)
 
 
 def test_the_plugin_patches_only_when_asked(monkeypatch):

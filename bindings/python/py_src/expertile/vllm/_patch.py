@@ -35,6 +35,9 @@ _REPLACED = {
     ),
     f"{_FUSED_MOE}.utils": ("count_expert_num_tokens",),
 }
+"""What is replaced where it is there. Releases differ in what else their modules hold, which stays as it is."""
+_MAIN = ("deepgemm_moe_permute", "deepgemm_unpermute_and_reduce")
+"""A vLLM with neither of these has nothing to replace."""
 
 _undo: list[tuple[ModuleType, str, Any]] = []
 
@@ -72,8 +75,9 @@ def is_patched() -> bool:
 def patch() -> None:
     """Replaces vLLM's functions, in their module and in every module that has imported them. Twice does nothing more.
 
-    Raises ImportError if vLLM (or a function of it) is not there, RuntimeError if torch sees a GPU that this package
-    cannot use (and says why); then nothing has been replaced.
+    Functions that this vLLM does not have are left out, with a line in the log. Raises ImportError if vLLM, or what the
+    rest is for (its permute and its unpermute), is not there, RuntimeError if torch sees a GPU that this package cannot
+    use (and says why); then nothing has been replaced.
     """
     if is_patched():
         return
@@ -85,10 +89,12 @@ def patch() -> None:
     found = []
     for module_name, names in _REPLACED.items():
         module = importlib.import_module(module_name)
-        for name in names:
-            if not hasattr(module, name):
-                raise ImportError(f"{module_name} has no {name}, expected vLLM 0.33's module")
-            found.append((name, getattr(module, name)))
+        missing = [name for name in names if not hasattr(module, name)]
+        if missing:
+            _logger.info("%s has no %s, which is left out", module_name, ", ".join(missing))
+        found += [(name, getattr(module, name)) for name in names if name not in missing]
+    if not any(name in _MAIN for name, _ in found):
+        raise ImportError(f"{next(iter(_REPLACED))} has neither {' nor '.join(_MAIN)}, expected vLLM 0.33's module")
     _alignment.source = _VllmAlignment(importlib.import_module("vllm.utils.deep_gemm"))
     for module in list(sys.modules.values()):
         names_in_module = getattr(module, "__dict__", {})
