@@ -211,6 +211,10 @@ pub(crate) fn wrong(error: Error) -> Result<(Wrong, Kind), Error> {
             let expected = format!("a local expert below {local_experts} (or a negative value)");
             value(Wrong::count("expert_map", index, entry, expected))
         }
+        Error::RowExpert { row, id, local_experts } => {
+            let expected = format!("a local expert below {local_experts} (or a negative value for padding)");
+            value(Wrong::element("m_indices", format_args!("[{row}]"), id.into(), expected))
+        }
         Error::SlotRow { token, slot, row, rows } => {
             let expected = format!("a row below {rows} (or a negative one for an empty slot)");
             value(Wrong::element("inv_perm", format_args!("[{token}, {slot}]"), row.into(), expected))

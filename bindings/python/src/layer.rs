@@ -247,7 +247,7 @@ fn bias(name: &'static str, bias: Option<&Bound<'_, PyAny>>, shape: &[usize]) ->
 /// Packs `[E, N, K]` in one segment, or two (gate and up): bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K /
 /// 128)]`; for gate and up, `N = 2 I`, there are `ceil(I / 128)` row blocks for each of the two, gate's first whatever
 /// the order of the rows. Weights may have any strides.
-fn pack(
+pub(crate) fn pack(
     py: Python<'_>,
     (name, weights): (&'static str, &Bound<'_, PyAny>),
     (scale_name, scale): (&'static str, Option<&Bound<'_, PyAny>>),

@@ -13,6 +13,7 @@ mod cuda;
 mod deep_gemm;
 mod error;
 mod exchange;
+mod gemm;
 mod layer;
 mod limits;
 mod operands;
@@ -37,6 +38,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<plan::PyPlan>()?;
     module.add_class::<layer::PyLayer>()?;
     module.add_class::<cuda::CudaLayer>()?;
+    module.add_class::<gemm::PyGemm>()?;
+    module.add_class::<cuda::CudaGemm>()?;
     module.add_function(wrap_pyfunction!(plan::round_up, module)?)?;
     module.add_function(wrap_pyfunction!(plan::expert_num_tokens_round_up_and_sum, module)?)?;
     module.add_function(wrap_pyfunction!(plan::compute_aligned_m_and_alignment, module)?)?;

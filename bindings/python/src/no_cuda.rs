@@ -79,3 +79,15 @@ impl CudaLayer {
         missing()
     }
 }
+
+/// The grouped GEMM on a GPU, of which there is none.
+#[pyclass(frozen, module = "expertile._native")]
+pub(crate) struct CudaGemm {}
+
+#[pymethods]
+impl CudaGemm {
+    #[new]
+    fn new(_weights: &Bound<'_, PyAny>) -> PyResult<Self> {
+        missing()
+    }
+}

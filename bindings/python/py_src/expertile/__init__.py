@@ -10,6 +10,8 @@ Plan(tokens=128, topk=8, local_experts=128, alignment=128, m_sum=16384)
     vLLM's module of that name, function for function, on torch tensors and NumPy arrays.
 ``expertile.torch``
     What that module lacks, as torch operators.
+``expertile.deep_gemm``
+    DeepGEMM's grouped GEMMs of contiguous rows, argument for argument.
 ``expertile.vllm``
     Experts for an installed vLLM, or ``expertile.deep_gemm_utils`` in the place of its own.
 

@@ -213,6 +213,51 @@ class CudaLayer:
 
     def check(self) -> None: ...
 
+class Gemm:
+    """Prepacked weights of one GEMM: see `expertile.torch.Gemm`."""
+
+    def __new__(cls, weights: Any, weight_scale: Any | None) -> Gemm: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    def run(
+        self,
+        rows: Any,
+        scale: Any | None,
+        psum: Any | None,
+        m_indices: Any | None,
+        alignment: int,
+        out: Any,
+    ) -> None: ...
+
+class CudaGemm:
+    """What has been prepared for weights of one shape on a GPU, and no tensor: see `expertile.torch.Gemm`."""
+
+    def __new__(cls, weights: Any) -> CudaGemm: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+    @property
+    def max_rows(self) -> int: ...
+    @staticmethod
+    def expected_rows(m_sum: int, experts: int, alignment: int) -> int:
+        """How many rows are likely to be an expert's, in a buffer for whatever routing, with aligned segments."""
+
+    def prepare(self, max_rows: int) -> None: ...
+    def run(
+        self,
+        rows: Any,
+        scale: Any | None,
+        weights: Any,
+        weight_scale: Any | None,
+        psum: Any | None,
+        m_indices: Any | None,
+        alignment: int,
+        expected_rows: int | None = None,
+        out: Any | None = None,
+    ) -> Any:
+        """The result: `out`, or the tensor made in its place."""
+
+    def check(self) -> None: ...
+
 def round_up(rows: int, alignment: int) -> int:
     """The smallest multiple of `alignment` that is at least `rows`."""
 

@@ -56,14 +56,17 @@ impl Workspace {
     }
 }
 
-/// What a kernel found wrong with ids, long after the call: the exception says so.
+/// What a kernel found wrong with ids or lists, long after the call: the exception says so.
 pub(super) fn found_by_a_kernel(error: Error) -> PyErr {
-    match error {
-        error @ (Error::ExpertId { .. } | Error::MapEntry { .. }) => match wrong(error) {
-            Ok((wrong, _)) => wrong.noting("found by a kernel; the slot was treated as empty").value(),
-            Err(error) => exception(error),
-        },
-        error => exception(error),
+    let note = match error {
+        Error::ExpertId { .. } | Error::MapEntry { .. } => "found by a kernel; the slot was treated as empty",
+        Error::RowExpert { .. } => "found by a kernel; the row was treated as padding",
+        Error::Count { .. } => "found by a kernel; the expert had the rows that fit",
+        error => return exception(error),
+    };
+    match wrong(error) {
+        Ok((wrong, _)) => wrong.noting(note).value(),
+        Err(error) => exception(error),
     }
 }
 

@@ -5,6 +5,7 @@ use super::{lock, matrix, ptr, routing};
 use crate::array::{Apart, Array, Element, place};
 use crate::autograd::written;
 use crate::error::{Actual, Wrong, exception, optional_size, size};
+use crate::gemm::format;
 use crate::layer::named_activation;
 use crate::tensor::{self, Form};
 use expertile::cuda::{DeviceBuffer, DevicePtr, Layer, LayerCall, STATE_BYTES, Stream, Weights};
@@ -380,16 +381,8 @@ impl States {
     }
 }
 
-fn format(weights: &Array<'_>) -> PyResult<WeightFormat> {
-    match weights.element() {
-        Element::Bf16 => Ok(WeightFormat::Bf16),
-        Element::E4m3 => Ok(WeightFormat::E4m3),
-        _ => Err(weights.dtype_error("bfloat16 or float8_e4m3fn")),
-    }
-}
-
 /// Weights `[E, N, K]` and their scales where they are.
-fn in_place(
+pub(super) fn in_place(
     weights: &Array<'_>,
     [experts, n, k]: [usize; 3],
     (scale_name, scale): (&'static str, Option<&Array<'_>>),

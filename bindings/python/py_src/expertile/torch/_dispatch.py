@@ -18,6 +18,9 @@ from .._errors import ArgumentError, ArgumentTypeError, ArgumentValueError
 layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """Layers that are alive, by number: operators take numbers and tensors."""
 
+gemms: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""The same of Gemms."""
+
 _library = torch.library.Library("expertile", "DEF")
 
 _WHERE = "Tensor topk_ids, Tensor? expert_map, int local_experts, int alignment, int m_sum"
@@ -35,6 +38,10 @@ _SCHEMAS = {
     "layer": (
         "(int layer, Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? expert_map, "
         "Tensor(a!)? workspace, Tensor(b!) out) -> ()"
+    ),
+    "gemm": (
+        "(int gemm, Tensor rows, Tensor? scale, Tensor? psum, Tensor? m_indices, int alignment, int? expected_rows, "
+        "Tensor(a!) out) -> ()"
     ),
     "unpermute": (
         "(Tensor rows, Tensor inv_perm, Tensor? topk_ids, Tensor? expert_map, Tensor? topk_weights, Tensor(a!) out)"
@@ -98,8 +105,29 @@ def _layer(
     native.run(hidden_states, topk_ids, topk_weights, expert_map, workspace, out)
 
 
+def _gemm(
+    gemm: int,
+    rows: Tensor,
+    scale: Tensor | None,
+    psum: Tensor | None,
+    m_indices: Tensor | None,
+    alignment: int,
+    expected_rows: int | None,
+    out: Tensor,
+) -> None:
+    alive = gemms.get(gemm)
+    if alive is None:
+        raise ArgumentValueError("gemm", f" is {gemm}", gemm, "the number of a Gemm that is alive")
+    if alive._on_gpu:
+        own = alive._weights, alive._weight_scale
+        alive._native.run(rows, scale, *own, psum, m_indices, alignment, expected_rows, out)
+    else:
+        alive._native.run(rows, scale, psum, m_indices, alignment, out)
+
+
 _KERNELS: dict[str, tuple[Any, ...]] = {
     "build_layout": (_build_layout, "CPU", "CUDA"),
+    "gemm": (_gemm, "CPU", "CUDA"),
     "layer": (_layer, "CPU", "CUDA"),
     "permute_quantized": (_permute_quantized, "CPU", "CUDA"),
     "permute_rows": (_permute_rows, "CPU", "CUDA"),

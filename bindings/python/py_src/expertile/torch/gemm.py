@@ -1,0 +1,112 @@
+"""The grouped GEMM alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ._dispatch import call, gemms, unwatched
+from .layer import in_place, scales_in_place
+from .layout import empty, matrix
+
+
+class Gemm:
+    """Rows times the weights of their experts: ``out[r] = weights[expert of r] @ rows[r]``, in bfloat16.
+
+    weights: ``[E, N, K]``, bfloat16, or float8_e4m3fn with block scales: weight_scale float32 ``[E, ceil(N / 128),
+    ceil(K / 128)]`` (or bfloat16, float16 or float8_e8m0fnu, which are widened exactly).
+
+    On the CPU, weights are packed, once, into memory of the object's own. On a Hopper GPU they are used where they are,
+    and the object keeps them alive; what cannot be used so is copied once, with a warning. The object has to live as
+    long as the CUDA graphs that captured a call of it.
+
+    Raises ValueError or TypeError for what does not fit.
+    """
+
+    _numbers: ClassVar[Iterator[int]] = itertools.count()
+
+    def __init__(self, weights: Tensor, weight_scale: Tensor | None = None) -> None:
+        self._native: _native.Gemm | _native.CudaGemm
+        self._on_gpu = isinstance(weights, Tensor) and weights.is_cuda
+        if self._on_gpu:
+            self._weights = in_place("weights", weights)
+            self._weight_scale = scales_in_place("weight_scale", weight_scale)
+            self._native = _native.CudaGemm(self._weights)
+        else:
+            self._native = _native.Gemm(weights, weight_scale)
+        self._device = weights.device if isinstance(weights, Tensor) else torch.device("cpu")
+        # Operators take numbers and tensors: an object is passed to its operator by number.
+        self._number = next(Gemm._numbers)
+        gemms[self._number] = self
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return self._device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(E, N, K)``."""
+        return self._native.shape
+
+    def prepare(self, max_rows: int) -> None:
+        """Compiles (or loads) whatever calls of up to `max_rows` rows can launch; a call compiles nothing.
+
+        Needed on a GPU, before the first call; on the CPU there is nothing to do.
+        """
+        if isinstance(self._native, _native.CudaGemm):
+            self._native.prepare(max_rows)
+
+    def check(self) -> None:
+        """Waits for the current stream, and raises ValueError for what lists said wrong since the last time.
+
+        On the CPU a call checks its list itself. On a GPU, until then, a row whose id is no expert's counts as padding,
+        an expert whose end lies before its start has no rows, and one whose end lies past the last row has those up to
+        there.
+        """
+        if isinstance(self._native, _native.CudaGemm):
+            self._native.check()
+
+    def __call__(
+        self,
+        rows: Tensor,
+        scale: Tensor | None = None,
+        *,
+        psum: Tensor | None = None,
+        m_indices: Tensor | None = None,
+        alignment: int = 128,
+        expected_rows: int | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """rows ``[M_sum, K]`` to bfloat16 ``[M_sum, N]``, of which only rows of experts are written.
+
+        rows: of the weights' type (on the CPU, bfloat16 also with float8_e4m3fn weights), contiguous. scale: of
+        float8_e4m3fn rows, float32 ``[M_sum, ceil(K / 128)]`` with any strides; on a GPU those of
+        ``scale_layout="mn_major"`` are read where they are, others are copied first.
+
+        One of these two says whose a row is:
+
+        - psum: int32 ``[E]``, the end of each expert's rows. They start where the end before, rounded up to
+          `alignment`, is; an expert without rows stores its start.
+        - m_indices: int32 ``[M_sum]``, the expert of each row, negative on padding, in any order.
+
+        A row's result has the same bits in every place, with either list and beside any other rows. expected_rows: how
+        many rows are likely to be an expert's, if that is known better than from the size of `rows`: on a GPU the
+        kernel is chosen for it.
+
+        On a GPU the call is queued on torch's current stream. Raises ValueError or TypeError for what does not fit.
+        """
+        if self._on_gpu and unwatched(rows) and isinstance(self._native, _native.CudaGemm):
+            return self._native.run(
+                rows, scale, self._weights, self._weight_scale, psum, m_indices, alignment, expected_rows, out
+            )
+        shape = matrix("rows", rows)
+        if out is None:
+            out = empty("out", (shape[0], self.shape[1]), torch.bfloat16, rows)
+        call("gemm", self._number, rows, scale, psum, m_indices, alignment, expected_rows, out)
+        return out
