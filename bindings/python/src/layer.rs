@@ -413,9 +413,6 @@ impl Call<'_, '_> {
         routing: &Routing<'_>,
         apart: Apart,
     ) -> PyResult<()> {
-        /// Multiplications of a thread between looks at whether the caller has been interrupted: some seconds, with so
-        /// many rows to an expert that reading its weights once more costs next to nothing.
-        const PRODUCTS_AT_ONCE: usize = 1 << 36;
         let cpu = cpu()?;
         let (tokens, topk) = (routing.tokens(), routing.topk());
         let rows = self.hidden_states.matrix::<T>()?;
@@ -428,7 +425,8 @@ impl Call<'_, '_> {
         let local = self.layer.with_config(config, usize::MAX).map_err(exception)?.on(&cpu);
         let hidden = shape.hidden();
         let of_token = (topk * 3).saturating_mul(hidden).saturating_mul(shape.intermediate());
-        let at_once = self.tokens_at_once.unwrap_or((PRODUCTS_AT_ONCE * cpu.threads()) / of_token.max(1)).max(1);
+        let at_once =
+            self.tokens_at_once.unwrap_or((limits::PRODUCTS_AT_ONCE * cpu.threads()) / of_token.max(1)).max(1);
         if tokens <= at_once {
             let config = LayerConfig { global_experts: routing.global_experts(), ..config };
             let layer = local.with_config(config, usize::MAX).map_err(exception)?;

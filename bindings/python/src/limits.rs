@@ -21,6 +21,10 @@ pub(crate) const THREADS: usize = 1024;
 /// second.
 const VALUES_AT_ONCE: usize = 1 << 28;
 
+/// Multiplications of a thread between looks at whether the caller has been interrupted: some seconds, with so many rows
+/// to an expert that reading its weights once more costs next to nothing.
+pub(crate) const PRODUCTS_AT_ONCE: usize = 1 << 36;
+
 /// Below this, the system is not asked whether it has the memory.
 const ASK_FROM_BYTES: usize = 256 << 20;
 

@@ -59,6 +59,20 @@ def test_a_row_has_the_same_bits_in_every_place(form):
     assert torch.equal(gemm(placed.rows, placed.scale, m_indices=alone)[row], expected[int(placed.live[:row].sum())])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_between_which_a_call_may_be_interrupted_change_nothing(form):
+    weights, weight_scale = weights_of(form, len(COUNTS), 40, 256)
+    gemm = et.Gemm(weights, weight_scale)
+    placed = Placed(form, COUNTS, 256, 8)
+    expected = gemm(placed.rows, placed.scale, psum=placed.psum, alignment=8, out=poisoned(len(placed.rows), 40))
+    for rows_at_once in (1, 7, 50, 1000):
+        for psum, m_indices in ((placed.psum, None), (None, placed.m_indices)):
+            out = poisoned(len(placed.rows), 40)
+            arguments = placed.rows, placed.scale, psum, m_indices, 8, out
+            gemm._native.run(*arguments, rows_at_once=rows_at_once)
+            assert torch.equal(out, expected), rows_at_once
+
+
 def test_strides_of_scales_change_nothing():
     weights, weight_scale = weights_of("e4m3", 3, 64, 256)
     gemm = et.Gemm(weights, weight_scale)

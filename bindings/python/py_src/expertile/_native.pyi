@@ -227,6 +227,8 @@ class Gemm:
         m_indices: Any | None,
         alignment: int,
         out: Any,
+        *,
+        rows_at_once: int | None = None,
     ) -> None: ...
 
 class CudaGemm:
