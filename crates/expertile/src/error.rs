@@ -206,6 +206,62 @@ pub enum Error {
         /// What the backend takes instead.
         expected: &'static str,
     },
+    /// Experts that are not where a placement needs them.
+    #[error("placement has {actual}, expected {expected}")]
+    Placement {
+        /// What it has.
+        actual: String,
+        /// What would fit.
+        expected: String,
+    },
+    /// What another rank, or this one, was called with: every rank returns it, so that none waits for an answer.
+    #[error("on rank {rank}: {message}")]
+    OnRank {
+        /// The lowest rank whose call was refused.
+        rank: usize,
+        /// Its error, in words.
+        message: String,
+    },
+    /// Ranks that do not agree on what they compute together.
+    #[error("{argument} is {actual} on rank {rank}, expected {expected}, as on rank 0")]
+    Disagreement {
+        /// What they do not agree on.
+        argument: &'static str,
+        /// The lowest rank that differs from rank 0.
+        rank: usize,
+        /// What it has.
+        actual: String,
+        /// What rank 0 has.
+        expected: String,
+    },
+    /// A message between ranks that is not what the receiver waits for.
+    #[error("rank {rank} sent {actual} bytes, expected {expected}: ranks have not made the same calls")]
+    Message {
+        /// The rank that sent it.
+        rank: usize,
+        /// Its bytes, as far as they are known.
+        actual: usize,
+        /// The bytes that this rank waits for.
+        expected: usize,
+    },
+    /// A rank that never came, died, or left.
+    #[error("rank {rank} was waited for {waited:.1?} and is absent, expected every rank in every call")]
+    Absent {
+        /// The rank that was waited for.
+        rank: usize,
+        /// How long.
+        waited: std::time::Duration,
+    },
+    /// A call into an MPI library that failed.
+    #[error("{call} failed with {code}: {message}")]
+    Mpi {
+        /// MPI's function.
+        call: &'static str,
+        /// Its result.
+        code: i32,
+        /// What the library says about it.
+        message: String,
+    },
     /// A call into the CUDA driver that failed. After some of these (an illegal address, say) the context is lost.
     #[error("{call} failed with {name} ({code}): {message}")]
     Cuda {
@@ -233,6 +289,10 @@ pub enum Error {
 impl Error {
     pub(crate) fn shape(argument: &'static str, actual: &[usize], expected: impl Into<String>) -> Self {
         Self::Shape { argument, actual: actual.to_vec(), expected: expected.into() }
+    }
+
+    pub(crate) fn placement(actual: impl Into<String>, expected: impl Into<String>) -> Self {
+        Self::Placement { actual: actual.into(), expected: expected.into() }
     }
 
     pub(crate) fn value(argument: &'static str, actual: usize, expected: impl Into<String>) -> Self {

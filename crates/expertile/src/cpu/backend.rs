@@ -88,7 +88,12 @@ impl WeightsBuilder for PackedWeightsBuilder {
 }
 
 /// The start of a buffer as a matrix; fails with the argument's name.
-fn matrix<'a, T: Copy>(argument: &'static str, values: &'a [T], rows: usize, cols: usize) -> Result<MatrixRef<'a, T>> {
+pub(super) fn matrix<'a, T: Copy>(
+    argument: &'static str,
+    values: &'a [T],
+    rows: usize,
+    cols: usize,
+) -> Result<MatrixRef<'a, T>> {
     require_len(argument, values.len(), checked_mul(argument, rows, cols)?)?;
     MatrixRef::new(values, rows, cols)
 }

@@ -4,6 +4,7 @@
 //! `front` (permuted rows, then activated ones) and `back` (`gate | up`, then the rows of GEMM 2). A shared expert uses
 //! them before the others do, and leaves its rows in a buffer of its own.
 
+mod received;
 mod shared;
 
 use super::gemm::{Activations, PackedWeights, grouped_gemm_with_bias, grouped_gemm_workspace_bytes};
@@ -22,6 +23,7 @@ use crate::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding, Scales, Sc
 use crate::routing::Routing;
 use half::bf16;
 use rayon::prelude::*;
+pub use received::TokenRows;
 pub use shared::SharedExpert;
 use shared::{Shared, SharedSpace};
 use std::fmt;
@@ -189,6 +191,11 @@ impl Layer {
     #[must_use]
     pub fn config(&self) -> &LayerConfig {
         &self.config
+    }
+
+    /// Whether there is a `b13`, and a `b2`.
+    pub(super) fn has_biases(&self) -> [bool; 2] {
+        [self.b13.is_some(), self.b2.is_some()]
     }
 
     /// Where it runs.
@@ -382,13 +389,7 @@ impl Layer {
         carver: &mut Carver<'a>,
         observe: &'a mut (dyn FnMut(&StageDone<'_>) + Send),
     ) -> Stages<'a> {
-        let buffers = Buffers {
-            front: carver.take(sizes.front),
-            scales: carver.take(sizes.scales),
-            back: carver.take(sizes.back),
-            gemm: carver.take(sizes.gemm),
-        };
-        Stages { layer: self, cpu: &self.cpu, layout, input_bytes, observe, buffers }
+        Stages { layer: self, cpu: &self.cpu, layout, input_bytes, observe, buffers: sizes.carve(carver) }
     }
 }
 
@@ -467,6 +468,16 @@ impl StageSizes {
 
     fn add_to(&self, sizing: Sizing) -> Result<Sizing> {
         sizing.add::<u8>(self.front)?.add::<f32>(self.scales)?.add::<bf16>(self.back)?.add::<u8>(self.gemm)
+    }
+
+    /// Takes what [`StageSizes::add_to`] counted.
+    fn carve<'a>(&self, carver: &mut Carver<'a>) -> Buffers<'a> {
+        Buffers {
+            front: carver.take(self.front),
+            scales: carver.take(self.scales),
+            back: carver.take(self.back),
+            gemm: carver.take(self.gemm),
+        }
     }
 }
 

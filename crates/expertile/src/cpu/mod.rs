@@ -8,6 +8,8 @@ mod activation;
 pub mod arch;
 mod backend;
 mod disjoint;
+mod dispatch;
+mod expert_parallel;
 pub mod gemm;
 mod layer;
 mod permute;
@@ -18,11 +20,12 @@ mod workspace;
 
 pub use activation::{activate, activate_quantize};
 pub use arch::Isa;
+pub use expert_parallel::{ExpertParallelChoice, ExpertParallelLayer, ParallelStageDone};
 pub use gemm::{
     Activations, PackedWeights, PackedWeightsBuilder, grouped_gemm, grouped_gemm_of_segments, grouped_gemm_with_bias,
     grouped_gemm_workspace_bytes,
 };
-pub use layer::{ALIGNMENT, Layer, LayerChoice, SharedExpert, StageDone};
+pub use layer::{ALIGNMENT, Layer, LayerChoice, SharedExpert, StageDone, TokenRows};
 pub use permute::{RowScales, permute_convert, permute_quantized, permute_rows, quantize_permute};
 pub use quantize::quantize_rows;
 use std::sync::Arc;

@@ -87,7 +87,8 @@ pub fn permute_convert<T: Float, O: Float>(
 }
 
 multiversion! {
-    fn convert_row<T: Float, O: Float>(isa: Isa, from: &[T], to: &mut [O]) {
+    /// Every value of `from`, rounded to nearest.
+    pub(super) fn convert_row<T: Float, O: Float>(isa: Isa, from: &[T], to: &mut [O]) {
         for (to, from) in to.iter_mut().zip(from) {
             *to = O::from_f32(from.to_f32());
         }
@@ -262,7 +263,7 @@ fn write_scales(sink: &ScaleSink<'_>, rows: &[i32], scales: &[f32]) {
 }
 
 /// A row times its router weight, rounded to the row's own type.
-fn weighted<'s, T: Float>(x: MatrixRef<'_, T>, token: usize, weight: f32, space: &'s mut [T]) -> &'s [T] {
+pub(super) fn weighted<'s, T: Float>(x: MatrixRef<'_, T>, token: usize, weight: f32, space: &'s mut [T]) -> &'s [T] {
     for (col, value) in space.iter_mut().enumerate() {
         *value = T::from_f32(weight * x.get(token, col).to_f32());
     }

@@ -108,17 +108,17 @@ pub fn unpermute_slots<T: Float, O: Float>(
             live.push(if empty { -1 } else { row });
         }
     }
-    reduce(cpu, rows, &live, (tokens, topk), topk_weights, None, out)
+    reduce(cpu, rows, &live, (tokens, topk), topk_weights, None::<SharedRows<'_, T>>, out)
 }
 
 /// Sums `rows` into `out`; `inv_perm [M, topk]` holds rows that exist, or negative values.
-fn reduce<T: Float, O: Float>(
+pub(super) fn reduce<T: Float, S: Float, O: Float>(
     cpu: &Cpu,
     rows: MatrixRef<'_, T>,
     inv_perm: &[i32],
     (tokens, topk): (usize, usize),
     topk_weights: Option<MatrixRef<'_, f32>>,
-    shared: Option<SharedRows<'_, T>>,
+    shared: Option<SharedRows<'_, S>>,
     out: &mut [O],
 ) -> Result<()> {
     let hidden = rows.cols();
@@ -155,13 +155,13 @@ fn require_operands(
 }
 
 multiversion! {
-    fn reduce_token<T: Float, O: Float>(
+    fn reduce_token<T: Float, S: Float, O: Float>(
         isa: Isa,
         rows: MatrixRef<'_, T>,
         slots: &[i32],
         next_slots: &[i32],
         topk_weights: Option<MatrixRef<'_, f32>>,
-        shared: Option<SharedRows<'_, T>>,
+        shared: Option<SharedRows<'_, S>>,
         token: usize,
         out: &mut [O],
     ) {

@@ -1,19 +1,23 @@
 //! Everything the library refuses: the variant, the message, and that nothing was written.
 
 use expertile::cpu::{
-    self, Activations, Cpu, Isa, Layer, PackedWeights, PackedWeightsBuilder, RowScales, SharedExpert, grouped_gemm,
-    grouped_gemm_of_segments, grouped_gemm_with_bias, grouped_gemm_workspace_bytes,
+    self, Activations, Cpu, ExpertParallelLayer, Isa, Layer, PackedWeights, PackedWeightsBuilder, RowScales,
+    SharedExpert, TokenRows, grouped_gemm, grouped_gemm_of_segments, grouped_gemm_with_bias,
+    grouped_gemm_workspace_bytes,
 };
+use expertile::exchange::{self, Alone, Exchange, Threads};
 use expertile::plan::{
     compute_aligned_m, compute_aligned_m_and_alignment, expert_num_tokens_round_up_and_sum, round_up, tight_m_sum,
 };
 use expertile::{
-    Activation, ActivationFormat, AlignmentRule, Arch, Dtype, E4m3, Error, GateUpOrder, Group, GroupWorth, Groups,
-    LayerConfig, LayerShape, Layout, MatrixRef, Padding, Plan, Result, Router, Routing, ScaleFormat, ScaleLayout,
-    ScaleRounding, Scales, ScalesMut, Scoring, Segments, TokenExperts, WeightFormat,
+    Activation, ActivationFormat, AlignmentRule, Arch, Combine, Dispatch, Dtype, E4m3, Error, GateUpOrder, Group,
+    GroupWorth, Groups, LayerConfig, LayerShape, Layout, MatrixRef, Padding, ParallelConfig, Placement, Plan, Result,
+    Router, Routing, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut, Scoring, Segments, TokenExperts,
+    WeightFormat,
 };
 use half::bf16;
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 /// Poisoned outputs, large enough for every refused call had it been accepted.
 #[derive(Debug, Clone, PartialEq)]
@@ -834,6 +838,85 @@ const LAYER: &[Refusal] = &[
 
 const MACHINE: &[Refusal] = &[("Name", "isa is \"sse9\", expected one of portable", |_| Isa::named("sse9").map(drop))];
 
+/// A layer of two experts (H 128, I 64, bf16) for up to 4 tokens of two slots.
+fn two_experts() -> Layer {
+    let weights = |n, k| PackedWeights::pack_bf16(&Cpu::new(), &vec![bf16::ONE; 2 * n * k], 2, n, k).unwrap();
+    let config = LayerConfig::new(2, 2, ActivationFormat::Bf16);
+    Layer::prepare(&Cpu::new(), weights(128, 128), weights(128, 64), config, 4).unwrap()
+}
+
+/// Two received tokens through [`two_experts`].
+fn received(
+    out: &mut Outputs,
+    tokens: TokenRows<'_>,
+    routing: (usize, usize),
+    room: usize,
+    bytes: usize,
+) -> Result<()> {
+    let ids = ids(routing.0, routing.1, 0);
+    let mut workspace = vec![0; bytes];
+    two_experts().run_slots(tokens, &Routing::new(ids, 2, None)?, &mut workspace, &mut out.bf16[..room]).map(drop)
+}
+
+fn bf16_tokens(rows: usize) -> TokenRows<'static> {
+    TokenRows::Bf16(zeros(rows, 128))
+}
+
+fn place(lists: &[&[usize]]) -> Result<()> {
+    Placement::from_lists(3, lists.iter().map(|list| list.to_vec()).collect()).map(drop)
+}
+
+const EXPERT_PARALLEL: &[Refusal] = &[
+    ("Placement", "placement has no expert on rank 1, expected at least one on every rank", |_| {
+        place(&[&[0, 1, 2], &[]])
+    }),
+    ("Placement", "placement has expert 3 on rank 0, expected an id below 3", |_| place(&[&[0, 3], &[1, 2]])),
+    ("Placement", "placement has expert 1 twice on rank 1, expected a copy", |_| place(&[&[0, 1, 2], &[1, 1]])),
+    ("Placement", "placement has expert 2 on no rank, expected every expert", |_| place(&[&[0], &[1]])),
+    ("Value", "ranks is 0, expected at least 1", |_| place(&[])),
+    ("Value", "ranks is 4, expected 1 to 3, an expert for every rank", |_| Placement::linear(3, 4).map(drop)),
+    ("Value", "ranks is 0, expected 1 to 3", |_| Placement::round_robin(3, 0).map(drop)),
+    ("Value", "global_experts is 0, expected 1 to", |_| Placement::linear(0, 1).map(drop)),
+    ("Shape", "loads has shape [2], expected [3]", |_| Placement::linear(3, 1)?.rank_loads(&[1, 2]).map(drop)),
+    ("Name", "combine is \"sum\", expected one of rows, sums", |_| "sum".parse::<Combine>().map(drop)),
+    ("Name", "dispatch is \"all\", expected one of gather, routed", |_| "all".parse::<Dispatch>().map(drop)),
+    ("Value", "ranks is 0, expected at least 1", |_| Threads::new(0, exchange::TIME_LIMIT).map(drop)),
+    ("Message", "rank 0 sent 1 bytes, expected 2", |_| Alone.all_to_all_v(&[&[0]], &mut [&mut [0; 2]])),
+    ("Absent", "rank 1 was waited for", |_| Threads::new(2, std::time::Duration::from_millis(1))?[0].meet()),
+    ("OnRank", "on rank 0: global_experts is 2, expected 3, as placed", |_| {
+        let parallel = ParallelConfig::new(Placement::from_lists(3, vec![vec![0, 1, 2]])?);
+        let weights = |n, k| PackedWeights::pack_bf16(&Cpu::new(), &vec![bf16::ONE; 3 * n * k], 3, n, k);
+        let config = LayerConfig::new(2, 2, ActivationFormat::Bf16);
+        let layer = Layer::prepare(&Cpu::new(), weights(2, 1)?, weights(1, 1)?, config, 1)?;
+        ExpertParallelLayer::prepare(layer, parallel, Arc::new(Alone)).map(drop)
+    }),
+    ("Shape", "tokens has shape [3, 128], expected [2, 128]", |out| {
+        received(out, bf16_tokens(3), (2, 2), 512, 1 << 20)
+    }),
+    ("Value", "topk is 3, expected 2, as prepared", |out| received(out, bf16_tokens(2), (2, 3), 1024, 1 << 20)),
+    ("Value", "tokens is 5, expected at most 4, as prepared", |out| {
+        received(out, bf16_tokens(5), (5, 2), 4096, 1 << 20)
+    }),
+    ("Dtype", "tokens has dtype e4m3, expected bf16, as prepared", |out| {
+        let (rows, scales) = (zeros(2, 128), zeros(2, 1));
+        received(out, TokenRows::E4m3 { rows, scales }, (2, 2), 512, 1 << 20)
+    }),
+    ("BufferTooSmall", "out holds 511 elements, expected at least 512", |out| {
+        received(out, bf16_tokens(2), (2, 2), 511, 1 << 20)
+    }),
+    ("BufferTooSmall", "workspace holds 100 elements, expected at least", |out| {
+        received(out, bf16_tokens(2), (2, 2), 512, 100)
+    }),
+    ("Shape", "topk_weights has shape [2, 1], expected [2, 2]", |out| {
+        let (routing, weights) = (Routing::new(ids(2, 2, 0), 2, None)?, zeros(2, 1));
+        two_experts().run_sums(bf16_tokens(2), &routing, Some(weights), &mut [0; 1 << 16], &mut out.f32)
+    }),
+    ("BufferTooSmall", "out holds 255 elements, expected at least 256", |out| {
+        let routing = Routing::new(ids(2, 2, 0), 2, None)?;
+        two_experts().run_sums(bf16_tokens(2), &routing, None, &mut [0; 1 << 16], &mut out.f32[..255])
+    }),
+];
+
 fn variant(error: &Error) -> &'static str {
     match error {
         Error::Shape { .. } => "Shape",
@@ -856,6 +939,10 @@ fn variant(error: &Error) -> &'static str {
         Error::Memory { .. } => "Memory",
         Error::Cuda { .. } => "Cuda",
         Error::Kernel { .. } => "Kernel",
+        Error::Placement { .. } => "Placement",
+        Error::OnRank { .. } => "OnRank",
+        Error::Message { .. } => "Message",
+        Error::Absent { .. } => "Absent",
         _ => "a variant this test does not know",
     }
 }
@@ -876,6 +963,7 @@ fn tables() -> Vec<Refusal> {
         UNPERMUTE_SLOTS,
         SEGMENTS,
         LAYER,
+        EXPERT_PARALLEL,
         MACHINE,
     ]
     .concat()
@@ -919,11 +1007,13 @@ fn every_variant_is_refused_somewhere() {
     assert!(variants.contains("ExpertId"), "{variants:?}");
     let mut refused: BTreeSet<&str> = tables().iter().map(|(kind, ..)| *kind).collect();
     // What only another machine refuses: one that lacks an instruction set, one that compiles for a GPU, one that has
-    // it.
+    // it; and what takes two ranks, or an MPI.
     let elsewhere = [
         ("Device", include_str!("../miri.rs")),
         ("Kernel", include_str!("../cuda_compile.rs")),
         ("Unsupported", include_str!("../cuda_layer/safe.rs")),
+        ("Disagreement", include_str!("expert_parallel.rs")),
+        ("Mpi", include_str!("../mpi.rs")),
     ];
     for (variant, tests) in elsewhere {
         assert!(tests.contains(&format!("Error::{variant} ")), "no test names {variant}");

@@ -16,8 +16,8 @@ use proptest::sample::select;
 
 /// What a layer is made of.
 #[derive(Debug, Clone, Copy)]
-struct Make {
-    hidden: usize,
+pub(crate) struct Make {
+    pub(crate) hidden: usize,
     intermediate: usize,
     weights: WeightFormat,
     activations: ActivationFormat,
@@ -30,14 +30,14 @@ struct Make {
 
 /// A shared expert's width, weights and gate.
 #[derive(Debug, Clone, Copy)]
-struct SharedMake {
+pub(crate) struct SharedMake {
     intermediate: usize,
     weights: WeightFormat,
     gate: bool,
 }
 
 impl Make {
-    fn tolerance(&self) -> Tolerance {
+    pub(crate) fn tolerance(&self) -> Tolerance {
         let Tolerance { whole, row } = match self.activations {
             ActivationFormat::E4m3 => E4M3_LAYER,
             ActivationFormat::Bf16 => BF16_LAYER,
@@ -47,13 +47,18 @@ impl Make {
         Tolerance { whole: factor * whole, row: factor * row }
     }
 
+    /// The same with router weights that multiply the input.
+    pub(crate) fn weighted_on_input(self) -> Self {
+        Self { weight_on_input: true, ..self }
+    }
+
     /// Rows of `w13`.
     fn w13_rows(&self) -> usize {
         if self.activation.is_gated() { 2 * self.intermediate } else { self.intermediate }
     }
 }
 
-fn makes() -> impl Strategy<Value = Make> {
+pub(crate) fn makes() -> impl Strategy<Value = Make> {
     use {ActivationFormat as A, WeightFormat as W};
     let formats = select(&[(W::Bf16, A::Bf16), (W::E4m3, A::Bf16), (W::E4m3, A::E4m3)][..]);
     let gpt_oss = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
@@ -85,25 +90,25 @@ fn makes() -> impl Strategy<Value = Make> {
 }
 
 /// A layer's operands, in the library's form and in the oracle's.
-struct Bench<T> {
-    make: Make,
+pub(crate) struct Bench<T> {
+    pub(crate) make: Make,
     w13: Weights,
     w2: Weights,
     /// `[E, 2 I]` (or `[E, I]`) and `[E, H]`.
     biases: Option<[Vec<f32>; 2]>,
     shared: Option<SharedBench>,
-    x: Vec<T>,
-    topk_weights: Vec<f32>,
+    pub(crate) x: Vec<T>,
+    pub(crate) topk_weights: Vec<f32>,
 }
 
-struct SharedBench {
+pub(crate) struct SharedBench {
     w13: Weights,
     w2: Weights,
     gate: Option<Vec<f32>>,
 }
 
 impl<T: Number> Bench<T> {
-    fn new(make: Make, case: &RoutingCase) -> Self {
+    pub(crate) fn new(make: Make, case: &RoutingCase) -> Self {
         let Make { hidden, intermediate, weights, seed, .. } = make;
         let mut random = Random::new(seed);
         let extents = [case.local_experts, intermediate, hidden];
@@ -130,6 +135,19 @@ impl<T: Number> Bench<T> {
     }
 
     fn layer<O: Number>(&self, cpu: &Cpu, case: &RoutingCase, alignment: usize) -> Layer {
+        let everyone: Vec<usize> = (0..case.local_experts).collect();
+        self.layer_of::<O>(cpu, case, alignment, &everyone, case.tokens().max(1))
+    }
+
+    /// A layer of some of the experts, for calls of up to `max_tokens`.
+    pub(crate) fn layer_of<O: Number>(
+        &self,
+        cpu: &Cpu,
+        case: &RoutingCase,
+        alignment: usize,
+        experts: &[usize],
+        max_tokens: usize,
+    ) -> Layer {
         let config = LayerConfig {
             input: T::DTYPE,
             output: O::DTYPE,
@@ -138,9 +156,14 @@ impl<T: Number> Bench<T> {
             weight_on_input: self.make.weight_on_input,
             ..LayerConfig::new(case.topk, case.routing().global_experts(), self.make.activations)
         };
-        let (w13, w2) = (self.w13.pack(cpu), self.w2.pack(cpu));
-        let mut layer = Layer::prepare(cpu, w13, w2, config, case.tokens().max(1)).unwrap();
-        if let Some([b13, b2]) = self.biases.clone() {
+        let (w13, w2) = (self.w13.of_experts(experts).pack(cpu), self.w2.of_experts(experts).pack(cpu));
+        let mut layer = Layer::prepare(cpu, w13, w2, config, max_tokens).unwrap();
+        if let Some(biases) = &self.biases {
+            let of_expert = |bias: &[f32], e: usize| {
+                let width = bias.len() / case.local_experts;
+                bias[e * width..][..width].to_vec()
+            };
+            let [b13, b2] = biases.each_ref().map(|bias| experts.iter().flat_map(|&e| of_expert(bias, e)).collect());
             layer = layer.with_biases(Some(b13), Some(b2)).unwrap();
         }
         if let Some(SharedBench { w13, w2, gate }) = &self.shared {
@@ -150,7 +173,7 @@ impl<T: Number> Bench<T> {
         layer
     }
 
-    fn expected(&self, case: &RoutingCase) -> oracle::layer::LayerResult {
+    pub(crate) fn expected(&self, case: &RoutingCase) -> oracle::layer::LayerResult {
         let shared = || self.shared.as_ref().expect("only asked for if there is one");
         let shared_w13_row = |j: usize, row: &mut [f64]| shared().w13.row(0, j, row);
         let shared_w2_row = |j: usize, row: &mut [f64]| shared().w2.row(0, j, row);
@@ -174,7 +197,7 @@ impl<T: Number> Bench<T> {
     }
 
     /// Runs in a poisoned, unaligned workspace of exactly the size asked for; also the rows of GEMM 2, by slot.
-    fn run<O: Number>(&self, cpu: &Cpu, case: &RoutingCase, strides: Strides) -> (Vec<O>, Vec<f64>) {
+    pub(crate) fn run<O: Number>(&self, cpu: &Cpu, case: &RoutingCase, strides: Strides) -> (Vec<O>, Vec<f64>) {
         self.run_in(&self.layer::<O>(cpu, case, case.alignment), case, strides)
     }
 
@@ -319,7 +342,7 @@ proptest! {
     }
 }
 
-fn plain(hidden: usize, intermediate: usize, weights: WeightFormat, activations: ActivationFormat) -> Make {
+pub(crate) fn plain(hidden: usize, intermediate: usize, weights: WeightFormat, activations: ActivationFormat) -> Make {
     let activation = Activation::SWIGLU;
     Make {
         hidden,

@@ -8,6 +8,7 @@ mod activation;
 mod backend;
 mod cases;
 mod errors;
+mod expert_parallel;
 mod extremes;
 mod gemm;
 mod layer;

@@ -62,6 +62,23 @@ impl Weights {
         Self { experts, n, k, segments, data }
     }
 
+    /// Some experts' weights, in that order.
+    pub(crate) fn of_experts(&self, experts: &[usize]) -> Self {
+        fn picked<T: Clone>(values: &[T], all: usize, experts: &[usize]) -> Vec<T> {
+            let each = values.len() / all;
+            experts.iter().flat_map(|&expert| values[expert * each..][..each].to_vec()).collect()
+        }
+        let data = match &self.data {
+            Data::Bf16(weights) => Data::Bf16(picked(weights, self.experts, experts)),
+            Data::E4m3 { bytes, scales, exact } => Data::E4m3 {
+                bytes: picked(bytes, self.experts, experts),
+                scales: picked(scales, self.experts, experts),
+                exact: picked(exact, self.experts, experts),
+            },
+        };
+        Self { experts: experts.len(), data, ..*self }
+    }
+
     pub(crate) fn pack(&self, cpu: &Cpu) -> PackedWeights {
         let [experts, n, k] = [self.experts, self.n, self.k];
         if self.segments == 2 {
