@@ -31,6 +31,10 @@ lint:
 test:
     .ci/run test
 
+# ranks that are processes, over MPI
+mpi:
+    .ci/run mpi
+
 # the CUDA kernels, compiled for every architecture
 kernels:
     .ci/run kernels

@@ -82,7 +82,13 @@ fn tolerance(activations: ActivationFormat, errors: usize, rows: usize, looked_a
 pub(crate) struct Found<'a> {
     /// `[M, H]`.
     pub(crate) output: &'a [bf16],
-    /// GEMM 2's rows `[M_sum, H]`.
+    /// GEMM 2's rows, where they are at hand: they stay on their ranks in an expert-parallel layer.
+    pub(crate) rows: Option<SlotRows>,
+}
+
+/// The rows of GEMM 2, and whose they are.
+pub(crate) struct SlotRows {
+    /// `[M_sum, H]`
     pub(crate) rows: Vec<bf16>,
     /// `[M, topk]`: which of them is each slot's, -1 for none.
     pub(crate) row_of_slot: Vec<i32>,
@@ -104,18 +110,25 @@ pub(crate) fn check(
     for experts in active.chunks(rayon::current_num_threads()) {
         let results: Vec<_> = experts.par_iter().map(|&expert| oracle.expert(expert, found)).collect();
         for (&expert, (difference, slot_rows)) in experts.iter().zip(results) {
-            by_expert[expert] = difference;
+            if let Some(difference) = difference {
+                by_expert[expert] = difference;
+            }
             oracle.add(expert, &slot_rows);
         }
         done += experts.len();
         progress.set(done);
+    }
+    let by_what = if found.rows.is_some() { "" } else { ", by token alone: the experts' rows stay on their ranks" };
+    if found.rows.is_none() {
+        by_expert.clear();
     }
     if parts.shared {
         oracle.add_shared();
     }
     let output: Vec<f64> = found.output.iter().map(|value| value.to_f64()).collect();
     let compared = format!(
-        "{} experts, with an f64 oracle on the weights and the choice of experts as this command read and made them",
+        "{} experts, with an f64 oracle on the weights and the choice of experts as this command read and made \
+         them{by_what}",
         parts.names().join(" and ")
     );
     let (shape, expected) = (weights.shape(), &oracle.output);
@@ -238,14 +251,15 @@ impl<'a> Oracle<'a> {
         &self.slots_by_expert[expert]
     }
 
-    /// What the oracle says for an expert's slots, and how far the rows found are from it.
-    fn expert(&self, expert: usize, found: &Found<'_>) -> (f64, Vec<f64>) {
+    /// What the oracle says for an expert's slots, and how far the rows found are from it, where there are some.
+    fn expert(&self, expert: usize, found: &Found<'_>) -> (Option<f64>, Vec<f64>) {
         let hidden = self.weights.shape().hidden();
         let slots = self.slots_of(expert);
         let expected: Vec<f64> = slots.chunks(SLOTS_AT_ONCE).flat_map(|slots| self.slot_rows(expert, slots)).collect();
-        let row = |slot: &usize| &found.rows[found.row_of_slot[*slot] as usize * hidden..][..hidden];
+        let Some(SlotRows { rows, row_of_slot }) = &found.rows else { return (None, expected) };
+        let row = |slot: &usize| &rows[row_of_slot[*slot] as usize * hidden..][..hidden];
         let found: Vec<f64> = slots.iter().flat_map(row).map(|value| value.to_f64()).collect();
-        (distance(&found, &expected), expected)
+        (Some(distance(&found, &expected)), expected)
     }
 
     fn slot_rows(&self, expert: usize, slots: &[usize]) -> Vec<f64> {

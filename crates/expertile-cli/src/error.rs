@@ -53,6 +53,17 @@ pub(crate) enum Error {
         /// What would do.
         expected: String,
     },
+    /// An error of one of several ranks.
+    #[error("rank {rank}")]
+    Rank {
+        /// The rank.
+        rank: usize,
+        /// Its error.
+        source: Box<Error>,
+    },
+    /// An error that another rank tells.
+    #[error("another rank tells why")]
+    Told,
     /// A result past its tolerance.
     #[error("{0}")]
     Check(String),

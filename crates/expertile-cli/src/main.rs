@@ -15,7 +15,9 @@ mod memory;
 mod output;
 mod packed;
 mod parts;
+mod placement_file;
 mod preset;
+mod ranks;
 mod report;
 mod router;
 mod signals;
@@ -82,6 +84,9 @@ fn main() -> ExitCode {
 
 /// Prints `error: ...` on one line, causes included.
 fn report(error: &Error) -> ExitCode {
+    if let Error::Told = error {
+        return error.exit_code();
+    }
     let mut line = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(source) = cause {
@@ -119,7 +124,7 @@ mod tests {
     fn every_help_ends_with_two_examples_that_parse() {
         let mut all = Vec::new();
         helps("expertile", &Cli::command(), &mut all);
-        assert_eq!(all.len(), 8);
+        assert_eq!(all.len(), 9);
         for (words, help) in &all {
             let (_, examples) = help.split_once("Examples:\n").unwrap_or_else(|| panic!("{words}: {help}"));
             let examples: Vec<&str> =

@@ -6,7 +6,7 @@
 
 use crate::error::{Error, Result, checked_add, checked_mul};
 use crate::gemm::ActivationFormat;
-use crate::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding};
+use crate::quantize::ScaleFormat;
 use std::fmt;
 use std::ops::Range;
 
@@ -102,14 +102,6 @@ pub struct TokenRow {
 const ROW_MULTIPLE: usize = 16;
 
 impl TokenRow {
-    /// The scales of e4m3 values on the way: one f32 for 128 of them, exact.
-    ///
-    /// # Errors
-    /// None: the format exists.
-    pub fn scale_format() -> Result<ScaleFormat> {
-        ScaleFormat::new(Group::G128, ScaleLayout::RowMajor, ScaleRounding::Exact)
-    }
-
     /// The row of a token of `hidden` values and `topk` slots. Weights travel where sums are made away from home.
     ///
     /// # Errors
@@ -123,7 +115,7 @@ impl TokenRow {
         let what = "bytes of a token's row";
         let (values, scales) = match activation_format {
             ActivationFormat::Bf16 => (checked_mul(what, hidden, 2)?, 0),
-            ActivationFormat::E4m3 => (hidden, checked_mul(what, Self::scale_format()?.groups(hidden)?, 4)?),
+            ActivationFormat::E4m3 => (hidden, checked_mul(what, ScaleFormat::ROW_MAJOR.groups(hidden)?, 4)?),
         };
         // An odd number of bf16 values: what follows starts on 4 bytes.
         let values_end = crate::plan::round_up(values, 4)?;
@@ -170,7 +162,7 @@ impl TokenRow {
         0..self.hidden * bytes
     }
 
-    /// Bytes of the scales: `[H / 128]` f32, or none.
+    /// Bytes of the scales: `[H / 128]` f32 ([`ScaleFormat::ROW_MAJOR`]), or none.
     #[must_use]
     pub fn scales(&self) -> Range<usize> {
         self.ends[0]..self.ends[1]

@@ -157,6 +157,10 @@ impl ScaleFormat {
     /// What vLLM feeds DeepGEMM on Hopper, without the transpose: 1x128, f32, MN-major.
     pub const HOPPER: Self = Self { group: Group::G128, layout: ScaleLayout::MnMajor, rounding: ScaleRounding::Exact };
 
+    /// What goes with rows that travel or stand in a CPU's memory: 1x128, f32, a row's scales together.
+    pub const ROW_MAJOR: Self =
+        Self { group: Group::G128, layout: ScaleLayout::RowMajor, rounding: ScaleRounding::Exact };
+
     /// f32 scales in row-major or MN-major order.
     ///
     /// # Errors

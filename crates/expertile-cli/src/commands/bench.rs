@@ -1,5 +1,6 @@
-//! `expertile bench`: a layer's stages timed, alone or in the whole layer, over a list of sizes.
+//! `expertile bench`: a layer's stages timed, alone or in the whole layer, over a list of sizes; the exchange of ranks.
 
+mod exchange;
 mod layer;
 mod memcpy;
 mod on_cpu;
@@ -8,7 +9,7 @@ mod tiles;
 
 use crate::error::Result;
 
-/// Time a known model's layer, its steps, or the choice of tiles.
+/// Time a known model's layer, its steps, the exchange of several ranks, or the choice of tiles.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -24,6 +25,7 @@ enum What {
     Layer(layer::Args),
     Steps(steps::Args),
     Tiles(tiles::Args),
+    Exchange(exchange::Args),
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -31,5 +33,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         What::Layer(args) => layer::run(args),
         What::Steps(args) => steps::run(args),
         What::Tiles(args) => tiles::run(args),
+        What::Exchange(args) => exchange::run(args),
     }
 }

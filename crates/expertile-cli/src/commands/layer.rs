@@ -2,6 +2,7 @@
 
 mod cpu;
 mod gpu;
+mod ranks;
 mod report;
 mod tokens;
 
@@ -13,9 +14,10 @@ use crate::error::{Error, Result};
 use crate::memory::{self, LayerMemory, WeightPlace};
 use crate::parts::Parts;
 use crate::preset::{MadeUp, Preset};
+use crate::ranks::{ExchangeName, Group, PlacementOptions, Share};
 use crate::router::RouterPrecision;
 use crate::weights::ExpertWeights;
-use crate::{output, signals};
+use crate::{machine, output, signals};
 use expertile::Routing;
 use expertile_checkpoint::{Checkpoint, LayerInput};
 use std::path::PathBuf;
@@ -28,6 +30,9 @@ use std::path::PathBuf;
 ///
 /// On a GPU (a Hopper) a stage's time is that inside a graph, the bandwidth is that of a copy, and the rate that of a
 /// large matrix product, all measured at the start. The router still runs on the CPU, and is not in the table.
+///
+/// With --exchange mpi, started by mpiexec, the ranks share the experts: each loads its own, and runs its part of the
+/// tokens. Rank 0 checks, writes and prints; the output has the bits of one rank.
 #[derive(Debug, clap::Args)]
 #[command(allow_negative_numbers = true)]
 #[command(group(clap::ArgGroup::new("source").required(true).args(["model", "preset"])))]
@@ -76,7 +81,12 @@ pub(crate) struct Args {
     check: bool,
     #[command(flatten)]
     compute: ComputeOptions,
-    #[command(flatten)]
+    /// Share the experts among the ranks that mpiexec has started.
+    #[arg(long, value_name = "NAME")]
+    exchange: Option<ExchangeName>,
+    #[command(flatten, next_help_heading = "Expert parallelism")]
+    placement: PlacementOptions,
+    #[command(flatten, next_help_heading = "Output")]
     report: ReportOptions,
 }
 
@@ -87,12 +97,28 @@ fn not_of_a_checkpoint(option: clap::Arg) -> clap::Arg {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    match (args.exchange, args.compute.device, args.placement.given()) {
+        (None, _, Some(option)) => Err(Error::usage(format!("{option} goes with --exchange only"))),
+        (None, _, None) => run_on(args, None),
+        (Some(_), Some(_), _) => Err(Error::usage("--exchange mpi goes with --device cpu only")),
+        (Some(ExchangeName::Mpi), None, _) => {
+            let group = args.placement.join()?;
+            run_on(args, Some(&group)).map_err(|error| group.leave(error))
+        }
+    }
+}
+
+fn run_on(args: &Args, group: Option<&Group>) -> Result<()> {
     let runner = args.compute.open()?;
-    args.compute.pool()?.install(|| match (&args.model, args.preset) {
+    let pool = match group {
+        Some(group) => machine::pool(group.threads(args.compute.threads))?,
+        None => args.compute.pool()?,
+    };
+    pool.install(|| match (&args.model, args.preset) {
         (Some(folder), _) => {
             let checkpoint = Checkpoint::open(folder)?;
-            prepare_output(args, checkpoint.files())?;
-            if let Runner::Cpu(_) = runner {
+            prepare_output(args, group, checkpoint.files())?;
+            if let (Runner::Cpu(_), None) = (&runner, group) {
                 memory::require(
                     "the layer, at one byte to a weight,",
                     checkpoint.least_layer_bytes(args.layer.unwrap_or_default()),
@@ -101,26 +127,31 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             let layer = checkpoint.layer(args.layer.unwrap_or_default())?;
             signals::name_mapped_files(checkpoint.mapped_files());
             let input = open_input(args)?.ok_or_else(|| Error::usage("--input is missing"))?;
-            run_weights(args, &runner, &layer, &input, &folder.display().to_string())
+            run_weights(args, &runner, group, &layer, &input, &folder.display().to_string())
         }
         (None, Some(preset)) => {
             let format = args.formats.weights(preset);
             args.formats.activations(format, preset.shape()?)?;
-            prepare_output(args, std::iter::empty())?;
-            let layer = MadeUp::new(preset, args.made_up.experts, format, args.made_up.seed, runner.memory_bytes())?;
+            prepare_output(args, group, std::iter::empty())?;
+            // Ranks must make up the same experts, however much memory each has left.
+            let available = if group.is_some() { None } else { runner.memory_bytes() };
+            let layer = MadeUp::new(preset, args.made_up.experts, format, args.made_up.seed, available)?;
             let input = match open_input(args)? {
                 Some(input) => input,
                 None => layer.tokens(args.tokens.unwrap_or(64))?,
             };
-            run_weights(args, &runner, &layer, &input, &preset.name())
+            run_weights(args, &runner, group, &layer, &input, &preset.name())
         }
         (None, None) => Err(Error::usage("--model or --preset is missing")),
     })
 }
 
-/// Checks the targets against everything that the call reads.
-fn prepare_output(args: &Args, files: impl Iterator<Item = PathBuf>) -> Result<()> {
-    let inputs: Vec<PathBuf> = files.chain(args.input.clone()).collect();
+/// Checks the targets against everything that the call reads. Of several ranks, the first one writes.
+fn prepare_output(args: &Args, group: Option<&Group>, files: impl Iterator<Item = PathBuf>) -> Result<()> {
+    if group.is_some_and(|group| !group.is_first()) {
+        return Ok(());
+    }
+    let inputs: Vec<PathBuf> = files.chain(args.input.clone()).chain(args.placement.inputs()).collect();
     output::prepare(&[("--output", args.output.as_deref()), ("--json", args.report.file())], &inputs)
 }
 
@@ -132,6 +163,7 @@ fn open_input(args: &Args) -> Result<Option<LayerInput>> {
 fn run_weights(
     args: &Args,
     runner: &Runner,
+    group: Option<&Group>,
     weights: &dyn ExpertWeights,
     input: &LayerInput,
     source: &str,
@@ -143,12 +175,30 @@ fn run_weights(
         Runner::Gpu(_) => WeightPlace::Device,
     };
     let topk = input.routing().map_or(weights.router().topk, |(ids, _)| ids.topk());
-    LayerMemory::new(weights, activations, parts, place).calling(input.tokens(), topk, args.check).require()?;
+    match group {
+        None => LayerMemory::new(weights, activations, parts, place),
+        // Of the weights, what an even placement leaves this rank; of the tokens, all that could come here.
+        Some(group) => {
+            let experts: Vec<usize> = group.share_of(weights.shape().local_experts()).collect();
+            let experts = if experts.is_empty() { vec![0] } else { experts };
+            LayerMemory::new(&Share::new(weights, &experts)?, activations, parts, place)
+        }
+    }
+    .calling(input.tokens(), topk, args.check && group.is_none_or(Group::is_first))
+    .require()?;
     let router = input.routing().is_none().then_some(args.router);
     let computed = Computed { activations, parts, router };
     let tokens = Tokens::new(input, weights, args.router, parts)?;
     let routing = Routing::new(tokens.live_ids()?, weights.shape().local_experts(), None)?;
     let inputs = Inputs { hidden_states: input.hidden_states(), routing, topk_weights: tokens.weights() };
+    if let (Some(group), Runner::Cpu(cpu)) = (group, runner) {
+        let (options, layer, check) = (&args.placement, args.layer, args.check);
+        let job = ranks::Job { source, layer, options, computed, check };
+        return match ranks::run(cpu, group, weights, inputs, &job)? {
+            None => Ok(()),
+            Some(outcome) => tell_of_ranks(args, &tokens, &outcome),
+        };
+    }
     let outcome = match runner {
         Runner::Cpu(cpu) => cpu::run(cpu, weights, inputs, computed, tokens.router_time(), args.check)?,
         Runner::Gpu(device) => gpu::run(device, weights, inputs, computed, args.check)?,
@@ -159,6 +209,18 @@ fn run_weights(
     let report = Report::new(source, args.layer, weights, &routing, computed, outcome);
     args.report.tell(&report, Report::text)?;
     match &report.check {
+        Some(check) if !check.passed => Err(Error::Check(check.text())),
+        _ => Ok(()),
+    }
+}
+
+/// What the first of several ranks writes and prints.
+fn tell_of_ranks(args: &Args, tokens: &Tokens<'_>, outcome: &ranks::Outcome) -> Result<()> {
+    if let Some(file) = &args.output {
+        tokens.write(file, &outcome.output)?;
+    }
+    args.report.tell(&outcome.report, ranks::Report::text)?;
+    match &outcome.report.check {
         Some(check) if !check.passed => Err(Error::Check(check.text())),
         _ => Ok(()),
     }

@@ -1,4 +1,6 @@
-//! `expertile plan`: what padding costs.
+//! `expertile plan`: what padding costs, and what expert parallelism does (`plan/ranks`).
+
+mod ranks;
 
 use super::options::ReportOptions;
 use crate::error::{Error, Result};
@@ -20,12 +22,15 @@ const ALIGNMENTS: [usize; 6] = [8, 16, 32, 64, 128, 256];
 /// or --counts give the routing, the exact sum. Live rows are counted when the routing is known, else they are the
 /// most there can be, tokens * min(topk, local experts). Padding is the rest of the exact size, or of the tight bound
 /// where there is no exact size.
+///
+/// With --ranks: what expert parallelism costs by placement, in rows, bytes, modelled time and memory.
 #[derive(Debug, clap::Args)]
 #[command(allow_negative_numbers = true)]
 #[command(override_usage = "\
     expertile plan --tokens <M> --topk <K> --experts <G> [OPTIONS]\n       \
     expertile plan --tokens <M> --topk <K> --counts <N,N,...> [OPTIONS]\n       \
-    expertile plan --ids <FILE> --experts <G> [OPTIONS]")]
+    expertile plan --ids <FILE> --experts <G> [OPTIONS]\n       \
+    expertile plan --ranks <R> --tokens <M> --topk <K> --experts <G> --hidden <H> --intermediate <I> [OPTIONS]")]
 #[command(after_help = "\
 Examples:
   expertile plan --tokens 128 --topk 8 --experts 128 --hidden 2048 --intermediate 768
@@ -71,9 +76,11 @@ pub(crate) struct Args {
     /// Rows of each local expert, separated by commas.
     #[arg(long, value_name = "N,N,...", value_delimiter = ',', allow_hyphen_values = true)]
     counts: Option<Vec<i32>>,
-    /// Draw tokens per expert with the padding on top, as SVG; needs --ids or --counts.
+    /// Draw tokens per expert with the padding on top, as SVG; needs --ids or --counts. With --ranks: rows per rank.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
+    #[command(flatten, next_help_heading = "Expert parallelism")]
+    ranks: ranks::RankOptions,
     #[command(flatten)]
     report: ReportOptions,
 }
@@ -128,8 +135,13 @@ struct Report {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let targets = [("--plot", args.plot.as_deref()), ("--json", args.report.file())];
-    output::prepare(&targets, args.ids.as_slice())?;
+    let placement = ("--placement-output", args.ranks.placement_output.as_deref());
+    let targets = [("--plot", args.plot.as_deref()), ("--json", args.report.file()), placement];
+    let inputs: Vec<PathBuf> = args.ids.iter().cloned().chain(args.ranks.inputs()).collect();
+    output::prepare(&targets, &inputs)?;
+    if let Some(ranks) = args.ranks.ranks {
+        return ranks::run(args, ranks);
+    }
     let question = Question::from_args(args)?;
     let report = Report::new(args, &question)?;
     if let Some(file) = &args.plot {

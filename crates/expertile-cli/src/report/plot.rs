@@ -93,6 +93,52 @@ fn draw_bars(area: &Area<'_>, bars: &[(i64, i64)], alignment: usize) -> Drawn {
     Ok(())
 }
 
+/// Rows of the ranks, fullest first, for each of several placements.
+pub(crate) fn rows_per_rank(placements: &[(&str, &[u64])]) -> String {
+    const WIDTH: u32 = 1080;
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, (WIDTH, HEIGHT)).into_drawing_area();
+        draw_ranks(&area, placements).expect("drawing into memory meets nothing that can fail");
+    }
+    svg
+}
+
+fn draw_ranks(area: &Area<'_>, placements: &[(&str, &[u64])]) -> Drawn {
+    area.fill(&WHITE)?;
+    let ranks = placements.iter().map(|(_, rows)| rows.len()).max().unwrap_or(0);
+    let all = placements.first().map_or(0, |(_, rows)| rows.iter().sum::<u64>());
+    let mean = all as f64 / ranks.max(1) as f64;
+    write_text(area, "Rows per rank", (24, 16), 20, INK)?;
+    let summary =
+        format!("ranks: {ranks}, rows: {all}, {mean:.1} on average: what is above it, the other ranks wait for");
+    write_text(area, &summary, (24, 42), 14, INK)?;
+    let (_, below) = area.split_vertically(64);
+    let (left, legend) = below.split_horizontally(840);
+    let top = placements.iter().flat_map(|(_, rows)| rows.iter().copied()).max().unwrap_or(0).max(1);
+    let mut chart = ChartBuilder::on(&left)
+        .margin(MARGIN)
+        .x_label_area_size(42)
+        .y_label_area_size(Y_LABELS)
+        .build_cartesian_2d(0.5..ranks as f64 + 0.5, 0.0..top as f64 * 1.04)?;
+    let whole = |value: &f64| if value.fract() == 0.0 { format!("{value:.0}") } else { String::new() };
+    draw_axes(&mut chart, ranks.clamp(1, 17), ("ranks, fullest first", &whole), ("rows", &whole))?;
+    chart.draw_series([PathElement::new([(0.5, mean), (ranks as f64 + 0.5, mean)], INK.stroke_width(1))])?;
+    for (index, ((name, rows), color)) in placements.iter().zip(STAGE_COLORS.iter().skip(1).cycle()).enumerate() {
+        let mut rows = rows.to_vec();
+        rows.sort_unstable_by(|a, b| b.cmp(a));
+        let points: Vec<(f64, f64)> =
+            rows.iter().enumerate().map(|(at, &rows)| (at as f64 + 1.0, rows as f64)).collect();
+        chart.draw_series([PathElement::new(points.clone(), color.stroke_width(2))])?;
+        chart.draw_series(points.into_iter().map(|point| Circle::new(point, 3, color.filled())))?;
+        let y = 20 + 26 * index as i32;
+        legend.draw(&Rectangle::new([(8, y), (22, y + 14)], color.filled()))?;
+        write_text(&legend, name, (30, y), 14, INK)?;
+    }
+    area.present()?;
+    Ok(())
+}
+
 /// What an axis is called, and how its labels are written.
 type Axis<'a> = (&'a str, &'a dyn Fn(&f64) -> String);
 
@@ -263,6 +309,8 @@ mod tests {
     fn pictures_of_nothing_can_be_drawn() {
         assert!(time_by_size("heading", "title", &[]).contains("</svg>"));
         assert!(tokens_per_expert(&[], 8).contains("</svg>"));
+        assert!(rows_per_rank(&[]).contains("</svg>"));
+        assert!(rows_per_rank(&[("linear", &[0, 0]), ("balanced", &[u64::MAX / 4, 1])]).contains("balanced"));
         assert!(tokens_per_expert(&[0, 0], 8).contains("0.0 %"));
         assert!(tokens_per_expert(&[1, i32::MAX], usize::MAX).contains("100.0 %"));
     }

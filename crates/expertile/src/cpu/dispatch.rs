@@ -13,6 +13,7 @@ use crate::dtype::{E4m3, Float};
 use crate::error::Result;
 use crate::gemm::ActivationFormat;
 use crate::matrix::MatrixRef;
+use crate::quantize::ScaleFormat;
 use half::bf16;
 use rayon::prelude::*;
 
@@ -59,15 +60,11 @@ fn pack_values<T: Float>(cpu: &Cpu, row: &TokenRow, values: &[T], out: &mut [u8]
             let (bytes, rest) = out.split_at_mut(row.scales().start);
             let bytes: &mut [E4m3] = bytemuck::cast_slice_mut(&mut bytes[row.values()]);
             let scales: &mut [f32] = bytemuck::cast_slice_mut(&mut rest[..row.scales().len()]);
-            let (group, rounding) = SCALES;
-            quantize_row(cpu.isa(), values, group, rounding, bytes, scales);
+            let format = ScaleFormat::ROW_MAJOR;
+            quantize_row(cpu.isa(), values, format.group().size(), format.rounding(), bytes, scales);
         }
     }
 }
-
-/// Group and rounding of [`TokenRow::scale_format`].
-const SCALES: (usize, crate::quantize::ScaleRounding) =
-    (crate::quantize::Group::G128.size(), crate::quantize::ScaleRounding::Exact);
 
 /// Copies the rows of `tokens`, one list after the other, into `out`.
 pub(super) fn pick(cpu: &Cpu, row: &TokenRow, packed: &[u8], tokens: &[i32], out: &mut [u8]) {

@@ -19,7 +19,7 @@ use crate::layer::{LayerConfig, LayerShape, Stage, StageCost, stage_cost};
 use crate::layout::{Layout, Padding};
 use crate::matrix::MatrixRef;
 use crate::plan::{Plan, TokenExperts};
-use crate::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding, Scales, ScalesMut};
+use crate::quantize::{Group, ScaleFormat, Scales, ScalesMut};
 use crate::routing::Routing;
 use half::bf16;
 use rayon::prelude::*;
@@ -45,12 +45,8 @@ pub struct StageDone<'a> {
     pub rows: Option<&'a [bf16]>,
 }
 
-/// The quantized activations' scales on the CPU: one f32 per 128 values, row by row.
-const SCALES: ScaleLayout = ScaleLayout::RowMajor;
-
-fn scale_format() -> Result<ScaleFormat> {
-    ScaleFormat::new(Group::G128, SCALES, ScaleRounding::Exact)
-}
+/// The quantized activations' scales on the CPU.
+const SCALES: ScaleFormat = ScaleFormat::ROW_MAJOR;
 
 /// The alignment of a layout that asks for none: the GEMM takes any, and padding is memory.
 pub const ALIGNMENT: usize = 1;
@@ -420,10 +416,9 @@ fn fit(
     let shape = LayerShape::of_weights(what(w13), what(w2), activation.is_gated())?;
     let intermediate = shape.intermediate();
     if activations == ActivationFormat::E4m3 {
-        let format = scale_format()?;
-        format.groups(shape.hidden())?;
+        SCALES.groups(shape.hidden())?;
         let expected = "a positive multiple of the group, 128";
-        format.groups(intermediate).map_err(|_| Error::value("intermediate", intermediate, expected))?;
+        SCALES.groups(intermediate).map_err(|_| Error::value("intermediate", intermediate, expected))?;
     }
     if activation.is_gated() && !w13.halves_have_own_blocks() {
         let expected = "a multiple of 128, or a w13 packed as gate and up: each has row blocks of scales of its own";
@@ -513,7 +508,7 @@ impl Buffers<'_> {
             }
             ActivationFormat::E4m3 => {
                 let out: &mut [E4m3] = bytemuck::cast_slice_mut(self.front);
-                quantize_rows(cpu, rows, layout, out, ScalesMut::f32(scale_format()?, self.scales))
+                quantize_rows(cpu, rows, layout, out, ScalesMut::f32(SCALES, self.scales))
             }
         }
     }
@@ -532,7 +527,7 @@ impl Buffers<'_> {
             ActivationFormat::Bf16 => Activations::Bf16(&bytemuck::cast_slice(self.front)[..values]),
             ActivationFormat::E4m3 => Activations::E4m3 {
                 rows: &bytemuck::cast_slice(self.front)[..values],
-                scales: Scales::f32(scale_format()?, self.scales),
+                scales: Scales::f32(SCALES, self.scales),
             },
         };
         grouped_gemm_with_bias(cpu, layout, rows, weights, bias, self.gemm, out.unwrap_or(self.back))
@@ -554,7 +549,7 @@ impl Buffers<'_> {
             }
             ActivationFormat::E4m3 => {
                 let out: &mut [E4m3] = bytemuck::cast_slice_mut(self.front);
-                let scales = ScalesMut::f32(scale_format()?, self.scales);
+                let scales = ScalesMut::f32(SCALES, self.scales);
                 activate_quantize(cpu, layout, intermediate, self.back, activation, out, scales)
             }
         }
@@ -606,7 +601,7 @@ impl Stages<'_> {
             }
             ActivationFormat::E4m3 => {
                 let out: &mut [E4m3] = bytemuck::cast_slice_mut(buffers.front);
-                let scales = ScalesMut::f32(scale_format()?, buffers.scales);
+                let scales = ScalesMut::f32(SCALES, buffers.scales);
                 quantize_permute(cpu, x, weights, layout, Padding::Untouched, out, scales)?;
             }
         }

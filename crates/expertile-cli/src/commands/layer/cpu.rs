@@ -2,7 +2,7 @@
 
 use super::report::{Computed, Outcome, Place};
 use crate::call::{Call, Inputs};
-use crate::check::{self, Found};
+use crate::check::{self, Found, SlotRows};
 use crate::error::Result;
 use crate::machine::Limits;
 use crate::packed::Packed;
@@ -54,5 +54,5 @@ fn found<'a>(call: &'a mut Call<'_>) -> Result<Found<'a>> {
             row_of_slot = done.layout.inv_perm().to_vec();
         }
     })?;
-    Ok(Found { output: &call.output, rows, row_of_slot })
+    Ok(Found { output: &call.output, rows: Some(SlotRows { rows, row_of_slot }) })
 }

@@ -2,7 +2,7 @@
 
 use super::report::{Computed, Outcome, Place};
 use crate::call::Inputs;
-use crate::check::{self, Found};
+use crate::check::{self, Found, SlotRows};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::report::stages::whole;
@@ -55,7 +55,8 @@ pub(super) fn run(
     let rows = check.then(|| call.rows()).transpose()?;
     let times = call.time()?;
     let check = rows.map(|(rows, row_of_slot)| {
-        check::check(&Found { output: &output, rows, row_of_slot }, &inputs, weights, activations, parts)
+        let rows = Some(SlotRows { rows, row_of_slot });
+        check::check(&Found { output: &output, rows }, &inputs, weights, activations, parts)
     });
     let stages = device::stage_times(&layer, &times, &routing)?;
     Ok(Outcome {

@@ -1,7 +1,7 @@
 //! Tokens that another program, or another rank, has made ready: they come quantized or converted, with ids, and go
 //! back by slots or by sums. Between dispatch and combine this is the layer.
 
-use super::{ActivationFormat, Layer, StageDone, Stages, scale_format};
+use super::{ActivationFormat, Layer, SCALES, StageDone, Stages};
 use crate::cpu::unpermute::{SharedRows, unpermute};
 use crate::cpu::workspace::{Carver, Sizing};
 use crate::cpu::{RowScales, permute_quantized, permute_rows};
@@ -36,7 +36,7 @@ impl TokenRows<'_> {
             }
             (ActivationFormat::E4m3, Self::E4m3 { rows, scales }) => {
                 rows.require_shape("tokens", tokens, hidden)?;
-                return scales.require_shape("token_scales", tokens, scale_format()?.groups(hidden)?);
+                return scales.require_shape("token_scales", tokens, SCALES.groups(hidden)?);
             }
             (ActivationFormat::Bf16, Self::E4m3 { .. }) => (Dtype::Bf16, Dtype::E4m3),
             (ActivationFormat::E4m3, Self::Bf16(_)) => (Dtype::E4m3, Dtype::Bf16),
@@ -179,7 +179,7 @@ impl Stages<'_> {
             }
             TokenRows::E4m3 { rows, scales } => {
                 let out: &mut [E4m3] = bytemuck::cast_slice_mut(buffers.front);
-                let sink = ScalesMut::f32(scale_format()?, buffers.scales);
+                let sink = ScalesMut::f32(SCALES, buffers.scales);
                 permute_quantized(cpu, rows, RowScales::F32(scales), layout, Padding::Untouched, out, sink)
             }
         }

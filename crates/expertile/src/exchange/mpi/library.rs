@@ -233,7 +233,7 @@ unsafe fn open_global(path: &Path) -> std::result::Result<libloading::Library, l
     unsafe { libloading::Library::new(path) }
 }
 
-/// The first line of what the library calls itself.
+/// The start of what the library calls itself: its name and version.
 #[allow(unsafe_code)]
 fn library_version(library: &libloading::Library) -> std::result::Result<String, libloading::Error> {
     let (mut text, mut len) = (vec![0 as c_char; TEXT], 0);
@@ -245,8 +245,8 @@ fn library_version(library: &libloading::Library) -> std::result::Result<String,
         CStr::from_ptr(text.as_ptr())
     };
     let text = text.to_string_lossy();
-    let words: Vec<&str> = text.lines().next().unwrap_or_default().split_whitespace().collect();
-    Ok(words.join(" ").trim_end_matches(',').to_owned())
+    let name = text.lines().next().and_then(|line| line.split(',').next()).unwrap_or_default();
+    Ok(name.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
 /// The constants of the library's ABI.
