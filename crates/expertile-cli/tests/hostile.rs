@@ -250,12 +250,33 @@ fn arguments(random: &mut Random) -> Vec<&'static str> {
                     }
                 }
             }
-            for option in ["--local-experts", "--alignment", "--hidden", "--intermediate"] {
+            if random.one_in(3) {
+                line.extend(["--ranks", number(random)]);
+                for option in ["--hidden", "--intermediate"] {
+                    line.extend([option, if random.one_in(2) { "128" } else { number(random) }]);
+                }
+                let numbers =
+                    ["--redundant", "--ranks-per-host", "--latency-us", "--link-gbs", "--memory-gb", "--layers"];
+                for option in numbers {
+                    if random.one_in(6) {
+                        line.extend([option, number(random)]);
+                    }
+                }
                 if random.one_in(4) {
-                    line.extend([option, number(random)]);
+                    line.extend(["--placement", file(random, "round-robin")]);
+                }
+                if random.one_in(4) {
+                    line.extend(["--placement-output", target(random)]);
+                }
+            } else {
+                for option in ["--local-experts", "--alignment", "--hidden", "--intermediate"] {
+                    if random.one_in(4) {
+                        line.extend([option, number(random)]);
+                    }
                 }
             }
-            if random.one_in(2) {
+            // One file of a call: with two, the first is written when the second fails.
+            if random.one_in(2) && !line.contains(&"--placement-output") {
                 line.extend(["--plot", target(random)]);
             }
         }
@@ -394,7 +415,8 @@ fn no_command_line_and_no_file_does_worse_than_an_error() {
         let steers = |c: char| c != '\n' && c.is_control() || c == '\u{202e}';
         assert!(!stderr.contains(steers) && !stdout.contains(steers), "{what}");
         let after = snapshot(folder.path());
-        let asked = ["--output", "--plot", "--json"].map(|option| line.windows(2).find(|pair| pair[0] == option));
+        let asked = ["--output", "--plot", "--json", "--placement-output"]
+            .map(|option| line.windows(2).find(|pair| pair[0] == option));
         let asked: Vec<_> = asked.into_iter().flatten().map(|pair| folder.path().join(pair[1])).collect();
         // Or where a link led.
         let led_to: Vec<_> = asked.iter().filter_map(|file| file.canonicalize().ok()).collect();
@@ -417,5 +439,5 @@ fn no_command_line_and_no_file_does_worse_than_an_error() {
 /// Whether this command line reads that file.
 fn files_are_read(line: &[&str], file: &str) -> bool {
     let folder = file.split('/').next().unwrap();
-    line.windows(2).any(|pair| matches!(pair[0], "--model" | "--input" | "--ids") && pair[1] == folder)
+    line.windows(2).any(|pair| matches!(pair[0], "--model" | "--input" | "--ids" | "--placement") && pair[1] == folder)
 }

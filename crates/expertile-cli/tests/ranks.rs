@@ -190,7 +190,7 @@ fn a_plan_takes_the_links_that_it_is_given() {
     };
     // Two rows of 272 bytes, and the latency.
     let close = |actual: f64, expected: f64| assert!((actual - expected).abs() < 1e-12, "{actual} {expected}");
-    close(seconds(&[]), 10e-6 + 544.0 / 390e9);
+    close(seconds(&[]), 10e-6 + 544.0 / 270e9);
     close(seconds(&["--latency-us", "0", "--link-gbs", "1"]), 544e-9);
     close(seconds(&["--latency-us", "0", "--host-link-gbs", "1", "--ranks-per-host", "1"]), 544e-9);
     close(seconds(&["--dispatch", "routed", "--latency-us", "3", "--link-gbs", "1e6"]), 6e-6 + 544e-15);
@@ -232,6 +232,9 @@ fn a_plan_that_cannot_be_is_refused() {
     let with = |more: &[&str], part: &str| refuse(folder.path(), &[&PLAN[..], more].concat(), part);
     with(&["--redundant", "5"], "redundant is 5, expected at most 4, every expert on every rank");
     with(&["--ranks-per-host", "0"], "--ranks-per-host is 0");
+    with(&["--layers", "0"], "--layers is 0, expected at least 1");
+    with(&["--redundant", "99999999"], "--redundant is 99999999, expected at most 4194304");
+    with(&["--alignment", "8"], "cannot be used with");
     with(&["--link-gbs", "-1"], "--link-gbs is -1, expected a number above 0");
     with(&["--latency-us", "NaN"], "--latency-us is NaN");
     with(&["--memory-gb", "inf"], "--memory-gb is inf");
@@ -246,9 +249,11 @@ fn a_plan_that_cannot_be_is_refused() {
         plan[2] = ranks;
         fail(folder.path(), &plan, 2)
     };
-    assert!(ranks("0").contains("--ranks is 0, expected 1 to 4096"));
+    assert!(ranks("0").contains("--ranks is 0, expected 1 to 1024"));
     assert!(ranks("5").contains("ranks is 5, expected 1 to 4, an expert for every rank"));
     std::fs::write(folder.path().join("ids.npy"), npy("(3, 1)", &[0; 12])).unwrap();
     let odd = ["plan", "--ranks", "2", "--ids", "ids.npy", "--experts", "4", "--hidden", "8", "--intermediate", "8"];
     refuse(folder.path(), &odd, "--ids has 3 tokens, expected a multiple of --ranks 2");
+    std::fs::write(folder.path().join("ids.npy"), npy("(4, 1)", &[0; 16])).unwrap();
+    refuse(folder.path(), &[&odd[..], &["--tokens", "4"]].concat(), "--tokens is 4, expected 2, as in the file of ids");
 }

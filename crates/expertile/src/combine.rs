@@ -28,12 +28,12 @@ impl Combine {
         }
     }
 
-    /// Bytes of one of its rows: `[H]` bf16 or f32.
+    /// Bytes of a value of its rows: bf16 or f32.
     #[must_use]
-    pub const fn row_bytes(self, hidden: usize) -> usize {
+    pub const fn value_bytes(self) -> usize {
         match self {
-            Self::Rows => 2 * hidden,
-            Self::Sums => 4 * hidden,
+            Self::Rows => 2,
+            Self::Sums => 4,
         }
     }
 }

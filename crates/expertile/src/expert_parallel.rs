@@ -79,7 +79,7 @@ impl ParallelChoice {
             dispatch: dispatch.unwrap_or_else(choose),
             combine: *combine,
             token_row,
-            combine_row_bytes: combine.row_bytes(hidden),
+            combine_row_bytes: checked_mul("bytes of a result's row", hidden, combine.value_bytes())?,
         })
     }
 
@@ -167,6 +167,11 @@ mod tests {
         refuse(&config, 0, "capacity is 0");
         refuse(&config, 1 << 28, "M * topk overflows");
         refuse(&config, usize::MAX, "R * C overflows");
+        let wide = ParallelChoice::new(usize::MAX / 128 * 128, &config, &parallel, 1).unwrap_err().to_string();
+        assert!(wide.contains("overflows"), "{wide}");
+        let (sums, wide) = (ParallelConfig { combine: Combine::Sums, ..parallel.clone() }, 1 << 62);
+        let error = ParallelChoice::new(wide, &config, &sums, 1).unwrap_err().to_string();
+        assert!(error.starts_with("bytes of a result's row overflows"), "{error}");
         refuse(&LayerConfig { global_experts: 128, ..config }, 1, "global_experts is 128, expected 256, as placed");
     }
 }

@@ -4,7 +4,8 @@
 //! heaviest first onto the least loaded rank that has room. Here two copies of one expert never share a rank, which
 //! would save nothing.
 
-use std::cmp::Reverse;
+use std::cmp::{Ordering, Reverse};
+use std::collections::BinaryHeap;
 
 /// Each rank's experts, for `1 <= ranks <= loads.len()` and `redundant <= loads.len() * (ranks - 1)`.
 pub(super) fn balance(loads: &[u64], ranks: usize, redundant: usize) -> Vec<Vec<usize>> {
@@ -32,18 +33,43 @@ pub(super) fn balance(loads: &[u64], ranks: usize, redundant: usize) -> Vec<Vec<
 /// `[G]`: copies of each expert, at most one a rank.
 fn copies(loads: &[u64], ranks: usize, redundant: usize) -> Vec<usize> {
     let mut copies = vec![1; loads.len()];
+    if ranks == 1 {
+        return copies;
+    }
+    let first = |(expert, &load): (usize, &u64)| Candidate { expert, load, copies: 1 };
+    let mut open: BinaryHeap<Candidate> = loads.iter().enumerate().map(first).collect();
     for _ in 0..redundant {
-        let open = (0..loads.len()).filter(|&expert| copies[expert] < ranks);
-        // `a / m` against `b / n` without rounding; the lower id where they are the same.
-        let busiest = open.min_by(|&a, &b| {
-            let [x, y] = [(a, b), (b, a)].map(|(this, other)| u128::from(loads[this]) * copies[other] as u128);
-            y.cmp(&x).then(a.cmp(&b))
-        });
-        if let Some(expert) = busiest {
-            copies[expert] += 1;
+        let Some(busiest) = open.pop() else { break };
+        let more = Candidate { copies: busiest.copies + 1, ..busiest };
+        copies[busiest.expert] = more.copies;
+        if more.copies < ranks {
+            open.push(more);
         }
     }
     copies
+}
+
+/// An expert that may get a copy more. The largest is the busiest: that of the most load per copy, then of the lowest
+/// id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Candidate {
+    expert: usize,
+    load: u64,
+    copies: usize,
+}
+
+impl Ord for Candidate {
+    fn cmp(&self, other: &Self) -> Ordering {
+        // `a / m` against `b / n` without rounding.
+        let [a, b] = [(self, other), (other, self)].map(|(x, y)| u128::from(x.load) * y.copies as u128);
+        a.cmp(&b).then(other.expert.cmp(&self.expert))
+    }
+}
+
+impl PartialOrd for Candidate {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
 }
 
 /// Ranks while they fill.
@@ -116,6 +142,20 @@ mod tests {
         let copied = Placement::balanced(&loads, 8, 8).unwrap();
         assert!(packed > 3.9 && most_over_mean(&copied, &loads) < 1.2);
         assert!(copied.copies_of(7).len() > 4);
+    }
+
+    #[test]
+    fn the_expert_with_most_rows_per_copy_is_copied_next() {
+        let of = |redundant| super::copies(&[60, 100, 30, 100], 3, redundant);
+        assert_eq!(of(0), [1, 1, 1, 1]);
+        assert_eq!(of(1), [1, 2, 1, 1]);
+        assert_eq!(of(3), [2, 2, 1, 2]);
+        assert_eq!(of(4), [2, 3, 1, 2]);
+        // Expert 1 stands on every rank: the next is 3, then 2 and 0, which have 30 rows a copy, the lower one first.
+        assert_eq!(of(5), [2, 3, 1, 3]);
+        assert_eq!(of(6), [3, 3, 1, 3]);
+        assert_eq!(of(8), [3, 3, 3, 3]);
+        assert_eq!(super::copies(&[5, 5], 1, 0), [1, 1]);
     }
 
     #[test]

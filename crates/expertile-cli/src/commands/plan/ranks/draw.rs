@@ -1,0 +1,67 @@
+//! Ids where none are given.
+
+use super::super::Args;
+use crate::error::{Error, Result};
+use crate::memory;
+use crate::preset::Random;
+
+/// Slots that are drawn: 4096 tokens of each of 512 ranks, with 8 experts each.
+const MOST_SLOTS: usize = 1 << 24;
+
+/// Different experts for every token, each with a chance in proportion to its count, or all alike.
+pub(super) fn draw(args: &Args, [ranks, tokens, topk]: [usize; 3], experts: usize) -> Result<Vec<i32>> {
+    if topk == 0 || topk > experts {
+        return Err(Error::usage(format!("--topk is {topk}, expected 1 to {experts}, the experts")));
+    }
+    let slots = ranks.checked_mul(tokens).and_then(|all| all.checked_mul(topk)).filter(|&all| all <= MOST_SLOTS);
+    let slots = slots.ok_or_else(|| {
+        Error::usage(format!("{ranks} ranks * {tokens} tokens * {topk} experts, expected at most {MOST_SLOTS} slots"))
+    })?;
+    memory::require("the ids", 4 * slots as u128)?;
+    let mut ends = Vec::with_capacity(experts);
+    let mut sum = 0u64;
+    for expert in 0..experts {
+        let count = args.counts.as_ref().map_or(1, |counts| counts[expert]);
+        sum += u64::try_from(count)
+            .map_err(|_| Error::usage(format!("--counts holds {count} for expert {expert}, expected at least 0")))?;
+        ends.push(sum);
+    }
+    let mut random = Random::new(args.ranks.seed.unwrap_or(1), [0x1d5, 0, 0]);
+    let mut ids = Vec::with_capacity(slots);
+    for _ in 0..ranks * tokens {
+        let first = ids.len();
+        for _ in 0..topk {
+            let chosen = draw_another(&mut random, &ends, &ids[first..]);
+            ids.push(chosen);
+        }
+    }
+    Ok(ids)
+}
+
+/// An expert that is not among `chosen`, with a chance in proportion to its count; -1 if none is left that has one.
+/// `ends` are the counts, added up.
+fn draw_another(random: &mut Random, ends: &[u64], chosen: &[i32]) -> i32 {
+    /// Draws until one is new; where few experts have nearly all rows, that may take for ever.
+    const TRIES: usize = 32;
+    let Some(sum) = ends.last().copied().filter(|&sum| sum > 0) else { return -1 };
+    for _ in 0..TRIES {
+        let at = random.draw() % sum;
+        let expert = ends.partition_point(|&end| end <= at) as i32;
+        if !chosen.contains(&expert) {
+            return expert;
+        }
+    }
+    let count = |expert: usize| match chosen.contains(&(expert as i32)) {
+        true => 0,
+        false => ends[expert] - if expert == 0 { 0 } else { ends[expert - 1] },
+    };
+    let left: u64 = (0..ends.len()).map(count).sum();
+    let mut at = if left == 0 { return -1 } else { random.draw() % left };
+    for expert in 0..ends.len() {
+        match at.checked_sub(count(expert)) {
+            Some(rest) => at = rest,
+            None => return expert as i32,
+        }
+    }
+    -1
+}
