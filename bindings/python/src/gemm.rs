@@ -8,7 +8,7 @@ use crate::limits;
 use crate::pool::{cpu, work};
 use expertile::cpu::{Activations, PackedWeights, grouped_gemm_of_segments, grouped_gemm_workspace_bytes};
 use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
-use expertile::{E4m3, Group, MatrixRef, ScaleFormat, ScaleLayout, ScaleRounding, Scales, Segments};
+use expertile::{E4m3, GateUpOrder, Group, MatrixRef, ScaleFormat, ScaleLayout, ScaleRounding, Scales, Segments};
 use half::bf16;
 use pyo3::prelude::*;
 
@@ -113,7 +113,7 @@ impl PyGemm {
     /// Between parts of the packing it looks whether it has been interrupted.
     #[new]
     fn new(py: Python<'_>, weights: &Bound<'_, PyAny>, weight_scale: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
-        pack(py, ("weights", weights), ("weight_scale", weight_scale), 1, None).map(Self)
+        pack(py, ("weights", weights), ("weight_scale", weight_scale), (1, GateUpOrder::Halves), None).map(Self)
     }
 
     #[getter]
