@@ -4,15 +4,18 @@
 ones only (``benches/peers/vllm_modular/collect.py`` collects what a GPU needs). What they import is installed, or in
 ``packages/`` beside them.
 
-Everything that is called is vLLM's, but on a machine without a GPU for the operators of its extension, which
+Everything that is called is vLLM's (attention, which nothing calls, may lack its extension: :func:`stand_in_attention`),
+but on a machine without a GPU for the operators of its extension, which
 :func:`stand_in_operators` has in plain torch, and for the name of the device. There, Triton's kernels run in Triton's
 interpreter, with its arithmetic mended (:func:`mend_interpreter`).
 """
 
 import dataclasses
+import glob
+import importlib
 import os
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 
@@ -46,6 +49,8 @@ def load():
     if not on_gpu:
         # vLLM takes Triton without a driver only where it believes that one will come.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not glob.glob(os.path.join(SOURCE, "vllm", "vllm_flash_attn", "*.so")):
+        stand_in_attention()
     import vllm.model_executor.layers.fused_moe.modular_kernel as mk
     from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.fused_moe import config
@@ -75,6 +80,15 @@ def load():
         workspace=workspace,
         as_configured=lambda device: set_current_vllm_config(VllmConfig(device_config=DeviceConfig(device=device))),
     )
+
+
+def stand_in_attention():
+    """The package of attention, without its extension: importing it fails without, and nothing here attends."""
+    name = "vllm.vllm_flash_attn"
+    package = sys.modules[name] = ModuleType(name)
+    package.__path__ = [os.path.join(SOURCE, "vllm", "vllm_flash_attn")]
+    interface = importlib.import_module(f"{name}.flash_attn_interface")
+    package.__dict__.update({key: value for key, value in vars(interface).items() if not key.startswith("__")})
 
 
 @dataclasses.dataclass

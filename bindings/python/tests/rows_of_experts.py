@@ -80,7 +80,7 @@ def product(placed, weights, weight_scale):
 
 def furthest(mine, expected):
     """The contract's measure ``1 - 2 xy / (x^2 + y^2)`` of the row that is furthest off, without its cancellation."""
-    mine, expected = mine.cpu().double(), expected.double()
+    mine, expected = mine.cpu().double(), expected.cpu().double()
     of_rows = (mine - expected).square().sum(1) / (mine.square() + expected.square()).sum(1).clamp_min(1e-300)
     return float(of_rows.max()) if len(of_rows) else 0.0
 
