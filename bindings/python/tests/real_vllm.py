@@ -4,10 +4,10 @@
 ones only (``benches/peers/vllm_modular/collect.py`` collects what a GPU needs). What they import is installed, or in
 ``packages/`` beside them.
 
-Everything that is called is vLLM's (attention, which nothing calls, may lack its extension: :func:`stand_in_attention`),
-but on a machine without a GPU for the operators of its extension, which
-:func:`stand_in_operators` has in plain torch, and for the name of the device. There, Triton's kernels run in Triton's
-interpreter, with its arithmetic mended (:func:`mend_interpreter`).
+Everything that is called is vLLM's. On a GPU the package of attention, which nothing calls, may lack its extension
+(:func:`stand_in_attention`). On a machine without one, the operators of vLLM's extension are in plain torch
+(:func:`stand_in_operators`), the device has another name, and Triton's kernels run in Triton's interpreter, with its
+arithmetic mended (:func:`mend_interpreter`).
 """
 
 import dataclasses
