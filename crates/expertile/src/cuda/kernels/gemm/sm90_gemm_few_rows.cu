@@ -75,8 +75,8 @@ using Ring = StageRing<Config, SharedStorage>;
 
 // Warps of the first warpgroup, by number; the other warpgroups are consumers.
 enum class ProducerWarp : int {
-    LOAD = 0,                                  // one thread of it: the producer
-    LOAD_SCALES = 1,                           // one thread, where SCALES_APART
+    LOAD = 0,                                 // one thread of it: the producer
+    LOAD_SCALES = 1,                          // one thread, where SCALES_APART
     FIRST_SCALE = 4 - Config::SCALING_WARPS,  // the last of the warpgroup; those between are idle
 };
 
