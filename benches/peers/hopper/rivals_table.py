@@ -20,7 +20,8 @@ def ratio(data, row):
 
 
 def number(us):
-    return "-" if us is None else f"{us:.{1 if us < 100 else 0}f}"
+    """What was read as a whole number stays one."""
+    return "-" if us is None else str(us) if isinstance(us, int) else f"{us:.{1 if us < 100 else 0}f}"
 
 
 def show(data, layer, part, row):
