@@ -22,10 +22,9 @@ TURN_SECONDS = 5e-4
 
 def turns(variant, threads, seconds):
     """Seconds of each product and of each layer's call."""
-    import torch
-
     import expertile
     import expertile.torch as et
+    import torch
     from expertile.transformers.threads import let_torch_sleep
 
     torch.set_num_threads(threads)

@@ -110,9 +110,8 @@ def seconds(call, *arguments):
 
 def child(options):
     """Loads, runs and prints what was found; logits go to a file."""
-    from transformers import AutoModelForCausalLM
-
     import expertile.transformers  # noqa: F401
+    from transformers import AutoModelForCausalLM
 
     libraries = kib("VmRSS")
     load = AutoModelForCausalLM.from_pretrained
