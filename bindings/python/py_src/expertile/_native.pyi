@@ -14,7 +14,9 @@ __all__ = [
     "SCALE_GROUPS",
     "SCALE_LAYOUTS",
     "TRACED",
+    "CudaGemm",
     "CudaLayer",
+    "Gemm",
     "Layer",
     "Plan",
     "__version__",
@@ -213,6 +215,7 @@ class CudaLayer:
 
     def check(self) -> None: ...
 
+@final
 class Gemm:
     """Prepacked weights of one GEMM: see `expertile.torch.Gemm`."""
 
@@ -231,6 +234,7 @@ class Gemm:
         rows_at_once: int | None = None,
     ) -> None: ...
 
+@final
 class CudaGemm:
     """What has been prepared for weights of one shape on a GPU, and no tensor: see `expertile.torch.Gemm`."""
 
