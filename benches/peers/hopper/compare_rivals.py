@@ -307,7 +307,7 @@ def main():
         raise SystemExit("no CUDA device is here: --dry-run needs none")
     groups = groups_of(options)
     if options.dry_run:
-        print("# DRY RUN: torch stands in for every rival, layers are tiny, the times below are invented")
+        print("# DRY RUN: torch computes in place of every rival, layers are tiny, the times below are not measured")
         groups = shrunk(groups)
     torch.set_float32_matmul_precision("highest")
     rivals = rivals_of(groups, options.dry_run)

@@ -111,7 +111,7 @@ def markdown(files):
     """-> the lines."""
     data = merged(files)
     if data["dry_run"]:
-        yield "DRY RUN: invented times, no results"
+        yield "DRY RUN: no time was measured"
     yield ""
     yield f"{data['date']}, {data['device']}, driver {data['driver']}, commit {data['commit']}; microseconds."
     for format, title in (("e4m3", "e4m3 experts with 128 x 128 block scales:"), ("bf16", "bf16 experts:")):

@@ -1,8 +1,19 @@
-"""What the tests on a GPU share: a call as a graph, and what a call costs the host."""
+"""What the tests on a GPU share: whether there is one, a call as a graph, and what a call costs the host."""
 
 import time
 
 import torch
+
+from expertile import _native
+
+
+def no_hopper():
+    """Why the kernels of a layer cannot run here; None where they can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.cuda.get_device_capability()[0] != 9:
+        return "the GPU is no Hopper"
+    return _native.cuda_unavailable()
 
 
 def captured(call):

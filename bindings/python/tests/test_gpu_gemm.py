@@ -9,20 +9,11 @@ torch = pytest.importorskip("torch")
 
 import expertile  # noqa: E402
 import expertile.torch as et  # noqa: E402
-from expertile import _native, deep_gemm  # noqa: E402
-from on_gpu import captured, host_us  # noqa: E402
+from expertile import deep_gemm  # noqa: E402
+from on_gpu import captured, host_us, no_hopper  # noqa: E402
 from rows_of_experts import Placed, furthest, poisoned, product, weights_of  # noqa: E402
 
-
-def missing():
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if torch.cuda.get_device_capability()[0] != 9:
-        return "the GPU is no Hopper"
-    return _native.cuda_unavailable()
-
-
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = pytest.mark.skipif(no_hopper() is not None, reason=str(no_hopper()))
 
 FORMS = ["bf16", "e4m3"]
 COUNTS = [0, 1, 17, 0, 300, 3, 64, 129]

@@ -10,19 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import expertile.torch as et  # noqa: E402
-from expertile import _native  # noqa: E402
-from on_gpu import captured, host_us  # noqa: E402
+from on_gpu import captured, host_us, no_hopper  # noqa: E402
 
-
-def missing():
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if torch.cuda.get_device_capability()[0] != 9:
-        return "the GPU is no Hopper"
-    return _native.cuda_unavailable()
-
-
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+pytestmark = pytest.mark.skipif(no_hopper() is not None, reason=str(no_hopper()))
 
 
 def weights(experts, hidden, intermediate, form, seed=0):

@@ -425,7 +425,7 @@ class TestTheChoice:
 
     def test_of_another_gpu_is_vllms(self, vllm, ours, monkeypatch):
         if ON_GPU:
-            pytest.skip("the platform is what it is")
+            pytest.skip("a GPU is there: it cannot be made to look like another")
         platform = type(vllm.current_platform)
         moe = real_vllm.moe_config(vllm, case_of("plain", "e4m3"), DEVICE)
         standard = vllm.mk.FusedMoEActivationFormat.Standard

@@ -164,8 +164,8 @@ impl Group {
         Ok(self.gather(&[mine])?.into_iter().flatten().fold(0.0, f64::max))
     }
 
-    /// An error as this rank leaves with it: one that all ranks have is told by the first; after one that the others
-    /// know nothing of, MPI is not ended in an orderly way, which would wait for them.
+    /// The error that this rank ends with. Only the first rank prints an error that all ranks have returned. After an
+    /// error of this rank alone MPI is not finalized: that would wait for the other ranks.
     pub(crate) fn leave(&self, error: Error) -> Error {
         match error {
             Error::Library(expertile::Error::OnRank { .. } | expertile::Error::Disagreement { .. }) => {

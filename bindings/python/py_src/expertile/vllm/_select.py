@@ -6,8 +6,8 @@ they walk, would be the narrower place, but is the wrong one: under expert paral
 Triton's, whose weights are the ones that Expertile takes as they are, and with LoRA the first class of Triton's entry
 is taken without being asked what it supports.
 
-A vLLM that has a registry of FP8 experts (its pull request 53897) is told of the class too: there
-``--moe-backend expertile`` names it.
+Where vLLM has a registry of FP8 experts (its pull request 53897), the class is registered there too, and
+``--moe-backend expertile`` selects it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 //! Every rank reads the checkpoint's headers and the tokens, loads its own experts, and runs its own tokens, cut in the
 //! order of ranks. Rank 0 collects, checks, writes and prints.
 
-use super::report::Computed;
+use super::report::{Computed, heading};
 use crate::call::Inputs;
 use crate::check::{self, Found};
 use crate::error::Result;
@@ -123,15 +123,8 @@ pub(super) fn run(
 
 impl Report {
     pub(super) fn text(&self) -> String {
-        let mut text = self.source.clone();
-        if let Some(layer) = self.layer {
-            let _ = write!(text, ", layer {layer}");
-        }
-        let _ = writeln!(
-            text,
-            ": H {}, I {}, {} experts, {} tokens, {} experts each",
-            self.hidden, self.intermediate, self.experts, self.tokens, self.topk
-        );
+        let sizes = [self.hidden, self.intermediate, self.experts, self.tokens, self.topk];
+        let mut text = heading(&self.source, self.layer, sizes);
         let _ = writeln!(
             text,
             "{} weights, {} activations; at most {} of weights a rank, packed in {}",

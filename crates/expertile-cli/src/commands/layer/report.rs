@@ -87,6 +87,16 @@ pub(super) struct Computed {
     pub(super) router: Option<RouterPrecision>,
 }
 
+/// The first line of a report: which layer, its sizes, and how many tokens.
+pub(super) fn heading(
+    source: &str,
+    layer: Option<usize>,
+    [hidden, intermediate, experts, tokens, topk]: [usize; 5],
+) -> String {
+    let layer = layer.map_or(String::new(), |layer| format!(", layer {layer}"));
+    format!("{source}{layer}: H {hidden}, I {intermediate}, {experts} experts, {tokens} tokens, {topk} experts each\n")
+}
+
 impl Report {
     pub(super) fn new(
         source: &str,
@@ -127,15 +137,8 @@ impl Report {
     }
 
     pub(super) fn text(&self) -> String {
-        let mut text = self.source.clone();
-        if let Some(layer) = self.layer {
-            let _ = write!(text, ", layer {layer}");
-        }
-        let _ = writeln!(
-            text,
-            ": H {}, I {}, {} experts, {} tokens, {} experts each",
-            self.hidden, self.intermediate, self.experts, self.tokens, self.topk
-        );
+        let sizes = [self.hidden, self.intermediate, self.experts, self.tokens, self.topk];
+        let mut text = heading(&self.source, self.layer, sizes);
         let (bytes, seconds) = (format::bytes(self.weight_bytes as u64), format::seconds(self.pack_seconds));
         let (how, place) = match &self.place {
             Place::Cpu { isa, threads } => ("packed", format!("{threads} threads of {isa}")),
