@@ -133,6 +133,16 @@ impl Gemm {
     #[allow(unsafe_code)]
     pub unsafe fn launch(&self, stream: Stream, call: &GemmCall<'_>) -> Result<()> {
         self.check(call)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_checked(stream, call) }
+    }
+
+    /// The same for a call that [`Gemm::check`] has passed.
+    ///
+    /// # Safety
+    /// As [`Gemm::launch`].
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn launch_checked(&self, stream: Stream, call: &GemmCall<'_>) -> Result<()> {
         if call.m_sum == 0 {
             return Ok(());
         }

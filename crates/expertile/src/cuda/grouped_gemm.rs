@@ -181,12 +181,13 @@ impl GroupedGemm {
             ends: RowEnds::Tiles(lists.rows_left),
             m_sum,
         };
-        self.gemms[&kernel].check(&gemm)?;
+        let step = &self.gemms[&kernel];
+        step.check(&gemm)?;
         // SAFETY: the caller's promise; the workspace holds the lists, and the GEMM comes after the launch that writes
         // them.
         unsafe {
             list_tiles.launch(stream, &tiles)?;
-            self.gemms[&kernel].launch(stream, &gemm)
+            step.launch_checked(stream, &gemm)
         }
     }
 
