@@ -8,7 +8,7 @@ use crate::limits;
 use crate::pool::{cpu, work};
 use expertile::cpu::{Activations, PackedWeights, grouped_gemm_of_segments, grouped_gemm_workspace_bytes};
 use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
-use expertile::{E4m3, GateUpOrder, Group, MatrixRef, ScaleFormat, ScaleLayout, ScaleRounding, Scales, Segments};
+use expertile::{ActivationFormat, E4m3, GateUpOrder, Group, MatrixRef, ScaleFormat, ScaleLayout, ScaleRounding, Scales, Segments};
 use half::bf16;
 use pyo3::prelude::*;
 
@@ -39,16 +39,16 @@ impl<'py> Rows<'py> {
         let (rows, scale) = (Array::new("rows", rows)?, Array::optional("scale", scale)?);
         let (m_sum, _) = rows.matrix_shape("[M_sum, K]")?;
         rows.require_shape(&[m_sum, k])?;
-        match (format(&rows)?, &scale) {
-            (WeightFormat::Bf16, None) => {}
-            (WeightFormat::E4m3, Some(scale)) => {
+        match (rows_format(&rows)?, &scale) {
+            (ActivationFormat::Bf16, None) => {}
+            (ActivationFormat::E4m3, Some(scale)) => {
                 scale.require_dtype::<f32>()?;
                 scale.require_shape(&[m_sum, k.div_ceil(WEIGHT_BLOCK)])?;
             }
-            (WeightFormat::Bf16, Some(scale)) => {
+            (ActivationFormat::Bf16, Some(scale)) => {
                 return Err(Wrong::new("scale", "is given", scale.object(), "none for bfloat16 rows").value());
             }
-            (WeightFormat::E4m3, None) => {
+            (ActivationFormat::E4m3, None) => {
                 return Err(Wrong::new("scale", "is None", Actual::Nothing, "scales for float8_e4m3fn rows").value());
             }
         }
@@ -86,7 +86,16 @@ impl<'py> Rows<'py> {
     }
 }
 
-/// What rows or weights are made of.
+/// What rows are made of.
+fn rows_format(array: &Array<'_>) -> PyResult<ActivationFormat> {
+    match array.element() {
+        Element::Bf16 => Ok(ActivationFormat::Bf16),
+        Element::E4m3 => Ok(ActivationFormat::E4m3),
+        _ => Err(array.dtype_error("bfloat16 or float8_e4m3fn")),
+    }
+}
+
+/// What weights are made of.
 pub(crate) fn format(array: &Array<'_>) -> PyResult<WeightFormat> {
     match array.element() {
         Element::Bf16 => Ok(WeightFormat::Bf16),

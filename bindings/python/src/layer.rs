@@ -111,6 +111,7 @@ impl PyLayer {
             match packed.format() {
                 WeightFormat::Bf16 => out.require_dtype::<bf16>()?,
                 WeightFormat::E4m3 => out.require_dtype::<E4m3>()?,
+                WeightFormat::Mxfp4 => unreachable!("no layer is made of it here"),
             }
             out.require_contiguous()?;
         }
@@ -127,6 +128,7 @@ impl PyLayer {
                             packed.unpack_e4m3_rows(&cpu()?, expert, first_row, out).map_err(exception)
                         })
                     }
+                    WeightFormat::Mxfp4 => unreachable!("no layer is made of it here"),
                 },
             );
         written(py, &[&w13, &w2])?;

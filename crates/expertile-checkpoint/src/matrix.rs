@@ -56,6 +56,13 @@ pub enum WeightRows<'m> {
         /// Their scales.
         scales: &'m WeightScales,
     },
+    /// MXFP4.
+    Mxfp4 {
+        /// `[rows, cols / 2]`: two values to a byte.
+        blocks: MatrixRef<'m, u8>,
+        /// `[rows, cols / 32]`.
+        scales: MatrixRef<'m, u8>,
+    },
 }
 
 impl WeightRows<'_> {
@@ -75,6 +82,7 @@ impl WeightRows<'_> {
             Self::E4m3 { values, scales: WeightScales::Row(scales) } => {
                 builder.add_e4m3_channel_rows(expert, first_row, values, scales)
             }
+            Self::Mxfp4 { blocks, scales } => builder.add_mxfp4_rows(expert, first_row, blocks, scales),
         }
     }
 }

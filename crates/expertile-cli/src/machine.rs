@@ -6,7 +6,7 @@
 use crate::error::{Error, Result};
 use crate::memory;
 use expertile::cpu::{Activations, Cpu, Isa, PackedWeights, grouped_gemm, grouped_gemm_workspace_bytes};
-use expertile::{ActivationFormat, E4m3, Layout, ScaleFormat, Scales, Stage, StageCost, WeightFormat};
+use expertile::{ActivationFormat, E4m3, Layout, ScaleFormat, Scales, Stage, StageCost, WeightFormat, mxfp4};
 use half::bf16;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -128,6 +128,9 @@ pub(crate) fn gemm_flops_per_second(cpu: &Cpu, weights: WeightFormat, activation
     let packed = match weights {
         WeightFormat::Bf16 => PackedWeights::pack_bf16(cpu, &vec![bf16::ONE; N * K], 1, N, K)?,
         WeightFormat::E4m3 => PackedWeights::pack_e4m3(cpu, &vec![E4m3(0x38); N * K], &[1.0; (N * K) >> 14], 1, N, K)?,
+        WeightFormat::Mxfp4 => {
+            PackedWeights::pack_mxfp4(cpu, &vec![0x22; N * K / 2], &[127; N * K / mxfp4::GROUP], 1, N, K)?
+        }
     };
     let mut space = vec![0; 3 + ROWS];
     let layout = Layout::from_psum(&[ROWS as i32], 1, ROWS, &mut space)?;
@@ -218,6 +221,8 @@ mod tests {
             (WeightFormat::Bf16, ActivationFormat::Bf16),
             (WeightFormat::E4m3, ActivationFormat::Bf16),
             (WeightFormat::E4m3, ActivationFormat::E4m3),
+            (WeightFormat::Mxfp4, ActivationFormat::Bf16),
+            (WeightFormat::Mxfp4, ActivationFormat::E4m3),
         ] {
             assert!(gemm_flops_per_second(&cpu, weights, activations).unwrap() > 1e6);
         }

@@ -8,7 +8,7 @@ use crate::weights::{ExpertWeights, Part, Space, TakePart};
 use crate::{memory, output};
 use clap::ValueEnum;
 use expertile::gemm::WEIGHT_BLOCK;
-use expertile::{E4m3, Float, GroupWorth, Groups, LayerShape, MatrixRef, Normalization, Router, WeightFormat};
+use expertile::{E4m3, Float, GroupWorth, Groups, LayerShape, MatrixRef, Normalization, Router, WeightFormat, mxfp4};
 use expertile_checkpoint::{HiddenStates, LayerInput, WeightRows, WeightScales};
 use half::bf16;
 use rayon::prelude::*;
@@ -119,7 +119,8 @@ impl MadeUp {
         if asked < topk {
             return Err(Error::usage(format!("--experts is {asked}, expected at least {topk}, the experts per token")));
         }
-        let expert_bytes = (3 * hidden * intermediate * format.bytes()) as u64;
+        let matrix = |n: usize, k: usize| format.matrix_bytes(n as u64, k as u64);
+        let expert_bytes = matrix(2 * intermediate, hidden) + matrix(hidden, intermediate);
         let fit = available.map_or(asked, |bytes| experts_that_fit(bytes, expert_bytes, asked));
         if fit < topk {
             return Err(Error::usage(format!(
@@ -216,8 +217,35 @@ impl MadeUp {
         unit_size(cols) / E4m3::MAX * (1.0 + 0.25 * self.random(part, expert, row).uniform())
     }
 
+    /// Two values to a byte: nibbles at random.
+    fn mxfp4_row(&self, part: Part, expert: usize, row: usize, out: &mut [u8]) {
+        let mut random = self.random(part, expert, row);
+        for bytes in out.chunks_mut(8) {
+            let drawn = random.draw().to_le_bytes();
+            bytes.copy_from_slice(&drawn[..bytes.len()]);
+        }
+    }
+
+    /// The scale bytes of a row of `cols` MXFP4 weights: of two neighbours at random.
+    fn mxfp4_scales(&self, part: Part, expert: usize, row: usize, cols: usize, out: &mut [u8]) {
+        let mut random = self.random(part, expert, 1 << 40 | row);
+        // The mean square of a nibble at random is 2.9^2; with a scale that is `least` or its double it is 4.6^2.
+        let least = (unit_size(cols) / 3f32.sqrt() / 4.6).log2().round() as i32;
+        out.iter_mut().for_each(|scale| *scale = (127 + least + (random.draw() & 1) as i32).clamp(0, 254) as u8);
+    }
+
     fn row(&self, part: Part, expert: usize, row: usize, out: &mut [f64]) {
         match self.format {
+            WeightFormat::Mxfp4 => {
+                let cols = out.len();
+                let (mut blocks, mut scales) = (vec![0; cols / 2], vec![0; cols / mxfp4::GROUP]);
+                self.mxfp4_row(part, expert, row, &mut blocks);
+                self.mxfp4_scales(part, expert, row, cols, &mut scales);
+                for (col, out) in out.iter_mut().enumerate() {
+                    let nibble = blocks[col / 2] >> (col % 2 * 4);
+                    *out = f64::from(mxfp4::decode(nibble, scales[col / mxfp4::GROUP]));
+                }
+            }
             WeightFormat::Bf16 => {
                 let mut values = vec![bf16::ZERO; out.len()];
                 self.bf16_row(part, expert, row, &mut values);
@@ -275,6 +303,17 @@ impl ExpertWeights for MadeUp {
                 let scale = |block: usize| self.scale(part, expert, block / blocks[1], block % blocks[1], cols);
                 let scales = WeightScales::Block((0..blocks[0] * blocks[1]).map(scale).collect());
                 take(WeightRows::E4m3 { values: MatrixRef::new(&space.e4m3, rows, cols)?, scales: &scales })?;
+            }
+            WeightFormat::Mxfp4 => {
+                let groups = mxfp4::groups(cols)?;
+                space.blocks.resize(rows * cols / 2, 0);
+                let each = space.blocks.par_chunks_mut(cols / 2).enumerate();
+                each.for_each(|(row, out)| self.mxfp4_row(part, expert, row, out));
+                let mut scales = vec![0; rows * groups];
+                let each = scales.par_chunks_mut(groups).enumerate();
+                each.for_each(|(row, out)| self.mxfp4_scales(part, expert, row, cols, out));
+                let blocks = MatrixRef::new(&space.blocks, rows, cols / 2)?;
+                take(WeightRows::Mxfp4 { blocks, scales: MatrixRef::new(&scales, rows, groups)? })?;
             }
         }
         Ok(())
@@ -386,7 +425,7 @@ mod tests {
 
     #[test]
     fn rows_have_unit_variance_and_depend_on_every_number() {
-        for format in [WeightFormat::Bf16, WeightFormat::E4m3] {
+        for format in WeightFormat::ALL {
             let layer = MadeUp::new(Preset::Qwen3, Some(8), format, 3, None).unwrap();
             let row = |expert, row| {
                 let mut out = vec![0.0; 2048];

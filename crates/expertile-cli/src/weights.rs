@@ -18,6 +18,8 @@ pub(crate) enum Part {
 pub(crate) struct Space {
     pub(crate) bf16: Vec<bf16>,
     pub(crate) e4m3: Vec<E4m3>,
+    /// Two 4-bit values to a byte.
+    pub(crate) blocks: Vec<u8>,
 }
 
 /// Callback that receives one matrix.
@@ -36,6 +38,7 @@ pub(crate) trait ExpertWeights: Sync {
         match self.format() {
             WeightFormat::E4m3 => "F8_E4M3",
             WeightFormat::Bf16 => "BF16",
+            WeightFormat::Mxfp4 => "MXFP4",
         }
     }
 

@@ -13,6 +13,7 @@ pub mod compare;
 pub mod gemm;
 pub mod layer;
 pub mod layout;
+pub mod mxfp4;
 pub mod plan;
 pub mod quantize;
 pub mod routing;

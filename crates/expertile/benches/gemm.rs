@@ -6,7 +6,7 @@
 
 use expertile::cpu::{self, Activations, Cpu, Isa, PackedWeights, PackedWeightsBuilder};
 use expertile::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding, Scales};
-use expertile::{E4m3, Layout, MatrixRef, WeightFormat};
+use expertile::{E4m3, Layout, MatrixRef, WeightFormat, mxfp4};
 use expertile_testkit::{Pattern, Random, block_scaled_weights, unit_rows, unit_weights};
 use half::bf16;
 use rayon::prelude::*;
@@ -43,6 +43,16 @@ fn weights(cpu: &Cpu, format: WeightFormat, n: usize, k: usize) -> PackedWeights
             let scales = MatrixRef::new(&scales, n.div_ceil(128), k.div_ceil(128)).unwrap();
             for expert in 0..EXPERTS {
                 builder.add_e4m3_rows(expert, 0, MatrixRef::new(&values, n, k).unwrap(), scales).unwrap();
+            }
+        }
+        WeightFormat::Mxfp4 => {
+            let values = unit_weights(&mut random, [1, n, k], |value| value);
+            let (mut blocks, mut scales) = (vec![0; n * k / 2], vec![0; n * k / mxfp4::GROUP]);
+            mxfp4::quantize_rows(&values, k, &mut blocks, &mut scales).unwrap();
+            let blocks = MatrixRef::new(&blocks, n, k / 2).unwrap();
+            let scales = MatrixRef::new(&scales, n, k / mxfp4::GROUP).unwrap();
+            for expert in 0..EXPERTS {
+                builder.add_mxfp4_rows(expert, 0, blocks, scales).unwrap();
             }
         }
     }
@@ -125,9 +135,9 @@ fn main() {
     println!("{isa}, {} threads, reads {:.1} GB/s", cpu.threads(), bandwidth());
     println!("gemm  weights rows  tokens  median us   best us  GFLOP/s   GB/s  of read");
     for (gemm, n, k) in [("gemm1", 2 * INTERMEDIATE, HIDDEN), ("gemm2", HIDDEN, INTERMEDIATE)] {
-        for (format, e4m3_rows) in
-            [(WeightFormat::Bf16, false), (WeightFormat::E4m3, false), (WeightFormat::E4m3, true)]
-        {
+        let formats = [WeightFormat::Bf16, WeightFormat::E4m3, WeightFormat::Mxfp4];
+        let with_rows = formats.into_iter().flat_map(|format| [(format, false), (format, true)]);
+        for (format, e4m3_rows) in with_rows.filter(|&pair| pair != (WeightFormat::Bf16, true)) {
             let weights = weights(&cpu, format, n, k);
             for tokens in [1, 8, 64, 512] {
                 let timing = time(&cpu, &weights, e4m3_rows, tokens);

@@ -142,6 +142,19 @@ pub trait WeightsBuilder: Sized {
         scales: &[f32],
     ) -> Result<()>;
 
+    /// Adds rows of MXFP4 weights, `blocks [R, K / 2]` with `scales [R, K / 32]`, as rows `first_row..first_row + R` of
+    /// an expert: see [`crate::mxfp4`].
+    ///
+    /// # Errors
+    /// As [`WeightsBuilder::add_bf16_rows`]; [`Error::Value`] for a scale of 255, which is NaN.
+    fn add_mxfp4_rows(
+        &mut self,
+        expert: usize,
+        first_row: usize,
+        blocks: MatrixRef<'_, u8>,
+        scales: MatrixRef<'_, u8>,
+    ) -> Result<()>;
+
     /// The weights.
     ///
     /// # Errors

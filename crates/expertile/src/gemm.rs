@@ -4,6 +4,7 @@
 //! f32 accumulation, the scales applied (and the sum promoted) every 128 of K, bf16 out.
 
 use crate::error::{Error, Result};
+use crate::mxfp4;
 use std::fmt;
 use std::str::FromStr;
 
@@ -65,11 +66,13 @@ pub enum WeightFormat {
     E4m3,
     /// bf16 `[E, N, K]`.
     Bf16,
+    /// Blocks `[E, N, K/2]` of two 4-bit values each with UE8M0 scales `[E, N, K/32]`: see [`crate::mxfp4`].
+    Mxfp4,
 }
 
 impl WeightFormat {
     /// Every format.
-    pub const ALL: [Self; 2] = [Self::E4m3, Self::Bf16];
+    pub const ALL: [Self; 3] = [Self::E4m3, Self::Bf16, Self::Mxfp4];
 
     /// The name that messages and tables print.
     #[must_use]
@@ -77,15 +80,38 @@ impl WeightFormat {
         match self {
             Self::E4m3 => "e4m3",
             Self::Bf16 => "bf16",
+            Self::Mxfp4 => "mxfp4",
         }
     }
 
-    /// Bytes of one weight, scales apart.
+    /// Bits of one weight, scales apart.
     #[must_use]
-    pub fn bytes(self) -> usize {
+    pub fn bits(self) -> usize {
         match self {
-            Self::E4m3 => 1,
-            Self::Bf16 => 2,
+            Self::E4m3 => 8,
+            Self::Bf16 => 16,
+            Self::Mxfp4 => 4,
+        }
+    }
+
+    /// Bytes of a matrix `[n, k]` of such weights, its scales included.
+    #[must_use]
+    pub fn matrix_bytes(self, n: u64, k: u64) -> u64 {
+        let block = WEIGHT_BLOCK as u64;
+        let scales = match self {
+            Self::E4m3 => n.div_ceil(block) * k.div_ceil(block) * 4,
+            Self::Bf16 => 0,
+            Self::Mxfp4 => n * k.div_ceil(mxfp4::GROUP as u64),
+        };
+        (n * k * self.bits() as u64).div_ceil(8) + scales
+    }
+
+    /// Whether a GEMM multiplies such weights by rows of that format.
+    #[must_use]
+    pub fn goes_with(self, activations: ActivationFormat) -> bool {
+        match activations {
+            ActivationFormat::E4m3 => self != Self::Bf16,
+            ActivationFormat::Bf16 => true,
         }
     }
 }
@@ -94,7 +120,7 @@ impl FromStr for WeightFormat {
     type Err = Error;
     fn from_str(name: &str) -> Result<Self> {
         let named = Self::ALL.into_iter().find(|format| format.name() == name);
-        named.ok_or_else(|| Error::Name { argument: "weights", actual: name.into(), expected: "e4m3, bf16" })
+        named.ok_or_else(|| Error::Name { argument: "weights", actual: name.into(), expected: "e4m3, bf16, mxfp4" })
     }
 }
 
@@ -107,9 +133,9 @@ impl fmt::Display for WeightFormat {
 /// What the permuted activations are made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ActivationFormat {
-    /// e4m3 with one f32 scale per 128 values; needs e4m3 weights.
+    /// e4m3 with one f32 scale per 128 values; needs e4m3 or mxfp4 weights.
     E4m3,
-    /// bf16; takes bf16 or e4m3 weights.
+    /// bf16; takes weights of any format.
     Bf16,
 }
 

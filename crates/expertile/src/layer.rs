@@ -3,7 +3,7 @@
 use crate::activation::Activation;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_mul};
-use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
+use crate::gemm::{ActivationFormat, WeightFormat};
 use crate::layout::Layout;
 use crate::routing::require_experts;
 use std::fmt;
@@ -262,16 +262,6 @@ fn row_bytes(activations: ActivationFormat, cols: u64) -> u64 {
     }
 }
 
-/// Bytes of a weight matrix, its block scales included.
-fn weight_bytes(weights: WeightFormat, n: u64, k: u64) -> u64 {
-    let block = WEIGHT_BLOCK as u64;
-    let scales = match weights {
-        WeightFormat::E4m3 => n.div_ceil(block) * k.div_ceil(block) * 4,
-        WeightFormat::Bf16 => 0,
-    };
-    n * k * weights.bytes() as u64 + scales
-}
-
 /// The cost of [`Stage::Shared`]: a dense MLP of that shape (`E` = 1) over all tokens.
 ///
 /// Its rows are read once and written once; what stands between its two products counts as it does for the other
@@ -287,7 +277,7 @@ pub fn shared_cost(
     let (hidden, intermediate) = (shape.hidden as u64, shape.intermediate as u64);
     let (tokens, w13_rows) = (tokens as u64, shape.w13_rows() as u64);
     let row = |cols| row_bytes(activations, cols);
-    let weights = weight_bytes(weights, w13_rows, hidden) + weight_bytes(weights, hidden, intermediate);
+    let weights = weights.matrix_bytes(w13_rows, hidden) + weights.matrix_bytes(hidden, intermediate);
     // The input, converted and read again; gate and up, and what they become, written and read; the result.
     let moved = hidden * input_bytes as u64 + 2 * row(hidden) + 4 * w13_rows + 2 * row(intermediate) + 2 * hidden;
     StageCost {
@@ -311,7 +301,7 @@ pub fn stage_cost(
     let active = layout.expert_num_tokens().iter().filter(|&&count| count > 0).count() as u64;
     let row = |cols| row_bytes(activations, cols);
     let gemm = |n: u64, k: u64| {
-        let bytes = active * weight_bytes(weights, n, k) + live * (row(k) + 2 * n);
+        let bytes = active * weights.matrix_bytes(n, k) + live * (row(k) + 2 * n);
         StageCost { bytes, flops: 2 * live * n * k }
     };
     let moved = |bytes| StageCost { bytes, flops: 0 };

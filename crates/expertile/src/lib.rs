@@ -16,6 +16,7 @@ pub mod gemm;
 pub mod layer;
 pub mod layout;
 pub mod matrix;
+pub mod mxfp4;
 pub mod placement;
 pub mod plan;
 pub mod quantize;

@@ -49,6 +49,7 @@ fn push_value(bytes: &mut Vec<u8>, format: WeightFormat, value: f32) {
     match format {
         WeightFormat::Bf16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
         WeightFormat::E4m3 => bytes.push(E4m3::from_f32(value).0),
+        WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
     }
 }
 
@@ -56,6 +57,7 @@ fn value(bytes: &[u8], format: WeightFormat, index: usize) -> f64 {
     match format {
         WeightFormat::Bf16 => bf16::from_le_bytes([bytes[2 * index], bytes[2 * index + 1]]).to_f64(),
         WeightFormat::E4m3 => f64::from(E4m3(bytes[index]).to_f32()),
+        WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
     }
 }
 
@@ -74,7 +76,7 @@ impl Operands {
         }
         let ids = case.counts.iter().enumerate().flat_map(|(expert, &count)| vec![expert as i32; count]).collect();
         let (m_sum, stride) = (plan.m_sum(), plan.m_sum().next_multiple_of(4));
-        let mut rows = Vec::with_capacity(m_sum * k * format.bytes());
+        let mut rows = Vec::with_capacity(m_sum * k * format.bits() / 8);
         let mut row_scales = vec![f32::NAN; stride * k.div_ceil(BLOCK)];
         for (start, &count) in starts.iter().zip(&case.counts) {
             for row in 0..count.next_multiple_of(alignment) {
@@ -103,7 +105,7 @@ impl Operands {
         let mut fewer = Self::new(&case);
         fewer.weights.clone_from(&self.weights);
         fewer.weight_scales.clone_from(&self.weight_scales);
-        let row_bytes = case.k * case.format.bytes();
+        let row_bytes = case.k * case.format.bits() / 8;
         let strides = [self, &fewer].map(|operands| operands.plan.m_sum().next_multiple_of(4));
         for (expert, &count) in counts.iter().enumerate() {
             let [from, to] = [self, &fewer].map(|operands| operands.starts[expert]);
@@ -133,6 +135,7 @@ impl Operands {
             }
             let scale = match format {
                 WeightFormat::Bf16 => 1.0,
+                WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
                 WeightFormat::E4m3 => {
                     let of_weights = (expert * n.div_ceil(BLOCK) + output / BLOCK) * k.div_ceil(BLOCK) + block;
                     f64::from(self.row_scales[block * stride + row]) * f64::from(self.weight_scales[of_weights])
@@ -200,6 +203,7 @@ impl Call {
                     operands.weights.chunks_exact(2).map(|bytes| bf16::from_le_bytes([bytes[0], bytes[1]])).collect();
                 Weights::upload_bf16(device, &values, sizes).unwrap()
             }
+            WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
             WeightFormat::E4m3 => {
                 let values: Vec<_> = operands.weights.iter().map(|&byte| E4m3(byte)).collect();
                 Weights::upload_e4m3(device, &values, &operands.weight_scales, sizes).unwrap()

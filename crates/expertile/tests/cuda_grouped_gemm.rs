@@ -155,12 +155,14 @@ impl Operands {
                 let scales: Vec<f32> = scales.iter().map(|scale| 0.5 + scale.abs()).collect();
                 Weights::upload_e4m3(device, &weights, &scales, sizes).unwrap()
             }
+            WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
         };
         let mut live = Vec::new();
         for _ in 0..rows {
             let row = (0..k).map(|_| random.uniform() * 4.0).flat_map(|value| match format {
                 WeightFormat::Bf16 => bf16::from_f32(value).to_le_bytes().to_vec(),
                 WeightFormat::E4m3 => vec![E4m3::from_f32(value).0],
+                WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
             });
             let row = row.collect();
             let scales = (0..k.div_ceil(BLOCK)).map(|_| 0.5 + random.uniform().abs()).collect();
@@ -172,7 +174,7 @@ impl Operands {
     /// Bytes of rows and scales `[M_sum, groups]` in which live row `i` stands at `places[i]`; NaN everywhere else.
     fn place(&self, places: &[usize], m_sum: usize) -> (Vec<u8>, Vec<f32>) {
         let groups = self.shape.k.div_ceil(BLOCK);
-        let bytes = self.shape.k * self.shape.format.bytes();
+        let bytes = self.shape.k * self.shape.format.bits() / 8;
         let mut rows = vec![0x7f; m_sum * bytes];
         if self.shape.format == WeightFormat::Bf16 {
             rows = bf16::NAN.to_le_bytes().repeat(m_sum * self.shape.k);

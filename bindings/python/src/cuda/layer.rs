@@ -88,7 +88,7 @@ impl CudaLayer {
         let gated = activation.is_gated();
         let shape = LayerShape::of_weights((sizes13, format), (sizes2, format2), gated).map_err(exception)?;
         let activation_format = match format {
-            WeightFormat::Bf16 => ActivationFormat::Bf16,
+            WeightFormat::Bf16 | WeightFormat::Mxfp4 => ActivationFormat::Bf16,
             WeightFormat::E4m3 => ActivationFormat::E4m3,
         };
         let config = LayerConfig {
@@ -401,6 +401,7 @@ pub(super) fn in_place(
             let expected = format!("none for bfloat16 {}", weights.argument());
             return Err(Wrong::new(scale_name, "is given", scale.object(), expected).value());
         }
+        (WeightFormat::Mxfp4, _) => unreachable!("no tensor's type says so"),
         (WeightFormat::E4m3, None) => {
             let expected = format!("block scales for float8_e4m3fn {}", weights.argument());
             return Err(Wrong::new(scale_name, "is None", Actual::Nothing, expected).value());

@@ -98,7 +98,7 @@ impl LayerMemory {
                 packed_bytes(&self.shape, self.weights) + 4 * self.bias_values as u128 + shared
             }
             WeightPlace::Device => {
-                self.shape.hidden() as u128 * self.shape.intermediate() as u128 * self.weights.bytes() as u128
+                u128::from(self.weights.matrix_bytes(self.shape.intermediate() as u64, self.shape.hidden() as u64))
             }
         }
     }
@@ -128,7 +128,7 @@ impl LayerMemory {
         let Some(shared) = self.shared else { return Ok(routed.sum() + layout) };
         let tokens = self.tokens as u128;
         let activations = match shared.weights {
-            WeightFormat::E4m3 => self.activations,
+            WeightFormat::E4m3 | WeightFormat::Mxfp4 => self.activations,
             WeightFormat::Bf16 => ActivationFormat::Bf16,
         };
         let own = tokens * (2 * self.shape.hidden() as u128 + 8);
@@ -168,13 +168,18 @@ impl StageBytes {
     }
 }
 
-/// As the library packs: columns in panels of 32, K in pairs, a scale and a mark to each panel's block.
+/// As the library packs: columns in panels of 32, K in pairs, and e4m3's scale and mark to each panel's block or
+/// MXFP4's scales.
 fn packed_bytes(shape: &LayerShape, format: WeightFormat) -> u128 {
     let matrix = |n: usize, k: usize| {
         let panels = n.div_ceil(32) as u128;
-        let values = panels * 64 * k.div_ceil(2) as u128 * format.bytes() as u128;
-        let scales = panels * k.div_ceil(WEIGHT_BLOCK) as u128 * 12;
-        values + if format == WeightFormat::E4m3 { scales } else { 0 } + n as u128
+        let values = panels * 8 * k.div_ceil(2) as u128 * format.bits() as u128;
+        let scales = match format {
+            WeightFormat::E4m3 => panels * k.div_ceil(WEIGHT_BLOCK) as u128 * 12,
+            WeightFormat::Bf16 => 0,
+            WeightFormat::Mxfp4 => panels * k as u128,
+        };
+        values + scales + n as u128
     };
     let (hidden, intermediate) = (shape.hidden(), shape.intermediate());
     (matrix(shape.w13_rows(), hidden) + matrix(hidden, intermediate)) * shape.local_experts() as u128
@@ -202,6 +207,10 @@ mod tests {
             WeightFormat::E4m3 => {
                 let scales = vec![1.0; experts * n.div_ceil(128) * k.div_ceil(128)];
                 PackedWeights::pack_e4m3(&cpu, &vec![E4m3(0x38); experts * n * k], &scales, experts, n, k)
+            }
+            WeightFormat::Mxfp4 => {
+                let (blocks, scales) = (vec![0; experts * n * k / 2], vec![0; experts * n * k / 32]);
+                PackedWeights::pack_mxfp4(&cpu, &blocks, &scales, experts, n, k)
             }
         }
         .unwrap()
@@ -231,6 +240,8 @@ mod tests {
             (WeightFormat::Bf16, ActivationFormat::Bf16),
             (WeightFormat::E4m3, ActivationFormat::Bf16),
             (WeightFormat::E4m3, ActivationFormat::E4m3),
+            (WeightFormat::Mxfp4, ActivationFormat::Bf16),
+            (WeightFormat::Mxfp4, ActivationFormat::E4m3),
         ] {
             for (biases, shared) in
                 [(false, None), (true, None), (true, Some(WeightFormat::Bf16)), (true, Some(weights))]
@@ -270,7 +281,7 @@ mod tests {
         let shape = LayerShape::new(4096, 1024, 8).unwrap();
         let on_host = memory(shape, WeightFormat::E4m3, ActivationFormat::E4m3);
         let on_device = LayerMemory { place: WeightPlace::Device, ..on_host };
-        assert_eq!(on_device.weight_bytes(), 4096 * 1024);
+        assert_eq!(on_device.weight_bytes(), 4096 * 1024 + 4 * 32 * 8);
         let values = TOKENS as u128 * 4096;
         let call = on_device.call_bytes().unwrap();
         assert!((10 * values..11 * values).contains(&call), "{call}");

@@ -82,6 +82,16 @@ impl WeightsBuilder for PackedWeightsBuilder {
         self.add_e4m3_channel_rows(expert, first_row, rows, scales)
     }
 
+    fn add_mxfp4_rows(
+        &mut self,
+        expert: usize,
+        first_row: usize,
+        blocks: MatrixRef<'_, u8>,
+        scales: MatrixRef<'_, u8>,
+    ) -> Result<()> {
+        self.add_mxfp4_rows(expert, first_row, blocks, scales)
+    }
+
     fn finish(self) -> Result<PackedWeights> {
         self.finish()
     }

@@ -1,6 +1,7 @@
 //! The grouped GEMM: the live rows of every expert times that expert's weights.
 //!
-//! `D[r, n] = sum_k A[r, k] * sfa[r, k/128] * B[e, n, k] * sfb[e, n/128, k/128]`, bf16 out. Work is cut into (rows of
+//! `D[r, n] = sum_k A[r, k] * sfa[r, k/128] * B[e, n, k] * sfb[e, n/128, k/128]`, bf16 out; MXFP4 weights have
+//! `sfb[e, n, k/32]`, and a sum of every 32 of K is scaled by itself. Work is cut into (rows of
 //! one expert) x (32 output columns); each such piece is computed by one task in a fixed order, so the result does not
 //! depend on the number of threads. Padding rows are neither read nor written, and cost nothing.
 //!
@@ -16,11 +17,12 @@ pub use packing::{PackedWeights, PackedWeightsBuilder};
 
 use super::arch::Isa;
 use super::arch::gemm::{multiply, multiply_decoded, multiply_e4m3};
-use super::arch::panel::{BLOCK_PAIRS, BlockScales, BytePanel, PANEL, Sums};
+use super::arch::mxfp4::{multiply_mxfp4, multiply_mxfp4_decoded};
+use super::arch::panel::{BLOCK_GROUPS, BLOCK_PAIRS, BlockScales, BytePanel, GROUP_PAIRS, PANEL, Sums};
 use super::{Cpu, disjoint::Disjoint};
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result, checked_add, checked_mul, require_exact, require_len};
-use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
+use crate::gemm::{ActivationFormat, WEIGHT_BLOCK};
 use crate::layout::{Layout, Segments};
 use crate::quantize::{Group, Scales};
 use half::bf16;
@@ -35,9 +37,9 @@ mod tests;
 /// The permuted rows, `[M_sum, K]` row-major.
 #[derive(Debug, Clone, Copy)]
 pub enum Activations<'a> {
-    /// bf16, for bf16 or e4m3 weights.
+    /// bf16, for weights of any format.
     Bf16(&'a [bf16]),
-    /// e4m3 with one scale per 128 of K, for e4m3 weights.
+    /// e4m3 with one scale per 128 of K, for e4m3 or mxfp4 weights.
     E4m3 {
         /// The values.
         rows: &'a [E4m3],
@@ -202,9 +204,10 @@ fn check(
         Activations::Bf16(rows) => rows.len(),
         Activations::E4m3 { rows, scales } => {
             let format = scales.format();
-            if weights.format() != WeightFormat::E4m3 {
+            if !weights.format().goes_with(ActivationFormat::E4m3) {
                 let actual = weights.format().name();
-                return Err(Error::WeightFormat { argument: "weights", actual, expected: "e4m3, as the activations" });
+                let expected = "e4m3 or mxfp4, for e4m3 activations";
+                return Err(Error::WeightFormat { argument: "weights", actual, expected });
             }
             if format.group() != Group::G128 {
                 return Err(Error::value("group", format.group().size(), "128, as the weights' blocks"));
@@ -250,6 +253,23 @@ fn multiply_block(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: &Pane
                         multiply_e4m3(isa, pairs, BytePanel { lines, special }, scales, &mut sums[tile], kept, ahead);
                     } else {
                         multiply_decoded(isa, pairs, kept, scales, &mut sums[tile], ahead);
+                    }
+                }
+            }
+        }
+        PanelWeights::Mxfp4(groups) => {
+            let mut kept = [[0; PANEL]; BLOCK_PAIRS];
+            for (k_block, groups) in (0..).step_by(run).zip(groups.chunks(run * BLOCK_GROUPS)) {
+                let (count, blocks) = (groups.len() * GROUP_PAIRS, groups.len().div_ceil(BLOCK_GROUPS));
+                let kept = if run == 1 { &mut kept[..count] } else { &mut [] };
+                for (index, tile) in block.tiles().enumerate() {
+                    let pairs = rows.pairs(block, &tile, k_block, count);
+                    let ahead = panel.ahead(k_block, count, index, tiles);
+                    let row_scales = rows.scales(block, &tile, k_block, blocks);
+                    if index == 0 {
+                        multiply_mxfp4(isa, pairs, groups, row_scales, &mut sums[tile], kept, ahead);
+                    } else {
+                        multiply_mxfp4_decoded(isa, pairs, kept, groups, row_scales, &mut sums[tile], ahead);
                     }
                 }
             }

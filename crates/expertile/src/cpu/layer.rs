@@ -391,9 +391,9 @@ impl Layer {
 
 /// The sizes of a layer of these weights; fails if one cannot be prepared of them.
 fn check(w13: &PackedWeights, w2: &PackedWeights, config: &LayerConfig, max_tokens: usize) -> Result<LayerShape> {
-    if config.activation_format == ActivationFormat::E4m3 && w13.format() != WeightFormat::E4m3 {
+    if !w13.format().goes_with(config.activation_format) {
         let actual = w13.format().name();
-        return Err(Error::WeightFormat { argument: "w13", actual, expected: "e4m3, for e4m3 activations" });
+        return Err(Error::WeightFormat { argument: "w13", actual, expected: "e4m3 or mxfp4, for e4m3 activations" });
     }
     config.activation.check()?;
     let shape = fit(w13, w2, &config.activation, config.activation_format)?;

@@ -2,7 +2,7 @@
 
 use super::driver::{Device, DeviceBuffer};
 use super::layer::{Layer, LayerChoice, Workspace};
-use super::weights::{Weights, WeightsBuilder};
+use super::weights::{Weights, WeightsBuilder, require_known};
 use crate::backend::{self, Backend, ExpandedRows, ExpertLayer, LayerInputs};
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result};
@@ -13,7 +13,7 @@ use bytemuck::Pod;
 use half::bf16;
 
 /// This backend's name in errors.
-const BACKEND: &str = "cuda";
+pub(super) const BACKEND: &str = "cuda";
 
 impl Backend for Device {
     type Buffer<T: Pod> = DeviceBuffer<T>;
@@ -68,6 +68,11 @@ impl backend::WeightsBuilder for WeightsBuilder {
         let (argument, actual) = ("scales", "one for each row of the weights");
         let expected = "one for each block of 128 x 128";
         Err(Error::Unsupported { argument, actual, backend: BACKEND, expected })
+    }
+
+    fn add_mxfp4_rows(&mut self, _: usize, _: usize, _: MatrixRef<'_, u8>, _: MatrixRef<'_, u8>) -> Result<()> {
+        // No builder of mxfp4 was made, so this one is of another format.
+        require_known(WeightFormat::Mxfp4)
     }
 
     fn finish(self) -> Result<Weights> {

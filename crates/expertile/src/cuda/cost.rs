@@ -9,6 +9,7 @@
 //! and are judged by layers of another seed.
 
 use super::gemm::{GemmKernel, GemmShape, LARGE_ROW_TILE, WIDE_ROW_TILE, values_of_block};
+use super::weights::weight_bytes;
 use crate::gemm::WeightFormat;
 use table::COSTS;
 
@@ -160,7 +161,7 @@ impl Cost {
         let rounds = tiles / multiprocessors as f64;
         let spread = (1.0 - self.whole) * (rounds + self.tail * rounds.min(1.0)) + self.whole * rounds.ceil();
         let work = (work / tiles * spread).max(longest);
-        let element = shape.format.bytes() as f64;
+        let element = weight_bytes(shape.format) as f64;
         let result = if self.activated { 0.5 } else { 2.0 };
         // A large tile and the small one that holds the rest of an expert's rows go at different paces and read its
         // weights twice. Past the wide tile's rows that is so of the wide one too, and decides nothing between them.
@@ -180,7 +181,7 @@ impl Cost {
 fn activation(format: WeightFormat, rows: f64, n: usize) -> f64 {
     const START: f64 = 2.2;
     const BYTES: f64 = 3.0e6;
-    START + rows * (n / 2 * (4 + format.bytes())) as f64 / BYTES
+    START + rows * (n / 2 * (4 + weight_bytes(format))) as f64 / BYTES
 }
 
 /// The tile that is expected to take least; with `activation_follows`, which is then counted, of tiles that have it

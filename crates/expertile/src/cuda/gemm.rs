@@ -7,7 +7,7 @@
 
 use super::arguments::require_int;
 use super::driver::{Device, DevicePtr, Kernel, Launch, Resources, Stream, TensorMap};
-use super::weights::Weights;
+use super::weights::{Weights, weight_bytes};
 use crate::error::{Error, Result, checked_mul};
 use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
 use std::ffi::c_void;
@@ -204,7 +204,7 @@ impl Gemm {
         // The driver encodes maps in a context only.
         let _current = self.device.current()?;
         let kernel = &self.config.kernel;
-        let (bytes, n, k) = (self.config.format.bytes(), weights.n(), weights.k());
+        let (bytes, n, k) = (weight_bytes(self.config.format), weights.n(), weights.k());
         let mut rows = [TensorMap::EMPTY; PATHS];
         for (path, map) in rows.iter_mut().enumerate() {
             let box_rows = (path + 1) * kernel.row_step() / kernel.shared();

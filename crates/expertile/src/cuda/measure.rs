@@ -15,6 +15,7 @@ pub use steps::{Inputs, stage_times};
 pub use tiles::{TileBench, TileInputs, TileTime, TileTimes};
 
 use super::Device;
+use super::weights::weight_bytes;
 use crate::error::Result;
 use crate::gemm::WeightFormat;
 use crate::layer::Stage;
@@ -48,7 +49,7 @@ pub fn copy_bytes_per_second(device: &Device) -> Result<f64> {
 /// Bytes of `count` values without a NaN among them. Power, and with it the clock, depends on how many bits change.
 fn random_bytes(format: WeightFormat, count: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let words = (0..count * format.bytes() / 8).flat_map(|_| {
+    let words = (0..count * weight_bytes(format) / 8).flat_map(|_| {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
@@ -57,6 +58,8 @@ fn random_bytes(format: WeightFormat, count: usize) -> Vec<u8> {
             WeightFormat::E4m3 => state & 0xbfbf_bfbf_bfbf_bfbf,
             // Signs and mantissas: from 1 to below 2 in magnitude.
             WeightFormat::Bf16 => state & 0x807f_807f_807f_807f | 0x3f80_3f80_3f80_3f80,
+            // Every nibble is a number.
+            WeightFormat::Mxfp4 => state,
         }
         .to_le_bytes()
     });

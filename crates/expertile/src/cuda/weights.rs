@@ -1,5 +1,6 @@
 //! An expert layer's weights in device memory, knowing what they are.
 
+use super::backend::BACKEND;
 use super::driver::{Device, DeviceBuffer, DevicePtr};
 use crate::dtype::{Dtype, E4m3, Float};
 use crate::error::{Error, Result, checked_mul, require_exact, require_len};
@@ -32,7 +33,7 @@ impl Weights {
     /// The memory holds that much, and outlives every launch that takes the value.
     ///
     /// # Errors
-    /// [`Error::Value`] if `n` is not a multiple of 8, `k` not one of 16, an address is not aligned, or there are no
+    /// [`Error::Unsupported`] for mxfp4; [`Error::Value`] if `n` is not a multiple of 8, `k` not one of 16, an address is not aligned, or there are no
     /// experts; [`Error::Overflow`] if the scales would pass 2^31.
     #[allow(unsafe_code)]
     pub unsafe fn from_device(
@@ -41,6 +42,7 @@ impl Weights {
         values: DevicePtr,
         scales: Option<DevicePtr<f32>>,
     ) -> Result<Self> {
+        require_known(format)?;
         check_sizes(experts, n, k)?;
         values.require_aligned("values", 16)?;
         if format == WeightFormat::E4m3 {
@@ -157,9 +159,9 @@ impl Weights {
     pub fn bytes(&self) -> usize {
         let scales = match self.format {
             WeightFormat::E4m3 => 4 * self.experts * self.n.div_ceil(WEIGHT_BLOCK) * self.k.div_ceil(WEIGHT_BLOCK),
-            WeightFormat::Bf16 => 0,
+            WeightFormat::Bf16 | WeightFormat::Mxfp4 => 0,
         };
-        self.experts * self.n * self.k * self.format.bytes() + scales
+        self.experts * self.n * self.k * weight_bytes(self.format) + scales
     }
 }
 
@@ -179,10 +181,11 @@ impl WeightsBuilder {
     /// # Errors
     /// As [`Weights::from_device`]; [`Error::Cuda`] if there is not enough memory.
     pub fn new(device: &Device, format: WeightFormat, (experts, n, k): (usize, usize, usize)) -> Result<Self> {
+        require_known(format)?;
         check_sizes(experts, n, k)?;
         let mut weights =
             Weights { format, experts, n, k, values: DevicePtr::default(), scales: None, _memory: Arc::from([]) };
-        let values = device.allocate(experts * n * k * format.bytes())?;
+        let values = device.allocate(experts * n * k * weight_bytes(format))?;
         let scales = (weights.bytes() - values.bytes()) / 4;
         let scales = (format == WeightFormat::E4m3).then(|| device.allocate(scales)).transpose()?;
         weights.values = values.ptr();
@@ -258,13 +261,29 @@ impl WeightsBuilder {
 
     fn copy_values(&self, expert: usize, first_row: usize, values: &[u8]) -> Result<()> {
         let Weights { n, k, format, .. } = self.weights;
-        self.values.upload_from((expert * n + first_row) * k * format.bytes(), values)
+        self.values.upload_from((expert * n + first_row) * k * weight_bytes(format), values)
     }
 }
 
 /// A matrix's elements, row by row.
 fn elements<T: Copy>(matrix: MatrixRef<'_, T>) -> impl Iterator<Item = T> + '_ {
     (0..matrix.rows()).flat_map(move |row| (0..matrix.cols()).map(move |col| matrix.get(row, col)))
+}
+
+/// Fails for a format that the kernels do not take.
+pub(super) fn require_known(format: WeightFormat) -> Result<()> {
+    match format {
+        WeightFormat::E4m3 | WeightFormat::Bf16 => Ok(()),
+        WeightFormat::Mxfp4 => {
+            let (argument, actual) = ("weights", format.name());
+            Err(Error::Unsupported { argument, actual, backend: BACKEND, expected: "e4m3 or bf16" })
+        }
+    }
+}
+
+/// Bytes of a weight of a format that the kernels take.
+pub(super) fn weight_bytes(format: WeightFormat) -> usize {
+    format.bits() / 8
 }
 
 /// Fails for sizes that the kernels do not take.

@@ -188,7 +188,7 @@ const PLAN: &[Refusal] = &[
     ("Overflow", "M * topk overflows: 2147483648 > 2147483647", |_| Plan::with_m_sum(1 << 30, 2, 1, 1, 1).map(drop)),
     ("Name", "arch is \"sm80\", expected one of", |_| "sm80".parse::<Arch>().map(drop)),
     ("Name", "rule is \"deepgemm\", expected one of", |_| "deepgemm".parse::<AlignmentRule>().map(drop)),
-    ("Name", "weights is \"f32\", expected one of e4m3, bf16", |_| "f32".parse::<WeightFormat>().map(drop)),
+    ("Name", "weights is \"f32\", expected one of e4m3, bf16, mxfp4", |_| "f32".parse::<WeightFormat>().map(drop)),
     ("Name", "activations is \"fp8\", expected one of e4m3", |_| "fp8".parse::<ActivationFormat>().map(drop)),
     ("Name", "scale_layout is \"tma\", expected one of row_major", |_| "tma".parse::<ScaleLayout>().map(drop)),
 ];
@@ -404,6 +404,20 @@ fn e4m3_weights([experts, n, k]: [usize; 3]) -> PackedWeights {
     PackedWeights::pack_e4m3(&Cpu::new(), &vec![E4m3(0); experts * n * k], &scales, experts, n, k).unwrap()
 }
 
+/// Weights of zero whose last scale is that.
+fn mxfp4_weights([experts, n, k]: [usize; 3], last_scale: u8) -> Result<PackedWeights> {
+    let (blocks, mut scales) = (vec![0; experts * n * k / 2], vec![0; experts * n * (k / 32)]);
+    *scales.last_mut().unwrap() = last_scale;
+    PackedWeights::pack_mxfp4(&Cpu::new(), &blocks, &scales, experts, n, k)
+}
+
+/// MXFP4 rows, 32 of blocks and of scales, each so wide.
+fn mxfp4_rows(first_row: usize, expert: usize, [width, groups]: [usize; 2]) -> Result<()> {
+    let mut builder = builder(WeightFormat::Mxfp4);
+    builder.add_mxfp4_rows(0, 0, zeros(32, 64), zeros(32, 4))?;
+    builder.add_mxfp4_rows(expert, first_row, zeros(32, width), zeros(32, groups))
+}
+
 fn builder(format: WeightFormat) -> PackedWeightsBuilder {
     PackedWeightsBuilder::new(&Cpu::new(), format, 2, 64, 128).unwrap()
 }
@@ -440,6 +454,7 @@ fn unpack(format: WeightFormat, expert: usize, first_row: usize, out: &mut [bf16
     let weights = match format {
         WeightFormat::Bf16 => bf16_weights([2, 64, 128]),
         WeightFormat::E4m3 => e4m3_weights([2, 64, 128]),
+        WeightFormat::Mxfp4 => mxfp4_weights([2, 64, 128], 0).unwrap(),
     };
     weights.unpack_bf16_rows(&Cpu::new(), expert, first_row, out)
 }
@@ -450,6 +465,41 @@ const WEIGHTS: &[Refusal] = &[
     }),
     ("WeightFormat", "weights is packed as bf16, expected e4m3", |out| {
         bf16_weights([2, 64, 128]).unpack_e4m3_rows(&Cpu::new(), 0, 0, &mut out.e4m3[..128])
+    }),
+    ("WeightFormat", "weights is packed as bf16, expected mxfp4", |_| {
+        bf16_weights([2, 64, 128]).unpack_mxfp4_rows(&Cpu::new(), 0, 0, &mut [0; 64], &mut [0; 4])
+    }),
+    ("Shape", "scales has shape [3], expected [4], the elements of [1, 4]", |_| {
+        mxfp4_weights([2, 64, 128], 0)?.unpack_mxfp4_rows(&Cpu::new(), 0, 0, &mut [0; 64], &mut [0; 3])
+    }),
+    ("Value", "k is 48, expected a positive multiple of 32 for mxfp4 weights", |_| {
+        mxfp4_weights([1, 1, 48], 0).map(drop)
+    }),
+    ("Value", "k is 33, expected a positive multiple of 32", |_| {
+        PackedWeightsBuilder::gate_up(&Cpu::new(), WeightFormat::Mxfp4, 1, 1, 33).map(drop)
+    }),
+    ("Value", "scales is 255, expected at most 254, as 255 is NaN: that of row 63, group 3", |_| {
+        mxfp4_weights([2, 64, 128], 255).map(drop)
+    }),
+    ("Shape", "blocks has shape [63], expected [64], the elements of [1, 2, 32]", |_| {
+        PackedWeights::pack_mxfp4(&Cpu::new(), &[0; 63], &[0; 4], 1, 2, 64).map(drop)
+    }),
+    ("Shape", "scales has shape [5], expected [4], the elements of [1, 2, 2]", |_| {
+        PackedWeights::pack_mxfp4(&Cpu::new(), &[0; 64], &[0; 5], 1, 2, 64).map(drop)
+    }),
+    ("WeightFormat", "builder is packed as bf16, expected mxfp4", |_| {
+        builder(WeightFormat::Bf16).add_mxfp4_rows(0, 0, zeros(32, 64), zeros(32, 4))
+    }),
+    ("WeightFormat", "builder is packed as mxfp4, expected bf16", |_| {
+        builder(WeightFormat::Mxfp4).add_bf16_rows(0, 0, zeros::<bf16>(32, 128))
+    }),
+    ("Shape", "blocks has shape [32, 63], expected [R, 64]: two values to a byte", |_| mxfp4_rows(32, 0, [63, 4])),
+    ("Shape", "scales has shape [32, 3], expected [32, 4]", |_| mxfp4_rows(32, 0, [64, 3])),
+    ("Value", "expert is 2, expected below 2", |_| mxfp4_rows(32, 2, [64, 4])),
+    ("Shape", "rows has shape [32, 128], expected [R, 128] with R at most 31", |_| mxfp4_rows(33, 0, [64, 4])),
+    ("Count", "added_rows[0] is 31, expected a row that was not added before", |_| mxfp4_rows(31, 0, [64, 4])),
+    ("Shape", "blocks has shape [128, 64], expected those of a builder that was made for gate and up", |_| {
+        builder(WeightFormat::Mxfp4).add_gate_up_mxfp4_rows(0, zeros(128, 64), zeros(128, 4), GateUpOrder::Halves)
     }),
     ("Value", "expert is 2, expected below 2", |out| unpack(WeightFormat::Bf16, 2, 0, &mut out.bf16[..128])),
     ("Shape", "out has shape [127], expected [R, 128] with R at most 64", |out| {
@@ -569,7 +619,7 @@ const GEMM: &[Refusal] = &[
     ("Value", "local_experts is 2, expected 3, as many as the weights have", |out| {
         product(out, Activations::Bf16(&[bf16::ONE; 1024]), &bf16_weights([3, 64, 128]), 1 << 20)
     }),
-    ("WeightFormat", "weights is packed as bf16, expected e4m3, as the activations", |out| {
+    ("WeightFormat", "weights is packed as bf16, expected e4m3 or mxfp4, for e4m3 activations", |out| {
         let (rows, scales) = ([E4m3(0); 1024], Scales::f32(ScaleFormat::HOPPER, &[1.0; 8]));
         let activations = Activations::E4m3 { rows: &rows, scales };
         product(out, activations, &bf16_weights([2, 64, 128]), 1 << 20)
@@ -755,7 +805,7 @@ const LAYER: &[Refusal] = &[
     ("WeightFormat", "w2 is packed as e4m3, expected bf16", |_| {
         new_layer(bf16_weights([1, 128, 128]), e4m3_weights([1, 128, 64]), ActivationFormat::Bf16, 1)
     }),
-    ("WeightFormat", "w13 is packed as bf16, expected e4m3, for e4m3 activations", |_| {
+    ("WeightFormat", "w13 is packed as bf16, expected e4m3 or mxfp4, for e4m3 activations", |_| {
         new_layer(bf16_weights([1, 256, 128]), bf16_weights([1, 128, 128]), ActivationFormat::E4m3, 1)
     }),
     ("Value", "hidden is 64, expected a positive multiple of the group, 128", |_| {
@@ -786,7 +836,7 @@ const LAYER: &[Refusal] = &[
         let layer = layer(false).with_config(*layer(false).config(), 16)?;
         layer.choice(17).map(drop)
     }),
-    ("WeightFormat", "w13 is packed as bf16, expected e4m3, for e4m3 activations", |_| {
+    ("WeightFormat", "w13 is packed as bf16, expected e4m3 or mxfp4, for e4m3 activations", |_| {
         let config = LayerConfig { activation_format: ActivationFormat::E4m3, ..*layer(false).config() };
         layer(false).with_config(config, 1).map(drop)
     }),

@@ -217,7 +217,8 @@ fn check(
             prop_assert!(out[layout.m_sum() * n..].iter().all(|x| x.to_bits() == POISON.to_bits()));
             let actual: Vec<f64> = out[..layout.m_sum() * n].iter().map(|value| value.to_f64()).collect();
             within(BF16_GEMM, &actual, &same_inputs, m_indices, n)?;
-            let tolerance = if weight_format == WeightFormat::E4m3 { E4M3_GEMM } else { BF16_GEMM };
+            let quantized = weight_format == WeightFormat::E4m3 || scales.is_some();
+            let tolerance = if quantized { E4M3_GEMM } else { BF16_GEMM };
             within(tolerance, &actual, &exact, m_indices, n)?;
         }
         Ok(())
@@ -272,14 +273,64 @@ proptest! {
     }
 
     #[test]
+    fn mxfp4_weights_times_bf16_rows_are_within_tolerance(
+        case in small_routings(),
+        n in select(&[64, 96, 130, 161][..]),
+        k in select(&[32, 64, 96, 128, 160, 384][..]),
+        seed: u64,
+    ) {
+        check(&case, [n, k], WeightFormat::Mxfp4, None, seed, &machines().collect::<Vec<_>>())?;
+    }
+
+    #[test]
+    fn mxfp4_weights_times_e4m3_rows_are_within_tolerance(
+        case in small_routings(),
+        n in select(&[96, 130, 161, 257][..]),
+        k in select(&[128, 256, 640][..]),
+        format in select(scale_formats()),
+        seed: u64,
+    ) {
+        check(&case, [n, k], WeightFormat::Mxfp4, Some(format), seed, &machines().collect::<Vec<_>>())?;
+    }
+
+    /// Where every sum is exact in f32, decoded weights give the same bits.
+    #[test]
+    fn mxfp4_weights_multiply_as_the_bf16_they_stand_for(
+        case in small_routings(),
+        n in select(&[1, 32, 70][..]),
+        k in select(&[32, 96, 128, 160, 320][..]),
+        seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let experts = case.local_experts;
+        let blocks: Vec<u8> = (0..experts * n * k / 2).map(|_| random.draw() as u8).collect();
+        let scales: Vec<u8> = (0..experts * n * k / 32).map(|_| 126 + (random.draw() % 3) as u8).collect();
+        let mut decoded = vec![0.0; experts * n * k];
+        expertile::mxfp4::decode_rows(&blocks, &scales, k, &mut decoded).unwrap();
+        let decoded: Vec<bf16> = decoded.into_iter().map(bf16::from_f32).collect();
+        case.with_layout(|layout, oracle_layout| {
+            let mut rows = Rows::random(&oracle_layout.m_indices, k, None, seed);
+            for value in rows.bf16.iter_mut().filter(|value| !value.is_nan()) {
+                *value = bf16::from_f32((random.draw() % 15) as f32 - 7.0);
+            }
+            for cpu in machines() {
+                let packed = PackedWeights::pack_mxfp4(&cpu, &blocks, &scales, experts, n, k).unwrap();
+                let meant = PackedWeights::pack_bf16(&cpu, &decoded, experts, n, k).unwrap();
+                let (actual, expected) = (multiply(&cpu, layout, &rows, &packed), multiply(&cpu, layout, &rows, &meant));
+                prop_assert!(crate::cases::bits(&actual) == crate::cases::bits(&expected), "{}", cpu.isa());
+            }
+            Ok(())
+        })?;
+    }
+
+    #[test]
     fn weights_packed_in_parts_multiply_as_those_packed_at_once(
         case in small_routings(),
-        e4m3: bool,
+        format in select(&WeightFormat::ALL[..]),
         seed: u64,
     ) {
         // Gate and up rows apart, experts and rows backwards.
         let (half, k, experts) = (128, 192, case.local_experts);
-        let format = if e4m3 { WeightFormat::E4m3 } else { WeightFormat::Bf16 };
         let weights = Weights::random(format, [experts, 2 * half, k], seed);
         let cpu = Cpu::new();
         let mut builder = PackedWeightsBuilder::new(&cpu, format, experts, 2 * half, k).unwrap();
@@ -294,6 +345,11 @@ proptest! {
                     Part::Bf16(values) => {
                         let rows = Strided::new(&values, half, k, Strides::ColumnMajor, bf16::NAN);
                         builder.add_bf16_rows(expert, first_row, rows.matrix()).unwrap();
+                    }
+                    Part::Mxfp4(blocks, scales) => {
+                        let blocks = MatrixRef::new(&blocks, half, k / 2).unwrap();
+                        let scales = MatrixRef::new(&scales, half, k / 32).unwrap();
+                        builder.add_mxfp4_rows(expert, first_row, blocks, scales).unwrap();
                     }
                 }
             }
@@ -317,13 +373,13 @@ proptest! {
     fn gate_and_up_multiply_the_same_however_they_come(
         case in small_routings(),
         half in select(&[1, 7, 32, 65, 96, 128, 160, 192][..]),
-        k in select(&[1, 64, 127, 200, 256][..]),
-        e4m3: bool,
+        k in select(&[1usize, 64, 127, 200, 256][..]),
+        format in select(&WeightFormat::ALL[..]),
         strides in crate::cases::strides(),
         seed: u64,
     ) {
         let experts = case.local_experts;
-        let format = if e4m3 { WeightFormat::E4m3 } else { WeightFormat::Bf16 };
+        let k = if format == WeightFormat::Mxfp4 { k.next_multiple_of(32) } else { k };
         let weights = Weights::gate_up(format, [experts, half, k], seed);
         let cpu = Cpu::new();
         let mut parts = PackedWeightsBuilder::gate_up(&cpu, format, experts, half, k).unwrap();
@@ -341,6 +397,17 @@ proptest! {
                         let rows = Strided::new(&values, half, k, strides, bf16::NAN);
                         parts.add_bf16_rows(expert, first_row, rows.matrix()).unwrap();
                     }
+                    Part::Mxfp4(blocks, scales) => {
+                        // In two parts that meet within a panel.
+                        let cut = half / 3;
+                        let parts_of = [(0, cut), (cut, half - cut)];
+                        for (from, count) in parts_of.into_iter().filter(|&(_, count)| count > 0) {
+                            let blocks = Strided::new(&blocks[from * k / 2..][..count * k / 2], count, k / 2, strides, 0xff);
+                            let scales = Strided::new(&scales[from * k / 32..][..count * k / 32], count, k / 32, strides, 0xff);
+                            let first_row = first_row + from;
+                            parts.add_mxfp4_rows(expert, first_row, blocks.matrix(), scales.matrix()).unwrap();
+                        }
+                    }
                 }
             }
             match [weights.part(expert, 0, half), weights.part(expert, half, half)] {
@@ -355,6 +422,13 @@ proptest! {
                     let rows = reordered(&[gate, up].concat(), half, k, order);
                     let rows = Strided::new(&rows, 2 * half, k, strides, bf16::NAN);
                     fused.add_gate_up_bf16_rows(expert, rows.matrix(), order).unwrap();
+                }
+                [Part::Mxfp4(gate, gate_scales), Part::Mxfp4(up, up_scales)] => {
+                    let blocks = reordered(&[gate, up].concat(), half, k / 2, order);
+                    let scales = reordered(&[gate_scales, up_scales].concat(), half, k / 32, order);
+                    let blocks = Strided::new(&blocks, 2 * half, k / 2, strides, 0xff);
+                    let scales = Strided::new(&scales, 2 * half, k / 32, strides, 0xff);
+                    fused.add_gate_up_mxfp4_rows(expert, blocks.matrix(), scales.matrix(), order).unwrap();
                 }
                 _ => unreachable!("parts of one format"),
             }
@@ -481,7 +555,7 @@ fn a_scale_for_each_channel_multiplies_its_sums_once() {
     let bias: Vec<f32> = (0..4 * 2 * half).map(|_| random.normal()).collect();
     let bytes = |expert: usize, first: usize, rows: usize| match weights.part(expert, first, rows) {
         Part::E4m3(bytes, _) => bytes,
-        Part::Bf16(_) => unreachable!("e4m3 weights"),
+        Part::Bf16(_) | Part::Mxfp4(..) => unreachable!("e4m3 weights"),
     };
     case.with_layout(|layout, oracle_layout| {
         let m_indices = &oracle_layout.m_indices;

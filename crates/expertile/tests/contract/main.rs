@@ -13,6 +13,7 @@ mod extremes;
 mod gemm;
 mod layer;
 mod layout;
+mod mxfp4;
 mod permute;
 mod plan;
 mod quantize;

@@ -24,12 +24,17 @@ enum Data {
         /// What was quantized.
         exact: Vec<f32>,
     },
+    Mxfp4 {
+        blocks: Vec<u8>,
+        scales: Vec<u8>,
+    },
 }
 
-/// Rows of one expert, and their block scales.
+/// Rows of one expert, and their scales.
 pub(crate) enum Part {
     Bf16(Vec<bf16>),
     E4m3(Vec<E4m3>, Vec<f32>),
+    Mxfp4(Vec<u8>, Vec<u8>),
 }
 
 impl Weights {
@@ -58,6 +63,15 @@ impl Weights {
                 }
                 Data::E4m3 { bytes, scales, exact }
             }
+            WeightFormat::Mxfp4 => {
+                let (mut blocks, mut scales) = (Vec::new(), Vec::new());
+                for row in exact.chunks(k) {
+                    let (own_blocks, own_scales) = oracle::mxfp4::quantize_row(row);
+                    blocks.extend(own_blocks);
+                    scales.extend(own_scales);
+                }
+                Data::Mxfp4 { blocks, scales }
+            }
         };
         Self { experts, n, k, segments, data }
     }
@@ -75,6 +89,10 @@ impl Weights {
                 scales: picked(scales, self.experts, experts),
                 exact: picked(exact, self.experts, experts),
             },
+            Data::Mxfp4 { blocks, scales } => Data::Mxfp4 {
+                blocks: picked(blocks, self.experts, experts),
+                scales: picked(scales, self.experts, experts),
+            },
         };
         Self { experts: experts.len(), data, ..*self }
     }
@@ -89,6 +107,7 @@ impl Weights {
             Data::E4m3 { bytes, scales, .. } => {
                 PackedWeights::pack_e4m3(cpu, &e4m3s(bytes), scales, experts, n, k).unwrap()
             }
+            Data::Mxfp4 { blocks, scales } => PackedWeights::pack_mxfp4(cpu, blocks, scales, experts, n, k).unwrap(),
         }
     }
 
@@ -103,6 +122,11 @@ impl Weights {
             Data::E4m3 { bytes, scales, .. } => {
                 let bytes = reordered(&e4m3s(bytes), half, k, order);
                 PackedWeights::pack_gate_up_e4m3(cpu, &bytes, scales, experts, half, k, order).unwrap()
+            }
+            Data::Mxfp4 { blocks, scales } => {
+                let blocks = reordered(blocks, half, k / 2, order);
+                let scales = reordered(scales, half, k / 32, order);
+                PackedWeights::pack_gate_up_mxfp4(cpu, &blocks, &scales, experts, half, k, order).unwrap()
             }
         }
     }
@@ -124,6 +148,10 @@ impl Weights {
                 let first = (expert * self.blocks_before(self.n) + self.blocks_before(first_row)) * blocks;
                 Part::E4m3(e4m3s(&bytes[values]), scales[first..][..rows.div_ceil(128) * blocks].to_vec())
             }
+            Data::Mxfp4 { blocks, scales } => Part::Mxfp4(
+                blocks[values.start / 2..values.end / 2].to_vec(),
+                scales[values.start / 32..values.end / 32].to_vec(),
+            ),
         }
     }
 
@@ -143,13 +171,16 @@ impl Weights {
                     (&bytes[expert * matrix + first_row * self.k..], &scales[first_block * self.k.div_ceil(128)..]);
                 oracle::gemm::e4m3_weight_row(bytes, scales, self.k, j - first_row, row);
             }
+            Data::Mxfp4 { blocks, scales } => {
+                oracle::mxfp4::weight_row(blocks, scales, self.k, expert * self.n + j, row);
+            }
         }
     }
 
-    /// Row `j` before it was quantized.
+    /// Row `j` before it was quantized; of mxfp4 what it was quantized to, which a product can be near to.
     pub(crate) fn unquantized_row(&self, expert: usize, j: usize, row: &mut [f64]) {
         match &self.data {
-            Data::Bf16(_) => self.row(expert, j, row),
+            Data::Bf16(_) | Data::Mxfp4 { .. } => self.row(expert, j, row),
             Data::E4m3 { exact, .. } => {
                 let exact = &exact[(expert * self.n + j) * self.k..];
                 row.iter_mut().zip(exact).for_each(|(to, &from)| *to = f64::from(from));

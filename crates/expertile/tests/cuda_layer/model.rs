@@ -56,6 +56,7 @@ impl Spec {
         match self.format {
             WeightFormat::E4m3 => ActivationFormat::E4m3,
             WeightFormat::Bf16 => ActivationFormat::Bf16,
+            WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
         }
     }
 
@@ -86,6 +87,7 @@ impl Matrices {
     fn new(format: WeightFormat, extents: [usize; 3], random: &mut Random) -> Self {
         match format {
             WeightFormat::Bf16 => Self::Bf16(unit_weights(random, extents, bf16::from_f32)),
+            WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
             WeightFormat::E4m3 => {
                 let (values, scales) = block_scaled_weights(random, extents, E4m3::MAX, E4m3::from_f32);
                 Self::E4m3(values, scales)
@@ -230,6 +232,7 @@ impl Model {
                 halves = call.part::<bf16>(parts.activated, values);
                 cpu::Activations::Bf16(&halves)
             }
+            WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
         };
         let bytes = cpu::grouped_gemm_workspace_bytes(plan.m_sum(), intermediate, activations.format()).unwrap();
         let mut from_cpu = vec![bf16::ZERO; plan.m_sum() * hidden];

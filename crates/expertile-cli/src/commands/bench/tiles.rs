@@ -163,7 +163,7 @@ impl Draw {
                 e4m3,
                 zipf: random.draw().is_multiple_of(2),
             };
-            let (slots, bytes) = (draw.tokens * draw.topk, draw.weight_format().bytes());
+            let (slots, bytes) = (draw.tokens * draw.topk, draw.weight_format().bits() / 8);
             let weights = 3 * draw.hidden * draw.intermediate;
             let rows = slots * (2 * (draw.hidden.max(2 * draw.intermediate) + draw.intermediate) + 2 * draw.hidden);
             if weights * experts * bytes <= MOST_WEIGHT_BYTES

@@ -38,6 +38,45 @@ pub(crate) const fn e4m3_is_special(byte: u8) -> bool {
     byte & 0x78 == 0 || byte & 0x7f == 0x7f
 }
 
+/// K-pairs of an [`Mxfp4Group`].
+pub(crate) const GROUP_PAIRS: usize = crate::mxfp4::GROUP / 2;
+/// Groups of a block of [`BLOCK_PAIRS`].
+pub(crate) const BLOCK_GROUPS: usize = BLOCK_PAIRS / GROUP_PAIRS;
+
+/// One K-pair of a panel as nibbles: half a byte at [`mxfp4_position`] holds column `c` of K `2 * pair + j`.
+pub(crate) type NibbleLine = [u8; PANEL];
+
+/// 32 values of K of a panel as MXFP4, as they stand in memory: what a kernel needs comes in one stream.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub(crate) struct Mxfp4Group {
+    /// UE8M0, one for each column; none is NaN.
+    pub(crate) scales: [u8; PANEL],
+    pub(crate) lines: [NibbleLine; GROUP_PAIRS],
+}
+
+/// The byte of a line that keeps column `column`, parity `parity` of K, and how far up its nibble stands.
+///
+/// The low nibbles are columns 0..16 and the high ones columns 16..32, in the order of a [`PairLine`]: widened to
+/// words, either half is looked up at once.
+#[inline(always)]
+pub(crate) const fn mxfp4_position(column: usize, parity: usize) -> (usize, u32) {
+    (column % 16 * 2 + parity, (column / 16 * 4) as u32)
+}
+
+/// The bf16 of every nibble; none is subnormal.
+pub(super) static E2M1_AS_BF16: [u16; 16] = e2m1_as_bf16();
+
+const fn e2m1_as_bf16() -> [u16; 16] {
+    let mut table = [0; 16];
+    let mut nibble = 0;
+    while nibble < 16 {
+        table[nibble] = (crate::mxfp4::E2M1_VALUES[nibble].to_bits() >> 16) as u16;
+        nibble += 1;
+    }
+    table
+}
+
 /// e4m3 weights of a panel, or of a run of its blocks.
 #[derive(Clone, Copy)]
 pub(crate) struct BytePanel<'a> {

@@ -6,10 +6,12 @@
 //! block of 128 of K: a panel never straddles two blocks of 128 rows, because rows with their own scales must start on
 //! a multiple of 32 of their segment. The order does not depend on the instruction set.
 
+mod mxfp4;
+
 use super::memory::AlignedBytes;
 use crate::cpu::Cpu;
 use crate::cpu::arch::panel::{
-    Ahead, BLOCK_PAIRS, ByteLine, BytePanel, PANEL, PairLine, e4m3_is_special, e4m3_position,
+    Ahead, BLOCK_PAIRS, ByteLine, BytePanel, GROUP_PAIRS, Mxfp4Group, PANEL, PairLine, e4m3_is_special, e4m3_position,
 };
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result, checked_mul, require_exact};
@@ -25,7 +27,7 @@ use std::ops::Range;
 pub struct PackedWeights {
     shape: Shape,
     bytes: AlignedBytes,
-    /// `[E, panels, blocks of K]`; empty for bf16.
+    /// `[E, panels, blocks of K]`; empty but for e4m3.
     scales: Vec<f32>,
     /// As `scales`: which lines of a block hold special bytes.
     special: Vec<u64>,
@@ -59,7 +61,7 @@ impl Shape {
                 return Err(Error::value(argument, actual, "at least 1"));
             }
         }
-        Ok(Self { format, experts, segments: 1, segment: n, k })
+        Self { format, experts, segments: 1, segment: n, k }.check_k()
     }
 
     fn gate_up(format: WeightFormat, experts: usize, intermediate: usize, k: usize) -> Result<Self> {
@@ -69,7 +71,14 @@ impl Shape {
             }
         }
         checked_mul("2 I", intermediate, 2)?;
-        Ok(Self { format, experts, segments: 2, segment: intermediate, k })
+        Self { format, experts, segments: 2, segment: intermediate, k }.check_k()
+    }
+
+    fn check_k(self) -> Result<Self> {
+        if self.format == WeightFormat::Mxfp4 {
+            crate::mxfp4::groups(self.k)?;
+        }
+        Ok(self)
     }
 
     /// Output columns of an expert.
@@ -115,8 +124,13 @@ impl Shape {
         self.k.div_ceil(WEIGHT_BLOCK)
     }
 
+    /// Bytes of a K-pair, with its share of what stands among the values.
     fn line_bytes(self) -> usize {
-        2 * PANEL * self.format.bytes()
+        match self.format {
+            WeightFormat::E4m3 => size_of::<ByteLine>(),
+            WeightFormat::Bf16 => size_of::<PairLine>(),
+            WeightFormat::Mxfp4 => size_of::<Mxfp4Group>() / GROUP_PAIRS,
+        }
     }
 
     fn panel_bytes(self) -> usize {
@@ -131,7 +145,7 @@ impl Shape {
 
     fn scales(self) -> Result<usize> {
         match self.format {
-            WeightFormat::Bf16 => Ok(0),
+            WeightFormat::Bf16 | WeightFormat::Mxfp4 => Ok(0),
             WeightFormat::E4m3 => {
                 let panels = checked_mul("scales of the packed weights", self.experts, self.panels())?;
                 checked_mul("scales of the packed weights", panels, self.blocks())
@@ -234,7 +248,7 @@ impl PackedWeights {
     /// first row.
     pub(crate) fn halves_have_own_blocks(&self) -> bool {
         let half = self.n() / 2;
-        self.shape.format == WeightFormat::Bf16 || half.is_multiple_of(WEIGHT_BLOCK) || self.half_starts_a_block
+        self.shape.format != WeightFormat::E4m3 || half.is_multiple_of(WEIGHT_BLOCK) || self.half_starts_a_block
     }
 
     /// Panels to an expert.
@@ -265,6 +279,7 @@ impl PackedWeights {
                 let (lines, special) = (bytemuck::cast_slice(&onwards[..len]), &self.special[blocks.clone()]);
                 PanelWeights::E4m3(BytePanel { lines, special }, &self.scales[blocks])
             }
+            WeightFormat::Mxfp4 => PanelWeights::Mxfp4(bytemuck::cast_slice(&onwards[..len])),
         };
         Panel { weights, line_bytes: self.shape.line_bytes(), onwards }
     }
@@ -284,13 +299,15 @@ pub(super) enum PanelWeights<'a> {
     Bf16(&'a [PairLine]),
     /// With one scale per block of K.
     E4m3(BytePanel<'a>, &'a [f32]),
+    /// With their scales among them.
+    Mxfp4(&'a [Mxfp4Group]),
 }
 
 impl<'a> Panel<'a> {
     /// What to ask for while one of `tiles` tiles is multiplied by `pairs` pairs from `block` on.
     ///
     /// Several tiles go through a block at a time, and share the next one. A single tile streams through the panel;
-    /// what is e4m3 takes its time to be decoded and multiplied, and waits in L2 meanwhile.
+    /// what has to be decoded takes its time, and waits in L2 meanwhile.
     pub(super) fn ahead(&self, block: usize, pairs: usize, tile: usize, tiles: usize) -> Ahead<'a> {
         let soon = tiles > 1 || matches!(self.weights, PanelWeights::Bf16(_));
         let distance = if tiles > 1 { BLOCK_PAIRS * self.line_bytes } else { STREAM_AHEAD_BYTES };

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::cpu::Isa;
+use crate::gemm::WeightFormat;
 use crate::matrix::MatrixRef;
 use crate::quantize::{ScaleFormat, ScaleLayout, ScaleRounding};
 use expertile_testkit::Random;

@@ -2,10 +2,11 @@
 
 use super::packing::{PackedWeights, PanelWeights};
 use crate::cpu::Cpu;
-use crate::cpu::arch::panel::{BLOCK_PAIRS, e4m3_position};
+use crate::cpu::arch::panel::{BLOCK_PAIRS, e4m3_position, mxfp4_position};
 use crate::dtype::E4m3;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, require_exact};
 use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
+use crate::mxfp4;
 use half::bf16;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -19,7 +20,7 @@ impl PackedWeights {
     /// unless `out` holds whole rows that the expert has.
     pub fn unpack_bf16_rows(&self, cpu: &Cpu, expert: usize, first_row: usize, out: &mut [bf16]) -> Result<()> {
         self.check_unpack(WeightFormat::Bf16, expert, first_row, out.len())?;
-        self.for_each_part(cpu, first_row, out, |panel, columns, out| {
+        self.for_each_part(cpu, first_row, self.k(), out, |panel, columns, out| {
             let PanelWeights::Bf16(lines) = self.panel(expert, panel).weights else {
                 unreachable!("the format was checked");
             };
@@ -36,13 +37,54 @@ impl PackedWeights {
     /// As [`PackedWeights::unpack_bf16_rows`]; [`Error::WeightFormat`] if the weights are bf16.
     pub fn unpack_e4m3_rows(&self, cpu: &Cpu, expert: usize, first_row: usize, out: &mut [E4m3]) -> Result<()> {
         self.check_unpack(WeightFormat::E4m3, expert, first_row, out.len())?;
-        self.for_each_part(cpu, first_row, out, |panel, columns, out| {
+        self.for_each_part(cpu, first_row, self.k(), out, |panel, columns, out| {
             let PanelWeights::E4m3(bytes, _) = self.panel(expert, panel).weights else {
                 unreachable!("the format was checked");
             };
             unpack_panel(self.k(), columns, out, |pair, column, parity| {
                 E4m3(bytes.lines[pair][e4m3_position(column, parity)])
             });
+        });
+        Ok(())
+    }
+
+    /// The same for MXFP4 rows: `blocks [R, K / 2]` and `scales [R, K / 32]`.
+    ///
+    /// # Errors
+    /// As [`PackedWeights::unpack_bf16_rows`], for weights of another format than mxfp4; [`Error::Shape`] unless blocks
+    /// and scales are of as many rows.
+    pub fn unpack_mxfp4_rows(
+        &self,
+        cpu: &Cpu,
+        expert: usize,
+        first_row: usize,
+        blocks: &mut [u8],
+        scales: &mut [u8],
+    ) -> Result<()> {
+        self.check_unpack(WeightFormat::Mxfp4, expert, first_row, blocks.len().saturating_mul(2))?;
+        let (width, groups) = (self.k() / 2, self.k() / mxfp4::GROUP);
+        require_exact("scales", scales.len(), &[blocks.len() / width, groups])?;
+        let groups_of = |panel| match self.panel(expert, panel).weights {
+            PanelWeights::Mxfp4(groups) => groups,
+            _ => unreachable!("the format was checked"),
+        };
+        self.for_each_part(cpu, first_row, width, blocks, |panel, columns, out| {
+            let all = groups_of(panel);
+            for (column, row) in columns.zip(out.chunks_exact_mut(width)) {
+                let [even, odd] = [0, 1].map(|parity| mxfp4_position(column, parity));
+                let lines = all.iter().flat_map(|group| &group.lines);
+                for (byte, line) in row.iter_mut().zip(lines) {
+                    let [even, odd] = [even, odd].map(|(at, up)| line[at] >> up & 15);
+                    *byte = even | odd << 4;
+                }
+            }
+        });
+        self.for_each_part(cpu, first_row, groups, scales, |panel, columns, out| {
+            for (column, row) in columns.zip(out.chunks_exact_mut(groups)) {
+                for (scale, group) in row.iter_mut().zip(groups_of(panel)) {
+                    *scale = group.scales[column];
+                }
+            }
         });
         Ok(())
     }
@@ -63,22 +105,23 @@ impl PackedWeights {
         Ok(())
     }
 
-    /// Runs `unpack(panel, columns of it, their rows in out)` for the panels that the rows of `out` are in.
+    /// Runs `unpack(panel, columns of it, their rows in out)` for the panels that the rows of `out [R, width]` are in.
     fn for_each_part<T: Send>(
         &self,
         cpu: &Cpu,
         first_row: usize,
+        width: usize,
         out: &mut [T],
         unpack: impl Fn(usize, Range<usize>, &mut [T]) + Sync,
     ) {
-        let rows = first_row..first_row + out.len() / self.k();
+        let rows = first_row..first_row + out.len() / width;
         let mut rest = out;
         let mut parts = Vec::new();
         for panel in 0..self.panels() {
             let own = self.columns(panel);
             let (start, end) = (rows.start.max(own.start), rows.end.min(own.end));
             if start < end {
-                let (part, after) = std::mem::take(&mut rest).split_at_mut((end - start) * self.k());
+                let (part, after) = std::mem::take(&mut rest).split_at_mut((end - start) * width);
                 parts.push((panel, start - own.start..end - own.start, part));
                 rest = after;
             }

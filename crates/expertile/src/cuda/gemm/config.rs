@@ -5,12 +5,13 @@ use super::shared_memory::{self, stages};
 use crate::activation::Activation;
 use crate::cuda::definitions::activation_definitions;
 use crate::cuda::driver::Source;
+use crate::cuda::weights::require_known;
 use crate::error::{Error, Result};
 use crate::gemm::WeightFormat;
 
 /// Values in the 128 bytes that a block of K has of each row.
 pub(in crate::cuda) fn values_of_block(format: WeightFormat) -> usize {
-    128 / format.bytes()
+    1024 / format.bits()
 }
 
 /// What the GEMM is specialised for.
@@ -53,6 +54,7 @@ impl GemmConfig {
 
     /// Fails unless there is a kernel for the format, with the activation.
     fn check(&self) -> Result<()> {
+        require_known(self.format)?;
         self.kernel.check()?;
         let expected = match (self.activation.is_some(), self.kernel) {
             (true, _) => "e4m3, for a GEMM with an activation",

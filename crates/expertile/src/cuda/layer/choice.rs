@@ -4,6 +4,7 @@ use crate::cuda::arguments::SecondWorklist;
 use crate::cuda::call::LayoutPtrs;
 use crate::cuda::driver::DevicePtr;
 use crate::cuda::gemm::{GemmKernel, GemmShape};
+use crate::cuda::weights::weight_bytes;
 use crate::cuda::{quantize_permute, route};
 use crate::error::{Error, Result, checked_add, checked_mul};
 use crate::gemm::ActivationFormat;
@@ -247,7 +248,7 @@ impl Offsets {
         let e4m3 = config.activation_format == ActivationFormat::E4m3;
         let rows =
             |width: usize, bytes: usize| checked_mul("bytes of rows", m_sum, checked_mul("width", width, bytes)?);
-        let operand = |width: usize| rows(width, config.weight_format().bytes());
+        let operand = |width: usize| rows(width, weight_bytes(config.weight_format()));
         let scales = |width: usize| match e4m3 {
             true => checked_mul("bytes of scales", ScaleFormat::HOPPER.words(m_sum, width)?, 4),
             false => Ok(0),

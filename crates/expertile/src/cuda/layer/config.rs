@@ -32,7 +32,7 @@ impl LayerConfig {
         if weights != expected {
             let expected = match expected {
                 WeightFormat::E4m3 => "e4m3, for e4m3 activations",
-                WeightFormat::Bf16 => "bf16, for bf16 activations on a GPU",
+                WeightFormat::Bf16 | WeightFormat::Mxfp4 => "bf16, for bf16 activations on a GPU",
             };
             return Err(Error::WeightFormat { argument: "w13", actual: weights.name(), expected });
         }

@@ -5,6 +5,7 @@ use super::random_bytes;
 use super::steps::repeat;
 use crate::activation::Activation;
 use crate::cuda::layer::each_at_once;
+use crate::cuda::weights::weight_bytes;
 use crate::cuda::{
     ALIGNMENT, Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, Gemm, GemmCall, GemmConfig,
     GemmKernel, LayoutPtrs, ROW_TILES, Route, RouteCall, RouteConfig, RoutingPtrs, RowEnds, STATE_BYTES, Stream,
@@ -255,8 +256,8 @@ impl Call {
         memory.extend([ids.into_bytes(), state, workspace, activated]);
         // Weights of either GEMM, and as many again of those that a call reads, or as one expert has.
         let expert = checked_mul("an expert's weights", 2 * intermediate, hidden)?;
-        let (places, step) = places(expert * format.bytes(), local, active);
-        let values = random(device, format, local * expert + (places - 1) * step / format.bytes())?;
+        let (places, step) = places(expert * weight_bytes(format), local, active);
+        let values = random(device, format, local * expert + (places - 1) * step / weight_bytes(format))?;
         let blocks =
             checked_mul("scales", 2 * intermediate.div_ceil(WEIGHT_BLOCK) + 1, hidden.div_ceil(WEIGHT_BLOCK) + 1)?;
         let value_scales = scales(device, local * blocks)?;
@@ -284,7 +285,7 @@ impl Call {
         ids: &[i32],
     ) -> Result<Vec<Weights>> {
         let active = ids.iter().collect::<BTreeSet<_>>().len();
-        let (places, step) = places(n * k * format.bytes(), experts, active);
+        let (places, step) = places(n * k * weight_bytes(format), experts, active);
         let scales = (format == WeightFormat::E4m3).then(|| self.value_scales.ptr().cast());
         let place = |place: usize| {
             let ptr = self.values.ptr().byte_add(place * step);
@@ -352,8 +353,8 @@ fn places(expert_bytes: usize, experts: usize, active: usize) -> (usize, usize) 
 
 /// So many random values.
 fn random(device: &Device, format: WeightFormat, count: usize) -> Result<DeviceBuffer> {
-    let bytes = checked_mul("bytes", count, format.bytes())?;
-    let period = device.upload(&random_bytes(format, PERIOD.min(bytes.next_multiple_of(8)) / format.bytes()))?;
+    let bytes = checked_mul("bytes", count, weight_bytes(format))?;
+    let period = device.upload(&random_bytes(format, PERIOD.min(bytes.next_multiple_of(8)) / weight_bytes(format)))?;
     let buffer: DeviceBuffer = device.allocate(bytes)?;
     repeat(device, period.ptr(), period.bytes().min(bytes), buffer.ptr(), bytes)?;
     Ok(buffer)
