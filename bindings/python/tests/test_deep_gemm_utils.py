@@ -276,7 +276,7 @@ BAD_PERMUTES = {
     "aq has shape [3], expected 2 dimensions": (ValueError, {"aq": np.zeros(3, np.uint8)}),
     "aq has shape [4, 128], expected [3, 128]": (ValueError, {"aq": np.zeros((4, 128), np.uint8)}),
     "aq has dtype float64, expected": (TypeError, {"aq": np.zeros((3, 128))}),
-    "H is 100, expected a positive multiple of the group, 128": (ValueError, {"aq": np.zeros((3, 100), np.uint8)}),
+    "H is 100, expected a positive multiple of 64": (ValueError, {"aq": np.zeros((3, 100), np.uint8)}),
     "aq_scale has shape [3, 2], expected [3, 1]": (ValueError, {"aq_scale": np.ones((3, 2), np.float32)}),
     "aq_scale has dtype float64, expected": (TypeError, {"aq_scale": np.ones((3, 1))}),
     "aq_scale is a NoneType, expected": (TypeError, {"aq_scale": None}),

@@ -378,7 +378,7 @@ fn bad_input_is_one_line_and_exit_code_2() {
     Model::new("deepseek_v3", odd, true).write(folder.path(), 1);
     refuse(
         "--model . --layer 1 --input in.safetensors --activations e4m3",
-        "intermediate is 96, expected a multiple of 128 for e4m3 activations: give --activations bf16",
+        "intermediate is 96, expected a multiple of 64 for e4m3 activations: give --activations bf16",
     );
     let report = json(folder.path(), &CHECKED);
     assert_eq!((&report["activations"], &report["check"]["passed"]), (&json!("bf16"), &json!(true)));

@@ -161,8 +161,8 @@ fn bad_input_is_one_line_and_exit_code_2() {
     refuse(&with(&plain, &["--experts", "4", "--arch", "sm91", "--rule", "vllm-fork"]), "sm90, sm100, sm120");
     refuse(&with(&plain, &["--experts", "4", "--arch", "sm90", "--rule", "best"]), "deepgemm-2026-06");
     refuse(&with(&plain, &["--experts", "4", "--hidden", "128"]), "--intermediate");
-    let odd = with(&plain, &["--experts", "4", "--hidden", "2880", "--intermediate", "128"]);
-    refuse(&odd, "hidden is 2880, expected a positive multiple of the group, 128");
+    let odd = with(&plain, &["--experts", "4", "--hidden", "2900", "--intermediate", "128"]);
+    refuse(&odd, "hidden is 2900, expected a positive multiple of 64");
     refuse(&with(&plain, &["--experts", "4", "--plot", "x.svg"]), "--plot needs --ids or --counts");
     refuse(&with(&plain, &["--counts", "1,2,x"]), "x");
     refuse(&with(&plain, &["--counts", "-1,2"]), "expert_num_tokens[0] is -1");

@@ -84,12 +84,12 @@ pub fn ue8m0_value(byte: u8) -> f64 {
     if byte == 255 { f64::NAN } else { 2f64.powi(i32::from(byte) - 127) }
 }
 
-/// Quantized rows, the scales still in plain `[rows, width / group]` order.
+/// Quantized rows, the scales still in plain `[rows, ceil(width / group)]` order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Quantized {
     /// `[rows, width]` e4m3 bytes; 0 on padding.
     pub bytes: Vec<u8>,
-    /// `[rows, width / group]`; 0 on padding.
+    /// `[rows, ceil(width / group)]`; 0 on padding.
     pub scales: Vec<f32>,
     /// Values to a row.
     pub width: usize,
@@ -97,16 +97,13 @@ pub struct Quantized {
     pub group: usize,
 }
 
-/// Quantizes the rows of `x [rows, width]`: per group a scale, per value `e4m3(x / scale)`, the division in f32.
-///
-/// # Panics
-/// Unless `group` divides `width`.
+/// Quantizes the rows of `x [rows, width]`: per group a scale, per value `e4m3(x / scale)`, the division in f32. The last
+/// group of a row is what is left of it.
 #[must_use]
 pub fn quantize(x: &[f32], width: usize, group: usize, power_of_two: bool) -> Quantized {
-    assert!(width.is_multiple_of(group), "groups of {group} in {width}");
     let mut bytes = Vec::new();
     let mut scales = Vec::new();
-    for values in x.chunks(group) {
+    for values in x.chunks(width).flat_map(|row| row.chunks(group)) {
         let scale = scale(values, power_of_two);
         scales.push(scale);
         bytes.extend(values.iter().map(|x| e4m3_byte(x / scale)));
@@ -133,7 +130,7 @@ pub fn quantize_permute(
 pub fn permute_quantized(rows: &Quantized, topk: usize, layout: &Layout) -> Quantized {
     Quantized {
         bytes: layout.permute(&rows.bytes, rows.width, topk, 0),
-        scales: layout.permute(&rows.scales, rows.width / rows.group, topk, 0.0),
+        scales: layout.permute(&rows.scales, rows.groups(), topk, 0.0),
         ..*rows
     }
 }
@@ -144,13 +141,14 @@ impl Quantized {
     pub fn values(&self) -> Vec<f64> {
         let mut values = Vec::new();
         for (i, &byte) in self.bytes.iter().enumerate() {
-            values.push(e4m3_value(byte) * f64::from(self.scales[i / self.group]));
+            let scale = i / self.width * self.groups() + i % self.width / self.group;
+            values.push(e4m3_value(byte) * f64::from(self.scales[scale]));
         }
         values
     }
 
     fn groups(&self) -> usize {
-        self.width / self.group
+        self.width.div_ceil(self.group)
     }
 
     fn rows(&self) -> usize {

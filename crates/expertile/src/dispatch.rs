@@ -105,7 +105,7 @@ impl TokenRow {
     /// The row of a token of `hidden` values and `topk` slots. Weights travel where sums are made away from home.
     ///
     /// # Errors
-    /// [`Error::Value`] for a zero, and unless 128 divides `hidden` where values are e4m3; [`Error::Overflow`].
+    /// [`Error::Value`] for a zero, and unless 64 divides `hidden` where values are e4m3; [`Error::Overflow`].
     pub fn new(hidden: usize, topk: usize, activation_format: ActivationFormat, has_weights: bool) -> Result<Self> {
         for (argument, value) in [("hidden", hidden), ("topk", topk)] {
             if value == 0 {
@@ -200,7 +200,7 @@ mod tests {
         };
         refuse(0, 1, ActivationFormat::Bf16, "hidden is 0");
         refuse(8, 0, ActivationFormat::Bf16, "topk is 0");
-        refuse(192, 1, ActivationFormat::E4m3, "hidden is 192");
+        refuse(160, 1, ActivationFormat::E4m3, "hidden is 160");
         refuse(usize::MAX, 1, ActivationFormat::Bf16, "bytes of a token's row overflows");
     }
 

@@ -1,6 +1,7 @@
 //! What a quantized value and its scale are, and where a scale stands.
 //!
-//! A row of `H` values is cut into groups of 128 (or 32, as in MXFP8) consecutive values; each group has one scale:
+//! A row of `H` values is cut into groups of 128 (or 32, as in MXFP8) consecutive values, the last of which may have 64
+//! of 128; each group has one scale:
 //!
 //! ```text
 //! amax  = max(1e-10, max |x| over the group, NaN ignored)
@@ -36,6 +37,15 @@ impl Group {
         }
     }
 
+    /// The fewest values that the last group of a row may have: where 128 does not divide a row, half of it does.
+    #[must_use]
+    pub const fn smallest(self) -> usize {
+        match self {
+            Self::G32 => 32,
+            Self::G128 => 64,
+        }
+    }
+
     /// The group of that many values.
     ///
     /// # Errors
@@ -49,10 +59,10 @@ impl Group {
     }
 }
 
-/// Where the scale of row `r`, group `g` stands among `[M_sum, H / group]`.
+/// Where the scale of row `r`, group `g` stands among `[M_sum, ceil(H / group)]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ScaleLayout {
-    /// f32 at `r * (H / group) + g`.
+    /// f32 at `r * ceil(H / group) + g`.
     RowMajor,
     /// f32 at `r + g * round_up(M_sum, 4)`: what a TMA load of a column of rows wants.
     MnMajor,
@@ -195,11 +205,29 @@ impl ScaleFormat {
         self.rounding
     }
 
-    /// `H / group`.
+    /// `ceil(H / group)`.
+    ///
+    /// # Errors
+    /// [`Error::Value`] unless `hidden` is a positive multiple of [`Group::smallest`].
+    pub fn groups(self, hidden: usize) -> Result<usize> {
+        let (group, smallest) = (self.group.size(), self.group.smallest());
+        if hidden == 0 || !hidden.is_multiple_of(smallest) {
+            let half = if smallest < group {
+                format!(": groups of {group}, the last one half at least")
+            } else {
+                String::new()
+            };
+            return Err(Error::value("hidden", hidden, format!("a positive multiple of {smallest}{half}")));
+        }
+        Ok(hidden.div_ceil(group))
+    }
+
+    /// `H / group`, for what takes whole groups only.
     ///
     /// # Errors
     /// [`Error::Value`] unless the group divides `hidden` and `hidden` is positive.
-    pub fn groups(self, hidden: usize) -> Result<usize> {
+    #[cfg(feature = "cuda")]
+    pub(crate) fn whole_groups(self, hidden: usize) -> Result<usize> {
         let group = self.group.size();
         if hidden == 0 || !hidden.is_multiple_of(group) {
             return Err(Error::value("hidden", hidden, format!("a positive multiple of the group, {group}")));
@@ -441,8 +469,12 @@ mod tests {
         let error = ScaleFormat::new(Group::G32, ScaleLayout::PackedUe8m0, ScaleRounding::Exact).unwrap_err();
         assert!(matches!(error, Error::Name { argument: "rounding", .. }), "{error}");
         assert!(matches!(Group::from_size(64), Err(Error::Value { argument: "group", actual: 64, .. })));
-        let error = ScaleFormat::HOPPER.groups(192).unwrap_err();
-        assert!(error.to_string().starts_with("hidden is 192"), "{error}");
+        assert_eq!(ScaleFormat::HOPPER.groups(192), Ok(2));
+        let error = ScaleFormat::HOPPER.groups(160).unwrap_err();
+        assert!(
+            error.to_string().starts_with("hidden is 160, expected a positive multiple of 64: groups of 128"),
+            "{error}"
+        );
         let error = ScalesMut::f32(ScaleFormat::HOPPER, &mut [0.0; 7]).check("scales", 5, 128).unwrap_err();
         assert_eq!(error, Error::BufferTooSmall { argument: "scales", actual: 7, needed: 8 });
         let error = ScalesMut::ue8m0(ScaleFormat::HOPPER, &mut [0; 8]).check("scales", 5, 128).unwrap_err();

@@ -7,8 +7,7 @@ use crate::weights::ExpertWeights;
 use crate::{machine, memory, output};
 use expertile::cpu::Cpu;
 use expertile::cuda::Device;
-use expertile::gemm::WEIGHT_BLOCK;
-use expertile::{ActivationFormat, LayerShape, WeightFormat};
+use expertile::{ActivationFormat, Group, LayerShape, WeightFormat};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -86,17 +85,18 @@ impl FormatOptions {
     }
 
     /// The activations asked for, or those that go with the weights: e4m3 ones need e4m3 or mxfp4 weights, and sizes
-    /// that groups of 128 divide.
+    /// that 64 divides.
     pub(crate) fn activations(&self, weights: WeightFormat, shape: LayerShape) -> Result<ActivationFormat> {
         let sizes = [("hidden", shape.hidden()), ("intermediate", shape.intermediate())];
-        let unfilled = sizes.into_iter().find(|(_, extent)| !extent.is_multiple_of(WEIGHT_BLOCK));
+        let unfilled = sizes.into_iter().find(|(_, extent)| !extent.is_multiple_of(Group::G128.smallest()));
         match (self.activations, weights, unfilled) {
             (Some(ActivationFormat::E4m3), WeightFormat::Bf16, _) => Err(Error::usage(
                 "--activations is e4m3, expected bf16: the weights are bf16, and e4m3 needs e4m3 or mxfp4 weights",
             )),
             (Some(ActivationFormat::E4m3), _, Some((name, extent))) => Err(Error::usage(format!(
-                "{name} is {extent}, expected a multiple of {WEIGHT_BLOCK} for e4m3 activations: \
-                 give --activations bf16"
+                "{name} is {extent}, expected a multiple of {} for e4m3 activations: \
+                 give --activations bf16",
+                Group::G128.smallest()
             ))),
             (Some(asked), _, _) => Ok(asked),
             (None, WeightFormat::E4m3, None) => Ok(ActivationFormat::E4m3),

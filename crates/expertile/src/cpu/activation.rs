@@ -49,7 +49,7 @@ pub fn activate<O: Float>(
 /// The activation's f32 value is quantized directly, without a rounding to bf16 in between.
 ///
 /// # Errors
-/// As [`activate`]; [`Error::Value`] unless the group divides `I`, [`Error::Dtype`] if `scales` is not of the format's
+/// As [`activate`]; [`Error::Value`] unless the groups fit `I`, [`Error::Dtype`] if `scales` is not of the format's
 /// word type.
 pub fn activate_quantize(
     cpu: &Cpu,

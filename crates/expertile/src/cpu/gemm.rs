@@ -104,7 +104,7 @@ pub fn grouped_gemm(
 ///
 /// # Errors
 /// [`Error::WeightFormat`] for e4m3 activations with bf16 weights, [`Error::Value`] if layout and weights differ in
-/// `E`, if e4m3 activations come in groups of 32, or if their K is no multiple of 128, [`Error::BufferTooSmall`] if
+/// `E`, if e4m3 activations come in groups of 32, or if their K is no multiple of 64, [`Error::BufferTooSmall`] if
 /// `activations`, `activation_scales`, `workspace` (see [`grouped_gemm_workspace_bytes`]) or `out` are shorter than
 /// their shapes, [`Error::Dtype`] if the scales are not of their format's type, [`Error::Shape`] unless the bias holds
 /// exactly `E * N` values. Nothing is written on an error.

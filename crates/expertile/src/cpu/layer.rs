@@ -99,7 +99,7 @@ impl Layer {
     /// # Errors
     /// As [`LayerConfig::check`]; [`Error::Shape`] if the two do not fit each other, [`Error::WeightFormat`] if their
     /// formats differ or e4m3 activations meet bf16 weights, [`Error::Value`] if e4m3 activations meet an `H` or `I`
-    /// that 128 does not divide, if one block scale of `w13` serves rows of both gate and up, or for `max_tokens` 0.
+    /// that 64 does not divide, if one block scale of `w13` serves rows of both gate and up, or for `max_tokens` 0.
     pub fn prepare(
         cpu: &Cpu,
         w13: PackedWeights,
@@ -417,7 +417,7 @@ fn fit(
     let intermediate = shape.intermediate();
     if activations == ActivationFormat::E4m3 {
         SCALES.groups(shape.hidden())?;
-        let expected = "a positive multiple of the group, 128";
+        let expected = "a positive multiple of 64: groups of 128, the last one half at least";
         SCALES.groups(intermediate).map_err(|_| Error::value("intermediate", intermediate, expected))?;
     }
     if activation.is_gated() && !w13.halves_have_own_blocks() {
@@ -444,7 +444,10 @@ impl StageSizes {
         let values = checked_mul("M_sum * max(H, I)", rows, widest_front)?;
         let (front, scales) = match activations {
             ActivationFormat::Bf16 => (checked_mul("front bytes", values, 2)?, 0),
-            ActivationFormat::E4m3 => (values, values / Group::G128.size()),
+            ActivationFormat::E4m3 => {
+                let groups = widest_front.div_ceil(Group::G128.size());
+                (values, checked_mul("M_sum * max(H, I) / 128", rows, groups)?)
+            }
         };
         let back = checked_mul("M_sum * max(H, 2 I)", rows, widest_back)?;
         let gemm = grouped_gemm_workspace_bytes(rows, widest_front, activations)?;

@@ -99,7 +99,7 @@ multiversion! {
 /// given, multiply the input first (rounded to `T`): `apply_router_weight_on_input`.
 ///
 /// # Errors
-/// [`Error::Shape`] unless `x` has `M` rows (and `weights` is `[M, 1]`), [`Error::Value`] unless the group divides `H`
+/// [`Error::Shape`] unless `x` has `M` rows (and `weights` is `[M, 1]`), [`Error::Value`] unless the groups fit `H`
 /// (and `topk` is 1 if there are weights), [`Error::Dtype`] if `scales` is not of the format's word type,
 /// [`Error::BufferTooSmall`], [`Error::Overflow`].
 pub fn quantize_permute<T: Float>(

@@ -12,7 +12,7 @@ use crate::quantize::{ScaleFormat, ScaleLayout, ScaleRounding, ScalesMut, Words,
 use rayon::prelude::*;
 
 multiversion! {
-    /// Quantizes `row` group by group: `bytes [H]` and `scales [H / group]`, both of the right length.
+    /// Quantizes `row` group by group: `bytes [H]` and `scales [ceil(H / group)]`, both of the right length.
     pub(crate) fn quantize_row<T: Float>(
         isa: Isa,
         row: &[T],
@@ -21,7 +21,7 @@ multiversion! {
         bytes: &mut [E4m3],
         scales: &mut [f32],
     ) {
-        for ((values, bytes), scale) in row.chunks_exact(group).zip(bytes.chunks_exact_mut(group)).zip(scales) {
+        for ((values, bytes), scale) in row.chunks(group).zip(bytes.chunks_mut(group)).zip(scales) {
             *scale = scale_of(amax(values), rounding);
             for (byte, &value) in bytes.iter_mut().zip(values) {
                 byte.0 = e4m3_byte(value.to_f32() / *scale);
@@ -135,7 +135,7 @@ fn zero_padding<W: Copy + Default>(format: ScaleFormat, layout: &Layout<'_>, gro
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape) unless `rows` has `M_sum` rows, [`Error::Value`](crate::Error::Value) unless
-/// the group divides `H`, [`Error::Dtype`](crate::Error::Dtype) if `scales` is not of the format's word type,
+/// the groups fit `H`, [`Error::Dtype`](crate::Error::Dtype) if `scales` is not of the format's word type,
 /// [`Error::BufferTooSmall`](crate::Error::BufferTooSmall), [`Error::Overflow`](crate::Error::Overflow).
 pub fn quantize_rows<T: Float>(
     cpu: &Cpu,

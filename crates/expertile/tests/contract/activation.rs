@@ -127,11 +127,12 @@ proptest! {
             (ScaleLayout::MnMajor, ScaleRounding::PowerOfTwo),
             (ScaleLayout::PackedUe8m0, ScaleRounding::PowerOfTwo),
         ][..]),
-        blocks in 1..=5usize,
+        smallest in 1..=7usize,
         ours in activations(),
     ) {
         let format = ScaleFormat::new(group, layout_and_rounding.0, layout_and_rounding.1).unwrap();
-        let intermediate = blocks * group.size();
+        let intermediate = smallest * group.smallest();
+        let blocks = intermediate.div_ceil(group.size());
         case.with_layout(|layout, oracle_layout| {
             let m_sum = layout.m_sum();
             let gate_up: Vec<bf16> = numbers(m_sum * columns(ours, intermediate), fill, seed);

@@ -230,8 +230,8 @@ const PERMUTE: &[Refusal] = &[
         ScaleFormat::new(Group::G32, ScaleLayout::PackedUe8m0, ScaleRounding::Exact).map(drop)
     }),
     ("Value", "group is 64, expected 32 or 128", |_| Group::from_size(64).map(drop)),
-    ("Value", "hidden is 192, expected a positive multiple of the group, 128", |out| {
-        quantize(out, &layout(), zeros(2, 192), None)
+    ("Value", "hidden is 160, expected a positive multiple of 64: groups of 128", |out| {
+        quantize(out, &layout(), zeros(2, 160), None)
     }),
     ("Value", "hidden is 0", |out| quantize(out, &layout(), zeros(2, 0), None)),
     ("Shape", "x has shape [3, 128], expected [2, 128]", |out| quantize(out, &layout(), zeros(3, 128), None)),
@@ -324,10 +324,10 @@ const ACTIVATION: &[Refusal] = &[
     ("Overflow", "M_sum * I overflows", |out| {
         cpu::activate(&Cpu::new(), &layout(), usize::MAX, &[], &Activation::default(), &mut out.bf16)
     }),
-    ("Value", "hidden is 64, expected a positive multiple of the group, 128", |out| {
+    ("Value", "hidden is 32, expected a positive multiple of 64: groups of 128", |out| {
         let (gate_up, scales) = (vec![bf16::ZERO; 1024], ScalesMut::f32(ScaleFormat::HOPPER, &mut out.f32));
         let activation = Activation::default();
-        cpu::activate_quantize(&Cpu::new(), &layout(), 64, &gate_up, &activation, &mut out.e4m3, scales)
+        cpu::activate_quantize(&Cpu::new(), &layout(), 32, &gate_up, &activation, &mut out.e4m3, scales)
     }),
     ("Dtype", "scales has dtype i32, expected f32", |out| {
         let (gate_up, scales) = (vec![bf16::ZERO; 2048], ScalesMut::ue8m0(ScaleFormat::HOPPER, &mut out.i32));
@@ -628,8 +628,8 @@ const GEMM: &[Refusal] = &[
         let format = ScaleFormat::new(Group::G32, ScaleLayout::RowMajor, ScaleRounding::Exact)?;
         e4m3_product(out, 128, Scales::f32(format, &[1.0; 32]), 8)
     }),
-    ("Value", "hidden is 192, expected a positive multiple of the group, 128", |out| {
-        e4m3_product(out, 192, Scales::f32(ScaleFormat::HOPPER, &[1.0; 32]), 8)
+    ("Value", "hidden is 160, expected a positive multiple of 64: groups of 128", |out| {
+        e4m3_product(out, 160, Scales::f32(ScaleFormat::HOPPER, &[1.0; 32]), 8)
     }),
     ("Dtype", "activation_scales has dtype i32, expected f32", |out| {
         e4m3_product(out, 128, Scales::ue8m0(ScaleFormat::HOPPER, &[1; 32]), 8)
@@ -775,10 +775,10 @@ const LAYER: &[Refusal] = &[
         let shared = SharedExpert { w13: e4m3_weights([1, 192, 48]), w2: e4m3_weights([1, 48, 96]), gate: None };
         layer(false).with_shared_expert(shared).map(drop)
     }),
-    ("Value", "intermediate is 64, expected a positive multiple of the group, 128", |_| {
+    ("Value", "intermediate is 32, expected a positive multiple of 64: groups of 128", |_| {
         let config = LayerConfig::new(1, 1, ActivationFormat::E4m3);
         let layer = prepared(e4m3_weights([1, 256, 128]), e4m3_weights([1, 128, 128]), config)?;
-        let shared = SharedExpert { w13: e4m3_weights([1, 128, 128]), w2: e4m3_weights([1, 128, 64]), gate: None };
+        let shared = SharedExpert { w13: e4m3_weights([1, 64, 128]), w2: e4m3_weights([1, 128, 32]), gate: None };
         layer.with_shared_expert(shared).map(drop)
     }),
     ("BufferTooSmall", "workspace holds", |out| {
@@ -808,11 +808,11 @@ const LAYER: &[Refusal] = &[
     ("WeightFormat", "w13 is packed as bf16, expected e4m3 or mxfp4, for e4m3 activations", |_| {
         new_layer(bf16_weights([1, 256, 128]), bf16_weights([1, 128, 128]), ActivationFormat::E4m3, 1)
     }),
-    ("Value", "hidden is 64, expected a positive multiple of the group, 128", |_| {
-        new_layer(e4m3_weights([1, 256, 64]), e4m3_weights([1, 64, 128]), ActivationFormat::E4m3, 1)
+    ("Value", "hidden is 32, expected a positive multiple of 64: groups of 128", |_| {
+        new_layer(e4m3_weights([1, 256, 32]), e4m3_weights([1, 32, 128]), ActivationFormat::E4m3, 1)
     }),
-    ("Value", "intermediate is 64, expected a positive multiple of the group, 128", |_| {
-        new_layer(e4m3_weights([1, 128, 128]), e4m3_weights([1, 128, 64]), ActivationFormat::E4m3, 1)
+    ("Value", "intermediate is 32, expected a positive multiple of 64: groups of 128", |_| {
+        new_layer(e4m3_weights([1, 64, 128]), e4m3_weights([1, 128, 32]), ActivationFormat::E4m3, 1)
     }),
     ("Alignment", "alignment is 0", |_| {
         new_layer(bf16_weights([1, 128, 128]), bf16_weights([1, 128, 64]), ActivationFormat::Bf16, 0)
@@ -840,14 +840,14 @@ const LAYER: &[Refusal] = &[
         let config = LayerConfig { activation_format: ActivationFormat::E4m3, ..*layer(false).config() };
         layer(false).with_config(config, 1).map(drop)
     }),
-    ("Value", "intermediate is 64, expected a positive multiple of the group, 128", |_| {
+    ("Value", "intermediate is 32, expected a positive multiple of 64: groups of 128", |_| {
         // A shared expert that takes bf16 rows and no quantized ones.
         let config = LayerConfig::new(1, 1, ActivationFormat::Bf16);
         let layer = prepared(e4m3_weights([1, 256, 128]), e4m3_weights([1, 128, 128]), config)?;
-        let gate_up = (&[E4m3(0); 128 * 128][..], &[1.0; 2][..]);
+        let gate_up = (&[E4m3(0); 64 * 128][..], &[1.0; 2][..]);
         let (cpu, order) = (Cpu::new(), GateUpOrder::Halves);
-        let w13 = PackedWeights::pack_gate_up_e4m3(&cpu, gate_up.0, gate_up.1, 1, 64, 128, order)?;
-        let shared = SharedExpert { w13, w2: e4m3_weights([1, 128, 64]), gate: None };
+        let w13 = PackedWeights::pack_gate_up_e4m3(&cpu, gate_up.0, gate_up.1, 1, 32, 128, order)?;
+        let shared = SharedExpert { w13, w2: e4m3_weights([1, 128, 32]), gate: None };
         let layer = layer.with_shared_expert(shared).expect("bf16 rows need no groups");
         layer.with_config(LayerConfig::new(1, 1, ActivationFormat::E4m3), 1).map(drop)
     }),

@@ -89,8 +89,8 @@ impl Rows {
             rows.meant[row * k..][..k].fill(f64::NAN);
             if let Some(format) = format {
                 rows.e4m3[row * k..][..k].fill(E4m3::NAN);
-                for group in 0..k / 128 {
-                    let word = format.word(row, group, m_indices.len(), k / 128);
+                for group in 0..k.div_ceil(128) {
+                    let word = format.word(row, group, m_indices.len(), k.div_ceil(128));
                     match format.layout() {
                         ScaleLayout::PackedUe8m0 => rows.ue8m0_scales[word] = -1,
                         _ => rows.f32_scales[word] = f32::NAN,
@@ -265,7 +265,7 @@ proptest! {
     fn e4m3_weights_times_e4m3_rows_are_within_tolerance(
         case in small_routings(),
         n in select(&[96, 130, 161, 257][..]),
-        k in select(&[128, 256, 640][..]),
+        k in select(&[128, 192, 256, 576, 640][..]),
         format in select(scale_formats()),
         seed: u64,
     ) {
@@ -286,7 +286,7 @@ proptest! {
     fn mxfp4_weights_times_e4m3_rows_are_within_tolerance(
         case in small_routings(),
         n in select(&[96, 130, 161, 257][..]),
-        k in select(&[128, 256, 640][..]),
+        k in select(&[128, 192, 256, 576, 640][..]),
         format in select(scale_formats()),
         seed: u64,
     ) {

@@ -66,12 +66,12 @@ pub(crate) fn makes() -> impl Strategy<Value = Make> {
     let kinds = select(vec![Activation::SWIGLU, gpt_oss, Activation::GegluTanh, Activation::Relu2]);
     (formats, kinds, any::<bool>(), any::<u64>()).prop_flat_map(|((weights, activations), activation, biases, seed)| {
         let sizes: &[(usize, usize)] = match activations {
-            A::E4m3 => &[(128, 128), (256, 128), (384, 256)],
+            A::E4m3 => &[(128, 128), (256, 128), (384, 256), (192, 64), (64, 320)],
             A::Bf16 if weights == W::Mxfp4 => &[(128, 128), (32, 64), (192, 96), (384, 160)],
             A::Bf16 => &[(128, 128), (200, 72), (129, 65), (384, 192), (130, 96), (33, 40)],
         };
         let shared_widths: &[usize] = match activations {
-            A::E4m3 => &[128, 384],
+            A::E4m3 => &[64, 128, 384],
             A::Bf16 if weights == W::Mxfp4 => &[32, 96, 320],
             A::Bf16 => &[1, 40, 96, 300],
         };

@@ -451,7 +451,7 @@ fn arguments_that_do_not_fit_are_errors_and_nothing_is_written() {
         |s| {
             s.weights = PackedWeights::pack_e4m3(&Cpu::new(), &[E4m3(1); 2 * 8 * 100], &[1.0; 2], 2, 8, 100).unwrap();
         },
-        "hidden is 100, expected a positive multiple of the group, 128",
+        "hidden is 100, expected a positive multiple of 64: groups of 128",
     );
     for formats in [Formats::Bf16, Formats::E4m3Weights, Formats::E4m3] {
         start(formats, |s| s.experts = 3, "local_experts is 3, expected 2");

@@ -23,7 +23,7 @@ pub enum TokenRows<'a> {
     E4m3 {
         /// `[M, H]`
         rows: MatrixRef<'a, E4m3>,
-        /// `[M, H / 128]`: what [`quantize_rows`](crate::cpu::quantize_rows) writes with exact row-major scales.
+        /// `[M, ceil(H / 128)]`: what [`quantize_rows`](crate::cpu::quantize_rows) writes with exact row-major scales.
         scales: MatrixRef<'a, f32>,
     },
 }

@@ -165,8 +165,8 @@ fn weights_that_do_not_fit_each_other_or_the_activations_are_refused() {
     refuse(bf16_weights(64, 128), bf16_weights(128, 64), plain, "w13 has shape [1, 64, 128]");
     refuse(bf16_weights(128, 128), e4m3_weights(128, 64), plain, "w2 is packed as e4m3, expected bf16");
     refuse(bf16_weights(256, 128), bf16_weights(128, 128), e4m3, "w13 is packed as bf16, expected e4m3");
-    refuse(e4m3_weights(128, 128), e4m3_weights(128, 64), e4m3, "intermediate is 64");
-    refuse(e4m3_weights(256, 64), e4m3_weights(64, 128), e4m3, "hidden is 64");
+    refuse(e4m3_weights(64, 128), e4m3_weights(128, 32), e4m3, "intermediate is 32");
+    refuse(e4m3_weights(256, 32), e4m3_weights(32, 128), e4m3, "hidden is 32");
     let unaligned = LayerConfig { alignment: Some(0), ..plain };
     refuse(bf16_weights(128, 128), bf16_weights(128, 64), unaligned, "alignment is 0");
 }

@@ -39,8 +39,8 @@ impl LayerConfig {
         let dtype = |expected| Err(Error::Dtype { argument: "hidden_states", actual: self.input, expected });
         match (self.activation_format, self.input) {
             (ActivationFormat::E4m3, Dtype::Bf16 | Dtype::F16) => {
-                ScaleFormat::HOPPER.groups(shape.hidden())?;
-                ScaleFormat::HOPPER.groups(shape.intermediate()).map_err(|_| {
+                ScaleFormat::HOPPER.whole_groups(shape.hidden())?;
+                ScaleFormat::HOPPER.whole_groups(shape.intermediate()).map_err(|_| {
                     let expected =
                         "a positive multiple of the group, 128: gate and up have row blocks of scales of their own";
                     Error::value("intermediate", shape.intermediate(), expected)
