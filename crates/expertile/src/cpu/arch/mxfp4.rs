@@ -4,19 +4,18 @@
 //! two then multiplies: no scale is out of range for what is multiplied, and none is rounded. As in
 //! [`super::gemm`], a row's sums have the same bits however callers cut K and rows.
 
-use super::Isa;
-use super::gemm::multiply;
 use super::panel::{
-    Ahead, BLOCK_GROUPS, BLOCK_PAIRS, E2M1_AS_BF16, GROUP_PAIRS, MAX_ROWS, Mxfp4Group, NibbleLine, PANEL, PairLine,
-    Sums, mxfp4_position,
+    Ahead, BLOCK_GROUPS, E2M1_AS_BF16, GROUP_PAIRS, MAX_ROWS, Mxfp4Group, NibbleLine, PANEL, PairLine, Sums,
+    mxfp4_position,
 };
+use super::{Isa, Level, portable};
 use crate::quantize::ue8m0_value;
 
 /// `sums[r][c] += sum_group (scale[r, block] * sum_k rows[r, k] * panel[c, k]) * scale[c, group]`, with a fresh sum for
 /// every group.
 ///
 /// `row_scales` is `[blocks][rows]`, if the rows have scales. `decoded` is empty, or as long as the groups' lines and
-/// keeps the weights for [`multiply_mxfp4_decoded`] with the next tile. `ahead` as in [`multiply`].
+/// keeps the weights for [`multiply_mxfp4_decoded`] with the next tile. `ahead` as in [`super::gemm::multiply`].
 pub(crate) fn multiply_mxfp4(
     isa: Isa,
     rows: &[u32],
@@ -28,15 +27,25 @@ pub(crate) fn multiply_mxfp4(
 ) {
     check(rows, groups, row_scales, sums);
     assert!(decoded.is_empty() || decoded.len() == groups.len() * GROUP_PAIRS);
-    let mut scratch = [[0; PANEL]; BLOCK_PAIRS];
-    let blocks = groups.len().div_ceil(BLOCK_GROUPS);
-    for (block, groups) in groups.chunks(BLOCK_GROUPS).enumerate() {
-        let lines = match decoded.chunks_mut(BLOCK_PAIRS).nth(block) {
+    #[cfg(target_arch = "x86_64")]
+    match isa.level() {
+        Level::Avx512 => {
+            return super::x86_64::avx512::mxfp4::multiply_mxfp4(isa, rows, groups, row_scales, sums, decoded, ahead);
+        }
+        Level::Avx2 => {
+            return super::x86_64::avx2::mxfp4::multiply_mxfp4(isa, rows, groups, row_scales, sums, decoded, ahead);
+        }
+        Level::Portable => {}
+    }
+    let _ = (isa, ahead);
+    let mut scratch = [[0; PANEL]; GROUP_PAIRS];
+    for (index, group) in groups.iter().enumerate() {
+        let lines = match decoded.chunks_mut(GROUP_PAIRS).nth(index) {
             Some(decoded) => decoded,
-            None => &mut scratch[..groups.len() * GROUP_PAIRS],
+            None => &mut scratch[..],
         };
-        decode(groups, lines);
-        promote_block(isa, rows, lines, groups, row_scales, block, sums, ahead.part(block, blocks));
+        group.lines.iter().zip(&mut *lines).for_each(|(line, pairs)| decode_line(line, pairs));
+        promote(rows, lines, group, row_scales, index, sums);
     }
 }
 
@@ -52,9 +61,20 @@ pub(crate) fn multiply_mxfp4_decoded(
 ) {
     check(rows, groups, row_scales, sums);
     assert_eq!(lines.len(), groups.len() * GROUP_PAIRS);
-    let blocks = groups.len().div_ceil(BLOCK_GROUPS);
-    for (block, (lines, groups)) in lines.chunks(BLOCK_PAIRS).zip(groups.chunks(BLOCK_GROUPS)).enumerate() {
-        promote_block(isa, rows, lines, groups, row_scales, block, sums, ahead.part(block, blocks));
+    #[cfg(target_arch = "x86_64")]
+    {
+        use super::x86_64::{avx2::mxfp4 as avx2, avx512::mxfp4 as avx512};
+        match isa.level() {
+            Level::Avx512 => {
+                return avx512::multiply_mxfp4_decoded(isa, rows, lines, groups, row_scales, sums, ahead);
+            }
+            Level::Avx2 => return avx2::multiply_mxfp4_decoded(isa, rows, lines, groups, row_scales, sums, ahead),
+            Level::Portable => {}
+        }
+    }
+    let _ = (isa, ahead);
+    for (index, (lines, group)) in lines.chunks(GROUP_PAIRS).zip(groups).enumerate() {
+        promote(rows, lines, group, row_scales, index, sums);
     }
 }
 
@@ -65,40 +85,27 @@ fn check(rows: &[u32], groups: &[Mxfp4Group], row_scales: Option<&[f32]>, sums: 
     assert!(row_scales.is_none_or(|row_scales| row_scales.len() == scales));
 }
 
-/// The groups of one block of K.
-fn promote_block(
-    isa: Isa,
+/// One group of K: a fresh sum, scaled, onto `sums`.
+fn promote(
     rows: &[u32],
     lines: &[PairLine],
-    groups: &[Mxfp4Group],
+    group: &Mxfp4Group,
     row_scales: Option<&[f32]>,
-    block: usize,
+    index: usize,
     sums: &mut [Sums],
-    ahead: Ahead<'_>,
 ) {
     let tile = sums.len();
-    let rows = &rows[block * BLOCK_PAIRS * tile..][..lines.len() * tile];
-    let row_scales = row_scales.map(|scales| &scales[block * tile..][..tile]);
-    let parts = rows.chunks(GROUP_PAIRS * tile).zip(lines.chunks(GROUP_PAIRS)).zip(groups);
-    for (index, ((rows, lines), group)) in parts.enumerate() {
-        let mut fresh = [[0.0; PANEL]; MAX_ROWS];
-        multiply(isa, rows, lines, &mut fresh[..tile], ahead.part(index, groups.len()));
-        for (row, (sums, fresh)) in sums.iter_mut().zip(&fresh).enumerate() {
-            let row_scale = row_scales.map_or(1.0, |scales| scales[row]);
-            for ((sum, fresh), &scale) in sums.iter_mut().zip(fresh).zip(&group.scales) {
-                *sum += fresh * row_scale * ue8m0_value(scale);
-            }
+    let mut fresh = [[0.0; PANEL]; MAX_ROWS];
+    portable::multiply(&rows[index * GROUP_PAIRS * tile..][..lines.len() * tile], lines, &mut fresh[..tile]);
+    for (row, (sums, fresh)) in sums.iter_mut().zip(&fresh).enumerate() {
+        let row_scale = row_scales.map_or(1.0, |scales| scales[index / BLOCK_GROUPS * tile + row]);
+        for ((sum, fresh), &scale) in sums.iter_mut().zip(fresh).zip(&group.scales) {
+            *sum += fresh * row_scale * ue8m0_value(scale);
         }
     }
 }
 
 /// Every nibble as bf16.
-fn decode(groups: &[Mxfp4Group], pairs: &mut [PairLine]) {
-    for (line, pairs) in groups.iter().flat_map(|group| &group.lines).zip(pairs) {
-        decode_line(line, pairs);
-    }
-}
-
 fn decode_line(line: &NibbleLine, pairs: &mut PairLine) {
     for (column, pair) in pairs.iter_mut().enumerate() {
         let [even, odd] = [0, 1].map(|parity| {

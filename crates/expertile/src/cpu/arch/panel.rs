@@ -55,6 +55,9 @@ pub(crate) struct Mxfp4Group {
     pub(crate) lines: [NibbleLine; GROUP_PAIRS],
 }
 
+/// The bits of 2^-127, the value of scale 0: an exponent of 0 alone would be zero.
+pub(super) const LEAST_SCALE: u32 = 1 << 22;
+
 /// The byte of a line that keeps column `column`, parity `parity` of K, and how far up its nibble stands.
 ///
 /// The low nibbles are columns 0..16 and the high ones columns 16..32, in the order of a [`PairLine`]: widened to
@@ -65,7 +68,7 @@ pub(crate) const fn mxfp4_position(column: usize, parity: usize) -> (usize, u32)
 }
 
 /// The bf16 of every nibble; none is subnormal.
-pub(super) static E2M1_AS_BF16: [u16; 16] = e2m1_as_bf16();
+pub(super) const E2M1_AS_BF16: [u16; 16] = e2m1_as_bf16();
 
 const fn e2m1_as_bf16() -> [u16; 16] {
     let mut table = [0; 16];

@@ -32,6 +32,21 @@ enum Formats {
     Bf16,
     E4m3Weights,
     E4m3,
+    Mxfp4Weights,
+    Mxfp4,
+}
+
+impl Formats {
+    const ALL: [Self; 5] = [Self::Bf16, Self::E4m3Weights, Self::E4m3, Self::Mxfp4Weights, Self::Mxfp4];
+
+    /// A K that goes with the formats.
+    fn round_up(self, k: usize) -> usize {
+        match self {
+            Self::Bf16 | Self::E4m3Weights => k,
+            Self::Mxfp4Weights => k.next_multiple_of(32),
+            Self::E4m3 | Self::Mxfp4 => k.next_multiple_of(64),
+        }
+    }
 }
 
 /// One GEMM, its inputs and its exact result.
@@ -47,6 +62,9 @@ struct Case {
     weights: Vec<bf16>,
     byte_weights: Vec<E4m3>,
     weight_scales: Vec<f32>,
+    /// Every nibble, and scales of very different sizes.
+    blocks: Vec<u8>,
+    block_scales: Vec<u8>,
 }
 
 const POISON: bf16 = bf16::from_bits(0x4abc);
@@ -69,6 +87,8 @@ impl Case {
             weights: bf16s(&mut random, e * n * k),
             byte_weights: e4m3s(&mut random, e * n * k),
             weight_scales: scales(&mut random, e * row_blocks * blocks),
+            blocks: (0..e * n * k / 2).map(|_| random.draw() as u8).collect(),
+            block_scales: (0..e * n * (k / 32)).map(|_| 87 + (random.draw() % 80) as u8).collect(),
         }
     }
 
@@ -78,7 +98,7 @@ impl Case {
 
     fn activations(&self) -> Activations<'_> {
         match self.formats {
-            Formats::E4m3 => Activations::E4m3 {
+            Formats::E4m3 | Formats::Mxfp4 => Activations::E4m3 {
                 rows: &self.byte_rows,
                 scales: Scales::f32(row_major(Group::G128), &self.row_scales),
             },
@@ -90,6 +110,9 @@ impl Case {
         let e = self.counts.len();
         match self.formats {
             Formats::Bf16 => PackedWeights::pack_bf16(cpu, &self.weights, e, self.n, self.k),
+            Formats::Mxfp4Weights | Formats::Mxfp4 => {
+                PackedWeights::pack_mxfp4(cpu, &self.blocks, &self.block_scales, e, self.n, self.k)
+            }
             _ => PackedWeights::pack_e4m3(cpu, &self.byte_weights, &self.weight_scales, e, self.n, self.k),
         }
         .unwrap()
@@ -120,7 +143,7 @@ impl Case {
 
     fn activation(&self, row: usize, k: usize) -> f64 {
         match self.formats {
-            Formats::E4m3 => {
+            Formats::E4m3 | Formats::Mxfp4 => {
                 let scale = self.row_scales[row * self.k.div_ceil(128) + k / 128];
                 f64::from(self.byte_rows[row * self.k + k].to_f32()) * f64::from(scale)
             }
@@ -132,6 +155,11 @@ impl Case {
         let at = (expert * self.n + n) * self.k + k;
         match self.formats {
             Formats::Bf16 => self.weights[at].to_f64(),
+            Formats::Mxfp4Weights | Formats::Mxfp4 => {
+                let nibble = self.blocks[at / 2] >> (at % 2 * 4);
+                let scale = f64::from(crate::quantize::ue8m0_value(self.block_scales[at / 32]));
+                f64::from(crate::mxfp4::E2M1_VALUES[usize::from(nibble & 15)]) * scale
+            }
             _ => {
                 let block = (expert * self.n.div_ceil(128) + n / 128) * self.k.div_ceil(128) + k / 128;
                 f64::from(self.byte_weights[at].to_f32()) * f64::from(self.weight_scales[block])
@@ -171,7 +199,7 @@ fn row_major(group: Group) -> ScaleFormat {
 }
 
 fn formats() -> impl Strategy<Value = Formats> {
-    prop_oneof![Just(Formats::Bf16), Just(Formats::E4m3Weights), Just(Formats::E4m3)]
+    prop::sample::select(&Formats::ALL[..])
 }
 
 fn pool(threads: usize) -> Arc<rayon::ThreadPool> {
@@ -192,7 +220,7 @@ proptest! {
     ) {
         let (n, k) = if cfg!(miri) { (n.min(33), k.min(9)) } else { (n, k) };
         let counts: Vec<_> = counts.iter().map(|&count| if cfg!(miri) { count.min(3) } else { count }).collect();
-        let k = if formats == Formats::E4m3 { k.next_multiple_of(128) } else { k };
+        let k = formats.round_up(k);
         let case = Case::new(formats, &counts, alignment, n, k, seed);
         for isa in Isa::available() {
             case.check(&case.run(&Cpu::with_isa(isa)));
@@ -203,7 +231,7 @@ proptest! {
 #[test]
 #[cfg_attr(miri, ignore = "slow there, and nothing that the property does not run")]
 fn all_rows_on_one_expert_and_every_tile_size() {
-    for formats in [Formats::Bf16, Formats::E4m3Weights, Formats::E4m3] {
+    for formats in Formats::ALL {
         for count in (1..=40).chain([95, 96, 97, 200]) {
             let case = Case::new(formats, &[0, count, 0], 16, 40, 256, count as u64);
             for isa in Isa::available() {
@@ -217,13 +245,31 @@ fn all_rows_on_one_expert_and_every_tile_size() {
 fn the_number_of_threads_does_not_change_a_bit() {
     let (counts, n, k): (&[usize], usize, usize) =
         if cfg!(miri) { (&[1, 0, 3], 33, 6) } else { (&[1, 0, 150, 7, 30], 200, 384) };
-    for formats in [Formats::Bf16, Formats::E4m3Weights, Formats::E4m3] {
-        let k = if formats == Formats::E4m3 { k.next_multiple_of(128) } else { k };
+    for formats in Formats::ALL {
+        let k = formats.round_up(k);
         let case = Case::new(formats, counts, 8, n, k, 5);
         for isa in Isa::available() {
             let [one, two, five] = [1, 2, 5].map(|threads| case.run(&Cpu::with_isa(isa).in_pool(pool(threads))));
             let same = |other: &[bf16]| one.iter().zip(other).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(same(&two) && same(&five), "{isa}");
+        }
+    }
+}
+
+/// Rows alone, in tiles of every size, and in blocks of several tiles, which take different ways through a kernel.
+#[test]
+#[cfg_attr(miri, ignore = "slow there, and nothing that the property does not run")]
+fn a_row_has_the_same_bits_in_any_number_of_rows() {
+    for formats in Formats::ALL {
+        let many = Case::new(formats, &[29], 1, 70, 320, 6);
+        for isa in Isa::available() {
+            let cpu = Cpu::with_isa(isa);
+            let all = many.run(&cpu);
+            for count in 1..=28 {
+                let few = Case { counts: vec![count], ..Case::new(formats, &[29], 1, 70, 320, 6) };
+                let out = few.run(&cpu);
+                assert!(out.iter().zip(&all).all(|(a, b)| a.to_bits() == b.to_bits()), "{isa} {formats:?} {count}");
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 //! GEMM kernels for AVX2 with FMA: up to 5 rows by 16 columns in registers, or 2 by 32; bf16 pairs split into two f32.
 
+pub(crate) mod mxfp4;
+
 use super::prefetch::Prefetch;
 use crate::cpu::arch::panel::{
     Ahead, BLOCK_PAIRS, ByteLine, BytePanel, MAX_ROWS, PANEL, PairLine, REBIAS, SHIFTED_BITS, Sums,
@@ -28,12 +30,7 @@ pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [S
     let blocks = panel.len().div_ceil(BLOCK_PAIRS);
     let each = rows.chunks(tile * BLOCK_PAIRS).zip(panel.chunks(BLOCK_PAIRS)).enumerate();
     for (block, (rows, lines)) in each {
-        for (split_rows, pair) in split_rows.iter_mut().zip(rows.chunks_exact(tile)) {
-            let [even, odd] = split_rows;
-            for (row, &pair) in pair.iter().enumerate() {
-                (even[row], odd[row]) = split(pair);
-            }
-        }
+        split_tile(rows, tile, &mut split_rows);
         // As few parts as there can be, of nearly the same size.
         let part = tile.div_ceil(tile.div_ceil(ROWS));
         for first in (0..tile).step_by(part) {
@@ -50,6 +47,15 @@ pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [S
                     rows => unreachable!("a part of {rows} rows"),
                 }
             }
+        }
+    }
+}
+
+/// Splits the pairs of a tile's rows, up to a block of them.
+fn split_tile(rows: &[u32], tile: usize, split_rows: &mut SplitRows) {
+    for ([even, odd], pair) in split_rows.iter_mut().zip(rows.chunks_exact(tile)) {
+        for (row, &pair) in pair.iter().enumerate() {
+            (even[row], odd[row]) = split(pair);
         }
     }
 }

@@ -32,6 +32,8 @@ macro_rules! for_rows {
     };
 }
 
+pub(crate) mod mxfp4;
+
 /// See [`crate::cpu::arch::gemm::multiply`].
 #[allow(unsafe_code)]
 pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: Ahead<'_>) {
