@@ -1,5 +1,5 @@
 //! The checkpoint reader over any bytes, and over whole checkpoints of several kinds with damage done to them: experts in
-//! tensors of their own and fused, plain and transposed, with shared experts, biases and a nested config.
+//! tensors of their own and fused, plain and transposed, in MXFP4, with shared experts, biases and a nested config.
 //!
 //! Whatever the bytes are, opening and reading a layer end in a value or an error; a value can be read throughout.
 #![no_main]
@@ -17,11 +17,13 @@ use std::path::Path;
 const HIDDEN: usize = 4;
 const INTERMEDIATE: usize = 3;
 const EXPERTS: usize = 2;
+/// `H` and `I` of gpt-oss in MXFP4: one group.
+const GROUP: usize = 32;
 
 #[derive(Arbitrary, Debug)]
 enum Input {
     Noise { config: Vec<u8>, file: Vec<u8>, layer: usize },
-    Damaged { family: Family, e4m3: bool, layer: u8, config: Vec<Edit>, file: Vec<Edit> },
+    Damaged { family: Family, quantized: bool, layer: u8, config: Vec<Edit>, file: Vec<Edit> },
 }
 
 #[derive(Arbitrary, Debug, Clone, Copy, PartialEq)]
@@ -40,8 +42,8 @@ enum Family {
 fuzz_target!(|input: Input| {
     let (config, file, layer) = match input {
         Input::Noise { config, file, layer } => (config, file, layer),
-        Input::Damaged { family, e4m3, layer, config: config_edits, file: file_edits } => {
-            let (mut config, mut file) = (whole_config(family), whole_file(family, e4m3));
+        Input::Damaged { family, quantized, layer, config: config_edits, file: file_edits } => {
+            let (mut config, mut file) = (whole_config(family, quantized), whole_file(family, quantized));
             edits::apply(&config_edits, &mut config);
             edits::apply(&file_edits, &mut file);
             if config_edits.is_empty() && file_edits.is_empty() {
@@ -88,8 +90,11 @@ fn read(layer: &MoeLayer<'_>) {
     }
 }
 
-fn whole_config(family: Family) -> Vec<u8> {
+fn whole_config(family: Family, quantized: bool) -> Vec<u8> {
     let own = match family {
+        Family::GptOss if quantized => {
+            r#""model_type":"gpt_oss","num_local_experts":2,"intermediate_size":32,"swiglu_limit":7.0"#
+        }
         Family::Qwen3Moe => {
             r#""model_type":"qwen3_moe","num_experts":2,"moe_intermediate_size":3,"norm_topk_prob":true,
             "mlp_only_layers":[0],"decoder_sparse_step":1"#
@@ -112,9 +117,13 @@ fn whole_config(family: Family) -> Vec<u8> {
         }
     };
     let act = if family == Family::NemotronH { "" } else { r#""hidden_act":"silu","# };
+    let (hidden, method) = match family {
+        Family::GptOss if quantized => (GROUP, r#""mxfp4""#),
+        _ => (HIDDEN, r#""fp8","weight_block_size":[128,128]"#),
+    };
     let config = format!(
-        r#"{{{own},{act}"hidden_size":4,"num_experts_per_tok":1,"num_hidden_layers":2,
-        "quantization_config":{{"quant_method":"fp8","weight_block_size":[128,128]}}}}"#
+        r#"{{{own},{act}"hidden_size":{hidden},"num_experts_per_tok":1,"num_hidden_layers":2,
+        "quantization_config":{{"quant_method":{method}}}}}"#
     );
     match family {
         Family::Qwen35Moe => format!(r#"{{"model_type":"qwen3_5_moe","text_config":{config}}}"#),
@@ -123,7 +132,8 @@ fn whole_config(family: Family) -> Vec<u8> {
     .into_bytes()
 }
 
-fn whole_file(family: Family, e4m3: bool) -> Vec<u8> {
+fn whole_file(family: Family, quantized: bool) -> Vec<u8> {
+    let mxfp4 = quantized && family == Family::GptOss;
     let prefix = match family {
         Family::Mixtral => "model.layers.1.block_sparse_moe",
         Family::NemotronH => "backbone.layers.1.mixer",
@@ -132,9 +142,10 @@ fn whole_file(family: Family, e4m3: bool) -> Vec<u8> {
     };
     // Fused tensors have no e4m3 form whose blocks are known at this intermediate size.
     let fused = matches!(family, Family::GptOss | Family::Qwen35Moe);
-    let weight = if e4m3 && !fused { Dtype::F8_E4M3 } else { Dtype::BF16 };
+    let weight = if quantized && !fused { Dtype::F8_E4M3 } else { Dtype::BF16 };
+    let hidden = if mxfp4 { GROUP } else { HIDDEN };
     let router = if family == Family::GptOss { "router" } else { "gate" };
-    let mut tensors = vec![(format!("{router}.weight"), Dtype::F32, vec![EXPERTS, HIDDEN])];
+    let mut tensors = vec![(format!("{router}.weight"), Dtype::F32, vec![EXPERTS, hidden])];
     if matches!(family, Family::DeepSeekV3 | Family::NemotronH) {
         tensors.push(("gate.e_score_correction_bias".into(), Dtype::F32, vec![EXPERTS]));
     }
@@ -169,6 +180,14 @@ fn whole_file(family: Family, e4m3: bool) -> Vec<u8> {
             tensors.push(("experts.gate_up_proj".into(), weight, vec![EXPERTS, 2 * INTERMEDIATE, HIDDEN]));
             tensors.push(("experts.down_proj".into(), weight, vec![EXPERTS, HIDDEN, INTERMEDIATE]));
         }
+        Family::GptOss if mxfp4 => {
+            tensors.push(("router.bias".into(), Dtype::BF16, vec![EXPERTS]));
+            for (part, rows) in [("gate_up_proj", 2 * GROUP), ("down_proj", GROUP)] {
+                tensors.push((format!("experts.{part}_blocks"), Dtype::U8, vec![EXPERTS, rows, 1, GROUP / 2]));
+                tensors.push((format!("experts.{part}_scales"), Dtype::U8, vec![EXPERTS, rows, 1]));
+                tensors.push((format!("experts.{part}_bias"), Dtype::BF16, vec![EXPERTS, rows]));
+            }
+        }
         Family::GptOss => {
             tensors.push(("router.bias".into(), Dtype::BF16, vec![EXPERTS]));
             tensors.push(("experts.gate_up_proj".into(), weight, vec![EXPERTS, HIDDEN, 2 * INTERMEDIATE]));
@@ -178,7 +197,7 @@ fn whole_file(family: Family, e4m3: bool) -> Vec<u8> {
         }
         Family::Qwen3Moe | Family::Mixtral => {}
     }
-    let data = [0x3c; 4 * EXPERTS * 2 * INTERMEDIATE * HIDDEN];
+    let data = [0x3c; EXPERTS * 2 * GROUP * GROUP];
     let views = tensors.into_iter().map(|(name, dtype, shape)| {
         let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
         let view = TensorView::new(dtype, shape, &data[..bytes]).expect("as many bytes as the shape asks for");

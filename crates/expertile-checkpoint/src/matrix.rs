@@ -4,7 +4,8 @@ use crate::error::{Error, Result};
 use crate::quantization::Scheme;
 use crate::tensors::Tensor;
 use expertile::gemm::WEIGHT_BLOCK;
-use expertile::{E4m3, MatrixRef, WeightFormat, WeightsBuilder};
+use expertile::quantize::ue8m0_value;
+use expertile::{E4m3, MatrixRef, WeightFormat, WeightsBuilder, mxfp4};
 use half::{bf16, f16};
 use safetensors::Dtype;
 use std::borrow::Cow;
@@ -29,6 +30,7 @@ enum Values<'a> {
     F16(Cow<'a, [f16]>),
     F32(Cow<'a, [f32]>),
     E4m3(&'a [E4m3]),
+    Mxfp4 { blocks: MatrixRef<'a, u8>, scales: MatrixRef<'a, u8> },
 }
 
 /// The scales of e4m3 weights; a weight is `value * scale`.
@@ -136,6 +138,13 @@ impl<'a> WeightMatrix<'a> {
         Ok(Self { rows, cols, start, row_stride, col_stride, values, scales })
     }
 
+    /// MXFP4: `blocks [rows, cols / 2]` with `scales [rows, cols / 32]`.
+    pub(crate) fn mxfp4(blocks: MatrixRef<'a, u8>, scales: MatrixRef<'a, u8>) -> Self {
+        let (rows, cols) = (blocks.rows(), 2 * blocks.cols());
+        let values = Values::Mxfp4 { blocks, scales };
+        Self { rows, cols, start: 0, row_stride: 0, col_stride: 0, values, scales: None }
+    }
+
     /// Rows: outputs.
     #[must_use]
     pub fn rows(&self) -> usize {
@@ -148,12 +157,13 @@ impl<'a> WeightMatrix<'a> {
         self.cols
     }
 
-    /// What the matrix is packed as: e4m3, or bf16 for bf16, f16 and f32 (rounded to nearest even).
+    /// What the matrix is packed as: e4m3, MXFP4, or bf16 for bf16, f16 and f32 (rounded to nearest even).
     #[must_use]
     pub fn format(&self) -> WeightFormat {
         match self.values {
             Values::Bf16(_) | Values::F16(_) | Values::F32(_) => WeightFormat::Bf16,
             Values::E4m3(_) => WeightFormat::E4m3,
+            Values::Mxfp4 { .. } => WeightFormat::Mxfp4,
         }
     }
 
@@ -163,7 +173,7 @@ impl<'a> WeightMatrix<'a> {
         matches!(self.values, Values::F16(_) | Values::F32(_))
     }
 
-    /// The type that the checkpoint holds, as safetensors names it.
+    /// The type that the checkpoint holds, as safetensors names it, or MXFP4.
     #[must_use]
     pub fn dtype(&self) -> &'static str {
         match self.values {
@@ -171,6 +181,7 @@ impl<'a> WeightMatrix<'a> {
             Values::F16(_) => "F16",
             Values::F32(_) => "F32",
             Values::E4m3(_) => "F8_E4M3",
+            Values::Mxfp4 { .. } => "MXFP4",
         }
     }
 
@@ -184,6 +195,7 @@ impl<'a> WeightMatrix<'a> {
             (Values::F16(values), _) => WeightRows::F16(self.strided(values)?),
             (Values::F32(values), _) => WeightRows::F32(self.strided(values)?),
             (Values::E4m3(values), Some(scales)) => WeightRows::E4m3 { values: self.strided(values)?, scales },
+            (&Values::Mxfp4 { blocks, scales }, _) => WeightRows::Mxfp4 { blocks, scales },
             (Values::E4m3(_), None) => unreachable!("e4m3 matrices are made with scales"),
         })
     }
@@ -208,6 +220,11 @@ impl<'a> WeightMatrix<'a> {
                 Values::Bf16(values) => values[at(col)].to_f64(),
                 Values::F16(values) => values[at(col)].to_f64(),
                 Values::F32(values) => f64::from(values[at(col)]),
+                Values::Mxfp4 { blocks, scales } => {
+                    let nibble = blocks.get(row, col / 2) >> (col % 2 * 4) & 15;
+                    let scale = ue8m0_value(scales.get(row, col / mxfp4::GROUP));
+                    f64::from(mxfp4::E2M1_VALUES[usize::from(nibble)]) * f64::from(scale)
+                }
                 Values::E4m3(values) => {
                     let scale = match &self.scales {
                         Some(WeightScales::Block(scales)) => scales[row / WEIGHT_BLOCK * blocks + col / WEIGHT_BLOCK],

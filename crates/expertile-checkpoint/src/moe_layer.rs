@@ -8,7 +8,7 @@ use crate::matrix::{View, WEIGHT_DTYPES, WeightMatrix, WeightScales, matrix_scal
 use crate::tensors::Tensor;
 use expertile::gemm::WEIGHT_BLOCK;
 use expertile::layer::LayerShape;
-use expertile::{Activation, Backend, GateUpOrder, Router, WeightFormat, WeightsBuilder};
+use expertile::{Activation, Backend, GateUpOrder, MatrixRef, Router, WeightFormat, WeightsBuilder, mxfp4};
 use safetensors::Dtype;
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -237,6 +237,11 @@ const LAYER_PREFIXES: [&str; 7] = [
     "thinker.model.layers.",
 ];
 
+/// The dtype of packed 4-bit weights.
+const PACKED: Dtype = Dtype::U8;
+/// Those of their scales: exponents.
+const SCALE_DTYPES: &[Dtype] = &[Dtype::U8, Dtype::F8_E8M0];
+
 /// Finds and checks the tensors of one layer.
 struct Reader<'a, 'c> {
     checkpoint: &'a Checkpoint<'c>,
@@ -333,21 +338,29 @@ impl<'a, 'c> Reader<'a, 'c> {
             ExpertNames::Fused { gate_up, .. } => gate_up.to_owned(),
         };
         for names in self.family.experts {
-            if !self.has(&first_tensor(names))? {
+            let first = first_tensor(names);
+            let packed = self.packed_name(names, &first)?;
+            if packed.is_none() && !self.has(&first)? {
                 continue;
             }
             return match *names {
                 ExpertNames::Each { gate, up, down } => {
                     let count = self.block.shape.local_experts();
-                    let first = self.weight_tensor(&first_tensor(names), self.block.shape.intermediate())?;
+                    let dtype = match packed {
+                        Some(_) => PACKED,
+                        None => self.weight_tensor(&first, self.block.shape.intermediate())?.dtype,
+                    };
                     let expert = |expert: usize| {
                         let name = |part: &str| format!("experts.{expert}.{part}.weight");
-                        self.separate(gate.map(name), &name(up), &name(down), self.block.shape, Some(first.dtype))
+                        self.separate(gate.map(name), &name(up), &name(down), self.block.shape, Some(dtype))
                     };
                     Ok(((0..count).map(expert).collect::<Result<_>>()?, None))
                 }
                 ExpertNames::Fused { gate_up, down, biases, order } => {
-                    let experts = self.fused([gate_up, down], order)?;
+                    let experts = match packed {
+                        Some(_) => self.fused_mxfp4([gate_up, down], order)?,
+                        None => self.fused([gate_up, down], order)?,
+                    };
                     Ok((experts, biases.map(|names| self.biases(names, order)).transpose()?))
                 }
             };
@@ -357,6 +370,86 @@ impl<'a, 'c> Reader<'a, 'c> {
         let (intermediate, hidden) = (self.block.shape.intermediate(), self.block.shape.hidden());
         self.tensor(&first_tensor(&self.family.experts[0]), || format!("{WEIGHT_DTYPES} [{intermediate}, {hidden}]"))?;
         unreachable!("the tensor is not there")
+    }
+
+    /// The name under which a weight stands as packed 4-bit values, if it does.
+    fn packed_name(&self, names: &ExpertNames, weight: &str) -> Result<Option<String>> {
+        let packed = match names {
+            ExpertNames::Each { .. } => format!("{weight}_packed"),
+            ExpertNames::Fused { .. } => format!("{weight}_blocks"),
+        };
+        match [self.has(weight)?, self.has(&packed)?] {
+            [true, true] => Err(Error::AmbiguousTensor {
+                file: self.checkpoint.config().file.clone(),
+                tensor: self.name(weight),
+                other: self.name(&packed),
+            }),
+            [false, true] => Ok(Some(packed)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Bytes of MXFP4 weights: a tensor of that shape.
+    fn bytes(&self, name: &str, dtypes: &[Dtype], shape: &[usize]) -> Result<&'a [u8]> {
+        let expected = || dtypes.iter().map(Dtype::to_string).collect::<Vec<_>>().join(" or ");
+        let tensor = self.tensor(name, || format!("{} {shape:?}", expected()))?;
+        if !dtypes.contains(&tensor.dtype) {
+            return Err(tensor.wrong_dtype(expected()));
+        }
+        tensor.require_shape(shape)?;
+        Ok(tensor.bytes)
+    }
+
+    /// Groups of 32 to a row of `cols` weights called `name`.
+    fn groups(&self, name: &str, cols: usize) -> Result<usize> {
+        let failed = |source| Error::Pack { what: self.name(name), source };
+        mxfp4::groups(cols).map_err(failed)
+    }
+
+    /// All experts out of MXFP4 blocks `[E, 2 I, H / 32, 16]` and `[E, H, I / 32, 16]` and their scales, which lack the
+    /// last axis.
+    fn fused_mxfp4(&self, names: [&str; 2], order: GateUpOrder) -> Result<Vec<Expert<'a>>> {
+        self.checkpoint.config().quantization.require_mxfp4()?;
+        let shape = self.block.shape;
+        let (hidden, intermediate, count) = (shape.hidden(), shape.intermediate(), shape.local_experts());
+        let failed = |source| Error::Pack { what: self.name(names[0]), source };
+        let load = |name: &str, rows: usize, cols: usize| -> Result<_> {
+            let groups = self.groups(name, cols)?;
+            let blocks = self.bytes(&format!("{name}_blocks"), &[PACKED], &[count, rows, groups, mxfp4::GROUP / 2])?;
+            let scales = self.bytes(&format!("{name}_scales"), SCALE_DTYPES, &[count, rows, groups])?;
+            // `taken` rows of an expert, every `step`-th from `first` on.
+            Ok(move |expert: usize, (first, step): (usize, usize), taken: usize| -> expertile::Result<_> {
+                let [blocks, scales] = [(blocks, cols / 2), (scales, groups)].map(|(bytes, width)| {
+                    let bytes = &bytes[(expert * rows + first) * width..];
+                    MatrixRef::with_strides(bytes, taken, width, step * width, 1)
+                });
+                Ok(WeightMatrix::mxfp4(blocks?, scales?))
+            })
+        };
+        let (gate_up, down) = (load(names[0], 2 * intermediate, hidden)?, load(names[1], hidden, intermediate)?);
+        let [gate_at, up_at] = match order {
+            GateUpOrder::Halves => [(0, 1), (intermediate, 1)],
+            GateUpOrder::Interleaved => [(0, 2), (1, 2)],
+        };
+        let expert = |expert: usize| {
+            Ok(Expert {
+                gate: Some(gate_up(expert, gate_at, intermediate)?),
+                up: gate_up(expert, up_at, intermediate)?,
+                down: down(expert, (0, 1), hidden)?,
+            })
+        };
+        (0..count).map(expert).collect::<expertile::Result<_>>().map_err(failed)
+    }
+
+    /// A matrix of its own as packed MXFP4 values.
+    fn packed_matrix(&self, name: &str, rows: usize, cols: usize) -> Result<WeightMatrix<'a>> {
+        self.checkpoint.config().quantization.require_packed_mxfp4()?;
+        let groups = self.groups(name, cols)?;
+        let failed = |source| Error::Pack { what: self.name(name), source };
+        let blocks = self.bytes(&format!("{name}_packed"), &[PACKED], &[rows, cols / 2])?;
+        let scales = self.bytes(&format!("{name}_scale"), SCALE_DTYPES, &[rows, groups])?;
+        let blocks = MatrixRef::new(blocks, rows, cols / 2).map_err(failed)?;
+        Ok(WeightMatrix::mxfp4(blocks, MatrixRef::new(scales, rows, groups).map_err(failed)?))
     }
 
     /// A weight tensor, whatever its shape; `rows` describes it in case there is none.
@@ -387,6 +480,9 @@ impl<'a, 'c> Reader<'a, 'c> {
     }
 
     fn matrix(&self, name: &str, rows: usize, cols: usize, dtype: Option<Dtype>) -> Result<(WeightMatrix<'a>, Dtype)> {
+        if dtype == Some(PACKED) || (dtype.is_none() && self.has(&format!("{name}_packed"))?) {
+            return Ok((self.packed_matrix(name, rows, cols)?, PACKED));
+        }
         let expected = || format!("{} [{rows}, {cols}]", dtype.map_or(WEIGHT_DTYPES.into(), |dtype| dtype.to_string()));
         let tensor = self.tensor(name, expected)?;
         tensor.require_shape(&[rows, cols])?;

@@ -1,10 +1,12 @@
-//! `quantization_config`: how e4m3 weights were scaled.
+//! `quantization_config`: how e4m3 weights were scaled, and whether 4-bit ones are MXFP4.
 //!
 //! | method | scheme | scale tensor |
 //! |---|---|---|
 //! | `fp8` | `weight_block_size` 128 x 128 | `<weight>_scale_inv`, `[ceil(rows/128), ceil(cols/128)]` |
 //! | `fp8` without a block size | one scale per tensor, or per row | `<weight>_scale_inv` or `<weight>_scale` |
 //! | `compressed-tensors`, `float-quantized` | strategy `block`, `tensor` or `channel` | `<weight>_scale` |
+//! | `mxfp4` | groups of 32 of 4-bit values, `<weight>_blocks` | `<weight>_scales` |
+//! | `compressed-tensors`, `mxfp4-pack-quantized` | the same, `<weight>_packed` | `<weight>_scale` |
 //!
 //! Scales may be F32, BF16, F16 or F8_E8M0; all are widened exactly. Static scales of activations are refused: they
 //! would change the numbers.
@@ -12,6 +14,7 @@
 use crate::error::{Error, Result};
 use crate::keys::Keys;
 use expertile::gemm::WEIGHT_BLOCK;
+use expertile::mxfp4;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
@@ -32,6 +35,8 @@ pub(crate) enum Scheme {
 }
 
 const PATH: &str = "quantization_config.";
+/// compressed-tensors' name for MXFP4.
+const MXFP4_PACKED: &str = "mxfp4-pack-quantized";
 
 impl Quantization {
     pub(crate) fn parse(file: &Path, value: Option<Value>) -> Result<Self> {
@@ -53,17 +58,18 @@ impl Quantization {
 
     /// An error that names the method, if it is one whose weights have other tensors than those that were looked for.
     pub(crate) fn check_method(&self) -> Result<()> {
-        const KNOWN: [&str; 2] = ["fp8", "compressed-tensors"];
+        const KNOWN: [&str; 3] = ["fp8", "compressed-tensors", "mxfp4"];
         match self.method() {
             Some(method) if !method.as_str().is_some_and(|name| KNOWN.contains(&name)) => {
-                let expected = "\"fp8\" or \"compressed-tensors\", or weights in bf16, f16 or f32";
+                let expected = "\"fp8\", \"mxfp4\" or \"compressed-tensors\", or weights in bf16, f16 or f32";
                 Err(self.wrong("quant_method", method.to_string(), expected))
             }
             Some(method) if method == "compressed-tensors" => {
                 let format = self.entries.as_ref().and_then(|entries| entries.get("format"));
                 match format {
-                    Some(format) if format != "float-quantized" => {
-                        Err(self.wrong("format", format.to_string(), "\"float-quantized\""))
+                    Some(format) if format != "float-quantized" && format != MXFP4_PACKED => {
+                        let expected = "\"float-quantized\" or \"mxfp4-pack-quantized\"";
+                        Err(self.wrong("format", format.to_string(), expected))
                     }
                     _ => Ok(()),
                 }
@@ -90,6 +96,49 @@ impl Quantization {
             None if self.method().is_some() => Ok(Scheme::TensorOrRow),
             None => Err(self.wrong("weight_block_size", "missing", "[128, 128] (the weights are F8_E4M3)")),
         }
+    }
+
+    /// Fails unless 4-bit weights are MXFP4: in `<weight>_blocks` and `<weight>_scales`.
+    pub(crate) fn require_mxfp4(&self) -> Result<()> {
+        match self.method() {
+            Some(method) if method == "mxfp4" => Ok(()),
+            Some(method) => Err(self.wrong("quant_method", method.to_string(), "\"mxfp4\" (the weights are blocks)")),
+            None => Err(self.wrong("quant_method", "missing", "\"mxfp4\" (the weights are blocks)")),
+        }
+    }
+
+    /// Fails unless 4-bit weights are MXFP4: in `<weight>_packed` and `<weight>_scale`.
+    pub(crate) fn require_packed_mxfp4(&self) -> Result<()> {
+        let no_entries = Map::new();
+        let entries = self.entries.as_ref().unwrap_or(&no_entries);
+        let found = |key: &str| entries.get(key).map_or("missing".into(), Value::to_string);
+        for (key, expected) in [("quant_method", "compressed-tensors"), ("format", MXFP4_PACKED)] {
+            if entries.get(key).is_none_or(|value| value != expected) {
+                return Err(self.wrong(key, found(key), &format!("\"{expected}\" (the weights are packed)")));
+            }
+        }
+        let groups = entries.get("config_groups").and_then(Value::as_object);
+        for (name, group) in groups.into_iter().flatten() {
+            let path = format!("{PATH}config_groups.{name}.");
+            if let Some(Value::Object(weights)) = group.get("weights") {
+                let keys = Keys { file: &self.file, path: &format!("{path}weights."), entries: weights };
+                keys.one_of("type", &["float"])?;
+                keys.one_of("strategy", &["group"])?;
+                for (key, expected) in [("num_bits", 4), ("group_size", mxfp4::GROUP)] {
+                    if let Some(other) = keys.count(key)?.filter(|&count| count != expected) {
+                        return Err(keys.wrong(key, &other.to_string(), &expected.to_string()));
+                    }
+                }
+            }
+            if let Some(Value::Object(inputs)) = group.get("input_activations") {
+                let keys = Keys { file: &self.file, path: &format!("{path}input_activations."), entries: inputs };
+                if let Some(bits) = keys.count("num_bits")?.filter(|&bits| bits < 8) {
+                    let expected = "8 or more: activations of fewer bits are not supported";
+                    return Err(keys.wrong("num_bits", &bits.to_string(), expected));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Fails unless the e4m3 weights called `weight` have block scales.

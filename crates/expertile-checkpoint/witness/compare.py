@@ -34,6 +34,7 @@ from quantize import (
     E8M0_BLOCKS,
     F16_BLOCKS,
     F32_BLOCKS,
+    MXFP4,
     UE8M0_IN_F32,
     Scheme,
 )
@@ -184,6 +185,8 @@ def layouts(family: Family) -> Iterable[Layout]:
         schemes = FP8.get(family.family, (F32_BLOCKS,))
         for scheme in schemes[:2] if variant else schemes:
             yield Layout(f"hub, {scheme.name}", hub=True, scheme=scheme)
+    if family.family == "gpt_oss":
+        yield Layout(f"hub, {MXFP4.name}", hub=True, scheme=MXFP4)
 
 
 def refused_layout(family: Family, refusal: Refusal) -> Layout:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from families import Family
-from quantize import Scheme, quantize
+from quantize import Scheme, quantize, quantize_mxfp4
 
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]
@@ -92,6 +92,9 @@ def write(model: Any, family: Family, layout: Layout, folder: Path) -> Folders:
         if transposed and family.intermediate * 2 == family.config["hidden_size"]:
             save(reference, config, plain)
             return Folders(checkpoint, reference)
+        return Folders(checkpoint, checkpoint)
+    if layout.scheme.mxfp4:
+        save(checkpoint, {**config, "quantization_config": layout.scheme.config()}, mxfp4_experts(plain, family))
         return Folders(checkpoint, checkpoint)
     quantized, stands_for = quantize_experts(split(plain), layout.scheme)
     quantization = (
@@ -188,6 +191,18 @@ def split(tensors: Tensors) -> Tensors:
             for projection, part in zip(names, weight.chunk(len(names)), strict=True):
                 apart[f"{match['block']}.{expert}.{projection}_proj.weight"] = part
     return apart
+
+
+def mxfp4_experts(tensors: Tensors, family: Family) -> Tensors:
+    """The tensors with experts as gpt-oss publishes them: blocks and scales along the inputs, which come last."""
+    quantized: Tensors = {}
+    for name, tensor in tensors.items():
+        if FUSED.match(name) is None:
+            quantized[name] = tensor
+            continue
+        weight = tensor.transpose(1, 2) if family.transposed else tensor
+        quantized[f"{name}_blocks"], quantized[f"{name}_scales"] = quantize_mxfp4(weight)
+    return quantized
 
 
 def quantize_experts(tensors: Tensors, scheme: Scheme) -> tuple[Tensors, Tensors]:

@@ -1,4 +1,4 @@
-"""FP8 (e4m3) as published checkpoints hold it: quantized weights with their scales, and what those stand for."""
+"""FP8 (e4m3) and MXFP4 as published checkpoints hold them: quantized weights with their scales, and what those stand for."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class Scheme:
     power_of_two: bool = False
     # The naming and the quantization_config of compressed-tensors, instead of DeepSeek's.
     compressed: bool = False
+    # MXFP4 instead of FP8: gpt-oss's, whose experts are tensors `_blocks` and `_scales` that Transformers reads itself.
+    mxfp4: bool = False
 
     @property
     def suffix(self) -> str:
@@ -28,6 +30,9 @@ class Scheme:
 
     def config(self) -> dict[str, object]:
         """The `quantization_config` of such a checkpoint."""
+        if self.mxfp4:
+            modules = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+            return {"quant_method": "mxfp4", "modules_to_not_convert": modules}
         if self.compressed:
             block = self.strategy == "block"
             weights = {
@@ -85,6 +90,7 @@ UE8M0_IN_F32 = Scheme("fp8, ue8m0 in f32", "block", torch.float32, power_of_two=
 E8M0_BLOCKS = Scheme("fp8, e8m0 scales", "block", torch.float8_e8m0fnu, power_of_two=True)
 COMPRESSED_BLOCKS = Scheme("fp8, compressed-tensors blocks", "block", torch.bfloat16, compressed=True)
 COMPRESSED_CHANNELS = Scheme("fp8, compressed-tensors channels", "channel", torch.bfloat16, compressed=True)
+MXFP4 = Scheme("mxfp4", "group", torch.uint8, mxfp4=True)
 COMPRESSED_TENSORS = Scheme("fp8, compressed-tensors tensors", "tensor", torch.float32, compressed=True)
 
 
@@ -118,3 +124,21 @@ def quantize(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.
     wide = _spread(scales, *weight.shape) if scheme.strategy == "block" else scales
     quantized = (exact / wide).clamp(-LARGEST, LARGEST).to(torch.float32).to(torch.float8_e4m3fn)
     return quantized, stored, (quantized.to(torch.float64) * wide).to(torch.float32)
+
+
+# The magnitudes of e2m1, by their bits.
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+GROUP = 32
+
+
+def quantize_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks [..., columns / 32, 16] and scales [..., columns / 32] of weights [..., columns]."""
+    groups = weight.double().unflatten(-1, (-1, GROUP))
+    # Rounded down: the largest magnitude of a group becomes 4 to below 8, and is held to 6.
+    exponents = torch.floor(torch.log2(groups.abs().amax(dim=-1).clamp(min=2.0**-120))) - 2
+    scaled = groups / torch.exp2(exponents).unsqueeze(-1)
+    distances = (scaled.abs().clamp(max=6.0).unsqueeze(-1) - E2M1).abs()
+    # Of two equally near ones the even one.
+    nearest = (distances + torch.arange(8) % 2 * 1e-12).argmin(dim=-1)
+    nibbles = (nearest + 8 * (scaled < 0)).to(torch.uint8)
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4, (exponents + 127).to(torch.uint8)

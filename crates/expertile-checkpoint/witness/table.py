@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-HEAD = """| family | Transformers 5 | public hub | FP8 | bf16 router | shared expert alone | largest distance |
+HEAD = """| family | Transformers 5 | public hub | FP8, MXFP4 | bf16 router | shared expert alone | largest distance |
 |---|---|---|---|---|---|---|
 """
 
@@ -31,7 +31,8 @@ def markdown(rows: Iterable[Any]) -> str:
 
 
 def _line(family: str, rows: list[Any]) -> str:
-    schemes = sorted({row.layout.removeprefix("hub, fp8").strip(", ") or "f32 scales" for row in rows if _fp8(row)})
+    names = (row.layout.removeprefix("hub, ").removeprefix("fp8").strip(", ") for row in rows if _quantized(row))
+    schemes = sorted({name or "f32 scales" for name in names})
     plain = [row for row in rows if "e4m3" not in row.run]
     cells = (
         f"`{family}`",
@@ -45,8 +46,8 @@ def _line(family: str, rows: list[Any]) -> str:
     return "| " + " | ".join(cells) + " |\n"
 
 
-def _fp8(row: Any) -> bool:
-    return "fp8" in row.layout and row.verdict == "right"
+def _quantized(row: Any) -> bool:
+    return ("fp8" in row.layout or "mxfp4" in row.layout) and row.verdict == "right"
 
 
 def _verdict(rows: Iterable[Any]) -> str:

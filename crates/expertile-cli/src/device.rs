@@ -49,6 +49,9 @@ pub(crate) fn prepare(
     config: LayerConfig,
     max_tokens: usize,
 ) -> Result<Layer> {
+    if weights.biases().is_some() {
+        return Err(Error::usage("--device is a GPU, expected cpu: a GPU does not add the experts' biases yet"));
+    }
     let progress = Progress::new("uploading experts", weights.shape().local_experts());
     let (w13, w2) = weights::load(weights, device, &mut |done| progress.set(done))?;
     Ok(Layer::prepare(device, w13, w2, config, max_tokens.max(1))?)

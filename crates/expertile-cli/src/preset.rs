@@ -8,8 +8,10 @@ use crate::weights::{ExpertWeights, Part, Space, TakePart};
 use crate::{memory, output};
 use clap::ValueEnum;
 use expertile::gemm::WEIGHT_BLOCK;
-use expertile::{E4m3, Float, GroupWorth, Groups, LayerShape, MatrixRef, Normalization, Router, WeightFormat, mxfp4};
-use expertile_checkpoint::{HiddenStates, LayerInput, WeightRows, WeightScales};
+use expertile::{
+    Activation, E4m3, Float, GroupWorth, Groups, LayerShape, MatrixRef, Normalization, Router, WeightFormat, mxfp4,
+};
+use expertile_checkpoint::{Biases, HiddenStates, LayerInput, WeightRows, WeightScales};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -28,6 +30,12 @@ pub(crate) enum Preset {
     /// H 4096, I 14336, 8 experts, 2 per token.
     #[value(name = "mixtral-8x7b")]
     Mixtral,
+    /// H 2880, I 2880, 32 experts, 4 per token, with biases and the clamped activation.
+    #[value(name = "gpt-oss-20b")]
+    GptOss20b,
+    /// H 2880, I 2880, 128 experts, 4 per token, with biases and the clamped activation.
+    #[value(name = "gpt-oss-120b")]
+    GptOss120b,
 }
 
 impl Preset {
@@ -38,6 +46,8 @@ impl Preset {
             Self::DeepSeekV3 => (7168, 2048, 256, 8),
             Self::Qwen3Large => (4096, 1536, 128, 8),
             Self::Mixtral => (4096, 14336, 8, 2),
+            Self::GptOss20b => (2880, 2880, 32, 4),
+            Self::GptOss120b => (2880, 2880, 128, 4),
         }
     }
 
@@ -52,6 +62,20 @@ impl Preset {
         match self {
             Self::Qwen3 | Self::Qwen3Large | Self::Mixtral => WeightFormat::Bf16,
             Self::DeepSeekV3 => WeightFormat::E4m3,
+            Self::GptOss20b | Self::GptOss120b => WeightFormat::Mxfp4,
+        }
+    }
+
+    fn is_gpt_oss(self) -> bool {
+        matches!(self, Self::GptOss20b | Self::GptOss120b)
+    }
+
+    /// What stands between the GEMMs.
+    fn activation(self) -> Activation {
+        if self.is_gpt_oss() {
+            Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) }
+        } else {
+            Activation::SWIGLU
         }
     }
 
@@ -71,12 +95,16 @@ impl Preset {
 
     fn router(self, experts: usize, seed: u64) -> Router {
         let topk = self.topk();
+        let mut random = Random::new(seed, [BIAS, 0, 0]);
+        if self.is_gpt_oss() {
+            let logit_bias = (0..experts).map(|_| 0.5 * random.uniform()).collect();
+            return Router { logit_bias, ..Router::softmax(topk, true) };
+        }
         if self != Self::DeepSeekV3 {
             return Router::softmax(topk, true);
         }
         // Fewer experts than the model has may not be cut into its 8 groups.
         let grouped = experts.is_multiple_of(8) && experts / 8 * 4 >= topk;
-        let mut random = Random::new(seed, [BIAS, 0, 0]);
         let (count, topk_groups) = if grouped { (8, 4) } else { (1, 1) };
         Router {
             correction_bias: (0..experts).map(|_| 0.05 * random.uniform()).collect(),
@@ -95,6 +123,8 @@ pub(crate) struct MadeUp {
     format: WeightFormat,
     router: Router,
     router_weight: Vec<f32>,
+    activation: Activation,
+    biases: Option<Biases>,
     seed: u64,
 }
 
@@ -103,6 +133,7 @@ const ROUTER: u64 = 10;
 const BIAS: u64 = 11;
 const TOKENS: u64 = 12;
 const ROUTING: u64 = 13;
+const EXPERT_BIASES: u64 = 14;
 
 impl MadeUp {
     /// The layer, with `experts` of them or as many as the model has; with fewer, and a line on stderr that says so, if
@@ -139,13 +170,16 @@ impl MadeUp {
         // Logits of a spread that gives experts unlike, but not wildly unlike, shares.
         let size = 1.5 * unit_size(hidden);
         let router_weight = (0..fit * hidden).map(|_| bf16::from_f32(size * random.uniform()).to_f32()).collect();
-        Ok(Self { shape, format, router: preset.router(fit, seed), router_weight, seed })
+        let biases = preset.is_gpt_oss().then(|| made_up_biases(&shape, seed));
+        let (router, activation) = (preset.router(fit, seed), preset.activation());
+        Ok(Self { shape, format, router, router_weight, activation, biases, seed })
     }
 
     /// The same with another `I`: what a rank holds where experts are split.
     pub(crate) fn with_intermediate(mut self, intermediate: Option<usize>) -> Result<Self> {
         if let Some(intermediate) = intermediate {
             self.shape = LayerShape::new(self.shape.hidden(), intermediate, self.shape.local_experts())?;
+            self.biases = self.biases.map(|_| made_up_biases(&self.shape, self.seed));
         }
         Ok(self)
     }
@@ -274,6 +308,14 @@ impl ExpertWeights for MadeUp {
         self.format
     }
 
+    fn activation(&self) -> Activation {
+        self.activation
+    }
+
+    fn biases(&self) -> Option<&Biases> {
+        self.biases.as_ref()
+    }
+
     fn router(&self) -> &Router {
         &self.router
     }
@@ -329,6 +371,14 @@ impl ExpertWeights for MadeUp {
     fn w2_row(&self, expert: usize, row: usize, out: &mut [f64]) {
         self.row(Part::Down, expert, row, out);
     }
+}
+
+/// Biases of a size that shows in every output.
+fn made_up_biases(shape: &LayerShape, seed: u64) -> Biases {
+    let mut random = Random::new(seed, [EXPERT_BIASES, 0, 0]);
+    let [w13, w2] = [shape.w13_rows(), shape.hidden()]
+        .map(|n| (0..shape.local_experts() * n).map(|_| bf16::from_f32(0.5 * random.uniform()).to_f32()).collect());
+    Biases { w13, w2 }
 }
 
 /// How many experts memory holds beside what a run needs and what others do: a quarter of it is left alone.

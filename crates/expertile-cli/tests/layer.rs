@@ -342,7 +342,7 @@ fn bad_input_is_one_line_and_exit_code_2() {
     refuse("", "--model <DIR>|--preset <NAME>");
     refuse("--model .", "--layer <N> --input <FILE.safetensors>");
     refuse("--model . --preset mixtral-8x7b --layer 1 --input in.safetensors", "cannot be used with");
-    refuse("--preset gpt-5", "qwen3-30b-a3b, deepseek-v3, qwen3-235b-a22b, mixtral-8x7b");
+    refuse("--preset gpt-5", "qwen3-30b-a3b, deepseek-v3, qwen3-235b-a22b, mixtral-8x7b, gpt-oss-20b, gpt-oss-120b");
     refuse("--preset qwen3-30b-a3b --experts 4", "--experts is 4, expected at least 8");
     refuse("--preset qwen3-30b-a3b --experts 8 --tokens 99999999999999999", "--tokens is 99999999999999999");
     refuse("--preset qwen3-30b-a3b --weights f32", "weights is \"f32\", expected one of e4m3, bf16");

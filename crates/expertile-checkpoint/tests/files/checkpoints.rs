@@ -7,10 +7,10 @@ use half::bf16;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-const SIZES: Sizes = Sizes { hidden: 256, intermediate: 192, experts: 4, topk: 2 };
+pub(crate) const SIZES: Sizes = Sizes { hidden: 256, intermediate: 192, experts: 4, topk: 2 };
 
 /// The error of reading the layer of this model from one file, causes included.
-fn refuse(model: &Model) -> String {
+pub(crate) fn refuse(model: &Model) -> String {
     let folder = tempfile::tempdir().unwrap();
     model.write(folder.path(), 1);
     let error = match Checkpoint::open(folder.path()) {
@@ -326,14 +326,14 @@ fn rows(expert: &Expert<'_>) -> Vec<f64> {
 }
 
 /// Reads the layer of this model from one file.
-fn read<T>(model: &Model, look: impl FnOnce(&MoeLayer<'_>) -> T) -> T {
+pub(crate) fn read<T>(model: &Model, look: impl FnOnce(&MoeLayer<'_>) -> T) -> T {
     let file = serialize(&model.tensors);
     let checkpoint = Checkpoint::from_bytes(model.config.to_string().as_bytes(), &file).unwrap();
     look(&checkpoint.layer(LAYER).unwrap())
 }
 
 /// The weights of all experts of this model, and what their first matrix is.
-fn weights(model: &Model) -> (Vec<Vec<f64>>, &'static str) {
+pub(crate) fn weights(model: &Model) -> (Vec<Vec<f64>>, &'static str) {
     read(model, |layer| (layer.experts().iter().map(rows).collect(), layer.weight_dtype()))
 }
 

@@ -2,4 +2,5 @@
 
 mod checkpoints;
 mod made_up;
+mod mxfp4;
 mod tokens;

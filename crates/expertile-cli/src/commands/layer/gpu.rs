@@ -25,9 +25,6 @@ pub(super) fn run(
             "--parts is shared, expected routed: a GPU does not compute the shared expert yet, give --parts routed",
         ));
     }
-    if weights.biases().is_some() {
-        return Err(Error::usage("--device is a GPU, expected cpu: a GPU does not add the experts' biases yet"));
-    }
     let (input, bits) = device::half_bits(inputs.hidden_states)?;
     let routing = inputs.routing;
     let config = LayerConfig {

@@ -69,7 +69,8 @@ pub(super) fn run(args: &Args, runner: &Runner, device: &Device) -> Result<()> {
 fn measure(args: &Args, runner: &Runner, device: &Device) -> Result<Report> {
     let (weights, global_experts, activations) = made_up(args, runner)?;
     let (format, preset, tokens) = (weights.format(), args.sizes.preset, &args.sizes.tokens);
-    let config = LayerConfig::new(preset.topk(), global_experts, activations);
+    let usual = LayerConfig::new(preset.topk(), global_experts, activations);
+    let config = LayerConfig { activation: weights.activation(), ..usual };
     let started = Instant::now();
     let most = tokens.iter().copied().max().unwrap_or(1);
     let layer = device::prepare(device, &weights, config, most)?;
