@@ -110,8 +110,8 @@ impl<'a> Checkpoint<'a> {
         self.config.family
     }
 
-    /// Bytes that a layer on the CPU takes at the least: a byte to each weight that is packed, and the router's weight
-    /// in f32. By the config alone, so that a layer that cannot fit need not be opened; 0 if the config describes no
+    /// Bytes that a layer on the CPU takes at the least: a byte to each weight that is packed (half of one where the
+    /// config speaks of MXFP4), and the router's weight in f32. By the config alone, so that a layer that cannot fit need not be opened; 0 if the config describes no
     /// such layer.
     #[must_use]
     pub fn least_layer_bytes(&self, layer: usize) -> u128 {
@@ -121,7 +121,9 @@ impl<'a> Checkpoint<'a> {
             [shape.hidden(), shape.intermediate(), shape.local_experts(), shape.w13_rows()]
                 .map(|extent| extent as u128);
         let shared = block.shared.unwrap_or(0) as u128;
-        let expert = hidden.saturating_mul(w13_rows + intermediate + 4);
+        let weights = hidden.saturating_mul(w13_rows + intermediate);
+        let weights = if self.config.quantization.speaks_of_mxfp4() { weights / 2 } else { weights };
+        let expert = weights.saturating_add(4 * hidden);
         expert.saturating_mul(experts).saturating_add(hidden.saturating_mul(2 * shared))
     }
 
@@ -141,6 +143,12 @@ impl<'a> Checkpoint<'a> {
             }
             Bytes::Borrowed(_) => None,
         })
+    }
+
+    /// The whole of its `config.json`.
+    pub(crate) fn config_json(&self) -> Result<serde_json::Value> {
+        let file = &self.config.file;
+        json::parse(file, "config", &read::read_json(file)?)
     }
 
     pub(crate) fn config(&self) -> &Config {

@@ -26,6 +26,10 @@ pub struct MoeLayer<'a> {
     experts: Vec<Expert<'a>>,
     biases: Option<Biases>,
     shared: Option<SharedExpert<'a>>,
+    /// `model.layers.7.mlp.`
+    block_prefix: String,
+    /// Names of the block's tensors but the routed experts' weights.
+    other_tensors: Vec<String>,
 }
 
 /// The matrices of one expert.
@@ -79,6 +83,8 @@ impl<'a> MoeLayer<'a> {
             experts,
             biases,
             shared,
+            block_prefix: reader.name(""),
+            other_tensors: reader.other_tensors(),
         })
     }
 
@@ -146,6 +152,16 @@ impl<'a> MoeLayer<'a> {
     #[must_use]
     pub fn shared(&self) -> Option<&SharedExpert<'a>> {
         self.shared.as_ref()
+    }
+
+    /// The full name of a tensor of the block.
+    pub(crate) fn block_name(&self, name: &str) -> String {
+        format!("{}{name}", self.block_prefix)
+    }
+
+    /// Names of the block's tensors but the routed experts' weights, sorted.
+    pub(crate) fn other_tensors(&self) -> &[String] {
+        &self.other_tensors
     }
 
     /// Loads the routed experts into a backend: `w13 [E, 2 I, H]` (gate rows first; `[E, I, H]` without a gate) and
@@ -251,6 +267,8 @@ struct Reader<'a, 'c> {
     layer_prefix: String,
     /// Names that were read; any other tensor of the block is an error.
     read: RefCell<HashSet<String>>,
+    /// Of these, the routed experts' weights.
+    expert_weights: RefCell<HashSet<String>>,
 }
 
 impl<'a, 'c> Reader<'a, 'c> {
@@ -286,7 +304,8 @@ impl<'a, 'c> Reader<'a, 'c> {
                 });
             }
         };
-        Ok(Self { checkpoint, family, block, layer_prefix, read: RefCell::default() })
+        let (read, expert_weights) = Default::default();
+        Ok(Self { checkpoint, family, block, layer_prefix, read, expert_weights })
     }
 
     /// A tensor's full name.
@@ -332,7 +351,21 @@ impl<'a, 'c> Reader<'a, 'c> {
         Ok((router, weight))
     }
 
+    /// Notes that what was read since `before` are weights of routed experts.
+    fn note_expert_weights(&self, before: &HashSet<String>) {
+        let weights = self.read.borrow().difference(before).cloned().collect();
+        self.expert_weights.replace(weights);
+    }
+
+    /// Names that were read and are not the routed experts' weights, sorted.
+    fn other_tensors(&self) -> Vec<String> {
+        let mut names: Vec<_> = self.read.borrow().difference(&self.expert_weights.borrow()).cloned().collect();
+        names.sort_unstable();
+        names
+    }
+
     fn experts(&self) -> Result<(Vec<Expert<'a>>, Option<Biases>)> {
+        let before = self.read.borrow().clone();
         let first_tensor = |names: &ExpertNames| match *names {
             ExpertNames::Each { gate, up, .. } => format!("experts.0.{}.weight", gate.unwrap_or(up)),
             ExpertNames::Fused { gate_up, .. } => gate_up.to_owned(),
@@ -354,13 +387,16 @@ impl<'a, 'c> Reader<'a, 'c> {
                         let name = |part: &str| format!("experts.{expert}.{part}.weight");
                         self.separate(gate.map(name), &name(up), &name(down), self.block.shape, Some(dtype))
                     };
-                    Ok(((0..count).map(expert).collect::<Result<_>>()?, None))
+                    let experts = (0..count).map(expert).collect::<Result<_>>()?;
+                    self.note_expert_weights(&before);
+                    Ok((experts, None))
                 }
                 ExpertNames::Fused { gate_up, down, biases, order } => {
                     let experts = match packed {
                         Some(_) => self.fused_mxfp4([gate_up, down], order)?,
                         None => self.fused([gate_up, down], order)?,
                     };
+                    self.note_expert_weights(&before);
                     Ok((experts, biases.map(|names| self.biases(names, order)).transpose()?))
                 }
             };

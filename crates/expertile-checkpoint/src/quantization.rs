@@ -98,6 +98,12 @@ impl Quantization {
         }
     }
 
+    /// Whether it says that weights are MXFP4.
+    pub(crate) fn speaks_of_mxfp4(&self) -> bool {
+        let format = self.entries.as_ref().and_then(|entries| entries.get("format"));
+        self.method().is_some_and(|method| method == "mxfp4") || format.is_some_and(|format| format == MXFP4_PACKED)
+    }
+
     /// Fails unless 4-bit weights are MXFP4: in `<weight>_blocks` and `<weight>_scales`.
     pub(crate) fn require_mxfp4(&self) -> Result<()> {
         match self.method() {

@@ -5,3 +5,4 @@ pub(crate) mod doctor;
 pub(crate) mod layer;
 pub(crate) mod options;
 pub(crate) mod plan;
+pub(crate) mod quantize;

@@ -25,7 +25,7 @@ mod weights;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
-use commands::{bench, doctor, layer, plan};
+use commands::{bench, doctor, layer, plan, quantize};
 use error::Error;
 use std::path::Path;
 use std::process::ExitCode;
@@ -48,6 +48,7 @@ enum Command {
     Plan(plan::Args),
     Layer(layer::Args),
     Bench(bench::Args),
+    Quantize(quantize::Args),
     Doctor(doctor::Args),
 }
 
@@ -74,6 +75,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(&args),
         Command::Layer(args) => layer::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };
     match result {
@@ -124,7 +126,7 @@ mod tests {
     fn every_help_ends_with_two_examples_that_parse() {
         let mut all = Vec::new();
         helps("expertile", &Cli::command(), &mut all);
-        assert_eq!(all.len(), 9);
+        assert_eq!(all.len(), 10);
         for (words, help) in &all {
             let (_, examples) = help.split_once("Examples:\n").unwrap_or_else(|| panic!("{words}: {help}"));
             let examples: Vec<&str> =

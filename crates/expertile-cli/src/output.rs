@@ -67,15 +67,23 @@ pub(crate) fn prepare(targets: &[(&'static str, Option<&Path>)], inputs: &[PathB
 
 /// Writes a file as its kind asks for.
 pub(crate) fn write_file(file: &Path, bytes: &[u8]) -> Result<()> {
-    let write = || match destination(file)? {
-        Destination::Replace(file, old) => replace(&file, old.as_ref(), bytes),
+    write_file_with(file, &mut |out| out.write_all(bytes))
+}
+
+/// Writes a file as its kind asks for; `contents` writes what it holds.
+pub(crate) fn write_file_with(file: &Path, contents: &mut Contents<'_>) -> Result<()> {
+    let mut write = || match destination(file)? {
+        Destination::Replace(file, old) => replace(&file, old.as_ref(), contents),
         // At the end: what another program wrote into an open file stays.
-        Destination::Through => tolerate_closed_pipe(File::options().append(true).open(file)?.write_all(bytes)),
-        Destination::Stdout => write_stdout(bytes),
-        Destination::Stderr => tolerate_closed_pipe(io::stderr().lock().write_all(bytes)),
+        Destination::Through => tolerate_closed_pipe(contents(&mut File::options().append(true).open(file)?)),
+        Destination::Stdout => write_stdout(contents),
+        Destination::Stderr => tolerate_closed_pipe(contents(&mut io::stderr().lock())),
     };
     write().map_err(|source| Error::write(file, source))
 }
+
+/// Writes what a file holds.
+type Contents<'a> = dyn FnMut(&mut dyn Write) -> io::Result<()> + 'a;
 
 /// The kind of file at a target, or the lack of one.
 fn destination(target: &Path) -> io::Result<Destination> {
@@ -170,7 +178,7 @@ fn is_open_as<S>(_file: &Metadata, _stream: &S) -> bool {
 }
 
 /// Writes beside the file and renames, so that no reader sees half of one; a signal in between leaves nothing behind.
-fn replace(file: &Path, old: Option<&Metadata>, bytes: &[u8]) -> io::Result<()> {
+fn replace(file: &Path, old: Option<&Metadata>, contents: &mut Contents<'_>) -> io::Result<()> {
     let mut temporary = {
         let mut unfinished = signals::unfinished();
         let mut builder = tempfile::Builder::new();
@@ -180,7 +188,8 @@ fn replace(file: &Path, old: Option<&Metadata>, bytes: &[u8]) -> io::Result<()> 
         *unfinished = Some(temporary.path().to_owned());
         temporary
     };
-    let written = temporary.write_all(bytes).and_then(|()| old.map_or(Ok(()), |old| be_like(temporary.as_file(), old)));
+    let written =
+        contents(temporary.as_file_mut()).and_then(|()| old.map_or(Ok(()), |old| be_like(temporary.as_file(), old)));
     let mut unfinished = signals::unfinished();
     let result = match written {
         Ok(()) => temporary.persist(file).map(|_| ()).map_err(|error| error.error),
@@ -217,12 +226,14 @@ fn private() -> fs::Permissions {
 
 /// Prints text; the reader of a pipe may stop early.
 pub(crate) fn print(text: &str) -> Result<()> {
-    write_stdout(printable(text).as_bytes()).map_err(|error| Error::write(Path::new("the output"), error))
+    let text = printable(text);
+    let written = write_stdout(&mut |out| out.write_all(text.as_bytes()));
+    written.map_err(|error| Error::write(Path::new("the output"), error))
 }
 
-fn write_stdout(bytes: &[u8]) -> io::Result<()> {
+fn write_stdout(contents: &mut Contents<'_>) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
-    tolerate_closed_pipe(stdout.write_all(bytes).and_then(|()| stdout.flush()))
+    tolerate_closed_pipe(contents(&mut stdout).and_then(|()| stdout.flush()))
 }
 
 fn tolerate_closed_pipe(result: io::Result<()>) -> io::Result<()> {

@@ -13,7 +13,8 @@
 //! infinite scale (UE8M0 byte 255, which is NaN): the group reads back as NaN rather than as plausible numbers.
 
 use crate::dtype::E4m3;
-use crate::error::{Error, Result, checked_mul};
+use crate::error::{Error, Result, checked_mul, require_exact};
+use crate::gemm::WEIGHT_BLOCK;
 
 /// `amax` is never below this, so that a group of zeros has a finite reciprocal (the reference's floor).
 pub const AMAX_FLOOR: f32 = 1e-10;
@@ -311,6 +312,33 @@ pub fn ue8m0_value(byte: u8) -> f32 {
 #[inline(always)]
 pub fn quantize_value(x: f32, scale: f32) -> E4m3 {
     E4m3::from_f32(x / scale)
+}
+
+/// Quantizes weights `values [N, K]` to e4m3 `bytes [N, K]` with a scale for each block of 128 x 128,
+/// `scales [ceil(N / 128), ceil(K / 128)]`: `amax * (1/448)` over the block, as for a row's group.
+///
+/// # Errors
+/// [`Error::Shape`] unless there are exactly as many values, bytes and scales.
+pub fn quantize_blocks(values: &[f32], n: usize, k: usize, bytes: &mut [E4m3], scales: &mut [f32]) -> Result<()> {
+    let [rows, cols] = [n, k].map(|extent| extent.div_ceil(WEIGHT_BLOCK));
+    require_exact("values", values.len(), &[n, k])?;
+    require_exact("bytes", bytes.len(), &[n, k])?;
+    require_exact("scales", scales.len(), &[rows, cols])?;
+    for (block, scale) in scales.iter_mut().enumerate() {
+        let (first_row, first_col) = (block / cols * WEIGHT_BLOCK, block % cols * WEIGHT_BLOCK);
+        let places = || {
+            let columns = first_col..k.min(first_col + WEIGHT_BLOCK);
+            (first_row..n.min(first_row + WEIGHT_BLOCK)).map(move |row| row * k + columns.start..row * k + columns.end)
+        };
+        let amax = places().flat_map(|place| &values[place]).fold(0f32, |most, value| most.max(value.abs()));
+        *scale = scale_of(amax, ScaleRounding::Exact);
+        for place in places() {
+            for (byte, &value) in bytes[place.clone()].iter_mut().zip(&values[place]) {
+                *byte = quantize_value(value, *scale);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Scales to read: words, and the format that says what they are.

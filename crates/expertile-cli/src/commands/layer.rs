@@ -120,7 +120,7 @@ fn run_on(args: &Args, group: Option<&Group>) -> Result<()> {
             prepare_output(args, group, checkpoint.files())?;
             if let (Runner::Cpu(_), None) = (&runner, group) {
                 memory::require(
-                    "the layer, at one byte to a weight,",
+                    "the layer at the least",
                     checkpoint.least_layer_bytes(args.layer.unwrap_or_default()),
                 )?;
             }
