@@ -97,6 +97,20 @@ inline T atomicAdd(T* address, T value) {
 }
 
 template <typename T>
+inline T atomicOr(T* address, T value) {
+    return __atomic_fetch_or(address, value, __ATOMIC_SEQ_CST);
+}
+
+template <typename T>
+inline T atomicMin(T* address, T value) {
+    T old = __atomic_load_n(address, __ATOMIC_SEQ_CST);
+    while (value < old &&
+           !__atomic_compare_exchange_n(address, &old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+    }
+    return old;
+}
+
+template <typename T>
 inline T atomicMax(T* address, T value) {
     T old = __atomic_load_n(address, __ATOMIC_SEQ_CST);
     while (old < value &&

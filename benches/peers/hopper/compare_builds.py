@@ -1,6 +1,6 @@
 """Two builds of this library in one process: the same bits, and the time of a layer's call in a graph and on the host.
 
-    compare_builds.py BEFORE.so AFTER.so [--shapes dsv3,mixtral] [--tokens 1,64,4096] [--json FILE]
+    compare_builds.py BEFORE.so AFTER.so [--shapes dsv3,mixtral] [--tokens 1,64,4096] [--format bf16] [--json FILE]
 
 Graphs take turns, so that both builds have the same clock. Host time is that of queueing a call, launches included.
 """
@@ -17,7 +17,7 @@ import torch
 # `compare` loads the library that is named here.
 os.environ.setdefault("EXPERTILE_LIB", next((path for path in sys.argv[1:] if path.endswith(".so")), ""))
 from expert_layer import calls_for, layer_weights
-from shapes import SHAPES
+from shapes import SHAPES, WEIGHT_BYTES, floor_us
 from timing import race
 
 # Seconds of replays before the clocks count.
@@ -54,16 +54,17 @@ def main():
     parser.add_argument("after")
     parser.add_argument("--shapes", default="dsv3,dsv3_ep8,qwen235,mixtral")
     parser.add_argument("--tokens", default="1,64,1024,4096")
+    parser.add_argument("--format", choices=list(WEIGHT_BYTES), default="e4m3")
     parser.add_argument("--json")
     options = parser.parse_args()
     modules = {"before": build(options.before, "before"), "after": build(options.after, "after")}
     rows, same = [], True
     print(
-        f"{'shape':<10} {'tokens':>6} {'graph us: before':>17} {'after':>9} {'ratio':>6}"
+        f"{'shape':<10} {'tokens':>6} {'graph us: before':>17} {'after':>9} {'ratio':>6} {'floor':>7}"
         f" {'host us: before':>16} {'after':>6}"
     )
     for shape in options.shapes.split(","):
-        weights = layer_weights(shape)
+        weights = layer_weights(shape, options.format)
         _, _, _, topk, global_experts = SHAPES[shape]
         tokens_list = [int(tokens) for tokens in options.tokens.split(",")]
         layers = {
@@ -87,11 +88,14 @@ def main():
             bits = {name: [out.view(torch.int16) for out in values] for name, values in outs.items()}
             same &= all(torch.equal(a, b) for a, b in zip(bits["before"], bits["after"], strict=True))
             us = race(bound, 50 + tokens, HOT_SECONDS)
+            numbers = SHAPES[shape].numbers()
+            floor = sum(floor_us(numbers, call.live, call.active, options.format) for call in calls) / len(calls)
             host = {name: host_us(calls[0]) for name, calls in bound.items()}
-            rows.append({"shape": shape, "tokens": tokens, "graph_us": us, "host_us": host, "same_bits": same})
+            times = {"graph_us": us, "floor_us": floor, "host_us": host}
+            rows.append({"shape": shape, "tokens": tokens, **times, "same_bits": same})
             print(
-                f"{shape:<10} {tokens:>6} {us['before']:>17.1f} {us['after']:>9.1f} {us['after'] / us['before']:>6.3f}"
-                f" {host['before']:>16.2f} {host['after']:>6.2f}",
+                f"{shape:<10} {tokens:>6} {us['before']:>17.1f} {us['after']:>9.1f}"
+                f" {us['after'] / us['before']:>6.3f} {floor:>7.1f} {host['before']:>16.2f} {host['after']:>6.2f}",
                 flush=True,
             )
         del layers, bound, outs, weights

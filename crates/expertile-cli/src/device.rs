@@ -58,7 +58,8 @@ pub(crate) fn prepare(
 }
 
 /// The timed stages inside a graph, with what each had to move and compute; GEMM 1 with the activation inside stores no
-/// `gate | up`.
+/// `gate | up`. Where one launch does it all: that launch, which has to read the weights and the tokens and to write the
+/// output.
 pub(crate) fn stage_times(layer: &Layer, times: &LayerTimes, routing: &Routing<'_>) -> Result<Vec<StageTime>> {
     const INPUT_BYTES: usize = 2;
     let (shape, plan) = (layer.shape(), &times.choice.plan);
@@ -74,6 +75,14 @@ pub(crate) fn stage_times(layer: &Layer, times: &LayerTimes, routing: &Routing<'
         }
         stage => cost(stage),
     };
+    if times.choice.one_launch.is_some() {
+        let (gemm1, gemm2) = (cost(Stage::Gemm1), cost(Stage::Gemm2));
+        let values = (plan.tokens() * shape.hidden() * INPUT_BYTES) as u64;
+        let experts = layout.expert_num_tokens().iter().filter(|&&count| count > 0).count();
+        let bytes: usize = layer.weights().iter().map(|weights| weights.bytes() / weights.experts() * experts).sum();
+        let cost = StageCost { bytes: bytes as u64 + 2 * values, flops: gemm1.flops + gemm2.flops };
+        return Ok(vec![StageTime { stage: Some(Stage::Gemm1), seconds: times.graph_seconds, cost }]);
+    }
     let stages = times.stages.iter();
     Ok(stages
         .map(|time| StageTime { stage: Some(time.stage), seconds: time.graph_seconds, cost: cost_here(time.stage) })
@@ -115,6 +124,8 @@ pub(crate) struct Choice {
     pub(crate) gemm1: String,
     pub(crate) gemm2: String,
     pub(crate) activation_inside_gemm1: bool,
+    /// Whether one launch does it all: the fields above are then those of a call in steps.
+    pub(crate) one_launch: bool,
     pub(crate) launches: usize,
     pub(crate) workspace_bytes: usize,
 }
@@ -124,7 +135,18 @@ impl From<LayerChoice> for Choice {
         let LayerChoice { plan, row_tile, activation_inside_gemm1, launches, workspace_bytes, .. } = choice;
         let (m_sum, alignment) = (plan.m_sum(), plan.alignment());
         let [gemm1, gemm2] = [choice.gemm1, choice.gemm2].map(|tile| tile.to_string());
-        Self { m_sum, alignment, row_tile, gemm1, gemm2, activation_inside_gemm1, launches, workspace_bytes }
+        let one_launch = choice.one_launch.is_some();
+        Self {
+            m_sum,
+            alignment,
+            row_tile,
+            gemm1,
+            gemm2,
+            activation_inside_gemm1,
+            one_launch,
+            launches,
+            workspace_bytes,
+        }
     }
 }
 
@@ -132,10 +154,13 @@ impl Choice {
     /// One line for a reader.
     pub(crate) fn text(&self) -> String {
         let Self { m_sum, alignment, gemm1, gemm2, launches, .. } = self;
+        let workspace = crate::report::format::bytes(self.workspace_bytes as u64);
+        if self.one_launch {
+            return format!("one launch for all, workspace {workspace}");
+        }
         let gemms =
             if gemm1 == gemm2 { format!("both gemms {gemm1}") } else { format!("gemm1 {gemm1}; gemm2 {gemm2}") };
         let inside = if self.activation_inside_gemm1 { "; activation inside gemm1" } else { "" };
-        let workspace = crate::report::format::bytes(self.workspace_bytes as u64);
         format!("{launches} launches, {m_sum} rows aligned to {alignment}, workspace {workspace}; {gemms}{inside}")
     }
 }

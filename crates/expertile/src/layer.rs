@@ -129,11 +129,14 @@ pub struct LayerConfig {
     /// some numbers of tokens than for others. Without it, which is the usual, a result has the same bits whatever
     /// other tokens there are. The CPU never splits K.
     pub split_k: bool,
+    /// Whether a GPU may compute a call of few tokens in one launch, which is faster there. Results have the same bits,
+    /// but no intermediate buffers are left for inspection.
+    pub one_launch: bool,
 }
 
 impl LayerConfig {
     /// The usual layer: i32 ids, bf16 in and out, SwiGLU, weights on the output, the backend's own alignment, K never
-    /// split.
+    /// split, few tokens in one launch where there is one.
     #[must_use]
     pub const fn new(topk: usize, global_experts: usize, activation_format: ActivationFormat) -> Self {
         Self {
@@ -147,6 +150,7 @@ impl LayerConfig {
             weight_on_input: false,
             alignment: None,
             split_k: false,
+            one_launch: true,
         }
     }
 

@@ -5,13 +5,19 @@
 mod on_device;
 
 use expertile::cuda::{
-    ActivateConfig, Compiler, GemmConfig, GemmKernel, Grouping, PermuteConfig, QuantizePermuteConfig, RouteConfig,
-    Source, UnpermuteConfig,
+    ActivateConfig, Compiler, FewTokensConfig, GemmConfig, GemmKernel, Grouping, PermuteConfig, QuantizePermuteConfig,
+    RouteConfig, Source, UnpermuteConfig,
 };
-use expertile::{Activation, Dtype, Error, Group, Padding, ScaleFormat, ScaleLayout, ScaleRounding, WeightFormat};
+use expertile::{
+    Activation, ActivationFormat, Dtype, Error, Group, LayerConfig, LayerShape, Padding, ScaleFormat, ScaleLayout,
+    ScaleRounding, WeightFormat,
+};
 use std::path::PathBuf;
 
 const ARCHITECTURES: [&str; 5] = ["sm_90a", "sm_80", "sm_89", "sm_100a", "sm_120a"];
+
+/// Multiprocessors.
+const H200: usize = 132;
 
 const WIDE: GemmKernel = GemmKernel::Wide { shares_rows: false };
 
@@ -88,6 +94,29 @@ fn sources() -> Vec<Source> {
     sources.into_iter().map(|source| source.unwrap()).collect()
 }
 
+/// The layer in one launch, which needs Hopper: both formats, every number of tokens, partial tiles and units.
+fn few_tokens_sources() -> Vec<Source> {
+    let mut sources = Vec::new();
+    for activations in [ActivationFormat::E4m3, ActivationFormat::Bf16] {
+        for (hidden, intermediate, experts, topk) in
+            [(512, 256, 16, 4), (7168, 2048, 256, 8), (2048, 768, 128, 8), (4096, 14336, 8, 2)]
+        {
+            let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
+            let config = LayerConfig::new(topk, experts, activations);
+            sources.extend([1, 2, 4].iter().filter_map(|&tokens| FewTokensConfig::new(&shape, &config, tokens, H200)));
+        }
+    }
+    let shape = LayerShape::new(1008, 336, 7).unwrap();
+    let config = LayerConfig { ids: Dtype::I64, ..LayerConfig::new(3, 7, ActivationFormat::Bf16) };
+    sources.extend(FewTokensConfig::new(&shape, &config, 4, 10));
+    let shape = LayerShape::new(640, 384, 5).unwrap();
+    let activation = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
+    let (input, output) = (Dtype::F16, Dtype::F32);
+    let config = LayerConfig { activation, input, output, ..LayerConfig::new(1, 5, ActivationFormat::E4m3) };
+    sources.extend(FewTokensConfig::new(&shape, &LayerConfig { weight_on_input: true, ..config }, 4, 12));
+    sources.iter().map(|config| config.source().unwrap()).collect()
+}
+
 /// Every tile of the grouped GEMM, which needs Hopper.
 fn gemm_sources() -> Vec<Source> {
     let mut sources = Vec::new();
@@ -147,6 +176,11 @@ fn every_kernel_compiles_for_hopper_without_spills() {
 #[test]
 fn every_tile_of_the_grouped_gemm_compiles_for_hopper_without_spills() {
     compile_sources(ARCHITECTURES[0], "gemm", gemm_sources());
+}
+
+#[test]
+fn the_layer_in_one_launch_compiles_for_hopper_without_spills() {
+    compile_sources(ARCHITECTURES[0], "few_tokens", few_tokens_sources());
 }
 
 #[test]

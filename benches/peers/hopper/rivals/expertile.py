@@ -43,7 +43,7 @@ class Loaded:
         import layer_part
 
         mine = layer_part.Ours(self.layer, calls, self.weights)
-        tiles = [layer_part.name_of_tile(tile) for tile in mine.tiles]
+        tiles = [layer_part.name_of_tile(tile) for tile in mine.tiles] if mine.launches > 1 else []
         facts = dict(tiles=tiles, alignment=mine.alignment, launches=mine.launches, inside=mine.inside)
 
         def gemms():

@@ -16,6 +16,7 @@ use super::activation::Activate;
 use super::call::{DeviceMatrix, RoutingPtrs};
 use super::definitions::activation_definitions;
 use super::driver::{Device, DevicePtr, Stream};
+use super::few_tokens::FewTokens;
 use super::gemm::{Gemm, GemmConfig, GemmKernel};
 use super::route;
 use super::unpermute::Unpermute;
@@ -102,6 +103,8 @@ pub struct Layer {
     entry: Entry,
     /// By how the work is cut, and whether the activation is inside.
     gemms: HashMap<(GemmKernel, bool), Gemm>,
+    /// By the most tokens of a call.
+    few_tokens: HashMap<usize, FewTokens>,
     choices: Choices,
     activate: Activate,
     unpermute: Unpermute,
@@ -139,6 +142,9 @@ impl Layer {
             gemms: each_at_once(&choices.gemms, |(kernel, activated)| {
                 let activation = activated.then_some(config.activation);
                 Gemm::prepare(device, GemmConfig { format, kernel, activation })
+            })?,
+            few_tokens: each_of(&choices.few_tokens, |kernel| {
+                Ok((kernel.tokens(), FewTokens::prepare(device, kernel)?))
             })?,
             choices,
         })
@@ -189,8 +195,8 @@ impl Layer {
     fn choose(&self, tokens: usize) -> Result<(LayerChoice, Offsets)> {
         LayerConfig::require_tokens(tokens, self.max_tokens)?;
         let multiprocessors = self.device.info().multiprocessors as usize;
-        let tiles = self.choices.tiles(tokens);
-        LayerChoice::with_offsets(&self.shape, &self.config, tokens, tiles, multiprocessors)
+        let found = self.choices.of_tokens(tokens);
+        LayerChoice::with_offsets(&self.shape, &self.config, tokens, found, multiprocessors)
     }
 
     /// Bytes of workspace that serve calls of up to that many tokens, a multiple of 256.
@@ -270,12 +276,21 @@ where
     K: Copy + Eq + Hash + Send,
     V: Send,
 {
+    each_of(keys, |key| Ok((key, prepare(key)?)))
+}
+
+/// The same of what is no key by itself: `prepare` gives it one.
+fn each_of<T, K, V>(items: &[T], prepare: impl Fn(T) -> Result<(K, V)> + Sync) -> Result<HashMap<K, V>>
+where
+    T: Copy + Send,
+    K: Eq + Hash + Send,
+    V: Send,
+{
     std::thread::scope(|scope| {
         let prepare = &prepare;
-        let threads: Vec<_> = keys.iter().map(|&key| (key, scope.spawn(move || prepare(key)))).collect();
-        let join = |(key, thread): (K, std::thread::ScopedJoinHandle<'_, Result<V>>)| {
-            let value = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            Ok((key, value))
+        let threads: Vec<_> = items.iter().map(|&item| scope.spawn(move || prepare(item))).collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, Result<(K, V)>>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         };
         threads.into_iter().map(join).collect()
     })

@@ -32,6 +32,7 @@ mod call;
 mod cost;
 mod definitions;
 mod driver;
+mod few_tokens;
 mod gemm;
 mod grouped_gemm;
 mod layer;
@@ -48,6 +49,7 @@ pub use call::{DeviceMatrix, LayoutPtrs, RoutingPtrs, RowsPtrs};
 pub use driver::{
     Compiler, CubinCache, Device, DeviceBuffer, DevicePtr, Graph, Info, Resources, Source, Stream, availability,
 };
+pub use few_tokens::FewTokensConfig;
 pub use gemm::{FewRowsCut, Gemm, GemmCall, GemmConfig, GemmKernel, GemmShape, ROW_TILES, RowEnds};
 pub use grouped_gemm::{GroupedGemm, GroupedGemmCall, GroupedGemmShape, expected_rows};
 pub use layer::{ALIGNMENT, CapturedLayer, Layer, LayerCall, LayerChoice, LayerParts, Workspace};

@@ -3,6 +3,7 @@
 use super::arguments::{RouteArgs, SecondWorklist, require_int};
 use super::call::{LayoutPtrs, RoutingPtrs, worklist_capacity};
 use super::driver::{Device, DevicePtr, Kernel, Launch, Resources, Source, Stream};
+use super::few_tokens::COUNTER_BYTES;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_mul};
 use crate::plan::Plan;
@@ -16,12 +17,14 @@ pub(super) const MAX_TOPK: usize = 32;
 
 const THREADS: u32 = 512;
 const WARPS: u32 = THREADS / 32;
-/// Bytes of the state that survives from call to call: what kernels found wrong, a barrier, and the queue of the rows'
-/// kernel, each in a part of its own. Zeroed once; every launch leaves barrier and queue as it found them.
-pub const STATE_BYTES: usize = 64;
+/// Bytes of the state that survives from call to call: what kernels found wrong, a barrier, the queue of the rows'
+/// kernel, and the counters of the kernel for few tokens, each in a part of its own. Zeroed once; every launch leaves
+/// barrier and queue as it found them, and the counters ready for the next.
+pub const STATE_BYTES: usize = COUNTERS_OFFSET + COUNTER_BYTES;
 const STATUS_BYTES: usize = 32;
 const BARRIER_OFFSET: usize = STATUS_BYTES;
 pub(super) const QUEUE_OFFSET: usize = 48;
+pub(super) const COUNTERS_OFFSET: usize = 64;
 
 /// What the kernel is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

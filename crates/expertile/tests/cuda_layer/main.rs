@@ -90,6 +90,11 @@ fn differences(device: &Device, model: &Model, tokens: usize, pattern: Pattern) 
     call.check(Stream(0)).unwrap();
     call.check_workspace_guard();
     let (bytes, found) = (call.output_bytes(), call.output());
+    if model.on_device.choice(tokens).unwrap().one_launch.is_some() {
+        call.poison(device);
+        call.launch_in_steps(Stream(0));
+        assert!(call.output_bytes() == bytes, "one launch differs: {tokens} tokens, {pattern:?}, {:?}", model.spec);
+    }
     let half = model.second_half(&inputs, &call);
     assert!(found == half.output, "unpermute differs: {tokens} tokens, {pattern:?}, {:?}", model.spec);
     let same_rows = Differences::of(&half.from_device, &half.from_cpu, hidden);
@@ -138,20 +143,20 @@ fn a_small_e4m3_layer_is_right_for_every_pattern_and_size() {
 fn f16_states_i64_ids_and_an_f32_result_are_right_where_h_is_no_power_of_two() {
     let spec = Spec { hidden: 2944, intermediate: 384, experts: 8, topk: 2, ..BASE };
     let spec = Spec { input: Dtype::F16, output: Dtype::F32, ids: Dtype::I64, ..spec };
-    check_model(spec, &[1, 17, 300], &[Pattern::Even, Pattern::Skewed]);
+    check_model(spec, &[1, 2, 17, 300], &[Pattern::Even, Pattern::Skewed]);
 }
 
 #[test]
 fn an_expert_map_and_a_clamped_activation_are_right_with_routing_in_the_permutes_launch_and_before_it() {
     let spec = Spec { hidden: 1024, intermediate: 640, experts: 32, global: 256, topk: 8, ..BASE };
     // 512 tokens are the last whose routing and rows take one launch.
-    check_model(Spec { activation: GPT_OSS, ..spec }, &[1, 5, 64, 512, 513], &[Pattern::Even, Pattern::Skewed]);
+    check_model(Spec { activation: GPT_OSS, ..spec }, &[1, 2, 5, 64, 512, 513], &[Pattern::Even, Pattern::Skewed]);
 }
 
 #[test]
 fn many_experts_are_right() {
     let spec = Spec { hidden: 256, intermediate: 128, experts: 256, topk: 8, ..BASE };
-    check_model(spec, &[1, 8, 64, 600], &[Pattern::Even, Pattern::Skewed]);
+    check_model(spec, &[1, 2, 8, 64, 600], &[Pattern::Even, Pattern::Skewed]);
     check_model(Spec { experts: 1, topk: 1, ..spec }, &[1, 16, 600], &[Pattern::Even]);
     // One tile of outputs, of which no two blocks can share rows.
     check_model(Spec { hidden: 128, experts: 2, topk: 1, ..spec }, &[1, 300], &[Pattern::Skewed]);
@@ -201,16 +206,16 @@ fn gemms_whose_row_tiles_differ_have_a_worklist_each() {
 #[test]
 fn weights_on_the_input_are_right() {
     let spec = Spec { hidden: 384, intermediate: 128, experts: 4, topk: 1, weight_on_input: true, ..BASE };
-    check_model(spec, &[1, 9, 200], &[Pattern::Even, Pattern::Skewed]);
+    check_model(spec, &[1, 2, 9, 200], &[Pattern::Even, Pattern::Skewed]);
 }
 
 #[test]
 fn bf16_layers_are_right_where_n_and_k_are_partial() {
     let spec = Spec { hidden: 2880, intermediate: 176, experts: 12, format: WeightFormat::Bf16, ..BASE };
-    check_model(spec, &[1, 31, 256, 600], &[Pattern::Even, Pattern::Skewed]);
+    check_model(spec, &[1, 3, 31, 256, 600], &[Pattern::Even, Pattern::Skewed]);
     let spec = Spec { hidden: 528, intermediate: 144, experts: 64, global: 128, topk: 8, ..spec };
     let spec = Spec { ids: Dtype::I64, output: Dtype::F32, activation: GPT_OSS, ..spec };
-    check_model(spec, &[1, 8, 64, 513], &ALL);
+    check_model(spec, &[1, 2, 4, 8, 64, 513], &ALL);
 }
 
 #[test]
@@ -234,7 +239,7 @@ fn fifty_repeats_give_the_same_bits() {
     let Some(device) = hopper() else { return };
     for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
         let model = Model::new(device, Spec { hidden: 1024, intermediate: 512, topk: 8, format, ..BASE });
-        for tokens in [1, 64, 600] {
+        for tokens in [1, 2, 64, 600] {
             let call = Call::new(device, &model, &Inputs::new(&model, tokens, Pattern::Skewed, 9));
             call.poison(device);
             call.launch(Stream(0));
@@ -350,6 +355,7 @@ fn capture(stream: &OwnStream, work: impl FnOnce(Stream)) -> sys::CUgraphExec {
 fn a_captured_call_replays_on_new_inputs() {
     let Some(device) = hopper() else { return };
     for (spec, tokens) in [
+        (BASE, 2),
         (BASE, 5),
         (BASE, 130),
         (Spec { topk: 8, max_tokens: 513, ..BASE }, 513),
@@ -416,6 +422,31 @@ fn an_id_past_the_limit_counts_as_an_empty_slot_and_is_reported() {
     inputs.ids[4 * 30] = -1;
     let found = Differences::of(&call.output(), &model.cpu(&inputs), 512);
     assert!(found.within(E4M3_TO_CPU), "{found:?}");
+}
+
+#[test]
+fn one_launch_reports_bad_ids_and_the_steps_go_on_with_its_state() {
+    let Some(device) = hopper() else { return };
+    let model = Model::new(device, Spec { global: 32, max_tokens: 40, ..BASE });
+    let mut inputs = Inputs::new(&model, 2, Pattern::Even, 1);
+    inputs.ids[5] = 32;
+    let call = Call::new(device, &model, &inputs);
+    call.poison(device);
+    call.launch(Stream(0));
+    assert_eq!(call.check(Stream(0)).unwrap_err(), Error::ExpertId { token: 1, slot: 1, id: 32, limit: 32 });
+    let found = call.output_bytes();
+    inputs.ids[5] = -1;
+    call.upload(&inputs);
+    // In turns, on one state.
+    for _ in 0..3 {
+        call.output.fill(NAN_POISON).unwrap();
+        call.launch_in_steps(Stream(0));
+        assert!(call.output_bytes() == found, "in steps");
+        call.output.fill(NAN_POISON).unwrap();
+        call.launch(Stream(0));
+        assert!(call.output_bytes() == found, "in one launch");
+    }
+    call.check(Stream(0)).unwrap();
 }
 
 #[test]

@@ -32,6 +32,7 @@ pub(crate) struct Spec {
     pub(crate) activation: Activation,
     pub(crate) weight_on_input: bool,
     pub(crate) split_k: bool,
+    pub(crate) one_launch: bool,
     pub(crate) max_tokens: usize,
 }
 
@@ -48,6 +49,7 @@ pub(crate) const BASE: Spec = Spec {
     activation: Activation::SWIGLU,
     weight_on_input: false,
     split_k: false,
+    one_launch: true,
     max_tokens: 600,
 };
 
@@ -72,6 +74,7 @@ impl Spec {
             activation: self.activation,
             weight_on_input: self.weight_on_input,
             split_k: self.split_k,
+            one_launch: self.one_launch,
             ..LayerConfig::new(self.topk, self.global_experts(), self.activations())
         }
     }
@@ -145,6 +148,8 @@ pub(crate) struct Model {
     pub(crate) on_cpu: cpu::Layer,
     packed_w2: PackedWeights,
     pub(crate) on_device: Layer,
+    /// The same, with a launch for each step whatever the number of tokens.
+    pub(crate) in_steps: Layer,
     cpu: Cpu,
 }
 
@@ -176,9 +181,11 @@ impl Model {
         let on_cpu = cpu::Layer::prepare(&cpu, packed.0, packed.1, spec.config(), spec.max_tokens).unwrap();
         let packed_w2 = w2.pack(&cpu, sizes.1);
         let (up, down) = (w13.upload(device, sizes.0), w2.upload(device, sizes.1));
+        let in_steps = LayerConfig { one_launch: false, ..spec.config() };
+        let in_steps = Layer::prepare(device, up.clone(), down.clone(), in_steps, spec.max_tokens).unwrap();
         let on_device = Layer::prepare(device, up, down, spec.config(), spec.max_tokens).unwrap();
         assert_eq!(on_device.shape(), &LayerShape::new(hidden, intermediate, experts).unwrap());
-        Self { spec, w13, w2, map, on_cpu, packed_w2, on_device, cpu }
+        Self { spec, w13, w2, map, on_cpu, packed_w2, on_device, in_steps, cpu }
     }
 
     /// The CPU backend's output.
@@ -205,12 +212,12 @@ impl Model {
         output.into_iter().map(|value| f64::from(value.to_f32())).collect()
     }
 
-    /// What the CPU backend makes of the activated rows that a call has left on the device: GEMM 2's rows, and which of
-    /// them are live; and of the device's rows of GEMM 2: the output. With the device's own rows.
+    /// What the CPU backend makes of the activated rows that a call in steps has left on the device: GEMM 2's rows, and
+    /// which of them are live; and of the device's rows of GEMM 2: the output. With the device's own rows.
     pub(crate) fn second_half(&self, inputs: &Inputs, call: &Call<'_>) -> SecondHalf {
         let Spec { hidden, intermediate, topk, experts, .. } = self.spec;
-        let plan = self.on_device.choice(inputs.tokens).unwrap().plan;
-        let parts = self.on_device.parts(inputs.tokens, call.workspace.ptr()).unwrap();
+        let plan = self.in_steps.choice(inputs.tokens).unwrap().plan;
+        let parts = self.in_steps.parts(inputs.tokens, call.workspace.ptr()).unwrap();
         let ids = TopkIds::from(MatrixRef::new(&inputs.ids, inputs.tokens, topk).unwrap());
         let routing = Routing::new(ids, experts, self.map.as_deref()).unwrap();
         let mut space = vec![0; Layout::space_len(&plan).unwrap()];
@@ -349,7 +356,8 @@ impl<'a> Call<'a> {
     pub(crate) fn new(device: &Device, model: &'a Model, inputs: &Inputs) -> Self {
         let spec = &model.spec;
         let element_bytes = if spec.output == Dtype::F32 { 4 } else { 2 };
-        let workspace_bytes = model.on_device.workspace_bytes(inputs.tokens).unwrap();
+        let bytes = |layer: &Layer| layer.workspace_bytes(inputs.tokens).unwrap();
+        let workspace_bytes = bytes(&model.on_device).max(bytes(&model.in_steps));
         let call = Self {
             model,
             tokens: inputs.tokens,
@@ -410,6 +418,10 @@ impl<'a> Call<'a> {
 
     pub(crate) fn launch(&self, stream: Stream) {
         unsafe { self.model.on_device.launch(stream, &self.operands()).unwrap() }
+    }
+
+    pub(crate) fn launch_in_steps(&self, stream: Stream) {
+        unsafe { self.model.in_steps.launch(stream, &self.operands()).unwrap() }
     }
 
     pub(crate) fn check(&self, stream: Stream) -> expertile::Result<()> {

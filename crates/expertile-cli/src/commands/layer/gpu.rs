@@ -49,10 +49,10 @@ pub(super) fn run(
     call.run()?;
     let output = call.output()?;
     // `[M_sum, H]` may be gigabytes: it is downloaded for the check only.
-    let rows = check.then(|| call.rows()).transpose()?;
+    let rows = if check { call.rows()? } else { None };
     let times = call.time()?;
-    let check = rows.map(|(rows, row_of_slot)| {
-        let rows = Some(SlotRows { rows, row_of_slot });
+    let check = check.then(|| {
+        let rows = rows.map(|(rows, row_of_slot)| SlotRows { rows, row_of_slot });
         check::check(&Found { output: &output, rows }, &inputs, weights, activations, parts)
     });
     let stages = device::stage_times(&layer, &times, &routing)?;
@@ -67,7 +67,7 @@ pub(super) fn run(
         workspace_bytes: times.choice.workspace_bytes,
         limits,
         total: whole(&stages, &limits).taking(times.graph_seconds),
-        stages,
+        stages: if times.choice.one_launch.is_some() { Vec::new() } else { stages },
         output,
         check,
     })

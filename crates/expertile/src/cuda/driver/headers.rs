@@ -4,14 +4,19 @@
 use std::ffi::CStr;
 
 /// `(name, text)` of every header.
-pub(super) const HEADERS: [(&CStr, &str); 16] = [
+pub(super) const HEADERS: [(&CStr, &str); 21] = [
     (c"common/activation.cuh", include_str!("../kernels/common/activation.cuh")),
     (c"common/quantize.cuh", include_str!("../kernels/common/quantize.cuh")),
     (c"common/scales.cuh", include_str!("../kernels/common/scales.cuh")),
     (c"common/search.cuh", include_str!("../kernels/common/search.cuh")),
     (c"common/words.cuh", include_str!("../kernels/common/words.cuh")),
+    (c"few_tokens/consume.cuh", include_str!("../kernels/few_tokens/consume.cuh")),
+    (c"few_tokens/rows.cuh", include_str!("../kernels/few_tokens/rows.cuh")),
+    (c"few_tokens/slots.cuh", include_str!("../kernels/few_tokens/slots.cuh")),
+    (c"few_tokens/storage.cuh", include_str!("../kernels/few_tokens/storage.cuh")),
     (c"gemm/config.cuh", include_str!("../kernels/gemm/config.cuh")),
     (c"gemm/pipeline.cuh", include_str!("../kernels/gemm/pipeline.cuh")),
+    (c"gemm/products.cuh", include_str!("../kernels/gemm/products.cuh")),
     (c"gemm/staging.cuh", include_str!("../kernels/gemm/staging.cuh")),
     (c"gemm/tiles.cuh", include_str!("../kernels/gemm/tiles.cuh")),
     (c"ptx/access.cuh", include_str!("../kernels/ptx/access.cuh")),

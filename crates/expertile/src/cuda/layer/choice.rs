@@ -3,6 +3,7 @@
 use crate::cuda::arguments::SecondWorklist;
 use crate::cuda::call::LayoutPtrs;
 use crate::cuda::driver::DevicePtr;
+use crate::cuda::few_tokens::{FewTokensConfig, gate_up_bytes_of_slot};
 use crate::cuda::gemm::{GemmKernel, GemmShape};
 use crate::cuda::weights::weight_bytes;
 use crate::cuda::{quantize_permute, route};
@@ -31,6 +32,8 @@ pub struct LayerChoice {
     pub gemm2: GemmKernel,
     /// Whether GEMM 1 stores activated, quantized rows, so that `gate | up` never reaches memory.
     pub activation_inside_gemm1: bool,
+    /// In one launch, by a kernel for up to so many tokens, none of the above are used, and no layout is made.
+    pub one_launch: Option<usize>,
     /// Kernels that one call launches.
     pub launches: usize,
     /// Bytes of workspace of such a call; see [`super::Layer::workspace_bytes`] for a workspace that serves smaller
@@ -48,7 +51,9 @@ impl LayerChoice {
     /// [`Error::Value`] for a `topk`, a number of experts or a width that the kernels do not take; as [`Plan::tight`].
     pub fn new(shape: &LayerShape, config: &LayerConfig, tokens: usize, multiprocessors: usize) -> Result<Self> {
         let tiles = Tiles::new(shape, config, alike(tokens), multiprocessors)?;
-        Ok(Self::with_offsets(shape, config, tokens, &tiles, multiprocessors)?.0)
+        let kernels = FewTokensConfig::all(shape, config, tokens, multiprocessors);
+        let one_launch = one_launch(&kernels, tokens);
+        Ok(Self::with_offsets(shape, config, tokens, (&tiles, one_launch), multiprocessors)?.0)
     }
 
     /// The same with tiles that have been chosen, and where the workspace's parts are.
@@ -56,7 +61,7 @@ impl LayerChoice {
         shape: &LayerShape,
         config: &LayerConfig,
         tokens: usize,
-        tiles: &Tiles,
+        (tiles, one_launch): (&Tiles, Option<usize>),
         multiprocessors: usize,
     ) -> Result<(Self, Offsets)> {
         let plan = Plan::tight(
@@ -69,14 +74,21 @@ impl LayerChoice {
         let Tiles { gemm1, gemm2, activation_inside_gemm1 } = *tiles;
         let slots = tokens * config.topk;
         let row_tiles = (gemm1.row_tile(), second_row_tile(&gemm1, &gemm2));
-        let offsets = Offsets::new(shape, config, &plan, row_tiles, activation_inside_gemm1, multiprocessors)?;
+        let offsets = match one_launch {
+            Some(_) => Offsets::of_one_launch(shape, config, &plan, row_tiles.0)?,
+            None => Offsets::new(shape, config, &plan, row_tiles, activation_inside_gemm1, multiprocessors)?,
+        };
         let choice = Self {
             plan,
             row_tile: gemm1.row_tile(),
             gemm1,
             gemm2,
             activation_inside_gemm1,
-            launches: launches(config.activation_format, slots, activation_inside_gemm1),
+            one_launch,
+            launches: match one_launch {
+                Some(_) => usize::from(slots > 0),
+                None => launches(config.activation_format, slots, activation_inside_gemm1),
+            },
             workspace_bytes: offsets.end,
         };
         Ok((choice, offsets))
@@ -84,7 +96,7 @@ impl LayerChoice {
 
     /// The row tile of GEMM 2's own worklist, if it has one.
     pub(super) fn second_row_tile(&self) -> Option<usize> {
-        second_row_tile(&self.gemm1, &self.gemm2)
+        second_row_tile(&self.gemm1, &self.gemm2).filter(|_| self.one_launch.is_none())
     }
 }
 
@@ -135,8 +147,16 @@ fn launches(activations: ActivationFormat, slots: usize, activation_inside: bool
     if slots == 0 { 0 } else { before + 4 - usize::from(activation_inside) }
 }
 
+/// The smallest kernel for so many tokens.
+fn one_launch(kernels: &[FewTokensConfig], tokens: usize) -> Option<usize> {
+    kernels.iter().map(FewTokensConfig::tokens).find(|&most| tokens <= most)
+}
+
 impl fmt::Display for LayerChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(most) = self.one_launch {
+            return write!(f, "one launch, for up to {most} tokens, {} bytes of workspace", self.workspace_bytes);
+        }
         write!(f, "{} rows aligned to {}, gemm1 {}", self.plan.m_sum(), self.plan.alignment(), self.gemm1)?;
         if self.activation_inside_gemm1 {
             write!(f, ", activation inside gemm1")?;
@@ -151,6 +171,8 @@ pub(super) struct Choices {
     pub(super) row_tiles: Vec<usize>,
     /// How GEMMs are cut, and whether the activation is inside.
     pub(super) gemms: Vec<(GemmKernel, bool)>,
+    /// Kernels for few tokens.
+    pub(super) few_tokens: Vec<FewTokensConfig>,
     /// From how many tokens on which tiles are chosen, ascending.
     tiles: Vec<(usize, Tiles)>,
     /// Numbers of tokens after which one token more takes less workspace, with the bytes up to there.
@@ -169,7 +191,8 @@ impl Choices {
         }
         // The largest first: what is too large is refused at once.
         LayerChoice::new(shape, config, max_tokens, multiprocessors)?;
-        let (mut all, mut most) = (Self::default(), 0);
+        let few_tokens = FewTokensConfig::all(shape, config, max_tokens, multiprocessors);
+        let (mut all, mut most) = (Self { few_tokens, ..Self::default() }, 0);
         for tokens in 1..=max_tokens {
             if alike(tokens) == tokens {
                 let tiles = Tiles::new(shape, config, tokens, multiprocessors)?;
@@ -177,14 +200,16 @@ impl Choices {
                     all.tiles.push((tokens, tiles));
                 }
             }
-            let tiles = all.tiles(tokens);
-            let choice = LayerChoice::with_offsets(shape, config, tokens, tiles, multiprocessors)?.0;
-            if !all.row_tiles.contains(&choice.row_tile) {
-                all.row_tiles.push(choice.row_tile);
-            }
-            for gemm in [(choice.gemm1, choice.activation_inside_gemm1), (choice.gemm2, false)] {
-                if !all.gemms.contains(&gemm) {
-                    all.gemms.push(gemm);
+            let found = all.of_tokens(tokens);
+            let choice = LayerChoice::with_offsets(shape, config, tokens, found, multiprocessors)?.0;
+            if choice.one_launch.is_none() {
+                if !all.row_tiles.contains(&choice.row_tile) {
+                    all.row_tiles.push(choice.row_tile);
+                }
+                for gemm in [(choice.gemm1, choice.activation_inside_gemm1), (choice.gemm2, false)] {
+                    if !all.gemms.contains(&gemm) {
+                        all.gemms.push(gemm);
+                    }
                 }
             }
             let peaked = all.peaks.last().is_some_and(|&(_, bytes)| bytes == most);
@@ -196,7 +221,12 @@ impl Choices {
         Ok(all)
     }
 
-    /// What a call of so many tokens chooses.
+    /// What a call of so many tokens chooses: tiles, and the kernel that does without.
+    pub(super) fn of_tokens(&self, tokens: usize) -> (&Tiles, Option<usize>) {
+        (self.tiles(tokens), one_launch(&self.few_tokens, tokens))
+    }
+
+    /// The tiles of a call of so many tokens.
     pub(super) fn tiles(&self, tokens: usize) -> &Tiles {
         &self.tiles[self.tiles.partition_point(|&(first, _)| first <= tokens.max(1)) - 1].1
     }
@@ -218,6 +248,8 @@ pub(super) struct Offsets {
     activated: usize,
     activated_scales: usize,
     back: usize,
+    /// Where one launch does it all: of every slot.
+    gate_up: usize,
     end: usize,
     /// Whether rows have scales.
     scaled: bool,
@@ -278,6 +310,7 @@ impl Offsets {
                 activated,
                 activated_scales,
                 back: front,
+                gate_up: 0,
                 end,
                 scaled: e4m3,
             });
@@ -294,8 +327,32 @@ impl Offsets {
             activated: front,
             activated_scales: front_scales,
             back,
+            gate_up: 0,
             end: carver.0,
             scaled: e4m3,
+        })
+    }
+
+    /// Of a call in one launch: GEMM 1's results of every slot. The layout has a place only because the routing's
+    /// arguments name one.
+    fn of_one_launch(shape: &LayerShape, config: &LayerConfig, plan: &Plan, row_tile: usize) -> Result<Self> {
+        let slots = checked_mul("M * topk", plan.tokens(), config.topk)?;
+        let bytes = |of_slot| checked_mul("bytes of rows", slots, of_slot);
+        let mut carver = Carver(0);
+        let layout = carver.part(LayoutPtrs::space_bytes(plan, row_tile)?)?;
+        let gate_up = carver.part(bytes(gate_up_bytes_of_slot(shape.intermediate()))?)?;
+        let end = carver.0;
+        Ok(Self {
+            layout,
+            second_worklist: 0,
+            front: gate_up,
+            front_scales: gate_up,
+            activated: gate_up,
+            activated_scales: gate_up,
+            back: gate_up,
+            gate_up,
+            end,
+            scaled: false,
         })
     }
 
@@ -313,12 +370,13 @@ impl Offsets {
             activated: part(self.activated),
             activated_scales: scales(self.activated_scales),
             back: part(self.back).cast(),
+            gate_up: part(self.gate_up).cast(),
         })
     }
 }
 
 /// Where the parts of a call's workspace are. Parts that are not needed at the same time may share their memory: after
-/// a call, the layout, the activated rows and GEMM 2's are there.
+/// a call, the layout, the activated rows and GEMM 2's are there; after a call in one launch, none of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerParts {
     /// The layout's lists.
@@ -335,6 +393,8 @@ pub struct LayerParts {
     pub activated_scales: Option<DevicePtr<f32>>,
     /// GEMM 1's `gate | up` `[M_sum, 2 I]` unless the activation is inside it, then GEMM 2's rows `[M_sum, H]`: bf16.
     pub back: DevicePtr<bf16>,
+    /// Where one launch does it all, GEMM 1's results of every slot.
+    pub(super) gate_up: DevicePtr<bf16>,
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use crate::cuda::activation::ActivateCall;
 use crate::cuda::arguments::require_columns;
 use crate::cuda::call::{DeviceMatrix, RoutingPtrs, RowsPtrs};
 use crate::cuda::driver::{Device, DevicePtr, Stream};
+use crate::cuda::few_tokens::FewTokensCall;
 use crate::cuda::gemm::{GemmCall, RowEnds};
 use crate::cuda::permute::{Permute, PermuteCall, PermuteConfig};
 use crate::cuda::quantize_permute::{QuantizePermute, QuantizePermuteCall};
@@ -38,10 +39,11 @@ pub(in crate::cuda) struct CheckedCall<'a> {
 }
 
 impl Layer {
-    /// Whether a stage has launches of its own: routing is part of permute where rows are quantized, and the
-    /// activation may be of GEMM 1.
+    /// Whether a stage has launches of its own: routing is part of permute where rows are quantized, the activation may
+    /// be of GEMM 1, and so may all that a call does.
     pub(in crate::cuda) fn has_stage(&self, call: &CheckedCall<'_>, stage: Stage) -> bool {
         match stage {
+            _ if call.choice.one_launch.is_some() => stage == Stage::Gemm1,
             Stage::Routing => matches!(self.entry, Entry::Plain { .. }),
             Stage::Activation => !call.choice.activation_inside_gemm1,
             Stage::Shared => false,
@@ -96,6 +98,7 @@ impl Layer {
         // SAFETY: the caller's promise; the parts were carved for this call.
         unsafe {
             match stage {
+                Stage::Gemm1 if let Some(most) = call.choice.one_launch => self.whole(stream, call, most),
                 Stage::Routing => self.entry.route(stream, call),
                 // No layer on a GPU has one.
                 Stage::Shared => Ok(()),
@@ -106,6 +109,27 @@ impl Layer {
                 Stage::Unpermute => self.unpermute.launch(stream, &call.unpermute()),
             }
         }
+    }
+
+    /// The whole call, by a kernel for up to `most_tokens` tokens.
+    ///
+    /// # Safety
+    /// As [`Layer::launch_stage`].
+    #[allow(unsafe_code)]
+    unsafe fn whole(&self, stream: Stream, call: &CheckedCall<'_>, most_tokens: usize) -> Result<()> {
+        let LayerCall { hidden_states, routing, topk_weights, output, state, workspace, .. } = *call.operands;
+        let LayerParts { layout, gate_up, .. } = call.parts;
+        let whole = FewTokensCall {
+            route: RouteCall { plan: call.choice.plan, routing, layout, state, workspace },
+            hidden_states,
+            topk_weights,
+            w13: &self.w13,
+            w2: &self.w2,
+            gate_up,
+            output,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { prepared(&self.few_tokens, &most_tokens).launch(stream, &whole) }
     }
 
     /// # Safety

@@ -34,8 +34,8 @@ pub struct LayerTimes {
     pub graph_seconds: f64,
     /// Seconds when launched from the host.
     pub eager_seconds: f64,
-    /// Every stage that has launches of its own, by itself. Inside the layer each is set up while the one before it
-    /// runs, so the whole takes less than their sum.
+    /// Every stage that has launches of its own, by itself; none where one launch does it all. Inside the layer each is
+    /// set up while the one before it runs, so the whole takes less than their sum.
     pub stages: Vec<StageTime>,
 }
 
@@ -127,19 +127,23 @@ impl<'a> LayerBench<'a> {
     }
 
     /// After a run: the rows of GEMM 2 `[M_sum, H]` (padding rows hold nothing in particular), and the row of each slot
-    /// `[M, topk]`, -1 for none.
+    /// `[M, topk]`, -1 for none; nothing where one launch did it all.
     ///
     /// # Errors
     /// As [`Layer::parts`]; [`Error::Cuda`].
-    pub fn rows(&self) -> Result<(Vec<bf16>, Vec<i32>)> {
+    pub fn rows(&self) -> Result<Option<(Vec<bf16>, Vec<i32>)>> {
+        let choice = self.layer.choice(self.call.tokens)?;
+        if choice.one_launch.is_some() {
+            return Ok(None);
+        }
         let parts = self.layer.parts(self.call.tokens, self.workspace.ptr())?;
-        let plan = self.layer.choice(self.call.tokens)?.plan;
+        let plan = choice.plan;
         let offset = |ptr: DevicePtr| (ptr.address() - self.workspace.ptr().address()) as usize;
         let mut rows = vec![bf16::ZERO; plan.m_sum() * self.layer.shape().hidden()];
         let mut row_of_slot = vec![0; plan.tokens() * plan.topk()];
         self.workspace.download_at(offset(parts.back.cast()), &mut rows)?;
         self.workspace.download_at(offset(parts.layout.inv_perm.cast()), &mut row_of_slot)?;
-        Ok((rows, row_of_slot))
+        Ok(Some((rows, row_of_slot)))
     }
 
     /// Times the call and each of its stages; the median of several.
@@ -153,11 +157,13 @@ impl<'a> LayerBench<'a> {
         let launch = |stream| unsafe { self.layer.launch(stream, &self.call) };
         let (graph_seconds, eager_seconds) = clock.graph_and_eager(launch)?;
         let call = self.layer.call(&self.call)?;
+        let choice = self.layer.choice(self.call.tokens)?;
         // In order: each finds what the one before has left, as in the layer.
-        let stages = Stage::ALL.into_iter().filter(|&stage| self.layer.has_stage(&call, stage));
+        let apart = |&stage: &Stage| choice.one_launch.is_none() && self.layer.has_stage(&call, stage);
+        let stages = Stage::ALL.into_iter().filter(apart);
         // SAFETY: as above.
         let time = |stage| clock.time(stage, |stream| unsafe { self.layer.launch_stage(stream, &call, stage) });
         let stages = stages.map(time).collect::<Result<_>>()?;
-        Ok(LayerTimes { choice: self.layer.choice(self.call.tokens)?, graph_seconds, eager_seconds, stages })
+        Ok(LayerTimes { choice, graph_seconds, eager_seconds, stages })
     }
 }

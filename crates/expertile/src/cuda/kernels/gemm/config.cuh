@@ -16,11 +16,7 @@
 //   SCALING_WARPS         producer warps that multiply row scales by weight scales; 0 where consumers do it
 //   SCALES_APART          whether another thread than the producer loads the scales
 #pragma once
-#include "ptx/wgmma.cuh"
-
-constexpr int WARPGROUP = 128;
-constexpr int SCALE_BLOCK = 128;  // values of a row that share a scale; of weights, also outputs
-constexpr int ROW_BYTES = 128;    // of a block of K: the width of the 128-byte swizzle
+#include "gemm/products.cuh"
 
 struct HostConfig {
     static constexpr Format FORMAT = HOST_BF16 ? Format::BF16 : Format::E4M3;  // of both operands

@@ -13,12 +13,6 @@
 #include "gemm/config.cuh"
 #include "gemm/tiles.cuh"
 
-// An mbarrier object. Addressed, never read or written as a value.
-typedef u64 Mbarrier;
-
-// offsetof, which NVRTC lacks: bytes from the start of shared memory to a member of the kernel's SharedStorage.
-#define OFFSET(Storage, member) ((int)reinterpret_cast<u64>(&((Storage*)0)->member))
-
 // A position in the ring of stages. The producer and every consumer warp have one each, and go round on their own.
 //
 // Parity: an mbarrier's phases alternate between 0 and 1. A wait for `full` passes `parity()`; the producer's wait for
@@ -228,21 +222,6 @@ __device__ __forceinline__ void skip_blocks(Ring& ring, int blocks) {
         release<typename Ring::Config>(ring.empty());
         ring.advance();
     }
-}
-
-__device__ __forceinline__ u32 pack_bf16(float low, float high) { return pack_halves<0>(low, high); }
-
-// Starts the products of a block of K for a warpgroup: sum = a * b^T where `add` is false, sum += a * b^T where it is
-// true. `sum` may be read after wait_for_products.
-template <Format FORMAT, int N>
-__device__ __forceinline__ void start_products(float (&sum)[N / 2], u64 a, u64 b, bool add) {
-    constexpr int INSTRUCTIONS = ROW_BYTES / 32;
-    fence_accumulators(sum);
-    begin_products();
-#pragma unroll
-    for (int i = 0; i < INSTRUCTIONS; ++i) multiply<FORMAT, N>(sum, a + 2 * i, b + 2 * i, add || i > 0);
-    commit_products();
-    fence_accumulators(sum);
 }
 
 // Initialises the barriers of the ring, and those of scaling warps and of a split K. Every thread of the cluster calls

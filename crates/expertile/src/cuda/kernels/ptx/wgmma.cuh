@@ -80,6 +80,7 @@ __device__ __forceinline__ void multiply(float (&sum)[N / 2], u64 a, u64 b, int 
     MULTIPLY_OF(Format::E4M3, "k32.f32.e4m3.e4m3", "", N, __VA_ARGS__) \
     MULTIPLY_OF(Format::BF16, "k16.f32.bf16.bf16", ", 0, 0", N, __VA_ARGS__)
 
+MULTIPLY(8, "%0, %1, %2, %3", "%4", "%5", "%6", OPERANDS_4(0))
 MULTIPLY(16, NAMES_0_7, "%8", "%9", "%10", OPERANDS_8(0))
 MULTIPLY(32, NAMES_0_15, "%16", "%17", "%18", OPERANDS_16(0))
 MULTIPLY(48, NAMES_0_15 ", %16, %17, %18, %19, %20, %21, %22, %23", "%24", "%25", "%26", OPERANDS_16(0), OPERANDS_8(16))

@@ -2,8 +2,9 @@ use super::*;
 
 const H200: usize = 132;
 
+/// A launch for each step, whatever the number of tokens.
 fn config(topk: usize, global_experts: usize, activations: ActivationFormat) -> LayerConfig {
-    LayerConfig::new(topk, global_experts, activations)
+    LayerConfig { one_launch: false, ..LayerConfig::new(topk, global_experts, activations) }
 }
 
 /// Name, `H`, `I`, `E`, `G`, `topk`.
@@ -95,6 +96,35 @@ fn gemm2_has_a_worklist_of_its_own_where_its_row_tile_is_another() {
     }
 }
 
+#[test]
+fn few_tokens_take_one_launch_by_the_smallest_kernel_unless_the_layer_may_not() {
+    for (name, hidden, intermediate, experts, global, topk) in SHAPES {
+        for (activations, most) in [(ActivationFormat::E4m3, 2), (ActivationFormat::Bf16, 4)] {
+            let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
+            let config = LayerConfig::new(topk, global, activations);
+            let choices = Choices::new(&shape, &config, 40, H200).unwrap();
+            for tokens in 0..40 {
+                let choice = LayerChoice::new(&shape, &config, tokens, H200).unwrap();
+                let expected = (tokens <= most).then_some(tokens.max(1).next_power_of_two());
+                assert_eq!(choice.one_launch, expected, "{name}, {tokens} tokens");
+                assert_eq!(choices.of_tokens(tokens).1, expected, "{name}, {tokens} tokens");
+                if expected.is_some() {
+                    assert_eq!(choice.launches, tokens.min(1));
+                    assert!(choice.to_string().starts_with("one launch, for up to "), "{choice}");
+                    assert!(choice.workspace_bytes >= 4 * tokens * topk * intermediate, "{choice}");
+                }
+                let in_steps = LayerConfig { one_launch: false, ..config };
+                assert_eq!(LayerChoice::new(&shape, &in_steps, tokens, H200).unwrap().one_launch, None);
+                let split = LayerConfig { split_k: true, ..config };
+                assert_eq!(LayerChoice::new(&shape, &split, tokens, H200).unwrap().one_launch, None);
+            }
+            // Nothing is compiled that no call needs.
+            let one = Choices::new(&shape, &config, 1, H200).unwrap();
+            assert_eq!((one.few_tokens.len(), one.gemms.len(), one.row_tiles.len()), (1, 0, 0), "{name}");
+        }
+    }
+}
+
 /// Every part but the layout's lists, as (start, bytes): those that are needed at the same time, one behind the other.
 fn spans(
     parts: &LayerParts,
@@ -135,7 +165,7 @@ fn parts_that_are_needed_together_do_not_overlap_and_stay_inside_the_workspace()
             let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
             let config = config(topk, experts, activations);
             let tiles = Tiles::new(&shape, &config, tokens, H200).unwrap();
-            let (choice, offsets) = LayerChoice::with_offsets(&shape, &config, tokens, &tiles, H200).unwrap();
+            let (choice, offsets) = LayerChoice::with_offsets(&shape, &config, tokens, (&tiles, None), H200).unwrap();
             let LayerChoice { plan, row_tile, activation_inside_gemm1, .. } = choice;
             inside += usize::from(activation_inside_gemm1);
             let parts = offsets.at(DevicePtr::new(4096), &choice).unwrap();
