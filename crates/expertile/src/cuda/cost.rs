@@ -1,9 +1,10 @@
 //! What a grouped GEMM is expected to take, cut in a given way: what a choice of tiles goes by.
 //!
-//! A tile takes a time of its own and one for each of its blocks of K; tiles are spread over the multiprocessors;
-//! meanwhile weights come from memory, and rows come and go. The slower of the two decides, softly. How many tiles of
-//! how many rows there are depends on how tokens choose experts, which nobody knows beforehand: a cut is judged by two
-//! guesses together, that all experts are as likely, and that they are as likely as 1, 1/2, 1/3, ...
+//! A tile takes a time of its own, one for each of its rows and one for each of its blocks of K; tiles are spread over
+//! the multiprocessors; meanwhile weights come from memory, and rows come and go. The slower of the two decides,
+//! softly. How many tiles of how many rows there are depends on how tokens choose experts, which nobody knows
+//! beforehand: a cut is judged by two guesses together, that all experts are as likely, and that they are as likely as
+//! 1, 1/2, 1/3, ...
 //!
 //! The constants were fitted to what an H200 took for layers drawn at random (`expertile bench tiles --device cuda:0`),
 //! and are judged by layers of another seed.
@@ -29,6 +30,8 @@ pub(super) struct Cost {
     tile_times: &'static [f64],
     /// A block of K.
     block_times: &'static [f64],
+    /// A live row of a tile, whose results are stored.
+    row_time: f64,
     /// Tiles of its last round that a multiprocessor waits for, in the mean, where there are several to each.
     tail: f64,
     /// How far rounds are whole ones.
@@ -44,7 +47,7 @@ pub(super) struct Cost {
 /// How many experts have how many rows, but for those that have none.
 #[derive(Debug)]
 struct Population {
-    /// `(rows, experts)`
+    /// `(rows, experts)`, by ascending rows.
     groups: Vec<(usize, f64)>,
     experts: f64,
     rows: f64,
@@ -75,6 +78,21 @@ impl Population {
         self.rows += rows as f64 * experts;
     }
 
+    /// The most rows that so many experts have, or more of them; 1 if all are fewer.
+    fn likely_rows(&self, experts: f64) -> usize {
+        let mut with_as_many = 0.0;
+        let likely = self.groups.iter().rev().find(|&&(_, experts_of_group)| {
+            with_as_many += experts_of_group;
+            with_as_many >= experts
+        });
+        likely.map_or(1, |&(rows, _)| rows)
+    }
+
+    fn sorted(mut self) -> Self {
+        self.groups.sort_unstable_by_key(|&(rows, _)| rows);
+        self
+    }
+
     fn none() -> Self {
         Self { groups: Vec::new(), experts: 0.0, rows: 0.0 }
     }
@@ -83,7 +101,7 @@ impl Population {
     fn even(shape: &GemmShape) -> Self {
         let mut population = Self::none();
         population.add(shape.rows as f64 / shape.experts.max(1) as f64, shape.experts as f64);
-        population
+        population.sorted()
     }
 
     /// Experts are as likely as 1, 1/2, 1/3, ..., but none has more rows than there are tokens.
@@ -110,7 +128,7 @@ impl Population {
         for &(weight, experts) in &groups {
             population.add(rows(low, weight), experts);
         }
-        population
+        population.sorted()
     }
 }
 
@@ -139,24 +157,28 @@ impl Cost {
                 counts[rest.div_ceil(step) - 1] += columns * experts;
             }
         }
-        let (mut work, mut tiles, mut longest, mut after) = (0.0, 0.0, 0.0, 0.0);
-        for ((&count, &of_tile), &of_block) in counts.iter().zip(self.tile_times).zip(self.block_times) {
-            let of_blocks = blocks * of_block;
-            let time = if self.activates_meanwhile() {
-                (of_tile.powi(4) + of_blocks.powi(4)).powf(0.25)
-            } else {
-                of_tile + of_blocks
-            };
-            work += count * time;
-            tiles += count;
-            // The largest that is likely to be there.
-            if count >= 0.5 || longest == 0.0 {
-                longest = time;
-                after = if self.activates_meanwhile() { of_tile } else { 0.0 };
-            }
-        }
+        let tiles = counts.iter().sum::<f64>();
         if tiles == 0.0 {
             return self.start;
+        }
+        // Of a tile, in the mean and in the largest one that is likely to be there.
+        let rows_of_tile = columns * population.rows / tiles;
+        let most_rows = population.likely_rows(0.5 / columns).min(row_tile) as f64;
+        let (mut work, mut longest, mut after) = (0.0, 0.0, 0.0);
+        for ((&count, &of_tile), &of_block) in counts.iter().zip(self.tile_times).zip(self.block_times) {
+            let time = |rows: f64| {
+                let (of_rows, of_blocks) = (of_tile + rows * self.row_time, blocks * of_block);
+                if self.activates_meanwhile() {
+                    (of_rows.powi(4) + of_blocks.powi(4)).powf(0.25)
+                } else {
+                    of_rows + of_blocks
+                }
+            };
+            work += count * time(rows_of_tile);
+            if count >= 0.5 || longest == 0.0 {
+                longest = time(most_rows);
+                after = if self.activates_meanwhile() { of_tile + most_rows * self.row_time } else { 0.0 };
+            }
         }
         let rounds = tiles / multiprocessors as f64;
         let spread = (1.0 - self.whole) * (rounds + self.tail * rounds.min(1.0)) + self.whole * rounds.ceil();

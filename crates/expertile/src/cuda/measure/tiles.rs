@@ -211,7 +211,8 @@ impl Call {
         let most = counts.iter().copied().max().unwrap_or(0);
         let (mut layouts, mut memory) = (HashMap::new(), Vec::new());
         for (&row_tile, route) in &bench.routes {
-            if row_tile < 128 && most > row_tile * MOST_TILES_OF_AN_EXPERT {
+            let slots_of_tile = row_tile * MOST_TILES_OF_AN_EXPERT;
+            if row_tile < 128 && most > slots_of_tile && experts.len() > slots_of_tile * local / 8 {
                 continue;
             }
             let lists: DeviceBuffer = device.allocate(LayoutPtrs::space_bytes(&plan, row_tile)?)?;
