@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_an_error_and_writes_nothing(vllm, ours):
         (TypeError, "hidden_states has dtype torch.float16, expected torch.bfloat16", {"hidden_states": x.half()}),
         (ValueError, r"has shape \[6, ", {"hidden_states": x[:, :128]}),
         (ValueError, "has shape .*5", {"topk_ids": ids[:5]}),
-        (TypeError, "topk_ids", {"topk_ids": ids.short()}),
+        (TypeError, "topk_ids has dtype torch.int16, expected int32 or int64", {"topk_ids": ids.short()}),
         (ValueError, r"topk_weights has shape \[6, 1\]", {"topk_weights": router[:, :1]}),
         (TypeError, "topk_weights has dtype torch.float64", {"topk_weights": router.double()}),
         (ValueError, r"output has shape \[6, 128\]", {"output": output[:, :128].clone()}),

@@ -197,6 +197,8 @@ class ExpertileExperts(mk.FusedMoEExpertsModular):
         if hidden_states.dtype != torch.bfloat16:
             found = f" has dtype {hidden_states.dtype}"
             raise ArgumentTypeError("hidden_states", found, hidden_states.dtype, "torch.bfloat16")
+        if topk_ids.dtype not in (torch.int32, torch.int64):
+            raise ArgumentTypeError("topk_ids", f" has dtype {topk_ids.dtype}", topk_ids.dtype, "int32 or int64")
         held = self._layer_of(w1, w2)
         self._prepare(held, topk_ids, w1.shape[0] if expert_map is None else expert_map.shape[0])
         if apply_router_weight_on_input:
