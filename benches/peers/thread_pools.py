@@ -1,12 +1,13 @@
 """How torch's threads and a layer's share the cores: a product of torch and a layer that take turns.
 
-    thread_pools.py [--seconds 5] [--rounds 3] [--json FILE]
+    thread_pools.py [--seconds 1.5] [--rounds 2] [--json FILE]    # two minutes, most of which go into importing torch
 
 Variants, each in a process of its own, in turn: `torch alone` does something else on one thread in the layer's place;
 `spinning` leaves torch's threads as they are; `sleeping` is what `expertile.transformers` does from its first layer on;
 `passive` and `active` set OMP_WAIT_POLICY. Each with as many threads as there are cores on both sides, and with half of
-them. `--load N` runs N processes beside them that only compute: a machine that others work on, too. Milliseconds: the
-least and the median of all turns; the best of the rounds.
+them. `--load N` runs N processes beside them that only compute: a machine that others work on, too. Printed: turns per
+second, which is what a program gets, and milliseconds of a product and of a layer's call, the least and the median of
+all turns; the best of the rounds. On a loaded machine the median hides the turns that wait for a core.
 """
 
 import argparse
@@ -59,7 +60,8 @@ def summary(seconds):
 
 def child(options):
     products, layers = turns(options.child, options.threads, options.seconds)
-    print(json.dumps({"product": summary(products), "layer": summary(layers), "turns": len(products)}))
+    turns_each_second = len(products) / (sum(products) + sum(layers))
+    print(json.dumps({"product": summary(products), "layer": summary(layers), "turns_per_second": turns_each_second}))
 
 
 def run(variant, threads, seconds):
@@ -72,8 +74,8 @@ def run(variant, threads, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=5)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--load", type=int, default=0)
     parser.add_argument("--json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -94,13 +96,15 @@ def main():
     finally:
         for process in busy:
             process.kill()
-    print(f"{'variant':<12} {'threads':>7} {'product':>9} {'median':>9} {'layer':>9} {'median':>9}   ms, {cores} cores")
+    columns = ("turns/s", "product", "median", "layer", "median")
+    print(f"{'variant':<12} {'threads':>7} " + " ".join(f"{name:>9}" for name in columns) + f"   ms, {cores} cores")
     for threads, variant in dict.fromkeys((row["threads"], row["variant"]) for row in rows):
         same = [row for row in rows if (row["threads"], row["variant"]) == (threads, variant)]
         cells = [
             min(row[what][key] for row in same) for what in ("product", "layer") for key in ("least_ms", "median_ms")
         ]
-        print(f"{variant:<12} {threads:>7} " + " ".join(f"{cell:>9.3f}" for cell in cells))
+        most = max(row["turns_per_second"] for row in same)
+        print(f"{variant:<12} {threads:>7} {most:>9.0f} " + " ".join(f"{cell:>9.3f}" for cell in cells))
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"cores": cores, "load": options.load, "rows": rows}, file, indent=1)
