@@ -11,11 +11,12 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fmt::Write as _;
 use std::process::Command;
 
-const REPLACED: [(&str, &str); 6] = [
+const REPLACED: [(&str, &str); 7] = [
     ("machine.h", include_str!("../device/machine.h")),
     ("prelude.h", include_str!("../device/prelude.h")),
     ("ptx/access.cuh", include_str!("../device/ptx/access.cuh")),
     ("ptx/convert.cuh", include_str!("../device/ptx/convert.cuh")),
+    ("ptx/flags.cuh", include_str!("../device/ptx/flags.cuh")),
     ("ptx/hopper.cuh", include_str!("../device/ptx/hopper.cuh")),
     ("ptx/wgmma.cuh", include_str!("../device/ptx/wgmma.cuh")),
 ];

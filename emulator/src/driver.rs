@@ -160,6 +160,12 @@ pub extern "C" fn cuGetErrorString(_code: CUresult, text: *mut *const c_char) ->
 }
 
 #[unsafe(no_mangle)]
+pub extern "C" fn cuStreamQuery(_stream: CUstream) -> CUresult {
+    queue::drain();
+    SUCCESS
+}
+
+#[unsafe(no_mangle)]
 pub extern "C" fn cuMemAlloc_v2(address: *mut CUdeviceptr, bytes: usize) -> CUresult {
     match memory::allocate(bytes) {
         Some(allocated) => set(address, allocated),

@@ -162,9 +162,13 @@ pub(crate) fn exception(error: Error) -> PyErr {
         Ok((wrong, Kind::Type)) => wrong.of_type(),
         Ok((wrong, Kind::Memory)) => wrong.of_memory(),
         Ok((wrong, Kind::Device)) => wrong.of_device(),
-        Err(error @ (Error::Cuda { .. } | Error::Kernel { .. } | Error::Absent { .. } | Error::Mpi { .. })) => {
-            PyRuntimeError::new_err(error.to_string())
-        }
+        Err(
+            error @ (Error::Cuda { .. }
+            | Error::Kernel { .. }
+            | Error::Absent { .. }
+            | Error::Mpi { .. }
+            | Error::Nccl { .. }),
+        ) => PyRuntimeError::new_err(error.to_string()),
         Err(error) => PyValueError::new_err(error.to_string()),
     }
 }

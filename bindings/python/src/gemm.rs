@@ -8,7 +8,9 @@ use crate::limits;
 use crate::pool::{cpu, work};
 use expertile::cpu::{Activations, PackedWeights, grouped_gemm_of_segments, grouped_gemm_workspace_bytes};
 use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
-use expertile::{ActivationFormat, E4m3, GateUpOrder, Group, MatrixRef, ScaleFormat, ScaleLayout, ScaleRounding, Scales, Segments};
+use expertile::{
+    ActivationFormat, E4m3, GateUpOrder, Group, MatrixRef, ScaleFormat, ScaleLayout, ScaleRounding, Scales, Segments,
+};
 use half::bf16;
 use pyo3::prelude::*;
 

@@ -38,6 +38,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<plan::PyPlan>()?;
     module.add_class::<layer::PyLayer>()?;
     module.add_class::<cuda::CudaLayer>()?;
+    module.add_class::<cuda::CudaExpertParallelLayer>()?;
     module.add_class::<gemm::PyGemm>()?;
     module.add_class::<cuda::CudaGemm>()?;
     module.add_function(wrap_pyfunction!(plan::round_up, module)?)?;

@@ -80,6 +80,19 @@ impl CudaLayer {
     }
 }
 
+/// A layer over several GPUs, of which there is none.
+#[pyclass(frozen, module = "expertile._native")]
+pub(crate) struct CudaExpertParallelLayer {}
+
+#[pymethods]
+impl CudaExpertParallelLayer {
+    #[new]
+    #[pyo3(signature = (*_weights, **_options))]
+    fn new(_weights: &Bound<'_, PyTuple>, _options: Option<&Bound<'_, pyo3::types::PyDict>>) -> PyResult<Self> {
+        missing()
+    }
+}
+
 /// The grouped GEMM on a GPU, of which there is none.
 #[pyclass(frozen, module = "expertile._native")]
 pub(crate) struct CudaGemm {}

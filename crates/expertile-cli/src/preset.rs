@@ -218,6 +218,30 @@ impl MadeUp {
         Ok((ids, weights))
     }
 
+    /// The same for experts that differ: the chance of the n-th most frequent one goes with `1 / sqrt(n)`, and which one
+    /// that is, is drawn.
+    pub(crate) fn zipf_routing(&self, tokens: usize, experts: usize) -> Result<(Vec<i32>, Vec<f32>)> {
+        let (_, weights) = self.uniform_routing(tokens, experts)?;
+        let mut random = Random::new(self.seed, [ROUTING, 1, 0]);
+        let mut shares: Vec<u64> = (1..=experts).map(|n| (1e6 / (n as f64).sqrt()) as u64).collect();
+        for last in (1..experts).rev() {
+            shares.swap(last, (random.draw() % (last as u64 + 1)) as usize);
+        }
+        let mut sum = 0;
+        shares.iter_mut().for_each(|share| {
+            sum += *share;
+            *share = sum;
+        });
+        let mut ids = Vec::with_capacity(weights.len());
+        for _ in 0..tokens {
+            let first = ids.len();
+            for _ in 0..self.router.topk {
+                ids.push(draw_another(&mut random, &shares, &ids[first..]));
+            }
+        }
+        Ok((ids, weights))
+    }
+
     fn random(&self, part: Part, expert: usize, row: usize) -> Random {
         Random::new(self.seed, [part as u64, expert as u64, row as u64])
     }
@@ -438,6 +462,34 @@ impl Random {
     pub(crate) fn uniform(&mut self) -> f32 {
         (self.draw() >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
+}
+
+/// An expert that is not among `chosen`, with a chance in proportion to its count; -1 if none is left that has one.
+/// `ends` are the counts, added up.
+pub(crate) fn draw_another(random: &mut Random, ends: &[u64], chosen: &[i32]) -> i32 {
+    /// Draws until one is new; where few experts have nearly all rows, that may take for ever.
+    const TRIES: usize = 32;
+    let Some(sum) = ends.last().copied().filter(|&sum| sum > 0) else { return -1 };
+    for _ in 0..TRIES {
+        let at = random.draw() % sum;
+        let expert = ends.partition_point(|&end| end <= at) as i32;
+        if !chosen.contains(&expert) {
+            return expert;
+        }
+    }
+    let count = |expert: usize| match chosen.contains(&(expert as i32)) {
+        true => 0,
+        false => ends[expert] - if expert == 0 { 0 } else { ends[expert - 1] },
+    };
+    let left: u64 = (0..ends.len()).map(count).sum();
+    let mut at = if left == 0 { return -1 } else { random.draw() % left };
+    for expert in 0..ends.len() {
+        match at.checked_sub(count(expert)) {
+            Some(rest) => at = rest,
+            None => return expert as i32,
+        }
+    }
+    -1
 }
 
 #[cfg(test)]

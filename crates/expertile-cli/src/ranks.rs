@@ -62,16 +62,25 @@ impl PlacementOptions {
         given.into_iter().find(|(_, is_given)| *is_given).map(|(name, _)| name)
     }
 
-    /// Joins the ranks that mpiexec has started.
-    pub(crate) fn join(&self) -> Result<Group> {
+    /// How long a rank waits for another.
+    pub(crate) fn limit(&self) -> Result<Duration> {
         let seconds = self.time_limit.unwrap_or(TIME_LIMIT.as_secs_f64());
         let limit = Duration::try_from_secs_f64(seconds).ok().filter(|limit| !limit.is_zero());
-        let limit = limit
-            .ok_or_else(|| Error::usage(format!("--time-limit is {seconds}, expected a number of seconds above 0")))?;
-        Ok(Group { exchange: Arc::new(Mpi::open_with(None, limit)?) })
+        limit.ok_or_else(|| Error::usage(format!("--time-limit is {seconds}, expected a number of seconds above 0")))
     }
 
-    fn config(&self, experts: usize, ranks: usize) -> Result<ParallelConfig> {
+    /// Joins the ranks that mpiexec has started.
+    pub(crate) fn join(&self) -> Result<Group> {
+        Ok(Group { exchange: Arc::new(Mpi::open_with(None, self.limit()?)?) })
+    }
+
+    /// The ways asked for, of dispatch and of combine; all of them where none is.
+    pub(crate) fn ways(&self) -> (Vec<Dispatch>, Vec<Combine>) {
+        let dispatch = self.dispatch.map_or(Dispatch::ALL.to_vec(), |way| vec![way]);
+        (dispatch, self.combine.map_or(Combine::ALL.to_vec(), |way| vec![way]))
+    }
+
+    pub(crate) fn config(&self, experts: usize, ranks: usize) -> Result<ParallelConfig> {
         let placement = self.placement.clone().unwrap_or(PlacementChoice::Linear).placement(experts, ranks)?;
         let combine = self.combine.unwrap_or_default();
         Ok(ParallelConfig { dispatch: self.dispatch, combine, ..ParallelConfig::new(placement) })

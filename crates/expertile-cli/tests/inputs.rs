@@ -134,10 +134,7 @@ fn a_checkpoint_that_memory_does_not_hold_is_refused_by_its_config() {
     let file = fs::File::options().write(true).open(model.join("model.safetensors")).unwrap();
     if file.set_len(bytes.len() as u64 + 128_000_000_000).is_ok() {
         let line = fail(folder.path(), &LAYER, 2);
-        assert!(
-            line.contains("the layer at the least takes 5.82 TiB of memory, expected at most "),
-            "{line}"
-        );
+        assert!(line.contains("the layer at the least takes 5.82 TiB of memory, expected at most "), "{line}");
     }
     // And an input of which no end is in sight.
     let input = fs::File::options().write(true).open(folder.path().join("in.safetensors")).unwrap();

@@ -262,6 +262,16 @@ pub enum Error {
         /// What the library says about it.
         message: String,
     },
+    /// A call into NCCL that failed.
+    #[error("{call} failed with {code}: {message}")]
+    Nccl {
+        /// NCCL's function.
+        call: &'static str,
+        /// Its result.
+        code: i32,
+        /// What the library says about it.
+        message: String,
+    },
     /// A call into the CUDA driver that failed. After some of these (an illegal address, say) the context is lost.
     #[error("{call} failed with {name} ({code}): {message}")]
     Cuda {

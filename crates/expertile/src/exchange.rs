@@ -9,11 +9,13 @@
 //! ever, and nothing that was not sent is read. After an error an exchange is broken, and says the same in every later
 //! call: bytes of the failed call may still be under way.
 
+mod files;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod threads;
 
 use crate::error::{Error, Result, require_exact};
+pub use files::Files;
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
 use std::fmt;

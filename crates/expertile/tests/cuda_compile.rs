@@ -5,12 +5,12 @@
 mod on_device;
 
 use expertile::cuda::{
-    ActivateConfig, Compiler, FewTokensConfig, GemmConfig, GemmKernel, Grouping, PermuteConfig, QuantizePermuteConfig,
-    RouteConfig, Source, UnpermuteConfig,
+    ActivateConfig, Compiler, ExpertParallelLayer, FewTokensConfig, GemmConfig, GemmKernel, Grouping, PermuteConfig,
+    QuantizePermuteConfig, RouteConfig, Source, UnpermuteConfig,
 };
 use expertile::{
-    Activation, ActivationFormat, Dtype, Error, Group, LayerConfig, LayerShape, Padding, ScaleFormat, ScaleLayout,
-    ScaleRounding, WeightFormat,
+    Activation, ActivationFormat, Combine, Dispatch, Dtype, Error, Group, LayerConfig, LayerShape, Padding,
+    ParallelChoice, ParallelConfig, Placement, ScaleFormat, ScaleLayout, ScaleRounding, WeightFormat,
 };
 use std::path::PathBuf;
 
@@ -91,6 +91,7 @@ fn sources() -> Vec<Source> {
         sources.push(ActivateConfig { intermediate: 2048, activation: Activation::default(), format }.source());
     }
     sources.extend([Grouping::Psum { alignment: 1 }, Grouping::MIndices].map(|grouping| Ok(grouping.source())));
+    sources.extend(exchange_sources().into_iter().map(Ok));
     sources.into_iter().map(|source| source.unwrap()).collect()
 }
 
@@ -115,6 +116,30 @@ fn few_tokens_sources() -> Vec<Source> {
     let config = LayerConfig { activation, input, output, ..LayerConfig::new(1, 5, ActivationFormat::E4m3) };
     sources.extend(FewTokensConfig::new(&shape, &LayerConfig { weight_on_input: true, ..config }, 4, 12));
     sources.iter().map(|config| config.source().unwrap()).collect()
+}
+
+/// Dispatch and combine: both links, every way, every type.
+fn exchange_sources() -> Vec<Source> {
+    let mut sources = Vec::new();
+    for (hidden, topk, format, input, output) in [
+        (7168, 8, ActivationFormat::E4m3, Dtype::Bf16, Dtype::Bf16),
+        (384, 1, ActivationFormat::E4m3, Dtype::F16, Dtype::F32),
+        (4112, 32, ActivationFormat::Bf16, Dtype::Bf16, Dtype::F16),
+        (272, 4, ActivationFormat::Bf16, Dtype::Bf16, Dtype::Bf16),
+    ] {
+        let (ids, weight_on_input) = (if topk == 1 { Dtype::I64 } else { Dtype::I32 }, topk == 1);
+        let config = LayerConfig { ids, input, output, weight_on_input, ..LayerConfig::new(topk, 64, format) };
+        for mapped in [true, false] {
+            for (combine, dispatch) in [(0, 0), (0, 1), (1, 1), (1, 0)] {
+                let (combine, dispatch) = (Combine::ALL[combine], Dispatch::ALL[dispatch]);
+                let placement = Placement::linear(64, 4).unwrap();
+                let parallel = ParallelConfig { placement, dispatch: Some(dispatch), combine };
+                let choice = ParallelChoice::new(hidden, &config, &parallel, 4096).unwrap();
+                sources.extend(ExpertParallelLayer::sources(&choice, &config, mapped).unwrap());
+            }
+        }
+    }
+    sources
 }
 
 /// Every tile of the grouped GEMM, which needs Hopper.
@@ -171,6 +196,11 @@ fn compile_sources(arch: &str, list: &str, sources: Vec<Source>) {
 #[test]
 fn every_kernel_compiles_for_hopper_without_spills() {
     compile_all(ARCHITECTURES[0], 1);
+}
+
+#[test]
+fn dispatch_and_combine_compile_for_hopper_without_spills() {
+    compile_sources(ARCHITECTURES[0], "exchange", exchange_sources());
 }
 
 #[test]

@@ -14,6 +14,7 @@ __all__ = [
     "SCALE_GROUPS",
     "SCALE_LAYOUTS",
     "TRACED",
+    "CudaExpertParallelLayer",
     "CudaGemm",
     "CudaLayer",
     "Gemm",
@@ -175,6 +176,47 @@ class Layer:
         """By default as many tokens at once as take some seconds; then it looks whether it has been interrupted."""
 
 @final
+class CudaExpertParallelLayer:
+    """What `expertile.torch.ExpertParallelLayer` documents."""
+
+    choice: str
+
+    def __new__(
+        cls,
+        w13: Any,
+        w2: Any,
+        w13_scale: Any | None,
+        w2_scale: Any | None,
+        placement: list[list[int]],
+        capacity: int,
+        topk: int,
+        ids: Any,
+        input: Any,
+        output: Any,
+        exchange: Any,
+        rank: int,
+        *,
+        link: str,
+        dispatch: str | None,
+        combine: str,
+        alpha: float,
+        beta: float,
+        limit: float | None,
+        weight_on_input: bool,
+        time_limit: float,
+    ) -> CudaExpertParallelLayer: ...
+    def workspace_bytes(self, capacity: int) -> int: ...
+    def run(
+        self,
+        hidden_states: Any,
+        topk_ids: Any,
+        topk_weights: Any,
+        capacity: int,
+        workspace: Any | None = None,
+        out: Any | None = None,
+    ) -> Any: ...
+    def check(self) -> None: ...
+
 class CudaLayer:
     """Weights of one layer on a GPU, used in place: see `expertile.torch.Layer`."""
 

@@ -412,7 +412,7 @@ pub(super) fn in_place(
     unsafe { Weights::from_device(format, (experts, n, k), DevicePtr::new(values), scales) }.map_err(exception)
 }
 
-fn dtype(argument: &'static str, element: Element, object: &Bound<'_, PyAny>) -> PyResult<Dtype> {
+pub(super) fn dtype(argument: &'static str, element: Element, object: &Bound<'_, PyAny>) -> PyResult<Dtype> {
     match element {
         Element::Bf16 => Ok(Dtype::Bf16),
         Element::F16 => Ok(Dtype::F16),

@@ -3,10 +3,12 @@
 //! Kept, for the life of the process: a device and its prepared steps (a kernel is compiled by the first call that
 //! needs it), and a workspace for each stream. A call that is being captured into a graph has a workspace of its own.
 
+mod expert_parallel;
 mod gemm;
 mod gpu;
 mod layer;
 
+pub(crate) use expert_parallel::CudaExpertParallelLayer;
 pub(crate) use gemm::CudaGemm;
 pub(crate) use layer::CudaLayer;
 

@@ -6,10 +6,12 @@
 mod choice;
 mod config;
 mod launch;
+mod received;
 mod run;
 
 pub(in crate::cuda) use choice::alike;
 pub use choice::{LayerChoice, LayerParts};
+pub(in crate::cuda) use received::{ReceivedCall, ReceivedEntry};
 pub use run::{CapturedLayer, Workspace};
 
 use super::activation::Activate;

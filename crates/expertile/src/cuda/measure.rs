@@ -4,11 +4,13 @@
 //! the clock's resolution is in it; its eager time is that of one call between two events, launches included.
 
 mod clock;
+mod expert_parallel;
 mod layer;
 mod matrix;
 mod steps;
 mod tiles;
 
+pub use expert_parallel::{ExpertParallelBench, ExpertParallelTimes};
 pub use layer::{HostInputs, LayerBench, LayerTimes};
 pub use matrix::matrix_flops_per_second;
 pub use steps::{Inputs, stage_times};

@@ -12,6 +12,7 @@
 //! | activation, quantized or not | [`Activate`] | `rows/activation.cu` |
 //! | unpermute | [`Unpermute`] | `rows/unpermute.cu` |
 //! | the whole layer | [`Layer`] | all of them |
+//! | the layer over several GPUs | [`ExpertParallelLayer`] | and `exchange/*.cu` |
 //!
 //! Building needs nothing of CUDA. [`Device::open`] looks for the driver and says what is missing; kernels are
 //! compiled by NVRTC (see [`Compiler`]) when a step is *prepared*, never when it runs, and kept as cubins on disk.
@@ -32,12 +33,14 @@ mod call;
 mod cost;
 mod definitions;
 mod driver;
+mod expert_parallel;
 mod few_tokens;
 mod gemm;
 mod grouped_gemm;
 mod layer;
 mod list_tiles;
 pub mod measure;
+mod nccl;
 mod permute;
 mod quantize_permute;
 mod route;
@@ -49,11 +52,15 @@ pub use call::{DeviceMatrix, LayoutPtrs, RoutingPtrs, RowsPtrs};
 pub use driver::{
     Compiler, CubinCache, Device, DeviceBuffer, DevicePtr, Graph, Info, Resources, Source, Stream, availability,
 };
+pub use expert_parallel::{
+    CapturedExpertParallelLayer, ExpertParallelCall, ExpertParallelChoice, ExpertParallelLayer, Link,
+};
 pub use few_tokens::FewTokensConfig;
 pub use gemm::{FewRowsCut, Gemm, GemmCall, GemmConfig, GemmKernel, GemmShape, ROW_TILES, RowEnds};
 pub use grouped_gemm::{GroupedGemm, GroupedGemmCall, GroupedGemmShape, expected_rows};
 pub use layer::{ALIGNMENT, CapturedLayer, Layer, LayerCall, LayerChoice, LayerParts, Workspace};
 pub use list_tiles::{Grouping, ListTiles, ListTilesCall, TileLists};
+pub use nccl::Nccl;
 pub use permute::{Permute, PermuteCall, PermuteConfig};
 pub use quantize_permute::{QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig};
 pub use route::{Route, RouteCall, RouteConfig, STATE_BYTES};

@@ -16,7 +16,7 @@ use std::sync::Arc;
 /// The single launch: one block to a multiprocessor, each of which counts all slots for itself.
 const FEW_THREADS: u32 = 1024;
 /// Slots that it takes at most.
-const FEW_SLOTS: usize = 8192;
+pub(super) const FEW_SLOTS: usize = 8192;
 /// Of them, those of the tokens whose rows a block brings: what its shared memory has room for.
 const OWN_SLOTS: usize = 4096;
 /// Values of a row that a warp takes at a time.

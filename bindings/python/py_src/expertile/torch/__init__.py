@@ -27,12 +27,14 @@ except ImportError as error:
     ) from error
 
 from ..deep_gemm_utils import check
+from .expert_parallel import ExpertParallelLayer
 from .gemm import Gemm
 from .layer import Layer
 from .layout import Layout, Permuted, Sizes, sizes
 from .ops import build_layout, permute_quantized, permute_rows, quantize_permute, unpermute
 
 __all__ = [
+    "ExpertParallelLayer",
     "Gemm",
     "Layer",
     "Layout",

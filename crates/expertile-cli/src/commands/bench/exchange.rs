@@ -1,5 +1,7 @@
 //! `expertile bench exchange`: what an exchange takes beside the layer of a rank's own experts.
 
+mod gpu;
+
 use crate::commands::options::{FormatOptions, MadeUpOptions, ReportOptions};
 use crate::error::{Error, Result};
 use crate::parts::Parts;
@@ -14,17 +16,18 @@ use expertile::{LayerConfig, MatrixRef};
 use serde::Serialize;
 use std::fmt::Write;
 
-/// Time the exchange of an expert-parallel layer beside the layer of each rank's own experts, over MPI.
+/// Time the exchange of an expert-parallel layer beside the layer of each rank's own experts: over MPI, or between GPUs.
 ///
-/// To be started by mpiexec. Weights and tokens are made up, experts are drawn evenly. Each size runs once to warm up and
+/// On CPUs, to be started by mpiexec; with --device cuda it starts a process for each of --ranks GPUs itself. Weights and tokens are made up, experts are drawn evenly. Each size runs once to warm up and
 /// then --repeat times; medians are shown. "alone" is the exchange of the same bytes, dispatch and then combine, without
 /// anything else: what the stages take beyond it is packing, and waiting for the slowest rank.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   expertile bench exchange --preset qwen3-30b-a3b --tokens 1,8,64,512
-  expertile bench exchange --dispatch routed --combine sums --json ranks.json\n
-Start it with mpiexec -n 4, say.")]
+  expertile bench exchange --dispatch routed --combine sums --json ranks.json
+  expertile bench exchange --device cuda --ranks 2 --preset deepseek-v3 --tokens 1,64,4096\n
+On CPUs, start it with mpiexec -n 4, say.")]
 pub(crate) struct Args {
     /// Numbers of tokens of each rank, separated by commas.
     #[arg(long, value_name = "M,M,...", value_delimiter = ',', default_value = "1,8,64,512")]
@@ -47,6 +50,8 @@ pub(crate) struct Args {
     /// Instruction set: portable, avx2 or avx512-bf16 [default: the best there is].
     #[arg(long, value_name = "NAME")]
     isa: Option<String>,
+    #[command(flatten)]
+    gpus: gpu::Options,
     #[command(flatten)]
     report: ReportOptions,
 }
@@ -81,6 +86,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return Err(Error::usage("--repeat is 0, expected at least 1"));
     }
     output::prepare(&[("--json", args.report.file())], args.placement.inputs().as_slice())?;
+    if args.gpus.is_asked() {
+        return gpu::run(args);
+    }
+    args.gpus.require_none()?;
     let group = args.placement.join()?;
     run_ranks(args, &group).map_err(|error| group.leave(error))
 }

@@ -9,7 +9,7 @@ mod model;
 mod report;
 
 use self::draw::draw;
-use self::model::{HOST_LINK_GBS, LATENCY_US, LINK_GBS, Links, MEMORY_GB, Model};
+use self::model::{HOST_LINK_GBS, Link, Links, MEMORY_GB, Model};
 use self::report::{Report, Row};
 use super::Args;
 use crate::error::{Error, Result};
@@ -49,13 +49,16 @@ pub(crate) struct RankOptions {
     /// How results travel: rows or sums [default: rows].
     #[arg(long, value_name = "WAY", requires = "ranks")]
     combine: Option<Combine>,
-    /// Gigabytes per second of a rank's link within a host, each way [default: 270, NCCL's between two H200s].
+    /// How GPUs reach each other: mapped, by stores into each other's memory, or nccl [default: mapped on one host].
+    #[arg(long, value_name = "NAME", requires = "ranks")]
+    link: Option<Link>,
+    /// Gigabytes per second of a rank's link within a host, each way [default: 310, mapped, or 270, nccl, on H200s].
     #[arg(long, value_name = "GB/s", requires = "ranks")]
     link_gbs: Option<f64>,
     /// The same to other hosts [default: 45, as DeepEP reports over 400 Gb/s InfiniBand].
     #[arg(long, value_name = "GB/s", requires = "ranks")]
     host_link_gbs: Option<f64>,
-    /// Microseconds of one exchange of nothing [default: 10, NCCL's in a graph between two H200s].
+    /// Microseconds of one exchange of nothing [default: 6.5, mapped, or 10, nccl, in a graph on H200s].
     #[arg(long, value_name = "US", requires = "ranks")]
     latency_us: Option<f64>,
     /// Gigabytes of memory of a rank [default: 141, an H200].
@@ -156,7 +159,13 @@ impl Question {
             let most = super::MOST_EXPERTS;
             return Err(Error::usage(format!("--redundant is {redundant}, expected at most {most}")));
         }
-        let latency = options.latency_us.unwrap_or(LATENCY_US);
+        let one_host = ranks <= per_host;
+        let link = options.link.unwrap_or(if one_host { Link::Mapped } else { Link::Nccl });
+        if link == Link::Mapped && !one_host {
+            let expected = format!("nccl for more ranks than the {per_host} of a host");
+            return Err(Error::usage(format!("--link is mapped, expected {expected}")));
+        }
+        let latency = options.latency_us.unwrap_or(link.latency_us());
         if !(latency.is_finite() && latency >= 0.0) {
             return Err(Error::usage(format!("--latency-us is {latency}, expected a number of at least 0")));
         }
@@ -167,8 +176,9 @@ impl Question {
             intermediate: args.intermediate.unwrap_or_default(),
             activations: args.activations,
             links: Links {
+                link,
                 ranks_per_host: per_host,
-                bytes_per_second: 1e9 * positive("--link-gbs", options.link_gbs, LINK_GBS)?,
+                bytes_per_second: 1e9 * positive("--link-gbs", options.link_gbs, link.gbs())?,
                 between_hosts_bytes_per_second: 1e9
                     * positive("--host-link-gbs", options.host_link_gbs, HOST_LINK_GBS)?,
                 latency_seconds: 1e-6 * latency,

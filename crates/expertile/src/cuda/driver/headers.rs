@@ -4,12 +4,13 @@
 use std::ffi::CStr;
 
 /// `(name, text)` of every header.
-pub(super) const HEADERS: [(&CStr, &str); 21] = [
+pub(super) const HEADERS: [(&CStr, &str); 23] = [
     (c"common/activation.cuh", include_str!("../kernels/common/activation.cuh")),
     (c"common/quantize.cuh", include_str!("../kernels/common/quantize.cuh")),
     (c"common/scales.cuh", include_str!("../kernels/common/scales.cuh")),
     (c"common/search.cuh", include_str!("../kernels/common/search.cuh")),
     (c"common/words.cuh", include_str!("../kernels/common/words.cuh")),
+    (c"exchange/ranks.cuh", include_str!("../kernels/exchange/ranks.cuh")),
     (c"few_tokens/consume.cuh", include_str!("../kernels/few_tokens/consume.cuh")),
     (c"few_tokens/rows.cuh", include_str!("../kernels/few_tokens/rows.cuh")),
     (c"few_tokens/slots.cuh", include_str!("../kernels/few_tokens/slots.cuh")),
@@ -21,6 +22,7 @@ pub(super) const HEADERS: [(&CStr, &str); 21] = [
     (c"gemm/tiles.cuh", include_str!("../kernels/gemm/tiles.cuh")),
     (c"ptx/access.cuh", include_str!("../kernels/ptx/access.cuh")),
     (c"ptx/convert.cuh", include_str!("../kernels/ptx/convert.cuh")),
+    (c"ptx/flags.cuh", include_str!("../kernels/ptx/flags.cuh")),
     (c"ptx/hopper.cuh", include_str!("../kernels/ptx/hopper.cuh")),
     (c"ptx/wgmma.cuh", include_str!("../kernels/ptx/wgmma.cuh")),
     (c"route/route.cuh", include_str!("../kernels/route/route.cuh")),

@@ -15,6 +15,7 @@ mod kernel;
 mod launch;
 mod memory;
 mod nvrtc;
+mod peer;
 mod resident;
 mod source;
 mod stream;
@@ -31,6 +32,7 @@ pub use stream::Stream;
 
 pub(super) use kernel::Kernel;
 pub(super) use launch::Launch;
+pub(super) use peer::{HANDLE_BYTES, PeerMemory, process_number};
 pub(super) use resident::Resident;
 pub(super) use tensor_map::TensorMap;
 

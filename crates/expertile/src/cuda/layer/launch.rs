@@ -33,9 +33,9 @@ pub(super) enum Entry {
 /// A call, checked, and where the parts of its workspace are.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::cuda) struct CheckedCall<'a> {
-    choice: LayerChoice,
-    parts: LayerParts,
-    operands: &'a LayerCall,
+    pub(super) choice: LayerChoice,
+    pub(super) parts: LayerParts,
+    pub(super) operands: &'a LayerCall,
 }
 
 impl Layer {
@@ -291,11 +291,11 @@ fn check_matrix<T>(
     Ok(())
 }
 
-fn each<K: Copy + Eq + Hash, V>(keys: &[K], prepare: impl Fn(K) -> Result<V>) -> Result<HashMap<K, V>> {
+pub(super) fn each<K: Copy + Eq + Hash, V>(keys: &[K], prepare: impl Fn(K) -> Result<V>) -> Result<HashMap<K, V>> {
     keys.iter().map(|&key| Ok((key, prepare(key)?))).collect()
 }
 
 /// What `choices` found has been prepared, and a call chooses nothing else.
-fn prepared<'a, K: Eq + Hash, V>(all: &'a HashMap<K, V>, key: &K) -> &'a V {
+pub(super) fn prepared<'a, K: Eq + Hash, V>(all: &'a HashMap<K, V>, key: &K) -> &'a V {
     all.get(key).expect("every choice of up to max_tokens tokens is prepared")
 }

@@ -6,7 +6,7 @@
 use super::{Layer, LayerCall};
 use crate::backend::{Ids, LayerInputs};
 use crate::cuda::call::{DeviceMatrix, RoutingPtrs};
-use crate::cuda::driver::{Device, DeviceBuffer, Graph, Stream};
+use crate::cuda::driver::{Device, DeviceBuffer, DevicePtr, Graph, Stream};
 use crate::cuda::route;
 use crate::dtype::Float;
 use crate::error::{Result, checked_mul};
@@ -26,6 +26,11 @@ impl Workspace {
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.memory.bytes()
+    }
+
+    /// Where it and the state of its calls are.
+    pub(in crate::cuda) fn addresses(&self) -> (DevicePtr, DevicePtr) {
+        (self.memory.ptr(), self.state.ptr())
     }
 
     /// Its memory, for inspection: [`Layer::parts`] gives addresses in it.

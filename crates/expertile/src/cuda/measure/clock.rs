@@ -105,8 +105,12 @@ impl<'a> Clock<'a> {
         Ok(seconds[REPEATS / 2])
     }
 
+    pub(super) fn device(&self) -> &Device {
+        self.device
+    }
+
     #[allow(unsafe_code)]
-    fn elapsed(&self, work: impl Fn(Stream) -> Result<()>) -> Result<f64> {
+    pub(super) fn elapsed(&self, work: impl Fn(Stream) -> Result<()>) -> Result<f64> {
         let _current = self.device.current()?;
         let mut milliseconds = 0.0;
         // SAFETY: stream and events are the clock's own and live; the pointer is valid for the call.

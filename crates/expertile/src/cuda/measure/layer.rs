@@ -146,6 +146,13 @@ impl<'a> LayerBench<'a> {
         Ok(Some((rows, row_of_slot)))
     }
 
+    /// Queues the call.
+    #[allow(unsafe_code)]
+    pub(super) fn launch(&self, stream: Stream) -> Result<()> {
+        // SAFETY: the buffers are this call's own, sized by the layer, and the caller waits before they are freed.
+        unsafe { self.layer.launch(stream, &self.call) }
+    }
+
     /// Times the call and each of its stages; the median of several.
     ///
     /// # Errors

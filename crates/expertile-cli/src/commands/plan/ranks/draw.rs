@@ -3,7 +3,7 @@
 use super::super::Args;
 use crate::error::{Error, Result};
 use crate::memory;
-use crate::preset::Random;
+use crate::preset::{Random, draw_another};
 
 /// Slots that are drawn: 4096 tokens of each of 512 ranks, with 8 experts each.
 const MOST_SLOTS: usize = 1 << 24;
@@ -36,32 +36,4 @@ pub(super) fn draw(args: &Args, [ranks, tokens, topk]: [usize; 3], experts: usiz
         }
     }
     Ok(ids)
-}
-
-/// An expert that is not among `chosen`, with a chance in proportion to its count; -1 if none is left that has one.
-/// `ends` are the counts, added up.
-fn draw_another(random: &mut Random, ends: &[u64], chosen: &[i32]) -> i32 {
-    /// Draws until one is new; where few experts have nearly all rows, that may take for ever.
-    const TRIES: usize = 32;
-    let Some(sum) = ends.last().copied().filter(|&sum| sum > 0) else { return -1 };
-    for _ in 0..TRIES {
-        let at = random.draw() % sum;
-        let expert = ends.partition_point(|&end| end <= at) as i32;
-        if !chosen.contains(&expert) {
-            return expert;
-        }
-    }
-    let count = |expert: usize| match chosen.contains(&(expert as i32)) {
-        true => 0,
-        false => ends[expert] - if expert == 0 { 0 } else { ends[expert - 1] },
-    };
-    let left: u64 = (0..ends.len()).map(count).sum();
-    let mut at = if left == 0 { return -1 } else { random.draw() % left };
-    for expert in 0..ends.len() {
-        match at.checked_sub(count(expert)) {
-            Some(rest) => at = rest,
-            None => return expert as i32,
-        }
-    }
-    -1
 }

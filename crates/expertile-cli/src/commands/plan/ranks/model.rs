@@ -5,13 +5,38 @@ use expertile::plan::tight_m_sum;
 use expertile::{ActivationFormat, Combine, Dispatch, ParallelChoice, TokenExperts};
 use serde::Serialize;
 
-/// Between two H200s of one host, each way: what NCCL 2.28.9's all-to-all makes of 18 NVLinks (59 MB in 225 us, in a
-/// graph; 2026-11-29). Stores over mapped memory reached 387.
-pub(super) const LINK_GBS: f64 = 270.0;
+/// How ranks of GPUs reach each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(in crate::commands::plan) enum Link {
+    /// Kernels store into the memory of the other GPUs of a host.
+    Mapped,
+    /// NCCL's collectives, within hosts and between them.
+    Nccl,
+}
+
+impl Link {
+    /// What a rank sends each way within a host, in GB/s. Mapped: dispatch and combine of this library on 2 and on 4
+    /// H200s of one host (benches/results/2026-11-29-h200-expert-parallel.md), the sum at home included: 300 to 334. NCCL
+    /// 2.28.9: its all-to-all between two of them (59 MB in 225 us, in a graph).
+    pub(super) fn gbs(self) -> f64 {
+        match self {
+            Self::Mapped => 310.0,
+            Self::Nccl => 270.0,
+        }
+    }
+
+    /// Microseconds of one way at one token, in a graph, on the same GPUs.
+    pub(super) fn latency_us(self) -> f64 {
+        match self {
+            Self::Mapped => 6.5,
+            Self::Nccl => 10.0,
+        }
+    }
+}
+
 /// Between hosts, for each GPU and each way: what DeepEP reports over 400 Gb/s InfiniBand (43 to 47). Not ours.
 pub(super) const HOST_LINK_GBS: f64 = 45.0;
-/// A call of NCCL's in a graph, on the same two GPUs (10.4 us at one token).
-pub(super) const LATENCY_US: f64 = 10.0;
 /// What one H200 reads, and what its matrix units do under load at 700 W: docs/performance.md.
 pub(super) const READ_BYTES_PER_SECOND: f64 = 4.43e12;
 pub(super) const E4M3_FLOPS_PER_SECOND: f64 = 1300e12;
@@ -22,6 +47,7 @@ pub(super) const MEMORY_GB: f64 = 141.0;
 /// What a way between ranks takes.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(super) struct Links {
+    pub(super) link: Link,
     pub(super) ranks_per_host: usize,
     pub(super) bytes_per_second: f64,
     pub(super) between_hosts_bytes_per_second: f64,
@@ -75,19 +101,22 @@ impl Model {
         (active * self.expert_bytes() / READ_BYTES_PER_SECOND).max(products / rate)
     }
 
-    /// Counts go before the rows where tokens are routed: one call more.
+    /// Counts go before the rows where tokens are routed, but in mapped memory: one call more.
     pub(super) fn dispatch(&self, traffic: &Traffic, dispatch: Dispatch, row_bytes: usize) -> Way {
-        let calls = if dispatch == Dispatch::Routed { 2 } else { 1 };
+        let calls = if dispatch == Dispatch::Routed && self.links.link == Link::Nccl { 2 } else { 1 };
         self.way(calls, |from, to| traffic.dispatched(dispatch, from, to).saturating_mul(row_bytes))
     }
 
     pub(super) fn combine(&self, traffic: &Traffic, combine: Combine, dispatch: Dispatch) -> Way {
         let row_bytes = self.hidden.saturating_mul(combine.value_bytes());
+        // Kernels store sums of tokens that have an expert here, and no others, however tokens came.
+        let dispatch = if self.links.link == Link::Mapped { Dispatch::Routed } else { dispatch };
         self.way(1, |from, to| traffic.combined(combine, dispatch, from, to).saturating_mul(row_bytes))
     }
 
     fn way(&self, calls: usize, bytes: impl Fn(usize, usize) -> usize) -> Way {
-        let Links { ranks_per_host, bytes_per_second, between_hosts_bytes_per_second, latency_seconds } = self.links;
+        let Links { ranks_per_host, bytes_per_second, between_hosts_bytes_per_second, latency_seconds, .. } =
+            self.links;
         // Bytes of each rank: out and in, within the host and to others.
         let mut all = vec![[0u64; 4]; self.ranks];
         for from in 0..self.ranks {
@@ -167,23 +196,28 @@ mod tests {
         (4096, 129.0, 225.0),
     ];
 
-    #[test]
-    fn a_way_takes_what_two_gpus_have_taken_within_30_percent() {
-        let model = Model {
-            ranks: 2,
-            topk: 1,
+    fn model(ranks: usize, topk: usize, link: Link) -> Model {
+        Model {
+            ranks,
+            topk,
             hidden: 7168,
             intermediate: 2048,
             activations: ActivationFormat::E4m3,
             links: Links {
+                link,
                 ranks_per_host: 8,
-                bytes_per_second: 1e9 * LINK_GBS,
+                bytes_per_second: 1e9 * link.gbs(),
                 between_hosts_bytes_per_second: 1e9 * HOST_LINK_GBS,
-                latency_seconds: 1e-6 * LATENCY_US,
+                latency_seconds: 1e-6 * link.latency_us(),
             },
             memory_bytes: 1e9 * MEMORY_GB,
             layers: 1,
-        };
+        }
+    }
+
+    #[test]
+    fn a_way_takes_what_two_gpus_have_taken_within_30_percent() {
+        let model = model(2, 1, Link::Nccl);
         let placement = Placement::linear(2, 2).unwrap();
         for (tokens, e4m3, bf16) in MEASURED {
             // Every token goes to the other rank's expert.
@@ -197,6 +231,78 @@ mod tests {
                 let ratio = 1e6 * modelled / measured;
                 assert!((0.7..1.3).contains(&ratio), "{tokens} tokens: {ratio}");
             }
+        }
+    }
+
+    /// DeepSeek-V3's layer on mapped windows, uniform routing, gather and rows: ranks, tokens of each, microseconds of
+    /// dispatch and of combine, 2026-11-29.
+    const MAPPED: [(usize, usize, f64, f64); 14] = [
+        (2, 1, 6.2, 6.8),
+        (2, 8, 6.3, 8.2),
+        (2, 64, 10.5, 20.1),
+        (2, 128, 11.0, 32.9),
+        (2, 256, 13.5, 57.3),
+        (2, 1024, 30.0, 213.8),
+        (2, 4096, 98.2, 793.3),
+        (4, 1, 6.5, 7.3),
+        (4, 8, 7.9, 9.8),
+        (4, 64, 11.6, 26.1),
+        (4, 128, 16.3, 43.3),
+        (4, 256, 24.8, 78.7),
+        (4, 1024, 75.7, 294.1),
+        (4, 4096, 279.5, 1120.9),
+    ];
+
+    fn uniform(ranks: usize, tokens: usize, experts: usize, topk: usize) -> Traffic {
+        let mut random = crate::preset::Random::new(3, [0, 0, 0]);
+        let ends: Vec<u64> = (1..=experts as u64).collect();
+        let mut ids: Vec<i32> = Vec::new();
+        for _ in 0..ranks * tokens {
+            let first = ids.len();
+            (0..topk).for_each(|_| ids.push(crate::preset::draw_another(&mut random, &ends, &ids[first..])));
+        }
+        let placement = Placement::linear(experts, ranks).unwrap();
+        let ids = MatrixRef::new(&ids[..], ranks * tokens, topk).unwrap();
+        Traffic::count(ids, &vec![tokens; ranks], &placement).unwrap()
+    }
+
+    #[test]
+    fn mapped_ways_take_what_two_and_four_gpus_have_taken_within_30_percent() {
+        for (ranks, tokens, dispatch, combine) in MAPPED {
+            let (model, traffic) = (model(ranks, 8, Link::Mapped), uniform(ranks, tokens, 256, 8));
+            let out = model.dispatch(&traffic, Dispatch::Gather, 7424);
+            let back = model.combine(&traffic, Combine::Rows, Dispatch::Gather);
+            for (modelled, measured) in [(out.seconds, dispatch), (back.seconds, combine)] {
+                let ratio = 1e6 * modelled / measured;
+                assert!((0.7..1.3).contains(&ratio), "{ranks} ranks, {tokens} tokens: {ratio}");
+            }
+        }
+    }
+
+    /// From the ranks that were measured to those that were not: rows are neither lost nor made, and bytes are those of
+    /// the formulas.
+    #[test]
+    fn eight_to_512_ranks_are_counted_like_the_two_that_were_measured() {
+        let (tokens, experts, topk) = (16, 512, 8);
+        for ranks in [2, 4, 8, 32, 128, 512] {
+            let link = if ranks <= 8 { Link::Mapped } else { Link::Nccl };
+            let (model, traffic) = (model(ranks, topk, link), uniform(ranks, tokens, experts, topk));
+            let rows: u64 = (0..ranks).map(|rank| traffic.rows(rank)).sum();
+            assert_eq!(rows, (ranks * tokens * topk) as u64);
+            let gather = model.dispatch(&traffic, Dispatch::Gather, 7424);
+            assert_eq!(gather.most_sent_bytes, ((ranks - 1) * tokens * 7424) as u64);
+            let routed = model.dispatch(&traffic, Dispatch::Routed, 7424);
+            let expected = expertile::dispatch::expected_ranks(experts, ranks, topk) * (1.0 - 1.0 / ranks as f64);
+            let of_the_mean = routed.most_sent_bytes as f64 / (tokens as f64 * 7424.0 * expected);
+            assert!((0.9..1.3).contains(&of_the_mean), "{ranks} ranks: {of_the_mean}");
+            assert!(routed.most_sent_bytes <= gather.most_sent_bytes);
+            let back = model.combine(&traffic, Combine::Rows, Dispatch::Routed);
+            let slots = (tokens * topk) as f64 * (1.0 - 1.0 / ranks as f64);
+            let (sent, received) = (back.most_sent_bytes as f64, back.most_received_bytes as f64);
+            assert!(received <= slots * 14336.0 * 1.3 && sent >= slots * 14336.0 * 0.9, "{ranks} ranks");
+            // What goes to other hosts takes longer than the same within one.
+            let between = gather.most_between_hosts_bytes as f64 / (1e9 * HOST_LINK_GBS);
+            assert!(gather.seconds >= between && (ranks > 8) == (between > 0.0));
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What `expertile plan --ranks` reports.
 
-use super::model::{BF16_FLOPS_PER_SECOND, E4M3_FLOPS_PER_SECOND, Links, READ_BYTES_PER_SECOND, Way};
+use super::model::{BF16_FLOPS_PER_SECOND, E4M3_FLOPS_PER_SECOND, Link, Links, READ_BYTES_PER_SECOND, Way};
 use crate::report::format;
 use expertile::Placement;
 use serde::Serialize;
@@ -93,11 +93,13 @@ impl Report {
             .iter()
             .map(|(name, bytes, seconds)| vec![name.clone(), format::bytes(*bytes), format::seconds(*seconds)]);
         text.push_str(&format::table(&["way, first placement", "most sent", "time"], 1, &ways.collect::<Vec<_>>()));
-        let Links { ranks_per_host, bytes_per_second, between_hosts_bytes_per_second, latency_seconds } = self.links;
+        let Links { link, ranks_per_host, bytes_per_second, between_hosts_bytes_per_second, latency_seconds } =
+            self.links;
         let _ = writeln!(
             text,
-            "modelled, of one layer: {} each way within {ranks_per_host} ranks, {} between hosts, {} a call; experts at an \
+            "modelled, of one layer, {}: {} each way within {ranks_per_host} ranks, {} between hosts, {} a call; experts at an \
              H200's {} and {} (bf16: {})",
+            if link == Link::Mapped { "mapped" } else { "NCCL" },
             format::bytes_per_second(bytes_per_second),
             format::bytes_per_second(between_hosts_bytes_per_second),
             format::seconds(latency_seconds),

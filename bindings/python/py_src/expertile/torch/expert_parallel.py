@@ -1,0 +1,133 @@
+"""The layer over the ranks of a ``torch.distributed`` group, a GPU each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import _native
+from .layer import gate_up_order, in_halves, in_place, scales_in_place
+
+
+class ExpertParallelLayer:
+    """One rank's experts of a layer, and the way to the others'. Every rank makes the same calls, with 0 tokens too.
+
+    w13, w2, w13_scale, w2_scale, gate_up, alpha, beta, limit, weight_on_input: as for ``Layer``, of the experts that
+    are on this rank, on its own Hopper GPU. placement: the global ids of each rank's experts, in the order of their
+    weights; an expert may stand on several ranks. Without it, ranks hold as many as each other, neighbouring ids
+    together. capacity: the most tokens that a rank brings to a call, the same on all ranks; topk: experts of a token.
+    dtype, ids_dtype, out_dtype: of hidden_states, topk_ids and the result.
+
+    group: the ranks, by default all of them. It is used here, and not in calls. link: ``"mapped"``, GPUs of one host
+    store into each other's memory; or ``"nccl"``. dispatch: ``"gather"`` or ``"routed"``; by default what the number of
+    ranks asks for. combine: ``"rows"``, with the bits of one GPU on any number of them, or ``"sums"``. time_limit:
+    seconds after which a rank that does not come is given up.
+
+    Raises ValueError, TypeError or RuntimeError on every rank for what is wrong on one of them.
+    """
+
+    def __init__(
+        self,
+        w13: Tensor,
+        w2: Tensor,
+        *,
+        capacity: int,
+        topk: int,
+        w13_scale: Tensor | None = None,
+        w2_scale: Tensor | None = None,
+        placement: Sequence[Sequence[int]] | None = None,
+        group: dist.ProcessGroup | None = None,
+        link: str = "mapped",
+        dispatch: str | None = None,
+        combine: str = "rows",
+        dtype: torch.dtype = torch.bfloat16,
+        ids_dtype: torch.dtype = torch.int64,
+        out_dtype: torch.dtype | None = None,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        limit: float | None = None,
+        weight_on_input: bool = False,
+        gate_up: str = "halves",
+        time_limit: float = 60.0,
+    ) -> None:
+        gate_up_order(gate_up)
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        w13, w2 = in_place("w13", in_halves("w13", w13, gate_up)), in_place("w2", w2)
+        if placement is None:
+            each = w13.shape[0]
+            placement = [range(other * each, (other + 1) * each) for other in range(ranks)]
+
+        def exchange(send: list[bytes]) -> list[bytes]:
+            came: list[Any] = [None] * ranks
+            dist.all_gather_object(came, send, group)
+            return [to_each[rank] for to_each in came]
+
+        self._native = _native.CudaExpertParallelLayer(
+            w13,
+            w2,
+            scales_in_place("w13_scale", w13_scale),
+            scales_in_place("w2_scale", w2_scale),
+            [list(experts) for experts in placement],
+            capacity,
+            topk,
+            ids_dtype,
+            dtype,
+            out_dtype or dtype,
+            exchange,
+            rank,
+            link=link,
+            dispatch=dispatch,
+            combine=combine,
+            alpha=alpha,
+            beta=beta,
+            limit=limit,
+            weight_on_input=weight_on_input,
+            time_limit=time_limit,
+        )
+        self._capacity = capacity
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that a rank brings to a call."""
+        return self._capacity
+
+    @property
+    def choice(self) -> str:
+        """What a call does, in words."""
+        return self._native.choice
+
+    def workspace_bytes(self, capacity: int | None = None) -> int:
+        """Bytes of uint8 workspace that a call of that capacity needs."""
+        return self._native.workspace_bytes(self._capacity if capacity is None else capacity)
+
+    def check(self) -> None:
+        """Waits for the current stream, and raises what calls found wrong since the last time, the same on every rank.
+
+        ValueError for ids that are no expert's (their slots counted as empty) and for capacities that differ;
+        RuntimeError for a rank that did not come, after which the layer is of no use any more.
+        """
+        self._native.check()
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        capacity: int | None = None,
+        workspace: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """This rank's hidden_states ``[M, H]`` with global topk_ids ``[M, topk]`` to ``[M, H]``, on the current stream.
+
+        capacity: the most tokens that any rank brings to this call, the same number on all of them; that of the layer,
+        if not given. A call costs what this asks for. It can be captured in a CUDA graph, which every rank replays.
+
+        Raises ValueError or TypeError for what does not fit, on this rank alone: the others then find it absent.
+        """
+        capacity = self._capacity if capacity is None else capacity
+        return self._native.run(hidden_states, topk_ids, topk_weights, capacity, workspace, out)

@@ -1,0 +1,106 @@
+"""The layer over the GPUs of this machine, a process each, beside one GPU with all experts.
+
+    python expert_parallel_ranks.py --ranks 2
+
+Started by test_gpu_expert_parallel.py, and by hand.
+"""
+
+import argparse
+import socket
+import warnings
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import expertile.torch as et
+from on_gpu import captured
+
+
+def weights(experts, hidden, intermediate, form):
+    """w13 and w2 with their scales, the same on every rank."""
+    generator = torch.Generator().manual_seed(3)
+    w13 = torch.randn(experts, 2 * intermediate, hidden, generator=generator) / hidden**0.5
+    w2 = torch.randn(experts, hidden, intermediate, generator=generator) / intermediate**0.5
+    if form == "bf16":
+        return {"w13": w13.bfloat16(), "w2": w2.bfloat16()}
+    scales = [torch.rand(x.shape[0], x.shape[1] // 128, x.shape[2] // 128, generator=generator) for x in (w13, w2)]
+    w13, w2 = ((x * 40).clamp(-448, 448).to(torch.float8_e4m3fn) for x in (w13, w2))
+    return {"w13": w13, "w2": w2, "w13_scale": scales[0] * 0.02, "w2_scale": scales[1] * 0.02}
+
+
+def compare(rank, ranks, form, link, combine):
+    """Bits of one GPU, eager and in a graph; and a bad id, which every rank is told of."""
+    experts, topk, hidden, intermediate, capacity = 4 * ranks, 2, 512, 256, 40
+    parts = {name: x.cuda() for name, x in weights(experts, hidden, intermediate, form).items()}
+    mine = slice(rank * 4, rank * 4 + 4)
+    layer = et.ExpertParallelLayer(
+        **{name: x[mine] for name, x in parts.items()},
+        capacity=capacity,
+        topk=topk,
+        link=link,
+        combine=combine,
+        time_limit=20,
+    )
+    whole = et.Layer(**parts)
+    whole.prepare(ranks * capacity, topk, ids_dtype=torch.int64)
+    generator = torch.Generator().manual_seed(5)
+    for tokens in (1, 7, 40):
+        x = torch.randn(ranks * tokens, hidden, generator=generator).bfloat16().cuda()
+        ids = torch.rand(ranks * tokens, experts, generator=generator).topk(topk).indices.cuda()
+        router = torch.rand(ranks * tokens, topk, generator=generator).cuda()
+        own = slice(rank * tokens, (rank + 1) * tokens)
+        # The last rank brings none: a call like any other.
+        none = tokens == 7 and rank == ranks - 1
+        if tokens == 7:
+            ids[(ranks - 1) * tokens :] = -1
+        brought = slice(own.start, own.start) if none else own
+        call = (x[brought], ids[brought], router[brought])
+        found = layer(*call, capacity=tokens)
+        expected = whole(x, ids, router)[brought]
+        same = torch.equal if combine == "rows" else lambda a, b: torch.allclose(a, b, rtol=0.02, atol=0.02)
+        assert same(found, expected), (form, link, combine, tokens)
+        graph, result = captured(lambda call=call, tokens=tokens: layer(*call, capacity=tokens))
+        graph.replay()
+        assert torch.equal(result, found), (form, link, combine, tokens)
+        layer.check()
+    if rank == ranks - 1:
+        ids[-1, 0] = experts
+    layer(x[own], ids[own], router[own])
+    try:
+        layer.check()
+    except ValueError as error:
+        assert f"on rank {ranks - 1}: topk_ids[39, 0] is {experts}" in str(error), error
+    else:
+        raise AssertionError("a bad id was not told")
+    layer.check()
+
+
+def run(rank, ranks, port):
+    """One rank."""
+    warnings.simplefilter("error")
+    torch.cuda.set_device(rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    for form in ("e4m3", "bf16"):
+        for link in ("mapped", "nccl"):
+            for combine in ("rows", "sums"):
+                compare(rank, ranks, form, link, combine)
+    if rank == 0:
+        print(f"{ranks} ranks: the bits of one GPU")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main():
+    """Starts the ranks."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, default=2)
+    ranks = parser.parse_args().ranks
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(run, args=(ranks, port), nprocs=ranks)
+
+
+if __name__ == "__main__":
+    main()

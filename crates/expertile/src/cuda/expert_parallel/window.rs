@@ -1,0 +1,91 @@
+//! A rank's window: the memory that other ranks store into, or that a library fills for them.
+
+use crate::combine::Combine;
+use crate::cuda::quantize_permute;
+use crate::dispatch::TokenRow;
+use crate::error::{Result, checked_add, checked_mul};
+use crate::expert_parallel::ParallelChoice;
+use crate::gemm::ActivationFormat;
+use crate::layer::LayerConfig;
+
+/// The kernels' `FLAG_STRIDE`, in bytes.
+const FLAG_BYTES: usize = 128;
+/// The kernels' `Header`.
+pub(super) const HEADER_BYTES: usize = 32;
+const PART_BYTES: usize = 256;
+const ALLOCATION: usize = 2 << 20;
+
+/// Where the parts of a window start. The same on all ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct WindowParts {
+    pub(super) headers: usize,
+    /// `[R * C]` tokens' rows.
+    pub(super) rows: usize,
+    /// What comes home.
+    pub(super) returned: usize,
+    /// What goes to other ranks, where a library takes it.
+    pub(super) outgoing: usize,
+    pub(super) bytes: usize,
+}
+
+impl WindowParts {
+    pub(super) fn new(choice: &ParallelChoice, plain: Option<&PlainTokens>, mapped: bool) -> Result<Self> {
+        let what = "bytes of a window";
+        let (ranks, capacity) = (choice.ranks, choice.capacity);
+        let next = |start: usize, bytes: usize| {
+            Ok::<_, crate::Error>(
+                checked_add(what, checked_add(what, start, bytes)?, PART_BYTES - 1)? / PART_BYTES * PART_BYTES,
+            )
+        };
+        let headers = 2 * ranks * FLAG_BYTES;
+        let rows = next(headers, ranks * HEADER_BYTES)?;
+        let tokens = checked_mul(what, ranks, capacity)?;
+        let plain = plain.map_or(0, |plain| ranks * plain.most_tokens * plain.row.bytes());
+        let returned = next(rows, checked_mul(what, tokens, choice.token_row.bytes())?.max(plain))?;
+        let of_a_rank = checked_mul(what, capacity, token_bytes(choice)?)?;
+        let from_all = checked_mul(what, ranks, of_a_rank)?;
+        // Rows that are stored straight into their places need no room for each rank.
+        let outgoing = next(returned, if mapped && choice.combine == Combine::Rows { of_a_rank } else { from_all })?;
+        let end = if mapped { outgoing } else { next(outgoing, from_all)? };
+        // An allocation of its own for the driver: smaller ones may share what another process opens.
+        let bytes = checked_add(what, end, ALLOCATION - 1)? / ALLOCATION * ALLOCATION;
+        Ok(Self { headers, rows, returned, outgoing, bytes })
+    }
+}
+
+/// Tokens that travel as they are, though GEMM 1 reads e4m3: where they are few, they take longer to be quantized here
+/// and permuted there, in launches of their own, than twice their bytes take on their way. Quantizing is per row, so
+/// their values are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct PlainTokens {
+    pub(super) row: TokenRow,
+    /// Of a rank, at most.
+    pub(super) most_tokens: usize,
+}
+
+impl PlainTokens {
+    /// Bytes more that a rank sends, at most: what an H200's links take in about the time of a launch.
+    const MORE_BYTES: usize = 512 << 10;
+
+    /// None where rows are bf16 anyway, or weighted before they are quantized.
+    pub(super) fn new(choice: &ParallelChoice, config: &LayerConfig) -> Result<Option<Self>> {
+        let row = choice.token_row;
+        if row.activation_format() == ActivationFormat::Bf16 || config.weight_on_input {
+            return Ok(None);
+        }
+        let of_slots = quantize_permute::FEW_SLOTS / choice.ranks / row.topk();
+        let of_bytes = Self::MORE_BYTES / row.hidden() / (choice.ranks - 1).max(1);
+        let most_tokens = choice.capacity.min(of_slots).min(of_bytes);
+        let plain = TokenRow::new(row.hidden(), row.topk(), ActivationFormat::Bf16, !row.weights().is_empty())?;
+        Ok((most_tokens > 0).then_some(Self { row: plain, most_tokens }))
+    }
+}
+
+/// Bytes that come home of a token, from each rank.
+pub(super) fn token_bytes(choice: &ParallelChoice) -> Result<usize> {
+    let rows = match choice.combine {
+        Combine::Rows => choice.token_row.topk(),
+        Combine::Sums => 1,
+    };
+    checked_mul("bytes of a token's results", rows, choice.combine_row_bytes)
+}
