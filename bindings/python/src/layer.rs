@@ -9,7 +9,7 @@ use crate::pool::{cpu, work};
 use expertile::cpu::{Layer, PackedWeights, PackedWeightsBuilder};
 use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
 use expertile::quantize::ue8m0_value;
-use expertile::{Activation, ActivationFormat, E4m3, Float, GateUpOrder, LayerConfig, MatrixRef, Routing};
+use expertile::{Activation, ActivationFormat, E4m3, Float, GateUpOrder, LayerConfig, MatrixRef, Routing, mxfp4};
 use half::{bf16, f16};
 use pyo3::prelude::*;
 use std::borrow::Cow;
@@ -107,11 +107,11 @@ impl PyLayer {
         let (packed13, packed2) = (self.0.w13(), self.0.w2());
         let targets = [(packed13, &w13), (packed2, &w2)];
         for (packed, out) in targets {
-            out.require_shape(&[packed.experts(), packed.n(), packed.k()])?;
+            out.require_shape(&[packed.experts(), packed.n(), width_of(packed)])?;
             match packed.format() {
                 WeightFormat::Bf16 => out.require_dtype::<bf16>()?,
                 WeightFormat::E4m3 => out.require_dtype::<E4m3>()?,
-                WeightFormat::Mxfp4 => unreachable!("no layer is made of it here"),
+                WeightFormat::Mxfp4 => out.require_dtype::<u8>()?,
             }
             out.require_contiguous()?;
         }
@@ -128,7 +128,14 @@ impl PyLayer {
                             packed.unpack_e4m3_rows(&cpu()?, expert, first_row, out).map_err(exception)
                         })
                     }
-                    WeightFormat::Mxfp4 => unreachable!("no layer is made of it here"),
+                    WeightFormat::Mxfp4 => {
+                        unpack(py, packed, order, out.contiguous_mut(apart)?, |expert, first_row, out| {
+                            let rows = out.len() / width_of(packed);
+                            let mut scales = limits::vec("scales", rows * (packed.k() / mxfp4::GROUP))?;
+                            scales.resize(rows * (packed.k() / mxfp4::GROUP), 0);
+                            packed.unpack_mxfp4_rows(&cpu()?, expert, first_row, out, &mut scales).map_err(exception)
+                        })
+                    }
                 },
             );
         written(py, &[&w13, &w2])?;
@@ -203,6 +210,11 @@ fn gate_up_order(name: &str) -> PyResult<GateUpOrder> {
     }
 }
 
+/// Elements of a row as tensors hold it: two values to a byte for mxfp4.
+fn width_of(packed: &PackedWeights) -> usize {
+    if packed.format() == WeightFormat::Mxfp4 { packed.k() / 2 } else { packed.k() }
+}
+
 /// Writes all rows of every expert, in the order in which rows of `segments` are to stand; `rows(expert, first row, out)`
 /// unpacks some. It looks between two experts whether it has been interrupted.
 fn unpack<T: Copy + Send>(
@@ -212,7 +224,7 @@ fn unpack<T: Copy + Send>(
     out: &mut [T],
     rows: impl Fn(usize, usize, &mut [T]) -> PyResult<()> + Sync,
 ) -> PyResult<()> {
-    let (n, k) = (packed.n(), packed.k());
+    let (n, k) = (packed.n(), width_of(packed));
     for (expert, out) in out.chunks_exact_mut(n * k).enumerate() {
         work(py, || {
             if segments == 1 || order == GateUpOrder::Halves {
@@ -248,7 +260,8 @@ fn bias(name: &'static str, bias: Option<&Bound<'_, PyAny>>, shape: &[usize]) ->
 
 /// Packs `[E, N, K]` in one segment, or two (gate and up): bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K /
 /// 128)]`; for gate and up, `N = 2 I`, there are `ceil(I / 128)` row blocks for each of the two, gate's first whatever
-/// the order of the rows. Weights may have any strides.
+/// the order of the rows. Or MXFP4 blocks `[E, N, K / 2]`, uint8, with scales `[E, N, K / 32]`. Weights may have any
+/// strides.
 pub(crate) fn pack(
     py: Python<'_>,
     (name, weights): (&'static str, &Bound<'_, PyAny>),
@@ -289,7 +302,24 @@ pub(crate) fn pack(
             let expected = format!("block scales for float8_e4m3fn {name}");
             Err(Wrong::new(scale_name, "is None", Actual::Nothing, expected).value())
         }
-        _ => Err(weights.dtype_error("bfloat16 or float8_e4m3fn")),
+        (Element::U8, Some(scale)) => {
+            let (stack, width) = (Stack { k: 2 * k, ..stack }, k);
+            let groups = mxfp4::groups(2 * k).map_err(exception)?;
+            scale.require_shape(&[experts, n, groups])?;
+            if !matches!(scale.element(), Element::U8 | Element::E8m0) {
+                return Err(scale.dtype_error("uint8 or float8_e8m0fnu"));
+            }
+            let (weights, scales) = (weights.stack::<u8>()?, scale.stack::<u8>()?);
+            stack.pack(py, WeightFormat::Mxfp4, |builder, part| {
+                let (blocks, scales) = (part.matrix_of(weights, width)?, part.matrix_of(scales, groups)?);
+                builder.add_mxfp4_rows(part.expert, part.first_row, blocks, scales)
+            })
+        }
+        (Element::U8, None) => {
+            let expected = format!("scales for the uint8 blocks of {name}");
+            Err(Wrong::new(scale_name, "is None", Actual::Nothing, expected).value())
+        }
+        _ => Err(weights.dtype_error("bfloat16, float8_e4m3fn or uint8")),
     }
 }
 
@@ -345,15 +375,24 @@ impl Stack {
 
 impl Part {
     /// Its rows, of the weights of all experts.
-    fn matrix<T: Copy>(self, (weights, strides): (&[T], [usize; 3])) -> expertile::Result<MatrixRef<'_, T>> {
-        let Stack { segment, k, order, .. } = self.stack;
+    fn matrix<T: Copy>(self, weights: (&[T], [usize; 3])) -> expertile::Result<MatrixRef<'_, T>> {
+        self.matrix_of(weights, self.stack.k)
+    }
+
+    /// The same, of rows of so many elements.
+    fn matrix_of<T: Copy>(
+        self,
+        (weights, strides): (&[T], [usize; 3]),
+        width: usize,
+    ) -> expertile::Result<MatrixRef<'_, T>> {
+        let Stack { segment, order, .. } = self.stack;
         let [of_expert, of_row, of_column] = strides;
         let (row, step) = match order {
             GateUpOrder::Halves => (self.first_row, 1),
             GateUpOrder::Interleaved => (self.first_row % segment * 2 + self.first_row / segment, 2),
         };
         let start = self.expert * of_expert + row * of_row;
-        MatrixRef::with_strides(&weights[start..], self.rows, k, step * of_row, of_column)
+        MatrixRef::with_strides(&weights[start..], self.rows, width, step * of_row, of_column)
     }
 
     /// Its block scales, of those of all experts: each segment's row blocks are its own.

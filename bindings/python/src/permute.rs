@@ -164,7 +164,7 @@ pub(crate) fn permute_rows<'py>(
     Ok((out.into_object(), target.made()))
 }
 
-/// e4m3 `x [M, H]` and its scales `[M, H / group]` to `out [M_sum, H]` and `scales`.
+/// e4m3 `x [M, H]` and its scales `[M, ceil(H / group)]` to `out [M_sum, H]` and `scales`.
 #[pyfunction]
 #[pyo3(signature = (
     x, x_scales, topk_ids, expert_map, local_experts, alignment, m_sum, expert_num_tokens, group,

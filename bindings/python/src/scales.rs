@@ -66,7 +66,7 @@ pub(crate) fn scale_memory<'a>(scales: &'a Array<'_>, format: ScaleFormat, apart
     }
 }
 
-/// Fails unless rows quantized by others have scales `[M, H / group]` of the type that the format takes.
+/// Fails unless rows quantized by others have scales `[M, ceil(H / group)]` of the type that the format takes.
 pub(crate) fn require_row_scales(x: &Array<'_>, x_scales: &Array<'_>, format: ScaleFormat) -> PyResult<()> {
     let (tokens, hidden) = x.matrix_shape("[M, H]")?;
     let (element, expected) = match format.layout() {

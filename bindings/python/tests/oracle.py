@@ -88,15 +88,18 @@ def to_e4m3(x):
 
 
 def quantize(x, group, power_of_two):
-    """float32 [M, H] to e4m3 bytes and float32 scales [M, H / group]."""
+    """float32 [M, H] to e4m3 bytes and float32 scales [M, ceil(H / group)]; the last group is what is left."""
     tokens, hidden = x.shape
-    grouped = x.astype(np.float32).reshape(tokens, hidden // group, group)
+    groups = -(-hidden // group)
+    whole = np.zeros((tokens, groups * group), dtype=np.float32)
+    whole[:, :hidden] = x
+    grouped = whole.reshape(tokens, groups, group)
     amax = np.maximum(np.abs(grouped).max(axis=2), np.float32(1e-10))
     scales = amax * np.float32(1 / 448)
     if power_of_two:
         scales = np.exp2(np.ceil(np.log2(scales.astype(np.float64)))).astype(np.float32)
     scaled = grouped / scales[:, :, None]
-    return to_e4m3(scaled).reshape(tokens, hidden), scales
+    return to_e4m3(scaled).reshape(tokens, groups * group)[:, :hidden], scales
 
 
 def unpermute(rows, ids, weights, inv_perm, expert_map=None):

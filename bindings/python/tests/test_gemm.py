@@ -207,7 +207,7 @@ def test_weights_that_do_not_fit_are_refused():
         (ValueError, (e4m3, None), "weight_scale is None, expected block scales for float8_e4m3fn weights"),
         (ValueError, (e4m3, scale[:1]), "weight_scale has shape [1, 1, 2], expected [2, 1, 2]"),
         (ValueError, (bf16[0], None), "weights has shape [16, 32], expected [E, N, K]"),
-        (TypeError, (bf16.float(), None), "weights has dtype torch.float32, expected bfloat16 or float8_e4m3fn"),
+        (TypeError, (bf16.float(), None), "weights has dtype torch.float32, expected bfloat16, float8_e4m3fn or uint8"),
         (ValueError, (bf16[:0], None), "experts is 0"),
         (TypeError, (None, None), "weights is a"),
     ]

@@ -29,7 +29,7 @@ def routing(seed, tokens, topk, experts):
     st.integers(1, 4),
     st.sampled_from([4, 9]),
     st.sampled_from([1, 4, 128]),
-    st.sampled_from([128, 384, 2880]),
+    st.sampled_from([128, 384, 2880, 160]),
     st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     st.sampled_from(["row_major", "mn_major", "packed_ue8m0"]),
     st.sampled_from([32, 128]),
@@ -42,7 +42,8 @@ def test_quantize_permute_is_the_definition_byte_for_byte(
     ids, _, generator = routing(tokens, tokens, topk, experts)
     x = (torch.randn(hidden, tokens, generator=generator) * 3).to(dtype).t()
     options = {"alignment": alignment, "group": group, "scale_layout": scale_layout, "zero_padding": zero_padding}
-    if hidden % group:
+    # Groups of 128, of which the last may be half of one.
+    if hidden % {32: 32, 128: 64}[group]:
         with pytest.raises(ValueError, match=f"hidden is {hidden}"):
             et.quantize_permute(x, ids, experts, **options)
         return
@@ -499,3 +500,60 @@ def test_a_layer_of_a_state_dict_is_the_layer_of_its_stacks():
             et.Layer.from_state_dict(state, "p.")
     with pytest.raises(ValueError, match=r"experts are none, expected matrices named like q\.0\.gate_proj\.weight"):
         et.Layer.from_state_dict(state, "q.")
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def mxfp4_weights(generator, rows, cols):
+    """Blocks, scales, and what they stand for."""
+    blocks = torch.randint(0, 256, (3, rows, cols // 32, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(122, 126, (3, rows, cols // 32), generator=generator, dtype=torch.uint8)
+    nibbles = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
+    return blocks, scales, (E2M1[nibbles.long()] * torch.exp2(scales.float() - 127).unsqueeze(-1)).flatten(2)
+
+
+@pytest.mark.parametrize("activations", ["bf16", "e4m3"])
+def test_mxfp4_weights_say_what_they_stand_for(activations):
+    generator = torch.Generator().manual_seed(7)
+    (w13, s13, wide13), (w2, s2, wide2) = mxfp4_weights(generator, 128, 192), mxfp4_weights(generator, 192, 64)
+    ids, weights, generator = routing(9, 40, 2, 3)
+    x = torch.randn(40, 192, generator=generator).to(torch.bfloat16)
+    layer = et.Layer(w13, w2, w13_scale=s13, w2_scale=s2, activations=activations)
+    assert (layer.hidden, layer.intermediate) == (192, 64)
+    out = layer(x, ids, weights, dtype=torch.float32).double()
+    expected = layer_by_definition(x, ids, weights, wide13, wide2)
+    assert 1 - 2 * (out * expected).sum() / (out**2 + expected**2).sum() < (2e-5 if activations == "bf16" else 2e-3)
+
+    def alternating(x):
+        return torch.stack(x.chunk(2, dim=1), dim=2).flatten(1, 2)
+
+    flat, scales = w13.flatten(2), s13.view(torch.float8_e8m0fnu)
+    for options in (
+        {"w13": flat, "w13_scale": scales},
+        {"w13": alternating(w13), "w13_scale": alternating(s13), "gate_up": "interleaved"},
+        {"w13": flat.mT.contiguous().mT, "w13_scale": s13.mT.contiguous().mT},
+    ):
+        other = et.Layer(**options, w2=w2.flatten(2), w2_scale=s2, activations=activations)
+        assert torch.equal(other(x, ids, weights, dtype=torch.float32).double(), out)
+        order = options.get("gate_up", "halves")
+        found, down = other.unpack(gate_up=order)
+        assert torch.equal(found, options["w13"].flatten(2)) and torch.equal(down, w2.flatten(2))
+
+
+def test_mxfp4_weights_that_do_not_fit_are_refused():
+    generator = torch.Generator().manual_seed(7)
+    (w13, s13, _), (w2, s2, _) = mxfp4_weights(generator, 128, 192), mxfp4_weights(generator, 192, 64)
+    nan = s2.clone()
+    nan[2, 191, 1] = 255
+    cases = [
+        ({"w13": w13[..., :8]}, r"w13 has shape \[3, 128, 6, 8\], expected \[E, N, K / 32, 16\]"),
+        ({"w13_scale": None}, "w13_scale is None, expected scales for the uint8 blocks of w13"),
+        ({"w13_scale": s13[:, :, :5]}, r"w13_scale has shape \[3, 128, 5\], expected \[3, 128, 6\]"),
+        ({"w2_scale": s2.float()}, "w2_scale has dtype torch.float32, expected uint8 or float8_e8m0fnu"),
+        ({"w2": w2.flatten(2)[..., :24]}, "k is 48, expected a positive multiple of 32"),
+        ({"w2_scale": nan}, "scales is 255, expected at most 254, as 255 is NaN: that of row 191, group 1"),
+    ]
+    for changed, message in cases:
+        with pytest.raises((TypeError, ValueError), match=message):
+            et.Layer(**{"w13": w13, "w2": w2, "w13_scale": s13, "w2_scale": s2, **changed})

@@ -1,4 +1,4 @@
-"""FP8 (e4m3) and MXFP4 as published checkpoints hold them: quantized weights with their scales, and what those stand for."""
+"""FP8 (e4m3) and MXFP4 as published checkpoints hold them: quantized weights, their scales, and what both stand for."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 //! Times an expert layer in ggml on the CPU, as llama.cpp builds it, and prints JSON.
 //!
 //! Two `ggml_mul_mat_id` (gate and up merged, then down) with `ggml_swiglu` between them, weights and sum after, f32
-//! activations as ggml wants them, weights in bf16 and in q8_0. Weights, tokens and routing are random; the routing of
+//! activations as ggml wants them, weights in bf16, q8_0 and MXFP4. Weights, tokens and routing are random; the routing of
 //! a size stays the same over its repeats. Before it is timed, the layer's first columns are compared with plain
 //! loops.
 //!
@@ -214,7 +214,13 @@ fn main() {
     let w13 = unit_weights(&mut random, [1, 2 * INTERMEDIATE, HIDDEN], to_bf16);
     let w2 = unit_weights(&mut random, [1, HIDDEN, INTERMEDIATE], to_bf16);
     let mut sizes: Vec<String> = arguments.tokens.iter().map(|tokens| format!("\"tokens\": {tokens}")).collect();
-    for (name, kind, tolerance) in [("bf16", ggml::GGML_TYPE_BF16, 0.03), ("q8_0", ggml::GGML_TYPE_Q8_0, 0.06)] {
+    // Four bits round by an eighth of a value, and a layer multiplies three of them.
+    let kinds = [
+        ("bf16", ggml::GGML_TYPE_BF16, 0.03),
+        ("q8_0", ggml::GGML_TYPE_Q8_0, 0.06),
+        ("mxfp4", ggml::GGML_TYPE_MXFP4, 0.4),
+    ];
+    for (name, kind, tolerance) in kinds {
         let context = Context::new((64 << 20) + EXPERTS * 2 * (w13.len() + w2.len()));
         let packed =
             Weights { w13: weights(&context, kind, &w13, 2 * INTERMEDIATE), w2: weights(&context, kind, &w2, HIDDEN) };

@@ -51,7 +51,8 @@ def total_len(experts: Any, rows: Any, slots: Any, alignment: Any) -> Any:
 def scale_shape(m_sum: Any, hidden: Any, scale_layout: str, group: int) -> tuple[Any, str, Pair, Pair]:
     """Words, dtype, shape and strides of scales; ``_native.scale_matrix`` for numbers that may not be known yet."""
     dtype, groups_per_word, multiple = _native.SCALE_LAYOUTS[scale_layout]
-    columns = (hidden // group + groups_per_word - 1) // groups_per_word
+    groups = (hidden + group - 1) // group
+    columns = (groups + groups_per_word - 1) // groups_per_word
     if multiple is None:
         return columns * m_sum, dtype, (m_sum, columns), (columns, 1)
     stride = (m_sum + multiple - 1) // multiple * multiple

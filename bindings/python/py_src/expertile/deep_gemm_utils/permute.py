@@ -254,7 +254,7 @@ def _permute(
         else:
             # Wider rows cannot be e4m3; they are moved as they are, and so are their scales. The scales first, and not
             # yet to their place: the rows, written last, may still be refused.
-            groups = out.shape[1] // group
+            groups = -(-out.shape[1] // group)
             _arrays.require_shape("x_scales", x_scale, (tokens, groups))
             expected = "uint8" if scale_layout == "packed_ue8m0" else "float32"
             if _arrays.dtype_name(x_scale) != expected:

@@ -11,7 +11,7 @@ Shapes: ``M`` tokens, ``H`` values each, ``topk`` slots, ``E`` local experts, ``
 - ``expert_map``: int32 ``[G]``, global id to local, negative for an expert of another rank. Without it ids are local.
 - ``m_sum``: rows of the permuted buffer, a multiple of the alignment; by default the tight bound, the most that any
   routing can need (with ``distinct=False``: even if a token names an expert twice).
-- ``scale_layout``: ``"row_major"`` (float32 ``[M_sum, H / group]``), ``"mn_major"`` (the same with strides
+- ``scale_layout``: ``"row_major"`` (float32 ``[M_sum, ceil(H / group)]``), ``"mn_major"`` (the same with strides
   ``(1, round_up(M_sum, 4))``, as TMA loads want it) or ``"packed_ue8m0"`` (int32 ``[M_sum, ceil(H / group / 4)]``,
   strides as before, byte ``j`` of word ``p`` the exponent of group ``4 p + j``).
 """

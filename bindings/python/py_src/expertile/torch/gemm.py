@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _native
 from ._dispatch import call, gemms, unwatched
-from .layer import in_place, scales_in_place
+from .layer import flat_blocks, in_place, scales_in_place
 from .layout import empty, matrix
 
 
@@ -19,7 +19,8 @@ class Gemm:
     """Rows times the weights of their experts: ``out[r] = weights[expert of r] @ rows[r]``, in bfloat16.
 
     weights: ``[E, N, K]``, bfloat16, or float8_e4m3fn with block scales: weight_scale float32 ``[E, ceil(N / 128),
-    ceil(K / 128)]`` (or bfloat16, float16 or float8_e8m0fnu, which are widened exactly).
+    ceil(K / 128)]`` (or bfloat16, float16 or float8_e8m0fnu, which are widened exactly). On the CPU also MXFP4: uint8
+    ``[E, N, K / 2]`` or ``[E, N, K / 32, 16]`` with uint8 or float8_e8m0fnu scales ``[E, N, K / 32]``.
 
     On the CPU, weights are packed, once, into memory of the object's own. On a Hopper GPU they are used where they are,
     and the object keeps them alive; what cannot be used so is copied once, with a warning. The object has to live as
@@ -38,7 +39,7 @@ class Gemm:
             self._weight_scale = scales_in_place("weight_scale", weight_scale)
             self._native = _native.CudaGemm(self._weights)
         else:
-            self._native = _native.Gemm(weights, weight_scale)
+            self._native = _native.Gemm(flat_blocks("weights", weights), weight_scale)
         self._device = weights.device if isinstance(weights, Tensor) else torch.device("cpu")
         # Operators take numbers and tensors: an object is passed to its operator by number.
         self._number = next(Gemm._numbers)

@@ -16,13 +16,19 @@ from ._dispatch import call, layers, unwatched
 from .layout import empty, matrix, require_tensor
 from .state_dict import stacked
 
+BLOCK_BYTES = 16
+"""Bytes of 32 MXFP4 values."""
+
 
 class Layer:
     """The expert half of a layer: permute, GEMM 1, activation, GEMM 2, unpermute. On the CPU, or on a Hopper GPU.
 
-    w13: ``[E, 2 I, H]``, gate rows first; w2: ``[E, H, I]``. Both bfloat16, or both float8_e4m3fn with block scales:
+    w13: ``[E, 2 I, H]``, gate rows first; w2: ``[E, H, I]``. Both bfloat16; or both float8_e4m3fn with block scales:
     w13_scale ``[E, 2 ceil(I / 128), ceil(H / 128)]``, gate's row blocks, then up's; w2_scale ``[E, ceil(H / 128),
-    ceil(I / 128)]``. Scales are float32, or bfloat16, float16 or float8_e8m0fnu, which are widened exactly.
+    ceil(I / 128)]``. Scales are float32, or bfloat16, float16 or float8_e8m0fnu, which are widened exactly. Or, on the
+    CPU, both MXFP4 as checkpoints hold it: uint8 blocks ``[E, 2 I, H / 32, 16]`` or ``[E, 2 I, H / 2]``, the even value
+    in the low nibble, with uint8 or float8_e8m0fnu scales w13_scale ``[E, 2 I, H / 32]``, in the order of the rows; w2
+    and w2_scale likewise.
 
     On the CPU, weights are packed, once, from any strides into memory of the layer's own; ``unpack`` gives them back.
     On a GPU they are used where they are, and the layer keeps them alive; what cannot be used so (scales that are not
@@ -32,7 +38,8 @@ class Layer:
     gate_up: ``"halves"``, gate's rows and then up's, or ``"interleaved"``, gate's first, up's first, gate's second and
     so on. w13_bias is in the same order; the row blocks of w13_scale are gate's, then up's, in either.
 
-    activations: ``"bf16"``, or ``"e4m3"`` to quantize them (needs e4m3 weights, and 128 to divide H and I). Without it
+    activations: ``"bf16"``, or ``"e4m3"`` to quantize them (needs e4m3 or MXFP4 weights, and 64 to divide H and I, on
+    a GPU 128). Without it
     ``"bf16"`` on the CPU, and the weights' own format on a GPU, which has no other.
     activation: ``"swiglu"``; on the CPU also ``"geglu_tanh"`` (the tanh form of GELU), or ``"relu2"`` (``max(x, 0)^2``,
     without a gate: w13 is ``[E, I, H]``). w13_bias ``[E, 2 I]``, w2_bias ``[E, H]``: on the CPU, added to the GEMMs'
@@ -78,6 +85,7 @@ class Layer:
                 w13, w2, w13_scale, w2_scale, alignment, alpha, beta, limit, weight_on_input, activation=activation
             )
         else:
+            w13, w2 = flat_blocks("w13", w13), flat_blocks("w2", w2)
             activations = "bf16" if activations is None else activations
             alignment = 1 if alignment is None else alignment
             self._native = _native.Layer(
@@ -163,7 +171,7 @@ class Layer:
     def unpack(self, *, gate_up: str = "halves") -> tuple[Tensor, Tensor]:
         """Copies of w13 ``[E, 2 I, H]``, in that order, and w2 ``[E, H, I]``: the bits that the layer was made of.
 
-        Block scales are not among them.
+        Scales are not among them. MXFP4 blocks are ``[E, 2 I, H / 2]`` and ``[E, H, I / 2]``.
         """
         if self._in_place is not None:
             w13, w2 = (weights.clone() for weights in self._in_place)
@@ -172,8 +180,10 @@ class Layer:
             return w13, w2
         experts, hidden, intermediate = self.local_experts, self.hidden, self.intermediate
         rows = 2 * intermediate if self._gated else intermediate
-        w13 = _arrays.empty_tensor("w13", (experts, rows, hidden), self._dtype, self._device)
-        w2 = _arrays.empty_tensor("w2", (experts, hidden, intermediate), self._dtype, self._device)
+        # Two values to a byte.
+        each = 2 if self._dtype == torch.uint8 else 1
+        w13 = _arrays.empty_tensor("w13", (experts, rows, hidden // each), self._dtype, self._device)
+        w2 = _arrays.empty_tensor("w2", (experts, hidden, intermediate // each), self._dtype, self._device)
         self._native.unpack(w13, w2, gate_up=gate_up)  # type: ignore[union-attr]
         return w13, w2
 
@@ -248,6 +258,15 @@ def require_own_format(w13: Tensor, activations: str | None) -> None:
     if activations not in (None, own):
         found = f' is "{activations}"'
         raise ArgumentValueError("activations", found, activations, f'"{own}", which the weights are, on a GPU')
+
+
+def flat_blocks(name: str, x: Tensor) -> Tensor:
+    """MXFP4 blocks ``[E, N, K / 32, 16]`` as ``[E, N, K / 2]``; any other tensor as it is."""
+    if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4:
+        return x
+    if x.shape[3] != BLOCK_BYTES:
+        raise ArgumentValueError(name, f" has shape {list(x.shape)}", list(x.shape), "[E, N, K / 32, 16]")
+    return x.flatten(2)
 
 
 def gate_up_order(gate_up: str) -> str:

@@ -83,7 +83,7 @@ def permute_quantized(
 ) -> Permuted:
     """Moves rows that are already quantized, and their scales.
 
-    x: float8_e4m3fn ``[M, H]``. x_scales: float32 ``[M, H / group]``, or uint8 (UE8M0) for ``"packed_ue8m0"``.
+    x: float8_e4m3fn ``[M, H]``. x_scales: float32 ``[M, ceil(H / group)]``, or uint8 (UE8M0) for ``"packed_ue8m0"``.
 
     Raises ValueError or TypeError for what does not fit.
     """

@@ -4,7 +4,8 @@
 >>> model = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16", experts_implementation="expertile")
 
 Importing the module registers the implementation, for bfloat16 experts and for float8_e4m3fn ones with 128 x 128 block
-scales, on the CPU and on a Hopper GPU. Models that do not ask for it are loaded and computed as before.
+scales, on the CPU and on a Hopper GPU, and for gpt-oss's MXFP4 experts on the CPU. Models that do not ask for it are
+loaded and computed as before.
 
 - What no layer computes raises ValueError or TypeError when the model is made or loaded, or when
   ``set_experts_implementation`` is called, with the name of the module.
@@ -12,6 +13,7 @@ scales, on the CPU and on a Hopper GPU. Models that do not ask for it are loaded
   original ones back; ``state_dict``, and so ``save_pretrained``, unpacks them again. On a GPU weights in the usual
   order are used where they are. ``configure`` changes that.
 - On the CPU an FP8 checkpoint keeps its float8_e4m3fn experts; its other layers are widened, as Transformers does it.
+  An MXFP4 checkpoint of gpt-oss keeps its experts in 4 bits.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from . import fp8, load
+from . import fp8, load, mxfp4
 from .experts import NAME
 from .forward import configure, experts_forward
 
@@ -29,3 +31,4 @@ ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 ALL_FP8_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 load.register()
 fp8.register()
+mxfp4.register()

@@ -18,6 +18,10 @@ BLOCK = (128, 128)
 """Rows and columns of a block with one scale."""
 
 
+GROUP = 32
+"""MXFP4 values with one scale."""
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether it is a module whose experts' implementation can be chosen."""
     return "is_concatenated" in module.__dict__ and "has_gate" in module.__dict__
@@ -34,6 +38,7 @@ class Experts:
     """A module of experts as it is: names of its weights, how they lie, and the options of ``Layer``."""
 
     up_name: str
+    down_name: str
     gated: bool
     transposed: bool
     interleaved: bool
@@ -42,12 +47,12 @@ class Experts:
     biases: dict[str, str]
     """Option of ``Layer`` to the module's parameter."""
     scales: dict[str, str]
-    """The same, for float8_e4m3fn."""
+    """The same, for float8_e4m3fn and MXFP4."""
 
     @property
     def names(self) -> tuple[str, str]:
         """The module's names of w13 and w2."""
-        return self.up_name, "down_proj"
+        return self.up_name, self.down_name
 
     def weights(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         """Views ``[E, N, K]`` of the module's own weights."""
@@ -69,6 +74,8 @@ def describe(module: nn.Module, *, any_dtype: bool = False) -> Experts:
     gated = getattr(module, "has_gate", True)
     transposed = getattr(module, "is_transposed", False)
     up_name = "gate_up_proj" if gated else "up_proj"
+    if hasattr(module, f"{up_name}_blocks"):
+        return _describe_mxfp4(module)
     up, down = _weights(module, up_name, any_dtype), _weights(module, "down_proj", any_dtype)
     _require_shapes((up_name, up), down, gated, transposed)
     options, interleaved = activation_of(module, gated)
@@ -80,7 +87,25 @@ def describe(module: nn.Module, *, any_dtype: bool = False) -> Experts:
         scales = {"w13_scale": f"{up_name}_scale_inv", "w2_scale": "down_proj_scale_inv"}
     if up.is_cuda:
         _require_on_a_gpu(module, options, biases)
-    return Experts(up_name, gated, transposed, interleaved, options, biases, scales)
+    return Experts(up_name, "down_proj", gated, transposed, interleaved, options, biases, scales)
+
+
+def _describe_mxfp4(module: nn.Module) -> Experts:
+    """The same for experts that are blocks ``[E, N, K / 32, 16]`` and scales ``[E, N, K / 32]``."""
+    names = ("gate_up_proj", "down_proj")
+    for name in names:
+        for part, dimensions in (("blocks", 4), ("scales", 3)):
+            found = getattr(module, f"{name}_{part}")
+            if found.dtype != torch.uint8 or found.dim() != dimensions:
+                raise ArgumentTypeError(
+                    f"{name}_{part}", f" is {found.dtype} {list(found.shape)}", found, "uint8 bytes"
+                )
+            if found.is_cuda:
+                raise ArgumentValueError(f"{name}_{part}", " is on a GPU", found, "MXFP4 experts on the CPU")
+    options, interleaved = activation_of(module, gated=True)
+    biases = {f"{option}_bias": f"{name}_bias" for option, name in zip(("w13", "w2"), names, strict=True)}
+    scales = {f"{option}_scale": f"{name}_scales" for option, name in zip(("w13", "w2"), names, strict=True)}
+    return Experts("gate_up_proj_blocks", "down_proj_blocks", True, False, interleaved, options, biases, scales)
 
 
 def _weights(module: nn.Module, name: str, any_dtype: bool) -> Tensor:

@@ -48,7 +48,10 @@ def _unpacked(module: nn.Module) -> dict[str, Tensor]:
     experts: Experts = module.__dict__[_PACKED]
     order = "interleaved" if experts.interleaved else "halves"
     weights = dict(zip(experts.names, layer.unpack(gate_up=order), strict=True))
-    return {name: x.mT.contiguous() for name, x in weights.items()} if experts.transposed else weights
+    if experts.transposed:
+        return {name: x.mT.contiguous() for name, x in weights.items()}
+    # MXFP4 blocks have their groups in a dimension of their own.
+    return {name: x.reshape(module._parameters[name].shape) for name, x in weights.items()}  # type: ignore[union-attr]
 
 
 def _unpack_into(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

@@ -43,6 +43,10 @@ pub(crate) fn multiply_e4m3(
     if isa.level() == Level::Avx512 {
         return super::x86_64::avx512::multiply_e4m3(isa, rows, panel, scales, sums, decoded, ahead);
     }
+    #[cfg(target_arch = "x86_64")]
+    if isa.level() == Level::Avx2 && decoded.is_empty() && sums.len() <= super::x86_64::avx2::e4m3::FEW_ROWS {
+        return super::x86_64::avx2::e4m3::multiply_few(isa, rows, panel, scales, sums, ahead);
+    }
     let mut scratch = [[0; PANEL]; BLOCK_PAIRS];
     let blocks = scales.panel.len();
     for (block, lines) in panel.lines.chunks(BLOCK_PAIRS).enumerate() {
@@ -59,7 +63,7 @@ pub(crate) fn multiply_e4m3(
 fn decode(isa: Isa, panel: BytePanel<'_>, pairs: &mut [PairLine], ahead: Ahead<'_>) {
     #[cfg(target_arch = "x86_64")]
     if isa.level() == Level::Avx2 {
-        return super::x86_64::avx2::decode(isa, panel, pairs, ahead);
+        return super::x86_64::avx2::e4m3::decode(isa, panel, pairs, ahead);
     }
     let _ = (isa, ahead);
     for (line, pairs) in panel.lines.iter().zip(pairs) {

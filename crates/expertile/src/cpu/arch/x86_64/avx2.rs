@@ -1,12 +1,11 @@
 //! GEMM kernels for AVX2 with FMA: up to 5 rows by 16 columns in registers, or 2 by 32; bf16 pairs split into two f32.
 
+pub(crate) mod e4m3;
 pub(crate) mod mxfp4;
 
 use super::prefetch::Prefetch;
-use crate::cpu::arch::panel::{
-    Ahead, BLOCK_PAIRS, ByteLine, BytePanel, MAX_ROWS, PANEL, PairLine, REBIAS, SHIFTED_BITS, Sums,
-};
-use crate::cpu::arch::portable::{decode_line, split};
+use crate::cpu::arch::panel::{Ahead, BLOCK_PAIRS, MAX_ROWS, PANEL, PairLine, Sums};
+use crate::cpu::arch::portable::split;
 use crate::cpu::arch::{Isa, Level};
 use std::arch::x86_64::*;
 
@@ -81,10 +80,7 @@ fn multiply_rows<const R: usize, const C: usize>(
             let mut high = [_mm256_setzero_ps(); C];
             for (index, columns) in line[column..column + C * LANES].chunks_exact(LANES).enumerate() {
                 // SAFETY: a chunk is one register of 8 u32; an unaligned load.
-                let pairs = unsafe { _mm256_loadu_si256(columns.as_ptr().cast()) };
-                low[index] = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
-                let kept = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-                high[index] = _mm256_castsi256_ps(_mm256_and_si256(pairs, kept));
+                (low[index], high[index]) = widen(unsafe { _mm256_loadu_si256(columns.as_ptr().cast()) });
             }
             accumulate(&mut tile, &even[first..first + R], low);
             accumulate(&mut tile, &odd[first..first + R], high);
@@ -98,41 +94,13 @@ fn multiply_rows<const R: usize, const C: usize>(
     }
 }
 
-/// See [`crate::cpu::arch::gemm::multiply_e4m3`]: every byte as bf16, in units of `DECODED_UNIT`.
-#[allow(unsafe_code)]
-pub(crate) fn decode(isa: Isa, panel: BytePanel<'_>, pairs: &mut [PairLine], ahead: Ahead<'_>) {
-    assert!(isa.level() == Level::Avx2);
-    let mut prefetch = Prefetch::new(ahead, panel.lines.len());
-    let blocks = panel.lines.chunks(BLOCK_PAIRS).zip(panel.special).zip(pairs.chunks_mut(BLOCK_PAIRS));
-    for ((lines, &special), pairs) in blocks {
-        for (index, (line, pairs)) in lines.iter().zip(pairs).enumerate() {
-            prefetch.step();
-            if special >> index & 1 != 0 {
-                decode_line(line, pairs);
-            } else {
-                // SAFETY: an `Isa` of this level exists only if the CPU has AVX2.
-                unsafe { shift_line(line, pairs) };
-            }
-        }
-    }
-}
-
-/// Shifts the words of a line without special bytes into bf16: the low bytes are the first half of its columns.
+/// The even and the odd values of pairs, as f32.
+#[inline]
 #[target_feature(enable = "avx2")]
-#[allow(unsafe_code)]
-fn shift_line(line: &ByteLine, pairs: &mut PairLine) {
-    let (kept, rebias) = (_mm256_set1_epi16(SHIFTED_BITS as i16), _mm256_set1_epi16(REBIAS as i16));
-    let (first, second) = pairs.split_at_mut(PANEL / 2);
-    let targets = first.chunks_exact_mut(8).zip(second.chunks_exact_mut(8));
-    for (bytes, (low, high)) in line.chunks_exact(32).zip(targets) {
-        // SAFETY: a chunk is one register of 32 bytes; an unaligned load.
-        let bytes = unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) };
-        for (words, target) in [(_mm256_slli_epi16::<8>(bytes), low), (bytes, high)] {
-            let shifted = _mm256_and_si256(_mm256_srai_epi16::<4>(words), kept);
-            // SAFETY: a target is one register of 8 u32; an unaligned store.
-            unsafe { _mm256_storeu_si256(target.as_mut_ptr().cast(), _mm256_or_si256(shifted, rebias)) };
-        }
-    }
+fn widen(pairs: __m256i) -> (__m256, __m256) {
+    let low = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
+    let high = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32)));
+    (low, high)
 }
 
 #[inline]

@@ -1,6 +1,6 @@
 //! MXFP4 weights with AVX2: nibbles are looked up as the two bytes of a bf16 in registers, 32 at a time.
 
-use super::{LANES, Prefetch, ROWS, SplitRows, WIDE_ROWS, accumulate, split_tile};
+use super::{LANES, Prefetch, ROWS, SplitRows, WIDE_ROWS, accumulate, split_tile, widen};
 use crate::cpu::arch::panel::{
     Ahead, BLOCK_GROUPS, BLOCK_PAIRS, E2M1_AS_BF16, GROUP_PAIRS, LEAST_SCALE, MAX_ROWS, Mxfp4Group, NibbleLine, PANEL,
     PairLine, Sums,
@@ -202,15 +202,6 @@ fn promote<const R: usize, const C: usize>(
             }
         }
     }
-}
-
-/// The even and the odd values of pairs, as f32.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn widen(pairs: __m256i) -> (__m256, __m256) {
-    let low = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
-    let high = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32)));
-    (low, high)
 }
 
 /// Every nibble as bf16.

@@ -1,0 +1,126 @@
+"""MXFP4 checkpoints of gpt-oss on a CPU: the experts stay in 4 bits, and say what the widened ones say."""
+
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", minversion="5.24")
+pytest.importorskip("accelerate")
+from safetensors.torch import load_file, save_file  # noqa: E402
+from tiny_models import distance  # noqa: E402
+from transformers.quantizers import auto  # noqa: E402
+
+import expertile.transformers  # noqa: E402, F401
+from expertile.transformers.mxfp4 import experts_class  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: it takes no MXFP4 experts"),
+]
+
+HIDDEN, INTERMEDIATE, EXPERTS = 64, 96, 8
+TOKENS = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def blocks_of(rows, columns, generator):
+    """Random nibbles, and scales that keep sums of their products near 1."""
+    blocks = torch.randint(0, 256, (EXPERTS, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(122, 124, (EXPERTS, rows, columns // 32), generator=generator, dtype=torch.uint8)
+    return blocks, scales
+
+
+def checkpoint(folder):
+    """A tiny gpt-oss as published."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_local_experts=EXPERTS, num_experts_per_tok=2,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, vocab_size=320,
+        pad_token_id=0, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    generator, weights = torch.Generator().manual_seed(3), {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            _, columns, rows = tensor.shape
+            weights[f"{name}_blocks"], weights[f"{name}_scales"] = blocks_of(rows, columns, generator)
+        else:
+            random = torch.randn(tensor.shape, generator=generator) * 0.2
+            weights[name] = random.to(tensor.dtype) if "bias" in name else tensor
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def load(folder, implementation, **more):
+    options = {"dtype": "bfloat16", "experts_implementation": implementation, **more}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def packed_experts(model):
+    return [module for module in model.modules() if isinstance(module, experts_class())]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits.double()
+
+
+def test_experts_stay_in_four_bits_and_say_what_the_widened_ones_say(tmp_path):
+    folder = checkpoint(tmp_path)
+    widened, model = load(folder, "eager"), load(folder, "expertile")
+    assert len(packed_experts(model)) == 2 and not packed_experts(widened)
+    stored = load_file(folder / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        if name.endswith(("_blocks", "_scales")):
+            assert torch.equal(parameter, stored[name]), name
+    assert widened.model.layers[1].mlp.experts.gate_up_proj.dtype == torch.bfloat16
+    chosen = torch.rand(40, EXPERTS, generator=torch.Generator().manual_seed(5)).topk(2)
+    x = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16()
+    for module, wide in zip(packed_experts(model), (layer.mlp.experts for layer in widened.model.layers), strict=True):
+        ours, theirs = module(x, chosen.indices, chosen.values.bfloat16()), None
+        with torch.no_grad():
+            theirs = wide.float()(x.float(), chosen.indices, chosen.values.bfloat16().float())
+        assert distance(ours.double(), theirs.double()) < 8e-3
+    widened = load(folder, "eager")
+    assert distance(logits(model), logits(widened)) < 2e-2
+    # As on bfloat16 experts, which are widened to the same values.
+    on_wide = load(folder, "expertile", quantization_config=transformers.Mxfp4Config(dequantize=True))
+    assert not packed_experts(on_wide)
+    assert distance(logits(model), logits(on_wide)) < 2e-2
+
+
+def test_memory_is_given_back_and_a_saved_model_is_the_checkpoint(tmp_path):
+    folder = checkpoint(tmp_path / "first")
+    model = load(folder, "expertile")
+    expected = logits(model)
+    for module in packed_experts(model):
+        assert module.gate_up_proj_blocks.is_meta and module.down_proj_blocks.is_meta
+    model.save_pretrained(tmp_path / "second")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(logits(load(tmp_path / "second", "expertile")), expected)
+
+
+def test_other_implementations_are_refused_and_other_models_are_widened_as_ever(tmp_path):
+    folder = checkpoint(tmp_path)
+    model = load(folder, "expertile")
+    model.set_experts_implementation("eager")
+    with pytest.raises(RuntimeError, match="MXFP4 experts that were loaded for expertile"):
+        logits(model)
+    model.set_experts_implementation("expertile")
+    logits(model)
+    assert not packed_experts(load(folder, "eager"))
+    assert auto.AUTO_QUANTIZER_MAPPING["mxfp4"].__name__ == "ExpertileMxfp4HfQuantizer"
+
+
+def test_a_scale_that_is_nan_is_an_error(tmp_path):
+    folder = checkpoint(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.experts.down_proj_scales"][3, 5, 2] = 255
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="scales is 255, expected at most 254"):
+        logits(load(folder, "expertile"))
