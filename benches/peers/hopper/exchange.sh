@@ -28,7 +28,7 @@ done
 for fault in bad-id late killed; do
     for link in mapped nccl; do
         step "$fault-$link" 60 "$expertile" bench exchange --device cuda --ranks "$ranks" --preset qwen3-30b-a3b \
-            --tokens 8 --link "$link" --fault "$fault" --time-limit 3
+            --tokens 8 --link "$link" --fault "$fault" --time-limit 2
     done
 done
 step torch 120 python3 "$here/torch_exchange.py" --ranks "$ranks" --tokens "$tokens" --out "$out/torch.json"

@@ -3,8 +3,8 @@
     python torch_exchange.py --ranks 2 --out torch-exchange.json
 
 Each rank gathers its tokens' rows (e4m3 values, scales and ids, packed as one tensor) from all ranks and
-reduce-scatters bf16 sums of all ranks' tokens: what vLLM does by default. Times are the slowest rank's, in a graph of 20
-calls and eager, after the same calls without a clock.
+reduce-scatters bf16 sums of all ranks' tokens: what vLLM does by default. Times are the slowest rank's, in a graph of
+20 calls and eager, after the same calls without a clock.
 """
 
 import argparse

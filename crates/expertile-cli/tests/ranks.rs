@@ -190,10 +190,14 @@ fn a_plan_takes_the_links_that_it_is_given() {
     };
     // Two rows of 272 bytes, and the latency.
     let close = |actual: f64, expected: f64| assert!((actual - expected).abs() < 1e-12, "{actual} {expected}");
-    close(seconds(&[]), 10e-6 + 544.0 / 270e9);
+    close(seconds(&[]), 6.5e-6 + 544.0 / 310e9);
+    close(seconds(&["--link", "nccl"]), 10e-6 + 544.0 / 270e9);
     close(seconds(&["--latency-us", "0", "--link-gbs", "1"]), 544e-9);
     close(seconds(&["--latency-us", "0", "--host-link-gbs", "1", "--ranks-per-host", "1"]), 544e-9);
-    close(seconds(&["--dispatch", "routed", "--latency-us", "3", "--link-gbs", "1e6"]), 6e-6 + 544e-15);
+    // Counts go first, but into mapped memory.
+    let routed = ["--dispatch", "routed", "--latency-us", "3", "--link-gbs", "1e6"];
+    close(seconds(&routed), 3e-6 + 544e-15);
+    close(seconds(&[&routed[..], &["--link", "nccl"]].concat()), 6e-6 + 544e-15);
 }
 
 #[test]
@@ -238,6 +242,7 @@ fn a_plan_that_cannot_be_is_refused() {
     with(&["--link-gbs", "-1"], "--link-gbs is -1, expected a number above 0");
     with(&["--latency-us", "NaN"], "--latency-us is NaN");
     with(&["--memory-gb", "inf"], "--memory-gb is inf");
+    with(&["--link", "mapped", "--ranks-per-host", "1"], "--link is mapped, expected nccl for more ranks than the 1");
     with(&["--placement", "none.json"], "none.json");
     std::fs::write(folder.path().join("bad.json"), "{\"global_experts\": 4, \"experts\": [[0, 1], [2]]}").unwrap();
     with(&["--placement", "bad.json"], "placement has expert 3 on no rank");
@@ -256,4 +261,15 @@ fn a_plan_that_cannot_be_is_refused() {
     refuse(folder.path(), &odd, "--ids has 3 tokens, expected a multiple of --ranks 2");
     std::fs::write(folder.path().join("ids.npy"), npy("(4, 1)", &[0; 16])).unwrap();
     refuse(folder.path(), &[&odd[..], &["--tokens", "4"]].concat(), "--tokens is 4, expected 2, as in the file of ids");
+}
+
+#[test]
+fn a_bench_of_gpus_says_what_is_missing() {
+    let folder = tempfile::tempdir().unwrap();
+    let bench = |more: &[&str], part: &str| refuse(folder.path(), &[&["bench", "exchange"], more].concat(), part);
+    bench(&["--same", "3"], "--same goes with --device cuda only");
+    bench(&["--fault", "late"], "--fault goes with --device cuda only");
+    bench(&["--device", "cuda"], "--ranks is missing, expected the number of GPUs");
+    bench(&["--device", "cuda", "--ranks", "0"], "--ranks and --tokens, expected at least 1");
+    bench(&["--device", "gpu"], "invalid value 'gpu'");
 }

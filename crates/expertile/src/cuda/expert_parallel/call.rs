@@ -343,17 +343,18 @@ impl ExpertParallelLayer {
             unsafe { device.zero(stream, start, ranks * FAULT_BYTES)? };
         }
         for (rank, [bad_id, capacity]) in faults.into_iter().enumerate() {
-            self.fault(rank, bad_id, capacity as u32, call)?;
+            self.fault(rank, bad_id, capacity)?;
         }
         let plan = self.layer.choice(ranks * call.capacity)?.plan;
         // SAFETY: the caller's promise.
         unsafe { route::check(device, stream, &plan, self.parallel.placement.copies(), call.state) }
     }
 
-    fn fault(&self, rank: usize, bad_id: u64, capacity: u32, call: &ExpertParallelCall) -> Result<()> {
-        if capacity != 0 {
-            let (argument, actual) = ("capacity", (capacity - 1).to_string());
-            return Err(Error::Disagreement { argument, rank, actual, expected: call.capacity.to_string() });
+    fn fault(&self, rank: usize, bad_id: u64, capacities: u64) -> Result<()> {
+        let (its, own) = (capacities as u32, (capacities >> 32) as u32);
+        if its != 0 {
+            let (argument, actual) = ("capacity", (its - 1).to_string());
+            return Err(Error::Disagreement { argument, rank, actual, expected: own.to_string() });
         }
         if bad_id != 0 {
             let (slot, topk) = (!(bad_id >> 32) as u32 as usize, self.config.topk);

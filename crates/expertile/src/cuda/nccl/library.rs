@@ -261,3 +261,30 @@ fn candidates() -> Vec<PathBuf> {
     }
     found
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_told_as_nccl_writes_them() {
+        assert_eq!(version_text(22_809), "2.28.9");
+        assert_eq!(version_text(OLDEST), "2.18.0");
+    }
+
+    #[test]
+    fn what_is_no_nccl_is_named() {
+        for path in ["/nowhere/libnccl.so.2", "libc.so.6"] {
+            let error = Functions::open(Path::new(path)).unwrap_err();
+            assert!(matches!(error, Error::Device { argument: "NCCL", .. }), "{error}");
+            assert!(error.to_string().contains(path), "{error}");
+        }
+    }
+
+    #[test]
+    fn it_is_looked_for_by_name_where_no_variable_says_more() {
+        if std::env::var_os("EXPERTILE_NCCL").is_none() {
+            assert_eq!(candidates()[0], Path::new("libnccl.so.2"));
+        }
+    }
+}

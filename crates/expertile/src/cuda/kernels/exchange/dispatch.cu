@@ -166,7 +166,10 @@ __device__ __forceinline__ void receive_tokens(const RankArgs& r) {
         const Header* h = header(r, r.rank, from);
         Fault* fault = &r.state->faults[from];
         if (h->bad_id != 0) atomicMax(&fault->bad_id, h->bad_id);
-        if (h->capacity != (u32)r.capacity) fault->capacity = h->capacity + 1;
+        if (h->capacity != (u32)r.capacity) {
+            fault->capacity = h->capacity + 1;
+            fault->own_capacity = r.capacity;
+        }
     }
 }
 

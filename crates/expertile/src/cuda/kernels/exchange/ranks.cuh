@@ -24,9 +24,9 @@ struct Header {
 
 // What is kept of a rank until the host asks.
 struct Fault {
-    u64 bad_id;    // as in its header, the largest since the host last asked
-    u32 capacity;  // 1 + what it took for the call's capacity, where that is not this rank's; else 0
-    u32 reserved;
+    u64 bad_id;        // as in its header, the largest since the host last asked
+    u32 capacity;      // 1 + what it took for the call's capacity, where that is not this rank's; else 0
+    u32 own_capacity;  // and then this rank's
 };
 
 struct RankState {
