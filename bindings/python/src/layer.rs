@@ -16,7 +16,7 @@ use std::borrow::Cow;
 
 /// Prepacked weights and how to compute with them: what `expertile.torch.Layer` documents.
 #[pyclass(frozen, name = "Layer", module = "expertile._native")]
-pub(crate) struct PyLayer(Layer);
+pub(crate) struct PyLayer(pub(crate) Layer);
 
 #[pymethods]
 impl PyLayer {

@@ -13,6 +13,7 @@ mod cuda;
 mod deep_gemm;
 mod error;
 mod exchange;
+mod expert_parallel;
 mod gemm;
 mod layer;
 mod limits;
@@ -37,6 +38,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("SCALE_GROUPS", (Group::G32.size(), Group::G128.size()))?;
     module.add_class::<plan::PyPlan>()?;
     module.add_class::<layer::PyLayer>()?;
+    module.add_class::<expert_parallel::PyExpertParallelLayer>()?;
     module.add_class::<cuda::CudaLayer>()?;
     module.add_class::<cuda::CudaExpertParallelLayer>()?;
     module.add_class::<gemm::PyGemm>()?;

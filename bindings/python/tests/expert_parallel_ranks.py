@@ -1,8 +1,8 @@
-"""The layer over the GPUs of this machine, a process each, beside one GPU with all experts.
+"""The layer over processes of this machine, on CPUs or with a GPU each, beside one rank with all experts.
 
-    python expert_parallel_ranks.py --ranks 2
+    python expert_parallel_ranks.py --ranks 2 --device cpu
 
-Started by test_gpu_expert_parallel.py, and by hand.
+Started by test_expert_parallel.py, and by hand.
 """
 
 import argparse
@@ -29,26 +29,22 @@ def weights(experts, hidden, intermediate, form):
     return {"w13": w13, "w2": w2, "w13_scale": scales[0] * 0.02, "w2_scale": scales[1] * 0.02}
 
 
-def compare(rank, ranks, form, link, combine):
-    """Bits of one GPU, eager and in a graph; and a bad id, which every rank is told of."""
+def compare(rank, ranks, device, form, options):
+    """Bits of one rank, on GPUs eager and in a graph; and a bad id, which every rank is told of."""
+    on_gpu = device == "cuda"
     experts, topk, hidden, intermediate, capacity = 4 * ranks, 2, 512, 256, 40
-    parts = {name: x.cuda() for name, x in weights(experts, hidden, intermediate, form).items()}
+    parts = {name: x.to(device) for name, x in weights(experts, hidden, intermediate, form).items()}
     mine = slice(rank * 4, rank * 4 + 4)
-    layer = et.ExpertParallelLayer(
-        **{name: x[mine] for name, x in parts.items()},
-        capacity=capacity,
-        topk=topk,
-        link=link,
-        combine=combine,
-        time_limit=20,
-    )
-    whole = et.Layer(**parts)
+    activations = {} if on_gpu else {"activations": form}
+    share = {name: x[mine] for name, x in parts.items()}
+    layer = et.ExpertParallelLayer(**share, capacity=capacity, topk=topk, time_limit=20, **activations, **options)
+    whole = et.Layer(**parts, **activations)
     whole.prepare(ranks * capacity, topk, ids_dtype=torch.int64)
     generator = torch.Generator().manual_seed(5)
     for tokens in (1, 7, 40):
-        x = torch.randn(ranks * tokens, hidden, generator=generator).bfloat16().cuda()
-        ids = torch.rand(ranks * tokens, experts, generator=generator).topk(topk).indices.cuda()
-        router = torch.rand(ranks * tokens, topk, generator=generator).cuda()
+        x = torch.randn(ranks * tokens, hidden, generator=generator).bfloat16().to(device)
+        ids = torch.rand(ranks * tokens, experts, generator=generator).topk(topk).indices.to(device)
+        router = torch.rand(ranks * tokens, topk, generator=generator).to(device)
         own = slice(rank * tokens, (rank + 1) * tokens)
         # The last rank brings none: a call like any other.
         none = tokens == 7 and rank == ranks - 1
@@ -58,16 +54,18 @@ def compare(rank, ranks, form, link, combine):
         call = (x[brought], ids[brought], router[brought])
         found = layer(*call, capacity=tokens)
         expected = whole(x, ids, router)[brought]
-        same = torch.equal if combine == "rows" else lambda a, b: torch.allclose(a, b, rtol=0.02, atol=0.02)
-        assert same(found, expected), (form, link, combine, tokens)
-        graph, result = captured(lambda call=call, tokens=tokens: layer(*call, capacity=tokens))
-        graph.replay()
-        assert torch.equal(result, found), (form, link, combine, tokens)
+        if options["combine"] == "rows":
+            assert torch.equal(found, expected), (form, options, tokens)
+        assert torch.allclose(found, expected, rtol=0.02, atol=0.02), (form, options, tokens)
+        if on_gpu:
+            graph, result = captured(lambda call=call, tokens=tokens: layer(*call, capacity=tokens))
+            graph.replay()
+            assert torch.equal(result, found), (form, options, tokens)
         layer.check()
     if rank == ranks - 1:
         ids[-1, 0] = experts
-    layer(x[own], ids[own], router[own])
     try:
+        layer(x[own], ids[own], router[own])
         layer.check()
     except ValueError as error:
         assert f"on rank {ranks - 1}: topk_ids[39, 0] is {experts}" in str(error), error
@@ -76,17 +74,23 @@ def compare(rank, ranks, form, link, combine):
     layer.check()
 
 
-def run(rank, ranks, port):
+def run(rank, ranks, device, port):
     """One rank."""
-    warnings.simplefilter("error")
-    torch.cuda.set_device(rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    warnings.simplefilter("error", UserWarning)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     for form in ("e4m3", "bf16"):
-        for link in ("mapped", "nccl"):
-            for combine in ("rows", "sums"):
-                compare(rank, ranks, form, link, combine)
+        for combine in ("rows", "sums"):
+            if device == "cuda":
+                for link in ("mapped", "nccl"):
+                    compare(rank, ranks, device, form, {"link": link, "combine": combine})
+            else:
+                for dispatch in ("gather", "routed"):
+                    compare(rank, ranks, device, form, {"dispatch": dispatch, "combine": combine})
     if rank == 0:
-        print(f"{ranks} ranks: the bits of one GPU")
+        print(f"{ranks} ranks on {device}: the bits of one rank")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -95,11 +99,12 @@ def main():
     """Starts the ranks."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, default=2)
-    ranks = parser.parse_args().ranks
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    args = parser.parse_args()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(run, args=(ranks, port), nprocs=ranks)
+    mp.spawn(run, args=(args.ranks, args.device, port), nprocs=args.ranks)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ __all__ = [
     "CudaExpertParallelLayer",
     "CudaGemm",
     "CudaLayer",
+    "ExpertParallelLayer",
     "Gemm",
     "Layer",
     "Plan",
@@ -176,6 +177,28 @@ class Layer:
         """By default as many tokens at once as take some seconds; then it looks whether it has been interrupted."""
 
 @final
+class ExpertParallelLayer:
+    """What `expertile.torch.ExpertParallelLayer` documents, on the CPU."""
+
+    choice: str
+
+    def __new__(
+        cls,
+        layer: Layer,
+        placement: list[list[int]],
+        capacity: int,
+        topk: int,
+        input: Any,
+        output: Any,
+        exchange: Any,
+        rank: int,
+        *,
+        dispatch: str | None,
+        combine: str,
+    ) -> ExpertParallelLayer: ...
+    def workspace_bytes(self, tokens: int) -> int: ...
+    def run(self, hidden_states: Any, topk_ids: Any, topk_weights: Any, workspace: Any, out: Any) -> None: ...
+
 class CudaExpertParallelLayer:
     """What `expertile.torch.ExpertParallelLayer` documents."""
 

@@ -6,61 +6,17 @@ use super::matrix;
 use crate::array::{Apart, Array, Element};
 use crate::autograd::written;
 use crate::error::{Wrong, exception, size};
+use crate::expert_parallel::{PyExchange, parallel};
 use crate::gemm::format;
 use crate::tensor::{self, Form};
 use expertile::cuda::{
     DeviceBuffer, DeviceMatrix, DevicePtr, ExpertParallelCall, ExpertParallelLayer, Link, Nccl, STATE_BYTES,
 };
 use expertile::exchange::Exchange;
-use expertile::{
-    Activation, ActivationFormat, Combine, Dispatch, Error, LayerConfig, ParallelConfig, Placement, WeightFormat,
-};
+use expertile::{Activation, ActivationFormat, Error, LayerConfig, WeightFormat};
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// Ranks joined by a Python function, which takes what goes to each rank and returns what comes from each.
-struct PyExchange {
-    exchange: Py<PyAny>,
-    rank: usize,
-    ranks: usize,
-}
-
-impl std::fmt::Debug for PyExchange {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "rank {} of {} of a torch.distributed group", self.rank, self.ranks)
-    }
-}
-
-impl Exchange for PyExchange {
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn ranks(&self) -> usize {
-        self.ranks
-    }
-
-    fn all_to_all_v(&self, send: &[&[u8]], receive: &mut [&mut [u8]]) -> expertile::Result<()> {
-        let came: PyResult<Vec<Vec<u8>>> = Python::attach(|py| {
-            let send: Vec<_> = send.iter().map(|bytes| PyBytes::new(py, bytes)).collect();
-            self.exchange.bind(py).call1((send,))?.extract()
-        });
-        let came = came.map_err(|error| Error::Device {
-            argument: "group",
-            actual: format!("failing: {error}"),
-            expected: "a torch.distributed group whose ranks all come".into(),
-        })?;
-        for (rank, (came, receive)) in came.iter().zip(receive).enumerate() {
-            if came.len() != receive.len() {
-                return Err(Error::Message { rank, actual: came.len(), expected: receive.len() });
-            }
-            receive.copy_from_slice(came);
-        }
-        Ok(())
-    }
-}
 
 /// Weights of a rank's experts, and the way to the others: what `expertile.torch.ExpertParallelLayer` documents.
 #[pyclass(frozen, module = "expertile._native")]
@@ -120,8 +76,8 @@ impl CudaExpertParallelLayer {
             _ => ActivationFormat::E4m3,
         };
         let ranks = placement.len();
-        let experts = placement.iter().flatten().max().map_or(0, |&last| last + 1);
-        let placement = Placement::from_lists(experts, placement).map_err(exception)?;
+        let parallel = parallel(placement, dispatch, combine)?;
+        let experts = parallel.placement.global_experts();
         let config = LayerConfig {
             ids: dtype("ids_dtype", Element::of_torch(ids)?, ids)?,
             input: dtype("dtype", Element::of_torch(input)?, input)?,
@@ -129,11 +85,6 @@ impl CudaExpertParallelLayer {
             activation: Activation::Swiglu { alpha, beta, limit },
             weight_on_input,
             ..LayerConfig::new(size("topk", topk)?, experts, activation_format)
-        };
-        let parallel = ParallelConfig {
-            dispatch: dispatch.map(str::parse::<Dispatch>).transpose().map_err(exception)?,
-            combine: combine.parse::<Combine>().map_err(exception)?,
-            ..ParallelConfig::new(placement)
         };
         let capacity = size("capacity", capacity)?;
         let time_limit = Duration::try_from_secs_f64(time_limit).map_err(|_| {
