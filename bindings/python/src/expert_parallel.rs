@@ -7,9 +7,7 @@ use crate::layer::PyLayer;
 use crate::pool::{cpu, work};
 use expertile::cpu::ExpertParallelLayer;
 use expertile::exchange::Exchange;
-use expertile::{
-    Combine, Dispatch, Dtype, Error, Float, LayerConfig, MatrixRef, ParallelConfig, Placement, TopkIds,
-};
+use expertile::{Combine, Dispatch, Dtype, Error, Float, LayerConfig, MatrixRef, ParallelConfig, Placement, TopkIds};
 use half::{bf16, f16};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
