@@ -6,7 +6,7 @@ mod on_device;
 
 use expertile::cuda::{
     ActivateConfig, Compiler, ExpertParallelLayer, FewTokensConfig, GemmConfig, GemmKernel, Grouping, PermuteConfig,
-    QuantizePermuteConfig, RouteConfig, Source, UnpermuteConfig,
+    QuantizePermuteConfig, RouteConfig, RoutePermuteConfig, Source, UnpermuteConfig,
 };
 use expertile::{
     Activation, ActivationFormat, Combine, Dispatch, Dtype, Error, Group, LayerConfig, LayerShape, Padding,
@@ -47,6 +47,7 @@ fn formats() -> Vec<ScaleFormat> {
 /// Configurations that together take every branch of every kernel.
 fn sources() -> Vec<Source> {
     let mut sources = Vec::new();
+    let both = |config: &QuantizePermuteConfig| config.sources().unwrap().map(Ok);
     for (topk, ids) in [(1, Dtype::I32), (8, Dtype::I64), (16, Dtype::I32), (32, Dtype::I64)] {
         let route = RouteConfig { topk, ids, row_tile: 64 };
         sources.push(route.source());
@@ -60,12 +61,17 @@ fn sources() -> Vec<Source> {
                 weighted: topk == 1,
                 aligned,
             };
-            sources.push(config.source());
+            sources.extend(both(&config));
         }
         for (input, output) in [(Dtype::Bf16, Dtype::Bf16), (Dtype::F32, Dtype::Bf16), (Dtype::F16, Dtype::F32)] {
             for (hidden, aligned, weighted) in [(7168, true, true), (2881, false, false)] {
                 sources.push(UnpermuteConfig { hidden, topk, input, output, weighted, aligned }.source());
             }
+        }
+        for (hidden, aligned) in [(2048, true), (528, false)] {
+            let (input, padding, weighted) = (Dtype::Bf16, Padding::Zero, topk == 1);
+            let config = RoutePermuteConfig { route, hidden, input, scales: None, padding, weighted, aligned };
+            sources.push(config.source());
         }
         for (hidden, dtype, alignment_bytes) in [(7168, Dtype::Bf16, 16), (3, Dtype::U8, 1), (5, Dtype::F32, 4)] {
             let padding = Padding::Zero;
@@ -79,7 +85,7 @@ fn sources() -> Vec<Source> {
             let padding = Padding::Untouched;
             let (input, weighted) = (Dtype::Bf16, false);
             let config = QuantizePermuteConfig { route, hidden, input, format, padding, weighted, aligned };
-            sources.push(config.source());
+            sources.extend(both(&config));
             let scales = Some(format);
             let config = PermuteConfig { topk, hidden, dtype: Dtype::E4m3, scales, padding, alignment_bytes: 16 };
             sources.push(config.source());
@@ -269,11 +275,11 @@ fn configurations_that_cannot_be_are_errors() {
         weighted: false,
         aligned: true,
     };
-    let group = quantize.source().unwrap_err();
+    let group = quantize.sources().unwrap_err();
     assert!(group.to_string().starts_with("hidden is 192"), "{group}");
-    let weighted = QuantizePermuteConfig { hidden: 128, weighted: true, ..quantize }.source().unwrap_err();
+    let weighted = QuantizePermuteConfig { hidden: 128, weighted: true, ..quantize }.sources().unwrap_err();
     assert!(weighted.to_string().starts_with("topk is 2"), "{weighted}");
-    let input = QuantizePermuteConfig { hidden: 128, input: Dtype::E4m3, ..quantize }.source().unwrap_err();
+    let input = QuantizePermuteConfig { hidden: 128, input: Dtype::E4m3, ..quantize }.sources().unwrap_err();
     assert!(matches!(input, Error::Dtype { argument: "x", .. }), "{input}");
     let odd = ActivateConfig { intermediate: 8, activation: Activation::default(), format: None }.source().unwrap_err();
     assert!(odd.to_string().starts_with("intermediate is 8"), "{odd}");

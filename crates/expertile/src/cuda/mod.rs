@@ -44,6 +44,7 @@ mod nccl;
 mod permute;
 mod quantize_permute;
 mod route;
+mod route_permute;
 mod unpermute;
 mod weights;
 
@@ -64,6 +65,7 @@ pub use nccl::Nccl;
 pub use permute::{Permute, PermuteCall, PermuteConfig};
 pub use quantize_permute::{QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig};
 pub use route::{Route, RouteCall, RouteConfig, STATE_BYTES};
+pub use route_permute::RoutePermuteConfig;
 pub use unpermute::{Unpermute, UnpermuteCall, UnpermuteConfig};
 pub use weights::{Weights, WeightsBuilder};
 

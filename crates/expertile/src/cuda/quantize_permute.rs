@@ -1,31 +1,17 @@
 //! Routing to quantized rows in their places: one launch where the slots are few, two above.
 
-use super::arguments::{RowsArgs, SecondWorklist, require_columns, require_int};
+use super::arguments::{RowsArgs, SecondWorklist};
 use super::call::{LayoutPtrs, RoutingPtrs, RowsPtrs};
-use super::definitions::{half_number, scale_definitions};
-use super::driver::{Device, DevicePtr, Kernel, Launch, Resident, Resources, Source, Stream};
+use super::driver::{Device, DevicePtr, Resident, Resources, Source, Stream};
 use super::route::{self, Route, RouteCall, RouteConfig};
+use super::route_permute::{RoutePermute, RoutePermuteConfig, SLAB};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result, checked_add, checked_mul};
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::{Result, checked_add, checked_mul};
 use crate::layout::Padding;
 use crate::plan::Plan;
 use crate::quantize::ScaleFormat;
-use std::ffi::c_void;
-use std::sync::Arc;
-
-/// The single launch: one block to a multiprocessor, each of which counts all slots for itself.
-const FEW_THREADS: u32 = 1024;
-/// Slots that it takes at most.
-pub(super) const FEW_SLOTS: usize = 8192;
-/// Of them, those of the tokens whose rows a block brings: what its shared memory has room for.
-const OWN_SLOTS: usize = 4096;
-/// Values of a row that a warp takes at a time.
-const SLAB: usize = 512;
-
-/// Launches of quantize + permute: more slots than one takes have two, the layout; then rows and scales.
-pub(super) fn launches(slots: usize) -> usize {
-    if slots <= FEW_SLOTS { 1 } else { 2 }
-}
 
 /// What quantize + permute is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,29 +33,23 @@ pub struct QuantizePermuteConfig {
 }
 
 impl QuantizePermuteConfig {
-    /// The kernels' source for this configuration.
+    /// The kernels' sources for this configuration: of the single launch, and of the rows after the routing.
     ///
     /// # Errors
     /// As [`RouteConfig::source`]; [`Error::Dtype`] unless rows are bf16 or f16, [`Error::Value`] unless the group
     /// divides `hidden` and, with weights, `topk` is 1.
-    pub fn source(&self) -> Result<Source> {
-        if self.weighted && self.route.topk != 1 {
-            return Err(Error::value("topk", self.route.topk, "1, where router weights multiply the input"));
-        }
-        let mut definitions = self.route.definitions()?;
-        definitions.extend(scale_definitions(self.format, self.hidden)?);
-        definitions.extend([
-            ("HIDDEN", self.hidden as i64),
-            ("INPUT", half_number("x", self.input)?),
-            ("WEIGHTED", i64::from(self.weighted)),
-            ("ZERO_ROWS", i64::from(self.padding == Padding::Zero)),
-            ("ALIGNED", i64::from(self.aligned)),
-            ("ROWS_THREADS", i64::from(rows_threads(self.hidden))),
-            ("OWN_SLOTS", OWN_SLOTS as i64),
-            ("HOST_FEW_THREADS", i64::from(FEW_THREADS)),
-            ("HOST_SLAB", SLAB as i64),
-        ]);
-        Ok(Source::new("quantize_permute.cu", include_str!("kernels/rows/quantize_permute.cu"), definitions))
+    pub fn sources(&self) -> Result<[Source; 2]> {
+        let few = self.few().source()?;
+        let mut definitions = self.few().row_definitions()?;
+        definitions.extend([("TOPK", self.route.topk as i64), ("ROWS_THREADS", i64::from(rows_threads(self.hidden)))]);
+        let text = include_str!("kernels/rows/quantize_permute.cu");
+        Ok([few, Source::new("quantize_permute.cu", text, definitions)])
+    }
+
+    /// The single launch.
+    fn few(&self) -> RoutePermuteConfig {
+        let &Self { route, hidden, input, format, padding, weighted, aligned } = self;
+        RoutePermuteConfig { route, hidden, input, scales: Some(format), padding, weighted, aligned }
     }
 
     /// [`QuantizePermute::workspace_bytes`] on a device of that many multiprocessors.
@@ -78,29 +58,6 @@ impl QuantizePermuteConfig {
         let row = words_of_a_row.next_multiple_of(4) * 4;
         let scales = checked_mul("bytes of the tokens' scales", plan.tokens(), row)?;
         checked_add("bytes of workspace", route::workspace_bytes(plan, multiprocessors)?, scales)
-    }
-
-    fn check(&self, QuantizePermuteCall { plan, rows, .. }: &QuantizePermuteCall) -> Result<()> {
-        let m_sum = plan.m_sum();
-        if plan.tokens() > 0 {
-            require_columns("x", &rows.x, self.hidden)?;
-            rows.x.ptr.require_aligned("x", if self.aligned { 16 } else { 2 })?;
-            if self.aligned && !(rows.x.row_stride * 2).is_multiple_of(16) {
-                return Err(Error::Stride {
-                    argument: "x",
-                    actual: vec![rows.x.row_stride, rows.x.col_stride],
-                    expected: "rows 16 bytes apart, as prepared".into(),
-                });
-            }
-            if self.weighted {
-                rows.weights.unwrap_or_default().ptr.require_aligned("topk_weights", 4)?;
-            }
-        }
-        if m_sum > 0 {
-            rows.out.require_aligned("out", 16)?;
-            DevicePtr::require(rows.scales, "scales", 16)?;
-        }
-        Ok(())
     }
 }
 
@@ -138,33 +95,30 @@ pub struct QuantizePermute {
     device: Device,
     config: QuantizePermuteConfig,
     route: Route,
-    few: Arc<Kernel>,
+    few: RoutePermute,
     many: Resident,
-    single_launch_slots: usize,
 }
 
 impl QuantizePermute {
     /// Compiles (or loads) the kernels: the warm-up, after which nothing compiles.
     ///
     /// # Errors
-    /// As [`QuantizePermuteConfig::source`]; [`Error::Kernel`] if one does not compile, [`Error::Cuda`].
+    /// As [`QuantizePermuteConfig::sources`]; [`Error::Kernel`] if one does not compile, [`Error::Cuda`].
     pub fn prepare(device: &Device, config: QuantizePermuteConfig) -> Result<Self> {
-        let source = config.source()?;
-        let few = device.kernel(&source, c"route_quantize_permute")?;
+        let [_, many] = config.sources()?;
         Ok(Self {
             device: device.clone(),
             config,
             route: Route::prepare(device, config.route)?,
-            few,
-            many: Resident::prepare(device, &source, c"permute_rows", rows_threads(config.hidden))?,
-            single_launch_slots: FEW_SLOTS,
+            few: RoutePermute::prepare(device, config.few())?,
+            many: Resident::prepare(device, &many, c"permute_rows", rows_threads(config.hidden))?,
         })
     }
 
     /// Takes two launches for more than `slots` (at most 8192, the default).
     #[must_use]
     pub fn with_single_launch_slots(self, slots: usize) -> Self {
-        Self { single_launch_slots: slots.min(FEW_SLOTS), ..self }
+        Self { few: self.few.with_most_slots(slots), ..self }
     }
 
     /// What the kernels take of a multiprocessor: the single launch's, and the two launches'.
@@ -219,40 +173,20 @@ impl QuantizePermute {
         second: Option<&SecondWorklist>,
     ) -> Result<()> {
         let QuantizePermuteCall { plan, rows, layout, state, workspace, .. } = call;
-        self.config.check(call)?;
+        if self.few.takes(plan) {
+            // SAFETY: the caller's promise.
+            return unsafe { self.few.launch(stream, &call.route(), rows, second) };
+        }
+        self.few.config().check(plan, rows)?;
         let route = self.config.route.arguments(&call.route())?.with_second(plan, second)?;
         let token_scales = workspace.byte_add(self.route.workspace_bytes(plan)?).address();
         let queue = state.byte_add(route::QUEUE_OFFSET).address();
         let arguments = RowsArgs { token_scales, queue, ..RowsArgs::new(rows, layout, plan)? };
-        if !self.takes_one_launch(plan) {
-            // SAFETY: the caller's promise.
-            unsafe {
-                self.route.queue(stream, &route)?;
-                return self.many.launch(stream, &arguments);
-            }
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.route.queue(stream, &route)?;
+            self.many.launch(stream, &arguments)
         }
-        let shape = Launch {
-            blocks: self.device.info().multiprocessors,
-            threads: FEW_THREADS,
-            shared_bytes: 0,
-            cooperative: false,
-            overlap: true,
-        };
-        let few = FewArgs::new(plan, &self.config, second, shape.blocks)?;
-        let pointers = [
-            std::ptr::from_ref(&route).cast::<c_void>(),
-            std::ptr::from_ref(&arguments).cast(),
-            std::ptr::from_ref(&few).cast(),
-        ];
-        // SAFETY: the kernel takes a `RouteArgs`, a `RowsArgs` and a `FewArgs`; the rest is the caller's promise.
-        unsafe { self.device.launch(&self.few, shape, stream, &pointers) }
-    }
-
-    fn takes_one_launch(&self, plan: &Plan) -> bool {
-        let slots = plan.tokens() * plan.topk();
-        // A block's share of the rows may begin and end within a token.
-        let own = slots / self.device.info().multiprocessors as usize + 3 * plan.topk();
-        slots <= self.single_launch_slots && own <= OWN_SLOTS
     }
 
     /// As [`Route::check`].
@@ -276,28 +210,4 @@ fn rows_threads(hidden: usize) -> u32 {
     let slabs_of_a_piece = slabs.div_ceil(slabs.div_ceil(16));
     let warps_of_a_team = slabs_of_a_piece.div_ceil(2);
     (8 / warps_of_a_team * warps_of_a_team * 32) as u32
-}
-
-/// Quotients computed on the host, so that the kernel of the single launch never divides.
-#[repr(C)]
-struct FewArgs {
-    units: i32,
-    more_units: i32,
-    alignment_inverse: u32,
-    tile_inverse: u32,
-    second_inverse: u32,
-}
-
-impl FewArgs {
-    fn new(plan: &Plan, config: &QuantizePermuteConfig, second: Option<&SecondWorklist>, blocks: u32) -> Result<Self> {
-        let units = require_int("M * slabs", checked_mul("M * slabs", plan.tokens(), config.hidden.div_ceil(SLAB))?)?;
-        let inverse = |divisor: usize| ((1u64 << 31) / divisor as u64) as u32;
-        Ok(Self {
-            units: units / blocks as i32,
-            more_units: units % blocks as i32,
-            alignment_inverse: inverse(plan.alignment()),
-            tile_inverse: inverse(config.route.row_tile),
-            second_inverse: second.map_or(0, |second| inverse(second.row_tile)),
-        })
-    }
 }

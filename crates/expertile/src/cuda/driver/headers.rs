@@ -4,7 +4,7 @@
 use std::ffi::CStr;
 
 /// `(name, text)` of every header.
-pub(super) const HEADERS: [(&CStr, &str); 23] = [
+pub(super) const HEADERS: [(&CStr, &str); 24] = [
     (c"common/activation.cuh", include_str!("../kernels/common/activation.cuh")),
     (c"common/quantize.cuh", include_str!("../kernels/common/quantize.cuh")),
     (c"common/scales.cuh", include_str!("../kernels/common/scales.cuh")),
@@ -28,6 +28,7 @@ pub(super) const HEADERS: [(&CStr, &str); 23] = [
     (c"route/route.cuh", include_str!("../kernels/route/route.cuh")),
     (c"route/scan.cuh", include_str!("../kernels/route/scan.cuh")),
     (c"rows/rows.cuh", include_str!("../kernels/rows/rows.cuh")),
+    (c"rows/slabs.cuh", include_str!("../kernels/rows/slabs.cuh")),
 ];
 
 #[cfg(test)]

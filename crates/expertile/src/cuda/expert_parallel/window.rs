@@ -1,7 +1,7 @@
 //! A rank's window: the memory that other ranks store into, or that a library fills for them.
 
 use crate::combine::Combine;
-use crate::cuda::quantize_permute;
+use crate::cuda::route_permute;
 use crate::dispatch::TokenRow;
 use crate::error::{Result, checked_add, checked_mul};
 use crate::expert_parallel::ParallelChoice;
@@ -73,7 +73,7 @@ impl PlainTokens {
         if row.activation_format() == ActivationFormat::Bf16 || config.weight_on_input {
             return Ok(None);
         }
-        let of_slots = quantize_permute::FEW_SLOTS / choice.ranks / row.topk();
+        let of_slots = route_permute::MOST_SLOTS / choice.ranks / row.topk();
         let of_bytes = Self::MORE_BYTES / row.hidden() / (choice.ranks - 1).max(1);
         let most_tokens = choice.capacity.min(of_slots).min(of_bytes);
         let plain = TokenRow::new(row.hidden(), row.topk(), ActivationFormat::Bf16, !row.weights().is_empty())?;

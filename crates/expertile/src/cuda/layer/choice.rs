@@ -6,7 +6,7 @@ use crate::cuda::driver::DevicePtr;
 use crate::cuda::few_tokens::{FewTokensConfig, gate_up_bytes_of_slot};
 use crate::cuda::gemm::{GemmKernel, GemmShape};
 use crate::cuda::weights::weight_bytes;
-use crate::cuda::{quantize_permute, route};
+use crate::cuda::{route, route_permute};
 use crate::error::{Error, Result, checked_add, checked_mul};
 use crate::gemm::ActivationFormat;
 use crate::layer::{LayerConfig, LayerShape};
@@ -87,7 +87,7 @@ impl LayerChoice {
             one_launch,
             launches: match one_launch {
                 Some(_) => usize::from(slots > 0),
-                None => launches(config.activation_format, slots, activation_inside_gemm1),
+                None => launches(slots, activation_inside_gemm1),
             },
             workspace_bytes: offsets.end,
         };
@@ -139,12 +139,8 @@ pub(in crate::cuda) fn alike(tokens: usize) -> usize {
 }
 
 /// Routing and permute, two GEMMs, the activation unless it is inside, unpermute.
-fn launches(activations: ActivationFormat, slots: usize, activation_inside: bool) -> usize {
-    let before = match activations {
-        ActivationFormat::E4m3 => quantize_permute::launches(slots),
-        ActivationFormat::Bf16 => 2,
-    };
-    if slots == 0 { 0 } else { before + 4 - usize::from(activation_inside) }
+fn launches(slots: usize, activation_inside: bool) -> usize {
+    if slots == 0 { 0 } else { route_permute::launches(slots) + 4 - usize::from(activation_inside) }
 }
 
 /// The smallest kernel for so many tokens.

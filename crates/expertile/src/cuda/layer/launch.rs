@@ -11,6 +11,7 @@ use crate::cuda::gemm::{GemmCall, RowEnds};
 use crate::cuda::permute::{Permute, PermuteCall, PermuteConfig};
 use crate::cuda::quantize_permute::{QuantizePermute, QuantizePermuteCall};
 use crate::cuda::route::{Route, RouteCall};
+use crate::cuda::route_permute::{RoutePermute, RoutePermuteConfig};
 use crate::cuda::unpermute::UnpermuteCall;
 use crate::cuda::weights::Weights;
 use crate::dtype::Dtype;
@@ -26,8 +27,8 @@ use std::hash::Hash;
 pub(super) enum Entry {
     /// Quantized, routing included.
     Quantized(HashMap<usize, QuantizePermute>),
-    /// As they are, after the routing.
-    Plain { route: HashMap<usize, Route>, permute: Box<Permute> },
+    /// As they are: routing included where the slots are few, else after it.
+    Plain { few: HashMap<usize, RoutePermute>, route: HashMap<usize, Route>, permute: Box<Permute> },
 }
 
 /// A call, checked, and where the parts of its workspace are.
@@ -39,12 +40,12 @@ pub(in crate::cuda) struct CheckedCall<'a> {
 }
 
 impl Layer {
-    /// Whether a stage has launches of its own: routing is part of permute where rows are quantized, the activation may
-    /// be of GEMM 1, and so may all that a call does.
+    /// Whether a stage has launches of its own: routing is part of permute but where many rows stay as they are, the
+    /// activation may be of GEMM 1, and so may all that a call does.
     pub(in crate::cuda) fn has_stage(&self, call: &CheckedCall<'_>, stage: Stage) -> bool {
         match stage {
             _ if call.choice.one_launch.is_some() => stage == Stage::Gemm1,
-            Stage::Routing => matches!(self.entry, Entry::Plain { .. }),
+            Stage::Routing => self.entry.routes_apart(&call.choice),
             Stage::Activation => !call.choice.activation_inside_gemm1,
             Stage::Shared => false,
             _ => true,
@@ -177,10 +178,28 @@ impl Entry {
             padding: Padding::Untouched,
             alignment_bytes: 16,
         };
+        let few = |tile| {
+            let route = config.route(tile);
+            let (hidden, input, padding) = (shape.hidden(), Dtype::Bf16, Padding::Untouched);
+            let (scales, weighted, aligned) = (None, false, true);
+            RoutePermute::prepare(
+                device,
+                RoutePermuteConfig { route, hidden, input, scales, padding, weighted, aligned },
+            )
+        };
         Ok(Self::Plain {
+            few: each(row_tiles, few)?,
             route: each(row_tiles, |tile| Route::prepare(device, config.route(tile)))?,
             permute: Box::new(Permute::prepare(device, permute)?),
         })
+    }
+
+    /// Whether the routing has a launch of its own.
+    fn routes_apart(&self, choice: &LayerChoice) -> bool {
+        match self {
+            Self::Quantized(_) => false,
+            Self::Plain { few, .. } => few.get(&choice.row_tile).is_some_and(|few| !few.takes(&choice.plan)),
+        }
     }
 
     /// # Safety
@@ -210,7 +229,13 @@ impl Entry {
                     let call = QuantizePermuteCall { plan, routing, rows, layout, state, workspace };
                     prepared(steps, &row_tile).launch_with(stream, &call, second_worklist.as_ref())
                 }
-                Self::Plain { permute, .. } => permute.launch(stream, &PermuteCall { plan, rows, layout }),
+                Self::Plain { permute, .. } if self.routes_apart(&call.choice) => {
+                    permute.launch(stream, &PermuteCall { plan, rows, layout })
+                }
+                Self::Plain { few, .. } => {
+                    let call = RouteCall { plan, routing, layout, state, workspace };
+                    prepared(few, &row_tile).launch(stream, &call, &rows, second_worklist.as_ref())
+                }
             }
         }
     }
