@@ -132,7 +132,7 @@ __device__ __forceinline__ void store_values(const RowsArgs& a, const Values& v,
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     route_permute(const __grid_constant__ RouteArgs r, const __grid_constant__ RowsArgs a,
-                           const __grid_constant__ FewArgs f) {
+                  const __grid_constant__ FewArgs f) {
     __shared__ Experts s;
     __shared__ Counted c;
     const int warp = threadIdx.x >> 5;
