@@ -57,6 +57,19 @@ impl Group {
         self.pairs().into_iter().map(|(layer, call)| unsafe { layer.check_launch(Stream(0), call) }).collect()
     }
 
+    /// Rows that the experts of all ranks have had in the last call.
+    fn live_rows(&self) -> usize {
+        let of = |(layer, operands): (&ExpertParallelLayer, &Operands)| {
+            let tokens = self.layers.len() * operands.call.capacity;
+            let header = layer.local().parts(tokens, operands.call.workspace).unwrap().layout.header;
+            let mut live = [0i32];
+            let start = (header.address() - operands.call.workspace.address()) as usize;
+            operands.workspace.download_at(start, &mut live).unwrap();
+            live[0] as usize
+        };
+        self.layers.iter().zip(&self.operands).map(of).sum()
+    }
+
     fn output(&self, device: &Device, spec: &Spec) -> Vec<u8> {
         self.operands.iter().flat_map(|operands| operands.output(device, spec)).collect()
     }
@@ -127,6 +140,9 @@ fn check_spec(spec: Spec, ranks: &[usize], most: usize, patterns: &[Pattern]) {
                         let off = |(a, b): (&f64, &f64)| (a - b).abs() > 0.01 * (1.0 + b.abs()) || a.is_nan();
                         assert!(!found.iter().zip(&expected).any(off), "{what}");
                     }
+                    // What ranks brought to the calls before is nobody's row.
+                    let slots = tokens.ids.iter().filter(|&&id| id >= 0).count();
+                    assert_eq!(group.live_rows(), slots, "{what}");
                     // Once more, on what the first call left.
                     let once = group.output(device, &spec);
                     group.run();
