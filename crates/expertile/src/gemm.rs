@@ -106,6 +106,15 @@ impl WeightFormat {
         (n * k * self.bits() as u64).div_ceil(8) + scales
     }
 
+    /// The rows that such weights usually go with: of their own format, where it is one of rows.
+    #[must_use]
+    pub fn usual_activations(self) -> ActivationFormat {
+        match self {
+            Self::E4m3 | Self::Mxfp4 => ActivationFormat::E4m3,
+            Self::Bf16 => ActivationFormat::Bf16,
+        }
+    }
+
     /// Whether a GEMM multiplies such weights by rows of that format.
     #[must_use]
     pub fn goes_with(self, activations: ActivationFormat) -> bool {

@@ -223,19 +223,6 @@ impl ScaleFormat {
         Ok(hidden.div_ceil(group))
     }
 
-    /// `H / group`, for what takes whole groups only.
-    ///
-    /// # Errors
-    /// [`Error::Value`] unless the group divides `hidden` and `hidden` is positive.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn whole_groups(self, hidden: usize) -> Result<usize> {
-        let group = self.group.size();
-        if hidden == 0 || !hidden.is_multiple_of(group) {
-            return Err(Error::value("hidden", hidden, format!("a positive multiple of the group, {group}")));
-        }
-        Ok(hidden / group)
-    }
-
     /// The matrix that the scales of `[m_sum, hidden]` are.
     ///
     /// # Errors

@@ -152,17 +152,39 @@ fn exchange_sources() -> Vec<Source> {
 fn gemm_sources() -> Vec<Source> {
     let mut sources = Vec::new();
     for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+        let activation_format = format.usual_activations();
         for kernel in GemmKernel::all(format).into_iter().chain(GemmKernel::all_split()) {
-            sources.push(GemmConfig { format, kernel, activation: None }.source());
+            sources.push(GemmConfig { format, activation_format, kernel, activation: None }.source());
         }
     }
     let limited = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
     for kernel in [GemmKernel::Large, WIDE] {
         for activation in [None, Some(Activation::default()), Some(limited)] {
-            sources.push(GemmConfig { format: WeightFormat::E4m3, kernel, activation }.source());
+            sources.push(
+                GemmConfig {
+                    format: WeightFormat::E4m3,
+                    activation_format: ActivationFormat::E4m3,
+                    kernel,
+                    activation,
+                }
+                .source(),
+            );
         }
     }
     sources.into_iter().map(|source| source.unwrap()).collect()
+}
+
+/// Every tile of the grouped GEMM over mxfp4 weights.
+fn mxfp4_sources() -> Vec<Source> {
+    let format = WeightFormat::Mxfp4;
+    let of_rows = |activation_format| {
+        let tiles = GemmKernel::all(format).into_iter();
+        tiles.flat_map(move |kernel| {
+            let config = GemmConfig { format, activation_format, kernel, activation: None };
+            [config.source().unwrap(), config.spread_source().unwrap().unwrap()]
+        })
+    };
+    ActivationFormat::ALL.into_iter().flat_map(of_rows).collect()
 }
 
 /// Lines of the assembler's report that speak of spills, and how many of them there are in all.
@@ -217,6 +239,11 @@ fn every_tile_of_the_grouped_gemm_compiles_for_hopper_without_spills() {
 #[test]
 fn the_layer_in_one_launch_compiles_for_hopper_without_spills() {
     compile_sources(ARCHITECTURES[0], "few_tokens", few_tokens_sources());
+}
+
+#[test]
+fn every_tile_over_mxfp4_weights_compiles_for_hopper_without_spills() {
+    compile_sources(ARCHITECTURES[0], "mxfp4", mxfp4_sources());
 }
 
 #[test]
@@ -290,7 +317,9 @@ fn configurations_that_cannot_be_are_errors() {
     ] {
         let error = ActivateConfig { intermediate: 128, activation, format: None }.source().unwrap_err();
         assert!(error.to_string().starts_with(start), "{error}");
-        let inside = GemmConfig { format: WeightFormat::E4m3, kernel: WIDE, activation: Some(activation) }.source();
+        let format = WeightFormat::E4m3;
+        let activation_format = format.usual_activations();
+        let inside = GemmConfig { format, activation_format, kernel: WIDE, activation: Some(activation) }.source();
         assert_eq!(inside.unwrap_err().to_string(), error.to_string());
     }
 }

@@ -15,7 +15,7 @@ use expertile::cuda::{
     GroupedGemm, GroupedGemmCall, GroupedGemmShape, Grouping, LayoutPtrs, ListTiles, ListTilesCall, Route, RouteCall,
     RouteConfig, RoutingPtrs, RowEnds, STATE_BYTES, Stream, TileLists, Weights,
 };
-use expertile::{Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat};
+use expertile::{ActivationFormat, Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat};
 use expertile_testkit::{POISON, Random};
 use half::bf16;
 use on_device::{filled, hopper, upload};
@@ -140,7 +140,7 @@ struct Operands {
 impl Operands {
     /// So many rows of experts drawn at random.
     fn new(device: &Device, shape: GroupedGemmShape, rows: usize, random: &mut Random) -> Self {
-        let GroupedGemmShape { format, experts, n, k } = shape;
+        let GroupedGemmShape { format, experts, n, k, .. } = shape;
         let sizes = (experts, n, k);
         let mut values = |count: usize| -> Vec<f32> { (0..count).map(|_| random.uniform() * 4.0).collect() };
         let weights = values(experts * n * k);
@@ -189,7 +189,7 @@ impl Operands {
 
     /// The results of the live rows from a layout of the library's own, as a layer computes them.
     fn of_a_layer(&self, device: &Device) -> Vec<Vec<u16>> {
-        let GroupedGemmShape { format, experts, n, k } = self.shape;
+        let GroupedGemmShape { format, activation_format, experts, n, k } = self.shape;
         let kernel = GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::Plain };
         let row_tile = kernel.row_tile();
         let ids: Vec<i32> = self.live.iter().map(|(expert, ..)| *expert as i32).collect();
@@ -218,8 +218,9 @@ impl Operands {
         }
         let (rows, scales) = (upload(device, &rows), upload(device, &mn_major));
         let out = filled(device, 2 * m_sum * n, POISON);
-        let gemm = Gemm::prepare(device, GemmConfig { format, kernel, activation: None }).unwrap();
+        let gemm = Gemm::prepare(device, GemmConfig { format, activation_format, kernel, activation: None }).unwrap();
         let call = GemmCall {
+            bias: None,
             weights: &self.weights,
             rows: rows.ptr(),
             scales: (format == WeightFormat::E4m3).then(|| scales.ptr().cast()),
@@ -316,6 +317,7 @@ fn check(device: &Device, gemm: &GroupedGemm, operands: &Operands, placed: &Plac
         let workspace = filled(device, gemm.workspace_bytes(m_sum, grouping, copies).unwrap(), POISON);
         out.fill(POISON).unwrap();
         let call = GroupedGemmCall {
+            bias: None,
             weights: &operands.weights,
             rows: rows.ptr(),
             scales: scales_matrix,
@@ -345,8 +347,20 @@ fn check(device: &Device, gemm: &GroupedGemm, operands: &Operands, placed: &Plac
 }
 
 const SHAPES: [GroupedGemmShape; 2] = [
-    GroupedGemmShape { format: WeightFormat::E4m3, experts: 5, n: 136, k: 272 },
-    GroupedGemmShape { format: WeightFormat::Bf16, experts: 5, n: 136, k: 208 },
+    GroupedGemmShape {
+        format: WeightFormat::E4m3,
+        activation_format: ActivationFormat::E4m3,
+        experts: 5,
+        n: 136,
+        k: 272,
+    },
+    GroupedGemmShape {
+        format: WeightFormat::Bf16,
+        activation_format: ActivationFormat::Bf16,
+        experts: 5,
+        n: 136,
+        k: 208,
+    },
 ];
 
 fn check_placements(device: &Device, shape: GroupedGemmShape, rows: usize, alignments: &[usize]) {
@@ -399,6 +413,7 @@ fn a_captured_call_gives_the_same_bits() {
     let state = filled(device, STATE_BYTES, 0);
     let workspace = filled(device, gemm.workspace_bytes(placed.m_sum, &placed.grouping, true).unwrap(), POISON);
     let call = GroupedGemmCall {
+        bias: None,
         weights: &operands.weights,
         rows: rows.ptr(),
         scales: Some(DeviceMatrix::row_major(scales.ptr().cast(), shape.k.div_ceil(BLOCK))),
@@ -436,6 +451,7 @@ fn what_a_list_says_wrong_is_noted_once() {
         let list = upload(device, list);
         let workspace = filled(device, gemm.workspace_bytes(m_sum, &grouping, false).unwrap(), POISON);
         let call = GroupedGemmCall {
+            bias: None,
             weights: &operands.weights,
             rows: rows.ptr(),
             scales: None,
@@ -482,6 +498,7 @@ fn calls_that_do_not_fit_are_errors() {
     let memory = filled(device, 1 << 16, POISON);
     let grouping = Grouping::Psum { alignment: 8 };
     let call = GroupedGemmCall {
+        bias: None,
         weights: &operands.weights,
         rows: memory.ptr(),
         scales: None,

@@ -79,3 +79,14 @@ template <int TYPE>
 inline u32 larger_halves(u32 a, u32 b) {
     return emulated_larger<TYPE>(a & 0xffffu, b & 0xffffu) | emulated_larger<TYPE>(a >> 16, b >> 16) << 16;
 }
+
+inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
+    const u64 bytes = low | (u64)high << 32;
+    u32 chosen = 0;
+    for (int i = 0; i < 4; ++i) chosen |= (u32)(bytes >> 8 * (selector >> 4 * i & 7u) & 0xffu) << 8 * i;
+    return chosen;
+}
+
+inline u32 multiply_bf16_pairs(u32 a, u32 b) {
+    return emulated_to_bf16(low_half<0>(a) * low_half<0>(b)) | emulated_to_bf16(high_half<0>(a) * high_half<0>(b)) << 16;
+}

@@ -21,6 +21,7 @@ inline bool elect_thread() { return lane_of_thread() == 0; }
 inline float load_shared(u32 from) { return emulated_shared<float>(from); }
 inline float2 load_shared_pair(u32 from) { return emulated_shared<float2>(from); }
 inline float4 load_shared_quad(u32 from) { return emulated_shared<float4>(from); }
+inline u32 load_shared_word(u32 from) { return emulated_shared<u32>(from); }
 inline uint4 load_shared_words(u32 from) { return emulated_shared<uint4>(from); }
 inline void store_shared(u32 to, float v) { emulated_shared<float>(to) = v; }
 inline void store_shared_pair(u32 to, float a, float b) { emulated_shared<float2>(to) = make_float2(a, b); }
@@ -61,6 +62,7 @@ inline void emulated_copy_box(u32 to, const TensorMap& map, int column, int row,
 }
 constexpr u64 KEEP_NORMALLY = 0;
 constexpr u64 KEEP_BRIEFLY = 1;
+inline void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier, u64) { copy_bytes(to, from, bytes, barrier); }
 inline void copy_box(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
     emulated_copy_box(to, map, column, row, 0, barrier, 1u << rank_in_cluster());
 }

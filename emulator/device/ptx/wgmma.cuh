@@ -12,6 +12,14 @@ enum class Format { E4M3, BF16 };
 inline u64 operand(u32 address) { return address >> 4; }
 inline u32 further(u32 address, u32 bytes) { return address + bytes; }
 
+// Where the operands of a product are: the first in shared memory, or in registers, which are read when the product is
+// made.
+struct EmulatedOperands {
+    u64 a;
+    const u32* registers;  // null where `a` is in shared memory
+    u64 b;
+};
+
 // Products that add up in one sum, one after the other.
 struct EmulatedChain {
     float* sum;
@@ -19,7 +27,7 @@ struct EmulatedChain {
     int outputs;
     bool continues;             // adds to what an earlier group, not waited for yet, will leave in the sum
     std::vector<float> before;  // what it adds to otherwise
-    std::vector<std::pair<u64, u64>> operands;
+    std::vector<EmulatedOperands> operands;
 };
 
 struct EmulatedProducts {
@@ -80,15 +88,39 @@ inline void emulated_load_row(u64 operand, int row, float (&values)[emulated_val
     }
 }
 
+// A thread's two rows of an operand in registers: four lanes have a row, a half of whose values is in one register of
+// each.
+template <Format FORMAT>
+inline void emulated_load_registers(const u32* registers, float (&upper)[emulated_values<FORMAT>],
+                                    float (&lower)[emulated_values<FORMAT>]) {
+    constexpr int EACH = FORMAT == Format::BF16 ? 2 : 4;
+    for (int i = 0; i < 4; ++i) {
+        const EmulatedWarp words(registers[i]);
+        float* row = i % 2 == 0 ? upper : lower;
+        for (int lane = 0; lane < 4; ++lane) {
+            const u32 word = words.of<u32>(emulated_lane() / 4 * 4 + lane);
+            for (int j = 0; j < EACH; ++j)
+                row[i / 2 * 4 * EACH + lane * EACH + j] = FORMAT == Format::BF16
+                                                              ? __uint_as_float(word >> 16 * j << 16)
+                                                              : emulated_from_e4m3(word >> 8 * j & 0xffu);
+        }
+    }
+}
+
 // This thread's part of the sum: two rows, and two columns of every eight.
 template <Format FORMAT>
-inline void emulated_multiply(float* sum, int outputs, u64 a, u64 b) {
+inline void emulated_multiply(float* sum, int outputs, const EmulatedOperands& operands) {
     constexpr int VALUES = emulated_values<FORMAT>;
     const int lane = emulated_lane();
     const int first = (threadIdx.x / 32) % 4 * 16 + lane / 4;
+    const u64 b = operands.b;
     float upper[VALUES], lower[VALUES], column[VALUES];
-    emulated_load_row<FORMAT>(a, first, upper);
-    emulated_load_row<FORMAT>(a, first + 8, lower);
+    if (operands.registers != nullptr) {
+        emulated_load_registers<FORMAT>(operands.registers, upper, lower);
+    } else {
+        emulated_load_row<FORMAT>(operands.a, first, upper);
+        emulated_load_row<FORMAT>(operands.a, first + 8, lower);
+    }
     for (int n = 0; n < outputs / 4; ++n) {
         emulated_load_row<FORMAT>(b, n / 2 * 8 + lane % 4 * 2 + n % 2, column);
         float above = 0.0f, below = 0.0f;
@@ -113,7 +145,7 @@ inline void wait_for_products() {
             if (!chain.continues) memcpy(chain.sum, chain.before.data(), chain.before.size() * sizeof(float));
             const auto multiply =
                 chain.format == Format::BF16 ? emulated_multiply<Format::BF16> : emulated_multiply<Format::E4M3>;
-            for (const auto& [a, b] : chain.operands) multiply(chain.sum, chain.outputs, a, b);
+            for (const EmulatedOperands& operands : chain.operands) multiply(chain.sum, chain.outputs, operands);
         }
         groups.erase(groups.begin());
     }
@@ -121,20 +153,31 @@ inline void wait_for_products() {
 
 template <int REGISTERS>
 inline void fence_accumulators(float (&)[REGISTERS]) {}
+template <int REGISTERS>
+inline void fence_operands(u32 (&)[REGISTERS]) {}
 
-template <Format FORMAT, int N>
-inline void multiply(float (&sum)[N / 2], u64 a, u64 b, int add) {
+inline void emulated_start(float* sum, Format format, int outputs, const EmulatedOperands& operands, int add) {
     EmulatedProducts& products = emulated_products();
     auto& open = products.groups.back();
     if (!open.empty() && open.back().sum == sum && add) {
-        open.back().operands.emplace_back(a, b);
+        open.back().operands.push_back(operands);
         return;
     }
-    EmulatedChain chain{sum, FORMAT, N, add && products.makes(sum), std::vector<float>(N / 2, 0.0f), {}};
+    EmulatedChain chain{sum, format, outputs, add && products.makes(sum), std::vector<float>(outputs / 2, 0.0f), {}};
     if (!chain.continues) {
-        if (add) chain.before.assign(sum, sum + N / 2);
-        for (float& s : sum) s = NAN;
+        if (add) chain.before.assign(sum, sum + outputs / 2);
+        for (int i = 0; i < outputs / 2; ++i) sum[i] = NAN;
     }
-    chain.operands.emplace_back(a, b);
+    chain.operands.push_back(operands);
     open.push_back(std::move(chain));
+}
+
+template <Format FORMAT, int N>
+inline void multiply(float (&sum)[N / 2], u64 a, u64 b, int add) {
+    emulated_start(sum, FORMAT, N, EmulatedOperands{a, nullptr, b}, add);
+}
+
+template <Format FORMAT, int N>
+inline void multiply_registers(float* sum, const u32* a, u64 b, int add) {
+    emulated_start(sum, FORMAT, N, EmulatedOperands{0, a, b}, add);
 }

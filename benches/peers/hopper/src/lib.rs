@@ -68,7 +68,7 @@ pub struct GemmOperands {
 impl GemmOperands {
     fn call<'a>(&self, weights: &'a Weights) -> GemmCall<'a> {
         let &Self { rows, scales, out, out_scales, header, worklist, ends, m_sum } = self;
-        GemmCall { weights, rows, scales, out, out_scales, header, worklist, ends, m_sum }
+        GemmCall { weights, rows, scales, bias: None, out, out_scales, header, worklist, ends, m_sum }
     }
 }
 
@@ -340,6 +340,7 @@ pub unsafe extern "C" fn expertile_bind_gemm(
     let make = || {
         let config = GemmConfig {
             format: WeightFormat::E4m3,
+            activation_format: ActivationFormat::E4m3,
             kernel: kernel_of_words([row_tile, shared, splits, usize::from(wide != 0), outputs])?,
             activation: (out_scales != 0).then(Activation::default),
         };

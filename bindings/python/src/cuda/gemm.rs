@@ -36,7 +36,8 @@ impl CudaGemm {
             return Err(Wrong::new("weights", "is on the CPU", "the CPU", "a CUDA device").value());
         };
         let &[experts, n, k] = weights.shape() else { return Err(weights.shape_error("[E, N, K]")) };
-        let shape = GroupedGemmShape { format: format(&weights)?, experts, n, k };
+        let format = format(&weights)?;
+        let shape = GroupedGemmShape { format, activation_format: format.usual_activations(), experts, n, k };
         let gpu = gpu::gpu(py, ordinal)?;
         let state = gpu.device.upload(&[0u8; STATE_BYTES]).map_err(exception)?;
         Ok(Self { gpu, shape, prepared: Mutex::default(), state })
@@ -87,7 +88,7 @@ impl CudaGemm {
         expected_rows: Option<&Bound<'py, PyAny>>,
         out: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let GroupedGemmShape { format: own, experts, n, k } = self.shape;
+        let GroupedGemmShape { format: own, experts, n, k, .. } = self.shape;
         let (weights, weight_scale) = (Array::new("weights", weights)?, Array::optional("weight_scale", weight_scale)?);
         weights.require_shape(&[experts, n, k])?;
         if format(&weights)? != own {
@@ -175,6 +176,7 @@ impl CudaGemm {
             weights,
             rows: DevicePtr::new(rows.rows.require_aligned(16)?),
             scales,
+            bias: None,
             out: DevicePtr::new(out.require_aligned(16)?),
             m_sum,
             grouping,

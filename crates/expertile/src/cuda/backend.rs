@@ -2,7 +2,7 @@
 
 use super::driver::{Device, DeviceBuffer};
 use super::layer::{Layer, LayerChoice, Workspace};
-use super::weights::{Weights, WeightsBuilder, require_known};
+use super::weights::{Weights, WeightsBuilder};
 use crate::backend::{self, Backend, ExpandedRows, ExpertLayer, LayerInputs};
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result};
@@ -70,9 +70,14 @@ impl backend::WeightsBuilder for WeightsBuilder {
         Err(Error::Unsupported { argument, actual, backend: BACKEND, expected })
     }
 
-    fn add_mxfp4_rows(&mut self, _: usize, _: usize, _: MatrixRef<'_, u8>, _: MatrixRef<'_, u8>) -> Result<()> {
-        // No builder of mxfp4 was made, so this one is of another format.
-        require_known(WeightFormat::Mxfp4)
+    fn add_mxfp4_rows(
+        &mut self,
+        expert: usize,
+        first_row: usize,
+        blocks: MatrixRef<'_, u8>,
+        scales: MatrixRef<'_, u8>,
+    ) -> Result<()> {
+        self.add_mxfp4_rows(expert, first_row, blocks, scales)
     }
 
     fn finish(self) -> Result<Weights> {

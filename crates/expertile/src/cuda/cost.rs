@@ -14,6 +14,7 @@ use super::weights::weight_bytes;
 use crate::gemm::WeightFormat;
 use table::COSTS;
 
+mod mxfp4;
 mod table;
 
 /// What one kernel takes. Times in microseconds, of which some depend on the rows of a tile: one for each step of
@@ -146,7 +147,7 @@ impl Cost {
     fn of(&self, shape: &GemmShape, population: &Population, multiprocessors: usize) -> f64 {
         let (row_tile, outputs, shared) = (self.kernel.row_tile(), self.kernel.outputs(), self.kernel.shared());
         let step = self.kernel.row_step();
-        let blocks = shape.k.div_ceil(values_of_block(shape.format)) as f64;
+        let blocks = shape.k.div_ceil(values_of_block(shape.activation_format)) as f64;
         let columns = (shared * shape.n.div_ceil(outputs * shared)) as f64;
         // Tiles of each number of steps.
         let mut counts = [0.0; MOST_STEPS];
@@ -209,6 +210,9 @@ fn activation(format: WeightFormat, rows: f64, n: usize) -> f64 {
 /// The tile that is expected to take least; with `activation_follows`, which is then counted, of tiles that have it
 /// inside and of those that do not.
 pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> (GemmKernel, bool) {
+    if shape.format == WeightFormat::Mxfp4 {
+        return (mxfp4::choose(shape, multiprocessors), false);
+    }
     let populations = [Population::even(shape), Population::skewed(shape)];
     let fits = |cost: &&Cost| {
         cost.format == shape.format
@@ -240,7 +244,7 @@ mod tests {
         experts: usize,
         (rows, most_rows): (usize, usize),
     ) -> GemmShape {
-        GemmShape { n, k, format, experts, rows, most_rows }
+        GemmShape { n, k, format, activation_format: format.usual_activations(), experts, rows, most_rows }
     }
 
     #[test]

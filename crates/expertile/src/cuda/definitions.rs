@@ -8,7 +8,7 @@ use crate::quantize::{ScaleFormat, ScaleLayout, ScaleRounding};
 
 /// Definitions that describe scales.
 pub(super) fn scale_definitions(format: ScaleFormat, width: usize) -> Result<Vec<(&'static str, i64)>> {
-    format.whole_groups(width)?;
+    format.groups(width)?;
     let layout = match format.layout() {
         ScaleLayout::RowMajor => 0,
         ScaleLayout::MnMajor => 1,

@@ -6,10 +6,11 @@
 //! explains the kernels themselves.
 
 use super::arguments::require_int;
-use super::driver::{Device, DevicePtr, Kernel, Launch, Resources, Stream, TensorMap};
+use super::driver::{Device, DevicePtr, Kernel, Launch, Resources, Source, Stream, TensorMap};
+use super::weights::mxfp4::Arranged;
 use super::weights::{Weights, weight_bytes};
 use crate::error::{Error, Result, checked_mul};
-use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
+use crate::gemm::{ActivationFormat, WEIGHT_BLOCK};
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -18,7 +19,7 @@ mod kernel;
 mod shared_memory;
 
 pub use config::GemmConfig;
-pub(super) use config::values_of_block;
+pub(super) use config::{row_bytes, values_of_block};
 pub use kernel::{FewRowsCut, GemmKernel, GemmShape, ROW_TILES};
 pub(super) use kernel::{LARGE_ROW_TILE, WIDE_ROW_TILE};
 
@@ -46,6 +47,8 @@ pub struct GemmCall<'a> {
     /// With an activation, the results' scales, as `scales` has its own; only those of live rows are written. Else
     /// absent.
     pub out_scales: Option<DevicePtr<f32>>,
+    /// `[E, N]`, added to the sums before they are rounded; absent for none, and with an activation.
+    pub bias: Option<DevicePtr<f32>>,
     /// [`super::LayoutPtrs::header`]. Blocks claim tiles in its last word, so GEMMs of one layout run one after the
     /// other.
     pub header: DevicePtr<i32>,
@@ -74,6 +77,10 @@ struct Arguments<const PATHS: usize> {
     k: i32,
     m_sum: i32,
     reserved: i32,
+    bias: u64,
+    packed: u64,
+    exponents: u64,
+    spread: u64,
 }
 
 /// The grouped GEMM, prepared.
@@ -81,6 +88,14 @@ struct Arguments<const PATHS: usize> {
 pub struct Gemm {
     device: Device,
     config: GemmConfig,
+    kernel: Resident,
+    /// For mxfp4 weights whose scales are too far apart to be folded in.
+    spread_kernel: Option<Resident>,
+}
+
+/// A kernel, and the blocks of it that the device holds.
+#[derive(Debug)]
+struct Resident {
     kernel: Arc<Kernel>,
     blocks: u32,
 }
@@ -102,12 +117,16 @@ impl Gemm {
                 expected: "compute capability 9.0 (Hopper) for the grouped GEMM".into(),
             });
         }
-        let kernel = device.kernel(&source, c"gemm")?;
-        let shared_bytes = config.shared_bytes();
-        kernel.allow_shared_bytes(shared_bytes)?;
-        let cluster = config.cluster() as u32;
-        let blocks = device.resident_clusters(&kernel, config.kernel.threads(), shared_bytes, cluster)? * cluster;
-        Ok(Self { device: device.clone(), config, kernel, blocks })
+        let load = |source: &Source| -> Result<Resident> {
+            let kernel = device.kernel(source, c"gemm")?;
+            let shared_bytes = config.shared_bytes();
+            kernel.allow_shared_bytes(shared_bytes)?;
+            let cluster = config.cluster() as u32;
+            let blocks = device.resident_clusters(&kernel, config.kernel.threads(), shared_bytes, cluster)? * cluster;
+            Ok(Resident { kernel, blocks })
+        };
+        let spread_kernel = config.spread_source()?.map(|source| load(&source)).transpose()?;
+        Ok(Self { device: device.clone(), config, kernel: load(&source)?, spread_kernel })
     }
 
     /// What the kernel is specialised for.
@@ -119,7 +138,7 @@ impl Gemm {
     /// What the kernel takes of a multiprocessor.
     #[must_use]
     pub fn resources(&self) -> Resources {
-        self.kernel.resources()
+        self.kernel.kernel.resources()
     }
 
     /// Queues the launch: live rows of `out`; nothing else is written.
@@ -168,8 +187,9 @@ impl Gemm {
                 expected: format.name(),
             });
         }
+        weights.require_arranged(self.config.activation_format)?;
         let splits = self.config.kernel.splits();
-        let too_short = (splits - 1) * values_of_block(format);
+        let too_short = (splits - 1) * values_of_block(self.config.activation_format);
         if weights.k() <= too_short {
             return Err(Error::value("k", weights.k(), format!("more than {too_short}, for a K in {splits} parts")));
         }
@@ -182,13 +202,19 @@ impl Gemm {
             RowEnds::Psum(psum) => psum.require_aligned("psum", 4)?,
             RowEnds::Tiles(rows_left) => rows_left.require_aligned("rows_left", 4)?,
         }
+        if let Some(bias) = call.bias {
+            bias.require_aligned("bias", 4)?;
+            if self.config.activation.is_some() {
+                return Err(Error::value("bias", bias.address() as usize, "none, for a GEMM with an activation"));
+            }
+        }
         if self.config.activation.is_some() {
             DevicePtr::require(call.out_scales, "out_scales", 4)?;
             if !weights.n().is_multiple_of(2 * WEIGHT_BLOCK) {
                 return Err(Error::value("n", weights.n(), "a multiple of 256 for a GEMM with an activation"));
             }
         }
-        if format == WeightFormat::E4m3 {
+        if self.config.activation_format == ActivationFormat::E4m3 {
             DevicePtr::require(call.scales, "scales", 16)?;
             let words = checked_mul("scales", call.m_sum.next_multiple_of(4), weights.k().div_ceil(WEIGHT_BLOCK))?;
             require_int("scales", words)?;
@@ -204,7 +230,9 @@ impl Gemm {
         // The driver encodes maps in a context only.
         let _current = self.device.current()?;
         let kernel = &self.config.kernel;
-        let (bytes, n, k) = (weight_bytes(self.config.format), weights.n(), weights.k());
+        let (n, k) = (weights.n(), weights.k());
+        let arranged = weights.require_arranged(self.config.activation_format)?;
+        let bytes = row_bytes(self.config.activation_format);
         let mut rows = [TensorMap::EMPTY; PATHS];
         for (path, map) in rows.iter_mut().enumerate() {
             let box_rows = (path + 1) * kernel.row_step() / kernel.shared();
@@ -215,8 +243,15 @@ impl Gemm {
             RowEnds::Psum(psum) => (psum.address(), 0),
             RowEnds::Tiles(rows_left) => (0, rows_left.address()),
         };
+        let map = match arranged {
+            None => {
+                let bytes = weight_bytes(self.config.format);
+                TensorMap::encode(weights.values().address(), bytes, 3, (weights.experts(), n, k), box_rows)?
+            }
+            Some(_) => TensorMap::EMPTY,
+        };
         let arguments = Arguments {
-            weights: TensorMap::encode(weights.values().address(), bytes, 3, (weights.experts(), n, k), box_rows)?,
+            weights: map,
             rows,
             row_scales: DevicePtr::or_null(call.scales),
             weight_scales: DevicePtr::or_null(weights.scales()),
@@ -230,9 +265,15 @@ impl Gemm {
             k: require_int("k", k)?,
             m_sum: require_int("m_sum", call.m_sum)?,
             reserved: 0,
+            bias: DevicePtr::or_null(call.bias),
+            packed: arranged.map_or(0, |_| weights.values().address()),
+            exponents: arranged.map_or(0, |arranged| arranged.exponents.address()),
+            spread: arranged.map_or(0, |arranged| DevicePtr::or_null(arranged.spread)),
         };
+        let spread = arranged.is_some_and(|arranged: &Arranged| arranged.spread.is_some());
+        let resident = self.spread_kernel.as_ref().filter(|_| spread).unwrap_or(&self.kernel);
         let shape = Launch {
-            blocks: self.blocks,
+            blocks: resident.blocks,
             threads: kernel.threads(),
             shared_bytes: self.config.shared_bytes(),
             cooperative: false,
@@ -240,6 +281,6 @@ impl Gemm {
         };
         let pointers = [std::ptr::from_ref(&arguments).cast::<c_void>()];
         // SAFETY: the kernel takes one `GemmArgs` with as many maps; the rest is the caller's promise.
-        unsafe { self.device.launch(&self.kernel, shape, stream, &pointers) }
+        unsafe { self.device.launch(&resident.kernel, shape, stream, &pointers) }
     }
 }

@@ -11,15 +11,17 @@ use super::list_tiles::{self, Grouping, ListTiles, ListTilesCall, TileLists};
 use super::route;
 use super::weights::{Weights, check_sizes};
 use crate::error::{Error, Result};
-use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
+use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
 use crate::quantize::ScaleFormat;
 use std::collections::HashMap;
 
 /// What a grouped GEMM is prepared for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct GroupedGemmShape {
-    /// Of weights and rows.
+    /// Of the weights.
     pub format: WeightFormat,
+    /// Of the rows.
+    pub activation_format: ActivationFormat,
     /// `E`
     pub experts: usize,
     /// Outputs.
@@ -31,13 +33,15 @@ pub struct GroupedGemmShape {
 /// What one call works on.
 #[derive(Debug, Clone, Copy)]
 pub struct GroupedGemmCall<'a> {
-    /// `[E, N, K]`, as prepared.
+    /// `[E, N, K]`, as prepared; mxfp4 [arranged](Weights::arrange) for the rows' format.
     pub weights: &'a Weights,
-    /// `[M_sum, K]`, of the weights' format, 16-byte aligned.
+    /// `[M_sum, K]`, 16-byte aligned.
     pub rows: DevicePtr,
     /// `[M_sum, ceil(K / 128)]`, of e4m3 rows; any strides. In [`ScaleFormat::HOPPER`] on 16 bytes they are read where
     /// they are, else copied first.
     pub scales: Option<DeviceMatrix<f32>>,
+    /// `[E, N]`, added to the f32 sums before they are rounded.
+    pub bias: Option<DevicePtr<f32>>,
     /// `[M_sum, N]` bf16, 16-byte aligned. Only rows of experts are written.
     pub out: DevicePtr,
     /// `M_sum`
@@ -83,14 +87,16 @@ impl GroupedGemm {
         let mut all: Vec<GemmKernel> = kernels.iter().map(|&(_, kernel)| kernel).collect();
         all.sort_unstable();
         all.dedup();
-        let format = shape.format;
+        let GroupedGemmShape { format, activation_format, .. } = shape;
         Ok(Self {
             device: device.clone(),
             shape,
             max_rows,
             of_psum: ListTiles::prepare(device, Grouping::Psum { alignment: 1 })?,
             of_m_indices: ListTiles::prepare(device, Grouping::MIndices)?,
-            gemms: each_at_once(&all, |kernel| Gemm::prepare(device, GemmConfig { format, kernel, activation: None }))?,
+            gemms: each_at_once(&all, |kernel| {
+                Gemm::prepare(device, GemmConfig { format, activation_format, kernel, activation: None })
+            })?,
             kernels,
         })
     }
@@ -153,8 +159,19 @@ impl GroupedGemm {
     #[allow(unsafe_code)]
     pub unsafe fn launch(&self, stream: Stream, call: &GroupedGemmCall<'_>) -> Result<()> {
         self.check_call(call)?;
-        let GroupedGemmCall { weights, rows, scales, out, m_sum, grouping, list, expected_rows, state, workspace } =
-            *call;
+        let GroupedGemmCall {
+            weights,
+            rows,
+            scales,
+            bias,
+            out,
+            m_sum,
+            grouping,
+            list,
+            expected_rows,
+            state,
+            workspace,
+        } = *call;
         if m_sum == 0 {
             return Ok(());
         }
@@ -176,6 +193,7 @@ impl GroupedGemm {
             scales: lists.scales.or(scales.map(|scales| scales.ptr)),
             out,
             out_scales: None,
+            bias,
             header: lists.header,
             worklist: lists.worklist,
             ends: RowEnds::Tiles(lists.rows_left),
@@ -217,7 +235,7 @@ impl GroupedGemm {
     }
 
     fn check_call(&self, call: &GroupedGemmCall<'_>) -> Result<()> {
-        let GroupedGemmShape { format, experts, n, k } = self.shape;
+        let GroupedGemmShape { format, activation_format, experts, n, k } = self.shape;
         self.require_rows(call.m_sum)?;
         if call.weights.format() != format {
             let (actual, expected) = (call.weights.format().name(), format.name());
@@ -230,9 +248,9 @@ impl GroupedGemm {
                 return Err(Error::value(argument, actual, format!("{prepared}, as prepared")));
             }
         }
-        match (format, call.scales) {
-            (WeightFormat::E4m3, None) => DevicePtr::require(None::<DevicePtr<f32>>, "scales", 4),
-            (WeightFormat::Bf16, Some(scales)) => {
+        match (activation_format, call.scales) {
+            (ActivationFormat::E4m3, None) => DevicePtr::require(None::<DevicePtr<f32>>, "scales", 4),
+            (ActivationFormat::Bf16, Some(scales)) => {
                 Err(Error::value("scales", scales.ptr.address() as usize, "none for rows of bf16"))
             }
             _ => Ok(()),
@@ -255,11 +273,11 @@ impl GroupedGemm {
 impl GroupedGemmShape {
     /// From how many expected rows on which kernel is expected to take least.
     fn kernels(&self, max_rows: usize, multiprocessors: usize) -> Vec<(usize, GemmKernel)> {
-        let Self { format, experts, n, k } = *self;
+        let Self { format, activation_format, experts, n, k } = *self;
         let mut kernels: Vec<(usize, GemmKernel)> = Vec::new();
         let mut rows = 1;
         while rows <= max_rows {
-            let shape = GemmShape { n, k, format, experts, rows, most_rows: rows };
+            let shape = GemmShape { n, k, format, activation_format, experts, rows, most_rows: rows };
             let kernel = GemmKernel::choose(&shape, multiprocessors);
             if kernels.last().is_none_or(|&(_, last)| last != kernel) {
                 kernels.push((rows, kernel));
@@ -295,7 +313,13 @@ mod tests {
 
     #[test]
     fn kernels_are_chosen_for_ever_more_rows() {
-        let shape = GroupedGemmShape { format: WeightFormat::E4m3, experts: 64, n: 1024, k: 2048 };
+        let shape = GroupedGemmShape {
+            format: WeightFormat::E4m3,
+            activation_format: ActivationFormat::E4m3,
+            experts: 64,
+            n: 1024,
+            k: 2048,
+        };
         let kernels = shape.kernels(1 << 20, 132);
         assert_eq!(kernels[0].0, 1);
         assert!(kernels.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 != pair[1].1), "{kernels:?}");
@@ -303,7 +327,15 @@ mod tests {
         assert!(!few.tokens_on_m() && many.tokens_on_m(), "{kernels:?}");
         for &(first, kernel) in &kernels {
             let rows = alike(first);
-            let exact = GemmShape { n: 1024, k: 2048, format: WeightFormat::E4m3, experts: 64, rows, most_rows: rows };
+            let exact = GemmShape {
+                n: 1024,
+                k: 2048,
+                format: WeightFormat::E4m3,
+                activation_format: ActivationFormat::E4m3,
+                experts: 64,
+                rows,
+                most_rows: rows,
+            };
             assert_eq!((rows, GemmKernel::choose(&exact, 132)), (first, kernel));
         }
     }

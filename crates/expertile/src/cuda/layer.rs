@@ -17,7 +17,7 @@ pub use run::{CapturedLayer, Workspace};
 use super::activation::Activate;
 use super::call::{DeviceMatrix, RoutingPtrs};
 use super::definitions::activation_definitions;
-use super::driver::{Device, DevicePtr, Stream};
+use super::driver::{Device, DeviceBuffer, DevicePtr, Stream};
 use super::few_tokens::FewTokens;
 use super::gemm::{Gemm, GemmConfig, GemmKernel};
 use super::route;
@@ -27,13 +27,15 @@ use super::weights::Weights;
 use crate::activation::Activation;
 #[cfg(doc)]
 use crate::error::Error;
-use crate::error::Result;
+use crate::error::{Result, require_exact};
 use crate::gemm::WeightFormat;
 use crate::layer::{LayerConfig, LayerShape, Stage};
 use choice::{Choices, Offsets};
+use config::WeightKind;
 use launch::Entry;
 use std::collections::HashMap;
 use std::hash::Hash;
+use std::sync::Arc;
 
 /// The layout's alignment on Hopper, whatever the shape: the GEMM's tiles start anywhere, so padding serves only the
 /// copies of e4m3 rows' scales (16 bytes, 4 rows), and the less there is the fewer zeros are written. 8 keeps a cache
@@ -57,6 +59,17 @@ pub struct LayerCall {
     pub state: DevicePtr,
     /// [`Layer::workspace_bytes`] of at least as many tokens, 256-byte aligned, whatever is in it.
     pub workspace: DevicePtr,
+}
+
+/// What a layer multiplies by and adds.
+#[derive(Debug, Clone)]
+struct LayerWeights {
+    w13: Weights,
+    w2: Weights,
+    /// `[E, 2 I]`
+    b13: Option<Arc<DeviceBuffer<f32>>>,
+    /// `[E, H]`
+    b2: Option<Arc<DeviceBuffer<f32>>>,
 }
 
 /// An expert layer on a device: weights, and everything that its calls launch.
@@ -100,8 +113,7 @@ pub struct Layer {
     shape: LayerShape,
     config: LayerConfig,
     max_tokens: usize,
-    w13: Weights,
-    w2: Weights,
+    weights: LayerWeights,
     entry: Entry,
     /// By how the work is cut, and whether the activation is inside.
     gemms: HashMap<(GemmKernel, bool), Gemm>,
@@ -114,7 +126,7 @@ pub struct Layer {
 
 impl Layer {
     /// A layer of `w13 [E, 2 I, H]` (gate rows first, then up) and `w2 [E, H, I]`, for calls of up to `max_tokens`
-    /// tokens.
+    /// tokens. mxfp4 weights are arranged here, in memory of their own ([`Weights::arrange`]).
     ///
     /// This is the warm-up: what such calls can choose is compiled (or loaded) here, several kernels at a time, and
     /// nothing afterwards.
@@ -129,27 +141,62 @@ impl Layer {
         let what = |weights: &Weights| ([weights.experts(), weights.n(), weights.k()], weights.format());
         let shape = LayerShape::of_weights(what(&w13), what(&w2), config.activation.is_gated())?;
         Self::check_config(&shape, &config, w13.format())?;
-        let choices = Choices::new(&shape, &config, max_tokens, device.info().multiprocessors as usize)?;
-        let format = config.weight_format();
+        let kind = WeightKind::unbiased(w13.format());
+        let [w13, w2] = [w13, w2].map(|weights| weights.arrange(device, config.activation_format));
+        let weights = LayerWeights { w13: w13?, w2: w2?, b13: None, b2: None };
+        Self::with_weights(device, shape, weights, config, kind, max_tokens)
+    }
+
+    fn with_weights(
+        device: &Device,
+        shape: LayerShape,
+        weights: LayerWeights,
+        config: LayerConfig,
+        kind: WeightKind,
+        max_tokens: usize,
+    ) -> Result<Self> {
+        let choices = Choices::new(&shape, &config, kind, max_tokens, device.info().multiprocessors as usize)?;
+        let format = kind.format;
         Ok(Self {
             device: device.clone(),
             shape,
             config,
             max_tokens,
-            w13,
-            w2,
+            weights,
             entry: Entry::prepare(device, &shape, &config, &choices.row_tiles)?,
             activate: Activate::prepare(device, config.activate(&shape))?,
             unpermute: Unpermute::prepare(device, config.unpermute(&shape))?,
             gemms: each_at_once(&choices.gemms, |(kernel, activated)| {
                 let activation = activated.then_some(config.activation);
-                Gemm::prepare(device, GemmConfig { format, kernel, activation })
+                Gemm::prepare(
+                    device,
+                    GemmConfig { format, activation_format: config.activation_format, kernel, activation },
+                )
             })?,
             few_tokens: each_of(&choices.few_tokens, |kernel| {
                 Ok((kernel.tokens(), FewTokens::prepare(device, kernel)?))
             })?,
             choices,
         })
+    }
+
+    /// The same with biases: `b13 [E, 2 I]` (gate's first, then up's) and `b2 [E, H]`, each added to its GEMM's f32 sums
+    /// before anything else happens to them. [`crate::GateUpOrder::to_halves`] brings an interleaved one into order.
+    ///
+    /// Calls may choose other kernels then, which are compiled here.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless each has exactly that many values; [`Error::Kernel`], [`Error::Cuda`].
+    pub fn with_biases(self, b13: Option<Vec<f32>>, b2: Option<Vec<f32>>) -> Result<Self> {
+        let Self { device, shape, config, max_tokens, weights, .. } = self;
+        let upload = |argument, bias: Option<Vec<f32>>, width| {
+            let Some(bias) = bias else { return Ok(None) };
+            require_exact(argument, bias.len(), &[shape.local_experts(), width])?;
+            Ok(Some(Arc::new(device.upload(&bias)?)))
+        };
+        let (b13, b2) = (upload("b13", b13, shape.w13_rows())?, upload("b2", b2, shape.hidden())?);
+        let kind = WeightKind { format: weights.w13.format(), biased: [b13.is_some(), b2.is_some()] };
+        Self::with_weights(&device, shape, LayerWeights { b13, b2, ..weights }, config, kind, max_tokens)
     }
 
     /// Whether layers of this shape, configuration and weight format exist on a GPU: what [`Layer::prepare`] refuses
@@ -183,7 +230,7 @@ impl Layer {
     /// The weights: `w13`, then `w2`.
     #[must_use]
     pub fn weights(&self) -> [&Weights; 2] {
-        [&self.w13, &self.w2]
+        [&self.weights.w13, &self.weights.w2]
     }
 
     /// What a call with that many tokens does.

@@ -1,18 +1,22 @@
 //! An expert layer's weights in device memory, knowing what they are.
 
-use super::backend::BACKEND;
 use super::driver::{Device, DeviceBuffer, DevicePtr};
 use crate::dtype::{Dtype, E4m3, Float};
 use crate::error::{Error, Result, checked_mul, require_exact, require_len};
 use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
 use crate::matrix::MatrixRef;
+use crate::mxfp4::{GROUP, require_numbers};
 use crate::routing::require_experts;
 use crate::weights::RowLedger;
 use half::bf16;
 use std::sync::Arc;
 
-/// Weights `[E, N, K]` in device memory as the GEMM reads them: row-major, with their scales if they are e4m3. Cheap to
-/// clone: clones share the memory.
+pub(super) mod mxfp4;
+
+use mxfp4::Arranged;
+
+/// Weights `[E, N, K]` in device memory: row-major, with their scales if they are e4m3 or mxfp4. The GEMM reads e4m3 and
+/// bf16 as they are, mxfp4 once it is [arranged](Weights::arrange). Cheap to clone: clones share the memory.
 #[derive(Debug, Clone)]
 pub struct Weights {
     format: WeightFormat,
@@ -20,7 +24,10 @@ pub struct Weights {
     n: usize,
     k: usize,
     values: DevicePtr,
-    scales: Option<DevicePtr<f32>>,
+    /// f32 of e4m3, bytes of mxfp4.
+    scales: Option<DevicePtr>,
+    /// mxfp4 as the GEMM reads it; `values` and `scales` are none then.
+    arranged: Option<Arranged>,
     /// What the addresses point into, where this value owns it.
     _memory: Arc<[DeviceBuffer]>,
 }
@@ -33,8 +40,9 @@ impl Weights {
     /// The memory holds that much, and outlives every launch that takes the value.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for mxfp4; [`Error::Value`] if `n` is not a multiple of 8, `k` not one of 16, an address is not aligned, or there are no
-    /// experts; [`Error::Overflow`] if the scales would pass 2^31.
+    /// [`Error::Value`] if `n` is not a multiple of 8, `k` not one of 16, an address is not aligned, or there are no
+    /// experts; [`Error::WeightFormat`] for mxfp4, which [`Weights::from_device_mxfp4`] takes; [`Error::Overflow`] if
+    /// the scales would pass 2^31.
     #[allow(unsafe_code)]
     pub unsafe fn from_device(
         format: WeightFormat,
@@ -42,13 +50,13 @@ impl Weights {
         values: DevicePtr,
         scales: Option<DevicePtr<f32>>,
     ) -> Result<Self> {
-        require_known(format)?;
+        require_whole_bytes(format)?;
         check_sizes(experts, n, k)?;
         values.require_aligned("values", 16)?;
         if format == WeightFormat::E4m3 {
             DevicePtr::require(scales, "scales", 4)?;
         }
-        Ok(Self { format, experts, n, k, values, scales, _memory: Arc::from([]) })
+        Ok(Self::new(format, (experts, n, k), values, scales.map(DevicePtr::cast), Arc::from([])))
     }
 
     /// bf16 weights `[E, N, K]` that are in a buffer already; the value owns it.
@@ -60,7 +68,7 @@ impl Weights {
         require_len("values", values.len(), experts * n * k)?;
         let values = values.into_bytes();
         let ptr = values.ptr();
-        Ok(Self { format: WeightFormat::Bf16, experts, n, k, values: ptr, scales: None, _memory: Arc::from([values]) })
+        Ok(Self::new(WeightFormat::Bf16, (experts, n, k), ptr, None, Arc::from([values])))
     }
 
     /// e4m3 weights `[E, N, K]` and their scales `[E, ceil(N / 128), ceil(K / 128)]` that are in buffers already; the
@@ -77,10 +85,27 @@ impl Weights {
         check_sizes(experts, n, k)?;
         require_len("values", values.len(), experts * n * k)?;
         scales.require("scales", values.device(), experts * n.div_ceil(WEIGHT_BLOCK) * k.div_ceil(WEIGHT_BLOCK))?;
-        let (values, scale_ptr) = (values.into_bytes(), scales.ptr());
-        let (ptr, memory) = (values.ptr(), Arc::from([values, scales.into_bytes()]));
-        let format = WeightFormat::E4m3;
-        Ok(Self { format, experts, n, k, values: ptr, scales: Some(scale_ptr), _memory: memory })
+        Ok(Self::of_buffers(WeightFormat::E4m3, (experts, n, k), values.into_bytes(), scales.into_bytes()))
+    }
+
+    fn new(
+        format: WeightFormat,
+        (experts, n, k): (usize, usize, usize),
+        values: DevicePtr,
+        scales: Option<DevicePtr>,
+        memory: Arc<[DeviceBuffer]>,
+    ) -> Self {
+        Self { format, experts, n, k, values, scales, arranged: None, _memory: memory }
+    }
+
+    fn of_buffers(
+        format: WeightFormat,
+        sizes: (usize, usize, usize),
+        values: DeviceBuffer,
+        scales: DeviceBuffer,
+    ) -> Self {
+        let (ptr, scale_ptr) = (values.ptr(), scales.ptr());
+        Self::new(format, sizes, ptr, Some(scale_ptr), Arc::from([values, scales]))
     }
 
     /// Copies bf16 weights `[E, N, K]` to the device.
@@ -142,26 +167,28 @@ impl Weights {
         self.k
     }
 
-    /// Address of the values.
+    /// Address of the values; of arranged mxfp4, that of all.
     #[must_use]
     pub fn values(&self) -> DevicePtr {
         self.values
     }
 
-    /// Address of the scales; none for bf16.
+    /// Address of the scales of e4m3; else none.
     #[must_use]
     pub fn scales(&self) -> Option<DevicePtr<f32>> {
-        self.scales
+        self.scales.filter(|_| self.format == WeightFormat::E4m3).map(DevicePtr::cast)
     }
 
     /// Bytes of device memory, scales included.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        let scales = match self.format {
-            WeightFormat::E4m3 => 4 * self.experts * self.n.div_ceil(WEIGHT_BLOCK) * self.k.div_ceil(WEIGHT_BLOCK),
-            WeightFormat::Bf16 | WeightFormat::Mxfp4 => 0,
-        };
-        self.experts * self.n * self.k * weight_bytes(self.format) + scales
+        match &self.arranged {
+            Some(arranged) => arranged.bytes(self.experts, self.n, self.k),
+            None => {
+                let (values, scales) = part_bytes(self.format, (self.experts, self.n, self.k));
+                values + scales
+            }
+        }
     }
 }
 
@@ -171,7 +198,7 @@ impl Weights {
 pub struct WeightsBuilder {
     weights: Weights,
     values: DeviceBuffer,
-    scales: Option<DeviceBuffer<f32>>,
+    scales: Option<DeviceBuffer>,
     ledger: RowLedger,
 }
 
@@ -181,15 +208,15 @@ impl WeightsBuilder {
     /// # Errors
     /// As [`Weights::from_device`]; [`Error::Cuda`] if there is not enough memory.
     pub fn new(device: &Device, format: WeightFormat, (experts, n, k): (usize, usize, usize)) -> Result<Self> {
-        require_known(format)?;
         check_sizes(experts, n, k)?;
-        let mut weights =
-            Weights { format, experts, n, k, values: DevicePtr::default(), scales: None, _memory: Arc::from([]) };
-        let values = device.allocate(experts * n * k * weight_bytes(format))?;
-        let scales = (weights.bytes() - values.bytes()) / 4;
-        let scales = (format == WeightFormat::E4m3).then(|| device.allocate(scales)).transpose()?;
-        weights.values = values.ptr();
-        weights.scales = scales.as_ref().map(DeviceBuffer::ptr);
+        if format == WeightFormat::Mxfp4 {
+            crate::mxfp4::groups(k)?;
+        }
+        let (value_bytes, scale_bytes) = part_bytes(format, (experts, n, k));
+        let values = device.allocate(value_bytes)?;
+        let scales = (scale_bytes > 0).then(|| device.allocate(scale_bytes)).transpose()?;
+        let scale_ptr = scales.as_ref().map(DeviceBuffer::ptr);
+        let weights = Weights::new(format, (experts, n, k), values.ptr(), scale_ptr, Arc::from([]));
         let ledger = RowLedger::new(format, n, k, vec![false; experts * n]);
         Ok(Self { weights, values, scales, ledger })
     }
@@ -238,7 +265,7 @@ impl WeightsBuilder {
         self.ledger.add(expert, first_row, rows.rows(), rows.cols())?;
         let start = (expert * n.div_ceil(WEIGHT_BLOCK) + first_row / WEIGHT_BLOCK) * blocks;
         if let Some(buffer) = &self.scales {
-            buffer.upload_from(start, &elements(scales).collect::<Vec<_>>())?;
+            buffer.upload_at(4 * start, &elements(scales).collect::<Vec<_>>())?;
         }
         match rows.contiguous() {
             Some(values) => self.copy_values(expert, first_row, bytemuck::must_cast_slice(values)),
@@ -249,13 +276,39 @@ impl WeightsBuilder {
         }
     }
 
+    /// Copies rows of mxfp4, `blocks [R, K / 2]` with `scales [R, K / 32]`, as rows `first_row..first_row + R` of an
+    /// expert.
+    ///
+    /// # Errors
+    /// As [`WeightsBuilder::add_bf16_rows`], for bf16; [`Error::Value`] for a scale of 255, which is NaN.
+    pub fn add_mxfp4_rows(
+        &mut self,
+        expert: usize,
+        first_row: usize,
+        blocks: MatrixRef<'_, u8>,
+        scales: MatrixRef<'_, u8>,
+    ) -> Result<()> {
+        self.ledger.require_format(WeightFormat::Mxfp4)?;
+        let Weights { n, k, .. } = self.weights;
+        let (rows, groups) = (blocks.rows(), k / GROUP);
+        blocks.require_shape("blocks", rows, k / 2)?;
+        scales.require_shape("scales", rows, groups)?;
+        require_numbers(rows, groups, first_row, |row, group| scales.get(row, group))?;
+        self.ledger.add(expert, first_row, rows, k)?;
+        let start = expert * n + first_row;
+        if let Some(buffer) = &self.scales {
+            copy_bytes(buffer, start * groups, scales)?;
+        }
+        copy_bytes(&self.values, start * (k / 2), blocks)
+    }
+
     /// The weights on the device.
     ///
     /// # Errors
     /// [`Error::Count`] if rows of an expert are missing.
     pub fn finish(self) -> Result<Weights> {
         self.ledger.finish()?;
-        let memory = std::iter::once(self.values).chain(self.scales.map(DeviceBuffer::into_bytes)).collect();
+        let memory = std::iter::once(self.values).chain(self.scales).collect();
         Ok(Weights { _memory: memory, ..self.weights })
     }
 
@@ -270,18 +323,36 @@ fn elements<T: Copy>(matrix: MatrixRef<'_, T>) -> impl Iterator<Item = T> + '_ {
     (0..matrix.rows()).flat_map(move |row| (0..matrix.cols()).map(move |col| matrix.get(row, col)))
 }
 
-/// Fails for a format that the kernels do not take.
-pub(super) fn require_known(format: WeightFormat) -> Result<()> {
+/// Copies a matrix of bytes, row by row.
+fn copy_bytes(buffer: &DeviceBuffer, start: usize, matrix: MatrixRef<'_, u8>) -> Result<()> {
+    match matrix.contiguous() {
+        Some(bytes) => buffer.upload_from(start, bytes),
+        None => buffer.upload_from(start, &elements(matrix).collect::<Vec<_>>()),
+    }
+}
+
+/// Fails for mxfp4, whose values and scales are both bytes.
+fn require_whole_bytes(format: WeightFormat) -> Result<()> {
     match format {
         WeightFormat::E4m3 | WeightFormat::Bf16 => Ok(()),
         WeightFormat::Mxfp4 => {
-            let (argument, actual) = ("weights", format.name());
-            Err(Error::Unsupported { argument, actual, backend: BACKEND, expected: "e4m3 or bf16" })
+            let (argument, actual) = ("format", format.name());
+            Err(Error::WeightFormat { argument, actual, expected: "e4m3 or bf16" })
         }
     }
 }
 
-/// Bytes of a weight of a format that the kernels take.
+/// Bytes of the values and of the scales of `[E, N, K]`.
+fn part_bytes(format: WeightFormat, (experts, n, k): (usize, usize, usize)) -> (usize, usize) {
+    let scales = match format {
+        WeightFormat::E4m3 => 4 * n.div_ceil(WEIGHT_BLOCK) * k.div_ceil(WEIGHT_BLOCK),
+        WeightFormat::Bf16 => 0,
+        WeightFormat::Mxfp4 => n * k.div_ceil(GROUP),
+    };
+    (experts * (n * k * format.bits()).div_ceil(8), experts * scales)
+}
+
+/// Bytes of a weight of whole bytes.
 pub(super) fn weight_bytes(format: WeightFormat) -> usize {
     format.bits() / 8
 }

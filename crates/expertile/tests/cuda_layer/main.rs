@@ -16,7 +16,8 @@ mod safe;
 use cudarc::driver::sys;
 use expertile::cuda::{Device, DeviceMatrix, DevicePtr, Layer, LayerCall, Stream, Weights, WeightsBuilder};
 use expertile::{
-    Activation, Dtype, E4m3, Error, LayerConfig, MatrixRef, WeightFormat, WeightsBuilder as WeightsBuilderTrait,
+    Activation, ActivationFormat, Dtype, E4m3, Error, LayerConfig, MatrixRef, WeightFormat,
+    WeightsBuilder as WeightsBuilderTrait,
 };
 use expertile_oracle::compare::{self, Tolerance};
 use expertile_testkit::{NAN_POISON, Pattern, assert_untouched};
@@ -37,6 +38,14 @@ const E4M3_TO_CPU: Tolerance = Tolerance { whole: 1e-4, row: compare::E4M3_GEMM.
 const MANY_ROWS: usize = 64;
 /// With bf16 there are no scales, only units of bf16.
 const BF16_TO_CPU: Tolerance = Tolerance { whole: 2e-6, row: 2e-5 };
+
+/// Every pair of weights and activations.
+const FORMATS: [(WeightFormat, ActivationFormat); 4] = [
+    (WeightFormat::E4m3, ActivationFormat::E4m3),
+    (WeightFormat::Bf16, ActivationFormat::Bf16),
+    (WeightFormat::Mxfp4, ActivationFormat::E4m3),
+    (WeightFormat::Mxfp4, ActivationFormat::Bf16),
+];
 
 const GPT_OSS: Activation = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
 
@@ -70,13 +79,12 @@ impl fmt::Display for Differences {
 
 /// Against the oracle and against the CPU.
 fn tolerances(spec: &Spec, tokens: usize) -> (Tolerance, Tolerance) {
-    match spec.format {
-        WeightFormat::E4m3 if tokens * spec.topk < MANY_ROWS => {
+    match spec.activations() {
+        ActivationFormat::E4m3 if tokens * spec.topk < MANY_ROWS => {
             (compare::E4M3_LAYER, Tolerance { whole: E4M3_TO_CPU.row, ..E4M3_TO_CPU })
         }
-        WeightFormat::E4m3 => (compare::E4M3_LAYER, E4M3_TO_CPU),
-        WeightFormat::Bf16 => (compare::BF16_LAYER, BF16_TO_CPU),
-        WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
+        ActivationFormat::E4m3 => (compare::E4M3_LAYER, E4M3_TO_CPU),
+        ActivationFormat::Bf16 => (compare::BF16_LAYER, BF16_TO_CPU),
     }
 }
 
@@ -218,6 +226,46 @@ fn bf16_layers_are_right_where_n_and_k_are_partial() {
     check_model(spec, &[1, 2, 4, 8, 64, 513], &ALL);
 }
 
+/// A layer as gpt-oss has it: H and I that 128 does not divide, biases, the clamped activation.
+#[test]
+fn mxfp4_layers_with_biases_are_right_where_the_last_groups_are_partial() {
+    let spec = Spec { hidden: 320, intermediate: 192, experts: 6, topk: 2, activation: GPT_OSS, biased: true, ..BASE };
+    for activation_format in ActivationFormat::ALL {
+        let spec = Spec { format: WeightFormat::Mxfp4, activation_format, ..spec };
+        check_model(spec, &[1, 31, 64, 300], &[Pattern::Even, Pattern::Skewed]);
+        check_model(spec, &[3, 40], &[Pattern::One, Pattern::Empty]);
+    }
+}
+
+#[test]
+fn mxfp4_layers_are_right_with_an_expert_map_and_without_biases() {
+    let spec = Spec { hidden: 512, intermediate: 128, experts: 16, global: 32, topk: 4, ..BASE };
+    for activation_format in ActivationFormat::ALL {
+        let spec = Spec { format: WeightFormat::Mxfp4, activation_format, ..spec };
+        check_model(spec, &[1, 8, 130], &[Pattern::Even, Pattern::Skewed]);
+    }
+}
+
+#[test]
+fn biases_are_added_in_every_format() {
+    for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+        let spec = Spec { activation: GPT_OSS, format, biased: true, ..BASE };
+        check_model(spec, &[1, 2, 64, 300], &[Pattern::Even, Pattern::Skewed]);
+    }
+}
+
+#[test]
+fn biases_of_other_lengths_are_refused() {
+    let Some(device) = hopper() else { return };
+    let layer = |biased| Model::new(device, Spec { max_tokens: 8, biased, ..BASE }).on_device;
+    let error = layer(false).with_biases(Some(vec![0.0; 16 * 512 - 1]), None).unwrap_err();
+    assert!(error.to_string().starts_with("b13 has shape [8191]"), "{error}");
+    let error = layer(false).with_biases(None, Some(vec![0.0; 3])).unwrap_err();
+    assert!(error.to_string().starts_with("b2 has shape [3]"), "{error}");
+    let choices = [false, true].map(|biased| layer(biased).choice(8).unwrap());
+    assert!(!choices[1].activation_inside_gemm1, "{}", choices[1]);
+}
+
 #[test]
 fn a_workspace_serves_calls_of_different_sizes_in_turn() {
     let Some(device) = hopper() else { return };
@@ -237,8 +285,9 @@ fn a_workspace_serves_calls_of_different_sizes_in_turn() {
 #[test]
 fn fifty_repeats_give_the_same_bits() {
     let Some(device) = hopper() else { return };
-    for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
-        let model = Model::new(device, Spec { hidden: 1024, intermediate: 512, topk: 8, format, ..BASE });
+    for (format, activation_format) in FORMATS {
+        let spec = Spec { hidden: 1024, intermediate: 512, topk: 8, format, activation_format, ..BASE };
+        let model = Model::new(device, spec);
         for tokens in [1, 2, 64, 600] {
             let call = Call::new(device, &model, &Inputs::new(&model, tokens, Pattern::Skewed, 9));
             call.poison(device);
@@ -267,8 +316,9 @@ fn a_token_has_the_same_bits_beside_any_others() {
     let Some(device) = hopper() else { return };
     // One expert has few tiles at any size; of several, most have few rows.
     for (experts, topk) in [(1, 1), (12, 2)] {
-        for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+        for (format, activation_format) in FORMATS {
             let spec = Spec { hidden: 1024, intermediate: 128, experts, topk, format, max_tokens: 320, ..BASE };
+            let spec = Spec { activation_format, ..spec };
             let model = Model::new(device, spec);
             let all = Inputs::new(&model, 320, Pattern::Even, 3);
             let expected = run(device, &model, &all);

@@ -7,7 +7,7 @@ use expertile::cuda::{
 };
 use expertile::{
     Activation, ActivationFormat, Dtype, E4m3, Float, LayerConfig, LayerShape, Layout, MatrixRef, Routing, ScaleFormat,
-    Scales, TopkIds, WeightFormat,
+    Scales, TopkIds, WeightFormat, mxfp4,
 };
 use expertile_oracle::layer as oracle;
 use expertile_testkit::{
@@ -26,6 +26,8 @@ pub(crate) struct Spec {
     pub(crate) global: usize,
     pub(crate) topk: usize,
     pub(crate) format: WeightFormat,
+    pub(crate) activation_format: ActivationFormat,
+    pub(crate) biased: bool,
     pub(crate) input: Dtype,
     pub(crate) output: Dtype,
     pub(crate) ids: Dtype,
@@ -43,6 +45,8 @@ pub(crate) const BASE: Spec = Spec {
     global: 0,
     topk: 4,
     format: WeightFormat::E4m3,
+    activation_format: ActivationFormat::E4m3,
+    biased: false,
     input: Dtype::Bf16,
     output: Dtype::Bf16,
     ids: Dtype::I32,
@@ -54,11 +58,12 @@ pub(crate) const BASE: Spec = Spec {
 };
 
 impl Spec {
+    /// mxfp4 goes with either; the others with their own.
     pub(crate) fn activations(&self) -> ActivationFormat {
         match self.format {
             WeightFormat::E4m3 => ActivationFormat::E4m3,
             WeightFormat::Bf16 => ActivationFormat::Bf16,
-            WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
+            WeightFormat::Mxfp4 => self.activation_format,
         }
     }
 
@@ -84,13 +89,21 @@ impl Spec {
 pub(crate) enum Matrices {
     Bf16(Vec<bf16>),
     E4m3(Vec<E4m3>, Vec<f32>),
+    /// Blocks and scales.
+    Mxfp4(Vec<u8>, Vec<u8>),
 }
 
 impl Matrices {
     fn new(format: WeightFormat, extents: [usize; 3], random: &mut Random) -> Self {
         match format {
             WeightFormat::Bf16 => Self::Bf16(unit_weights(random, extents, bf16::from_f32)),
-            WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
+            WeightFormat::Mxfp4 => {
+                let values: Vec<f32> = unit_weights(random, extents, |value| value);
+                let k = extents[2];
+                let (mut blocks, mut scales) = (vec![0; values.len() / 2], vec![0; values.len() / mxfp4::GROUP]);
+                mxfp4::quantize_rows(&values, k, &mut blocks, &mut scales).unwrap();
+                Self::Mxfp4(blocks, scales)
+            }
             WeightFormat::E4m3 => {
                 let (values, scales) = block_scaled_weights(random, extents, E4m3::MAX, E4m3::from_f32);
                 Self::E4m3(values, scales)
@@ -102,6 +115,7 @@ impl Matrices {
         match self {
             Self::Bf16(values) => Weights::upload_bf16(device, values, sizes),
             Self::E4m3(values, scales) => Weights::upload_e4m3(device, values, scales, sizes),
+            Self::Mxfp4(blocks, scales) => Weights::upload_mxfp4(device, blocks, scales, sizes),
         }
         .unwrap()
     }
@@ -110,6 +124,7 @@ impl Matrices {
         match self {
             Self::Bf16(values) => PackedWeights::pack_bf16(cpu, values, experts, n, k),
             Self::E4m3(values, scales) => PackedWeights::pack_e4m3(cpu, values, scales, experts, n, k),
+            Self::Mxfp4(blocks, scales) => PackedWeights::pack_mxfp4(cpu, blocks, scales, experts, n, k),
         }
         .unwrap()
     }
@@ -122,6 +137,9 @@ impl Matrices {
             Self::E4m3(values, scales) => {
                 Self::E4m3(values[part(values.len())].to_vec(), scales[part(scales.len())].to_vec())
             }
+            Self::Mxfp4(blocks, scales) => {
+                Self::Mxfp4(blocks[part(blocks.len())].to_vec(), scales[part(scales.len())].to_vec())
+            }
         }
     }
 
@@ -133,6 +151,10 @@ impl Matrices {
                 Self::E4m3(values, scales) => {
                     let block = (expert * n.div_ceil(128) + row / 128) * k.div_ceil(128) + col / 128;
                     f64::from(values[start + col].to_f32()) * f64::from(scales[block])
+                }
+                Self::Mxfp4(blocks, scales) => {
+                    let (byte, scale) = (blocks[(start + col) / 2], scales[(start + col) / mxfp4::GROUP]);
+                    f64::from(mxfp4::decode(byte >> (4 * (col % 2)), scale))
                 }
             };
         }
@@ -147,6 +169,8 @@ pub(crate) struct Model {
     pub(crate) map: Option<Vec<i32>>,
     pub(crate) on_cpu: cpu::Layer,
     packed_w2: PackedWeights,
+    b13: Option<Vec<f32>>,
+    b2: Option<Vec<f32>>,
     pub(crate) on_device: Layer,
     /// The same, with a launch for each step whatever the number of tokens.
     pub(crate) in_steps: Layer,
@@ -184,8 +208,17 @@ impl Model {
         let in_steps = LayerConfig { one_launch: false, ..spec.config() };
         let in_steps = Layer::prepare(device, up.clone(), down.clone(), in_steps, spec.max_tokens).unwrap();
         let on_device = Layer::prepare(device, up, down, spec.config(), spec.max_tokens).unwrap();
+        let mut random = Random::new(55);
+        let mut bias = |width| spec.biased.then(|| (0..experts * width).map(|_| random.uniform()).collect::<Vec<_>>());
+        let (b13, b2) = (bias(2 * intermediate), bias(hidden));
+        let on_cpu = on_cpu.with_biases(b13.clone(), b2.clone()).unwrap();
+        let with_biases = |layer: Layer| match spec.biased {
+            true => layer.with_biases(b13.clone(), b2.clone()).unwrap(),
+            false => layer,
+        };
+        let [on_device, in_steps] = [on_device, in_steps].map(with_biases);
         assert_eq!(on_device.shape(), &LayerShape::new(hidden, intermediate, experts).unwrap());
-        Self { spec, w13, w2, map, on_cpu, packed_w2, on_device, in_steps, cpu }
+        Self { spec, w13, w2, map, on_cpu, packed_w2, b13, b2, on_device, in_steps, cpu }
     }
 
     /// The CPU backend's output.
@@ -226,8 +259,8 @@ impl Model {
         let values = plan.m_sum() * intermediate;
         let format = ScaleFormat::HOPPER;
         let (e4m3, halves, scales);
-        let activations = match self.spec.format {
-            WeightFormat::E4m3 => {
+        let activations = match self.spec.activations() {
+            ActivationFormat::E4m3 => {
                 e4m3 = call.part::<E4m3>(parts.activated, values);
                 scales = call.part::<f32>(
                     parts.activated_scales.unwrap().cast(),
@@ -235,16 +268,17 @@ impl Model {
                 );
                 cpu::Activations::E4m3 { rows: &e4m3, scales: Scales::f32(format, &scales) }
             }
-            WeightFormat::Bf16 => {
+            ActivationFormat::Bf16 => {
                 halves = call.part::<bf16>(parts.activated, values);
                 cpu::Activations::Bf16(&halves)
             }
-            WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
         };
         let bytes = cpu::grouped_gemm_workspace_bytes(plan.m_sum(), intermediate, activations.format()).unwrap();
         let mut from_cpu = vec![bf16::ZERO; plan.m_sum() * hidden];
         let workspace = &mut vec![0; bytes];
-        cpu::grouped_gemm(&self.cpu, &layout, activations, &self.packed_w2, workspace, &mut from_cpu).unwrap();
+        let b2 = self.b2.as_deref();
+        cpu::grouped_gemm_with_bias(&self.cpu, &layout, activations, &self.packed_w2, b2, workspace, &mut from_cpu)
+            .unwrap();
 
         let from_device = call.part::<bf16>(parts.back.cast(), plan.m_sum() * hidden);
         let live = (0..plan.m_sum()).filter(|&row| layout.m_indices()[row] >= 0);
@@ -286,8 +320,8 @@ impl Model {
             weight_on_input,
             w13_row: &|expert, row, out| self.w13.row((2 * intermediate, hidden), expert, row, out),
             w2_row: &|expert, row, out| self.w2.row((hidden, intermediate), expert, row, out),
-            b13: None,
-            b2: None,
+            b13: self.b13.as_deref(),
+            b2: self.b2.as_deref(),
             shared: None,
         };
         layer.run(&x, &ids, topk, Some(&weights), self.map.as_deref()).output

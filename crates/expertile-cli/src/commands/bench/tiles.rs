@@ -9,7 +9,7 @@ use crate::report::format;
 use crate::report::progress::Progress;
 use expertile::cuda::measure::{TileBench, TileInputs, TileTime};
 use expertile::cuda::{Device, GemmKernel, LayerChoice};
-use expertile::{ActivationFormat, LayerConfig, LayerShape, Stage, WeightFormat};
+use expertile::{LayerConfig, LayerShape, Stage, WeightFormat};
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -207,9 +207,9 @@ impl Draw {
 
     fn choice(&self, multiprocessors: usize) -> Result<LayerChoice> {
         let shape = LayerShape::new(self.hidden, self.intermediate, self.experts)?;
-        let format = if self.e4m3 { ActivationFormat::E4m3 } else { ActivationFormat::Bf16 };
-        let config = LayerConfig::new(self.topk, self.experts, format);
-        Ok(LayerChoice::new(&shape, &config, self.tokens, multiprocessors)?)
+        let format = self.weight_format();
+        let config = LayerConfig::new(self.topk, self.experts, format.usual_activations());
+        Ok(LayerChoice::new(&shape, &config, format, self.tokens, multiprocessors)?)
     }
 }
 

@@ -102,8 +102,8 @@ impl FewTokensConfig {
             activated_stages: 0,
         };
         // Activated rows of two tiles if there is room for as many, else of one, else as few as go.
-        let of_tile = intermediate.div_ceil(values_of_block(format));
-        let least = ACTIVATING_WARPS * WEIGHT_BLOCK / values_of_block(format);
+        let of_tile = intermediate.div_ceil(values_of_block(config.activation_format));
+        let least = ACTIVATING_WARPS * WEIGHT_BLOCK / values_of_block(config.activation_format);
         let activated = [2 * of_tile, of_tile, least].map(|stages| stages.clamp(least, MOST_ACTIVATED_STAGES));
         let with = |activated_stages, stages| Self { stages, activated_stages, ..whole };
         let fits = |activated_stages| {
@@ -150,7 +150,7 @@ impl FewTokensConfig {
     }
 
     fn blocks(&self, values: usize) -> usize {
-        values.div_ceil(values_of_block(self.format))
+        values.div_ceil(values_of_block(self.format.usual_activations()))
     }
 
     fn scaled(&self) -> bool {
@@ -278,7 +278,8 @@ mod tests {
                         assert!(kernel.shared_bytes() <= MOST_BYTES, "{kernel:?}");
                         assert!(kernel.stages >= LEAST_STAGES, "{kernel:?}");
                         // A warp that activates meets every phase of its barriers.
-                        let least = ACTIVATING_WARPS * WEIGHT_BLOCK / values_of_block(kernel.format);
+                        let least =
+                            ACTIVATING_WARPS * WEIGHT_BLOCK / values_of_block(kernel.format.usual_activations());
                         assert!(kernel.activated_stages >= least, "{kernel:?}");
                     }
                 }

@@ -1,24 +1,33 @@
 //! What a grouped GEMM is specialised for, and the source that this makes.
 
-use super::GemmKernel;
-use super::shared_memory::{self, stages};
+use super::shared_memory::{self, mxfp4, stages};
+use super::{FewRowsCut, GemmKernel};
 use crate::activation::Activation;
 use crate::cuda::definitions::activation_definitions;
 use crate::cuda::driver::Source;
-use crate::cuda::weights::require_known;
 use crate::error::{Error, Result};
-use crate::gemm::WeightFormat;
+use crate::gemm::{ActivationFormat, WeightFormat};
 
 /// Values in the 128 bytes that a block of K has of each row.
-pub(in crate::cuda) fn values_of_block(format: WeightFormat) -> usize {
-    1024 / format.bits()
+pub(in crate::cuda) fn values_of_block(rows: ActivationFormat) -> usize {
+    128 / row_bytes(rows)
+}
+
+/// Bytes of a value of a row.
+pub(in crate::cuda) fn row_bytes(rows: ActivationFormat) -> usize {
+    match rows {
+        ActivationFormat::E4m3 => 1,
+        ActivationFormat::Bf16 => 2,
+    }
 }
 
 /// What the GEMM is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GemmConfig {
-    /// What both operands are made of: e4m3 with scales, or bf16.
+    /// What weights are made of: e4m3 with scales, bf16, or mxfp4.
     pub format: WeightFormat,
+    /// What rows are made of: the same as the weights; for mxfp4 either.
+    pub activation_format: ActivationFormat,
     /// How the work is cut.
     pub kernel: GemmKernel,
     /// The activation that turns `[gate | up]` into the next GEMM's e4m3 rows before anything is stored. Only for e4m3
@@ -31,7 +40,10 @@ impl GemmConfig {
     /// Blocks of K in flight: as many as fit in shared memory.
     #[must_use]
     pub fn stages(&self) -> usize {
-        stages(&self.kernel, self.activation.is_some())
+        match self.format {
+            WeightFormat::Mxfp4 => mxfp4::stages(&self.kernel, self.activation_format),
+            WeightFormat::E4m3 | WeightFormat::Bf16 => stages(&self.kernel, self.activation.is_some()),
+        }
     }
 
     /// Blocks of a cluster; with an activation a pair, whose results share scales, unless a tile has all of those.
@@ -49,13 +61,25 @@ impl GemmConfig {
 
     /// Bytes of dynamic shared memory. Passed to the kernel, which compares them with the size of its `SharedStorage`.
     pub(super) fn shared_bytes(&self) -> u32 {
-        shared_memory::bytes(&self.kernel, self.format, self.activation.is_some(), self.stages()) as u32
+        let bytes = match self.format {
+            WeightFormat::Mxfp4 => mxfp4::bytes(&self.kernel, self.activation_format, self.stages()),
+            format => shared_memory::bytes(&self.kernel, format, self.activation.is_some(), self.stages()),
+        };
+        bytes as u32
     }
 
     /// Fails unless there is a kernel for the format, with the activation.
     fn check(&self) -> Result<()> {
-        require_known(self.format)?;
         self.kernel.check()?;
+        let own = match self.format {
+            WeightFormat::Mxfp4 => return self.check_mxfp4(),
+            WeightFormat::E4m3 => ActivationFormat::E4m3,
+            WeightFormat::Bf16 => ActivationFormat::Bf16,
+        };
+        if self.activation_format != own {
+            let (actual, expected) = (self.format.name(), format_of_rows(self.activation_format));
+            return Err(Error::WeightFormat { argument: "weights", actual, expected });
+        }
         let expected = match (self.activation.is_some(), self.kernel) {
             (true, _) => "e4m3, for a GEMM with an activation",
             (false, GemmKernel::Large) => "e4m3, for a tile of 256 outputs",
@@ -71,15 +95,43 @@ impl GemmConfig {
         Ok(())
     }
 
+    /// The same for mxfp4.
+    fn check_mxfp4(&self) -> Result<()> {
+        if self.activation.is_some() {
+            let (actual, expected) = (self.format.name(), "e4m3, for a GEMM with an activation");
+            return Err(Error::WeightFormat { argument: "weights", actual, expected });
+        }
+        match self.kernel {
+            GemmKernel::FewRows { cut: FewRowsCut::Narrow | FewRowsCut::Plain, .. } => Ok(()),
+            kernel => {
+                let expected = "weights on M, one block to a tile, for mxfp4";
+                Err(Error::Name { argument: "kernel", actual: kernel.to_string(), expected })
+            }
+        }
+    }
+
     /// The kernel's source for this configuration. What the definitions are is written down in kernels/gemm/config.cuh.
     ///
     /// # Errors
     /// [`Error::Value`] for a cut that there is no kernel for, [`Error::WeightFormat`] for bf16 with an activation or
     /// in [`GemmKernel::Large`], [`Error::Name`] for a kernel that takes no activation.
     pub fn source(&self) -> Result<Source> {
+        self.source_of(false)
+    }
+
+    /// The source for mxfp4 weights some of whose scales are too far apart to be folded into the decoded values; none
+    /// for other weights.
+    ///
+    /// # Errors
+    /// As [`GemmConfig::source`].
+    pub fn spread_source(&self) -> Result<Option<Source>> {
+        (self.format == WeightFormat::Mxfp4).then(|| self.source_of(true)).transpose()
+    }
+
+    fn source_of(&self, spread: bool) -> Result<Source> {
         self.check()?;
         let mut definitions = vec![
-            ("HOST_BF16", i64::from(self.format == WeightFormat::Bf16)),
+            ("HOST_BF16", i64::from(self.activation_format == ActivationFormat::Bf16)),
             ("HOST_ROW_TILE", self.kernel.row_tile() as i64),
             ("HOST_ROW_STEP", self.kernel.row_step() as i64),
             ("HOST_MULTICAST", self.kernel.shared() as i64),
@@ -90,6 +142,12 @@ impl GemmConfig {
         ];
         let activation = ("HOST_ACTIVATION", i64::from(self.activation.is_some()));
         let (file, text) = match self.kernel {
+            GemmKernel::FewRows { .. } if self.format == WeightFormat::Mxfp4 => {
+                definitions.push(("HOST_OUTPUTS", self.kernel.outputs() as i64));
+                let blocks = if spread { 1 } else { mxfp4::blocks(&self.kernel) };
+                definitions.extend([("HOST_BLOCKS", blocks as i64), ("HOST_SPREAD", i64::from(spread))]);
+                ("sm90_gemm_mxfp4.cu", include_str!("../kernels/gemm/sm90_gemm_mxfp4.cu"))
+            }
             GemmKernel::FewRows { .. } => {
                 definitions.push(("HOST_OUTPUTS", self.kernel.outputs() as i64));
                 ("sm90_gemm_few_rows.cu", include_str!("../kernels/gemm/sm90_gemm_few_rows.cu"))
@@ -110,6 +168,14 @@ impl GemmConfig {
     }
 }
 
+/// The name of weights of the rows' own format.
+fn format_of_rows(rows: ActivationFormat) -> &'static str {
+    match rows {
+        ActivationFormat::E4m3 => "e4m3 or mxfp4, for e4m3 rows",
+        ActivationFormat::Bf16 => "bf16 or mxfp4, for bf16 rows on a GPU",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::FewRowsCut;
@@ -118,7 +184,10 @@ mod tests {
     #[test]
     fn configurations_without_a_kernel_are_refused() {
         let with = Some(Activation::default());
-        let refuse = |format, kernel, activation| GemmConfig { format, kernel, activation }.source().unwrap_err();
+        let refuse = |format: WeightFormat, kernel, activation| {
+            let activation_format = format.usual_activations();
+            GemmConfig { format, activation_format, kernel, activation }.source().unwrap_err()
+        };
         let few = GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::Plain };
         for kernel in [few, GemmKernel::Wide { shares_rows: true }] {
             let error = refuse(WeightFormat::E4m3, kernel, with);
@@ -131,5 +200,17 @@ mod tests {
         }
         let split = GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::SplitK { parts: 3 } };
         assert!(refuse(WeightFormat::E4m3, split, None).to_string().starts_with("parts is 3"));
+        let sharing = GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::SharedRows };
+        for kernel in [wide, GemmKernel::Large, sharing] {
+            assert!(refuse(WeightFormat::Mxfp4, kernel, None).to_string().starts_with("kernel is "));
+        }
+        assert!(matches!(refuse(WeightFormat::Mxfp4, few, with), Error::WeightFormat { .. }));
+        let config = GemmConfig {
+            format: WeightFormat::E4m3,
+            activation_format: ActivationFormat::Bf16,
+            kernel: few,
+            activation: None,
+        };
+        assert!(matches!(config.source(), Err(Error::WeightFormat { argument: "weights", actual: "e4m3", .. })));
     }
 }

@@ -3,7 +3,7 @@
 use super::config::values_of_block;
 use crate::cuda::cost;
 use crate::error::{Error, Result};
-use crate::gemm::WeightFormat;
+use crate::gemm::{ActivationFormat, WeightFormat};
 use std::fmt;
 
 /// Row tiles that there are kernels for, ascending.
@@ -72,8 +72,10 @@ pub struct GemmShape {
     pub n: usize,
     /// Inputs.
     pub k: usize,
-    /// What both operands are made of.
+    /// What weights are made of.
     pub format: WeightFormat,
+    /// What rows are made of.
+    pub activation_format: ActivationFormat,
     /// Local experts.
     pub experts: usize,
     /// Live rows that are expected in all.
@@ -104,10 +106,13 @@ impl GemmKernel {
     pub fn choose_split(shape: &GemmShape, multiprocessors: usize) -> Option<Self> {
         /// Blocks of K below which a part spends its time on starting and on meeting the others.
         const SHORTEST_PART: usize = 4;
+        if shape.format == WeightFormat::Mxfp4 {
+            return None;
+        }
         let rows = shape.rows.div_ceil(shape.experts.max(1));
         let row_tile = SPLIT_ROW_TILES.into_iter().find(|&tile| rows <= tile)?;
         let tiles = shape.experts.min(shape.rows) * shape.n.div_ceil(FEW_ROWS_OUTPUTS);
-        let blocks = shape.k.div_ceil(values_of_block(shape.format));
+        let blocks = shape.k.div_ceil(values_of_block(shape.activation_format));
         // Half of the multiprocessors already read weights as fast as all of them would.
         let fits = |parts: &usize| 2 * parts * tiles <= multiprocessors && blocks >= parts * SHORTEST_PART;
         let parts = K_PARTS.into_iter().find(fits)?;
@@ -122,6 +127,10 @@ impl GemmKernel {
             for cut in [FewRowsCut::Narrow, FewRowsCut::Plain, FewRowsCut::SharedRows] {
                 kernels.push(Self::FewRows { row_tile, cut });
             }
+        }
+        if format == WeightFormat::Mxfp4 {
+            kernels.retain(|kernel| kernel.check().is_ok() && kernel.shared() == 1);
+            return kernels;
         }
         kernels.extend([Self::Wide { shares_rows: false }, Self::Wide { shares_rows: true }]);
         if format == WeightFormat::E4m3 {

@@ -4,6 +4,9 @@
 //! compile where its own is another.
 
 use super::{FewRowsCut, GemmKernel};
+
+pub(super) mod mxfp4;
+
 use crate::gemm::WeightFormat;
 
 /// Shared memory that a block may have on Hopper.

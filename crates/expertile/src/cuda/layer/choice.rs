@@ -1,14 +1,14 @@
 //! How a call of the layer is cut: a pure function of the layer, the number of tokens and the device.
 
+use super::config::WeightKind;
 use crate::cuda::arguments::SecondWorklist;
 use crate::cuda::call::LayoutPtrs;
 use crate::cuda::driver::DevicePtr;
 use crate::cuda::few_tokens::{FewTokensConfig, gate_up_bytes_of_slot};
-use crate::cuda::gemm::{GemmKernel, GemmShape};
-use crate::cuda::weights::weight_bytes;
+use crate::cuda::gemm::{GemmKernel, GemmShape, row_bytes};
 use crate::cuda::{route, route_permute};
 use crate::error::{Error, Result, checked_add, checked_mul};
-use crate::gemm::ActivationFormat;
+use crate::gemm::{ActivationFormat, WeightFormat};
 use crate::layer::{LayerConfig, LayerShape};
 use crate::plan::{Plan, TokenExperts};
 use crate::quantize::ScaleFormat;
@@ -42,16 +42,24 @@ pub struct LayerChoice {
 }
 
 impl LayerChoice {
-    /// The choice for `tokens` tokens on a device of that many multiprocessors.
+    /// The choice for `tokens` tokens on a device of that many multiprocessors, of weights of that format without
+    /// biases.
     ///
     /// Tiles are those that are expected to take least for `M * topk` slots of which `E / G` are here; numbers of
     /// tokens within an eighth of each other have the same.
     ///
     /// # Errors
     /// [`Error::Value`] for a `topk`, a number of experts or a width that the kernels do not take; as [`Plan::tight`].
-    pub fn new(shape: &LayerShape, config: &LayerConfig, tokens: usize, multiprocessors: usize) -> Result<Self> {
-        let tiles = Tiles::new(shape, config, alike(tokens), multiprocessors)?;
-        let kernels = FewTokensConfig::all(shape, config, tokens, multiprocessors);
+    pub fn new(
+        shape: &LayerShape,
+        config: &LayerConfig,
+        weights: WeightFormat,
+        tokens: usize,
+        multiprocessors: usize,
+    ) -> Result<Self> {
+        let weights = WeightKind::unbiased(weights);
+        let tiles = Tiles::new(shape, config, weights, alike(tokens), multiprocessors)?;
+        let kernels = few_tokens_kernels(shape, config, weights, tokens, multiprocessors);
         let one_launch = one_launch(&kernels, tokens);
         Ok(Self::with_offsets(shape, config, tokens, (&tiles, one_launch), multiprocessors)?.0)
     }
@@ -114,18 +122,33 @@ pub(super) struct Tiles {
 
 impl Tiles {
     /// What is expected to take least for so many tokens.
-    fn new(shape: &LayerShape, config: &LayerConfig, tokens: usize, multiprocessors: usize) -> Result<Self> {
+    fn new(
+        shape: &LayerShape,
+        config: &LayerConfig,
+        weights: WeightKind,
+        tokens: usize,
+        multiprocessors: usize,
+    ) -> Result<Self> {
         let (hidden, intermediate, experts) = (shape.hidden(), shape.intermediate(), shape.local_experts());
         if config.global_experts == 0 {
             return Err(Error::value("global_experts", 0, "at least 1"));
         }
         let slots = checked_mul("M * topk", tokens, config.topk)?;
         let rows = checked_mul("M * topk * E", slots, experts)?.div_ceil(config.global_experts).min(slots);
-        let format = config.weight_format();
-        let of = |n, k| GemmShape { n, k, format, experts, rows, most_rows: tokens };
+        let format = weights.format;
+        let of = |n, k| GemmShape {
+            n,
+            k,
+            format,
+            activation_format: config.activation_format,
+            experts,
+            rows,
+            most_rows: tokens,
+        };
         let split = |shape: &GemmShape| GemmKernel::choose_split(shape, multiprocessors).filter(|_| config.split_k);
         let (up, down) = (of(2 * intermediate, hidden), of(hidden, intermediate));
         let (gemm1, activation_inside_gemm1) = split(&up)
+            .or_else(|| weights.biased[0].then(|| GemmKernel::choose(&up, multiprocessors)))
             .map_or_else(|| GemmKernel::choose_before_activation(&up, multiprocessors), |kernel| (kernel, false));
         let gemm2 = split(&down).unwrap_or_else(|| GemmKernel::choose(&down, multiprocessors));
         Ok(Self { gemm1, gemm2, activation_inside_gemm1 })
@@ -141,6 +164,17 @@ pub(in crate::cuda) fn alike(tokens: usize) -> usize {
 /// Routing and permute, two GEMMs, the activation unless it is inside, unpermute.
 fn launches(slots: usize, activation_inside: bool) -> usize {
     if slots == 0 { 0 } else { route_permute::launches(slots) + 4 - usize::from(activation_inside) }
+}
+
+/// The kernels that do calls of up to so many tokens in one launch, if the weights are any that they take.
+fn few_tokens_kernels(
+    shape: &LayerShape,
+    config: &LayerConfig,
+    weights: WeightKind,
+    tokens: usize,
+    multiprocessors: usize,
+) -> Vec<FewTokensConfig> {
+    if weights.fits_one_launch() { FewTokensConfig::all(shape, config, tokens, multiprocessors) } else { Vec::new() }
 }
 
 /// The smallest kernel for so many tokens.
@@ -179,6 +213,7 @@ impl Choices {
     pub(super) fn new(
         shape: &LayerShape,
         config: &LayerConfig,
+        weights: WeightKind,
         max_tokens: usize,
         multiprocessors: usize,
     ) -> Result<Self> {
@@ -186,12 +221,12 @@ impl Choices {
             return Err(Error::value("max_tokens", 0, "at least 1"));
         }
         // The largest first: what is too large is refused at once.
-        LayerChoice::new(shape, config, max_tokens, multiprocessors)?;
-        let few_tokens = FewTokensConfig::all(shape, config, max_tokens, multiprocessors);
+        LayerChoice::new(shape, config, weights.format, max_tokens, multiprocessors)?;
+        let few_tokens = few_tokens_kernels(shape, config, weights, max_tokens, multiprocessors);
         let (mut all, mut most) = (Self { few_tokens, ..Self::default() }, 0);
         for tokens in 1..=max_tokens {
             if alike(tokens) == tokens {
-                let tiles = Tiles::new(shape, config, tokens, multiprocessors)?;
+                let tiles = Tiles::new(shape, config, weights, tokens, multiprocessors)?;
                 if all.tiles.last().is_none_or(|(_, last)| *last != tiles) {
                     all.tiles.push((tokens, tiles));
                 }
@@ -276,7 +311,7 @@ impl Offsets {
         let e4m3 = config.activation_format == ActivationFormat::E4m3;
         let rows =
             |width: usize, bytes: usize| checked_mul("bytes of rows", m_sum, checked_mul("width", width, bytes)?);
-        let operand = |width: usize| rows(width, weight_bytes(config.weight_format()));
+        let operand = |width: usize| rows(width, row_bytes(config.activation_format));
         let scales = |width: usize| match e4m3 {
             true => checked_mul("bytes of scales", ScaleFormat::HOPPER.words(m_sum, width)?, 4),
             false => Ok(0),

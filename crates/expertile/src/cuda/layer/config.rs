@@ -7,17 +7,37 @@ use crate::cuda::route::RouteConfig;
 use crate::cuda::unpermute::UnpermuteConfig;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::gemm::{ActivationFormat, WeightFormat};
+use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
 use crate::layer::{LayerConfig, LayerShape};
 use crate::layout::Padding;
+use crate::mxfp4;
 use crate::quantize::ScaleFormat;
 
 /// A segment's scales start on 16 bytes.
 const SCALES_ALIGNMENT: usize = 4;
 
+/// What of a layer's weights a choice depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::cuda) struct WeightKind {
+    pub(in crate::cuda) format: WeightFormat,
+    /// Whether GEMM 1 has biases, and whether GEMM 2 has.
+    pub(in crate::cuda) biased: [bool; 2],
+}
+
+impl WeightKind {
+    pub(in crate::cuda) fn unbiased(format: WeightFormat) -> Self {
+        Self { format, biased: [false; 2] }
+    }
+
+    /// Whether the kernel that does a call in one launch takes them.
+    pub(super) fn fits_one_launch(self) -> bool {
+        self.format != WeightFormat::Mxfp4 && self.biased == [false; 2]
+    }
+}
+
 /// What the CUDA backend makes of a [`LayerConfig`].
 impl LayerConfig {
-    /// What goes with the activations.
+    /// Weights of the activations' own format.
     pub(in crate::cuda) fn weight_format(&self) -> WeightFormat {
         match self.activation_format {
             ActivationFormat::E4m3 => WeightFormat::E4m3,
@@ -28,23 +48,36 @@ impl LayerConfig {
     /// Fails for what is not computed here, of what [`LayerConfig::check`] allows.
     pub(super) fn check_on_gpu(&self, shape: &LayerShape, weights: WeightFormat) -> Result<()> {
         self.check()?;
-        let expected = self.weight_format();
-        if weights != expected {
-            let expected = match expected {
-                WeightFormat::E4m3 => "e4m3, for e4m3 activations",
-                WeightFormat::Bf16 | WeightFormat::Mxfp4 => "bf16, for bf16 activations on a GPU",
-            };
+        let expected = match (self.activation_format, weights) {
+            (_, WeightFormat::Mxfp4)
+            | (ActivationFormat::E4m3, WeightFormat::E4m3)
+            | (ActivationFormat::Bf16, WeightFormat::Bf16) => None,
+            (ActivationFormat::E4m3, _) => Some("e4m3 or mxfp4, for e4m3 activations"),
+            (ActivationFormat::Bf16, _) => Some("bf16 or mxfp4, for bf16 activations on a GPU"),
+        };
+        if let Some(expected) = expected {
             return Err(Error::WeightFormat { argument: "w13", actual: weights.name(), expected });
+        }
+        if weights == WeightFormat::Mxfp4 {
+            mxfp4::groups(shape.hidden())?;
+            mxfp4::groups(shape.intermediate()).map_err(|_| {
+                Error::value("intermediate", shape.intermediate(), "a multiple of 32 for mxfp4 weights")
+            })?;
         }
         let dtype = |expected| Err(Error::Dtype { argument: "hidden_states", actual: self.input, expected });
         match (self.activation_format, self.input) {
             (ActivationFormat::E4m3, Dtype::Bf16 | Dtype::F16) => {
-                ScaleFormat::HOPPER.whole_groups(shape.hidden())?;
-                ScaleFormat::HOPPER.whole_groups(shape.intermediate()).map_err(|_| {
-                    let expected =
-                        "a positive multiple of the group, 128: gate and up have row blocks of scales of their own";
-                    Error::value("intermediate", shape.intermediate(), expected)
+                ScaleFormat::HOPPER.groups(shape.hidden())?;
+                let intermediate = shape.intermediate();
+                ScaleFormat::HOPPER.groups(intermediate).map_err(|_| {
+                    let expected = "a positive multiple of 64: groups of 128, the last one half at least";
+                    Error::value("intermediate", intermediate, expected)
                 })?;
+                if weights == WeightFormat::E4m3 && !intermediate.is_multiple_of(WEIGHT_BLOCK) {
+                    let expected =
+                        "a positive multiple of 128: on a GPU gate and up have row blocks of scales of their own";
+                    return Err(Error::value("intermediate", intermediate, expected));
+                }
                 if !self.layout_alignment().is_multiple_of(SCALES_ALIGNMENT) {
                     let expected = format!("a multiple of {SCALES_ALIGNMENT} for e4m3 rows on a GPU");
                     return Err(Error::Alignment { actual: self.layout_alignment(), expected });
@@ -114,10 +147,14 @@ mod tests {
         let check =
             |intermediate| config.check_on_gpu(&LayerShape::new(256, intermediate, 4).unwrap(), WeightFormat::E4m3);
         assert_eq!(check(128), Ok(()));
-        for intermediate in [64, 96, 192] {
+        for (intermediate, multiple) in [(64, 128), (96, 64), (192, 128)] {
             let error = check(intermediate).unwrap_err().to_string();
-            let start = format!("intermediate is {intermediate}, expected a positive multiple of the group, 128: gate");
+            let start = format!("intermediate is {intermediate}, expected a positive multiple of {multiple}: ");
             assert!(error.starts_with(&start), "{error}");
         }
+        let check =
+            |intermediate| config.check_on_gpu(&LayerShape::new(192, intermediate, 4).unwrap(), WeightFormat::Mxfp4);
+        assert_eq!((check(192), check(2880)), (Ok(()), Ok(())));
+        assert!(matches!(check(96), Err(Error::Value { argument: "intermediate", actual: 96, .. })));
     }
 }

@@ -1,11 +1,11 @@
 //! What a call of the layer launches, stage by stage.
 
 use super::choice::{LayerChoice, LayerParts};
-use super::{Layer, LayerCall};
+use super::{Layer, LayerCall, LayerWeights};
 use crate::cuda::activation::ActivateCall;
 use crate::cuda::arguments::require_columns;
 use crate::cuda::call::{DeviceMatrix, RoutingPtrs, RowsPtrs};
-use crate::cuda::driver::{Device, DevicePtr, Stream};
+use crate::cuda::driver::{Device, DeviceBuffer, DevicePtr, Stream};
 use crate::cuda::few_tokens::FewTokensCall;
 use crate::cuda::gemm::{GemmCall, RowEnds};
 use crate::cuda::permute::{Permute, PermuteCall, PermuteConfig};
@@ -124,8 +124,8 @@ impl Layer {
             route: RouteCall { plan: call.choice.plan, routing, layout, state, workspace },
             hidden_states,
             topk_weights,
-            w13: &self.w13,
-            w2: &self.w2,
+            w13: &self.weights.w13,
+            w2: &self.weights.w2,
             gate_up,
             output,
         };
@@ -140,7 +140,8 @@ impl Layer {
         let LayerParts { front, front_scales, activated, activated_scales, back, .. } = call.parts;
         let inside = call.choice.activation_inside_gemm1;
         let (out, out_scales) = if inside { (activated, activated_scales) } else { (back.cast(), None) };
-        let gemm = call.gemm(&self.w13, (front, front_scales), (out, out_scales));
+        let LayerWeights { w13, b13, .. } = &self.weights;
+        let gemm = call.gemm((w13, b13.as_deref()), (front, front_scales), (out, out_scales));
         // SAFETY: the caller's promise.
         unsafe { prepared(&self.gemms, &(call.choice.gemm1, inside)).launch(stream, &gemm) }
     }
@@ -150,7 +151,8 @@ impl Layer {
     #[allow(unsafe_code)]
     unsafe fn gemm2(&self, stream: Stream, call: &CheckedCall<'_>) -> Result<()> {
         let LayerParts { activated, activated_scales, back, second_worklist, .. } = call.parts;
-        let mut gemm = call.gemm(&self.w2, (activated, activated_scales), (back.cast(), None));
+        let LayerWeights { w2, b2, .. } = &self.weights;
+        let mut gemm = call.gemm((w2, b2.as_deref()), (activated, activated_scales), (back.cast(), None));
         if let Some(second) = second_worklist {
             (gemm.header, gemm.worklist) = (second.header, second.worklist);
         }
@@ -255,7 +257,7 @@ impl CheckedCall<'_> {
     /// A GEMM over GEMM 1's worklist.
     fn gemm<'w>(
         &self,
-        weights: &'w Weights,
+        (weights, bias): (&'w Weights, Option<&DeviceBuffer<f32>>),
         (rows, scales): (DevicePtr, Option<DevicePtr<f32>>),
         (out, out_scales): (DevicePtr, Option<DevicePtr<f32>>),
     ) -> GemmCall<'w> {
@@ -266,6 +268,7 @@ impl CheckedCall<'_> {
             scales,
             out,
             out_scales,
+            bias: bias.map(DeviceBuffer::ptr),
             header: layout.header,
             worklist: layout.worklist,
             ends: RowEnds::Psum(layout.psum),

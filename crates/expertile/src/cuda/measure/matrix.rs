@@ -21,10 +21,11 @@ use crate::quantize::ScaleFormat;
 pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<f64> {
     const ROWS: usize = 16384;
     const WIDTH: usize = 8192;
-    let shape = GemmShape { n: WIDTH, k: WIDTH, format, experts: 1, rows: ROWS, most_rows: ROWS };
+    let activation_format = format.usual_activations();
+    let shape = GemmShape { n: WIDTH, k: WIDTH, format, activation_format, experts: 1, rows: ROWS, most_rows: ROWS };
     let kernel = GemmKernel::choose(&shape, device.info().multiprocessors as usize);
     let row_tile = kernel.row_tile();
-    let gemm = Gemm::prepare(device, GemmConfig { format, kernel, activation: None })?;
+    let gemm = Gemm::prepare(device, GemmConfig { format, activation_format, kernel, activation: None })?;
     let route = Route::prepare(device, RouteConfig { topk: 1, ids: Dtype::I32, row_tile })?;
     let plan = Plan::tight(ROWS, 1, 1, ALIGNMENT, TokenExperts::Distinct)?;
 
@@ -52,6 +53,7 @@ pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<
             scales: Some(row_scales.ptr()),
             out: out.ptr(),
             out_scales: None,
+            bias: None,
             header: layout.header,
             worklist: layout.worklist,
             ends: RowEnds::Psum(layout.psum),

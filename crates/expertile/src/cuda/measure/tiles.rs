@@ -89,7 +89,11 @@ impl<'a> TileBench<'a> {
         keys.retain(|&(e4m3, kernel, activated)| !activated || (e4m3 && kernel.takes_activation()));
         let gemms = each_at_once(&keys, |(e4m3, kernel, activated)| {
             let activation = activated.then(Activation::default);
-            Gemm::prepare(device, GemmConfig { format: format_of(e4m3), kernel, activation })
+            {
+                let format = format_of(e4m3);
+                let activation_format = format.usual_activations();
+                Gemm::prepare(device, GemmConfig { format, activation_format, kernel, activation })
+            }
         })?;
         let layers: BTreeSet<_> = layers.iter().map(|&(format, i)| (format == WeightFormat::E4m3, i)).collect();
         let activations = each_at_once(&Vec::from_iter(layers), |(e4m3, intermediate)| {
@@ -303,6 +307,7 @@ impl Call {
             rows: self.rows.ptr(),
             scales: Some(self.row_scales.ptr().cast()),
             out: self.out.ptr(),
+            bias: None,
             out_scales: activated.then(|| self.out_scales.ptr().cast()),
             header: layout.header,
             worklist: layout.worklist,

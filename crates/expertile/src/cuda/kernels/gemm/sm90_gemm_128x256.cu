@@ -271,7 +271,7 @@ __device__ __forceinline__ bool multiply_stages(Ring& ring, int first, int end, 
 // The same tile, from one lane: the compiler then knows that all lanes have the same, and keeps it in uniform
 // registers.
 __device__ __forceinline__ Tile same_in_all(const Tile& tile) {
-    return Tile{tile.expert, __shfl_sync(WARP, tile.first, 0), __shfl_sync(WARP, tile.rows, 0),
+    return Tile{__shfl_sync(WARP, tile.expert, 0), __shfl_sync(WARP, tile.first, 0), __shfl_sync(WARP, tile.rows, 0),
                 __shfl_sync(WARP, tile.column, 0)};
 }
 
@@ -343,6 +343,7 @@ __device__ __forceinline__ void store_rows(const Args& a, const Tile& tile, u32 
     const u32 lane = read_lane();
 #pragma unroll
     for (int quarter = 0; quarter < 4; ++quarter) {
+        add_bias<Config, QUARTER / 2>(a, tile, tile.column + quarter * QUARTER, sum + quarter * (QUARTER / 2));
         stage_rows<Config, QUARTER / 2>(staging, lane, sum + quarter * (QUARTER / 2));
         store_staged<Config, Config::STAGED_BYTES>(a.out, (i64)a.n * 2, tile, first,
                                                    (tile.column + quarter * QUARTER) * 2, staging);

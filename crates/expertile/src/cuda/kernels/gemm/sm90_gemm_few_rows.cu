@@ -15,7 +15,7 @@
 //
 // docs/kernels/gemm.md has the maps of threads, shared memory and barriers. Set by the host: see config.cuh; one of
 // HOST_MULTICAST and HOST_K_SPLITS is 1; HOST_OUTPUTS is 128, or 64 where both are 1.
-#include "gemm/pipeline.cuh"
+#include "gemm/weights_on_m.cuh"
 
 struct Config : HostConfig {
     static constexpr int OUTPUTS = HOST_OUTPUTS;
@@ -79,17 +79,6 @@ enum class ProducerWarp : int {
     LOAD_SCALES = 1,                          // one thread, where SCALES_APART
     FIRST_SCALE = 4 - Config::SCALING_WARPS,  // the last of the warpgroup; those between are idle
 };
-
-// Ids of bar.sync; 0 is that of __syncthreads.
-enum class NamedBarrier : int { CONSUMER_0 = 1, CONSUMER_1 = 2 };
-
-// The threads of a consumer warpgroup meet.
-__device__ __forceinline__ void meet_consumer(int consumer) {
-    if (consumer == 0)
-        meet_at<(int)NamedBarrier::CONSUMER_0, WARPGROUP>();
-    else
-        meet_at<(int)NamedBarrier::CONSUMER_1, WARPGROUP>();
-}
 
 // What scaling warps do: multiply the rows' scales by the weights', once for all warps that use them. `thread` counts
 // the threads of the scaling warps; each has two rows.
@@ -221,33 +210,6 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int cons
     }
 }
 
-// Stores the live rows: transposed in shared memory, then one bulk copy of 64 outputs for each row.
-template <int N>
-__device__ __forceinline__ void store_rows(const Args& a, const Tile& tile, u32 memory, int consumer,
-                                           const float (&sum)[N / 2]) {
-    constexpr int STAGING_ROW = Config::STAGING_ROW;
-    const u32 staging = memory + OFFSET(SharedStorage, staging) + consumer * Config::ROW_TILE * STAGING_ROW;
-    const int lane = lane_of_thread();
-    const int thread = threadIdx.x % WARPGROUP;
-    wait_for_stores_to_read();
-    meet_consumer(consumer);
-    const u32 mine = staging + (lane / 16 * 8 + lane % 8) * STAGING_ROW + (thread / 32 * 16 + lane / 8 % 2 * 8) * 2;
-#pragma unroll
-    for (int i = 0; i < N / 16; ++i)
-        store_transposed(mine + i * 16 * STAGING_ROW, pack_bf16(sum[8 * i], sum[8 * i + 1]),
-                         pack_bf16(sum[8 * i + 2], sum[8 * i + 3]), pack_bf16(sum[8 * i + 4], sum[8 * i + 5]),
-                         pack_bf16(sum[8 * i + 6], sum[8 * i + 7]));
-    publish_shared_writes();
-    meet_consumer(consumer);
-    const int column = tile.column + consumer * Config::OUTPUTS_OF_CONSUMER;
-    const int outputs = min(a.n - column, Config::OUTPUTS_OF_CONSUMER);
-    if (outputs > 0)
-        for (int row = thread; row < tile.rows; row += WARPGROUP)
-            store_bytes(static_cast<u16*>(a.out) + (i64)(tile.first + row) * a.n + column, staging + row * STAGING_ROW,
-                        outputs * 2);
-    commit_stores();
-}
-
 // This warp arrives at a barrier in every block of the cluster.
 __device__ __forceinline__ void arrive_in_all_blocks(u32 barrier, int rank) {
     const int lane = lane_of_thread();
@@ -292,6 +254,11 @@ __device__ __forceinline__ void add_and_store_rows(const Args& a, const Tile& ti
                                 __fadd_rn(total.w, v.w));
         }
         const int column = tile.column + quad * 4;
+        if (row < tile.rows && column < a.n && a.bias != nullptr) {
+            const float* bias = a.bias + (i64)tile.expert * a.n + column;
+            total = make_float4(__fadd_rn(total.x, bias[0]), __fadd_rn(total.y, bias[1]), __fadd_rn(total.z, bias[2]),
+                                __fadd_rn(total.w, bias[3]));
+        }
         if (row < tile.rows && column < a.n)
             *reinterpret_cast<uint2*>(static_cast<u16*>(a.out) + (i64)(tile.first + row) * a.n + column) =
                 make_uint2(pack_bf16(total.x, total.y), pack_bf16(total.z, total.w));
@@ -306,10 +273,12 @@ __device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, Rin
                                             int rank, u32 parity) {
     float sum[N / 2];
     multiply_blocks<N>(ring, blocks, consumer, sum);
-    if constexpr (Config::K_SPLITS > 1)
+    if constexpr (Config::K_SPLITS > 1) {
         add_and_store_rows<N>(a, tile, ring.memory, consumer, rank, parity, sum);
-    else
-        store_rows<N>(a, tile, ring.memory, consumer, sum);
+    } else {
+        if (a.bias != nullptr) add_bias<N>(OutputPair(a.bias + (i64)tile.expert * a.n, a, tile, consumer), sum);
+        store_rows<Config, SharedStorage, N>(a, tile, ring.memory, consumer, sum);
+    }
 }
 
 // Takes the code for the fewest steps that the tile's rows fit: N of wgmma is a constant of the instruction.

@@ -4,6 +4,25 @@
 #pragma once
 #include "gemm/pipeline.cuh"
 
+// Adds to COUNT sums of each lane what their outputs have, if there is such: `column` is the first of the warp's. Of every
+// four sums two are neighbouring outputs of one row, the others the same of another.
+template <typename Config, int COUNT>
+__device__ __forceinline__ void add_bias(const GemmArgs<Config>& a, const Tile& tile, int column, float* sum) {
+    if (a.bias == nullptr) return;
+    const float* bias = a.bias + (i64)tile.expert * a.n;
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 4) {
+        // Past the last output there is any.
+        const float* pair = bias + min(column + 2 * i + 2 * (read_lane() % 4), a.n - 2);
+        const float even = pair[0];
+        const float odd = pair[1];
+        sum[i] = __fadd_rn(sum[i], even);
+        sum[i + 1] = __fadd_rn(sum[i + 1], odd);
+        sum[i + 2] = __fadd_rn(sum[i + 2], even);
+        sum[i + 3] = __fadd_rn(sum[i + 3], odd);
+    }
+}
+
 // Stores COUNT sums of each lane to shared memory as bf16: a warp's 16 rows of 4 * COUNT bytes.
 template <typename Config, int COUNT>
 __device__ __forceinline__ void stage_rows(u32 staging, u32 lane, const float* sum) {

@@ -57,3 +57,20 @@ __device__ __forceinline__ u32 larger_halves(u32 a, u32 b) {
         asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
     return c;
 }
+
+// Four of the eight bytes low, high (0 to 7), each chosen by four bits of the selector's lower half: the bits below 8.
+// PTX: prmt
+__device__ __forceinline__ u32 permute_bytes(u32 low, u32 high, u32 selector) {
+    u32 bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+    return bytes;
+}
+
+#if __CUDA_ARCH__ >= 900
+// Products of each half of a packed pair of bf16, rounded to nearest even. PTX: mul.rn.bf16x2
+__device__ __forceinline__ u32 multiply_bf16_pairs(u32 a, u32 b) {
+    u32 c;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+#endif

@@ -64,6 +64,12 @@ __device__ __forceinline__ float4 load_shared_quad(u32 address) {
     return v;
 }
 
+__device__ __forceinline__ u32 load_shared_word(u32 address) {
+    u32 v;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ uint4 load_shared_words(u32 address) {
     uint4 v;
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -208,6 +214,15 @@ __device__ __forceinline__ void copy_bytes(u32 to, const void* from, u32 bytes, 
 // createpolicy.fractional makes of L2::evict_normal and L2::evict_first for all of what is read
 constexpr u64 KEEP_NORMALLY = 0x1000000000000000ull;
 constexpr u64 KEEP_BRIEFLY = 0x12f0000000000000ull;
+
+// copy_bytes with a hint. PTX: cp.async.bulk .L2::cache_hint
+__device__ __forceinline__ void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier, u64 keep) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(keep)
+        : "memory");
+}
 
 // Brings a tensor map to the cache. PTX: prefetch.tensormap
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {

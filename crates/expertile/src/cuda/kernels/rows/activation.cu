@@ -128,7 +128,8 @@ __device__ __forceinline__ u32 activate_slab(const ActivationArgs& a, const Raw&
     const float scale = scale_of(group_max<GROUP>(largest), POWER_OF_TWO != 0);
     const uint4 bytes = quantize_values < POWER_OF_TWO != 0 > (y, scale);
     if (active) *reinterpret_cast<uint4*>(static_cast<u8*>(a.out) + (i64)row * INTERMEDIATE + column) = bytes;
-    return word_of_scale(active ? scale : 0.0f);
+    // A lane past the row may share the scale of a last group that is not whole.
+    return word_of_scale(column / GROUP * GROUP < INTERMEDIATE ? scale : 0.0f);
 #else
     if (!active) return 0;
     uint4* out = reinterpret_cast<uint4*>(static_cast<u16*>(a.out) + (i64)row * INTERMEDIATE + column);

@@ -7,6 +7,14 @@ fn config(topk: usize, global_experts: usize, activations: ActivationFormat) -> 
     LayerConfig { one_launch: false, ..LayerConfig::new(topk, global_experts, activations) }
 }
 
+fn kind(config: &LayerConfig) -> WeightKind {
+    WeightKind::unbiased(config.weight_format())
+}
+
+fn choose(shape: &LayerShape, config: &LayerConfig, tokens: usize) -> Result<LayerChoice> {
+    LayerChoice::new(shape, config, kind(config).format, tokens, H200)
+}
+
 /// Name, `H`, `I`, `E`, `G`, `topk`.
 const SHAPES: [(&str, usize, usize, usize, usize, usize); 4] = [
     ("dsv3", 7168, 2048, 256, 256, 8),
@@ -18,7 +26,7 @@ const SHAPES: [(&str, usize, usize, usize, usize, usize); 4] = [
 fn choice(shape: usize, tokens: usize) -> LayerChoice {
     let (_, hidden, intermediate, experts, global, topk) = SHAPES[shape];
     let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
-    LayerChoice::new(&shape, &config(topk, global, ActivationFormat::E4m3), tokens, H200).unwrap()
+    choose(&shape, &config(topk, global, ActivationFormat::E4m3), tokens).unwrap()
 }
 
 #[test]
@@ -41,9 +49,9 @@ fn numbers_of_tokens_within_an_eighth_have_the_same_tiles_and_all_have_those_of_
         for activations in [ActivationFormat::E4m3, ActivationFormat::Bf16] {
             let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
             let config = config(topk, global, activations);
-            let choices = Choices::new(&shape, &config, 3000, H200).unwrap();
+            let choices = Choices::new(&shape, &config, kind(&config), 3000, H200).unwrap();
             for tokens in (0..100).chain((100..=3000).step_by(37)) {
-                let choice = LayerChoice::new(&shape, &config, tokens, H200).unwrap();
+                let choice = choose(&shape, &config, tokens).unwrap();
                 let Tiles { gemm1, gemm2, activation_inside_gemm1 } = *choices.tiles(tokens);
                 let tiles = (gemm1, gemm2, activation_inside_gemm1);
                 assert_eq!(tiles, (choice.gemm1, choice.gemm2, choice.activation_inside_gemm1), "{tokens} tokens");
@@ -57,7 +65,7 @@ fn k_is_split_only_where_a_layer_may() {
     let shape = LayerShape::new(7168, 2048, 1).unwrap();
     let config = |split_k| LayerConfig { split_k, ..config(1, 1, ActivationFormat::E4m3) };
     let splits = |split_k, tokens| {
-        let choice = LayerChoice::new(&shape, &config(split_k), tokens, H200).unwrap();
+        let choice = choose(&shape, &config(split_k), tokens).unwrap();
         (choice.gemm1.splits(), choice.gemm2.splits())
     };
     for tokens in (1..200).chain([1000, 10_000]) {
@@ -70,7 +78,7 @@ fn k_is_split_only_where_a_layer_may() {
 fn launches_are_those_of_routing_and_permute_and_an_activation_inside_saves_one() {
     let with = |activations, tokens| {
         let shape = LayerShape::new(4096, 14336, 8).unwrap();
-        LayerChoice::new(&shape, &config(2, 8, activations), tokens, H200).unwrap()
+        choose(&shape, &config(2, 8, activations), tokens).unwrap()
     };
     for tokens in [1, 64, 128, 256, 4096, 4097, 16384] {
         let choice = with(ActivationFormat::E4m3, tokens);
@@ -102,9 +110,9 @@ fn few_tokens_take_one_launch_by_the_smallest_kernel_unless_the_layer_may_not() 
         for (activations, most) in [(ActivationFormat::E4m3, 2), (ActivationFormat::Bf16, 4)] {
             let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
             let config = LayerConfig::new(topk, global, activations);
-            let choices = Choices::new(&shape, &config, 40, H200).unwrap();
+            let choices = Choices::new(&shape, &config, kind(&config), 40, H200).unwrap();
             for tokens in 0..40 {
-                let choice = LayerChoice::new(&shape, &config, tokens, H200).unwrap();
+                let choice = choose(&shape, &config, tokens).unwrap();
                 let expected = (tokens <= most).then_some(tokens.max(1).next_power_of_two());
                 assert_eq!(choice.one_launch, expected, "{name}, {tokens} tokens");
                 assert_eq!(choices.of_tokens(tokens).1, expected, "{name}, {tokens} tokens");
@@ -114,12 +122,12 @@ fn few_tokens_take_one_launch_by_the_smallest_kernel_unless_the_layer_may_not() 
                     assert!(choice.workspace_bytes >= 4 * tokens * topk * intermediate, "{choice}");
                 }
                 let in_steps = LayerConfig { one_launch: false, ..config };
-                assert_eq!(LayerChoice::new(&shape, &in_steps, tokens, H200).unwrap().one_launch, None);
+                assert_eq!(choose(&shape, &in_steps, tokens).unwrap().one_launch, None);
                 let split = LayerConfig { split_k: true, ..config };
-                assert_eq!(LayerChoice::new(&shape, &split, tokens, H200).unwrap().one_launch, None);
+                assert_eq!(choose(&shape, &split, tokens).unwrap().one_launch, None);
             }
             // Nothing is compiled that no call needs.
-            let one = Choices::new(&shape, &config, 1, H200).unwrap();
+            let one = Choices::new(&shape, &config, kind(&config), 1, H200).unwrap();
             assert_eq!((one.few_tokens.len(), one.gemms.len(), one.row_tiles.len()), (1, 0, 0), "{name}");
         }
     }
@@ -164,7 +172,7 @@ fn parts_that_are_needed_together_do_not_overlap_and_stay_inside_the_workspace()
         for activations in [ActivationFormat::E4m3, ActivationFormat::Bf16] {
             let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
             let config = config(topk, experts, activations);
-            let tiles = Tiles::new(&shape, &config, tokens, H200).unwrap();
+            let tiles = Tiles::new(&shape, &config, kind(&config), tokens, H200).unwrap();
             let (choice, offsets) = LayerChoice::with_offsets(&shape, &config, tokens, (&tiles, None), H200).unwrap();
             let LayerChoice { plan, row_tile, activation_inside_gemm1, .. } = choice;
             inside += usize::from(activation_inside_gemm1);
@@ -197,10 +205,10 @@ fn a_workspace_serves_every_call_of_fewer_tokens() {
         for activations in [ActivationFormat::E4m3, ActivationFormat::Bf16] {
             let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
             let config = config(topk, global, activations);
-            let choices = Choices::new(&shape, &config, 1500, H200).unwrap();
+            let choices = Choices::new(&shape, &config, kind(&config), 1500, H200).unwrap();
             let mut most = 0;
             for tokens in 1..=1500 {
-                let choice = LayerChoice::new(&shape, &config, tokens, H200).unwrap();
+                let choice = choose(&shape, &config, tokens).unwrap();
                 most = most.max(choice.workspace_bytes);
                 assert_eq!(choices.workspace_bytes(&choice), most, "{tokens} tokens");
                 assert!(choices.row_tiles.contains(&choice.row_tile));
@@ -216,11 +224,31 @@ fn what_cannot_be_is_refused() {
     let shape = LayerShape::new(256, 128, 4).unwrap();
     let good = config(2, 4, ActivationFormat::E4m3);
     let refuse = |config: LayerConfig, tokens: usize, start: &str| {
-        let error = LayerChoice::new(&shape, &config, tokens, H200).unwrap_err();
+        let error = choose(&shape, &config, tokens).unwrap_err();
         assert!(error.to_string().starts_with(start), "{error}");
     };
     refuse(LayerConfig { topk: 0, ..good }, 1, "topk is 0");
     refuse(LayerConfig { global_experts: 0, ..good }, 1, "global_experts is 0");
     refuse(good, 1 << 31, "M * topk overflows");
     refuse(good, usize::MAX, "M * topk overflows");
+}
+
+#[test]
+fn mxfp4_and_biases_take_a_launch_for_each_step_and_the_activation_stays_outside() {
+    let shape = LayerShape::new(2880, 2880, 128).unwrap();
+    for activations in ActivationFormat::ALL {
+        let config = LayerConfig::new(4, 128, activations);
+        for tokens in [1, 2, 64, 4096] {
+            let choice = LayerChoice::new(&shape, &config, WeightFormat::Mxfp4, tokens, H200).unwrap();
+            assert_eq!((choice.one_launch, choice.activation_inside_gemm1), (None, false), "{choice}");
+        }
+    }
+    let config = LayerConfig::new(8, 128, ActivationFormat::E4m3);
+    let shape = LayerShape::new(4096, 1536, 128).unwrap();
+    for biased in [[true, false], [false, true], [true, true]] {
+        let weights = WeightKind { format: WeightFormat::E4m3, biased };
+        let choices = Choices::new(&shape, &config, weights, 600, H200).unwrap();
+        assert!(choices.few_tokens.is_empty(), "{biased:?}");
+        assert!(!biased[0] || choices.gemms.iter().all(|&(_, inside)| !inside), "{biased:?}");
+    }
 }

@@ -1,0 +1,59 @@
+//! Shared memory of the kernel for mxfp4 weights, of which a multiprocessor holds several blocks where tiles have few
+//! rows.
+
+use super::{ALIGNMENT, BARRIER, F32, MOST_BYTES, ROW_BYTES, STAGING_GAP, Sum, TILE};
+use crate::cuda::gemm::GemmKernel;
+use crate::cuda::gemm::config::values_of_block;
+use crate::cuda::weights::mxfp4::{UNIT_BYTES, UNIT_K, UNIT_OUTPUTS};
+use crate::gemm::ActivationFormat;
+
+/// More stages are not worth their barriers.
+const MOST_STAGES: usize = 16;
+/// Shared memory that the system takes of every block.
+const RESERVED_BYTES: usize = 1024;
+
+/// Blocks that a multiprocessor holds.
+pub(in crate::cuda::gemm) fn blocks(kernel: &GemmKernel) -> usize {
+    let consumers = kernel.outputs() / UNIT_OUTPUTS;
+    match (kernel.row_tile(), consumers) {
+        (..=32, 1) => 3,
+        (..=64, _) => 2,
+        _ => 1,
+    }
+}
+
+/// Blocks of K in flight: as many as fit.
+pub(in crate::cuda::gemm) fn stages(kernel: &GemmKernel, rows: ActivationFormat) -> usize {
+    let most = (MOST_BYTES + RESERVED_BYTES) / blocks(kernel) - RESERVED_BYTES;
+    (1..=MOST_STAGES).rev().find(|&stages| bytes(kernel, rows, stages) <= most).unwrap_or(1)
+}
+
+/// `sizeof(SharedStorage)`.
+pub(in crate::cuda::gemm) fn bytes(kernel: &GemmKernel, rows: ActivationFormat, stages: usize) -> usize {
+    let (row_tile, consumers) = (kernel.row_tile(), kernel.outputs() / UNIT_OUTPUTS);
+    // `rows`, `weights`, `staging`, `row_scales`, `tiles`, `full`, `empty`.
+    let mut sum = Sum(stages * row_tile * ROW_BYTES);
+    sum.add(ALIGNMENT, stages * consumers * values_of_block(rows) / UNIT_K * UNIT_BYTES);
+    sum.add(ALIGNMENT, row_tile * consumers * (UNIT_OUTPUTS * 2 + STAGING_GAP));
+    sum.add(ALIGNMENT, stages * row_tile * F32);
+    sum.add(TILE, stages * TILE);
+    sum.add(BARRIER, 2 * stages * BARRIER);
+    sum.0.next_multiple_of(ALIGNMENT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gemm::WeightFormat;
+
+    #[test]
+    fn every_kernel_has_at_least_four_stages_and_as_many_blocks_as_it_says() {
+        for kernel in GemmKernel::all(WeightFormat::Mxfp4) {
+            for rows in ActivationFormat::ALL {
+                let stages = stages(&kernel, rows);
+                let all = blocks(&kernel) * (bytes(&kernel, rows, stages) + RESERVED_BYTES);
+                assert!(stages >= 4 && all <= MOST_BYTES + RESERVED_BYTES, "{kernel}: {stages} stages, {all} bytes");
+            }
+        }
+    }
+}

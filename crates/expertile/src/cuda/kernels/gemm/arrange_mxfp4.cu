@@ -1,0 +1,118 @@
+// Arranges MXFP4 weights, blocks [experts, n, k / 2] with scales [experts, n, k / 32], as gemm/mxfp4.cuh has them: once,
+// before the first GEMM. Says in `report` which outputs' scales are NaN, and whether any slab's are too far apart.
+//
+// A block takes a slab at a time: first its outputs' largest scales and how far the others are below, then its values.
+// A group of zeros counts for none of that: whatever its scale is, its products are zero.
+//
+// Set by the host: HOST_BF16 (rows are bf16, else e4m3), HOST_THREADS (of a block).
+#include "gemm/mxfp4.cuh"
+
+constexpr Format FORMAT = HOST_BF16 ? Format::BF16 : Format::E4M3;
+constexpr int THREADS = HOST_THREADS;
+constexpr int QUAD = THREADS / UNIT_OUTPUTS;
+static_assert(QUAD == 4, "four lanes share an output, as in wgmma's operand");
+
+struct ArrangeArgs {
+    const u8* blocks;
+    const u8* scales;
+    u8* packed;
+    u8* exponents;
+    u8* spread;
+    u32* report;  // word 0: 1 if any slab is spread; word 1: the complement of the first row with a scale of 255, or 0
+    int experts;
+    int n;
+    int k;
+    int reserved;
+};
+
+// Four bytes on 4 bytes.
+__device__ __forceinline__ u32 load_word(const u8* from) { return *reinterpret_cast<const u32*>(from); }
+
+// Whether all values of a group are zeros of either sign.
+__device__ __forceinline__ bool is_zero(const u8* block) {
+    u32 any = 0;
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) any |= load_word(block + i);
+    return (any & 0x77777777u) == 0;
+}
+
+// The nibble of value k.
+__device__ __forceinline__ u32 nibble(const u8* block, int k) { return block[k / 2] >> 4 * (k % 2) & 15u; }
+
+// The word of lane % 4 = `lane` of a group.
+__device__ __forceinline__ u32 word_of(const u8* block, int lane) {
+    u32 word = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const int k = FORMAT == Format::E4M3 ? 4 * lane + i % 4 + 16 * (i / 4) : 2 * lane + i % 2 + 8 * (i / 2);
+        const u32 value = nibble(block, k);
+        const int at = i % 4;
+        word |= (value & 7u) << (4 * at + 16 * (i / 4)) | (value >> 3) << (8 * at + (i < 4 ? 7 : 3));
+    }
+    return word;
+}
+
+// The largest of the lanes of a quad.
+__device__ __forceinline__ int largest_of_quad(int value) {
+    value = max(value, __shfl_xor_sync(WARP, value, 1));
+    return max(value, __shfl_xor_sync(WARP, value, 2));
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) arrange(const __grid_constant__ ArrangeArgs a) {
+    __shared__ u32 slab_spread;
+    wait_for_previous_launch();
+    let_next_launch_start();
+    const int slabs = (a.n + UNIT_OUTPUTS - 1) / UNIT_OUTPUTS;
+    const int units = (a.k + UNIT_K - 1) / UNIT_K;
+    const int groups = a.k / 32;
+    const int output = threadIdx.x / QUAD;  // of the slab
+    const int lane = threadIdx.x % QUAD;
+    const int half = output / 8 % 2;
+    for (i64 slab = blockIdx.x; slab < (i64)a.experts * slabs; slab += gridDim.x) {
+        const i64 expert = slab / slabs;
+        const int row = (int)(slab % slabs) * UNIT_OUTPUTS + output;
+        const bool there = row < a.n;
+        const i64 matrix_row = expert * a.n + row;
+        const u8* blocks = a.blocks + matrix_row * (a.k / 2);
+        const u8* scales = a.scales + matrix_row * groups;
+        __syncthreads();
+        if (threadIdx.x == 0) slab_spread = 0;
+        __syncthreads();
+        int largest = 0;
+        int smallest = -255;  // negated
+        for (int group = lane; there && group < groups; group += QUAD) {
+            const int scale = scales[group];
+            if (scale == 255) atomicMax(a.report + 1, ~(u32)matrix_row);
+            if (is_zero(blocks + group * 16)) continue;
+            largest = max(largest, scale);
+            smallest = max(smallest, -scale);
+        }
+        largest = largest_of_quad(largest);
+        smallest = -largest_of_quad(smallest);
+        if (largest - smallest > Fold<FORMAT>::MOST_STEPS) atomicMax(&slab_spread, 1u);
+        __syncthreads();
+        const bool is_spread = slab_spread != 0;
+        if (lane == 0) a.exponents[slab * UNIT_OUTPUTS + output] = (u8)largest;
+        if (threadIdx.x == 0) {
+            a.spread[slab] = is_spread ? 1 : 0;
+            if (is_spread) atomicMax(a.report, 1u);
+        }
+        // What is folded into e4m3 is said by what it changes in a byte.
+        const int step = FORMAT == Format::E4M3 && !is_spread ? 8 : 1;
+        for (int unit = 0; unit < units; ++unit) {
+            u8* to = a.packed + (slab * units + unit) * UNIT_BYTES;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int group = 2 * unit + i;
+                const bool present = there && group < groups;
+                const u8* block = blocks + group * 16;
+                const int thread = output / 16 * 32 + output % 8 * 4 + lane;
+                *reinterpret_cast<u32*>(to + thread * 16 + (2 * i + half) * 4) = present ? word_of(block, lane) : 0;
+                if (lane != 0) continue;
+                const bool counts = present && !is_zero(block);
+                const u8 steps = counts ? (u8)((largest - scales[group]) * step) : 0;
+                to[UNIT_VALUE_BYTES + (output / 16 * 8 + output % 8) * 4 + 2 * i + half] = steps;
+            }
+        }
+    }
+}

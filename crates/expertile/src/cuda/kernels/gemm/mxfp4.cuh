@@ -1,0 +1,101 @@
+// MXFP4 weights as the GEMM reads them, and how a thread decodes its part of them. `arrange_mxfp4.cu` writes them once.
+//
+// A unit is 64 outputs by 64 of K: what one warpgroup multiplies. It has UNIT_BYTES: for each thread of the warpgroup
+// the 16 bytes that it decodes, then the scales of two groups of 32. Units of the same 64 outputs (a slab) stand one
+// behind the other: [experts, n / 64, k / 64, UNIT_BYTES], both rounded up.
+//
+//   thread's word 2 * group + half    of output 16 * warp + 8 * half + lane / 4
+//   bits of a word                    value i < 4: magnitude from bit 4 i, sign at 8 i + 7; value 4 + i: magnitude from
+//                                     bit 16 + 4 i, sign at 8 i + 3
+//   for rows of e4m3                  value i is k = 4 * (lane % 4) + i % 4 + 16 * (i / 4) of the group
+//   for rows of bf16                  value i is k = 2 * (lane % 4) + i % 2 + 8 * (i / 2) of the group
+//   scales                            [warp][lane / 4][group][half]
+//
+// A scale is said by the steps, powers of two, that it is below the largest of its output (`exponents`). Up to
+// MOST_STEPS of them are folded into the decoded value, exactly: all groups of an output then have one exponent, which
+// the sum gets at the end. Where an output needs more, its slab is marked in `spread`, and products are scaled by group.
+#pragma once
+#include "ptx/convert.cuh"
+#include "ptx/wgmma.cuh"
+
+constexpr int UNIT_OUTPUTS = 64;
+constexpr int UNIT_K = 64;
+constexpr int UNIT_VALUE_BYTES = UNIT_OUTPUTS * UNIT_K / 2;
+constexpr int UNIT_BYTES = UNIT_VALUE_BYTES + UNIT_OUTPUTS * UNIT_K / 32;
+
+// Normal numbers of the format hold e2m1's values so many powers of two apart, TOP above e2m1's own: e4m3 has
+// exponents -6 to 8, and values from 0.5 to 6 take up four of them.
+template <Format FORMAT>
+struct Fold;
+template <>
+struct Fold<Format::E4M3> {
+    static constexpr int TOP = 6;
+    static constexpr int MOST_STEPS = 11;
+};
+template <>
+struct Fold<Format::BF16> {
+    static constexpr int TOP = 0;
+    static constexpr int MOST_STEPS = 125;
+};
+
+// The bytes of 0, 0.5, 1, 1.5, 2, 3, 4 and 6, TOP exponents up as e4m3; as bf16 the upper and lower bytes.
+constexpr u32 E4M3_LOW = 0x6c686000u;
+constexpr u32 E4M3_HIGH = 0x7c787470u;
+constexpr u32 BF16_UPPER_LOW = 0x3f3f3f00u;
+constexpr u32 BF16_UPPER_HIGH = 0x40404040u;
+constexpr u32 BF16_LOWER_LOW = 0xc0800000u;
+constexpr u32 BF16_LOWER_HIGH = 0xc0804000u;
+
+// The eight values of a word as bytes of e4m3: four in each result.
+__device__ __forceinline__ void decode_word(u32 word, u32 low_table, u32 high_table, u32& first, u32& second) {
+    const u32 magnitudes = word & 0x77777777u;
+    first = permute_bytes(low_table, high_table, magnitudes) | (word & 0x80808080u);
+    second = permute_bytes(low_table, high_table, magnitudes >> 16) | (word << 4 & 0x80808080u);
+}
+
+// Four of them as bf16: values 0, 1 and 2, 3 by pairs. `signs` has them at the top of its bytes.
+__device__ __forceinline__ void decode_pairs(u32 magnitudes, u32 signs, u32& first, u32& second) {
+    const u32 lower = permute_bytes(BF16_LOWER_LOW, BF16_LOWER_HIGH, magnitudes);
+    const u32 upper = permute_bytes(BF16_UPPER_LOW, BF16_UPPER_HIGH, magnitudes) | (signs & 0x80808080u);
+    first = permute_bytes(lower, upper, 0x5140);
+    second = permute_bytes(lower, upper, 0x7362);
+}
+
+// Byte i of a word.
+__device__ __forceinline__ u32 byte_of(u32 word, int i) { return word >> 8 * i & 0xffu; }
+
+// The operand registers of GROUP of a unit, four for each instruction, from the thread's words and its outputs' steps.
+// FOLDS: whether the steps are folded in.
+template <Format FORMAT, int GROUP, bool FOLDS>
+__device__ __forceinline__ void decode_group(const uint4& words, u32 steps, u32* a) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const u32 word = GROUP == 0 ? (half == 0 ? words.x : words.y) : (half == 0 ? words.z : words.w);
+        const u32 i = 2 * GROUP + half;
+        if constexpr (FORMAT == Format::E4M3) {
+            // A folded scale is eight times its steps: one step is 8 in a byte of e4m3, but for zero.
+            const u32 low = FOLDS ? E4M3_LOW - permute_bytes(steps, 0, i * 0x1110 + 4) : E4M3_LOW;
+            const u32 high = FOLDS ? E4M3_HIGH - permute_bytes(steps, 0, i * 0x1111) : E4M3_HIGH;
+            decode_word(word, low, high, a[half], a[2 + half]);
+        } else {
+            const u32 magnitudes = word & 0x77777777u;
+            decode_pairs(magnitudes, word, a[half], a[2 + half]);
+            decode_pairs(magnitudes >> 16, word << 4, a[4 + half], a[6 + half]);
+            if constexpr (FOLDS) {
+                // 2^-steps, twice.
+                const u32 power = 0x3f803f80u - byte_of(steps, i) * 0x00800080u;
+#pragma unroll
+                for (int j = 0; j < 8; j += 2) a[j + half] = multiply_bf16_pairs(a[j + half], power);
+            }
+        }
+    }
+}
+
+// Operand registers that a group takes.
+template <Format FORMAT>
+constexpr int GROUP_REGISTERS = FORMAT == Format::E4M3 ? 4 : 8;
+
+// 2^exponent, for what f32 has: -149 to 127.
+__device__ __forceinline__ float power_of_two(int exponent) {
+    return __uint_as_float(exponent >= -126 ? (u32)(exponent + 127) << 23 : 1u << (exponent + 149));
+}

@@ -1,0 +1,453 @@
+// The grouped GEMM on Hopper over MXFP4 weights: out[r, :] = weights[expert of r] * rows[r, :], live rows only, f32
+// sums, bf16 out; rows are e4m3 with scales, or bf16.
+//
+// As in sm90_gemm_few_rows.cu weights are the M operand of wgmma, a tile is 128 (or 64) outputs of up to ROW_TILE rows
+// of one expert, and a warpgroup multiplies 64 outputs. Weights are decoded in registers, from which wgmma takes its M
+// operand: gemm/mxfp4.cuh says how they stand in memory. An output's largest scale multiplies its sum at the end; what
+// the others are below it is folded into the decoded values. A slab whose scales are too far apart for that takes
+// another way, group by group of 32; weights that have such slabs are multiplied by a kernel that has both.
+//
+// Where a tile has few rows several blocks share a multiprocessor: while one decodes, another's products run. All tiles
+// add up the blocks of K in the same order, in pieces of the same rows, so a row has the same bits in all of them.
+//
+// Set by the host: see config.cuh; HOST_MULTICAST and HOST_K_SPLITS are 1; HOST_OUTPUTS is 128 or 64;
+// HOST_BLOCKS is the number of blocks that a multiprocessor is to hold; HOST_SPREAD says whether slabs may be spread.
+#include "gemm/mxfp4.cuh"
+#include "gemm/weights_on_m.cuh"
+
+struct Config : HostConfig {
+    static constexpr int OUTPUTS = HOST_OUTPUTS;
+    static constexpr int OUTPUTS_OF_CONSUMER = UNIT_OUTPUTS;
+    static constexpr int CONSUMERS = OUTPUTS / OUTPUTS_OF_CONSUMER;
+    static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
+    static constexpr int BLOCKS = HOST_BLOCKS;
+    static constexpr int PRODUCER_REGISTERS = 40;
+    static constexpr int CONSUMER_REGISTERS = BLOCKS > 1 ? 96 : 232;
+    static constexpr bool GATE_AND_UP = false;
+    static constexpr int WEIGHT_BOXES = 1;
+    static constexpr int CLUSTER_COLUMNS = 1;
+    static constexpr int CLUSTER = 1;
+    static constexpr int ROW_TILES_PER_GROUP = 8;
+    static constexpr int SCALING_WARPS = 0;
+    static constexpr bool SCALES_APART = false;
+
+    static constexpr int UNITS = K_BLOCK / UNIT_K;  // of a slab in a block of K
+    static constexpr int GROUPS = K_BLOCK / 32;
+    static constexpr int INSTRUCTIONS = ROW_BYTES / 32;  // for a block of K
+    static constexpr int REGISTERS = 4 * INSTRUCTIONS;   // of the M operand of a block of K
+
+    // Bytes from a staged row to the next: 16 more than its results, so that eight rows start on different banks.
+    static constexpr int STAGING_ROW = OUTPUTS_OF_CONSUMER * 2 + 16;
+    static constexpr int STAGING_BYTES = ROW_TILE * CONSUMERS * STAGING_ROW;
+};
+
+// host: Mxfp4 in cuda/gemm/shared_memory.rs.
+struct SharedStorage {
+    u8 rows[Config::STAGES][Config::ROW_TILE][ROW_BYTES];
+    alignas(16) u8 weights[Config::STAGES][Config::CONSUMERS][Config::UNITS * UNIT_BYTES];
+    // Results, transposed, before they are stored: [CONSUMERS][ROW_TILE][STAGING_ROW].
+    alignas(16) u8 staging[Config::STAGING_BYTES];
+    alignas(16) float row_scales[Config::STAGES][Config::ROW_TILE];
+    Tile tiles[Config::STAGES];
+    Mbarrier full[Config::STAGES];
+    Mbarrier empty[Config::STAGES];
+};
+
+static_assert(AgreesWithHost<Config, SharedStorage>::value);
+static_assert(Config::MULTICAST == 1 && Config::K_SPLITS == 1, "there is no kernel for this");
+static_assert(sizeof(SharedStorage::rows[0]) % 1024 == 0, "every stage starts on a pattern of the swizzle");
+
+using Args = GemmArgs<Config>;
+constexpr Format FORMAT = Config::FORMAT;
+
+struct Ring : StageRing<Config, SharedStorage> {
+    __device__ __forceinline__ explicit Ring(u32 shared) : StageRing<Config, SharedStorage>(shared) {}
+
+    __device__ __forceinline__ u32 rows() const {
+        return memory + OFFSET(SharedStorage, rows) + stage * (int)sizeof(SharedStorage::rows[0]);
+    }
+    __device__ __forceinline__ u32 weights(int consumer) const {
+        return memory + OFFSET(SharedStorage, weights) + stage * (int)sizeof(SharedStorage::weights[0]) +
+               consumer * (int)sizeof(SharedStorage::weights[0][0]);
+    }
+};
+
+// Warps of the first warpgroup, by number; the other warpgroups are consumers.
+enum class ProducerWarp : int {
+    WEIGHTS = 0,  // one thread of it loads weights
+    ROWS = 1,     // one thread of it loads rows and their scales
+};
+
+// Arrivals at `full`: of both loading threads, and once more when the second one's cp.async of scales is done.
+constexpr int FULL_ARRIVALS = Config::SCALED ? 3 : 2;
+
+__device__ __forceinline__ int blocks_of(int k) { return (k + Config::K_BLOCK - 1) / Config::K_BLOCK; }
+
+// The thread that loads weights, and says which tile they are of: in the lowest bits of `column`, which is a multiple
+// of 64, which of the tile's slabs have scales that are not folded in.
+__device__ __forceinline__ void produce_weights(const Args& a, Ring ring, StaticScheduler<Config> scheduler) {
+    const int units = (a.k + UNIT_K - 1) / UNIT_K;
+    const int slabs = (a.n + UNIT_OUTPUTS - 1) / UNIT_OUTPUTS;
+    const i64 slab_bytes = (i64)units * UNIT_BYTES;
+    const int blocks = blocks_of(a.k);
+    Tile tile;
+    while (scheduler.next(tile)) {
+        const u64 keep = (tile.expert & READ_ONCE) != 0 ? KEEP_BRIEFLY : KEEP_NORMALLY;
+        tile.expert &= ~READ_ONCE;
+        const int first = tile.column / UNIT_OUTPUTS;
+        const int present = min(Config::CONSUMERS, slabs - first);
+        const i64 slab = (i64)tile.expert * slabs + first;
+        const u8* from = a.packed + slab * slab_bytes;
+        if (HOST_SPREAD)
+            for (int i = 0; i < present; ++i) tile.column |= a.spread[slab + i] << i;
+        for (int block = 0; block < blocks; ++block) {
+            const u32 bytes = min(Config::UNITS, units - block * Config::UNITS) * UNIT_BYTES;
+            wait_for_phase(ring.empty(), ring.parity() ^ 1);
+            if (block == 0) store_tile(ring.tile(), tile);
+            arrive_expecting(ring.full(), present * bytes);
+            copy_bytes(ring.weights(0), from, bytes, ring.full(), keep);
+            if (present > 1) copy_bytes(ring.weights(1), from + slab_bytes, bytes, ring.full(), keep);
+            from += bytes;
+            ring.advance();
+        }
+    }
+    // A tile without rows comes last: consumers stop there.
+    wait_for_phase(ring.empty(), ring.parity() ^ 1);
+    store_tile(ring.tile(), Tile{0, 0, 0, 0});
+    arrive(ring.full());
+}
+
+// The thread that loads rows and their scales.
+__device__ __forceinline__ void produce_rows(const Args& a, Ring ring, StaticScheduler<Config> scheduler) {
+    const int stride = (a.m_sum + 3) & ~3;
+    const int blocks = blocks_of(a.k);
+    Tile tile;
+    while (scheduler.next(tile)) {
+        const int map = (tile.rows - 1) / Config::ROW_STEP;
+        const int rows = (map + 1) * Config::ROW_STEP;
+        const int scaled = min(rows, stride - tile.first);
+        // A bulk copy starts on 16 bytes; else scales are copied one by one.
+        const u32 scale_bytes = Config::SCALED && tile.first % 4 == 0 ? scaled * 4 : 0;
+        const float* scales = a.row_scales + tile.first;
+        for (int block = 0; block < blocks; ++block) {
+            wait_for_phase(ring.empty(), ring.parity() ^ 1);
+            arrive_expecting(ring.full(), rows * ROW_BYTES + scale_bytes);
+            copy_box(ring.rows(), a.rows[map], block * Config::K_BLOCK, tile.first, ring.full());
+            if constexpr (Config::SCALED) {
+                if (scale_bytes > 0) {
+                    copy_bytes(ring.row_scales(), scales, scale_bytes, ring.full());
+                } else {
+#pragma unroll 1
+                    for (int row = 0; row < scaled; ++row) copy_word(ring.row_scales() + row * 4, scales + row);
+                }
+                arrive_after_copies(ring.full());
+                scales += stride;
+            }
+            ring.advance();
+        }
+    }
+    wait_for_phase(ring.empty(), ring.parity() ^ 1);
+    for (int i = 0; i < FULL_ARRIVALS - 1; ++i) arrive(ring.full());
+}
+
+// This thread's words of a unit of a block of K, and its outputs' steps. Past the last unit of K the words are zero.
+struct Unit {
+    uint4 words;
+    u32 steps;
+
+    __device__ __forceinline__ Unit(const Ring& ring, int consumer, int unit, bool there) {
+        const int thread = threadIdx.x % WARPGROUP;
+        const u32 from = ring.weights(consumer) + unit * UNIT_BYTES;
+        words = there ? load_shared_words(from + thread * 16) : make_uint4(0, 0, 0, 0);
+        steps = load_shared_word(from + UNIT_VALUE_BYTES + thread / 4 * 4);
+    }
+};
+
+// The M operand of a block of K, of which `units` are there.
+__device__ __forceinline__ void decode_block(const Ring& ring, int consumer, int units, u32 (&a)[Config::REGISTERS]) {
+    constexpr int EACH = GROUP_REGISTERS<FORMAT>;
+#pragma unroll
+    for (int unit = 0; unit < Config::UNITS; ++unit) {
+        const Unit mine(ring, consumer, unit, unit < units);
+        decode_group<FORMAT, 0, true>(mine.words, mine.steps, a + 2 * EACH * unit);
+        decode_group<FORMAT, 1, true>(mine.words, mine.steps, a + 2 * EACH * unit + EACH);
+    }
+}
+
+// Rows of a tile are multiplied in pieces of at most 64, so that the products of one run while those of another are
+// added; fewer where several blocks share the registers.
+template <int N>
+constexpr int PIECE = Config::BLOCKS > 1 ? (N % 32 == 0 ? 32 : N) : (N <= 64 ? N : N % 64 == 0 ? 64 : N / 2);
+
+// Starts the products of a piece's rows with a block of K.
+template <int ROWS>
+__device__ __forceinline__ void start_piece(float (&part)[ROWS / 2], const u32 (&a)[Config::REGISTERS], u32 rows) {
+    const u64 b = operand(rows);
+    begin_products();
+#pragma unroll
+    for (int i = 0; i < Config::INSTRUCTIONS; ++i) multiply_registers<FORMAT, ROWS>(part, a + 4 * i, b + 2 * i, i > 0);
+    commit_products();
+}
+
+// Adds a piece's products, times the rows' scales, to its sums. `scales` are those of its first row on.
+template <int ROWS>
+__device__ __forceinline__ void add_scaled(u32 scales, const float (&part)[ROWS / 2], float* sum) {
+    const int lane = lane_of_thread() % 4;
+#pragma unroll
+    for (int i = 0; i < ROWS / 8; ++i) {
+        const float2 scale = load_shared_pair(scales + (8 * i + 2 * lane) * 4);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            float& total = sum[4 * i + j];
+            total = __fmaf_rn(part[4 * i + j], j % 2 == 0 ? scale.x : scale.y, total);
+        }
+    }
+}
+
+// The pieces of a block of K from PIECE_INDEX on, of which the one at PIECE_INDEX has been started; those that are even
+// and odd use registers of their own.
+template <int N, int PIECE_INDEX>
+__device__ __forceinline__ void multiply_pieces(const Ring& ring, const u32 (&a)[Config::REGISTERS],
+                                                float (&part)[2][PIECE<N> / 2], float (&sum)[N / 2]) {
+    constexpr int ROWS = PIECE<N>;
+    constexpr bool MORE = (PIECE_INDEX + 1) * ROWS < N;
+    if constexpr (MORE)
+        start_piece<ROWS>(part[(PIECE_INDEX + 1) % 2], a, ring.rows() + (PIECE_INDEX + 1) * ROWS * ROW_BYTES);
+    wait_for_products<MORE ? 1 : 0>();
+    fence_accumulators(part[PIECE_INDEX % 2]);
+    add_scaled<ROWS>(ring.row_scales() + PIECE_INDEX * ROWS * 4, part[PIECE_INDEX % 2],
+                     sum + PIECE_INDEX * (ROWS / 2));
+    if constexpr (MORE) multiply_pieces<N, PIECE_INDEX + 1>(ring, a, part, sum);
+}
+
+// Adds up the blocks of K of e4m3 rows: products of 128 of K are scaled and added outside the matrix unit.
+template <int N>
+__device__ __forceinline__ void multiply_scaled(Ring& ring, int k, int consumer, float (&sum)[N / 2]) {
+    float part[2][PIECE<N> / 2];
+    u32 a[Config::REGISTERS];
+    const int blocks = blocks_of(k);
+    const int units = (k + UNIT_K - 1) / UNIT_K;
+    for (int block = 0; block < blocks; ++block) {
+        wait_unless_over(ring.full(), ring.parity(), false);
+        decode_block(ring, consumer, units - block * Config::UNITS, a);
+        start_piece<PIECE<N>>(part[0], a, ring.rows());
+        multiply_pieces<N, 0>(ring, a, part, sum);
+        fence_operands(a);
+        release_without_branch<Config>(ring.empty());
+        ring.advance();
+    }
+}
+
+// Adds up the blocks of K of bf16 rows: sums stay in the matrix unit. While the products of one run, the next one is
+// decoded.
+template <int N>
+__device__ __forceinline__ void multiply_plain(Ring& ring, int k, int consumer, float (&sum)[N / 2]) {
+    constexpr int ROWS = PIECE<N>;
+    const int blocks = blocks_of(k);
+    u32 a[Config::REGISTERS];
+    wait_unless_over(ring.full(), ring.parity(), false);
+    decode_block(ring, consumer, Config::UNITS, a);
+    for (int block = 0; block < blocks; ++block) {
+        fence_accumulators(sum);
+        begin_products();
+#pragma unroll
+        for (int piece = 0; piece < N / ROWS; ++piece) {
+            const u64 b = operand(ring.rows() + piece * ROWS * ROW_BYTES);
+#pragma unroll
+            for (int i = 0; i < Config::INSTRUCTIONS; ++i)
+                multiply_registers<FORMAT, ROWS>(sum + piece * (ROWS / 2), a + 4 * i, b + 2 * i, 1);
+        }
+        commit_products();
+        const u32 current = ring.empty();
+        u32 next[Config::REGISTERS];
+        ring.advance();
+        if (block + 1 < blocks) {
+            wait_unless_over(ring.full(), ring.parity(), false);
+            // The kernel with both ways has no registers to spare.
+            if constexpr (HOST_SPREAD) wait_for_products<0>();
+            decode_block(ring, consumer, Config::UNITS, next);
+        }
+        wait_for_products<0>();
+        fence_accumulators(sum);
+        fence_operands(a);
+        release_without_branch<Config>(current);
+#pragma unroll
+        for (int i = 0; i < Config::REGISTERS; ++i) a[i] = next[i];
+    }
+}
+
+// A unit whose scales are not folded in: the M operand, and for each of its two groups of 32 the powers of two of this
+// thread's outputs, whose largest scales are `largest`.
+struct SpreadUnit {
+    static constexpr int GROUP_INSTRUCTIONS = GROUP_REGISTERS<FORMAT> / 4;
+
+    u32 a[2 * GROUP_REGISTERS<FORMAT>];
+    float powers[2][2];
+
+    __device__ __forceinline__ SpreadUnit(const Unit& mine, const int (&largest)[2]) {
+        decode_group<FORMAT, 0, false>(mine.words, 0, a);
+        decode_group<FORMAT, 1, false>(mine.words, 0, a + GROUP_REGISTERS<FORMAT>);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            powers[i / 2][i % 2] =
+                power_of_two(largest[i % 2] - (int)byte_of(mine.steps, i) - 127 - Fold<FORMAT>::TOP);
+    }
+};
+
+// Adds the products of a few rows with a unit, group by group: times the rows' scales, times the powers.
+template <int ROWS, int GROUP = 0>
+__device__ __forceinline__ void add_groups(const SpreadUnit& unit, u64 rows, const float2 (&scales)[ROWS / 8],
+                                           float* sum) {
+    constexpr int INSTRUCTIONS = SpreadUnit::GROUP_INSTRUCTIONS;
+    float part[ROWS / 2];
+    begin_products();
+#pragma unroll
+    for (int i = 0; i < INSTRUCTIONS; ++i)
+        multiply_registers<FORMAT, ROWS>(part, unit.a + 4 * (GROUP * INSTRUCTIONS + i),
+                                         rows + 2 * (GROUP * INSTRUCTIONS + i), i > 0);
+    commit_products();
+    wait_for_products<0>();
+    fence_accumulators(part);
+#pragma unroll
+    for (int i = 0; i < ROWS / 2; ++i) {
+        const float scale = i % 2 == 0 ? scales[i / 4].x : scales[i / 4].y;
+        sum[i] = __fmaf_rn(__fmul_rn(part[i], scale), unit.powers[GROUP][i / 2 % 2], sum[i]);
+    }
+    if constexpr (GROUP == 0) add_groups<ROWS, 1>(unit, rows, scales, sum);
+}
+
+// Adds up the blocks of K of a slab whose scales are too far apart. `largest`: the outputs' largest scales.
+template <int N>
+__device__ __forceinline__ void multiply_spread(Ring& ring, int k, int consumer, const int (&largest)[2],
+                                                float (&sum)[N / 2]) {
+    constexpr int ROWS = FORMAT == Format::BF16 && N % 32 == 0 ? 32 : 16;
+    static_assert(N % ROWS == 0, "every row is in a piece");
+    const int blocks = blocks_of(k);
+    int units = (k + UNIT_K - 1) / UNIT_K;
+    for (int block = 0; block < blocks; ++block) {
+        wait_for_phase(ring.full(), ring.parity());
+#pragma unroll 1
+        for (int i = 0; i < min(units, Config::UNITS); ++i) {
+            SpreadUnit unit(Unit(ring, consumer, i, true), largest);
+            const u32 row_scales = ring.row_scales() + lane_of_thread() % 4 * 8;
+#pragma unroll
+            for (int piece = 0; piece < N / ROWS; ++piece) {
+                float2 scales[ROWS / 8];
+#pragma unroll
+                for (int j = 0; j < ROWS / 8; ++j)
+                    scales[j] = Config::SCALED ? load_shared_pair(row_scales + (piece * ROWS + 8 * j) * 4)
+                                               : make_float2(1.0f, 1.0f);
+                // A unit of e4m3 is 64 of the row's 128 bytes.
+                const u64 rows = operand(ring.rows() + piece * ROWS * ROW_BYTES) + i * 4;
+                add_groups<ROWS>(unit, rows, scales, sum + piece * (ROWS / 2));
+            }
+            fence_operands(unit.a);
+        }
+        units -= Config::UNITS;
+        release<Config>(ring.empty());
+        ring.advance();
+    }
+}
+
+// Multiplies the sums of an output by a power of two, exactly where f32 has the result: in two steps, because one power
+// may be too small for it.
+template <int N>
+__device__ __forceinline__ void multiply_by_powers(const int (&exponents)[2], float (&sum)[N / 2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int first = exponents[half] / 2;
+        const float one = power_of_two(first);
+        const float other = power_of_two(exponents[half] - first);
+#pragma unroll
+        for (int i = 2 * half; i < N / 2; i += 4) {
+            sum[i] = __fmul_rn(__fmul_rn(sum[i], one), other);
+            sum[i + 1] = __fmul_rn(__fmul_rn(sum[i + 1], one), other);
+        }
+    }
+}
+
+// The exponents of the largest scales of this thread's outputs.
+__device__ __forceinline__ int largest_scale(const Args& a, const Tile& tile, int consumer, int half) {
+    const int outputs = (a.n + UNIT_OUTPUTS - 1) / UNIT_OUTPUTS * UNIT_OUTPUTS;
+    const int output = min(tile.column + consumer * UNIT_OUTPUTS + output_of_thread() + 8 * half, outputs - 1);
+    // Volatile: loaded here, long before it is needed.
+    return *static_cast<const volatile u8*>(a.exponents + (i64)tile.expert * outputs + output);
+}
+
+// A tile of up to N rows. SPREAD: this warpgroup's scales are too far apart.
+template <int N, bool SPREAD>
+__device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, Ring& ring, int consumer) {
+    float sum[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
+    int exponents[2] = {largest_scale(a, tile, consumer, 0), largest_scale(a, tile, consumer, 1)};
+    if constexpr (SPREAD) {
+        multiply_spread<N>(ring, a.k, consumer, exponents, sum);
+    } else {
+        if constexpr (Config::SCALED)
+            multiply_scaled<N>(ring, a.k, consumer, sum);
+        else
+            multiply_plain<N>(ring, a.k, consumer, sum);
+        exponents[0] -= 127 + Fold<FORMAT>::TOP;
+        exponents[1] -= 127 + Fold<FORMAT>::TOP;
+        multiply_by_powers<N>(exponents, sum);
+    }
+    if (a.bias != nullptr) add_bias<N>(OutputPair(a.bias + (i64)tile.expert * a.n, a, tile, consumer), sum);
+    store_rows<Config, SharedStorage, N>(a, tile, ring.memory, consumer, sum);
+}
+
+// Takes the code for the fewest steps that the tile's rows fit: N of wgmma is a constant of the instruction. Where
+// scales are spread, that for the most: sums of rows that are not there are not stored.
+template <int STEPS>
+__device__ __forceinline__ void multiply_tile(const Args& a, const Tile& tile, Ring& ring, int consumer, bool spread) {
+    if constexpr (HOST_SPREAD && STEPS == 1) {
+        if (spread) {
+            finish_tile<Config::ROW_TILE, true>(a, tile, ring, consumer);
+            return;
+        }
+    }
+    if (STEPS == Config::ROW_MAPS || tile.rows <= STEPS * Config::ROW_STEP)
+        finish_tile<STEPS * Config::ROW_STEP, false>(a, tile, ring, consumer);
+    else if constexpr (STEPS < Config::ROW_MAPS)
+        multiply_tile<STEPS + 1>(a, tile, ring, consumer, spread);
+}
+
+extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS) gemm(const __grid_constant__ Args a) {
+    extern __shared__ __align__(1024) u8 shared[];
+    const u32 memory = shared_address(shared);
+    const int consumer = (int)threadIdx.x / WARPGROUP - 1;
+    Ring ring(memory);
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < Config::STAGES; ++stage) {
+            init_barrier(memory + OFFSET(SharedStorage, full) + stage * 8, FULL_ARRIVALS);
+            init_barrier(memory + OFFSET(SharedStorage, empty) + stage * 8, Config::CONSUMERS * (WARPGROUP / 32));
+        }
+        publish_barriers();
+    }
+    __syncthreads();
+    wait_for_previous_launch();
+    let_next_launch_start();
+    // With one consumer warpgroup every thread has as many registers as it may have from the start.
+    constexpr bool MOVE_REGISTERS = Config::CONSUMERS > 1;
+    if (consumer < 0) {
+        if constexpr (MOVE_REGISTERS) give_registers<Config::PRODUCER_REGISTERS>();
+        const int warp = threadIdx.x / 32;
+        const StaticScheduler<Config> scheduler(a, blockIdx.x, gridDim.x, 0);
+        if (warp == (int)ProducerWarp::WEIGHTS) {
+            if (elect_thread()) produce_weights(a, ring, scheduler);
+        } else if (warp == (int)ProducerWarp::ROWS) {
+            if (elect_thread()) produce_rows(a, ring, scheduler);
+        }
+    } else {
+        if constexpr (MOVE_REGISTERS) take_registers<Config::CONSUMER_REGISTERS>();
+        while (true) {
+            wait_for_phase(ring.full(), ring.parity());
+            Tile tile = load_tile(ring.tile());
+            if (tile.rows == 0) break;
+            const bool spread = HOST_SPREAD && (tile.column >> consumer & 1) != 0;
+            tile.column &= ~(UNIT_OUTPUTS - 1);
+            multiply_tile<1>(a, tile, ring, consumer, spread);
+        }
+        wait_for_stores_to_read();
+    }
+}
