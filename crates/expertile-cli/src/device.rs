@@ -11,7 +11,7 @@ use expertile::cuda::measure::{LayerTimes, copy_bytes_per_second, matrix_flops_p
 use expertile::cuda::{Device, Info, Layer, LayerChoice};
 use expertile::layer::stage_cost;
 use expertile::{Dtype, LayerConfig, Layout, Routing, Stage, StageCost, WeightFormat};
-use expertile_checkpoint::HiddenStates;
+use expertile_checkpoint::{Biases, HiddenStates};
 use half::slice::HalfFloatSliceExt;
 use serde::Serialize;
 
@@ -49,12 +49,13 @@ pub(crate) fn prepare(
     config: LayerConfig,
     max_tokens: usize,
 ) -> Result<Layer> {
-    if weights.biases().is_some() {
-        return Err(Error::usage("--device is a GPU, expected cpu: a GPU does not add the experts' biases yet"));
-    }
     let progress = Progress::new("uploading experts", weights.shape().local_experts());
     let (w13, w2) = weights::load(weights, device, &mut |done| progress.set(done))?;
-    Ok(Layer::prepare(device, w13, w2, config, max_tokens.max(1))?)
+    let layer = Layer::prepare(device, w13, w2, config, max_tokens.max(1))?;
+    Ok(match weights.biases() {
+        Some(Biases { w13, w2 }) => layer.with_biases(Some(w13.clone()), Some(w2.clone()))?,
+        None => layer,
+    })
 }
 
 /// The timed stages inside a graph, with what each had to move and compute; GEMM 1 with the activation inside stores no

@@ -79,8 +79,7 @@ fn sources() -> Vec<Source> {
         }
     }
     for format in formats() {
-        for (hidden, topk, aligned) in [(2880 / 128 * 128, 8, true), (3584, 2, true), (128, 1, true), (4096, 3, false)]
-        {
+        for (hidden, topk, aligned) in [(2880, 8, true), (3584, 2, true), (128, 1, true), (4096, 3, false)] {
             let route = RouteConfig { topk, ids: Dtype::I32, row_tile: 128 };
             let padding = Padding::Untouched;
             let (input, weighted) = (Dtype::Bf16, false);
@@ -295,7 +294,7 @@ fn configurations_that_cannot_be_are_errors() {
     assert!(matches!(floats, Error::Dtype { argument: "topk_ids", .. }), "{floats}");
     let quantize = QuantizePermuteConfig {
         route,
-        hidden: 192,
+        hidden: 160,
         input: Dtype::Bf16,
         format: ScaleFormat::HOPPER,
         padding: Padding::Untouched,
@@ -303,7 +302,7 @@ fn configurations_that_cannot_be_are_errors() {
         aligned: true,
     };
     let group = quantize.sources().unwrap_err();
-    assert!(group.to_string().starts_with("hidden is 192"), "{group}");
+    assert!(group.to_string().starts_with("hidden is 160"), "{group}");
     let weighted = QuantizePermuteConfig { hidden: 128, weighted: true, ..quantize }.sources().unwrap_err();
     assert!(weighted.to_string().starts_with("topk is 2"), "{weighted}");
     let input = QuantizePermuteConfig { hidden: 128, input: Dtype::E4m3, ..quantize }.sources().unwrap_err();

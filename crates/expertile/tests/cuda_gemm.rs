@@ -587,7 +587,7 @@ fn every_weight_of_mxfp4_is_decoded_exactly() {
                         _ => 130 + output - if group % 2 == 0 { fold + 1 } else { 0 },
                     } as u8;
                     for i in 0..16 {
-                        operands.weights[16 * at + i] = (i + group + output) as u8 % 16 | (15 - i as u8) << 4;
+                        operands.weights[16 * at + i] = ((i + group + output) % 16) as u8 | ((15 - i as u8) << 4);
                     }
                 }
             }

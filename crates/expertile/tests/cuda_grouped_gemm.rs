@@ -15,7 +15,7 @@ use expertile::cuda::{
     GroupedGemm, GroupedGemmCall, GroupedGemmShape, Grouping, LayoutPtrs, ListTiles, ListTilesCall, Route, RouteCall,
     RouteConfig, RoutingPtrs, RowEnds, STATE_BYTES, Stream, TileLists, Weights,
 };
-use expertile::{ActivationFormat, Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat};
+use expertile::{ActivationFormat, Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat, mxfp4};
 use expertile_testkit::{POISON, Random};
 use half::bf16;
 use on_device::{filled, hopper, upload};
@@ -140,7 +140,7 @@ struct Operands {
 impl Operands {
     /// So many rows of experts drawn at random.
     fn new(device: &Device, shape: GroupedGemmShape, rows: usize, random: &mut Random) -> Self {
-        let GroupedGemmShape { format, experts, n, k, .. } = shape;
+        let GroupedGemmShape { format, activation_format, experts, n, k } = shape;
         let sizes = (experts, n, k);
         let mut values = |count: usize| -> Vec<f32> { (0..count).map(|_| random.uniform() * 4.0).collect() };
         let weights = values(experts * n * k);
@@ -155,14 +155,18 @@ impl Operands {
                 let scales: Vec<f32> = scales.iter().map(|scale| 0.5 + scale.abs()).collect();
                 Weights::upload_e4m3(device, &weights, &scales, sizes).unwrap()
             }
-            WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
+            WeightFormat::Mxfp4 => {
+                let (mut blocks, mut scales) = (vec![0; weights.len() / 2], vec![0; weights.len() / mxfp4::GROUP]);
+                mxfp4::quantize_rows(&weights, k, &mut blocks, &mut scales).unwrap();
+                let plain = Weights::upload_mxfp4(device, &blocks, &scales, sizes).unwrap();
+                plain.arrange(device, activation_format).unwrap()
+            }
         };
         let mut live = Vec::new();
         for _ in 0..rows {
-            let row = (0..k).map(|_| random.uniform() * 4.0).flat_map(|value| match format {
-                WeightFormat::Bf16 => bf16::from_f32(value).to_le_bytes().to_vec(),
-                WeightFormat::E4m3 => vec![E4m3::from_f32(value).0],
-                WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
+            let row = (0..k).map(|_| random.uniform() * 4.0).flat_map(|value| match activation_format {
+                ActivationFormat::Bf16 => bf16::from_f32(value).to_le_bytes().to_vec(),
+                ActivationFormat::E4m3 => vec![E4m3::from_f32(value).0],
             });
             let row = row.collect();
             let scales = (0..k.div_ceil(BLOCK)).map(|_| 0.5 + random.uniform().abs()).collect();
@@ -174,9 +178,10 @@ impl Operands {
     /// Bytes of rows and scales `[M_sum, groups]` in which live row `i` stands at `places[i]`; NaN everywhere else.
     fn place(&self, places: &[usize], m_sum: usize) -> (Vec<u8>, Vec<f32>) {
         let groups = self.shape.k.div_ceil(BLOCK);
-        let bytes = self.shape.k * self.shape.format.bits() / 8;
+        let is_bf16 = self.shape.activation_format == ActivationFormat::Bf16;
+        let bytes = self.shape.k * if is_bf16 { 2 } else { 1 };
         let mut rows = vec![0x7f; m_sum * bytes];
-        if self.shape.format == WeightFormat::Bf16 {
+        if is_bf16 {
             rows = bf16::NAN.to_le_bytes().repeat(m_sum * self.shape.k);
         }
         let mut scales = vec![f32::NAN; m_sum * groups];
@@ -223,7 +228,7 @@ impl Operands {
             bias: None,
             weights: &self.weights,
             rows: rows.ptr(),
-            scales: (format == WeightFormat::E4m3).then(|| scales.ptr().cast()),
+            scales: (activation_format == ActivationFormat::E4m3).then(|| scales.ptr().cast()),
             out: out.ptr(),
             out_scales: None,
             header: layout.header,
@@ -290,7 +295,7 @@ fn scattered(live: &[usize], experts: usize, random: &mut Random) -> Placed {
 
 /// Runs a call for each number of expected rows, and compares live rows with `expected` and all others with poison.
 fn check(device: &Device, gemm: &GroupedGemm, operands: &Operands, placed: &Placed, expected: &[Vec<u16>]) {
-    let GroupedGemmShape { format, n, k, .. } = operands.shape;
+    let GroupedGemmShape { format, activation_format, n, k, .. } = operands.shape;
     let Placed { grouping, list, m_sum, places } = placed;
     let (m_sum, groups) = (*m_sum, k.div_ceil(BLOCK));
     let (rows, row_major) = operands.place(places, m_sum);
@@ -309,11 +314,12 @@ fn check(device: &Device, gemm: &GroupedGemm, operands: &Operands, placed: &Plac
             scales[at / groups * row_stride + at % groups * col_stride] = scale;
         }
         let scales = upload(device, &scales);
-        let scales = (format == WeightFormat::E4m3).then_some((scales.ptr().cast(), scales));
+        let scaled = activation_format == ActivationFormat::E4m3;
+        let scales = scaled.then_some((scales.ptr().cast(), scales));
         let scales_matrix = scales.as_ref().map(|&(ptr, _)| DeviceMatrix { ptr, row_stride, col_stride });
         let copies = scales_matrix.is_some_and(|scales| !gemm.reads_in_place(&scales, m_sum));
         let in_place = form == Scales::MnMajor && m_sum % 4 == 0;
-        assert_eq!(copies, format == WeightFormat::E4m3 && !in_place, "{form:?} of {m_sum} rows");
+        assert_eq!(copies, scaled && !in_place, "{form:?} of {m_sum} rows");
         let workspace = filled(device, gemm.workspace_bytes(m_sum, grouping, copies).unwrap(), POISON);
         out.fill(POISON).unwrap();
         let call = GroupedGemmCall {
@@ -346,21 +352,15 @@ fn check(device: &Device, gemm: &GroupedGemm, operands: &Operands, placed: &Plac
     }
 }
 
-const SHAPES: [GroupedGemmShape; 2] = [
-    GroupedGemmShape {
-        format: WeightFormat::E4m3,
-        activation_format: ActivationFormat::E4m3,
-        experts: 5,
-        n: 136,
-        k: 272,
-    },
-    GroupedGemmShape {
-        format: WeightFormat::Bf16,
-        activation_format: ActivationFormat::Bf16,
-        experts: 5,
-        n: 136,
-        k: 208,
-    },
+const fn small(format: WeightFormat, activation_format: ActivationFormat, k: usize) -> GroupedGemmShape {
+    GroupedGemmShape { format, activation_format, experts: 5, n: 136, k }
+}
+
+const SHAPES: [GroupedGemmShape; 4] = [
+    small(WeightFormat::E4m3, ActivationFormat::E4m3, 272),
+    small(WeightFormat::Bf16, ActivationFormat::Bf16, 208),
+    small(WeightFormat::Mxfp4, ActivationFormat::E4m3, 288),
+    small(WeightFormat::Mxfp4, ActivationFormat::Bf16, 192),
 ];
 
 fn check_placements(device: &Device, shape: GroupedGemmShape, rows: usize, alignments: &[usize]) {
@@ -491,7 +491,7 @@ fn what_a_list_says_wrong_is_noted_once() {
 #[test]
 fn calls_that_do_not_fit_are_errors() {
     let Some(device) = hopper() else { return };
-    let [e4m3, shape] = SHAPES;
+    let [e4m3, shape, ..] = SHAPES;
     let gemm = GroupedGemm::prepare(device, shape, 64).unwrap();
     let operands = Operands::new(device, shape, 1, &mut Random::new(3));
     let others = Operands::new(device, e4m3, 1, &mut Random::new(3));

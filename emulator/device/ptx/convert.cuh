@@ -88,5 +88,6 @@ inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
 }
 
 inline u32 multiply_bf16_pairs(u32 a, u32 b) {
-    return emulated_to_bf16(low_half<0>(a) * low_half<0>(b)) | emulated_to_bf16(high_half<0>(a) * high_half<0>(b)) << 16;
+    return emulated_to_bf16(low_half<0>(a) * low_half<0>(b)) | emulated_to_bf16(high_half<0>(a) * high_half<0>(b))
+                                                                   << 16;
 }

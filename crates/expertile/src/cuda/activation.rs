@@ -14,7 +14,7 @@ const THREADS: u32 = 768;
 /// What the kernel is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ActivateConfig {
-    /// `I`, a multiple of the group (of 16 without scales).
+    /// `I`, as [`ScaleFormat::groups`] takes it (a multiple of 16 without scales).
     pub intermediate: usize,
     /// Which activation.
     pub activation: Activation,
@@ -26,7 +26,7 @@ impl ActivateConfig {
     /// The kernel's source for this configuration.
     ///
     /// # Errors
-    /// [`Error::Value`] unless the group (16 for a bf16 result) divides `intermediate`, [`Error::Name`] for an
+    /// [`Error::Value`] unless the groups fit `intermediate` (16 divides it, for a bf16 result), [`Error::Name`] for an
     /// activation other than SwiGLU, [`Error::Parameter`] as [`Activation::check`].
     pub fn source(&self) -> Result<Source> {
         const PER_LANE: usize = 16;

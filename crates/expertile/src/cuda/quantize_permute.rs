@@ -18,7 +18,7 @@ use crate::quantize::ScaleFormat;
 pub struct QuantizePermuteConfig {
     /// The routing's part.
     pub route: RouteConfig,
-    /// `H`, a multiple of the group.
+    /// `H`, as [`ScaleFormat::groups`] takes it.
     pub hidden: usize,
     /// Type of the rows: [`Dtype::Bf16`] or [`Dtype::F16`].
     pub input: Dtype,
@@ -36,8 +36,8 @@ impl QuantizePermuteConfig {
     /// The kernels' sources for this configuration: of the single launch, and of the rows after the routing.
     ///
     /// # Errors
-    /// As [`RouteConfig::source`]; [`Error::Dtype`] unless rows are bf16 or f16, [`Error::Value`] unless the group
-    /// divides `hidden` and, with weights, `topk` is 1.
+    /// As [`RouteConfig::source`]; [`Error::Dtype`] unless rows are bf16 or f16, [`Error::Value`] unless the groups
+    /// fit `hidden` and, with weights, `topk` is 1.
     pub fn sources(&self) -> Result<[Source; 2]> {
         let few = self.few().source()?;
         let mut definitions = self.few().row_definitions()?;

@@ -23,6 +23,8 @@ fn activation_is_the_cpus_quantized_and_not() {
         (768, swiglu, Some(row_major)),
         (14336, swiglu, Some(BASE.format)),
         (14336, clamped, Some(packed)),
+        (2880, clamped, Some(BASE.format)),
+        (192, swiglu, Some(row_major)),
         (512, Activation::Swiglu { alpha: 0.0, beta: 0.0, limit: None }, None),
         (2048, clamped, None),
         (48, swiglu, None),

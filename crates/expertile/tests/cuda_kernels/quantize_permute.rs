@@ -204,8 +204,11 @@ fn quantize_permute_is_the_cpus_over_hidden_sizes_slots_and_maps() {
     let Some(device) = device() else { return };
     let mxfp8 = format(Group::G32, ScaleLayout::PackedUe8m0, ScaleRounding::PowerOfTwo);
     let mut seed = 200;
-    for (hidden, format) in [(128, BASE.format), (2880, mxfp8), (3584, BASE.format), (4096, mxfp8), (7168, BASE.format)]
-    {
+    let whole = [(128, BASE.format), (2880, mxfp8), (3584, BASE.format), (4096, mxfp8), (7168, BASE.format)];
+    // Rows whose last group is half of one.
+    let packed = format(Group::G128, ScaleLayout::PackedUe8m0, ScaleRounding::PowerOfTwo);
+    let partial = [(2880, BASE.format), (192, packed), (64, BASE.format)];
+    for (hidden, format) in whole.into_iter().chain(partial) {
         for (topk, experts, global, wide_ids) in
             [(1, 3, 0, true), (3, 32, 256, false), (8, 5, 40, true), (16, 64, 0, true)]
         {

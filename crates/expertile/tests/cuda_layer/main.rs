@@ -546,7 +546,7 @@ fn bad_calls_are_typed_errors_and_nothing_is_written() {
 fn weights(device: &Device, format: WeightFormat, n: usize, k: usize) -> Weights {
     match format {
         WeightFormat::Bf16 => Matrices::Bf16(vec![bf16::ONE; n * k]),
-        WeightFormat::Mxfp4 => unreachable!("a GPU takes none"),
+        WeightFormat::Mxfp4 => Matrices::Mxfp4(vec![0x22; n * k / 2], vec![127; n * k / 32]),
         WeightFormat::E4m3 => Matrices::E4m3(vec![E4m3(0x38); n * k], vec![1.0; n.div_ceil(128) * k.div_ceil(128)]),
     }
     .upload(device, (1, n, k))

@@ -163,8 +163,7 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int cons
 }
 
 // Stores the live rows by way of shared memory: a warp has 16 of its own.
-__device__ __forceinline__ void store_rows(const Args& a, const Tile& tile, u32 memory,
-                                           float (&sum)[Config::SUMS]) {
+__device__ __forceinline__ void store_rows(const Args& a, const Tile& tile, u32 memory, float (&sum)[Config::SUMS]) {
     const int first = (threadIdx.x - WARPGROUP) / 32 * 16;
     add_bias<Config, Config::SUMS>(a, tile, tile.column, sum);
     const u32 staging = memory + OFFSET(SharedStorage, staging.rows) + first * Config::STAGING_ROW;

@@ -177,7 +177,10 @@ __device__ __forceinline__ void decode_block(const Ring& ring, int consumer, int
 // Rows of a tile are multiplied in pieces of at most 64, so that the products of one run while those of another are
 // added; fewer where several blocks share the registers.
 template <int N>
-constexpr int PIECE = Config::BLOCKS > 1 ? (N % 32 == 0 ? 32 : N) : (N <= 64 ? N : N % 64 == 0 ? 64 : N / 2);
+constexpr int PIECE = Config::BLOCKS > 1 ? (N % 32 == 0 ? 32 : N)
+                                         : (N <= 64       ? N
+                                            : N % 64 == 0 ? 64
+                                                          : N / 2);
 
 // Starts the products of a piece's rows with a block of K.
 template <int ROWS>
@@ -215,8 +218,7 @@ __device__ __forceinline__ void multiply_pieces(const Ring& ring, const u32 (&a)
         start_piece<ROWS>(part[(PIECE_INDEX + 1) % 2], a, ring.rows() + (PIECE_INDEX + 1) * ROWS * ROW_BYTES);
     wait_for_products<MORE ? 1 : 0>();
     fence_accumulators(part[PIECE_INDEX % 2]);
-    add_scaled<ROWS>(ring.row_scales() + PIECE_INDEX * ROWS * 4, part[PIECE_INDEX % 2],
-                     sum + PIECE_INDEX * (ROWS / 2));
+    add_scaled<ROWS>(ring.row_scales() + PIECE_INDEX * ROWS * 4, part[PIECE_INDEX % 2], sum + PIECE_INDEX * (ROWS / 2));
     if constexpr (MORE) multiply_pieces<N, PIECE_INDEX + 1>(ring, a, part, sum);
 }
 
@@ -289,8 +291,7 @@ struct SpreadUnit {
         decode_group<FORMAT, 1, false>(mine.words, 0, a + GROUP_REGISTERS<FORMAT>);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            powers[i / 2][i % 2] =
-                power_of_two(largest[i % 2] - (int)byte_of(mine.steps, i) - 127 - Fold<FORMAT>::TOP);
+            powers[i / 2][i % 2] = power_of_two(largest[i % 2] - (int)byte_of(mine.steps, i) - 127 - Fold<FORMAT>::TOP);
     }
 };
 

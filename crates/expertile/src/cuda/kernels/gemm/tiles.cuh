@@ -22,10 +22,10 @@ struct GemmArgs {
     int k;
     int m_sum;
     int reserved;
-    const float* bias;   // [experts, n], added to the sums, or null
-    const u8* packed;    // mxfp4: the weights as gemm/mxfp4.cuh has them; else null, as the next two
-    const u8* exponents; // of a row's largest scale: [experts, n rounded up to 64]
-    const u8* spread;    // [experts, n / 64, rounded up]: 1 where scales are too far apart; null: nowhere
+    const float* bias;    // [experts, n], added to the sums, or null
+    const u8* packed;     // mxfp4: the weights as gemm/mxfp4.cuh has them; else null, as the next two
+    const u8* exponents;  // of a row's largest scale: [experts, n rounded up to 64]
+    const u8* spread;     // [experts, n / 64, rounded up]: 1 where scales are too far apart; null: nowhere
 };
 
 // Flag OR-ed into `Tile::expert`: no other tile reads these weights, so load them evict-first.

@@ -106,15 +106,14 @@ MULTIPLY(192, NAMES_0_63 ", " NAMES_64_79 ", " NAMES_80_95, "%96", "%97", "%98",
          OPERANDS_32(64))
 
 // The names of a's four registers, b and `add` follow those of the sum's.
-#define MULTIPLY_REGISTERS_OF(FORMAT, TYPES, ORIENTATION, N, NAMES, A, B, ADD, ...)                           \
-    template <>                                                                                               \
-    __device__ __forceinline__ void multiply_registers<FORMAT, N>(float* sum, const u32* a, u64 b, int add) { \
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD                                                  \
-                     ", 0;\n"                                                                                 \
-                     "wgmma.mma_async.sync.aligned.m64n" #N TYPES " {" NAMES "}, {" A "}, " B                 \
-                     ", p, 1, 1" ORIENTATION ";\n}"                                                           \
-                     : __VA_ARGS__                                                                            \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                         \
+#define MULTIPLY_REGISTERS_OF(FORMAT, TYPES, ORIENTATION, N, NAMES, A, B, ADD, ...)                                   \
+    template <>                                                                                                       \
+    __device__ __forceinline__ void multiply_registers<FORMAT, N>(float* sum, const u32* a, u64 b, int add) {         \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                                 \
+                     "wgmma.mma_async.sync.aligned.m64n" #N TYPES " {" NAMES "}, {" A "}, " B ", p, 1, 1" ORIENTATION \
+                     ";\n}"                                                                                           \
+                     : __VA_ARGS__                                                                                    \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                                 \
     }
 #define MULTIPLY_REGISTERS(N, ...)                                               \
     MULTIPLY_REGISTERS_OF(Format::E4M3, "k32.f32.e4m3.e4m3", "", N, __VA_ARGS__) \

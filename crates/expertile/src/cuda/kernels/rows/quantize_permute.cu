@@ -74,7 +74,8 @@ __device__ __forceinline__ u32 quantize_halves(u8* to, int slab, const Slab& s) 
         const int in_slab = half * (SLAB / 2) + lane * 8;
         *reinterpret_cast<uint2*>(to + in_slab) = quantize_half_slab < INPUT, GROUP,
                                        POWER_OF_TWO != 0 > (s.pairs + 4 * half, scale[half]);
-        if (!NO_REMAINDER && slab * SLAB + in_slab >= HIDDEN) scale[half] = 0.0f;
+        // A lane past the row may share, and keep, the scale of a last group that is not whole.
+        if (!NO_REMAINDER && (slab * SLAB + in_slab) / GROUP * GROUP >= HIDDEN) scale[half] = 0.0f;
     }
     const u32 first = word_of_half(scale, 0);
     if (WORD_HALVES == 1) return first;
