@@ -35,7 +35,7 @@ pub(super) fn launches(slots: usize) -> usize {
 pub struct RoutePermuteConfig {
     /// The routing's part.
     pub route: RouteConfig,
-    /// `H`: a multiple of the group where rows are quantized, else of 16.
+    /// `H`: as [`ScaleFormat::groups`] takes it where rows are quantized, else a multiple of 16.
     pub hidden: usize,
     /// Type of the rows: [`Dtype::Bf16`] or [`Dtype::F16`].
     pub input: Dtype,
