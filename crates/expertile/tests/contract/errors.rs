@@ -988,6 +988,7 @@ fn variant(error: &Error) -> &'static str {
         Error::WeightFormat { .. } => "WeightFormat",
         Error::Memory { .. } => "Memory",
         Error::Cuda { .. } => "Cuda",
+        Error::Nccl { .. } => "Nccl",
         Error::Kernel { .. } => "Kernel",
         Error::Placement { .. } => "Placement",
         Error::OnRank { .. } => "OnRank",
@@ -1069,7 +1070,10 @@ fn every_variant_is_refused_somewhere() {
         assert!(tests.contains(&format!("Error::{variant} ")), "no test names {variant}");
         refused.insert(variant);
     }
-    // No argument makes a driver fail. That its message is whole is all that can be said without one.
+    // No argument makes a driver or NCCL fail. That the message is whole is all that can be said without them.
+    let error = Error::Nccl { call: "ncclAllGather", code: 6, message: "remote process exited".into() };
+    assert_eq!(error.to_string(), "ncclAllGather failed with 6: remote process exited");
+    refused.insert(variant(&error));
     let (call, name, message) = ("cuLaunchKernel", "CUDA_ERROR_LAUNCH_FAILED".into(), "unspecified".into());
     let error = Error::Cuda { call, code: 719, name, message };
     assert_eq!(error.to_string(), "cuLaunchKernel failed with CUDA_ERROR_LAUNCH_FAILED (719): unspecified");

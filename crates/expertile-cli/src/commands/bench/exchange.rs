@@ -18,14 +18,14 @@ use std::fmt::Write;
 
 /// Time the exchange of an expert-parallel layer beside the layer of each rank's own experts: over MPI, or between GPUs.
 ///
-/// On CPUs, to be started by mpiexec; with --device cuda it starts a process for each of --ranks GPUs itself. Weights and tokens are made up, experts are drawn evenly. Each size runs once to warm up and
-/// then --repeat times; medians are shown. "alone" is the exchange of the same bytes, dispatch and then combine, without
-/// anything else: what the stages take beyond it is packing, and waiting for the slowest rank.
+/// On CPUs, to be started by mpiexec; with --device cuda it starts a process for each of --ranks GPUs itself. Weights and
+/// tokens are made up, experts are drawn evenly. Each size runs once to warm up and then --repeat times; medians are
+/// shown. "alone" is the exchange of the same bytes, dispatch and then combine, without anything else: what the stages
+/// take beyond it is packing, and waiting for the slowest rank.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   expertile bench exchange --preset qwen3-30b-a3b --tokens 1,8,64,512
-  expertile bench exchange --dispatch routed --combine sums --json ranks.json
   expertile bench exchange --device cuda --ranks 2 --preset deepseek-v3 --tokens 1,64,4096\n
 On CPUs, start it with mpiexec -n 4, say.")]
 pub(crate) struct Args {
