@@ -44,7 +44,13 @@ def test_the_installation_is_the_one_that_is_tested():
 
 def test_every_link_leads_somewhere():
     links = re.findall(r"\]\(([^)]+)\)", README)
-    assert links and all((FOLDER / link).exists() for link in links), links
+    assert links
+    for link in links:
+        path, _, heading = link.partition("#")
+        assert (FOLDER / path).exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", (FOLDER / path).read_text(), re.MULTILINE)
+            assert heading in [re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings], link
 
 
 def test_the_stubs_are_the_modules():

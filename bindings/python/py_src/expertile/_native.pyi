@@ -199,6 +199,7 @@ class ExpertParallelLayer:
     def workspace_bytes(self, tokens: int) -> int: ...
     def run(self, hidden_states: Any, topk_ids: Any, topk_weights: Any, workspace: Any, out: Any) -> None: ...
 
+@final
 class CudaExpertParallelLayer:
     """What `expertile.torch.ExpertParallelLayer` documents."""
 
@@ -240,6 +241,7 @@ class CudaExpertParallelLayer:
     ) -> Any: ...
     def check(self) -> None: ...
 
+@final
 class CudaLayer:
     """Weights of one layer on a GPU, used in place: see `expertile.torch.Layer`."""
 
