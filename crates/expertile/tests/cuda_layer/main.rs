@@ -212,6 +212,12 @@ fn gemms_whose_row_tiles_differ_have_a_worklist_each() {
 }
 
 #[test]
+fn e4m3_rows_with_a_partial_last_group_are_right() {
+    let spec = Spec { hidden: 320, intermediate: 128, experts: 6, topk: 2, max_tokens: 40, ..BASE };
+    check_model(spec, &[1, 2, 9, 40], &[Pattern::Even, Pattern::Skewed]);
+}
+
+#[test]
 fn weights_on_the_input_are_right() {
     let spec = Spec { hidden: 384, intermediate: 128, experts: 4, topk: 1, weight_on_input: true, ..BASE };
     check_model(spec, &[1, 2, 9, 200], &[Pattern::Even, Pattern::Skewed]);
@@ -569,9 +575,9 @@ fn layers_that_cannot_be_are_refused_when_they_are_prepared() {
     let (up16, down16) = ((Bf16, 256, 256), (Bf16, 256, 128));
     refuse((E4m3, 128, 256), down, e4m3, 1, "w13 has shape [1, 128, 256], expected [1, 256, 256]");
     refuse(up, down16, e4m3, 1, "w2 is packed as bf16, expected e4m3");
-    refuse(up16, down16, e4m3, 1, "w13 is packed as bf16, expected e4m3, for e4m3 activations");
-    refuse(up, down, bf16, 1, "w13 is packed as e4m3, expected bf16, for bf16 activations on a GPU");
-    refuse((E4m3, 256, 64), (E4m3, 64, 128), e4m3, 1, "hidden is 64");
+    refuse(up16, down16, e4m3, 1, "w13 is packed as bf16, expected e4m3 or mxfp4, for e4m3 activations");
+    refuse(up, down, bf16, 1, "w13 is packed as e4m3, expected bf16 or mxfp4, for bf16 activations on a GPU");
+    refuse((E4m3, 256, 96), (E4m3, 96, 128), e4m3, 1, "hidden is 96");
     refuse((E4m3, 128, 256), (E4m3, 256, 64), e4m3, 1, "intermediate is 64");
     refuse(up, down, LayerConfig { topk: 2, weight_on_input: true, ..e4m3 }, 1, "topk is 2, expected 1");
     refuse(up, down, LayerConfig { topk: 0, ..e4m3 }, 1, "topk is 0");
