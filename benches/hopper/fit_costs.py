@@ -302,7 +302,8 @@ def rust(constants: dict[str, dict[Kernel, Array]]) -> str:
             blocks = ", ".join(map(number, p[HEAD + kernel.steps :]))
             lines += ["    Cost {", f"        format: WeightFormat::{name.capitalize()},", f"        kernel: {kernel.rust},",
                       f"        activated: {str(kernel.activated).lower()},", f"        start: {number(p[0])},",
-                      f"        tile_times: &[{tiles}],", f"        block_times: &[{blocks}],", f"        row_time: {number(p[6])},", f"        tail: {number(p[1])},",
+                      f"        tile_times: &[{tiles}],", f"        block_times: &[{blocks}],",
+                      f"        row_time: {number(p[6])},", f"        tail: {number(p[1])},",
                       f"        whole: {number(p[5])},",
                       f"        weight_bytes: {number(p[2])},", f"        row_bytes: {number(p[3])},", f"        hardness: {number(p[4])},", "    },"]
     return "\n".join([*lines, "];", ""])

@@ -111,8 +111,8 @@ impl<'a> Checkpoint<'a> {
     }
 
     /// Bytes that a layer on the CPU takes at the least: a byte to each weight that is packed (half of one where the
-    /// config speaks of MXFP4), and the router's weight in f32. By the config alone, so that a layer that cannot fit need not be opened; 0 if the config describes no
-    /// such layer.
+    /// config speaks of MXFP4), and the router's weight in f32. By the config alone, so that a layer that cannot fit need
+    /// not be opened; 0 if the config describes no such layer.
     #[must_use]
     pub fn least_layer_bytes(&self, layer: usize) -> u128 {
         let Ok(block) = self.config.block(layer) else { return 0 };

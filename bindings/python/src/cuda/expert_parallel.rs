@@ -1,19 +1,18 @@
 //! The layer over several GPUs: torch's group joins the ranks, calls run on torch's current stream in torch's memory.
 
 use super::gpu::{self, Gpu, current_stream};
-use super::layer::{dtype, in_place};
+use super::layer::{Pair, dtype, in_place};
 use super::matrix;
 use crate::array::{Apart, Array, Element};
 use crate::autograd::written;
 use crate::error::{Wrong, exception, size};
 use crate::expert_parallel::{PyExchange, parallel};
-use crate::gemm::format;
 use crate::tensor::{self, Form};
 use expertile::cuda::{
     DeviceBuffer, DeviceMatrix, DevicePtr, ExpertParallelCall, ExpertParallelLayer, Link, Nccl, STATE_BYTES,
 };
 use expertile::exchange::Exchange;
-use expertile::{Activation, ActivationFormat, Error, LayerConfig, WeightFormat};
+use expertile::{Activation, Error, LayerConfig};
 use pyo3::prelude::*;
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,16 +64,7 @@ impl CudaExpertParallelLayer {
         let Some(ordinal) = device else {
             return Err(Wrong::new("w13", "is on the CPU", "the CPU", "a CUDA device").value());
         };
-        let sizes = |array: &Array<'_>, expected| match *array.shape() {
-            [experts, n, k] => Ok([experts, n, k]),
-            _ => Err(array.shape_error(expected)),
-        };
-        let (sizes13, sizes2) = (sizes(w13, "[E, 2 I, H]")?, sizes(w2, "[E, H, I]")?);
-        let format = format(w13)?;
-        let activation_format = match format {
-            WeightFormat::Bf16 => ActivationFormat::Bf16,
-            _ => ActivationFormat::E4m3,
-        };
+        let Pair { sizes13, sizes2, format, activation_format, .. } = Pair::new(w13, w2, true)?;
         let ranks = placement.len();
         let parallel = parallel(placement, dispatch, combine)?;
         let experts = parallel.placement.global_experts();

@@ -78,19 +78,8 @@ impl CudaLayer {
         let Some(ordinal) = device else {
             return Err(Wrong::new("w13", "is on the CPU", "the CPU", "a CUDA device").value());
         };
-        let sizes = |array: &Array<'_>, expected| match *array.shape() {
-            [experts, n, k] => Ok([experts, n, k]),
-            _ => Err(array.shape_error(expected)),
-        };
-        let (sizes13, sizes2) = (sizes(w13, "[E, 2 I, H]")?, sizes(w2, "[E, H, I]")?);
-        let (format, format2) = (format(w13)?, format(w2)?);
         let activation = named_activation(activation, (alpha, beta, limit))?;
-        let gated = activation.is_gated();
-        let shape = LayerShape::of_weights((sizes13, format), (sizes2, format2), gated).map_err(exception)?;
-        let activation_format = match format {
-            WeightFormat::Bf16 | WeightFormat::Mxfp4 => ActivationFormat::Bf16,
-            WeightFormat::E4m3 => ActivationFormat::E4m3,
-        };
+        let Pair { sizes13, sizes2, shape, format, activation_format } = Pair::new(w13, w2, activation.is_gated())?;
         let config = LayerConfig {
             activation,
             alignment: optional_size("alignment", alignment)?,
@@ -378,6 +367,32 @@ impl States {
             state.layer = layer.clone();
         }
         Some(self.memory.ptr().byte_add(index * STATE_BYTES))
+    }
+}
+
+/// What the tensors of a layer's weights say, which fit each other.
+pub(super) struct Pair {
+    pub(super) sizes13: [usize; 3],
+    pub(super) sizes2: [usize; 3],
+    pub(super) shape: LayerShape,
+    pub(super) format: WeightFormat,
+    pub(super) activation_format: ActivationFormat,
+}
+
+impl Pair {
+    pub(super) fn new(w13: &Array<'_>, w2: &Array<'_>, gated: bool) -> PyResult<Self> {
+        let sizes = |array: &Array<'_>, expected| match *array.shape() {
+            [experts, n, k] => Ok([experts, n, k]),
+            _ => Err(array.shape_error(expected)),
+        };
+        let (sizes13, sizes2) = (sizes(w13, "[E, 2 I, H]")?, sizes(w2, "[E, H, I]")?);
+        let (format, format2) = (format(w13)?, format(w2)?);
+        let shape = LayerShape::of_weights((sizes13, format), (sizes2, format2), gated).map_err(exception)?;
+        let activation_format = match format {
+            WeightFormat::Bf16 | WeightFormat::Mxfp4 => ActivationFormat::Bf16,
+            WeightFormat::E4m3 => ActivationFormat::E4m3,
+        };
+        Ok(Self { sizes13, sizes2, shape, format, activation_format })
     }
 }
 

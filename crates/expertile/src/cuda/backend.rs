@@ -139,7 +139,7 @@ impl ExpertLayer<Device> for Layer {
     }
 }
 
-fn expanded_rows() -> Error {
+pub(super) fn expanded_rows() -> Error {
     let (argument, actual) = ("rows", "expanded and sorted already");
     Error::Unsupported { argument, actual, backend: BACKEND, expected: "tokens with their ids" }
 }

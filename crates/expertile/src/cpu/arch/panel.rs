@@ -46,7 +46,7 @@ pub(crate) const BLOCK_GROUPS: usize = BLOCK_PAIRS / GROUP_PAIRS;
 /// One K-pair of a panel as nibbles: half a byte at [`mxfp4_position`] holds column `c` of K `2 * pair + j`.
 pub(crate) type NibbleLine = [u8; PANEL];
 
-/// 32 values of K of a panel as MXFP4, as they stand in memory: what a kernel needs comes in one stream.
+/// 32 values of K of a panel as MXFP4: scales and nibbles are next to each other, so that a kernel reads one stream.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 pub(crate) struct Mxfp4Group {

@@ -2,6 +2,7 @@
 
 use super::{ExpertParallelCall, ExpertParallelChoice, ExpertParallelLayer};
 use crate::backend::{ExpandedRows, ExpertLayer, Ids, LayerInputs};
+use crate::cuda::backend::expanded_rows;
 use crate::cuda::call::DeviceMatrix;
 use crate::cuda::driver::{Device, DeviceBuffer, Graph, Stream};
 use crate::cuda::layer::Workspace;
@@ -199,9 +200,4 @@ impl ExpertLayer<Device> for ExpertParallelLayer {
     ) -> Result<()> {
         Err(expanded_rows())
     }
-}
-
-fn expanded_rows() -> Error {
-    let (argument, actual) = ("rows", "expanded and sorted already");
-    Error::Unsupported { argument, actual, backend: "cuda", expected: "tokens with their ids" }
 }

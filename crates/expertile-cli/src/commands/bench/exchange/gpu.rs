@@ -75,7 +75,7 @@ pub(super) struct Options {
     /// experts.
     #[arg(long, value_name = "N")]
     same: Option<usize>,
-    /// Bytes per second of the link between two GPUs, each way, in GB/s, of which a share is told.
+    /// Speed of the link between two GPUs, one way, in GB/s; the report gives the share of it that is used.
     #[arg(long, value_name = "GBS")]
     link_gbs: Option<f64>,
     /// Time nothing; let the last rank do something wrong, and tell what each rank says: bad-id, late or killed.

@@ -1,6 +1,7 @@
 // Dispatch: this rank's tokens to the windows of the ranks, quantized once, as rows of
 //   HIDDEN values | HIDDEN / 128 scales (e4m3 only) | TOPK numbers of experts' copies | TOPK weights (WEIGHTS_TRAVEL)
-// padded to 16 bytes, or unquantized, without scales, where tokens are few. Rank r's token t stands at row r * capacity + t; rows past a rank's tokens have no copies.
+// padded to 16 bytes. Few tokens are sent unquantized and without scales. Token t of rank r has row r * capacity + t;
+// rows past a rank's tokens have no copies.
 //
 // Set by the host: HIDDEN (= WIDTH), TOPK, IDS_I64, INPUT (0 bf16, 1 f16), QUANTIZED, WEIGHTED (router weights multiply
 // the input), WEIGHTS_TRAVEL, ROUTED (values go only to ranks with one of the token's experts), MAPPED, SCALES_AT

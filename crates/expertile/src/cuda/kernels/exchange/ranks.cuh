@@ -66,7 +66,7 @@ __device__ __forceinline__ Header* header(const RankArgs& a, int of, int from) {
     return reinterpret_cast<Header*>(window_of(a, of) + (i64)2 * a.ranks * FLAG_STRIDE * 4) + from;
 }
 
-// Whether a rank was absent: nobody is told anything from then on, and nobody waited for.
+// Whether a rank was absent. From then on this rank sets no flag of another rank and waits for none.
 __device__ __forceinline__ bool is_broken(const RankArgs& a) { return MAPPED && load_now(&a.state->absent) != 0; }
 
 // Whether this block is the last of the launch to have stored what it has to. Every thread of the block calls; in the

@@ -24,9 +24,9 @@ constexpr int TILE_SLOTS = 4;
 
 __device__ constexpr int ceil_div(int n, int d) { return (n + d - 1) / d; }
 
-// The two GEMMs. A tile of the first is ROWS outputs of one expert for every token. One of the second is ROWS outputs of
-// GROUP experts, below each other, for the tokens of each: the experts' columns stand beside each other, and of the
-// products those of an expert's rows with its own columns are of use.
+// The two GEMMs. A tile of the first multiplies ROWS outputs of one expert by every token. A tile of the second multiplies
+// ROWS outputs of each of GROUP experts by the activated rows of all of them, TOKENS columns to an expert. Only the
+// products of an expert's outputs with its own columns are used.
 template <bool SECOND>
 struct Half {
     static constexpr int N = SECOND ? HIDDEN : 2 * INTERMEDIATE;
