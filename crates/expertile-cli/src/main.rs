@@ -55,6 +55,9 @@ enum Command {
 /// Clap answers this with the whole help, as it should.
 const NO_COMMAND: ErrorKind = ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
 
+/// How long a rank other than the first waits before it ends with an error that all have.
+const UNTIL_FIRST_RANK_HAS_PRINTED: std::time::Duration = std::time::Duration::from_millis(500);
+
 fn main() -> ExitCode {
     signals::watch();
     let cli = match Cli::try_parse() {
@@ -87,6 +90,8 @@ fn main() -> ExitCode {
 /// Prints `error: ...` on one line, causes included.
 fn report(error: &Error) -> ExitCode {
     if let Error::Told = error {
+        // mpiexec kills the other ranks when one fails: the first rank prints its error before that.
+        std::thread::sleep(UNTIL_FIRST_RANK_HAS_PRINTED);
         return error.exit_code();
     }
     let mut line = error.to_string();
