@@ -267,7 +267,7 @@ fn activations_are_quantized() {
 #[test]
 #[cfg(miri)]
 fn an_instruction_set_that_is_not_there_is_a_device_error() {
-    for name in ["avx2", "avx512-bf16"] {
+    for name in ["avx2", "avx512-bf16", "amx-bf16"] {
         let error = Isa::named(name).unwrap_err();
         assert!(matches!(error, expertile::Error::Device { argument: "isa", .. }), "{error}");
         assert_eq!(error.to_string(), format!("isa is {name}, expected one that this CPU has: portable"));

@@ -20,7 +20,7 @@ pub(crate) struct ComputeOptions {
     /// Threads on the CPU [default: as many as the machine runs at once].
     #[arg(long, value_name = "T")]
     pub(crate) threads: Option<usize>,
-    /// Instruction set of the CPU: portable, avx2 or avx512-bf16 [default: the best there is].
+    /// Instruction set of the CPU: portable, avx2, avx512-bf16 or amx-bf16 [default: the best there is].
     #[arg(long, value_name = "NAME")]
     isa: Option<String>,
 }

@@ -16,13 +16,13 @@ mod unpacking;
 pub use packing::{PackedWeights, PackedWeightsBuilder};
 
 use super::arch::Isa;
-use super::arch::gemm::{multiply, multiply_decoded, multiply_e4m3};
+use super::arch::gemm::{multiply, multiply_block, multiply_decoded, multiply_e4m3, multiply_e4m3_block};
 use super::arch::mxfp4::{multiply_mxfp4, multiply_mxfp4_decoded};
 use super::arch::panel::{BLOCK_GROUPS, BLOCK_PAIRS, BlockScales, BytePanel, GROUP_PAIRS, PANEL, Sums};
 use super::{Cpu, disjoint::Disjoint};
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result, checked_add, checked_mul, require_exact, require_len};
-use crate::gemm::{ActivationFormat, WEIGHT_BLOCK};
+use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
 use crate::layout::{Layout, Segments};
 use crate::quantize::{Group, Scales};
 use half::bf16;
@@ -171,9 +171,11 @@ fn multiply_segments(
     let (blocks, words) = words.split_at_mut(live_rows * ROW_BLOCK_WORDS);
     let (pairs, scales) = words.split_at_mut(live_rows * k.div_ceil(2));
     let blocks = tiles::cut_into_blocks(segments, bytemuck::cast_slice_mut(blocks));
+    // A sum of every 32 of K is scaled by itself with MXFP4: too short for kernels that take a whole block.
+    let step_pairs = cpu.isa().step_pairs().filter(|_| weights.format() != WeightFormat::Mxfp4);
     cpu.install(|| {
         let scales = bytemuck::cast_slice_mut(scales);
-        let rows = tiles::pack_rows(blocks, activations, (m_sum, k), pairs, scales);
+        let rows = tiles::pack_rows(blocks, step_pairs, activations, (m_sum, k), pairs, scales);
         let (out, panels) = (Disjoint::new(out), weights.panels());
         (0..blocks.len() * panels).into_par_iter().for_each_init(
             || [[0.0; PANEL]; BLOCK_ROWS],
@@ -181,7 +183,11 @@ fn multiply_segments(
                 let (block, panel) = (&blocks[task / panels], task % panels);
                 let sums = &mut sums[..block.rows().len()];
                 sums.fill([0.0; PANEL]);
-                multiply_block(cpu.isa(), block, rows, &weights.panel(block.expert(), panel), sums);
+                let weights_of_panel = weights.panel(block.expert(), panel);
+                match step_pairs {
+                    Some(_) => multiply_rows(cpu.isa(), block, rows, &weights_of_panel, sums),
+                    None => multiply_tiles(cpu.isa(), block, rows, &weights_of_panel, sums),
+                }
                 store(block, panel, weights, bias, sums, &out);
             },
         );
@@ -222,11 +228,29 @@ fn check(
     require_len("workspace", workspace, needed)
 }
 
-/// Adds one panel's product with a block's rows to `sums`.
+/// One panel's product with a block's rows to `sums`, which are zero, by a kernel that takes all of them at once.
+fn multiply_rows(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: &Panel<'_>, sums: &mut [Sums]) {
+    let all = block.all();
+    match panel.weights {
+        PanelWeights::Bf16(lines) => {
+            let ahead = panel.ahead(0, lines.len(), 0, 1);
+            multiply_block(isa, rows.pairs(block, &all, 0, lines.len()), lines, sums, ahead);
+        }
+        PanelWeights::E4m3(bytes, scales) => {
+            let (count, row_scales) = (bytes.lines.len(), rows.scales(block, &all, 0, scales.len()));
+            let (pairs, ahead) = (rows.pairs(block, &all, 0, count), panel.ahead(0, count, 0, 1));
+            let scales = BlockScales { panel: scales, rows: row_scales };
+            multiply_e4m3_block(isa, pairs, bytes, scales, sums, ahead);
+        }
+        PanelWeights::Mxfp4(_) => unreachable!("MXFP4 weights are multiplied by tiles of rows"),
+    }
+}
+
+/// Adds one panel's product with a block's rows to `sums`, a tile of rows at a time.
 ///
 /// With several tiles, a block of K at a time: the first tile brings its weights into the cache (and decodes them) for
 /// the others, and each tile asks for its share of the next block's.
-fn multiply_block(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: &Panel<'_>, sums: &mut [Sums]) {
+fn multiply_tiles(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: &Panel<'_>, sums: &mut [Sums]) {
     let tiles = block.tile_count();
     let run = if tiles > 1 { 1 } else { rows.k_blocks };
     match panel.weights {

@@ -1037,7 +1037,7 @@ fn every_refusal_names_what_is_wrong_and_writes_nothing() {
 #[test]
 fn an_instruction_set_that_is_not_there_is_a_device_error() {
     // Whether there is one depends on the CPU; under miri there always is, see `tests/miri.rs`.
-    for name in ["avx2", "avx512-bf16"] {
+    for name in ["avx2", "avx512-bf16", "amx-bf16"] {
         if let Err(error) = Isa::named(name) {
             assert!(matches!(error, Error::Device { argument: "isa", .. }), "{error}");
         }

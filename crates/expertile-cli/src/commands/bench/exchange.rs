@@ -47,7 +47,7 @@ pub(crate) struct Args {
     /// Threads of each rank [default: its part of the machine's processors].
     #[arg(long, value_name = "T")]
     threads: Option<usize>,
-    /// Instruction set: portable, avx2 or avx512-bf16 [default: the best there is].
+    /// Instruction set: portable, avx2, avx512-bf16 or amx-bf16 [default: the best there is].
     #[arg(long, value_name = "NAME")]
     isa: Option<String>,
     #[command(flatten)]

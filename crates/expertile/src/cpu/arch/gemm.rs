@@ -6,6 +6,34 @@
 use super::panel::{Ahead, BLOCK_PAIRS, BlockScales, BytePanel, MAX_ROWS, PANEL, PairLine, Sums};
 use super::{Isa, Level, portable};
 
+/// `sums[r][c] = sum_k rows[r, k] * panel[c, k]` for all rows of a block, which stand in steps of
+/// [`Isa::step_pairs`].
+pub(crate) fn multiply_block(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: Ahead<'_>) {
+    #[cfg(target_arch = "x86_64")]
+    if isa.level() == Level::Amx {
+        return super::x86_64::amx::multiply(isa, rows, panel, sums, ahead);
+    }
+    let _ = (rows, panel, sums, ahead);
+    unreachable!("{isa} takes tiles of rows")
+}
+
+/// `sums[r][c] += sum_block scale[r, block] * sum_k rows[r, k] * panel[c, k]` for such rows.
+pub(crate) fn multiply_e4m3_block(
+    isa: Isa,
+    rows: &[u32],
+    panel: BytePanel<'_>,
+    scales: BlockScales<'_>,
+    sums: &mut [Sums],
+    ahead: Ahead<'_>,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if isa.level() == Level::Amx {
+        return super::x86_64::amx::multiply_e4m3(isa, rows, panel, scales, sums, ahead);
+    }
+    let _ = (rows, panel, scales, sums, ahead);
+    unreachable!("{isa} takes tiles of rows")
+}
+
 /// `sums[r][c] += sum_k rows[r, k] * panel[c, k]`.
 ///
 /// One call for several blocks of K gives the bits of one call for each, and a row those it has in any other tile:
@@ -16,7 +44,7 @@ pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [S
     check_tile(rows, panel.len(), sums);
     #[cfg(target_arch = "x86_64")]
     match isa.level() {
-        Level::Avx512 => return super::x86_64::avx512::multiply(isa, rows, panel, sums, ahead),
+        Level::Avx512 | Level::Amx => return super::x86_64::avx512::multiply(isa, rows, panel, sums, ahead),
         Level::Avx2 => return super::x86_64::avx2::multiply(isa, rows, panel, sums, ahead),
         Level::Portable => {}
     }
@@ -40,7 +68,7 @@ pub(crate) fn multiply_e4m3(
     assert!(panel.special.len() == scales.panel.len());
     assert!(decoded.is_empty() || decoded.len() == panel.lines.len());
     #[cfg(target_arch = "x86_64")]
-    if isa.level() == Level::Avx512 {
+    if isa.level() >= Level::Avx512 {
         return super::x86_64::avx512::multiply_e4m3(isa, rows, panel, scales, sums, decoded, ahead);
     }
     #[cfg(target_arch = "x86_64")]
@@ -82,7 +110,7 @@ pub(crate) fn multiply_decoded(
 ) {
     check_scaled_tile(rows, panel.len(), scales, sums);
     #[cfg(target_arch = "x86_64")]
-    if isa.level() == Level::Avx512 {
+    if isa.level() >= Level::Avx512 {
         return super::x86_64::avx512::multiply_decoded(isa, rows, panel, scales, sums, ahead);
     }
     let blocks = scales.panel.len();

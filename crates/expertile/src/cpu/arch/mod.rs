@@ -23,6 +23,7 @@ pub(crate) enum Level {
     Portable,
     Avx2,
     Avx512,
+    Amx,
 }
 
 impl Isa {
@@ -59,16 +60,28 @@ impl Isa {
         None
     }
 
+    /// AMX with BF16 for GEMMs of bf16 and e4m3 weights and the instructions of [`Isa::avx512`] for the rest, if the CPU
+    /// has all of them (Intel Sapphire Rapids and later). Linux is asked for the tiles' registers then, once for the
+    /// process; where it refuses, and on other systems, there are none.
+    #[must_use]
+    pub fn amx() -> Option<Self> {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        if Self::avx512().is_some() && x86_64::amx::is_usable() {
+            return Some(Self(Level::Amx));
+        }
+        None
+    }
+
     /// The best one this CPU has.
     #[must_use]
     pub fn best() -> Self {
-        Self::avx512().or_else(Self::avx2).unwrap_or_else(Self::portable)
+        Self::amx().or_else(Self::avx512).or_else(Self::avx2).unwrap_or_else(Self::portable)
     }
 
     /// Every one this CPU has, plainest first.
     #[must_use]
     pub fn available() -> Vec<Self> {
-        [Some(Self::portable()), Self::avx2(), Self::avx512()].into_iter().flatten().collect()
+        [Some(Self::portable()), Self::avx2(), Self::avx512(), Self::amx()].into_iter().flatten().collect()
     }
 
     /// The instruction set of that name.
@@ -80,11 +93,12 @@ impl Isa {
             "portable" => Some(Self::portable()),
             "avx2" => Self::avx2(),
             "avx512-bf16" => Self::avx512(),
+            "amx-bf16" => Self::amx(),
             _ => {
                 return Err(Error::Name {
                     argument: "isa",
                     actual: name.into(),
-                    expected: "portable, avx2, avx512-bf16",
+                    expected: "portable, avx2, avx512-bf16, amx-bf16",
                 });
             }
         };
@@ -99,18 +113,28 @@ impl Isa {
         Self::available().iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", ")
     }
 
-    /// Its name: `portable`, `avx2` or `avx512-bf16`.
+    /// Its name: `portable`, `avx2`, `avx512-bf16` or `amx-bf16`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self.0 {
             Level::Portable => "portable",
             Level::Avx2 => "avx2",
             Level::Avx512 => "avx512-bf16",
+            Level::Amx => "amx-bf16",
         }
     }
 
     pub(crate) fn level(self) -> Level {
         self.0
+    }
+
+    /// K-pairs of a row that stand together if the kernels of bf16 and e4m3 weights take all rows of a block at once.
+    pub(crate) fn step_pairs(self) -> Option<usize> {
+        #[cfg(target_arch = "x86_64")]
+        if self.0 == Level::Amx {
+            return Some(x86_64::amx::STEP_PAIRS);
+        }
+        None
     }
 }
 
@@ -151,9 +175,9 @@ macro_rules! multiversion {
             }
 
             match $isa.level() {
-                // SAFETY: an `Isa` of this level exists only if the CPU has every feature that `avx512` enables.
+                // SAFETY: an `Isa` of these levels exists only if the CPU has every feature that `avx512` enables.
                 #[cfg(target_arch = "x86_64")]
-                $crate::cpu::arch::Level::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::cpu::arch::Level::Avx512 | $crate::cpu::arch::Level::Amx => unsafe { avx512($($arg),*) },
                 // SAFETY: an `Isa` of this level exists only if the CPU has every feature that `avx2` enables.
                 #[cfg(target_arch = "x86_64")]
                 $crate::cpu::arch::Level::Avx2 => unsafe { avx2($($arg),*) },
@@ -175,8 +199,10 @@ mod tests {
             assert_eq!(Isa::named(isa.name()).unwrap(), isa);
         }
         assert!(matches!(Isa::named("sse9"), Err(Error::Name { argument: "isa", .. })));
-        if Isa::avx512().is_none() {
-            assert!(matches!(Isa::named("avx512-bf16"), Err(Error::Device { argument: "isa", .. })));
+        for (name, isa) in [("avx512-bf16", Isa::avx512()), ("amx-bf16", Isa::amx())] {
+            if isa.is_none() {
+                assert!(matches!(Isa::named(name), Err(Error::Device { argument: "isa", .. })));
+            }
         }
     }
 }

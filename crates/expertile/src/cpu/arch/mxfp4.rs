@@ -29,7 +29,7 @@ pub(crate) fn multiply_mxfp4(
     assert!(decoded.is_empty() || decoded.len() == groups.len() * GROUP_PAIRS);
     #[cfg(target_arch = "x86_64")]
     match isa.level() {
-        Level::Avx512 => {
+        Level::Avx512 | Level::Amx => {
             return super::x86_64::avx512::mxfp4::multiply_mxfp4(isa, rows, groups, row_scales, sums, decoded, ahead);
         }
         Level::Avx2 => {
@@ -65,7 +65,7 @@ pub(crate) fn multiply_mxfp4_decoded(
     {
         use super::x86_64::{avx2::mxfp4 as avx2, avx512::mxfp4 as avx512};
         match isa.level() {
-            Level::Avx512 => {
+            Level::Avx512 | Level::Amx => {
                 return avx512::multiply_mxfp4_decoded(isa, rows, lines, groups, row_scales, sums, ahead);
             }
             Level::Avx2 => return avx2::multiply_mxfp4_decoded(isa, rows, lines, groups, row_scales, sums, ahead),

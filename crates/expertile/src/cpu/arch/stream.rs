@@ -31,7 +31,7 @@ pub(crate) fn copy(isa: Isa, target: &mut [u8], source: &[u8]) {
     match isa.level() {
         // SAFETY: an `Isa` of this level exists only if the CPU has AVX-512 F.
         #[cfg(target_arch = "x86_64")]
-        super::Level::Avx512 => unsafe { copy_avx512(target, source) },
+        super::Level::Avx512 | super::Level::Amx => unsafe { copy_avx512(target, source) },
         // SAFETY: an `Isa` of this level exists only if the CPU has AVX2.
         #[cfg(target_arch = "x86_64")]
         super::Level::Avx2 => unsafe { copy_avx2(target, source) },

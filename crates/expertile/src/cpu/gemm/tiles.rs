@@ -2,7 +2,8 @@
 //!
 //! The rows of one expert are cut into blocks that share a pass over the weights, a block into tiles of a few rows.
 //! Tiles stand one after another in the workspace, `[pairs][rows]` each, in the order of the live rows, so row `i` of
-//! them starts at `i * pairs` whatever the tiles are.
+//! them starts at `i * pairs` whatever the tiles are. Kernels that take a whole block have its rows in steps instead,
+//! `[steps][rows][pairs of a step]`.
 
 use super::Activations;
 use crate::cpu::arch::gemm::E4M3_AS_BF16;
@@ -44,6 +45,11 @@ impl RowBlock {
     /// Rows counted from the first live one.
     pub(super) fn live_rows(&self) -> Range<usize> {
         self.live_row as usize..(self.live_row + self.rows) as usize
+    }
+
+    /// All rows, as a range within the block.
+    pub(super) fn all(&self) -> Range<usize> {
+        0..self.rows as usize
     }
 
     /// Tiles of nearly the same size, as ranges within the block.
@@ -119,18 +125,22 @@ impl<'a> PackedRows<'a> {
 /// Values from which on packing is worth waking other threads for.
 const PARALLEL_FROM_VALUES: usize = 1 << 17;
 
-/// Packs the live rows into `pairs` and `scales`, on the threads of the pool this is called in.
+/// Packs the live rows into `pairs` and `scales`, on the threads of the pool this is called in; in steps of so many
+/// pairs if a number is given.
 pub(super) fn pack_rows<'a>(
     blocks: &[RowBlock],
+    step_pairs: Option<usize>,
     activations: Activations<'_>,
     (m_sum, k): (usize, usize),
     pairs: &'a mut [u32],
     scales: &'a mut [f32],
 ) -> PackedRows<'a> {
     let values = pairs.len();
-    let target = Target { m_sum, k, pairs: Disjoint::new(pairs), scales: Disjoint::new(scales) };
+    let target = Target { m_sum, k, step_pairs, pairs: Disjoint::new(pairs), scales: Disjoint::new(scales) };
     let pack = |block: &RowBlock| {
-        for tile in block.tiles() {
+        let whole = step_pairs.map(|_| block.all());
+        let tiles = block.tiles().filter(|_| whole.is_none());
+        for tile in whole.clone().into_iter().chain(tiles) {
             // SAFETY: every block is packed by one task, and every tile of it once.
             #[allow(unsafe_code)]
             unsafe {
@@ -151,6 +161,7 @@ pub(super) fn pack_rows<'a>(
 struct Target<'a> {
     m_sum: usize,
     k: usize,
+    step_pairs: Option<usize>,
     pairs: Disjoint<'a, u32>,
     scales: Disjoint<'a, f32>,
 }
@@ -168,9 +179,9 @@ impl Target<'_> {
         let pairs = unsafe { self.pairs.part(live_row * k_pairs, tile.len() * k_pairs) };
         let values = row * self.k..(row + tile.len()) * self.k;
         match activations {
-            Activations::Bf16(rows) => pack_tile(&rows[values], self.k, pairs, |value| value.to_bits()),
+            Activations::Bf16(rows) => self.pack_tile(&rows[values], pairs, |value| value.to_bits()),
             Activations::E4m3 { rows, scales } => {
-                pack_tile(&rows[values], self.k, pairs, |value| E4M3_AS_BF16[usize::from(value.0)]);
+                self.pack_tile(&rows[values], pairs, |value| E4M3_AS_BF16[usize::from(value.0)]);
                 // SAFETY: as above.
                 let packed = unsafe { self.scales.part(live_row * k_blocks, tile.len() * k_blocks) };
                 for (group, packed) in packed.chunks_exact_mut(tile.len()).enumerate() {
@@ -178,6 +189,31 @@ impl Target<'_> {
                         *packed = scales.value(row, group, self.m_sum, k_blocks);
                     }
                 }
+            }
+        }
+    }
+
+    fn pack_tile<T: Copy>(&self, rows: &[T], tile: &mut [u32], bits: impl Fn(T) -> u16) {
+        match self.step_pairs {
+            Some(step_pairs) => pack_steps(rows, self.k, step_pairs, tile, bits),
+            None => pack_tile(rows, self.k, tile, bits),
+        }
+    }
+}
+
+/// `[rows][k]` to `[steps][rows][step_pairs]`, an odd k filled up with zero; the last step may have fewer pairs.
+fn pack_steps<T: Copy>(rows: &[T], k: usize, step_pairs: usize, tile: &mut [u32], bits: impl Fn(T) -> u16) {
+    let count = rows.len() / k;
+    for (row, values) in rows.chunks_exact(k).enumerate() {
+        for (values, tile) in values.chunks(2 * step_pairs).zip(tile.chunks_mut(step_pairs * count)) {
+            let pairs = tile.len() / count;
+            let (whole, odd) = values.as_chunks::<2>();
+            let own = &mut tile[row * pairs..][..pairs];
+            for (pair, &[even, odd]) in own.iter_mut().zip(whole) {
+                *pair = u32::from(bits(even)) | u32::from(bits(odd)) << 16;
+            }
+            if let &[last] = odd {
+                own[whole.len()] = u32::from(bits(last));
             }
         }
     }

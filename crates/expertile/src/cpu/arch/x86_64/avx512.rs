@@ -37,7 +37,7 @@ pub(crate) mod mxfp4;
 /// See [`crate::cpu::arch::gemm::multiply`].
 #[allow(unsafe_code)]
 pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: Ahead<'_>) {
-    assert!(isa.level() == Level::Avx512);
+    assert!(isa.level() >= Level::Avx512);
     // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
     unsafe { for_rows!(sums.len(), multiply_rows(rows, panel, sums, ahead)) }
 }
@@ -53,7 +53,7 @@ pub(crate) fn multiply_e4m3(
     decoded: &mut [PairLine],
     ahead: Ahead<'_>,
 ) {
-    assert!(isa.level() == Level::Avx512);
+    assert!(isa.level() >= Level::Avx512);
     // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
     unsafe { for_rows!(sums.len(), promote_e4m3(rows, panel, scales, sums, decoded, ahead)) }
 }
@@ -68,7 +68,7 @@ pub(crate) fn multiply_decoded(
     sums: &mut [Sums],
     ahead: Ahead<'_>,
 ) {
-    assert!(isa.level() == Level::Avx512);
+    assert!(isa.level() >= Level::Avx512);
     // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
     unsafe { for_rows!(sums.len(), promote_decoded(rows, panel, scales, sums, ahead)) }
 }
@@ -184,7 +184,7 @@ fn load_pairs(line: &PairLine) -> [__m512i; 2] {
 #[inline]
 #[target_feature(enable = "avx512f")]
 #[allow(unsafe_code)]
-fn store_pairs(line: &mut PairLine, [low, high]: [__m512i; 2]) {
+pub(super) fn store_pairs(line: &mut PairLine, [low, high]: [__m512i; 2]) {
     // SAFETY: a line is two registers of 16 u32; unaligned stores.
     unsafe {
         _mm512_storeu_si512(line.as_mut_ptr().cast(), low);
@@ -195,7 +195,7 @@ fn store_pairs(line: &mut PairLine, [low, high]: [__m512i; 2]) {
 #[inline]
 #[target_feature(enable = "avx512f")]
 #[allow(unsafe_code)]
-fn load_sums(sums: &Sums) -> [__m512; 2] {
+pub(super) fn load_sums(sums: &Sums) -> [__m512; 2] {
     // SAFETY: 32 f32 are two registers of 16; unaligned loads.
     unsafe { [_mm512_loadu_ps(sums.as_ptr()), _mm512_loadu_ps(sums[16..].as_ptr())] }
 }
@@ -203,7 +203,7 @@ fn load_sums(sums: &Sums) -> [__m512; 2] {
 #[inline]
 #[target_feature(enable = "avx512f")]
 #[allow(unsafe_code)]
-fn store_sums(sums: &mut Sums, tile: &[__m512; 2]) {
+pub(super) fn store_sums(sums: &mut Sums, tile: &[__m512; 2]) {
     // SAFETY: 32 f32 are two registers of 16; unaligned stores.
     unsafe {
         _mm512_storeu_ps(sums.as_mut_ptr(), tile[0]);
@@ -218,7 +218,7 @@ fn store_sums(sums: &mut Sums, tile: &[__m512; 2]) {
 /// zeros, subnormals or NaN goes through tables of the 128 low and high bytes. Random weights have less than one such
 /// line in a hundred, so the branch is nearly free.
 #[derive(Clone, Copy)]
-struct Decoder {
+pub(super) struct Decoder {
     low: [__m512i; 2],
     high: [__m512i; 2],
 }
@@ -241,7 +241,7 @@ impl Decoder {
     #[inline]
     #[target_feature(enable = "avx512f")]
     #[allow(unsafe_code)]
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         // SAFETY: each table is two registers of 64 bytes; unaligned loads.
         let [low, high] = DECODED_BYTES.each_ref().map(|table| unsafe {
             [_mm512_loadu_si512(table.as_ptr().cast()), _mm512_loadu_si512(table[64..].as_ptr().cast())]
@@ -252,7 +252,7 @@ impl Decoder {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
     #[allow(unsafe_code)]
-    fn pairs(&self, line: &ByteLine, special: bool) -> [__m512i; 2] {
+    pub(super) fn pairs(&self, line: &ByteLine, special: bool) -> [__m512i; 2] {
         // SAFETY: a line is one register of 64 bytes; an unaligned load.
         let bytes = unsafe { _mm512_loadu_si512(line.as_ptr().cast()) };
         if special { self.look_up(bytes) } else { shift(bytes) }
