@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use expertile_candle::{ActivationFormat, Dtype, Layer, LayerConfig, LayerShape, Weights};
 use std::collections::HashMap;
-use support::{Case, Sizes, assert_close, assert_same_bits, e4m3};
+use support::{Case, Sizes, assert_close, assert_close_by_row, assert_same_bits, e4m3};
 
 const SIZES: Sizes = Sizes { tokens: 70, topk: 4, experts: 8, hidden: 512, intermediate: 256 };
 
@@ -84,7 +84,10 @@ fn e4m3_experts_agree_with_the_cpu() -> Result<()> {
         let x = case.x.to_dtype(dtype)?;
         let expected = cpu.forward(&x, &case.ids, &case.weights)?;
         let ids = case.ids.contiguous()?;
-        assert_close("the CPU", &layer.forward(&there(&x)?, &there(&ids)?, &there(&case.weights)?)?, &expected, 1e-4)?;
+        let actual = layer.forward(&there(&x)?, &there(&ids)?, &there(&case.weights)?)?;
+        // Sums round differently here and there. Where that changes the largest value of a group of 128 by a bit, its
+        // scale changes and all of its values are rounded anew: up to 7e-4 of such a row, nothing of most rows.
+        assert_close_by_row("the CPU", &actual, &expected, [1e-4, 1e-3])?;
     }
     Ok(())
 }

@@ -109,13 +109,23 @@ pub(crate) fn difference(x: &[f32], y: &[f32]) -> f64 {
 
 /// Fails unless two results are as close as `limit` as a whole, and twice that in every row.
 pub(crate) fn assert_close(what: &str, actual: &Tensor, expected: &Tensor, limit: f64) -> Result<()> {
+    assert_close_by_row(what, actual, expected, [limit, 2.0 * limit])
+}
+
+/// The same with limits for the whole and for every row.
+pub(crate) fn assert_close_by_row(
+    what: &str,
+    actual: &Tensor,
+    expected: &Tensor,
+    [limit, row_limit]: [f64; 2],
+) -> Result<()> {
     assert_eq!(actual.dims(), expected.dims(), "{what}");
     let [actual, expected] = [values(actual)?, values(expected)?];
     let whole = difference(&actual.concat(), &expected.concat());
     assert!(whole < limit, "{what}: {whole:.2e} as a whole, expected below {limit:.0e}");
     for (row, (actual, expected)) in actual.iter().zip(&expected).enumerate() {
         let of_row = difference(actual, expected);
-        assert!(of_row < 2.0 * limit, "{what}: {of_row:.2e} in row {row}, expected below {:.0e}", 2.0 * limit);
+        assert!(of_row < row_limit, "{what}: {of_row:.2e} in row {row}, expected below {row_limit:.0e}");
     }
     Ok(())
 }
