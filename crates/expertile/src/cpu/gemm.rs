@@ -18,7 +18,7 @@ pub use packing::{PackedWeights, PackedWeightsBuilder};
 use super::arch::Isa;
 use super::arch::gemm::{multiply, multiply_block, multiply_decoded, multiply_e4m3, multiply_e4m3_block};
 use super::arch::mxfp4::{multiply_mxfp4, multiply_mxfp4_decoded};
-use super::arch::panel::{BLOCK_GROUPS, BLOCK_PAIRS, BlockScales, BytePanel, GROUP_PAIRS, PANEL, Sums};
+use super::arch::panel::{BLOCK_GROUPS, BLOCK_PAIRS, BlockScales, BytePanel, GROUP_PAIRS, PANEL, Scratch, Sums};
 use super::{Cpu, disjoint::Disjoint};
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result, checked_add, checked_mul, require_exact, require_len};
@@ -178,14 +178,14 @@ fn multiply_segments(
         let rows = tiles::pack_rows(blocks, step_pairs, activations, (m_sum, k), pairs, scales);
         let (out, panels) = (Disjoint::new(out), weights.panels());
         (0..blocks.len() * panels).into_par_iter().for_each_init(
-            || [[0.0; PANEL]; BLOCK_ROWS],
-            |sums, task| {
+            || ([[0.0; PANEL]; BLOCK_ROWS], Scratch::NEW),
+            |(sums, scratch), task| {
                 let (block, panel) = (&blocks[task / panels], task % panels);
                 let sums = &mut sums[..block.rows().len()];
                 sums.fill([0.0; PANEL]);
                 let weights_of_panel = weights.panel(block.expert(), panel);
                 match step_pairs {
-                    Some(_) => multiply_rows(cpu.isa(), block, rows, &weights_of_panel, sums),
+                    Some(_) => multiply_rows(cpu.isa(), block, rows, &weights_of_panel, sums, scratch),
                     None => multiply_tiles(cpu.isa(), block, rows, &weights_of_panel, sums),
                 }
                 store(block, panel, weights, bias, sums, &out);
@@ -229,7 +229,14 @@ fn check(
 }
 
 /// One panel's product with a block's rows to `sums`, which are zero, by a kernel that takes all of them at once.
-fn multiply_rows(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: &Panel<'_>, sums: &mut [Sums]) {
+fn multiply_rows(
+    isa: Isa,
+    block: &RowBlock,
+    rows: PackedRows<'_>,
+    panel: &Panel<'_>,
+    sums: &mut [Sums],
+    scratch: &mut Scratch,
+) {
     let all = block.all();
     match panel.weights {
         PanelWeights::Bf16(lines) => {
@@ -240,7 +247,7 @@ fn multiply_rows(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: &Panel
             let (count, row_scales) = (bytes.lines.len(), rows.scales(block, &all, 0, scales.len()));
             let (pairs, ahead) = (rows.pairs(block, &all, 0, count), panel.ahead(0, count, 0, 1));
             let scales = BlockScales { panel: scales, rows: row_scales };
-            multiply_e4m3_block(isa, pairs, bytes, scales, sums, ahead);
+            multiply_e4m3_block(isa, pairs, bytes, scales, sums, scratch, ahead);
         }
         PanelWeights::Mxfp4(_) => unreachable!("MXFP4 weights are multiplied by tiles of rows"),
     }

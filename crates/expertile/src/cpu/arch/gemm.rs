@@ -3,7 +3,7 @@
 //! A row tile is `[pairs][rows]`, a panel line is one K-pair of 32 output columns. A pair is two bf16 in a `u32`, the
 //! lower K in the lower half. These functions know nothing of experts, layouts or threads.
 
-use super::panel::{Ahead, BLOCK_PAIRS, BlockScales, BytePanel, MAX_ROWS, PANEL, PairLine, Sums};
+use super::panel::{Ahead, BLOCK_PAIRS, BlockScales, BytePanel, MAX_ROWS, PANEL, PairLine, Scratch, Sums};
 use super::{Isa, Level, portable};
 
 /// `sums[r][c] = sum_k rows[r, k] * panel[c, k]` for all rows of a block, which stand in steps of
@@ -24,13 +24,14 @@ pub(crate) fn multiply_e4m3_block(
     panel: BytePanel<'_>,
     scales: BlockScales<'_>,
     sums: &mut [Sums],
+    scratch: &mut Scratch,
     ahead: Ahead<'_>,
 ) {
     #[cfg(target_arch = "x86_64")]
     if isa.level() == Level::Amx {
-        return super::x86_64::amx::multiply_e4m3(isa, rows, panel, scales, sums, ahead);
+        return super::x86_64::amx::multiply_e4m3(isa, rows, panel, scales, sums, scratch, ahead);
     }
-    let _ = (rows, panel, scales, sums, ahead);
+    let _ = (rows, panel, scales, sums, scratch, ahead);
     unreachable!("{isa} takes tiles of rows")
 }
 

@@ -105,6 +105,22 @@ impl BlockScales<'_> {
     }
 }
 
+/// What a kernel that takes whole blocks of rows writes on the way; kept from call to call, which saves clearing it.
+pub(crate) struct Scratch {
+    /// Two blocks of K as bf16.
+    pub(crate) decoded: [[PairLine; BLOCK_PAIRS]; 2],
+    /// Sums of two tiles.
+    pub(crate) fresh: [Sums; 2 * BLOCK_TILE_ROWS],
+}
+
+impl Scratch {
+    pub(crate) const NEW: Self =
+        Self { decoded: [[[0; PANEL]; BLOCK_PAIRS]; 2], fresh: [[0.0; PANEL]; 2 * BLOCK_TILE_ROWS] };
+}
+
+/// Most rows of a tile of such a kernel.
+pub(crate) const BLOCK_TILE_ROWS: usize = 16;
+
 /// Memory that the caller will read, to be brought into a cache meanwhile.
 #[derive(Clone, Copy)]
 pub(crate) struct Ahead<'a> {

@@ -6,7 +6,9 @@
 
 use super::avx512::{Decoder, load_sums, store_pairs, store_sums};
 use super::prefetch::Prefetch;
-use crate::cpu::arch::panel::{Ahead, BLOCK_PAIRS, BlockScales, BytePanel, PANEL, PairLine, Sums};
+use crate::cpu::arch::panel::{
+    Ahead, BLOCK_PAIRS, BLOCK_TILE_ROWS as TILE_ROWS, BlockScales, ByteLine, BytePanel, PANEL, PairLine, Scratch, Sums,
+};
 use crate::cpu::arch::{Isa, Level};
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -15,8 +17,10 @@ use std::sync::OnceLock;
 
 /// K-pairs of one product of tiles.
 pub(crate) const STEP_PAIRS: usize = 16;
-/// Rows of a tile register.
-const TILE_ROWS: usize = 16;
+/// Bytes of a row of a tile.
+const ROW_BYTES: usize = STEP_PAIRS * size_of::<u32>();
+/// Steps of a block of K.
+const BLOCK_STEPS: usize = BLOCK_PAIRS / STEP_PAIRS;
 const _: () = assert!(BLOCK_PAIRS.is_multiple_of(STEP_PAIRS) && PANEL == 2 * STEP_PAIRS);
 
 /// Whether the CPU has the instructions and the kernel lets this process use them. Linux is asked once: it gives every
@@ -53,36 +57,61 @@ fn ask_for_tiles() -> bool {
 /// A row has the bits that it has in any other block. `ahead` is where what is read next starts.
 pub(crate) fn multiply(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: Ahead<'_>) {
     let tiles = Tiles::begin(isa, sums.len());
-    let mut next = ahead.bytes.as_ptr();
+    let mut next = ahead.bytes;
     for pair in tiles.pairs() {
         let at = [pair.start, pair.end - 1].map(|tile| tiles.first_row(tile));
-        tiles.multiply(pair, rows, panel, sums, at, next);
-        // Everything has been asked for by the first.
-        next = panel.as_ptr().cast();
+        let mut product = tiles.product(pair, rows, panel);
+        for step in 0..product.steps {
+            prefetch_step(&mut next);
+            product.step(step);
+        }
+        product.finish(sums, at);
+        // Later passes have the panel in a cache: what follows it comes meanwhile.
+        next = &ahead.bytes[size_of_val(panel).min(ahead.bytes.len())..];
     }
 }
 
 /// `sums[r][c] += sum_block scale[r, block] * sum_k rows[r, k] * panel[c, k]`, with a fresh sum for every block.
+///
+/// A block is decoded between the products of the one before. These take long and leave the other units alone, and tiles
+/// are loaded from the cache, where stores have to arrive first.
 pub(crate) fn multiply_e4m3(
     isa: Isa,
     rows: &[u32],
     panel: BytePanel<'_>,
     scales: BlockScales<'_>,
     sums: &mut [Sums],
+    Scratch { decoded: buffers, fresh }: &mut Scratch,
     ahead: Ahead<'_>,
 ) {
     let (tiles, count) = (Tiles::begin(isa, sums.len()), sums.len());
-    let (mut decoded, mut fresh) = ([[0; PANEL]; BLOCK_PAIRS], [[0.0; PANEL]; 2 * TILE_ROWS]);
-    let blocks = panel.lines.chunks(BLOCK_PAIRS).zip(panel.special).zip(rows.chunks(BLOCK_PAIRS * count));
-    for (block, ((lines, &special), rows)) in blocks.enumerate() {
-        let decoded = &mut decoded[..lines.len()];
+    let parts = panel.lines.len().div_ceil(STEP_PAIRS);
+    // A step of 16 lines of a block, if it has that many.
+    let decode_step = |block: usize, step: usize, decoded: &mut [PairLine; BLOCK_PAIRS]| {
+        let (first, part) = (step * STEP_PAIRS, block * BLOCK_STEPS + step);
+        let Some(lines) = panel.lines.chunks(STEP_PAIRS).nth(part) else { return };
+        let special = panel.special[block] >> first;
         // SAFETY: `Tiles::begin` has seen an `Isa` of AMX, which exists only if the CPU has AVX-512, too.
         #[allow(unsafe_code)]
         unsafe {
-            decode(BytePanel { lines, special: &[special] }, decoded, ahead.part(block, scales.panel.len()));
+            decode(lines, special, &mut decoded[first..], ahead.part(part, parts));
         }
+    };
+    for step in 0..BLOCK_STEPS {
+        decode_step(0, step, &mut buffers[0]);
+    }
+    for (block, rows) in rows.chunks(BLOCK_PAIRS * count).enumerate() {
+        let [even, odd] = &mut *buffers;
+        let (decoded, other) = if block % 2 == 0 { (&*even, odd) } else { (&*odd, even) };
         for pair in tiles.pairs() {
-            tiles.multiply(pair.clone(), rows, decoded, &mut fresh, [0, TILE_ROWS], decoded.as_ptr().cast());
+            let mut product = tiles.product(pair.clone(), rows, &decoded[..rows.len() / count]);
+            for step in 0..product.steps {
+                product.step(step);
+                if pair.start == 0 {
+                    decode_step(block + 1, step, other);
+                }
+            }
+            product.finish(fresh, [0, TILE_ROWS]);
             for (tile, fresh) in pair.zip(fresh.chunks(TILE_ROWS)) {
                 let own = tiles.own_rows(tile);
                 // SAFETY: as above.
@@ -95,15 +124,26 @@ pub(crate) fn multiply_e4m3(
     }
 }
 
-/// A block of K as bf16.
+/// Some lines as bf16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn decode(panel: BytePanel<'_>, decoded: &mut [PairLine], ahead: Ahead<'_>) {
-    let (mut prefetch, decoder, mut special) = (Prefetch::new(ahead, decoded.len()), Decoder::new(), panel.special[0]);
-    for (line, decoded) in panel.lines.iter().zip(decoded) {
+fn decode(lines: &[ByteLine], mut special: u64, decoded: &mut [PairLine], ahead: Ahead<'_>) {
+    let (mut prefetch, decoder) = (Prefetch::new(ahead, lines.len()), Decoder::new());
+    for (line, decoded) in lines.iter().zip(decoded) {
         prefetch.step();
         store_pairs(decoded, decoder.pairs(line, special & 1 != 0));
         special >>= 1;
     }
+}
+
+/// Asks for as many bytes as a step of a panel has.
+#[inline(always)]
+fn prefetch_step(next: &mut &[u8]) {
+    let (lines, rest) = next.split_at(next.len().min(STEP_PAIRS * size_of::<PairLine>()));
+    let mut prefetch = Prefetch::new(Ahead { bytes: lines, soon: true }, STEP_PAIRS);
+    for _ in 0..STEP_PAIRS {
+        prefetch.step();
+    }
+    *next = rest;
 }
 
 /// `sums += fresh * scale` for some of the rows.
@@ -121,7 +161,8 @@ fn promote(fresh: &[Sums], scales: BlockScales<'_>, block: usize, rows: Range<us
 ///
 /// Registers 0 to 3 are the sums of two tiles of rows by 32 columns, 4 and 5 their rows, 6 and 7 the weights. All
 /// tiles of a block have as many rows, so that one configuration does for all: the last ones start earlier instead, and
-/// compute some rows again.
+/// compute some rows again. Nothing but this module's functions touches tile registers, so that they keep what they hold
+/// from one to the next.
 struct Tiles {
     /// Rows of the block.
     count: usize,
@@ -141,129 +182,6 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
-/// Runs a loop over steps of K: `$start` sets the sums, then every step asks for `$ahead` and multiplies, then the sums
-/// are written. `$two` is what a second tile of rows adds.
-macro_rules! steps {
-    ([$($start:literal),*] [$($ahead:literal),*] [$($two:literal),*] [$($store:literal),*], $regs:expr) => {{
-        let Registers { rows, panel, steps, step_bytes, sums, next } = $regs;
-        asm!(
-            "/* {c1} */",
-            $($start,)*
-            "test {n}, {n}",
-            "jz 3f",
-            "2:",
-            "tileloadd tmm4, [{a0} + 1 * {row_bytes}]",
-            "tileloadd tmm6, [{b} + 1 * {line_bytes}]",
-            $($ahead,)*
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b} + 1 * {line_bytes} + 64]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            $($two,)*
-            "add {a0}, {step}",
-            "add {a1}, {step}",
-            "add {b}, 2048",
-            "add {next}, 2048",
-            "dec {n}",
-            "jnz 2b",
-            "3:",
-            "tilestored [{c0} + 1 * {line_bytes}], tmm0",
-            "tilestored [{c0} + 1 * {line_bytes} + 64], tmm1",
-            $($store,)*
-            a0 = inout(reg) rows[0] => _,
-            a1 = inout(reg) rows[1] => _,
-            b = inout(reg) panel => _,
-            next = inout(reg) next => _,
-            n = inout(reg) steps => _,
-            step = in(reg) step_bytes,
-            c0 = in(reg) sums[0],
-            c1 = in(reg) sums[1],
-            row_bytes = in(reg) STEP_PAIRS * size_of::<u32>(),
-            line_bytes = in(reg) size_of::<PairLine>(),
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        )
-    }};
-}
-
-/// What a loop over steps of K takes.
-#[derive(Clone, Copy)]
-struct Registers {
-    rows: [*const u32; 2],
-    panel: *const PairLine,
-    steps: usize,
-    /// From a row's pairs of one step to those of the next.
-    step_bytes: usize,
-    sums: [*mut f32; 2],
-    /// Asked for on the way, as many bytes as the panel has.
-    next: *const u8,
-}
-
-/// Sums that start from zero; one tile of rows.
-#[allow(unsafe_code)]
-unsafe fn from_zero_one(registers: Registers) {
-    // SAFETY: the caller's.
-    unsafe {
-        steps!(["tilezero tmm0", "tilezero tmm1"]
-         []
-         []
-         [], registers);
-    }
-}
-
-/// Sums that start from zero; two tiles of rows.
-#[allow(unsafe_code)]
-unsafe fn from_zero_two(registers: Registers) {
-    // SAFETY: the caller's.
-    unsafe {
-        steps!(["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"]
-         []
-         ["tileloadd tmm5, [{a1} + 1 * {row_bytes}]", "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7"]
-         ["tilestored [{c1} + 1 * {line_bytes}], tmm2", "tilestored [{c1} + 1 * {line_bytes} + 64], tmm3"], registers);
-    }
-}
-
-/// Sums that start from zero; one tile of rows, asking for `next`.
-#[allow(unsafe_code)]
-unsafe fn from_zero_one_ahead(registers: Registers) {
-    // SAFETY: the caller's.
-    unsafe {
-        steps!(["tilezero tmm0", "tilezero tmm1"]
-         [".irp line, 0, 256, 512, 768, 1024, 1280, 1536, 1792", "prefetcht0 [{next} + \\line]",
-          "prefetcht0 [{next} + \\line + 64]", "prefetcht0 [{next} + \\line + 128]", "prefetcht0 [{next} + \\line + 192]",
-          ".endr"]
-         []
-         [], registers);
-    }
-}
-
-/// Sums that start from zero; two tiles of rows, asking for `next`.
-#[allow(unsafe_code)]
-unsafe fn from_zero_two_ahead(registers: Registers) {
-    // SAFETY: the caller's.
-    unsafe {
-        steps!(["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"]
-         [".irp line, 0, 256, 512, 768, 1024, 1280, 1536, 1792", "prefetcht0 [{next} + \\line]",
-          "prefetcht0 [{next} + \\line + 64]", "prefetcht0 [{next} + \\line + 128]", "prefetcht0 [{next} + \\line + 192]",
-          ".endr"]
-         ["tileloadd tmm5, [{a1} + 1 * {row_bytes}]", "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7"]
-         ["tilestored [{c1} + 1 * {line_bytes}], tmm2", "tilestored [{c1} + 1 * {line_bytes} + 64], tmm3"], registers);
-    }
-}
-
-/// Sums that are added to; two tiles of rows.
-#[allow(unsafe_code)]
-unsafe fn onto_two(registers: Registers) {
-    // SAFETY: the caller's.
-    unsafe {
-        steps!(["tileloadd tmm0, [{c0} + 1 * {line_bytes}]", "tileloadd tmm1, [{c0} + 1 * {line_bytes} + 64]",
-         "tileloadd tmm2, [{c1} + 1 * {line_bytes}]", "tileloadd tmm3, [{c1} + 1 * {line_bytes} + 64]"]
-         []
-         ["tileloadd tmm5, [{a1} + 1 * {row_bytes}]", "tdpbf16ps tmm2, tmm5, tmm6", "tdpbf16ps tmm3, tmm5, tmm7"]
-         ["tilestored [{c1} + 1 * {line_bytes}], tmm2", "tilestored [{c1} + 1 * {line_bytes} + 64], tmm3"], registers);
-    }
-}
-
 impl Tiles {
     #[allow(unsafe_code)]
     fn begin(isa: Isa, count: usize) -> Self {
@@ -271,7 +189,7 @@ impl Tiles {
         let tiles = count.div_ceil(TILE_ROWS);
         let rows = count.div_ceil(tiles);
         let mut config = TileConfig { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        config.row_bytes[..8].fill((STEP_PAIRS * size_of::<u32>()) as u16);
+        config.row_bytes[..8].fill(ROW_BYTES as u16);
         config.rows[..6].fill(rows as u8);
         config.rows[6..8].fill(STEP_PAIRS as u8);
         // SAFETY: an `Isa` of this level exists only if the CPU has AMX and Linux gives tile registers to this process.
@@ -295,66 +213,18 @@ impl Tiles {
         (tile * self.rows).min(self.count)..self.first_row(tile) + self.rows
     }
 
-    /// The product of one or two tiles, from row `at` of `sums` on each; `next` is asked for meanwhile.
+    /// The product of one or two tiles of the block's rows with lines of a panel, not begun.
     #[allow(unsafe_code)]
-    fn multiply(
-        &self,
-        tiles: Range<usize>,
-        rows: &[u32],
-        panel: &[PairLine],
-        sums: &mut [Sums],
-        at: [usize; 2],
-        next: *const u8,
-    ) {
-        let first = [tiles.start, tiles.end - 1].map(|tile| self.first_row(tile));
+    fn product<'a>(&'a self, tiles: Range<usize>, rows: &'a [u32], panel: &'a [PairLine]) -> Product<'a> {
         assert!(tiles.end <= self.tiles && rows.len() == panel.len() * self.count);
-        assert!(at.iter().all(|at| at + self.rows <= sums.len()));
-        let (whole, rest) = panel.as_chunks::<STEP_PAIRS>();
-        let (whole_rows, rest_rows) = rows.split_at(whole.len() * STEP_PAIRS * self.count);
-        let sums = at.map(|at| sums[at..].as_mut_ptr().cast::<f32>());
-        let registers = Registers {
-            rows: first.map(|row| whole_rows.as_ptr().wrapping_add(row * STEP_PAIRS)),
-            panel: panel.as_ptr(),
-            steps: whole.len(),
-            step_bytes: self.count * STEP_PAIRS * size_of::<u32>(),
-            sums,
-            next,
-        };
-        let two = tiles.len() == 2;
-        // SAFETY: `begin` has set the tiles up. Every step reads `self.rows` rows of 64 bytes from `first` on of its
-        // `self.count` rows, and its 16 lines of the panel, which both have for `steps` steps (the length of `rows` is
-        // checked above). Of `sums`, `self.rows` rows from `at` on are written. What is only asked for may be anywhere.
+        let first = [tiles.start, tiles.end - 1].map(|tile| self.first_row(tile));
+        let steps = panel.len() / STEP_PAIRS;
+        // SAFETY: `begin` has set the tiles up.
         unsafe {
-            match (two, std::ptr::eq(next, panel.as_ptr().cast())) {
-                (true, false) => from_zero_two_ahead(registers),
-                (true, true) => from_zero_two(registers),
-                (false, false) => from_zero_one_ahead(registers),
-                (false, true) => from_zero_one(registers),
-            }
+            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, options(nostack));
         }
-        if rest.is_empty() {
-            return;
-        }
-        // A last step of fewer pairs: zeros make it a whole one.
-        let mut lines = [[0; PANEL]; STEP_PAIRS];
-        lines[..rest.len()].copy_from_slice(rest);
-        let mut padded = [[[0; STEP_PAIRS]; TILE_ROWS]; 2];
-        for (padded, first) in padded.iter_mut().zip(first) {
-            for (padded, row) in padded.iter_mut().zip(rest_rows[first * rest.len()..].chunks(rest.len())) {
-                padded[..rest.len()].copy_from_slice(row);
-            }
-        }
-        let registers = Registers {
-            rows: [0, 1].map(|tile| padded[tile].as_ptr().cast()),
-            panel: lines.as_ptr(),
-            steps: 1,
-            step_bytes: 0,
-            sums,
-            next: lines.as_ptr().cast(),
-        };
-        // SAFETY: as above, for one step of the padded rows and lines; `sums` is read, too. If there is one tile, both
-        // are it.
-        unsafe { onto_two(registers) }
+        Product { tiles: self, first, two: tiles.len() == 2, rows, panel, steps }
     }
 }
 
@@ -362,6 +232,100 @@ impl Drop for Tiles {
     #[allow(unsafe_code)]
     fn drop(&mut self) {
         // SAFETY: whoever made this has AMX. Tiles without contents are not saved when threads change.
-        unsafe { asm!("tilerelease", options(nomem, nostack)) };
+        unsafe { asm!("tilerelease", options(nostack)) };
+    }
+}
+
+/// A product under way; its sums are in registers.
+struct Product<'a> {
+    tiles: &'a Tiles,
+    /// The first row of either tile, the same if there is one.
+    first: [usize; 2],
+    two: bool,
+    rows: &'a [u32],
+    panel: &'a [PairLine],
+    /// Whole steps of K.
+    steps: usize,
+}
+
+impl Product<'_> {
+    /// Adds the products of a step's pairs.
+    #[inline]
+    fn step(&mut self, step: usize) {
+        let rows = &self.rows[step * STEP_PAIRS * self.tiles.count..][..STEP_PAIRS * self.tiles.count];
+        let lines = &self.panel[step * STEP_PAIRS..][..STEP_PAIRS];
+        self.add(self.first.map(|row| rows[row * STEP_PAIRS..].as_chunks().0), lines);
+    }
+
+    #[inline]
+    #[allow(unsafe_code)]
+    fn add(&mut self, rows: [&[[u32; STEP_PAIRS]]; 2], lines: &[PairLine]) {
+        assert!(lines.len() == STEP_PAIRS && rows.iter().all(|rows| rows.len() >= self.tiles.rows));
+        // SAFETY: `Tiles::begin` has set the tiles up. As many rows of 64 bytes as a tile has are read, and 16 lines.
+        unsafe {
+            asm!(
+                "tileloadd tmm4, [{rows} + 1 * {row_bytes}]",
+                "tileloadd tmm6, [{lines} + 1 * {line_bytes}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{lines} + 1 * {line_bytes} + 64]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                rows = in(reg) rows[0].as_ptr(),
+                lines = in(reg) lines.as_ptr(),
+                row_bytes = in(reg) ROW_BYTES,
+                line_bytes = in(reg) size_of::<PairLine>(),
+                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, readonly),
+            );
+            if self.two {
+                asm!(
+                    "tileloadd tmm5, [{rows} + 1 * {row_bytes}]",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    rows = in(reg) rows[1].as_ptr(),
+                    row_bytes = in(reg) ROW_BYTES,
+                    out("tmm2") _, out("tmm3") _, out("tmm5") _,
+                    options(nostack, readonly),
+                );
+            }
+        }
+    }
+
+    /// Adds the pairs that make no whole step, and writes the sums of each tile from a row of `sums` on.
+    #[allow(unsafe_code)]
+    fn finish(mut self, sums: &mut [Sums], at: [usize; 2]) {
+        let (_, rest) = self.panel.as_chunks::<STEP_PAIRS>();
+        if !rest.is_empty() {
+            // Zeros make a whole step of them.
+            let (mut lines, mut padded) = ([[0; PANEL]; STEP_PAIRS], [[[0; STEP_PAIRS]; TILE_ROWS]; 2]);
+            lines[..rest.len()].copy_from_slice(rest);
+            let rows = &self.rows[self.steps * STEP_PAIRS * self.tiles.count..];
+            for (padded, first) in padded.iter_mut().zip(self.first) {
+                for (padded, row) in padded.iter_mut().zip(rows[first * rest.len()..].chunks(rest.len())) {
+                    padded[..rest.len()].copy_from_slice(row);
+                }
+            }
+            self.add(padded.each_ref().map(|padded| &padded[..]), &lines);
+        }
+        let rows = self.tiles.rows;
+        let sums = at.map(|at| sums[at..][..rows].as_mut_ptr());
+        // SAFETY: `Tiles::begin` has set the tiles up; as many rows of 128 bytes as a tile has are written.
+        unsafe {
+            asm!(
+                "tilestored [{sums} + 1 * {row_bytes}], tmm0",
+                "tilestored [{sums} + 1 * {row_bytes} + 64], tmm1",
+                sums = in(reg) sums[0],
+                row_bytes = in(reg) size_of::<Sums>(),
+                options(nostack),
+            );
+            if self.two {
+                asm!(
+                    "tilestored [{sums} + 1 * {row_bytes}], tmm2",
+                    "tilestored [{sums} + 1 * {row_bytes} + 64], tmm3",
+                    sums = in(reg) sums[1],
+                    row_bytes = in(reg) size_of::<Sums>(),
+                    options(nostack),
+                );
+            }
+        }
     }
 }
