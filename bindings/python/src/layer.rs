@@ -8,6 +8,7 @@ use crate::operands::Ids;
 use crate::pool::{cpu, work};
 use expertile::cpu::{Layer, PackedWeights, PackedWeightsBuilder};
 use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
+use expertile::layer::LayerShape;
 use expertile::quantize::ue8m0_value;
 use expertile::{Activation, ActivationFormat, E4m3, Float, GateUpOrder, LayerConfig, MatrixRef, Routing, mxfp4};
 use half::{bf16, f16};
@@ -45,13 +46,7 @@ impl PyLayer {
         gate_up: &str,
         rows_at_once: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let activations = match activations {
-            "bf16" => ActivationFormat::Bf16,
-            "e4m3" => ActivationFormat::E4m3,
-            other => {
-                return Err(Wrong::word("activations", other, "one of bf16, e4m3").value());
-            }
-        };
+        let activations = named_activations(activations)?;
         let alignment = size("alignment", alignment)?;
         let activation = named_activation(activation, (alpha, beta, limit))?;
         let at_once = optional_size("rows_at_once", rows_at_once)?;
@@ -70,14 +65,7 @@ impl PyLayer {
             ..LayerConfig::new(1, w13.experts(), activations)
         };
         let layer = Layer::prepare(&cpu()?, w13, w2, config, usize::MAX).map_err(exception)?;
-        let (experts, shape) = (layer.shape().local_experts(), *layer.shape());
-        let mut b13 = bias("w13_bias", w13_bias, &[experts, segments * shape.intermediate()])?;
-        if let Some(values) = b13.as_mut().filter(|_| segments == 2) {
-            for values in values.chunks_exact_mut(2 * shape.intermediate()) {
-                values.copy_from_slice(&order.to_halves(values).map_err(exception)?);
-            }
-        }
-        let b2 = bias("w2_bias", w2_bias, &[experts, shape.hidden()])?;
+        let (b13, b2) = biases(layer.shape(), order, w13_bias, w2_bias)?;
         layer.with_biases(b13, b2).map(Self).map_err(exception)
     }
 
@@ -94,6 +82,12 @@ impl PyLayer {
     #[getter]
     fn intermediate(&self) -> usize {
         self.0.shape().intermediate()
+    }
+
+    /// Bytes of the packed weights, scales included.
+    #[getter]
+    fn weight_bytes(&self) -> usize {
+        self.0.w13().bytes() + self.0.w2().bytes()
     }
 
     /// Writes the weights as they were packed, bit for bit, to `w13 [E, N, H]`, in the order `gate_up`, and
@@ -184,6 +178,15 @@ impl PyLayer {
     }
 }
 
+/// What rows are made of, by its name.
+pub(crate) fn named_activations(name: &str) -> PyResult<ActivationFormat> {
+    match name {
+        "bf16" => Ok(ActivationFormat::Bf16),
+        "e4m3" => Ok(ActivationFormat::E4m3),
+        other => Err(Wrong::word("activations", other, "one of bf16, e4m3").value()),
+    }
+}
+
 /// The activation of that name; only SwiGLU has parameters.
 pub(crate) fn named_activation(name: &str, parameters: (f32, f32, Option<f32>)) -> PyResult<Activation> {
     let (alpha, beta, limit) = parameters;
@@ -202,7 +205,7 @@ pub(crate) fn named_activation(name: &str, parameters: (f32, f32, Option<f32>)) 
 }
 
 /// The order of that name.
-fn gate_up_order(name: &str) -> PyResult<GateUpOrder> {
+pub(crate) fn gate_up_order(name: &str) -> PyResult<GateUpOrder> {
     match name {
         "halves" => Ok(GateUpOrder::Halves),
         "interleaved" => Ok(GateUpOrder::Interleaved),
@@ -243,6 +246,24 @@ fn unpack<T: Copy + Send>(
         py.check_signals()?;
     }
     Ok(())
+}
+
+/// The layer's biases, as f32: `[E, 2 I]`, brought into halves, and `[E, H]`.
+#[allow(clippy::type_complexity)]
+pub(crate) fn biases(
+    shape: &LayerShape,
+    order: GateUpOrder,
+    w13_bias: Option<&Bound<'_, PyAny>>,
+    w2_bias: Option<&Bound<'_, PyAny>>,
+) -> PyResult<(Option<Vec<f32>>, Option<Vec<f32>>)> {
+    let experts = shape.local_experts();
+    let mut b13 = bias("w13_bias", w13_bias, &[experts, shape.w13_rows()])?;
+    if let Some(values) = b13.as_mut().filter(|_| shape.is_gated()) {
+        for values in values.chunks_exact_mut(shape.w13_rows()) {
+            values.copy_from_slice(&order.to_halves(values).map_err(exception)?);
+        }
+    }
+    Ok((b13, bias("w2_bias", w2_bias, &[experts, shape.hidden()])?))
 }
 
 /// A bias of the layer, as f32.

@@ -74,8 +74,8 @@ pub(crate) struct CudaLayer {}
 #[pymethods]
 impl CudaLayer {
     #[new]
-    #[pyo3(signature = (*_weights))]
-    fn new(_weights: &Bound<'_, PyTuple>) -> PyResult<Self> {
+    #[pyo3(signature = (*_weights, **_options))]
+    fn new(_weights: &Bound<'_, PyTuple>, _options: Option<&Bound<'_, pyo3::types::PyDict>>) -> PyResult<Self> {
         missing()
     }
 }

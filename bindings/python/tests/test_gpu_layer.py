@@ -3,6 +3,7 @@
 Skips without a Hopper GPU. ``pytest -s`` prints the figures.
 """
 
+import math
 import warnings
 
 import pytest
@@ -18,6 +19,12 @@ pytestmark = pytest.mark.skipif(no_hopper() is not None, reason=str(no_hopper())
 def weights(experts, hidden, intermediate, form, seed=0):
     """w13 and w2 with their scales, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
+    if form.startswith("mxfp4"):
+        (w13, s13), (w2, s2) = (
+            blocks(experts, rows, columns, generator)
+            for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate))
+        )
+        return {"w13": w13, "w2": w2, "w13_scale": s13, "w2_scale": s2}
     w13 = torch.randn(experts, 2 * intermediate, hidden, generator=generator) / hidden**0.5
     w2 = torch.randn(experts, hidden, intermediate, generator=generator) / intermediate**0.5
     if form == "bf16":
@@ -28,6 +35,34 @@ def weights(experts, hidden, intermediate, form, seed=0):
     ]
     w13, w2 = ((x * 40).clamp(-448, 448).to(torch.float8_e4m3fn) for x in (w13, w2))
     return {"w13": w13, "w2": w2, "w13_scale": scales[0], "w2_scale": scales[1]}
+
+
+def blocks(experts, rows, columns, generator):
+    """Random nibbles, and scales that keep sums of their products near 1; some groups are zeros."""
+    values = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+    values[torch.rand(values.shape[:3], generator=generator) < 0.02] = 0
+    near = 125 - int(math.log2(columns) / 2)
+    return values, torch.randint(near - 2, near + 1, values.shape[:3], generator=generator, dtype=torch.uint8)
+
+
+def biases(experts, hidden, intermediate, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(7)
+    w13, w2 = (torch.randn(experts, width, generator=generator) for width in (2 * intermediate, hidden))
+    return {"w13_bias": w13.to(dtype), "w2_bias": w2.to(dtype)}
+
+
+def activations_of(form):
+    """The rows that weights of a form are multiplied by."""
+    return "e4m3" if form == "mxfp4 x e4m3" else "bf16" if form.startswith("mxfp4") else form
+
+
+def layer_of(parts, form, **options):
+    """A layer on the GPU, which of MXFP4 says that it holds a copy."""
+    options = {"activations": activations_of(form), **on_gpu(parts), **options}
+    if not form.startswith("mxfp4"):
+        return et.Layer(**options)
+    with pytest.warns(UserWarning, match=f"w13 and w2 are MXFP4: .* arranged for {options['activations']} rows"):
+        return et.Layer(**options)
 
 
 def inputs(tokens, topk, experts, hidden, seed=0, ids_dtype=torch.int64, dtype=torch.bfloat16):
@@ -49,8 +84,8 @@ def distance(mine, expected):
     return float((mine - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-FORMS = ["bf16", "e4m3"]
-TOLERANCE = {"bf16": 5e-3, "e4m3": 2e-2}
+FORMS = ["bf16", "e4m3", "mxfp4", "mxfp4 x e4m3"]
+TOLERANCE = {"bf16": 5e-3, "e4m3": 2e-2, "mxfp4": 5e-3, "mxfp4 x e4m3": 2e-2}
 """Another order of sums, and what it does to values on the edge between two of e4m3."""
 
 
@@ -61,8 +96,8 @@ TOLERANCE = {"bf16": 5e-3, "e4m3": 2e-2}
 )
 def test_results_are_those_of_the_cpu(experts, topk, hidden, intermediate, form, ids_dtype):
     parts = weights(experts, hidden, intermediate, form)
-    expected = et.Layer(**parts, activations=form)
-    layer = et.Layer(**on_gpu(parts))
+    expected = et.Layer(**parts, activations=activations_of(form))
+    layer = layer_of(parts, form)
     assert (layer.local_experts, layer.hidden, layer.intermediate) == (experts, hidden, intermediate)
     layer.prepare(1024, topk, ids_dtype=ids_dtype)
     for tokens in (0, 1, 7, 64, 300, 1024):
@@ -77,9 +112,140 @@ def test_results_are_those_of_the_cpu(experts, topk, hidden, intermediate, form,
     layer.check()
 
 
-def test_a_tokens_bits_do_not_depend_on_the_others():
-    parts = weights(16, 512, 256, "e4m3")
-    layer = et.Layer(**on_gpu(parts))
+GPT_OSS = {"alpha": 1.702, "beta": 1.0, "limit": 7.0}
+
+
+@pytest.mark.parametrize("gate_up", ["halves", "interleaved"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("experts", "topk", "hidden", "intermediate"), [(6, 2, 320, 192), (4, 4, 2880, 2880)])
+def test_layers_as_gpt_oss_has_them(experts, topk, hidden, intermediate, form, gate_up):
+    """Biases, the clamped activation, and sizes that 128 does not divide where the weights have no blocks of 128."""
+    if form == "e4m3":
+        hidden, intermediate = 384, 256
+    parts = {**weights(experts, hidden, intermediate, form), **biases(experts, hidden, intermediate)}
+    options = {"gate_up": gate_up, **GPT_OSS}
+    expected = et.Layer(**parts, activations=activations_of(form), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = et.Layer(**on_gpu(parts), activations=activations_of(form), **options)
+    layer.prepare(256, topk)
+    for tokens in (1, 33, 256):
+        arguments = inputs(tokens, topk, experts, hidden, tokens)
+        its = expected(*(x.cpu() for x in arguments))
+        assert distance(layer(*arguments), its) < TOLERANCE[form]
+    layer.check()
+    for order in ("halves", "interleaved"):
+        mine, its = layer.unpack(gate_up=order), expected.unpack(gate_up=order)
+        for found, kept in zip(mine, its, strict=True):
+            assert found.is_cuda and torch.equal(found.cpu().view(torch.uint8), kept.view(torch.uint8))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_biases_of_every_type_are_added(form):
+    parts = weights(4, 256, 128, form)
+    arguments = inputs(40, 2, 4, 256)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        both = biases(4, 256, 128, dtype)
+        for names in (["w13_bias"], ["w2_bias"], ["w13_bias", "w2_bias"]):
+            given = {name: both[name] for name in names}
+            expected = et.Layer(**parts, **given, activations=activations_of(form))
+            layer = layer_of({**parts, **given}, form)
+            layer.prepare(64, 2, ids_dtype=torch.int64)
+            its = expected(*(x.cpu() for x in arguments))
+            assert distance(layer(*arguments), its) < TOLERANCE[form]
+            without = et.Layer(**parts, activations=activations_of(form))(*(x.cpu() for x in arguments))
+            assert distance(without, its) > 0.1
+
+
+@pytest.mark.parametrize("activations", ["bf16", "e4m3"])
+@pytest.mark.parametrize("experts", [1, 8])
+def test_mxfp4_takes_its_bits_in_torchs_memory_and_no_more(experts, activations):
+    """4.25 bits to a weight and at most 2 % beyond, with H = I = 2880, whose last groups are partial."""
+    hidden = intermediate = 2880
+    parts = on_gpu(weights(experts, hidden, intermediate, "mxfp4"))
+    before = torch.cuda.memory_allocated()
+    with pytest.warns(UserWarning, match="w13 and w2 are MXFP4"):
+        layer = et.Layer(**parts, activations=activations)
+    taken = torch.cuda.memory_allocated() - before
+    assert layer.weight_bytes <= taken < layer.weight_bytes + 2048
+    weights_of_it = 3 * experts * hidden * intermediate
+    bits = 8 * layer.weight_bytes / weights_of_it
+    print(f"{experts} experts of H = I = 2880, for {activations} rows: {bits:.4f} bits a weight")
+    assert 4.25 <= bits < 1.02 * 4.25
+    layer.prepare(16, 1, ids_dtype=torch.int64)
+    arguments = inputs(16, 1, experts, hidden)
+    first = layer(*arguments)
+    # What was handed over may go, or be written.
+    for x in parts.values():
+        x.fill_(0x11)
+    parts.clear()
+    assert torch.equal(layer(*arguments), first)
+    del layer, first
+    torch.cuda.synchronize()
+
+
+def test_mxfp4_is_arranged_after_what_the_current_stream_still_writes():
+    parts = on_gpu(weights(4, 512, 256, "mxfp4"))
+    arguments = inputs(16, 2, 4, 512)
+    late = {name: torch.zeros_like(x) for name, x in parts.items()}
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        for name, x in parts.items():
+            late[name].copy_(x)
+        layer = layer_of(late, "mxfp4")
+        layer.prepare(16, 2)
+        mine = layer(*arguments)
+        w13, w2 = layer.unpack()
+        torch.cuda.current_stream().synchronize()
+    expected = layer_of(parts, "mxfp4")
+    expected.prepare(16, 2)
+    assert torch.equal(mine, expected(*arguments))
+    assert torch.equal(w13, parts["w13"].flatten(2)) and torch.equal(w2, parts["w2"].flatten(2))
+
+
+def test_mxfp4_that_does_not_fit_is_refused():
+    parts = on_gpu({**weights(4, 256, 128, "mxfp4"), **biases(4, 256, 128)})
+    nan, strange = parts["w2_scale"].clone(), parts["w13"][:, :, :, :8].contiguous()
+    nan[2, 3, 1] = 255
+    scales = parts["w13_scale"]
+    cases = [
+        (ValueError, "w13_scale is None, expected scales for the uint8 blocks of w13", {"w13_scale": None}),
+        (TypeError, "w2_scale has dtype torch.float32, expected uint8", {"w2_scale": parts["w2_scale"].float()}),
+        (ValueError, r"w13_scale has shape \[4, 256, 7\]", {"w13_scale": scales[:, :, :7]}),
+        (ValueError, r"w13 has shape \[4, 256, 8, 8\], expected \[E, N, K / 32, 16\]", {"w13": strange}),
+        (ValueError, "k is 272, expected a positive multiple of 32", {"w13": parts["w13"].flatten(2)[:, :, :120]}),
+        (ValueError, "scales is 255, expected at most 254, as 255 is NaN: one of row 3 of expert 2", {"w2_scale": nan}),
+        (ValueError, 'activations is "int8", expected one of bf16, e4m3', {"activations": "int8"}),
+        (ValueError, 'gate_up is "both"', {"gate_up": "both"}),
+        (ValueError, r"w13_bias has shape \[4, 255\], expected \[4, 256\]", {"w13_bias": parts["w13_bias"][:, 1:]}),
+        (ValueError, r"w2_bias has shape \[4\], expected \[4, 256\]", {"w2_bias": parts["w2_bias"][:, 0]}),
+        (ValueError, "w2_bias is on cpu, expected cuda:0", {"w2_bias": parts["w2_bias"].cpu()}),
+        (TypeError, "w2_bias has dtype torch.float64", {"w2_bias": parts["w2_bias"].double()}),
+        (ValueError, "w2_scale is on the CPU", {"w2_scale": parts["w2_scale"].cpu()}),
+        (ValueError, "w2 is bf16, expected mxfp4", {"w2": torch.zeros(4, 256, 128).bfloat16().cuda()}),
+        (ValueError, "activation is geglu_tanh", {"activation": "geglu_tanh"}),
+    ]
+    for kind, message, changed in cases:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(kind, match=message):
+                et.Layer(**{**parts, **changed})
+    narrow = on_gpu(weights(4, 96, 64, "mxfp4"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="hidden is 96"):
+            et.Layer(**narrow, activations="e4m3")
+        et.Layer(**narrow)
+    bad = torch.zeros(4, 256, 64, dtype=torch.int8, device="cuda")
+    with pytest.raises(TypeError, match="w13 has dtype torch.int8, expected bfloat16, float8_e4m3fn or uint8"):
+        et.Layer(bad, bad)
+
+
+@pytest.mark.parametrize("form", ["e4m3", "mxfp4", "mxfp4 x e4m3"])
+def test_a_tokens_bits_do_not_depend_on_the_others(form):
+    parts = weights(16, 512, 256, form)
+    layer = layer_of(parts, form)
     layer.prepare(2048, 4)
     x, ids, router = inputs(2048, 4, 16, 512)
     whole = layer(x, ids, router)
@@ -159,7 +325,7 @@ def test_what_cannot_be_used_in_place_is_copied_with_a_warning():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tokens", [1, 64, 1000])
 def test_captured_calls_replay_with_changed_inputs(tokens, form):
-    layer = et.Layer(**on_gpu(weights(16, 512, 256, form)))
+    layer = layer_of({**weights(16, 512, 256, form), **biases(16, 512, 256)}, form)
     layer.prepare(1000, 4)
     static = inputs(tokens, 4, 16, 512)
     graph, (first, second) = captured(lambda: (layer(*static), layer(*static)))
@@ -288,6 +454,38 @@ def test_a_state_dict_of_experts():
     theirs = torch.tensor([[0], [2]] * 4, device="cuda")
     mine = torch.tensor([[1], [0]] * 4, device="cuda")
     assert torch.equal(some(x, mine, router), whole(x, theirs, router))
+
+
+def test_a_state_dict_of_gpt_oss():
+    parts = {**weights(4, 256, 128, "mxfp4"), **biases(4, 256, 128, torch.bfloat16)}
+    suffixes = {"w13": "blocks", "w13_scale": "scales", "w13_bias": "bias"}
+    state = {f"e.gate_up_proj_{suffix}": parts[name] for name, suffix in suffixes.items()}
+    state |= {f"e.down_proj_{suffix}": parts[name.replace("w13", "w2")] for name, suffix in suffixes.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        some = et.Layer.from_state_dict(state, "e.", experts=[2, 0], device="cuda", **GPT_OSS)
+        whole = et.Layer(**on_gpu(parts), gate_up="interleaved", **GPT_OSS)
+    assert (some.device.type, some.local_experts) == ("cuda", 2)
+    whole.prepare(8, 1)
+    some.prepare(8, 1)
+    x, _, router = inputs(8, 1, 4, 256)
+    theirs = torch.tensor([[0], [2]] * 4, device="cuda")
+    mine = torch.tensor([[1], [0]] * 4, device="cuda")
+    assert torch.equal(some(x, mine, router), whole(x, theirs, router))
+
+
+def test_a_layer_over_several_gpus_takes_no_mxfp4_and_other_rows_for_no_weights(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        parts = on_gpu(weights(4, 256, 128, "mxfp4"))
+        blocks = {name: parts[name].flatten(2) for name in ("w13", "w2")}
+        expected = "w13 has dtype torch.uint8, expected bfloat16 or float8_e4m3fn over several GPUs"
+        with pytest.raises(TypeError, match=expected):
+            et.ExpertParallelLayer(**{**parts, **blocks}, capacity=4, topk=1)
+        with pytest.raises(ValueError, match='activations is "bf16", expected "e4m3"'):
+            et.ExpertParallelLayer(**on_gpu(weights(4, 256, 128, "e4m3")), capacity=4, topk=1, activations="bf16")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_cost_of_a_call_is_printed():

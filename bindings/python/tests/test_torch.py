@@ -541,6 +541,33 @@ def test_mxfp4_weights_say_what_they_stand_for(activations):
         assert torch.equal(found, options["w13"].flatten(2)) and torch.equal(down, w2.flatten(2))
 
 
+def test_a_state_dict_of_gpt_oss_is_its_mxfp4_experts():
+    generator = torch.Generator().manual_seed(7)
+    (w13, s13, _), (w2, s2, _) = mxfp4_weights(generator, 128, 192), mxfp4_weights(generator, 192, 64)
+    b13, b2 = torch.randn(3, 128, generator=generator), torch.randn(3, 192, generator=generator).bfloat16()
+    names = ["blocks", "scales", "bias"]
+    state = {f"m.gate_up_proj_{name}": x for name, x in zip(names, (w13, s13, b13), strict=True)}
+    state |= {f"m.down_proj_{name}": x for name, x in zip(names, (w2, s2, b2), strict=True)}
+    ids, weights, generator = routing(9, 40, 2, 3)
+    x = torch.randn(40, 192, generator=generator).to(torch.bfloat16)
+    options = {"alpha": 1.702, "beta": 1.0, "limit": 7.0, "activations": "e4m3"}
+    parts = {"w13": w13, "w2": w2, "w13_scale": s13, "w2_scale": s2, "w13_bias": b13, "w2_bias": b2}
+    expected = et.Layer(**parts, gate_up="interleaved", **options)
+    layer = et.Layer.from_state_dict(state, "m.", **options)
+    assert torch.equal(layer(x, ids, weights), expected(x, ids, weights))
+    # 4.25 bits to a weight, whole panels and cache lines.
+    assert 3 * 3 * 192 * 64 * 17 // 32 <= layer.weight_bytes == expected.weight_bytes
+    some = et.Layer.from_state_dict(state, "m.", experts=[2, 1], **options)
+    chosen = {name: part[[2, 1]] for name, part in parts.items()}
+    picked = et.Layer(**chosen, gate_up="interleaved", **options)
+    assert torch.equal(some(x, ids % 2, weights), picked(x, ids % 2, weights))
+    with pytest.raises(ValueError, match=r"m\.gate_up_proj_blocks has no expert 3, expected an expert below 3"):
+        et.Layer.from_state_dict(state, "m.", experts=[0, 3])
+    del state["m.down_proj_bias"]
+    with pytest.raises(ValueError, match=r"m\.down_proj_bias is not there, expected a tensor of all experts"):
+        et.Layer.from_state_dict(state, "m.")
+
+
 def test_mxfp4_weights_that_do_not_fit_are_refused():
     generator = torch.Generator().manual_seed(7)
     (w13, s13, _), (w2, s2, _) = mxfp4_weights(generator, 128, 192), mxfp4_weights(generator, 192, 64)

@@ -1,4 +1,4 @@
-"""MXFP4 checkpoints of gpt-oss on a CPU: the experts stay in 4 bits, and say what the widened ones say."""
+"""MXFP4 checkpoints of gpt-oss, on a CPU and on a GPU: experts stay in 4 bits, and say what the widened ones say."""
 
 import json
 
@@ -13,11 +13,11 @@ from transformers.quantizers import auto  # noqa: E402
 
 import expertile.transformers  # noqa: E402, F401
 from expertile.transformers.mxfp4 import experts_class  # noqa: E402
+from on_gpu import no_hopper  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("default"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there: it takes no MXFP4 experts"),
-]
+pytestmark = pytest.mark.filterwarnings("default")
+no_gpu = pytest.mark.skipif(no_hopper() is not None, reason=str(no_hopper()))
+on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=no_gpu)])
 
 HIDDEN, INTERMEDIATE, EXPERTS = 64, 96, 8
 TOKENS = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -54,9 +54,13 @@ def checkpoint(folder):
     return folder
 
 
-def load(folder, implementation, **more):
-    options = {"dtype": "bfloat16", "experts_implementation": implementation, **more}
+def load(folder, implementation, device, **more):
+    options = {"dtype": "bfloat16", "experts_implementation": implementation, "device_map": device, **more}
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def load_widened(folder, implementation, device):
+    return load(folder, implementation, device, quantization_config=transformers.Mxfp4Config(dequantize=True))
 
 
 def packed_experts(model):
@@ -65,36 +69,57 @@ def packed_experts(model):
 
 def logits(model):
     with torch.no_grad():
-        return model(TOKENS).logits.double()
+        return model(TOKENS.to(model.device)).logits.double()
 
 
-def test_experts_stay_in_four_bits_and_say_what_the_widened_ones_say(tmp_path):
+@on_every_device
+def test_experts_stay_in_four_bits_and_say_what_the_widened_ones_say(tmp_path, device):
     folder = checkpoint(tmp_path)
-    widened, model = load(folder, "eager"), load(folder, "expertile")
+    widened, model = load_widened(folder, "eager", device), load(folder, "expertile", device)
     assert len(packed_experts(model)) == 2 and not packed_experts(widened)
+    assert model.device.type == device
     stored = load_file(folder / "model.safetensors")
     for name, parameter in model.named_parameters():
         if name.endswith(("_blocks", "_scales")):
-            assert torch.equal(parameter, stored[name]), name
+            assert torch.equal(parameter.cpu(), stored[name]), name
     assert widened.model.layers[1].mlp.experts.gate_up_proj.dtype == torch.bfloat16
     chosen = torch.rand(40, EXPERTS, generator=torch.Generator().manual_seed(5)).topk(2)
-    x = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16()
+    x = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16().to(device)
+    ids, router = chosen.indices.to(device), chosen.values.bfloat16().to(device)
     for module, wide in zip(packed_experts(model), (layer.mlp.experts for layer in widened.model.layers), strict=True):
-        ours, theirs = module(x, chosen.indices, chosen.values.bfloat16()), None
+        ours = module(x, ids, router)
         with torch.no_grad():
-            theirs = wide.float()(x.float(), chosen.indices, chosen.values.bfloat16().float())
+            theirs = wide.float()(x.float(), ids, router.float())
         assert distance(ours.double(), theirs.double()) < 8e-3
-    widened = load(folder, "eager")
+    widened = load_widened(folder, "eager", device)
     assert distance(logits(model), logits(widened)) < 2e-2
     # As on bfloat16 experts, which are widened to the same values.
-    on_wide = load(folder, "expertile", quantization_config=transformers.Mxfp4Config(dequantize=True))
+    on_wide = load_widened(folder, "expertile", device)
     assert not packed_experts(on_wide)
     assert distance(logits(model), logits(on_wide)) < 2e-2
 
 
-def test_memory_is_given_back_and_a_saved_model_is_the_checkpoint(tmp_path):
+@on_every_device
+def test_the_same_model_saved_as_bfloat16_says_the_same(tmp_path, device):
+    folder = checkpoint(tmp_path / "mxfp4")
+    widened = load_widened(folder, "eager", device)
+    config = transformers.GptOssConfig.from_pretrained(folder)
+    del config.quantization_config
+    copy = transformers.GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
+    copy.load_state_dict(widened.state_dict())
+    copy.save_pretrained(tmp_path / "bf16")
+    model = load(tmp_path / "bf16", "expertile", device)
+    assert not packed_experts(model)
+    expected = logits(widened)
+    for ours in (model, load(folder, "expertile", device)):
+        assert distance(logits(ours), expected) < 2e-2
+    assert model.model.layers[0].mlp.experts.gate_up_proj.is_meta
+
+
+@on_every_device
+def test_memory_is_given_back_and_a_saved_model_is_the_checkpoint(tmp_path, device):
     folder = checkpoint(tmp_path / "first")
-    model = load(folder, "expertile")
+    model = load(folder, "expertile", device)
     expected = logits(model)
     for module in packed_experts(model):
         assert module.gate_up_proj_blocks.is_meta and module.down_proj_blocks.is_meta
@@ -102,25 +127,27 @@ def test_memory_is_given_back_and_a_saved_model_is_the_checkpoint(tmp_path):
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert torch.equal(logits(load(tmp_path / "second", "expertile")), expected)
+    assert torch.equal(logits(load(tmp_path / "second", "expertile", device)), expected)
 
 
-def test_other_implementations_are_refused_and_other_models_are_widened_as_ever(tmp_path):
+@on_every_device
+def test_other_implementations_are_refused_and_other_models_are_widened_as_ever(tmp_path, device):
     folder = checkpoint(tmp_path)
-    model = load(folder, "expertile")
+    model = load(folder, "expertile", device)
     model.set_experts_implementation("eager")
     with pytest.raises(RuntimeError, match="MXFP4 experts that were loaded for expertile"):
         logits(model)
     model.set_experts_implementation("expertile")
     logits(model)
-    assert not packed_experts(load(folder, "eager"))
+    assert not packed_experts(load_widened(folder, "eager", device))
     assert auto.AUTO_QUANTIZER_MAPPING["mxfp4"].__name__ == "ExpertileMxfp4HfQuantizer"
 
 
-def test_a_scale_that_is_nan_is_an_error(tmp_path):
+@on_every_device
+def test_a_scale_that_is_nan_is_an_error(tmp_path, device):
     folder = checkpoint(tmp_path)
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.experts.down_proj_scales"][3, 5, 2] = 255
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="scales is 255, expected at most 254"):
-        logits(load(folder, "expertile"))
+        logits(load(folder, "expertile", device))

@@ -8,10 +8,10 @@ use crate::report::progress::Progress;
 use crate::report::stages::StageTime;
 use crate::weights::{self, ExpertWeights};
 use expertile::cuda::measure::{LayerTimes, copy_bytes_per_second, matrix_flops_per_second};
-use expertile::cuda::{Device, Info, Layer, LayerChoice};
+use expertile::cuda::{Biases, Device, Info, Layer, LayerChoice};
 use expertile::layer::stage_cost;
 use expertile::{Dtype, LayerConfig, Layout, Routing, Stage, StageCost, WeightFormat};
-use expertile_checkpoint::{Biases, HiddenStates};
+use expertile_checkpoint::HiddenStates;
 use half::slice::HalfFloatSliceExt;
 use serde::Serialize;
 
@@ -51,11 +51,11 @@ pub(crate) fn prepare(
 ) -> Result<Layer> {
     let progress = Progress::new("uploading experts", weights.shape().local_experts());
     let (w13, w2) = weights::load(weights, device, &mut |done| progress.set(done))?;
-    let layer = Layer::prepare(device, w13, w2, config, max_tokens.max(1))?;
-    Ok(match weights.biases() {
-        Some(Biases { w13, w2 }) => layer.with_biases(Some(w13.clone()), Some(w2.clone()))?,
-        None => layer,
-    })
+    let biases = match weights.biases() {
+        Some(biases) => Biases::upload(device, &weights.shape(), Some(&biases.w13), Some(&biases.w2))?,
+        None => Biases::default(),
+    };
+    Ok(Layer::prepare_with_biases(device, (w13, w2), biases, config, max_tokens.max(1))?)
 }
 
 /// The timed stages inside a graph, with what each had to move and compute; GEMM 1 with the activation inside stores no

@@ -658,6 +658,53 @@ fn arranged_mxfp4_takes_its_bits() {
     }
 }
 
+/// In memory of the caller's, and back: blocks bit for bit, scales but for those of zeros. Also where the last unit and
+/// the last slab are partial, and where scales are too far apart to be folded in.
+#[test]
+fn arranged_mxfp4_gives_back_what_it_was_made_of() {
+    let Some(device) = hopper() else { return };
+    for (format, n, k, seed) in [(W4A8, 200, 160, 3), (W4A8, 64, 64, 4), (W4A16, 200, 160, 5), (W4A16, 8, 32, 6)] {
+        let experts = 5;
+        let case = Case { counts: vec![1; experts], alignment: 8, n, k, format, kernel: plain(16), seed };
+        let Operands { weights: blocks, group_scales: scales, .. } = Operands::new(&case);
+        let sizes = (experts, n, k);
+        let plain_weights = || Weights::upload_mxfp4(device, &blocks, &scales, sizes).unwrap();
+        let bytes = Weights::arranged_bytes(sizes).unwrap();
+        let memory = filled(device, bytes + 256, POISON);
+        let arrange = |at: DevicePtr| unsafe { plain_weights().arrange_in(device, Stream(0), format.rows, at) };
+        let error = arrange(memory.ptr().byte_add(64)).unwrap_err();
+        assert!(matches!(error, Error::Value { argument: "memory", .. }), "{error}");
+        let arranged = arrange(memory.ptr()).unwrap();
+        assert_eq!((arranged.bytes(), arranged.values()), (bytes, memory.ptr()));
+        let mut beyond = vec![0u8; 256];
+        memory.download_at(bytes, &mut beyond).unwrap();
+        assert!(beyond.iter().all(|&byte| byte == POISON));
+
+        let found_blocks = filled(device, blocks.len() + 16, POISON);
+        let found_scales = filled(device, scales.len() + 16, POISON);
+        let read = |buffer: &DeviceBuffer| {
+            let mut bytes = vec![0u8; buffer.bytes()];
+            buffer.download_at(0, &mut bytes).unwrap();
+            bytes
+        };
+        let unpack =
+            |weights: &Weights, scales| unsafe { weights.unpack_mxfp4(device, Stream(0), found_blocks.ptr(), scales) };
+        let error = unpack(&plain_weights(), None).unwrap_err();
+        assert!(matches!(error, Error::WeightFormat { argument: "weights", .. }), "{error}");
+        unpack(&arranged, None).unwrap();
+        let (found, rest) = (read(&found_blocks), read(&found_scales));
+        assert!(found[..blocks.len()] == blocks, "{n} x {k}");
+        assert!(found[blocks.len()..].iter().chain(&rest).all(|&byte| byte == POISON));
+        unpack(&arranged, Some(found_scales.ptr())).unwrap();
+        let found = read(&found_scales);
+        assert!(found[scales.len()..].iter().all(|&byte| byte == POISON));
+        for (group, (&found, &scale)) in found.iter().zip(&scales).enumerate() {
+            let zeros = blocks[group * 16..][..16].iter().all(|byte| byte & 0x77 == 0);
+            assert!(zeros || found == scale, "group {group} of {n} x {k}: {found}, expected {scale}");
+        }
+    }
+}
+
 /// With an activation in the GEMM: the bits of the GEMM, then the activation.
 fn check_activation(device: &Device, case: &Case, activation: Activation) {
     let operands = Operands::new(case);

@@ -159,6 +159,8 @@ class Layer:
     def hidden(self) -> int: ...
     @property
     def intermediate(self) -> int: ...
+    @property
+    def weight_bytes(self) -> int: ...
     def unpack(self, w13: Any, w2: Any, *, gate_up: str = "halves") -> None:
         """Writes the weights as they were packed, bit for bit: `w13 [E, N, H]` in that order, and `w2 [E, H, I]`."""
 
@@ -243,7 +245,7 @@ class CudaExpertParallelLayer:
 
 @final
 class CudaLayer:
-    """Weights of one layer on a GPU, used in place: see `expertile.torch.Layer`."""
+    """Weights of one layer on a GPU, used in place unless they are MXFP4: see `expertile.torch.Layer`."""
 
     def __new__(
         cls,
@@ -251,6 +253,7 @@ class CudaLayer:
         w2: Any,
         w13_scale: Any | None,
         w2_scale: Any | None,
+        activations: str,
         alignment: int | None,
         alpha: float,
         beta: float,
@@ -258,13 +261,23 @@ class CudaLayer:
         weight_on_input: bool,
         *,
         activation: str = "swiglu",
-    ) -> CudaLayer: ...
+        w13_bias: Any | None = None,
+        w2_bias: Any | None = None,
+        gate_up: str = "halves",
+    ) -> CudaLayer:
+        """Weights are in halves; biases are on the CPU, and `gate_up` is their order."""
+
     @property
     def local_experts(self) -> int: ...
     @property
     def hidden(self) -> int: ...
     @property
     def intermediate(self) -> int: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    def unpack(self, w13: Any, w2: Any) -> None:
+        """Queues the blocks of MXFP4 weights, in halves."""
+
     def prepare(
         self, max_tokens: int, topk: int, global_experts: int | None, ids: Any, input: Any, output: Any
     ) -> None: ...

@@ -12,6 +12,7 @@ use expertile::cuda::{
     DeviceBuffer, DeviceMatrix, DevicePtr, ExpertParallelCall, ExpertParallelLayer, Link, Nccl, STATE_BYTES,
 };
 use expertile::exchange::Exchange;
+use expertile::gemm::WeightFormat;
 use expertile::{Activation, Error, LayerConfig};
 use pyo3::prelude::*;
 use std::sync::Arc;
@@ -64,7 +65,11 @@ impl CudaExpertParallelLayer {
         let Some(ordinal) = device else {
             return Err(Wrong::new("w13", "is on the CPU", "the CPU", "a CUDA device").value());
         };
-        let Pair { sizes13, sizes2, format, activation_format, .. } = Pair::new(w13, w2, true)?;
+        let Pair { sizes13, sizes2, format, .. } = Pair::new(w13, w2, true)?;
+        if format == WeightFormat::Mxfp4 {
+            return Err(w13.dtype_error("bfloat16 or float8_e4m3fn over several GPUs"));
+        }
+        let activation_format = format.usual_activations();
         let ranks = placement.len();
         let parallel = parallel(placement, dispatch, combine)?;
         let experts = parallel.placement.global_experts();

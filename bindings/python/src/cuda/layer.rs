@@ -1,4 +1,5 @@
-//! The whole layer on CUDA tensors: weights where they are, calls on torch's current stream, in torch's memory.
+//! The whole layer on CUDA tensors: weights where they are (MXFP4 arranged), calls on torch's current stream, all in
+//! torch's memory.
 
 use super::gpu::{self, Gpu, current_stream, found_by_a_kernel};
 use super::{lock, matrix, ptr, routing};
@@ -6,12 +7,12 @@ use crate::array::{Apart, Array, Element, place};
 use crate::autograd::written;
 use crate::error::{Actual, Wrong, exception, optional_size, size};
 use crate::gemm::format;
-use crate::layer::named_activation;
+use crate::layer::{biases, gate_up_order, named_activation, named_activations};
 use crate::tensor::{self, Form};
-use expertile::cuda::{DeviceBuffer, DevicePtr, Layer, LayerCall, STATE_BYTES, Stream, Weights};
+use expertile::cuda::{Biases, DeviceBuffer, DevicePtr, Layer, LayerCall, STATE_BYTES, Stream, Weights};
 use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
 use expertile::layer::LayerShape;
-use expertile::{ActivationFormat, Dtype, LayerConfig};
+use expertile::{ActivationFormat, Dtype, LayerConfig, mxfp4};
 use half::bf16;
 use pyo3::prelude::*;
 use std::ops::Range;
@@ -21,7 +22,8 @@ use std::sync::{Arc, Mutex};
 /// was captured into a graph.
 const STATES: usize = 512;
 
-/// Weights on a GPU, used in place, and what calls of them have been prepared: what `expertile.torch.Layer` documents.
+/// Weights on a GPU, used in place unless they are MXFP4, and what calls of them have been prepared: what
+/// `expertile.torch.Layer` documents.
 #[pyclass(frozen, module = "expertile._native")]
 pub(crate) struct CudaLayer {
     gpu: Arc<Gpu>,
@@ -30,6 +32,7 @@ pub(crate) struct CudaLayer {
     config: LayerConfig,
     w13: Weights,
     w2: Weights,
+    biases: Biases,
     /// Where the weights and their scales are: nothing may be written there.
     held: Vec<Range<u64>>,
     /// Keeps that memory alive.
@@ -54,9 +57,11 @@ struct State {
 
 #[pymethods]
 impl CudaLayer {
+    /// Weights are in halves; biases are on the CPU, and `gate_up` is their order.
     #[new]
     #[pyo3(signature = (
-        w13, w2, w13_scale, w2_scale, alignment, alpha, beta, limit, weight_on_input, *, activation="swiglu"
+        w13, w2, w13_scale, w2_scale, activations, alignment, alpha, beta, limit, weight_on_input, *,
+        activation="swiglu", w13_bias=None, w2_bias=None, gate_up="halves"
     ))]
     fn new(
         py: Python<'_>,
@@ -64,12 +69,16 @@ impl CudaLayer {
         w2: &Bound<'_, PyAny>,
         w13_scale: Option<&Bound<'_, PyAny>>,
         w2_scale: Option<&Bound<'_, PyAny>>,
+        activations: &str,
         alignment: Option<&Bound<'_, PyAny>>,
         alpha: f32,
         beta: f32,
         limit: Option<f32>,
         weight_on_input: bool,
         activation: &str,
+        w13_bias: Option<&Bound<'_, PyAny>>,
+        w2_bias: Option<&Bound<'_, PyAny>>,
+        gate_up: &str,
     ) -> PyResult<Self> {
         let arrays = [Some(w13), Some(w2), w13_scale, w2_scale].into_iter().zip(["w13", "w2", "w13_scale", "w2_scale"]);
         let arrays: Vec<_> = arrays.map(|(array, name)| Array::optional(name, array)).collect::<PyResult<_>>()?;
@@ -78,8 +87,9 @@ impl CudaLayer {
         let Some(ordinal) = device else {
             return Err(Wrong::new("w13", "is on the CPU", "the CPU", "a CUDA device").value());
         };
+        let activation_format = named_activations(activations)?;
         let activation = named_activation(activation, (alpha, beta, limit))?;
-        let Pair { sizes13, sizes2, shape, format, activation_format } = Pair::new(w13, w2, activation.is_gated())?;
+        let Pair { sizes13, sizes2, shape, format } = Pair::new(w13, w2, activation.is_gated())?;
         let config = LayerConfig {
             activation,
             alignment: optional_size("alignment", alignment)?,
@@ -89,20 +99,28 @@ impl CudaLayer {
         Layer::check_config(&shape, &config, format).map_err(exception)?;
         let w13_in_place = in_place(w13, sizes13, ("w13_scale", w13_scale.as_ref()), format)?;
         let w2_in_place = in_place(w2, sizes2, ("w2_scale", w2_scale.as_ref()), format)?;
+        let (b13, b2) = biases(&shape, gate_up_order(gate_up)?, w13_bias, w2_bias)?;
         let gpu = gpu::gpu(py, ordinal)?;
         let memory = gpu.device.upload(&[0u8; STATES * STATE_BYTES]).map_err(exception)?;
-        let tensors = arrays.iter().flatten();
-        let bytes = |array: &Array<'_>| {
+        let biases = Biases::upload(&gpu.device, &shape, b13.as_deref(), b2.as_deref()).map_err(exception)?;
+        let (w13_ready, w13_memory) = arranged(py, &gpu, w13_in_place, sizes13, activation_format)?;
+        let (w2_ready, w2_memory) = arranged(py, &gpu, w2_in_place, sizes2, activation_format)?;
+        let of_arranged = [w13_memory, w2_memory].into_iter().flatten().collect::<Vec<_>>();
+        // Of what was arranged, the layer reads nothing any more.
+        let tensors: Vec<&Array<'_>> =
+            if of_arranged.is_empty() { arrays.iter().flatten().collect() } else { of_arranged.iter().collect() };
+        let bytes = |array: &&Array<'_>| {
             let len = array.shape().iter().product::<usize>() * array.item_bytes();
             array.address()..array.address() + len as u64
         };
         Ok(Self {
             shape,
             config,
-            w13: w13_in_place,
-            w2: w2_in_place,
-            held: tensors.clone().map(bytes).collect(),
-            _tensors: tensors.map(|array| array.object().clone().unbind()).collect(),
+            w13: w13_ready,
+            w2: w2_ready,
+            biases,
+            held: tensors.iter().map(bytes).collect(),
+            _tensors: tensors.iter().map(|array| array.object().clone().unbind()).collect(),
             prepared: Mutex::default(),
             states: Mutex::new(States { memory, used: Vec::new() }),
             gpu,
@@ -122,6 +140,36 @@ impl CudaLayer {
     #[getter]
     fn intermediate(&self) -> usize {
         self.shape.intermediate()
+    }
+
+    /// Bytes of the weights, scales included.
+    #[getter]
+    fn weight_bytes(&self) -> usize {
+        self.w13.bytes() + self.w2.bytes()
+    }
+
+    /// Queues the blocks that MXFP4 weights were made of to `w13 [E, N, H / 2]`, gate's rows first, and `w2 [E, H, I /
+    /// 2]`.
+    fn unpack(&self, py: Python<'_>, w13: &Bound<'_, PyAny>, w2: &Bound<'_, PyAny>) -> PyResult<()> {
+        let (w13, w2) = (Array::output("w13", w13)?, Array::output("w2", w2)?);
+        let targets = [(&self.w13, &w13), (&self.w2, &w2)];
+        let mut to = [DevicePtr::default(); 2];
+        for ((weights, out), to) in targets.iter().zip(&mut to) {
+            self.require_here(out)?;
+            self.require_apart(out)?;
+            let shape = [weights.experts(), weights.n(), weights.k() / 2];
+            out.require_shape(&shape)?;
+            *to = DevicePtr::new(out.require_device_memory::<u8>(shape.iter().product(), 4)?);
+        }
+        Apart::check(&[&w13, &w2], &[])?;
+        let stream = current_stream(py, self.gpu.ordinal)?;
+        for ((weights, _), to) in targets.iter().zip(to) {
+            #[allow(unsafe_code)]
+            // SAFETY: tensors of as many bytes as was checked, which torch hands on in stream order; the weights live as
+            // long as `self`, whose memory torch hands on likewise.
+            unsafe { weights.unpack_mxfp4(&self.gpu.device, stream, to, None) }.map_err(exception)?;
+        }
+        written(py, &[&w13, &w2])
     }
 
     /// Compiles (or loads) everything that calls of up to `max_tokens` tokens can launch.
@@ -147,9 +195,9 @@ impl CudaLayer {
         if self.find(&config, max_tokens).is_some() {
             return Ok(());
         }
-        let layer = py
-            .detach(|| Layer::prepare(&self.gpu.device, self.w13.clone(), self.w2.clone(), config, max_tokens))
-            .map_err(exception)?;
+        let weights = (self.w13.clone(), self.w2.clone());
+        let prepare = || Layer::prepare_with_biases(&self.gpu.device, weights, self.biases.clone(), config, max_tokens);
+        let layer = py.detach(prepare).map_err(exception)?;
         lock(&self.prepared).push(Arc::new(layer));
         Ok(())
     }
@@ -376,24 +424,52 @@ pub(super) struct Pair {
     pub(super) sizes2: [usize; 3],
     pub(super) shape: LayerShape,
     pub(super) format: WeightFormat,
-    pub(super) activation_format: ActivationFormat,
 }
 
 impl Pair {
     pub(super) fn new(w13: &Array<'_>, w2: &Array<'_>, gated: bool) -> PyResult<Self> {
-        let sizes = |array: &Array<'_>, expected| match *array.shape() {
-            [experts, n, k] => Ok([experts, n, k]),
-            _ => Err(array.shape_error(expected)),
+        let what = |array: &Array<'_>, expected| {
+            let &[experts, n, width] = array.shape() else { return Err(array.shape_error(expected)) };
+            let format = layer_format(array)?;
+            // Two values to a byte.
+            let k = if format == WeightFormat::Mxfp4 { 2 * width } else { width };
+            Ok(([experts, n, k], format))
         };
-        let (sizes13, sizes2) = (sizes(w13, "[E, 2 I, H]")?, sizes(w2, "[E, H, I]")?);
-        let (format, format2) = (format(w13)?, format(w2)?);
-        let shape = LayerShape::of_weights((sizes13, format), (sizes2, format2), gated).map_err(exception)?;
-        let activation_format = match format {
-            WeightFormat::Bf16 | WeightFormat::Mxfp4 => ActivationFormat::Bf16,
-            WeightFormat::E4m3 => ActivationFormat::E4m3,
-        };
-        Ok(Self { sizes13, sizes2, shape, format, activation_format })
+        let (of13, of2) = (what(w13, "[E, 2 I, H]")?, what(w2, "[E, H, I]")?);
+        let shape = LayerShape::of_weights(of13, of2, gated).map_err(exception)?;
+        Ok(Self { sizes13: of13.0, sizes2: of2.0, shape, format: of13.1 })
     }
+}
+
+/// What a layer's weights are made of.
+fn layer_format(array: &Array<'_>) -> PyResult<WeightFormat> {
+    match array.element() {
+        Element::U8 => Ok(WeightFormat::Mxfp4),
+        Element::Bf16 | Element::E4m3 => format(array),
+        _ => Err(array.dtype_error("bfloat16, float8_e4m3fn or uint8")),
+    }
+}
+
+/// Weights as calls read them: MXFP4 arranged in memory of torch's, which comes with it.
+fn arranged<'py>(
+    py: Python<'py>,
+    gpu: &Gpu,
+    weights: Weights,
+    [experts, n, k]: [usize; 3],
+    activation_format: ActivationFormat,
+) -> PyResult<(Weights, Option<Array<'py>>)> {
+    if weights.format() != WeightFormat::Mxfp4 {
+        return Ok((weights, None));
+    }
+    let bytes = Weights::arranged_bytes((experts, n, k)).map_err(exception)?;
+    let memory = tensor::empty(py, gpu.ordinal, Form::list(Element::U8, bytes))?;
+    let address = DevicePtr::new(memory.require_device_memory::<u8>(bytes, 128)?);
+    let stream = current_stream(py, gpu.ordinal)?;
+    #[allow(unsafe_code)]
+    // SAFETY: a live tensor of as many bytes, on torch's current stream, which torch hands memory on in the order of; the
+    // layer keeps it. Of the weights' own memory the caller holds the tensors during the call, which waits.
+    let arranged = py.detach(|| unsafe { weights.arrange_in(&gpu.device, stream, activation_format, address) });
+    Ok((arranged.map_err(exception)?, Some(memory)))
 }
 
 /// Weights `[E, N, K]` and their scales where they are.
@@ -416,7 +492,22 @@ pub(super) fn in_place(
             let expected = format!("none for bfloat16 {}", weights.argument());
             return Err(Wrong::new(scale_name, "is given", scale.object(), expected).value());
         }
-        (WeightFormat::Mxfp4, _) => unreachable!("no tensor's type says so"),
+        (WeightFormat::Mxfp4, Some(scale)) => {
+            let groups = mxfp4::groups(k).map_err(exception)?;
+            scale.require_shape(&[experts, n, groups])?;
+            if !matches!(scale.element(), Element::U8 | Element::E8m0) {
+                return Err(scale.dtype_error("uint8 or float8_e8m0fnu"));
+            }
+            let blocks = DevicePtr::new(weights.require_device_memory::<u8>(len / 2, 16)?);
+            let scales = DevicePtr::new(scale.require_device_memory::<u8>(experts * n * groups, 1)?);
+            #[allow(unsafe_code)]
+            // SAFETY: tensors of that many bytes, as was checked, which the caller holds until they are arranged.
+            return unsafe { Weights::from_device_mxfp4((experts, n, k), blocks, scales) }.map_err(exception);
+        }
+        (WeightFormat::Mxfp4, None) => {
+            let expected = format!("scales for the uint8 blocks of {}", weights.argument());
+            return Err(Wrong::new(scale_name, "is None", Actual::Nothing, expected).value());
+        }
         (WeightFormat::E4m3, None) => {
             let expected = format!("block scales for float8_e4m3fn {}", weights.argument());
             return Err(Wrong::new(scale_name, "is None", Actual::Nothing, expected).value());

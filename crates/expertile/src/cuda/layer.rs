@@ -61,15 +61,48 @@ pub struct LayerCall {
     pub workspace: DevicePtr,
 }
 
+/// What a layer adds to its GEMMs' f32 sums, in device memory. Cheap to clone: clones share the memory.
+#[derive(Debug, Clone, Default)]
+pub struct Biases {
+    /// `[E, 2 I]`
+    b13: Option<Arc<DeviceBuffer<f32>>>,
+    /// `[E, H]`
+    b2: Option<Arc<DeviceBuffer<f32>>>,
+}
+
+impl Biases {
+    /// Copies `b13 [E, 2 I]` (gate's first, then up's) and `b2 [E, H]` to the device.
+    /// [`crate::GateUpOrder::to_halves`] brings an interleaved one into order.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless each has exactly that many values; [`Error::Cuda`].
+    pub fn upload(device: &Device, shape: &LayerShape, b13: Option<&[f32]>, b2: Option<&[f32]>) -> Result<Self> {
+        let upload = |argument, bias: Option<&[f32]>, width| {
+            let Some(bias) = bias else { return Ok(None) };
+            require_exact(argument, bias.len(), &[shape.local_experts(), width])?;
+            Ok(Some(Arc::new(device.upload(bias)?)))
+        };
+        Ok(Self { b13: upload("b13", b13, shape.w13_rows())?, b2: upload("b2", b2, shape.hidden())? })
+    }
+
+    /// Fails for biases of another device, or of a layer of another shape.
+    fn check(&self, device: &Device, shape: &LayerShape) -> Result<()> {
+        for (argument, bias, width) in [("b13", &self.b13, shape.w13_rows()), ("b2", &self.b2, shape.hidden())] {
+            if let Some(bias) = bias {
+                require_exact(argument, bias.len(), &[shape.local_experts(), width])?;
+                bias.require(argument, device, bias.len())?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What a layer multiplies by and adds.
 #[derive(Debug, Clone)]
 struct LayerWeights {
     w13: Weights,
     w2: Weights,
-    /// `[E, 2 I]`
-    b13: Option<Arc<DeviceBuffer<f32>>>,
-    /// `[E, H]`
-    b2: Option<Arc<DeviceBuffer<f32>>>,
+    biases: Biases,
 }
 
 /// An expert layer on a device: weights, and everything that its calls launch.
@@ -138,13 +171,28 @@ impl Layer {
     /// the kernels do not take, [`Error::Dtype`] for types they do not take, [`Error::Device`] unless the device is a
     /// Hopper, [`Error::Kernel`] if a kernel does not compile, [`Error::Cuda`].
     pub fn prepare(device: &Device, w13: Weights, w2: Weights, config: LayerConfig, max_tokens: usize) -> Result<Self> {
+        Self::prepare_with_biases(device, (w13, w2), Biases::default(), config, max_tokens)
+    }
+
+    /// The same with biases, each added to its GEMM's f32 sums before anything else happens to them.
+    ///
+    /// # Errors
+    /// As [`Layer::prepare`]; [`Error::Shape`] for biases of another layer, [`Error::Device`] for those of another
+    /// device.
+    pub fn prepare_with_biases(
+        device: &Device,
+        (w13, w2): (Weights, Weights),
+        biases: Biases,
+        config: LayerConfig,
+        max_tokens: usize,
+    ) -> Result<Self> {
         let what = |weights: &Weights| ([weights.experts(), weights.n(), weights.k()], weights.format());
         let shape = LayerShape::of_weights(what(&w13), what(&w2), config.activation.is_gated())?;
         Self::check_config(&shape, &config, w13.format())?;
-        let kind = WeightKind::unbiased(w13.format());
+        biases.check(device, &shape)?;
         let [w13, w2] = [w13, w2].map(|weights| weights.arrange(device, config.activation_format));
-        let weights = LayerWeights { w13: w13?, w2: w2?, b13: None, b2: None };
-        Self::with_weights(device, shape, weights, config, kind, max_tokens)
+        let weights = LayerWeights { w13: w13?, w2: w2?, biases };
+        Self::with_weights(device, shape, weights, config, max_tokens)
     }
 
     fn with_weights(
@@ -152,9 +200,10 @@ impl Layer {
         shape: LayerShape,
         weights: LayerWeights,
         config: LayerConfig,
-        kind: WeightKind,
         max_tokens: usize,
     ) -> Result<Self> {
+        let biased = [weights.biases.b13.is_some(), weights.biases.b2.is_some()];
+        let kind = WeightKind { format: weights.w13.format(), biased };
         let choices = Choices::new(&shape, &config, kind, max_tokens, device.info().multiprocessors as usize)?;
         let format = kind.format;
         Ok(Self {
@@ -180,23 +229,15 @@ impl Layer {
         })
     }
 
-    /// The same with biases: `b13 [E, 2 I]` (gate's first, then up's) and `b2 [E, H]`, each added to its GEMM's f32 sums
-    /// before anything else happens to them. [`crate::GateUpOrder::to_halves`] brings an interleaved one into order.
-    ///
-    /// Calls may choose other kernels then, which are compiled here.
+    /// The same with biases: as [`Biases::upload`] and [`Layer::prepare_with_biases`]. Calls may choose other kernels
+    /// then, which are compiled here.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless each has exactly that many values; [`Error::Kernel`], [`Error::Cuda`].
+    /// As [`Biases::upload`]; [`Error::Kernel`].
     pub fn with_biases(self, b13: Option<Vec<f32>>, b2: Option<Vec<f32>>) -> Result<Self> {
         let Self { device, shape, config, max_tokens, weights, .. } = self;
-        let upload = |argument, bias: Option<Vec<f32>>, width| {
-            let Some(bias) = bias else { return Ok(None) };
-            require_exact(argument, bias.len(), &[shape.local_experts(), width])?;
-            Ok(Some(Arc::new(device.upload(&bias)?)))
-        };
-        let (b13, b2) = (upload("b13", b13, shape.w13_rows())?, upload("b2", b2, shape.hidden())?);
-        let kind = WeightKind { format: weights.w13.format(), biased: [b13.is_some(), b2.is_some()] };
-        Self::with_weights(&device, shape, LayerWeights { b13, b2, ..weights }, config, kind, max_tokens)
+        let biases = Biases::upload(&device, &shape, b13.as_deref(), b2.as_deref())?;
+        Self::with_weights(&device, shape, LayerWeights { biases, ..weights }, config, max_tokens)
     }
 
     /// Whether layers of this shape, configuration and weight format exist on a GPU: what [`Layer::prepare`] refuses

@@ -59,7 +59,7 @@ pub use expert_parallel::{
 pub use few_tokens::FewTokensConfig;
 pub use gemm::{FewRowsCut, Gemm, GemmCall, GemmConfig, GemmKernel, GemmShape, ROW_TILES, RowEnds};
 pub use grouped_gemm::{GroupedGemm, GroupedGemmCall, GroupedGemmShape, expected_rows};
-pub use layer::{ALIGNMENT, CapturedLayer, Layer, LayerCall, LayerChoice, LayerParts, Workspace};
+pub use layer::{ALIGNMENT, Biases, CapturedLayer, Layer, LayerCall, LayerChoice, LayerParts, Workspace};
 pub use list_tiles::{Grouping, ListTiles, ListTilesCall, TileLists};
 pub use nccl::Nccl;
 pub use permute::{Permute, PermuteCall, PermuteConfig};

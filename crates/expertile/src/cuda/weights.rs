@@ -183,7 +183,7 @@ impl Weights {
     #[must_use]
     pub fn bytes(&self) -> usize {
         match &self.arranged {
-            Some(arranged) => arranged.bytes(self.experts, self.n, self.k),
+            Some(_) => mxfp4::bytes(self.experts, self.n, self.k),
             None => {
                 let (values, scales) = part_bytes(self.format, (self.experts, self.n, self.k));
                 values + scales

@@ -25,25 +25,26 @@ class Layer:
 
     w13: ``[E, 2 I, H]``, gate rows first; w2: ``[E, H, I]``. Both bfloat16; or both float8_e4m3fn with block scales:
     w13_scale ``[E, 2 ceil(I / 128), ceil(H / 128)]``, gate's row blocks, then up's; w2_scale ``[E, ceil(H / 128),
-    ceil(I / 128)]``. Scales are float32, or bfloat16, float16 or float8_e8m0fnu, which are widened exactly. Or, on the
-    CPU, both MXFP4 as checkpoints hold it: uint8 blocks ``[E, 2 I, H / 32, 16]`` or ``[E, 2 I, H / 2]``, the even value
-    in the low nibble, with uint8 or float8_e8m0fnu scales w13_scale ``[E, 2 I, H / 32]``, in the order of the rows; w2
-    and w2_scale likewise.
+    ceil(I / 128)]``. Scales are float32, or bfloat16, float16 or float8_e8m0fnu, which are widened exactly. Or both
+    MXFP4 as checkpoints hold it: uint8 blocks ``[E, 2 I, H / 32, 16]`` or ``[E, 2 I, H / 2]``, the even value in the
+    low nibble, with uint8 or float8_e8m0fnu scales w13_scale ``[E, 2 I, H / 32]``, in the order of the rows; w2 and
+    w2_scale likewise.
 
     On the CPU, weights are packed, once, from any strides into memory of the layer's own; ``unpack`` gives them back.
-    On a GPU they are used where they are, and the layer keeps them alive; what cannot be used so (scales that are not
-    float32, tensors that are interleaved or not contiguous) is copied once, with a warning. A layer has to live as
-    long as the CUDA graphs that captured a call of it.
+    On a GPU they are used where they are, and the layer keeps them alive; what cannot be used so is copied once, with a
+    warning: scales that are not float32, tensors that are interleaved or not contiguous, and MXFP4, which the GEMM
+    reads in an order of its own (4.25 bits a weight, in torch's memory; what was handed over is not kept). A layer has
+    to live as long as the CUDA graphs that captured a call of it.
 
     gate_up: ``"halves"``, gate's rows and then up's, or ``"interleaved"``, gate's first, up's first, gate's second and
     so on. w13_bias is in the same order; the row blocks of w13_scale are gate's, then up's, in either.
 
-    activations: ``"bf16"``, or ``"e4m3"`` to quantize them (needs e4m3 or MXFP4 weights, and 64 to divide H and I, on
-    a GPU 128). Without it
-    ``"bf16"`` on the CPU, and the weights' own format on a GPU, which has no other.
+    activations: ``"bf16"``, or ``"e4m3"`` to quantize them (needs e4m3 or MXFP4 weights, and 64 to divide H and I; on a
+    GPU 128 to divide I where the weights are e4m3). Without it ``"bf16"`` on the CPU and for MXFP4 weights; on a GPU,
+    for others, the weights' own format, as there is no other.
     activation: ``"swiglu"``; on the CPU also ``"geglu_tanh"`` (the tanh form of GELU), or ``"relu2"`` (``max(x, 0)^2``,
-    without a gate: w13 is ``[E, I, H]``). w13_bias ``[E, 2 I]``, w2_bias ``[E, H]``: on the CPU, added to the GEMMs'
-    sums.
+    without a gate: w13 is ``[E, I, H]``). w13_bias ``[E, 2 I]``, w2_bias ``[E, H]``: float32, bfloat16 or float16,
+    added to the GEMMs' sums.
     alpha, beta, limit, of SwiGLU: ``glu = gate * sigmoid(alpha * gate)``, ``(up + beta) * glu``, gate clamped to at
     most `limit`, up to within it. weight_on_input: router weights multiply the input (``topk = 1`` only). alignment: of
     each expert's rows, by default the device's own; it changes no result.
@@ -74,15 +75,31 @@ class Layer:
         self._native: _native.Layer | _native.CudaLayer
         self._on_gpu = isinstance(w13, Tensor) and w13.is_cuda
         if self._on_gpu:
-            require_own_format(w13, activations)
-            for name, bias in (("w13_bias", w13_bias), ("w2_bias", w2_bias)):
-                if bias is not None:
-                    raise ArgumentValueError(name, " is given", bias, "none on a GPU")
-            w13, w2 = in_place("w13", in_halves("w13", w13, gate_up)), in_place("w2", w2)
-            w13_scale = scales_in_place("w13_scale", w13_scale)
-            w2_scale = scales_in_place("w2_scale", w2_scale)
+            activations = on_a_gpu(w13, activations)
+            if w13.dtype == torch.uint8:
+                message = f"w13 and w2 are MXFP4: the layer holds a copy of them, arranged for {activations} rows"
+                warnings.warn(message, stacklevel=2)
+                w13, w13_scale = blocks_in_halves(("w13", w13), ("w13_scale", w13_scale), gate_up)
+                w2, w2_scale = blocks_in_halves(("w2", w2), ("w2_scale", w2_scale), "halves")
+            else:
+                w13, w2 = in_place("w13", in_halves("w13", w13, gate_up)), in_place("w2", w2)
+                w13_scale = scales_in_place("w13_scale", w13_scale)
+                w2_scale = scales_in_place("w2_scale", w2_scale)
             self._native = _native.CudaLayer(
-                w13, w2, w13_scale, w2_scale, alignment, alpha, beta, limit, weight_on_input, activation=activation
+                w13,
+                w2,
+                w13_scale,
+                w2_scale,
+                activations,
+                alignment,
+                alpha,
+                beta,
+                limit,
+                weight_on_input,
+                activation=activation,
+                w13_bias=bias_on_cpu("w13_bias", w13_bias, w13.device),
+                w2_bias=bias_on_cpu("w2_bias", w2_bias, w13.device),
+                gate_up=gate_up,
             )
         else:
             w13, w2 = flat_blocks("w13", w13), flat_blocks("w2", w2)
@@ -105,7 +122,7 @@ class Layer:
                 gate_up=gate_up,
             )
         self._device = w13.device if isinstance(w13, Tensor) else torch.device("cpu")
-        self._in_place = (w13, w2) if self._on_gpu else None
+        self._in_place = (w13, w2) if self._on_gpu and w13.dtype != torch.uint8 else None
         self._dtype = w13.dtype if isinstance(w13, Tensor) else torch.bfloat16
         self._gated = activation != "relu2"
         # Operators take numbers and tensors: a layer is passed to its operator by number.
@@ -124,13 +141,16 @@ class Layer:
     ) -> Layer:
         """A layer of per-expert matrices: ``{prefix}{expert}.gate_proj.weight`` and so on (or w1, w3, w2).
 
+        Or of gpt-oss's MXFP4 experts, ``{prefix}gate_up_proj_blocks`` and so on, with their biases: ``alpha=1.702,
+        beta=1.0, limit=7.0`` makes the activation that of the published models, whose weights do not say it.
+
         prefix: such as ``"model.layers.3.mlp.experts."``. experts: which of them, in which order; all, if not given.
         device: where the layer is to be; that of the matrices, if not given. Block scales are found by the names
         ``weight_scale_inv`` and ``weight_scale``. options: as for ``Layer``.
 
         Raises ValueError or TypeError for what does not fit, and ValueError for a matrix that is missing.
         """
-        return cls(**stacked(state_dict, prefix, experts, device), **options)
+        return cls(**{**stacked(state_dict, prefix, experts, device), **options})
 
     def __copy__(self) -> Layer:
         """Another layer with the same packed weights, which nothing can change."""
@@ -168,23 +188,30 @@ class Layer:
         """``I``."""
         return self._native.intermediate
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of memory that the layer's weights take, scales included."""
+        return self._native.weight_bytes
+
     def unpack(self, *, gate_up: str = "halves") -> tuple[Tensor, Tensor]:
         """Copies of w13 ``[E, 2 I, H]``, in that order, and w2 ``[E, H, I]``: the bits that the layer was made of.
 
         Scales are not among them. MXFP4 blocks are ``[E, 2 I, H / 2]`` and ``[E, H, I / 2]``.
         """
+        order = gate_up_order(gate_up)
         if self._in_place is not None:
             w13, w2 = (weights.clone() for weights in self._in_place)
-            if gate_up_order(gate_up) == "interleaved":
-                w13 = torch.stack(w13.chunk(2, dim=1), dim=2).flatten(1, 2)
-            return w13, w2
+            return in_order(w13, order), w2
         experts, hidden, intermediate = self.local_experts, self.hidden, self.intermediate
         rows = 2 * intermediate if self._gated else intermediate
         # Two values to a byte.
         each = 2 if self._dtype == torch.uint8 else 1
         w13 = _arrays.empty_tensor("w13", (experts, rows, hidden // each), self._dtype, self._device)
         w2 = _arrays.empty_tensor("w2", (experts, hidden, intermediate // each), self._dtype, self._device)
-        self._native.unpack(w13, w2, gate_up=gate_up)  # type: ignore[union-attr]
+        if isinstance(self._native, _native.CudaLayer):
+            self._native.unpack(w13, w2)
+            return in_order(w13, order), w2
+        self._native.unpack(w13, w2, gate_up=gate_up)
         return w13, w2
 
     def prepare(
@@ -252,12 +279,18 @@ class Layer:
         return out
 
 
-def require_own_format(w13: Tensor, activations: str | None) -> None:
-    """Fails for activations of another format than that of the weights, which a GPU does not compute with."""
+def on_a_gpu(w13: Tensor, activations: str | None) -> str:
+    """What rows are made of: what was asked for, or what goes with the weights; fails for what a GPU does not compute.
+
+    MXFP4 weights go with both.
+    """
+    if w13.dtype == torch.uint8:
+        return "bf16" if activations is None else activations
     own = "e4m3" if w13.dtype == torch.float8_e4m3fn else "bf16"
     if activations not in (None, own):
         found = f' is "{activations}"'
         raise ArgumentValueError("activations", found, activations, f'"{own}", which the weights are, on a GPU')
+    return own
 
 
 def flat_blocks(name: str, x: Tensor) -> Tensor:
@@ -282,7 +315,42 @@ def in_halves(name: str, x: Tensor, gate_up: str) -> Tensor:
         return x
     require_tensor(name, x)
     warnings.warn(f"{name} is interleaved: the layer holds a copy of it", stacklevel=3)
+    return halves(x, gate_up)
+
+
+def halves(x: Tensor, gate_up: str) -> Tensor:
+    """Gate's rows, then up's, of rows in that order."""
+    if gate_up_order(gate_up) == "halves" or x.dim() < 2:
+        return x
     return torch.cat([x[:, ::2], x[:, 1::2]], dim=1)
+
+
+def in_order(w13: Tensor, gate_up: str) -> Tensor:
+    """Gate's rows, then up's, in that order."""
+    return w13 if gate_up == "halves" else torch.stack(w13.chunk(2, dim=1), dim=2).flatten(1, 2)
+
+
+def blocks_in_halves(
+    blocks: tuple[str, Tensor], scales: tuple[str, Tensor | None], gate_up: str
+) -> tuple[Tensor, Tensor | None]:
+    """MXFP4 blocks and scales, gate's rows first and contiguous, for as long as the layer is being made."""
+    name, x = blocks
+    require_tensor(name, x)
+    name_of_scales, of_x = scales
+    if of_x is not None:
+        require_tensor(name_of_scales, of_x)
+        of_x = halves(of_x.detach(), gate_up).contiguous()
+    return halves(flat_blocks(name, x).detach(), gate_up).contiguous(), of_x
+
+
+def bias_on_cpu(name: str, bias: Tensor | None, device: torch.device) -> Tensor | None:
+    """A bias on that device, for who takes it from the CPU."""
+    if bias is None:
+        return None
+    require_tensor(name, bias)
+    if bias.device != device:
+        raise ArgumentValueError(name, f" is on {bias.device}", bias, f"{device}, where the weights are")
+    return bias.detach().cpu().contiguous()
 
 
 def in_place(name: str, x: Tensor) -> Tensor:

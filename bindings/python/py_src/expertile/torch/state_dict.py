@@ -1,8 +1,9 @@
-"""Per-expert matrices, by the names that checkpoints give them, as the weights of a layer."""
+"""Experts, by the names that checkpoints give their matrices, as the weights of a layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,26 @@ NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 SCALES = ("weight_scale_inv", "weight_scale")
 """What multiplies a block of values, by its names."""
 
+GPT_OSS = {
+    "w13": "gate_up_proj_blocks",
+    "w2": "down_proj_blocks",
+    "w13_scale": "gate_up_proj_scales",
+    "w2_scale": "down_proj_scales",
+    "w13_bias": "gate_up_proj_bias",
+    "w2_bias": "down_proj_bias",
+}
+"""gpt-oss's MXFP4 experts, all of a layer in one tensor each."""
+
 
 def stacked(
     state_dict: Mapping[str, Tensor],
     prefix: str,
     experts: Iterable[int] | None,
     device: torch.device | str | None,
-) -> dict[str, Tensor]:
-    """The arguments of ``Layer``: w13, w2 and, if there are any, their scales."""
+) -> dict[str, Any]:
+    """The arguments of ``Layer``: w13, w2 and, if there are any, their scales; of gpt-oss also biases and order."""
+    if f"{prefix}{GPT_OSS['w13']}" in state_dict:
+        return gpt_oss(state_dict, prefix, experts, device)
     gate, up, down = names_of(state_dict, prefix)
     found = all_of(state_dict, prefix, gate) if experts is None else list(experts)
     if not found:
@@ -49,6 +62,32 @@ def stacked(
         if f"{prefix}{found[0]}.{gate}.{kind}" in state_dict:
             return {**weights, "w13_scale": stack((gate, up), kind), "w2_scale": stack((down,), kind)}
     return weights
+
+
+def gpt_oss(
+    state_dict: Mapping[str, Tensor],
+    prefix: str,
+    experts: Iterable[int] | None,
+    device: torch.device | str | None,
+) -> dict[str, Any]:
+    """The same of blocks, scales and biases ``[E, ...]``; gate's and up's rows alternate."""
+    chosen = None if experts is None else list(experts)
+    arguments: dict[str, Any] = {"gate_up": "interleaved"}
+    for argument, suffix in GPT_OSS.items():
+        name = f"{prefix}{suffix}"
+        tensor = state_dict.get(name)
+        if not isinstance(tensor, Tensor):
+            found = " is not there" if tensor is None else " is no tensor"
+            raise ArgumentValueError(name, found, tensor, "a tensor of all experts")
+        tensor = tensor.detach()
+        if chosen is not None:
+            for expert in chosen:
+                if not 0 <= expert < tensor.shape[0]:
+                    found = f" has no expert {expert}"
+                    raise ArgumentValueError(name, found, expert, f"an expert below {tensor.shape[0]}")
+            tensor = tensor[chosen]
+        arguments[argument] = tensor if device is None else tensor.to(device)
+    return arguments
 
 
 def names_of(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[str, str, str]:

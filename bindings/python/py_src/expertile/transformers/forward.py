@@ -80,14 +80,16 @@ def _make(module: nn.Module) -> Layer:
         if getattr(module, name).is_meta:
             raise ArgumentValueError(name, " is on meta", "meta", "weights on the CPU or on a GPU")
     up, down = experts.weights(module)
-    in_place = up.is_cuda and up.is_contiguous() and down.is_contiguous() and not experts.interleaved
+    usual = up.dtype != torch.uint8 and not experts.interleaved
+    in_place = up.is_cuda and up.is_contiguous() and down.is_contiguous() and usual
     parameters = experts.parameters(module)
     scales = [parameters[name] for name in experts.scales]
     order = "interleaved" if experts.interleaved else "halves"
     with warnings.catch_warnings():
-        # That weights in another order are copied is what this module's documentation says.
+        # That weights in another order, and MXFP4, are copied is what this module's documentation says.
         warnings.simplefilter("ignore")
-        # On the CPU activations come as they are, with float8_e4m3fn weights too: as of the widened ones there.
+        # On the CPU activations come as they are, with float8_e4m3fn weights too: as of the widened ones there. With
+        # MXFP4 weights they do so everywhere.
         layer = Layer(up, down, gate_up=order, **experts.options, **parameters)
     if not up.is_cuda and not _options.torch_may_spin:
         let_torch_sleep()

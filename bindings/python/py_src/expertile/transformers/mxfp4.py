@@ -1,9 +1,9 @@
-"""MXFP4 checkpoints of gpt-oss on a CPU: the experts stay as they are.
+"""MXFP4 checkpoints of gpt-oss on a CPU or a Hopper GPU: the experts stay as they are.
 
-Transformers computes with them on a CPU only by kernels of other packages, and widens them to bfloat16 else: four
-times the memory. Its quantizer for MXFP4 is replaced by one that does the same, but for models that ask for this
-implementation: their modules of experts become ``Mxfp4Experts``, whose parameters are the checkpoint's own blocks and
-scales.
+Transformers computes with them only by kernels of other packages, in an order of their own, and widens them to bfloat16
+else: four times the memory. Its quantizer for MXFP4 is replaced by one that does the same, but for models that ask for
+this implementation: their modules of experts become ``Mxfp4Experts``, whose parameters are the checkpoint's own blocks
+and scales.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.utils import logging
 
+from .. import _native
 from .experts import GROUP, asks_for_expertile, is_experts
 from .fp8 import _asks, _has_accelerator, _names_only_the_cpu
 from .load import require_computable
@@ -26,7 +27,7 @@ from .load import require_computable
 logger = logging.get_logger(__name__)
 
 _METHOD = "mxfp4"
-_KEPT = "expertile: the experts stay MXFP4 on the CPU"
+_KEPT = "expertile: the experts stay MXFP4"
 
 
 @functools.cache
@@ -71,22 +72,23 @@ def _bytes(*shape: int) -> nn.Parameter:
 
 
 class ExpertileMxfp4HfQuantizer(Mxfp4HfQuantizer):
-    """Transformers' quantizer for MXFP4; on a CPU it keeps the experts of models that ask for expertile as they are."""
+    """Transformers' quantizer for MXFP4; it keeps the experts of models that ask for expertile as they are."""
 
-    _on_cpu = False
+    _goes_where_layers_are = False
     _keeps_experts = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Notes whether the model goes to a CPU, and whether its weights are to be widened for no other reason."""
+        """Notes whether the model goes to a CPU or a Hopper, and whether nobody asked for its weights to be widened."""
         asked = self.quantization_config.dequantize
         super().validate_environment(*args, **kwargs)
         if self.pre_quantized and not asked:
-            self._on_cpu = _names_only_the_cpu(kwargs.get("device_map")) or not _has_accelerator()
+            on_cpu = _names_only_the_cpu(kwargs.get("device_map")) or not _has_accelerator()
+            self._goes_where_layers_are = on_cpu or _has_only_hoppers()
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The first that is told the model's configuration: whether it asks for expertile."""
         config = super().update_attn_implementation(config)
-        if self._on_cpu and _asks(config):
+        if self._goes_where_layers_are and _asks(config):
             self._keeps_experts = True
             self.quantization_config.dequantize = False
         return config
@@ -124,6 +126,13 @@ class ExpertileMxfp4HfQuantizer(Mxfp4HfQuantizer):
         if self._keeps_experts:
             return HfQuantizer.get_state_dict_and_metadata(self, model)
         return super().get_state_dict_and_metadata(model)
+
+
+def _has_only_hoppers() -> bool:
+    """Whether every accelerator here is a GPU whose kernels a layer can have."""
+    if not torch.cuda.is_available() or _native.cuda_unavailable() is not None:
+        return False
+    return all(torch.cuda.get_device_capability(index)[0] == 9 for index in range(torch.cuda.device_count()))
 
 
 def _can_stay(module: nn.Module) -> bool:

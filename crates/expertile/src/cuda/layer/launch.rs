@@ -1,7 +1,7 @@
 //! What a call of the layer launches, stage by stage.
 
 use super::choice::{LayerChoice, LayerParts};
-use super::{Layer, LayerCall, LayerWeights};
+use super::{Biases, Layer, LayerCall, LayerWeights};
 use crate::cuda::activation::ActivateCall;
 use crate::cuda::arguments::require_columns;
 use crate::cuda::call::{DeviceMatrix, RoutingPtrs, RowsPtrs};
@@ -140,7 +140,7 @@ impl Layer {
         let LayerParts { front, front_scales, activated, activated_scales, back, .. } = call.parts;
         let inside = call.choice.activation_inside_gemm1;
         let (out, out_scales) = if inside { (activated, activated_scales) } else { (back.cast(), None) };
-        let LayerWeights { w13, b13, .. } = &self.weights;
+        let LayerWeights { w13, biases: Biases { b13, .. }, .. } = &self.weights;
         let gemm = call.gemm((w13, b13.as_deref()), (front, front_scales), (out, out_scales));
         // SAFETY: the caller's promise.
         unsafe { prepared(&self.gemms, &(call.choice.gemm1, inside)).launch(stream, &gemm) }
@@ -151,7 +151,7 @@ impl Layer {
     #[allow(unsafe_code)]
     unsafe fn gemm2(&self, stream: Stream, call: &CheckedCall<'_>) -> Result<()> {
         let LayerParts { activated, activated_scales, back, second_worklist, .. } = call.parts;
-        let LayerWeights { w2, b2, .. } = &self.weights;
+        let LayerWeights { w2, biases: Biases { b2, .. }, .. } = &self.weights;
         let mut gemm = call.gemm((w2, b2.as_deref()), (activated, activated_scales), (back.cast(), None));
         if let Some(second) = second_worklist {
             (gemm.header, gemm.worklist) = (second.header, second.worklist);

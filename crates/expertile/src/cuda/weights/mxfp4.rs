@@ -3,7 +3,7 @@
 use super::{Weights, WeightsBuilder, check_sizes};
 use crate::cuda::arguments::require_int;
 use crate::cuda::driver::{Device, DeviceBuffer, DevicePtr, Resident, Source, Stream};
-use crate::error::{Error, Result, require_exact};
+use crate::error::{Error, Result, checked_mul, require_exact};
 use crate::gemm::{ActivationFormat, WeightFormat};
 use crate::matrix::MatrixRef;
 use crate::mxfp4::{NAN_SCALE, groups};
@@ -27,12 +27,27 @@ pub(in crate::cuda) struct Arranged {
     pub(in crate::cuda) spread: Option<DevicePtr>,
 }
 
-impl Arranged {
-    /// Bytes of `[E, N, K]`.
-    pub(super) fn bytes(&self, experts: usize, n: usize, k: usize) -> usize {
+/// The parts of arranged weights, one behind the other.
+#[derive(Debug, Clone, Copy)]
+struct Parts {
+    exponents: usize,
+    spread: usize,
+    end: usize,
+}
+
+impl Parts {
+    /// Where those of `[E, N, K]` begin, in bytes.
+    fn new(experts: usize, n: usize, k: usize) -> Self {
         let slabs = experts * n.div_ceil(UNIT_OUTPUTS);
-        slabs * (k.div_ceil(UNIT_K) * UNIT_BYTES + UNIT_OUTPUTS + 1)
+        let exponents = slabs * k.div_ceil(UNIT_K) * UNIT_BYTES;
+        let spread = exponents + slabs * UNIT_OUTPUTS;
+        Self { exponents, spread, end: spread + slabs }
     }
+}
+
+/// Bytes of arranged `[E, N, K]`.
+pub(super) fn bytes(experts: usize, n: usize, k: usize) -> usize {
+    Parts::new(experts, n, k).end
 }
 
 /// The kernel's `ArrangeArgs`.
@@ -44,6 +59,20 @@ struct Arguments {
     exponents: u64,
     spread: u64,
     report: u64,
+    experts: i32,
+    n: i32,
+    k: i32,
+    reserved: i32,
+}
+
+/// The kernel's `UnpackArgs`.
+#[repr(C)]
+struct UnpackArguments {
+    packed: u64,
+    exponents: u64,
+    spread: u64,
+    blocks: u64,
+    scales: u64,
     experts: i32,
     n: i32,
     k: i32,
@@ -119,24 +148,56 @@ impl Weights {
     /// [`Error::WeightFormat`] if they are arranged for rows of the other format; [`Error::Value`] for a scale of 255;
     /// [`Error::Kernel`] if the kernel does not compile, [`Error::Cuda`].
     pub fn arrange(self, device: &Device, activation_format: ActivationFormat) -> Result<Self> {
-        if self.format != WeightFormat::Mxfp4 || self.require_arranged(activation_format).is_ok() {
+        if self.is_ready_for(activation_format)? {
             return Ok(self);
         }
-        if self.arranged.is_some() {
-            self.require_arranged(activation_format)?;
+        let memory: DeviceBuffer = device.allocate(bytes(self.experts, self.n, self.k))?;
+        #[allow(unsafe_code)]
+        // SAFETY: the memory is as large as asked for, and the value that comes back owns it.
+        let arranged = unsafe { self.arrange_in(device, Stream(0), activation_format, memory.ptr())? };
+        Ok(Self { _memory: Arc::from([memory]), ..arranged })
+    }
+
+    /// Bytes that mxfp4 weights `[E, N, K]` take when they are arranged.
+    ///
+    /// # Errors
+    /// As [`Weights::from_device_mxfp4`].
+    pub fn arranged_bytes((experts, n, k): (usize, usize, usize)) -> Result<usize> {
+        check(experts, n, k)?;
+        Ok(bytes(experts, n, k))
+    }
+
+    /// As [`Weights::arrange`], in the caller's memory: [`Weights::arranged_bytes`], on 128 bytes. Waits for the stream.
+    /// Weights that need no arranging stay as they are, and the memory is not touched.
+    ///
+    /// # Safety
+    /// The memory is that large, nobody else uses it when the stream comes to it, and it outlives every launch that
+    /// takes the value. `stream` is a live stream of the device (or 0).
+    ///
+    /// # Errors
+    /// As [`Weights::arrange`]; [`Error::Value`] unless the memory is aligned.
+    #[allow(unsafe_code)]
+    pub unsafe fn arrange_in(
+        self,
+        device: &Device,
+        stream: Stream,
+        activation_format: ActivationFormat,
+        memory: DevicePtr,
+    ) -> Result<Self> {
+        if self.is_ready_for(activation_format)? {
+            return Ok(self);
         }
+        memory.require_aligned("memory", 128)?;
         let Self { experts, n, k, .. } = self;
-        let slabs = experts * n.div_ceil(UNIT_OUTPUTS);
-        let packed: DeviceBuffer = device.allocate(slabs * k.div_ceil(UNIT_K) * UNIT_BYTES)?;
-        let exponents: DeviceBuffer = device.allocate(slabs * UNIT_OUTPUTS)?;
-        let spread: DeviceBuffer = device.allocate(slabs)?;
+        let parts = Parts::new(experts, n, k);
+        let (exponents, spread) = (memory.byte_add(parts.exponents), memory.byte_add(parts.spread));
         let report = device.upload(&[0u32; 2])?;
         let arguments = Arguments {
             blocks: self.values.address(),
             scales: DevicePtr::or_null(self.scales),
-            packed: packed.ptr().address(),
-            exponents: exponents.ptr().address(),
-            spread: spread.ptr().address(),
+            packed: memory.address(),
+            exponents: exponents.address(),
+            spread: spread.address(),
             report: report.ptr().address(),
             experts: require_int("experts", experts)?,
             n: require_int("n", n)?,
@@ -144,26 +205,73 @@ impl Weights {
             reserved: 0,
         };
         let kernel = Resident::prepare(device, &source(activation_format), c"arrange", THREADS)?;
-        // SAFETY: the kernel takes one `ArrangeArgs`; the buffers are as large as it writes, and live until the report
-        // has come, for which the host waits. The weights' memory is the caller's promise, or this value's.
-        #[allow(unsafe_code)]
+        let mut words = [0u32; 2];
+        // SAFETY: the kernel takes one `ArrangeArgs`; the memory is as large as it writes, by the caller's promise, and
+        // the report lives until it has come, for which the host waits. The weights' memory is the promise of who made
+        // the value, or this value's.
         unsafe {
-            kernel.launch(Stream(0), &arguments)?;
+            kernel.launch(stream, &arguments)?;
+            device.read(stream, report.ptr().cast(), bytemuck::cast_slice_mut(&mut words))?;
         }
-        let mut words = [0; 2];
-        report.download(&mut words)?;
         let [any_spread, complement] = words;
         if complement != 0 {
             let (row, expert) = (!complement as usize % n, !complement as usize / n);
             let expected = format!("at most 254, as 255 is NaN: one of row {row} of expert {expert}");
             return Err(Error::value("scales", usize::from(NAN_SCALE), expected));
         }
-        let arranged =
-            Arranged { activation_format, exponents: exponents.ptr(), spread: (any_spread != 0).then(|| spread.ptr()) };
-        let values = packed.ptr();
-        let memory = Arc::from([packed, exponents, spread]);
-        let format = WeightFormat::Mxfp4;
-        Ok(Self { format, experts, n, k, values, scales: None, arranged: Some(arranged), _memory: memory })
+        let arranged = Arranged { activation_format, exponents, spread: (any_spread != 0).then_some(spread) };
+        let (values, format) = (memory, WeightFormat::Mxfp4);
+        Ok(Self { format, experts, n, k, values, scales: None, arranged: Some(arranged), _memory: Arc::from([]) })
+    }
+
+    /// Queues what arranged weights were made of: `blocks [E, N, K / 2]` bit for bit, and `scales [E, N, K / 32]` if
+    /// asked for. A group of zeros has the largest scale of its output then, as its own is not kept.
+    ///
+    /// # Safety
+    /// Both are device memory of that many bytes, blocks on 4, that nobody else uses when the stream comes to it;
+    /// `stream` is a live stream of the device (or 0), and the weights live until it has come that far.
+    ///
+    /// # Errors
+    /// [`Error::WeightFormat`] unless these are arranged mxfp4 weights; [`Error::Value`] unless the addresses are
+    /// aligned; [`Error::Kernel`], [`Error::Cuda`].
+    #[allow(unsafe_code)]
+    pub unsafe fn unpack_mxfp4(
+        &self,
+        device: &Device,
+        stream: Stream,
+        blocks: DevicePtr,
+        scales: Option<DevicePtr>,
+    ) -> Result<()> {
+        let Some(arranged) = &self.arranged else {
+            let actual = if self.format == WeightFormat::Mxfp4 { "mxfp4, not arranged" } else { self.format.name() };
+            return Err(Error::WeightFormat { argument: "weights", actual, expected: "arranged mxfp4" });
+        };
+        blocks.require_aligned("blocks", 4)?;
+        if let Some(scales) = scales {
+            scales.require_aligned("scales", 1)?;
+        }
+        let arguments = UnpackArguments {
+            packed: self.values.address(),
+            exponents: arranged.exponents.address(),
+            spread: DevicePtr::or_null(arranged.spread),
+            blocks: blocks.address(),
+            scales: DevicePtr::or_null(scales),
+            experts: require_int("experts", self.experts)?,
+            n: require_int("n", self.n)?,
+            k: require_int("k", self.k)?,
+            reserved: 0,
+        };
+        let kernel = Resident::prepare(device, &source(arranged.activation_format), c"unpack", THREADS)?;
+        // SAFETY: the kernel takes one `UnpackArgs`; the rest is the caller's promise.
+        unsafe { kernel.launch(stream, &arguments) }
+    }
+
+    /// Whether a GEMM over rows of that format reads them as they are; fails if they are arranged for others.
+    fn is_ready_for(&self, activation_format: ActivationFormat) -> Result<bool> {
+        if self.format == WeightFormat::Mxfp4 && self.arranged.is_none() {
+            return Ok(false);
+        }
+        self.require_arranged(activation_format).map(|_| true)
     }
 
     /// How mxfp4 is arranged; none for other formats.
@@ -189,7 +297,7 @@ impl Weights {
     }
 }
 
-/// The source of the kernel that arranges for rows of that format.
+/// The source of the kernels that arrange for rows of that format, and unpack.
 pub(in crate::cuda) fn source(activation_format: ActivationFormat) -> Source {
     let bf16 = i64::from(activation_format == ActivationFormat::Bf16);
     let definitions = vec![("HOST_BF16", bf16), ("HOST_THREADS", i64::from(THREADS))];
@@ -200,5 +308,5 @@ fn check(experts: usize, n: usize, k: usize) -> Result<()> {
     check_sizes(experts, n, k)?;
     groups(k)?;
     // The report counts rows in 32 bits.
-    require_int("rows of the weights", experts * n).map(|_| ())
+    require_int("rows of the weights", checked_mul("rows of the weights", experts, n)?).map(|_| ())
 }

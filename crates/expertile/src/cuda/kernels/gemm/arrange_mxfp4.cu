@@ -1,5 +1,6 @@
 // Arranges MXFP4 weights, blocks [experts, n, k / 2] with scales [experts, n, k / 32], as gemm/mxfp4.cuh has them: once,
 // before the first GEMM. Says in `report` which outputs' scales are NaN, and whether any slab's are too far apart.
+// `unpack` writes the blocks again, for who has kept no others.
 //
 // A block takes a slab at a time: first its outputs' largest scales and how far the others are below, then its values.
 // A group of zeros counts for none of that: whatever its scale is, its products are zero.
@@ -25,6 +26,18 @@ struct ArrangeArgs {
     int reserved;
 };
 
+struct UnpackArgs {
+    const u8* packed;
+    const u8* exponents;
+    const u8* spread;  // absent where no slab is
+    u8* blocks;
+    u8* scales;  // absent where they are not asked for
+    int experts;
+    int n;
+    int k;
+    int reserved;
+};
+
 // Four bytes on 4 bytes.
 __device__ __forceinline__ u32 load_word(const u8* from) { return *reinterpret_cast<const u32*>(from); }
 
@@ -39,13 +52,17 @@ __device__ __forceinline__ bool is_zero(const u8* block) {
 // The nibble of value k.
 __device__ __forceinline__ u32 nibble(const u8* block, int k) { return block[k / 2] >> 4 * (k % 2) & 15u; }
 
+// Which value of its group is value i of lane % 4 = `lane`.
+__device__ __forceinline__ int place_in_group(int lane, int i) {
+    return FORMAT == Format::E4M3 ? 4 * lane + i % 4 + 16 * (i / 4) : 2 * lane + i % 2 + 8 * (i / 2);
+}
+
 // The word of lane % 4 = `lane` of a group.
 __device__ __forceinline__ u32 word_of(const u8* block, int lane) {
     u32 word = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const int k = FORMAT == Format::E4M3 ? 4 * lane + i % 4 + 16 * (i / 4) : 2 * lane + i % 2 + 8 * (i / 2);
-        const u32 value = nibble(block, k);
+        const u32 value = nibble(block, place_in_group(lane, i));
         const int at = i % 4;
         word |= (value & 7u) << (4 * at + 16 * (i / 4)) | (value >> 3) << (8 * at + (i < 4 ? 7 : 3));
     }
@@ -114,5 +131,46 @@ extern "C" __global__ void __launch_bounds__(THREADS) arrange(const __grid_const
                 to[UNIT_VALUE_BYTES + (output / 16 * 8 + output % 8) * 4 + 2 * i + half] = steps;
             }
         }
+    }
+}
+
+// A thread takes a group of an output at a time.
+extern "C" __global__ void __launch_bounds__(THREADS) unpack(const __grid_constant__ UnpackArgs a) {
+    wait_for_previous_launch();
+    let_next_launch_start();
+    const int slabs = (a.n + UNIT_OUTPUTS - 1) / UNIT_OUTPUTS;
+    const int units = (a.k + UNIT_K - 1) / UNIT_K;
+    const int groups = a.k / 32;
+    const i64 all = (i64)a.experts * a.n * groups;
+    for (i64 index = (i64)blockIdx.x * THREADS + threadIdx.x; index < all; index += (i64)gridDim.x * THREADS) {
+        const int group = (int)(index % groups);
+        const i64 matrix_row = index / groups;
+        const int row = (int)(matrix_row % a.n);
+        const i64 slab = matrix_row / a.n * slabs + row / UNIT_OUTPUTS;
+        const int output = row % UNIT_OUTPUTS;
+        const int part = 2 * (group % 2) + output / 8 % 2;
+        const u8* unit = a.packed + (slab * units + group / 2) * UNIT_BYTES;
+        const int thread = output / 16 * 32 + output % 8 * 4;
+        u32 words[4] = {};
+#pragma unroll
+        for (int lane = 0; lane < 4; ++lane) {
+            const u32 word = load_word(unit + (thread + lane) * 16 + part * 4);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int at = i % 4;
+                const u32 magnitude = word >> (4 * at + 16 * (i / 4)) & 7u;
+                const u32 sign = word >> (8 * at + (i < 4 ? 7 : 3)) & 1u;
+                const int k = place_in_group(lane, i);
+                words[k / 8] |= (magnitude | sign << 3) << 4 * (k % 8);
+            }
+        }
+        u8* block = a.blocks + index * 16;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) *reinterpret_cast<u32*>(block + 4 * i) = words[i];
+        if (a.scales == nullptr) continue;
+        const bool is_spread = a.spread != nullptr && a.spread[slab] != 0;
+        const int step = FORMAT == Format::E4M3 && !is_spread ? 8 : 1;
+        const int steps = unit[UNIT_VALUE_BYTES + (output / 16 * 8 + output % 8) * 4 + part] / step;
+        a.scales[index] = (u8)(a.exponents[slab * UNIT_OUTPUTS + output] - steps);
     }
 }
