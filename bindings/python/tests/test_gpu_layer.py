@@ -214,7 +214,7 @@ def test_mxfp4_that_does_not_fit_is_refused():
         (TypeError, "w2_scale has dtype torch.float32, expected uint8", {"w2_scale": parts["w2_scale"].float()}),
         (ValueError, r"w13_scale has shape \[4, 256, 7\]", {"w13_scale": scales[:, :, :7]}),
         (ValueError, r"w13 has shape \[4, 256, 8, 8\], expected \[E, N, K / 32, 16\]", {"w13": strange}),
-        (ValueError, "k is 272, expected a positive multiple of 32", {"w13": parts["w13"].flatten(2)[:, :, :120]}),
+        (ValueError, r"w13 has shape \[4, 256, 240\]", {"w13": parts["w13"].flatten(2)[:, :, :120]}),
         (ValueError, "scales is 255, expected at most 254, as 255 is NaN: one of row 3 of expert 2", {"w2_scale": nan}),
         (ValueError, 'activations is "int8", expected one of bf16, e4m3', {"activations": "int8"}),
         (ValueError, 'gate_up is "both"', {"gate_up": "both"}),
@@ -223,14 +223,19 @@ def test_mxfp4_that_does_not_fit_is_refused():
         (ValueError, "w2_bias is on cpu, expected cuda:0", {"w2_bias": parts["w2_bias"].cpu()}),
         (TypeError, "w2_bias has dtype torch.float64", {"w2_bias": parts["w2_bias"].double()}),
         (ValueError, "w2_scale is on the CPU", {"w2_scale": parts["w2_scale"].cpu()}),
-        (ValueError, "w2 is bf16, expected mxfp4", {"w2": torch.zeros(4, 256, 128).bfloat16().cuda()}),
-        (ValueError, "activation is geglu_tanh", {"activation": "geglu_tanh"}),
+        (ValueError, "w2 is packed as bf16, expected mxfp4", {"w2": torch.zeros(4, 256, 128).bfloat16().cuda()}),
+        (ValueError, 'activation is "geglu-tanh", expected one of swiglu, on a GPU', {"activation": "geglu_tanh"}),
     ]
     for kind, message, changed in cases:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pytest.raises(kind, match=message):
                 et.Layer(**{**parts, **changed})
+    odd = {"w13": parts["w13"].flatten(2)[:, :, :24], "w2": parts["w2"][:, :48], "w2_bias": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="k is 48, expected a positive multiple of 32 for mxfp4 weights"):
+            et.Layer(**{**parts, **odd})
     narrow = on_gpu(weights(4, 96, 64, "mxfp4"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
