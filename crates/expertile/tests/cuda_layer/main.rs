@@ -14,9 +14,9 @@ mod on_device;
 mod safe;
 
 use cudarc::driver::sys;
-use expertile::cuda::{Device, DeviceMatrix, DevicePtr, Layer, LayerCall, Stream, Weights, WeightsBuilder};
+use expertile::cuda::{Biases, Device, DeviceMatrix, DevicePtr, Layer, LayerCall, Stream, Weights, WeightsBuilder};
 use expertile::{
-    Activation, ActivationFormat, Dtype, E4m3, Error, LayerConfig, MatrixRef, WeightFormat,
+    Activation, ActivationFormat, Dtype, E4m3, Error, LayerConfig, LayerShape, MatrixRef, WeightFormat,
     WeightsBuilder as WeightsBuilderTrait,
 };
 use expertile_oracle::compare::{self, Tolerance};
@@ -268,6 +268,12 @@ fn biases_of_other_lengths_are_refused() {
     assert!(error.to_string().starts_with("b13 has shape [8191]"), "{error}");
     let error = layer(false).with_biases(None, Some(vec![0.0; 3])).unwrap_err();
     assert!(error.to_string().starts_with("b2 has shape [3]"), "{error}");
+    let other = LayerShape::new(BASE.hidden, BASE.intermediate, 4).unwrap();
+    let biases = Biases::upload(device, &other, None, Some(&vec![0.0; 4 * BASE.hidden])).unwrap();
+    let unbiased = layer(false);
+    let [w13, w2] = unbiased.weights().map(Clone::clone);
+    let error = Layer::prepare_with_biases(device, (w13, w2), biases, *unbiased.config(), 8).unwrap_err();
+    assert!(error.to_string().starts_with("b2 has shape [2048]"), "{error}");
     let choices = [false, true].map(|biased| layer(biased).choice(8).unwrap());
     assert!(!choices[1].activation_inside_gemm1, "{}", choices[1]);
 }
