@@ -89,7 +89,7 @@ impl<'py> Rows<'py> {
 }
 
 /// What rows are made of.
-fn rows_format(array: &Array<'_>) -> PyResult<ActivationFormat> {
+pub(crate) fn rows_format(array: &Array<'_>) -> PyResult<ActivationFormat> {
     match array.element() {
         Element::Bf16 => Ok(ActivationFormat::Bf16),
         Element::E4m3 => Ok(ActivationFormat::E4m3),

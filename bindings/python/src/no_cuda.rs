@@ -100,7 +100,8 @@ pub(crate) struct CudaGemm {}
 #[pymethods]
 impl CudaGemm {
     #[new]
-    fn new(_weights: &Bound<'_, PyAny>) -> PyResult<Self> {
+    #[pyo3(signature = (*_weights))]
+    fn new(_weights: &Bound<'_, PyTuple>) -> PyResult<Self> {
         missing()
     }
 }

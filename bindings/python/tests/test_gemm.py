@@ -214,6 +214,8 @@ def test_weights_that_do_not_fit_are_refused():
     for error, arguments, start in cases:
         message = refused(error, lambda arguments=arguments: et.Gemm(*arguments))
         assert message.startswith(start), (message, start)
+    message = refused(ValueError, lambda: et.Gemm(bf16, activations="int8"))
+    assert message == 'activations is "int8", expected one of bf16, e4m3'
     assert blocks(256) == 2
     bf16_only = Placed("e4m3", [1, 2], 32, 1)
     message = refused(

@@ -3,6 +3,8 @@
 Skips without a Hopper GPU. ``pytest -s`` prints the figures.
 """
 
+import warnings
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -52,6 +54,59 @@ def test_results_are_the_product_and_padding_is_not_written(form, n, k):
             assert furthest(out[placed.live], expected[placed.live.cpu()]) < TOLERANCE
             assert torch.all(out[~placed.live] == 123.0)
     gemm.check()
+
+
+def mxfp4_weights(n, k):
+    """Blocks, and scales that keep sums of their products near 1."""
+    generator = torch.Generator().manual_seed(3)
+    blocks = torch.randint(0, 256, (len(COUNTS), n, k // 32, 16), generator=generator, dtype=torch.uint8)
+    return blocks, torch.randint(120, 123, (len(COUNTS), n, k // 32), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("n", "k"), [(8, 128), (200, 320)])
+def test_mxfp4_weights_give_the_products_of_the_cpu(form, n, k):
+    blocks, scales = mxfp4_weights(n, k)
+    on_cpu = et.Gemm(blocks, scales)
+    with pytest.warns(
+        UserWarning, match=f"weights are MXFP4: the object holds a copy of them, arranged for {form} rows"
+    ):
+        gemm = et.Gemm(*cuda(blocks, scales), activations=form)
+    assert gemm.shape == (len(COUNTS), n, k)
+    gemm.prepare(4096)
+    for alignment in (1, 8):
+        placed = Placed(form, COUNTS, k, alignment, more=5)
+        expected = on_cpu(placed.rows, placed.scale, **placed.listed("m_indices"))
+        placed.to("cuda")
+        for listed in ("psum", "m_indices"):
+            out = poisoned(len(placed.rows), n, device="cuda")
+            assert gemm(placed.rows, placed.scale, **placed.listed(listed), out=out) is out
+            assert furthest(out[placed.live], expected[placed.live.cpu()].double()) < 1e-4
+            assert torch.all(out[~placed.live] == 123.0)
+    gemm.check()
+
+
+def test_mxfp4_weights_that_do_not_fit_are_refused():
+    blocks, scales = cuda(*mxfp4_weights(64, 128))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for kind, message, arguments, options in (
+            (ValueError, "weight_scale is None, expected scales for the uint8 blocks of weights", (blocks,), {}),
+            (ValueError, r"weight_scale has shape \[8, 64, 3\]", (blocks, scales[:, :, :3]), {}),
+            (ValueError, 'activations is "int8", expected one of', (blocks, scales), {"activations": "int8"}),
+            (ValueError, "weight_scale is on the CPU", (blocks, scales.cpu()), {}),
+        ):
+            with pytest.raises(kind, match=message):
+                et.Gemm(*arguments, **options)
+        gemm = et.Gemm(blocks, scales)
+    gemm.prepare(4096)
+    placed = Placed("e4m3", COUNTS, 128, 8).to("cuda")
+    expected = "rows has dtype torch.float8_e4m3fn, expected bf16, for which the weights are arranged"
+    with pytest.raises(TypeError, match=expected):
+        gemm(placed.rows, placed.scale, **placed.listed("psum"))
+    bf16, _ = weights_of("bf16", 2, 8, 128)
+    with pytest.raises(ValueError, match='activations is "e4m3", expected "bf16"'):
+        et.Gemm(bf16.cuda(), activations="e4m3")
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -316,9 +316,12 @@ class Gemm:
 
 @final
 class CudaGemm:
-    """What has been prepared for weights of one shape on a GPU, and no tensor: see `expertile.torch.Gemm`."""
+    """What has been prepared for weights of one shape on a GPU: see `expertile.torch.Gemm`.
 
-    def __new__(cls, weights: Any) -> CudaGemm: ...
+    It holds no tensor but MXFP4 weights, which are arranged, and which calls do not bring.
+    """
+
+    def __new__(cls, weights: Any, weight_scale: Any | None = None, activations: str | None = None) -> CudaGemm: ...
     @property
     def shape(self) -> tuple[int, int, int]: ...
     @property
@@ -332,7 +335,7 @@ class CudaGemm:
         self,
         rows: Any,
         scale: Any | None,
-        weights: Any,
+        weights: Any | None,
         weight_scale: Any | None,
         psum: Any | None,
         m_indices: Any | None,

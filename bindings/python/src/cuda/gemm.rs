@@ -1,25 +1,30 @@
 //! The grouped GEMM alone on CUDA tensors: on torch's current stream, in torch's memory.
 
 use super::gpu::{self, Gpu, current_stream, found_by_a_kernel};
-use super::layer::in_place;
+use super::layer::{arranged, in_place, weights_format};
 use super::{lock, matrix};
 use crate::array::{Apart, Array, Element, place};
 use crate::autograd::written;
-use crate::error::{Wrong, exception, optional_size, size};
-use crate::gemm::{List, Rows, format, require_out};
+use crate::error::{Actual, Wrong, exception, optional_size, size};
+use crate::gemm::{List, Rows, format, require_out, rows_format};
+use crate::layer::named_activations;
 use crate::tensor::{self, Form};
 use expertile::cuda::{
-    DeviceBuffer, DevicePtr, GroupedGemm, GroupedGemmCall, GroupedGemmShape, Grouping, STATE_BYTES, expected_rows,
+    DeviceBuffer, DevicePtr, GroupedGemm, GroupedGemmCall, GroupedGemmShape, Grouping, STATE_BYTES, Weights,
+    expected_rows,
 };
+use expertile::gemm::WeightFormat;
 use pyo3::prelude::*;
 use std::sync::{Arc, Mutex};
 
-/// What has been prepared for weights of one shape on one device: what `expertile.torch.Gemm` documents. It holds no
-/// tensor: each call brings the weights.
+/// What has been prepared for weights of one shape on one device: what `expertile.torch.Gemm` documents. Each call
+/// brings the weights; of MXFP4, which is arranged here, they are held.
 #[pyclass(frozen, module = "expertile._native")]
 pub(crate) struct CudaGemm {
     gpu: Arc<Gpu>,
     shape: GroupedGemmShape,
+    /// And torch's memory that they are in.
+    arranged: Option<(Weights, Py<PyAny>)>,
     /// Never dropped before this: a captured graph launches their kernels.
     prepared: Mutex<Vec<Arc<GroupedGemm>>>,
     /// What kernels found wrong; of all calls.
@@ -28,19 +33,38 @@ pub(crate) struct CudaGemm {
 
 #[pymethods]
 impl CudaGemm {
-    /// For weights of that shape, type and device.
+    /// For weights of that shape, type and device; of MXFP4 with their scales, for rows of the type `activations`.
     #[new]
-    fn new(py: Python<'_>, weights: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let weights = Array::new("weights", weights)?;
-        let Some(ordinal) = weights.device() else {
+    #[pyo3(signature = (weights, weight_scale=None, activations=None))]
+    fn new(
+        py: Python<'_>,
+        weights: &Bound<'_, PyAny>,
+        weight_scale: Option<&Bound<'_, PyAny>>,
+        activations: Option<&str>,
+    ) -> PyResult<Self> {
+        let (weights, weight_scale) = (Array::new("weights", weights)?, Array::optional("weight_scale", weight_scale)?);
+        let Some(ordinal) = Array::common_device(&[Some(&weights), weight_scale.as_ref()])? else {
             return Err(Wrong::new("weights", "is on the CPU", "the CPU", "a CUDA device").value());
         };
-        let &[experts, n, k] = weights.shape() else { return Err(weights.shape_error("[E, N, K]")) };
-        let format = format(&weights)?;
-        let shape = GroupedGemmShape { format, activation_format: format.usual_activations(), experts, n, k };
+        let &[experts, n, width] = weights.shape() else { return Err(weights.shape_error("[E, N, K]")) };
+        let format = weights_format(&weights)?;
+        let is_mxfp4 = format == WeightFormat::Mxfp4;
+        let k = if is_mxfp4 { 2 * width } else { width };
+        let activation_format = match activations {
+            Some(name) => named_activations(name)?,
+            None => format.usual_activations(),
+        };
+        let shape = GroupedGemmShape { format, activation_format, experts, n, k };
         let gpu = gpu::gpu(py, ordinal)?;
+        let mut held = None;
+        if is_mxfp4 {
+            let sizes = [experts, n, k];
+            let plain = in_place(&weights, sizes, ("weight_scale", weight_scale.as_ref()), format)?;
+            let (weights, memory) = arranged(py, &gpu, plain, sizes, activation_format)?;
+            held = memory.map(|memory| (weights, memory.into_object().unbind()));
+        }
         let state = gpu.device.upload(&[0u8; STATE_BYTES]).map_err(exception)?;
-        Ok(Self { gpu, shape, prepared: Mutex::default(), state })
+        Ok(Self { gpu, shape, arranged: held, prepared: Mutex::default(), state })
     }
 
     #[getter]
@@ -80,7 +104,7 @@ impl CudaGemm {
         py: Python<'py>,
         rows: &Bound<'py, PyAny>,
         scale: Option<&Bound<'py, PyAny>>,
-        weights: &Bound<'py, PyAny>,
+        weights: Option<&Bound<'py, PyAny>>,
         weight_scale: Option<&Bound<'py, PyAny>>,
         psum: Option<&Bound<'py, PyAny>>,
         m_indices: Option<&Bound<'py, PyAny>>,
@@ -88,21 +112,38 @@ impl CudaGemm {
         expected_rows: Option<&Bound<'py, PyAny>>,
         out: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let GroupedGemmShape { format: own, experts, n, k, .. } = self.shape;
-        let (weights, weight_scale) = (Array::new("weights", weights)?, Array::optional("weight_scale", weight_scale)?);
-        weights.require_shape(&[experts, n, k])?;
-        if format(&weights)? != own {
-            return Err(weights.dtype_error(&format!("{own}, as prepared")));
-        }
-        self.require_here(&weights)?;
+        let GroupedGemmShape { format: own, activation_format, experts, n, k } = self.shape;
+        let (weights, weight_scale) =
+            (Array::optional("weights", weights)?, Array::optional("weight_scale", weight_scale)?);
+        let given = match (&weights, &self.arranged) {
+            (Some(weights), None) => {
+                weights.require_shape(&[experts, n, k])?;
+                if format(weights)? != own {
+                    return Err(weights.dtype_error(&format!("{own}, as prepared")));
+                }
+                self.require_here(weights)?;
+                Some(in_place(weights, [experts, n, k], ("weight_scale", weight_scale.as_ref()), own)?)
+            }
+            (None, Some(_)) => None,
+            (None, None) => return Err(Wrong::new("weights", "is None", Actual::Nothing, "those of the call").value()),
+            (Some(weights), Some(_)) => {
+                return Err(Wrong::new("weights", "is given", weights.object(), "None: MXFP4 is held").value());
+            }
+        };
         let rows = Rows::new(rows, scale, (psum, m_indices), alignment, (experts, k))?;
-        if format(&rows.rows)? != own {
-            return Err(rows.rows.dtype_error("that of the weights, on a GPU"));
+        if rows_format(&rows.rows)? != activation_format {
+            let expected = match own {
+                WeightFormat::Mxfp4 => format!("{activation_format}, for which the weights are arranged"),
+                _ => "that of the weights, on a GPU".into(),
+            };
+            return Err(rows.rows.dtype_error(&expected));
         }
         let [first, second, third] = rows.arrays();
-        let inputs = [Some(&weights), weight_scale.as_ref(), first, second, third];
+        let inputs = [weights.as_ref(), weight_scale.as_ref(), first, second, third];
         Array::common_device(&inputs)?;
-        let in_place = in_place(&weights, [experts, n, k], ("weight_scale", weight_scale.as_ref()), own)?;
+        self.require_here(&rows.rows)?;
+        let taken = given.as_ref().or(self.arranged.as_ref().map(|(weights, _)| weights));
+        let taken = taken.expect("given or arranged");
         let expected_rows = optional_size("expected_rows", expected_rows)?;
         let made = || tensor::empty(py, self.gpu.ordinal, Form::row_major(Element::Bf16, rows.m_sum, n));
         let out = out.map_or_else(made, |out| Array::output("out", out))?;
@@ -111,7 +152,7 @@ impl CudaGemm {
         Apart::check(&[&out], &inputs)?;
         let gemm = self.find(rows.m_sum)?;
         if rows.m_sum > 0 {
-            self.launch(py, &gemm, &in_place, &rows, expected_rows, &out)?;
+            self.launch(py, &gemm, taken, &rows, expected_rows, &out)?;
         }
         written(py, &[&out])?;
         Ok(out.into_object())
@@ -154,7 +195,7 @@ impl CudaGemm {
         &self,
         py: Python<'_>,
         gemm: &GroupedGemm,
-        weights: &expertile::cuda::Weights,
+        weights: &Weights,
         rows: &Rows<'_>,
         expected: Option<usize>,
         out: &Array<'_>,

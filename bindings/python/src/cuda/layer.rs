@@ -430,7 +430,7 @@ impl Pair {
     pub(super) fn new(w13: &Array<'_>, w2: &Array<'_>, gated: bool) -> PyResult<Self> {
         let what = |array: &Array<'_>, expected| {
             let &[experts, n, width] = array.shape() else { return Err(array.shape_error(expected)) };
-            let format = layer_format(array)?;
+            let format = weights_format(array)?;
             // Two values to a byte.
             let k = if format == WeightFormat::Mxfp4 { 2 * width } else { width };
             Ok(([experts, n, k], format))
@@ -441,8 +441,8 @@ impl Pair {
     }
 }
 
-/// What a layer's weights are made of.
-fn layer_format(array: &Array<'_>) -> PyResult<WeightFormat> {
+/// What weights are made of.
+pub(super) fn weights_format(array: &Array<'_>) -> PyResult<WeightFormat> {
     match array.element() {
         Element::U8 => Ok(WeightFormat::Mxfp4),
         Element::Bf16 | Element::E4m3 => format(array),
@@ -451,7 +451,7 @@ fn layer_format(array: &Array<'_>) -> PyResult<WeightFormat> {
 }
 
 /// Weights as calls read them: MXFP4 arranged in memory of torch's, which comes with it.
-fn arranged<'py>(
+pub(super) fn arranged<'py>(
     py: Python<'py>,
     gpu: &Gpu,
     weights: Weights,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._errors import ArgumentValueError
 from ._dispatch import call, gemms, unwatched
-from .layer import flat_blocks, in_place, scales_in_place
+from .layer import blocks_in_halves, flat_blocks, in_place, on_a_gpu, scales_in_place
 from .layout import empty, matrix
 
 
@@ -19,26 +21,40 @@ class Gemm:
     """Rows times the weights of their experts: ``out[r] = weights[expert of r] @ rows[r]``, in bfloat16.
 
     weights: ``[E, N, K]``, bfloat16, or float8_e4m3fn with block scales: weight_scale float32 ``[E, ceil(N / 128),
-    ceil(K / 128)]`` (or bfloat16, float16 or float8_e8m0fnu, which are widened exactly). On the CPU also MXFP4: uint8
+    ceil(K / 128)]`` (or bfloat16, float16 or float8_e8m0fnu, which are widened exactly). Or MXFP4: uint8
     ``[E, N, K / 2]`` or ``[E, N, K / 32, 16]`` with uint8 or float8_e8m0fnu scales ``[E, N, K / 32]``.
 
     On the CPU, weights are packed, once, into memory of the object's own. On a Hopper GPU they are used where they are,
-    and the object keeps them alive; what cannot be used so is copied once, with a warning. The object has to live as
-    long as the CUDA graphs that captured a call of it.
+    and the object keeps them alive; what cannot be used so, such as MXFP4, is copied once, with a warning. The object
+    has to live as long as the CUDA graphs that captured a call of it.
+
+    activations: what rows MXFP4 weights are to be multiplied by on a GPU, ``"bf16"`` (if not given) or ``"e4m3"``. The
+    CPU takes both.
 
     Raises ValueError or TypeError for what does not fit.
     """
 
     _numbers: ClassVar[Iterator[int]] = itertools.count()
 
-    def __init__(self, weights: Tensor, weight_scale: Tensor | None = None) -> None:
+    def __init__(self, weights: Tensor, weight_scale: Tensor | None = None, *, activations: str | None = None) -> None:
         self._native: _native.Gemm | _native.CudaGemm
         self._on_gpu = isinstance(weights, Tensor) and weights.is_cuda
-        if self._on_gpu:
+        self._weights: Tensor | None = None
+        self._weight_scale: Tensor | None = None
+        if self._on_gpu and weights.dtype == torch.uint8:
+            activations = on_a_gpu(weights, activations)
+            message = f"weights are MXFP4: the object holds a copy of them, arranged for {activations} rows"
+            warnings.warn(message, stacklevel=2)
+            parts = blocks_in_halves(("weights", weights), ("weight_scale", weight_scale), "halves")
+            self._native = _native.CudaGemm(*parts, activations)
+        elif self._on_gpu:
+            on_a_gpu(weights, activations)
             self._weights = in_place("weights", weights)
             self._weight_scale = scales_in_place("weight_scale", weight_scale)
             self._native = _native.CudaGemm(self._weights)
         else:
+            if activations not in (None, "bf16", "e4m3"):
+                raise ArgumentValueError("activations", f' is "{activations}"', activations, "one of bf16, e4m3")
             self._native = _native.Gemm(flat_blocks("weights", weights), weight_scale)
         self._device = weights.device if isinstance(weights, Tensor) else torch.device("cpu")
         # Operators take numbers and tensors: an object is passed to its operator by number.
@@ -86,7 +102,8 @@ class Gemm:
     ) -> Tensor:
         """rows ``[M_sum, K]`` to bfloat16 ``[M_sum, N]``, of which only rows of experts are written.
 
-        rows: of the weights' type (on the CPU, bfloat16 also with float8_e4m3fn weights), contiguous. scale: of
+        rows: of the weights' type (on the CPU, bfloat16 also with float8_e4m3fn weights; with MXFP4 weights bfloat16 or
+        float8_e4m3fn, on a GPU what they were arranged for), contiguous. scale: of
         float8_e4m3fn rows, float32 ``[M_sum, ceil(K / 128)]`` with any strides; on a GPU those of
         ``scale_layout="mn_major"`` are read where they are, others are copied first.
 
