@@ -6,6 +6,7 @@ CUDA graphs.
 """
 
 import dataclasses
+import importlib
 import itertools
 import logging
 import os
@@ -323,6 +324,25 @@ class TestTheChoice:
         assert unquantized_fused_moe_method.UnquantizedFusedMoEMethod(config).experts_cls is ours
         assert vllm.unquantized.UnquantizedMoEKernelOracle().select_backend(config)[1] is ours
         assert len(lines) == 3 and all(line.startswith("Expertile computes experts (") for line in lines)
+
+    @pytest.mark.parametrize(("value", "ours_after"), [("", False), ("0", False), ("experts", True)])
+    def test_is_ours_when_vllm_has_loaded_its_plugins_and_the_variable_asks(
+        self, vllm, ours, monkeypatch, value, ours_after
+    ):
+        import expertile.vllm
+
+        plugins = importlib.import_module("vllm.plugins")
+        monkeypatch.setenv("EXPERTILE_VLLM", value)
+        # Those of other packages may import what is not here.
+        monkeypatch.setenv("VLLM_PLUGINS", "expertile")
+        monkeypatch.setattr(plugins, "plugins_loaded", False)
+        plugins.load_general_plugins()
+        assert expertile.vllm.experts_are_selected() is ours_after
+        case = case_of("plain", "e4m3")
+        weight_key, activation_key = self.keys(vllm)
+        config = real_vllm.moe_config(vllm, case, DEVICE)
+        chosen = vllm.fp8.select_fp8_moe_backend(config=config, weight_key=weight_key, activation_key=activation_key)
+        assert chosen[1] is (ours if ours_after else vllm.TritonExperts)
 
     @pytest.mark.parametrize("form", ["bf16", "e4m3"])
     def test_weights_come_as_they_were_loaded(self, vllm, ours, form):
