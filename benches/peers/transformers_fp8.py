@@ -1,6 +1,7 @@
 """An FP8 checkpoint on a CPU, end to end: ours, which keeps its experts, beside what Transformers does with it.
 
     transformers_fp8.py [--folder DIR] [--layers 4] [--implementations expertile,grouped_mm,eager] [--json FILE]
+    transformers_fp8.py --in-turns [--rounds 7] ...    # times only, all implementations in one process
 
 A checkpoint of Qwen3-30B-A3B's sizes with fewer layers is made up in DIR (a temporary folder otherwise; 3.8 GB with
 four layers): e4m3 with scales of 128 x 128 for experts and attention, as Qwen's own FP8 checkpoints have it. Each
@@ -9,6 +10,10 @@ widens it to bf16 there. Printed: the most memory from start to end and what is 
 own, without what the libraries alone take: pages of the checkpoint's mapped files can be dropped and are not counted),
 prefill (256 tokens) and decode (32 greedy steps, 1 and 8 sequences) in tokens per second,
 and the share of positions whose logits are within 1 % of the first implementation's.
+
+With `--in-turns` one process holds all implementations, and every round times one call of each: on a machine whose
+speed comes and goes that compares what was measured at the same time. Decode is of 8 steps then; printed are the
+medians, and how they compare with the first implementation's.
 """
 
 import argparse
@@ -150,6 +155,44 @@ def child(options):
     print(json.dumps(found))
 
 
+def in_turns(folder, options):
+    """Tokens per second of every implementation, each round one call of every one."""
+    import expertile.transformers  # noqa: F401
+    from transformers import AutoModelForCausalLM
+
+    names, steps, found = options.implementations.split(","), 8, {}
+    load = AutoModelForCausalLM.from_pretrained
+    models = {name: load(folder, dtype="bfloat16", experts_implementation=name).eval() for name in names}
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(0, options.vocab, (1, PROMPT), generator=generator)
+    starts = {batch: torch.randint(0, options.vocab, (batch, 16), generator=generator) for batch in (1, 8)}
+
+    def decode(model, batch):
+        def generate(count):
+            options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+            model.generate(starts[batch], **options)
+
+        return seconds(generate, 1 + steps) - seconds(generate, 1)
+
+    calls = {
+        "prefill_256": (PROMPT, lambda model: seconds(model, prompt)),
+        "decode_1": (steps, lambda model: decode(model, 1)),
+        "decode_8": (steps * 8, lambda model: decode(model, 8)),
+    }
+    for model in models.values():
+        model(prompt)
+    for what, (tokens, call) in calls.items():
+        times = {name: [] for name in names}
+        for turn in range(options.rounds):
+            for name in names[:: 1 if turn % 2 == 0 else -1]:
+                times[name].append(call(models[name]))
+        medians = {name: tokens / sorted(values)[options.rounds // 2] for name, values in times.items()}
+        found[what] = medians
+        cells = ", ".join(f"{name} {speed:.1f} ({speed / medians[names[0]]:.2f})" for name, speed in medians.items())
+        print(f"{what:<12} {cells}", flush=True)
+    return found
+
+
 def share_near(logits, expected):
     apart = (logits.double() - expected.double()).flatten(0, -2).norm(dim=-1) / expected.double().flatten(0, -2).norm(
         dim=-1
@@ -175,6 +218,13 @@ def measure(folder, options):
     return rounds
 
 
+def write(options, found):
+    if options.json:
+        with open(options.json, "w") as file:
+            where = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "layers": options.layers}
+            json.dump({**where, **found}, file, indent=1)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder")
@@ -185,6 +235,7 @@ def main():
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--implementations", default="grouped_mm,expertile,eager")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--in-turns", action="store_true")
     parser.add_argument("--json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--logits", help=argparse.SUPPRESS)
@@ -197,7 +248,10 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
             make_checkpoint(folder, options)
-        rounds = measure(folder, options)
+        rounds = in_turns(folder, options) if options.in_turns else measure(folder, options)
+    if options.in_turns:
+        write(options, {"vocab": options.vocab, "tokens_per_second": rounds})
+        return
     print(f"{'experts':<12} {'peak GB':>8} {'held GB':>8} {'prefill':>9} {'decode 1':>9} {'decode 8':>9} {'near':>6}")
     for name, rows in rounds.items():
         memory = [min(row[key] for row in rows) for key in ("peak_gb", "held_gb")]
@@ -205,10 +259,7 @@ def main():
         near = min(row["near"] for row in rows)
         cells = " ".join(f"{cell:>9.2f}" for cell in speed)
         print(f"{name:<12} {memory[0]:>8.2f} {memory[1]:>8.2f} {cells} {near:>6.2f}")
-    if options.json:
-        with open(options.json, "w") as file:
-            where = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "layers": options.layers}
-            json.dump({**where, "rounds": rounds}, file, indent=1)
+    write(options, {"rounds": rounds})
 
 
 if __name__ == "__main__":
