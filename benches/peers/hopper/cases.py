@@ -43,7 +43,7 @@ class Layers:
                 self.reasons[rival.key] = reason(error)
 
     def limits(self, rival):
-        return rival.limits or (UNQUANTIZED_LAYER if self.format == "e4m3" else BF16_LAYER)
+        return BF16_LAYER if self.format == "bf16" or rival.bf16_rows else UNQUANTIZED_LAYER
 
 
 def reason(error):

@@ -68,7 +68,12 @@ def main():
         _, _, _, topk, global_experts = SHAPES[shape]
         tokens_list = [int(tokens) for tokens in options.tokens.split(",")]
         layers = {
-            name: module.Layer(weights[0].pair, weights[1].pair, topk, global_experts, max(tokens_list))
+            name: module.Layer(
+                *(module.Mxfp4(*w.pair) if options.format == "mxfp4" else w.pair for w in weights),
+                topk,
+                global_experts,
+                max(tokens_list),
+            )
             for name, module in modules.items()
         }
         for tokens in tokens_list:

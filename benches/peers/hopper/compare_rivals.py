@@ -50,6 +50,8 @@ class Group:
 
 
 EACH = tuple(SHAPES)
+# At 4 bits, with our own e4m3 GEMMs at the same sizes.
+MXFP4_TOKENS, MXFP4_RIVALS = (8, 64, 256, 1024, 4096), ("ours", "ours_w4a16", "humming_mxfp4")
 # Without options: sizes at which the bytes of weights decide, sizes at which DeepGEMM is of use, and special cases.
 WHOLE = (
     Group("layer", EACH, (1, 2, 4, 8, 16, 64, 256), ("ours", "triton", "humming")),
@@ -57,6 +59,9 @@ WHOLE = (
     Group("layer", ("dsv3_tp8",), (5000,), ("ours", "triton", "humming", "deepgemm")),
     Group("layer", ("dsv3_tp8", "qwen30b"), (64, 777, 5000), ("ours", "triton", "humming", "deepgemm"), "zipf"),
     Group("layer", ("qwen30b", "mixtral"), (1, 2, 4, 8, 64, 256, 1024, 4096), ("ours", "triton"), format="bf16"),
+    Group("layer", ("qwen30b", "qwen235", "dsv3_tp8"), MXFP4_TOKENS, MXFP4_RIVALS, format="mxfp4"),
+    Group("gemms", ("qwen30b", "qwen235", "dsv3_tp8"), MXFP4_TOKENS, MXFP4_RIVALS, format="mxfp4"),
+    Group("gemms", ("qwen30b", "qwen235", "dsv3_tp8"), MXFP4_TOKENS, ("ours",)),
     Group("gemms", ("dsv3_ep8", "dsv3_tp8", "qwen235"), (4096, 16384), ("ours", "humming", "deepgemm")),
 )
 INVARIANT = Group(
@@ -171,7 +176,6 @@ class Results:
             **{f"{format}_teraflops": int(rate) for format, rate in TFLOPS.items()},
             unit="microseconds",
             paths={key: rival.label for key, rival in rivals.items()},
-            fewer_bits=[key for key, rival in rivals.items() if rival.fewer_bits],
             before=facts["smi"],
             layers=[],
             gemms=[],

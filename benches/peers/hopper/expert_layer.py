@@ -66,6 +66,56 @@ class Bf16Weights:
         return self.values, None
 
 
+# What the eight magnitudes of e2m1 are, and half way from each to the next: a tie goes to the even code.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def to_mxfp4(values):
+    """[N, K] f32 -> codes [N, K / 2], two to a byte, the first in the low half, and scales [N, K / 32], by the OCP rule."""
+    n, k = values.shape
+    groups = values.view(n, k // 32, 32)
+    exponents = groups.abs().amax(2).clamp(min=2.0**-120).log2().floor() - 2
+    scaled = (groups / exponents.exp2()[..., None]).clamp(-6, 6)
+    magnitudes = scaled.abs().contiguous()
+    known = torch.tensor(E2M1, device=values.device)
+    halves = (known[1:] + known[:-1]) / 2
+    # A value half way between two codes is counted among the smaller ones by the one, among the larger by the other.
+    below, above = torch.bucketize(magnitudes, halves), torch.bucketize(magnitudes, halves, right=True)
+    codes = torch.where(below % 2 == 0, below, above) | (scaled < 0).long() << 3
+    codes = codes.view(n, k // 2, 2).to(torch.uint8)
+    return codes[..., 0] | codes[..., 1] << 4, (exponents + 127).to(torch.uint8)
+
+
+def of_mxfp4(codes, scales):
+    """What codes and scales say: [N, K] f32."""
+    known = torch.tensor((*E2M1, *(-value for value in E2M1)), device=codes.device)
+    n, half = codes.shape
+    pairs = torch.stack([codes & 15, codes >> 4], dim=2).long()
+    return (known[pairs].view(n, -1, 32) * (scales.float() - 127).exp2()[..., None]).view(n, 2 * half)
+
+
+class Mxfp4Weights:
+    """MXFP4: codes [E, N, K / 2] and scales [E, N, K / 32], drawn as the others are."""
+
+    def __init__(self, experts, n, k, seed):
+        self.shape = (experts, n, k)
+        self.codes = torch.empty((experts, n, k // 2), device=DEVICE, dtype=torch.uint8)
+        self.scales = torch.empty((experts, n, k // 32), device=DEVICE, dtype=torch.uint8)
+        for expert in range(experts):
+            self.codes[expert], self.scales[expert] = to_mxfp4(original(self.shape, seed, expert))
+
+    def original(self, expert):
+        """These weights are what they are quantized from: whoever quantizes them once more has the same."""
+        return self.exact(expert, torch.float32)
+
+    def exact(self, expert, dtype=torch.float64):
+        return of_mxfp4(self.codes[expert], self.scales[expert]).to(dtype)
+
+    @property
+    def pair(self):
+        return self.codes, self.scales
+
+
 def original(shape, seed, expert):
     """An expert's weights in f32: the same whenever they are asked for."""
     _, n, k = shape
@@ -76,7 +126,7 @@ def original(shape, seed, expert):
 def layer_weights(shape, format="e4m3"):
     """w13 [E, 2 I, H] and w2 [E, H, I]."""
     hidden, intermediate, experts, _, _ = SHAPES[shape]
-    kind = {"e4m3": Weights, "bf16": Bf16Weights}[format]
+    kind = {"e4m3": Weights, "bf16": Bf16Weights, "mxfp4": Mxfp4Weights}[format]
     return kind(experts, 2 * intermediate, hidden, 1), kind(experts, hidden, intermediate, 2)
 
 

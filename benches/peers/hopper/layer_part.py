@@ -39,9 +39,10 @@ class Ours:
         ]
         step = steps[0]
         permutes, seconds = ([step.bind(c.x, c.ids, c.expert_map) for c in self.calls] for step in steps)
-        up, down = (w.pair for w in self.weights)
-        wide = lambda pair: torch.empty((step.m_sum, pair[0].shape[1]), device="cuda", dtype=torch.bfloat16).normal_()
-        mid, rows = wide(up), wide(down)
+        up, down = self.weights
+        _, intermediate, *_ = SHAPES[self.calls[0].shape]
+        wide = lambda n: torch.empty((step.m_sum, n), device="cuda", dtype=torch.bfloat16).normal_()
+        mid, rows = wide(2 * intermediate), wide(hidden)
         gemm1 = [ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, mid) for p in permutes]
         activation = [ours.bind_activation(mid, p.psum, self.alignment) for p in permutes]
         gemm2 = [
@@ -86,7 +87,8 @@ class Case:
 
     def __init__(self, peer, shape, tokens, weights, layer):
         self.calls, self.weights = calls_for(shape, tokens, weights[1].shape), weights
-        self.mine, self.theirs = Ours(layer, self.calls, weights), Theirs(peer, self.calls, weights)
+        self.mine = Ours(layer, self.calls, [w.pair for w in weights])
+        self.theirs = Theirs(peer, self.calls, weights)
         self.row = dict(shape=shape, tokens=tokens)
         self.numbers = sum(w.shape[1] * w.shape[2] for w in weights)
         self.active, self.live = mean(c.active for c in self.calls), mean(c.live for c in self.calls)

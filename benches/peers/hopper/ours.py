@@ -26,6 +26,16 @@ _lib.expertile_layer.argtypes = [_size] * 6 + [_word] * 4
 _lib.expertile_layer_choice.argtypes = [_size, _size, ctypes.POINTER(_size)]
 _lib.expertile_bind_layer.restype = _size
 _lib.expertile_bind_layer.argtypes = [_size, _size] + [_word] * 6
+if hasattr(_lib, "expertile_mxfp4_weights"):
+    # A build of before these weights has no such functions.
+    _lib.expertile_mxfp4_weights.restype = _size
+    _lib.expertile_mxfp4_weights.argtypes = [_size] * 3 + [_word, _word, ctypes.c_bool]
+    _lib.expertile_mxfp4_bytes.restype = _size
+    _lib.expertile_mxfp4_bytes.argtypes = [_size]
+    _lib.expertile_bind_mxfp4_gemm.restype = _size
+    _lib.expertile_bind_mxfp4_gemm.argtypes = [_size] * 3 + [_word] * 6 + [_size]
+    _lib.expertile_mxfp4_layer.restype = _size
+    _lib.expertile_mxfp4_layer.argtypes = [_size] * 5
 _lib.expertile_launch.argtypes = [_size, _word]
 _lib.expertile_check.argtypes = [_size, _word]
 
@@ -170,9 +180,31 @@ def bind_unpermute(rows, inv_perm, weights, out):
     )
 
 
+class Mxfp4:
+    """MXFP4 weights [E, N, K] as the GEMM reads them, for e4m3 or bf16 rows, of blocks [E, N, K / 2] and scales
+    [E, N, K / 32]. A layer's memory is never given back, nor is theirs."""
+
+    def __init__(self, blocks, scales, bf16_rows=False):
+        experts, n, half = blocks.shape
+        self.shape = (experts, n, 2 * half)
+        torch.cuda.synchronize()
+        self.handle = _checked(
+            _lib.expertile_mxfp4_weights(*self.shape, blocks.data_ptr(), scales.data_ptr(), bf16_rows)
+        )
+        self.bytes = _lib.expertile_mxfp4_bytes(self.handle)
+
+
 def bind_gemm(tile, weights, rows, scales, layout, out, out_scales=None):
-    """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]); `layout` is a bound permutation whose worklist has the
-    tile's rows. With `out_scales` the activation is in it: `out` is then e4m3 [M_sum, N / 2]."""
+    """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]), or Mxfp4; `layout` is a bound permutation whose worklist has
+    the tile's rows. With `out_scales` the activation is in it: `out` is then e4m3 [M_sum, N / 2]."""
+    if isinstance(weights, Mxfp4):
+        row_tile, _, _, _, outputs = tile
+        tensors = (rows, scales, out, layout.header, layout.worklist, layout.psum)
+        addresses = (tensor.data_ptr() for tensor in tensors)
+        return Bound(
+            _lib.expertile_bind_mxfp4_gemm(row_tile, outputs, weights.handle, *addresses, rows.shape[0]),
+            (weights, rows, scales, layout, out),
+        )
     values, weight_scales = weights
     return Bound(
         _lib.expertile_bind_gemm(
@@ -194,11 +226,15 @@ def bind_gemm(tile, weights, rows, scales, layout, out, out_scales=None):
 
 
 class Layer:
-    """The whole layer; w13 and w2 are pairs as for `bind_gemm`, or of bf16 weights and None."""
+    """The whole layer; w13 and w2 are as for `bind_gemm`, or pairs of bf16 weights and None."""
 
     def __init__(self, w13, w2, topk, global_experts, max_tokens):
-        experts, hidden, intermediate = w2[0].shape
         self._keep = (w13, w2)
+        if isinstance(w13, Mxfp4):
+            handles = (w13.handle, w2.handle)
+            self._handle = _checked(_lib.expertile_mxfp4_layer(topk, global_experts, max_tokens, *handles))
+            return
+        experts, hidden, intermediate = w2[0].shape
         self._handle = _checked(
             _lib.expertile_layer(
                 hidden,

@@ -6,11 +6,17 @@ import json
 import sys
 
 OURS = "ours"
+TITLES = {
+    "e4m3": "e4m3 experts with 128 x 128 block scales:",
+    "bf16": "bf16 experts:",
+    "mxfp4": "MXFP4 experts:",
+}
 
 
 def peers(data, row):
-    """Times of the others that do the same work on the same bits."""
-    return {key: row[key] for key in data["paths"] if key in row and key != OURS and key not in data["fewer_bits"]}
+    """Times of the others that do the same work on the same bits; another way of ours is no peer."""
+    others = (key for key in data["paths"] if key in row and key.split("_")[0] != OURS)
+    return {key: row[key] for key in others}
 
 
 def ratio(data, row):
@@ -84,10 +90,9 @@ def invariance_table(data):
 
 def merged(files):
     """One of several runs: of a layer and size that was measured twice, the later."""
-    data = dict(files[-1], paths={}, fewer_bits=[], layers=[], gemms=[], invariance=[])
+    data = dict(files[-1], paths={}, layers=[], gemms=[], invariance=[])
     for file in files:
         data["paths"] |= file["paths"]
-        data["fewer_bits"] = sorted({*data["fewer_bits"], *file["fewer_bits"]})
         data["dry_run"] = data.get("dry_run") or file.get("dry_run", False)
         for part, inside in (("layers", "rows"), ("gemms", "rows"), ("invariance", "values")):
             for layer in file[part]:
@@ -114,12 +119,14 @@ def markdown(files):
         yield "DRY RUN: no time was measured"
     yield ""
     yield f"{data['date']}, {data['device']}, driver {data['driver']}, commit {data['commit']}; microseconds."
-    for format, title in (("e4m3", "e4m3 experts with 128 x 128 block scales:"), ("bf16", "bf16 experts:")):
+    for format, title in TITLES.items():
         layers = [layer for layer in data["layers"] if layer["format"] == format]
         if layers:
             yield from ("", title, "", *table(data, layers))
-    if data["gemms"]:
-        yield from ("", "GEMM 1 + GEMM 2 alone:", "", *table(data, data["gemms"]))
+    for format, title in TITLES.items():
+        layers = [layer for layer in data["gemms"] if layer["format"] == format]
+        if layers:
+            yield from ("", f"GEMM 1 + GEMM 2 alone, {title}", "", *table(data, layers))
     if any(
         row.get("choice", {}).get("triton", {}).get("tuned") is False
         for layer in data["layers"]

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 # Of weights read, and of products in the format of weights and rows: what a Hopper gave on random data, hot.
 READ_TBS = 4.43
-TFLOPS = {"e4m3": 1300.0, "bf16": 700.0}
-WEIGHT_BYTES = {"e4m3": 1, "bf16": 2}
+# Rows beside MXFP4 weights are e4m3; those beside the others have their format.
+TFLOPS = {"e4m3": 1300.0, "bf16": 700.0, "mxfp4": 1300.0}
+WEIGHT_BYTES = {"e4m3": 1, "bf16": 2, "mxfp4": 17 / 32}
 
 
 class Shape(NamedTuple):

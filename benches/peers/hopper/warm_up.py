@@ -38,6 +38,9 @@ class HollowWeights:
         experts, n, k = self.shape
         if self.format == "bf16":
             return torch.empty(self.shape, device=DEVICE, dtype=torch.bfloat16), None
+        if self.format == "mxfp4":
+            empty = lambda k: torch.zeros((experts, n, k), device=DEVICE, dtype=torch.uint8)
+            return empty(k // 2), empty(k // 32)
         values = torch.empty(self.shape, device=DEVICE, dtype=torch.float8_e4m3fn)
         return values, torch.ones((experts, n // 128, k // 128), device=DEVICE)
 

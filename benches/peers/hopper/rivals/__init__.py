@@ -1,6 +1,6 @@
 """The expert layers that are compared, by key. One more is a class of `base.Rival` in a module of its own."""
 
-from rivals.expertile import Expertile
+from rivals.expertile import Expertile, ExpertileW4A16
 from rivals.humming import Humming, HummingBatchInvariant, HummingMxfp4
 from rivals.vllm_deepgemm import VllmDeepGemm
 from rivals.vllm_triton import VllmTriton, VllmTritonBatchInvariant
@@ -16,5 +16,6 @@ RIVALS = {
         VllmTritonBatchInvariant(),
         HummingBatchInvariant(),
         HummingMxfp4(),
+        ExpertileW4A16(),
     )
 }

@@ -32,10 +32,8 @@ class Rival:
     formats: tuple[str, ...] = ("e4m3",)
     # It promises that a token's result does not depend on the other tokens.
     batch_invariant = False
-    # Its GEMMs read fewer bits than the layer's format has: shown, but no peer of the same work.
-    fewer_bits = False
-    # Where it is said that weights are not the layer's own, how far it may be from the layer, whole and by row.
-    limits: tuple[float, float] | None = None
+    # It does not quantize rows, whatever weights are.
+    bf16_rows = False
 
     def missing(self) -> str | None:
         """Why it cannot run on this machine, if it cannot."""

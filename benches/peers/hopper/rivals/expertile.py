@@ -13,7 +13,7 @@ LIBRARY = os.environ.get("EXPERTILE_LIB", str(FOLDER / "libexpertile_vllm_gpu.so
 
 class Expertile(Rival):
     key, label = "ours", "Expertile"
-    formats = ("e4m3", "bf16")
+    formats = ("e4m3", "bf16", "mxfp4")
     batch_invariant = True
     compiles_together = True
 
@@ -30,14 +30,27 @@ class Expertile(Rival):
         return Loaded(shape, format, weights, tokens)
 
 
+class ExpertileW4A16(Expertile):
+    """The same on bf16 rows."""
+
+    key, label = "ours_w4a16", "Expertile, bf16 rows"
+    formats = ("mxfp4",)
+    bf16_rows = True
+
+    def load(self, shape, format, weights, tokens):
+        return Loaded(shape, format, weights, tokens, bf16_rows=True)
+
+
 class Loaded:
-    def __init__(self, shape, format, weights, tokens):
+    def __init__(self, shape, format, weights, tokens, bf16_rows=False):
         # The library is loaded where it is used, so that the rest works without it.
         import ours
 
-        self.format, self.weights = format, weights
         _, _, _, topk, global_experts = SHAPES[shape]
-        self.layer = ours.Layer(*(w.pair for w in weights), topk, global_experts, max(tokens))
+        self.weights = [ours.Mxfp4(*w.pair, bf16_rows) if format == "mxfp4" else w.pair for w in weights]
+        self.layer = ours.Layer(*self.weights, topk, global_experts, max(tokens))
+        # The steps of the interface permute and activate e4m3 rows.
+        self.apart = format == "e4m3" or (format == "mxfp4" and not bf16_rows)
 
     def prepare(self, calls):
         import layer_part
@@ -50,5 +63,5 @@ class Loaded:
             stages = mine.stages()
             return stages["gemm1"], stages["gemm2"]
 
-        apart = gemms if self.format == "e4m3" else None
+        apart = gemms if self.apart else None
         return Prepared(mine.bounds, mine.outs, facts, lambda index: mine.bounds[index].check(), apart)

@@ -7,11 +7,11 @@ from rivals.base import Prepared, Rival
 
 
 class StandIn(Rival):
-    formats = ("e4m3", "bf16")
+    formats = ("e4m3", "bf16", "mxfp4")
 
     def __init__(self, rival):
         self.key, self.label, self.batch_invariant = rival.key, rival.label, rival.batch_invariant
-        self.fewer_bits, self.limits = rival.fewer_bits, rival.limits
+        self.bf16_rows = rival.bf16_rows
         self.unsupported = rival.unsupported
 
     def version(self):

@@ -301,8 +301,8 @@ fn words_of_kernel(kernel: GemmKernel) -> [usize; 5] {
 }
 
 /// The kernel that has these words, if there is one.
-fn kernel_of_words(words: [usize; 5]) -> Result<GemmKernel> {
-    let mut kernels = GemmKernel::all(WeightFormat::E4m3).into_iter().chain(GemmKernel::all_split());
+fn kernel_of_words(format: WeightFormat, words: [usize; 5]) -> Result<GemmKernel> {
+    let mut kernels = GemmKernel::all(format).into_iter().chain(GemmKernel::all_split());
     let expected = "the words of a GEMM kernel: row tile, sharing blocks, parts of K, tokens on M, outputs".into();
     kernels.find(|&kernel| words_of_kernel(kernel) == words).ok_or(Error::Value {
         argument: "row_tile",
@@ -341,7 +341,7 @@ pub unsafe extern "C" fn expertile_bind_gemm(
         let config = GemmConfig {
             format: WeightFormat::E4m3,
             activation_format: ActivationFormat::E4m3,
-            kernel: kernel_of_words([row_tile, shared, splits, usize::from(wide != 0), outputs])?,
+            kernel: kernel_of_words(WeightFormat::E4m3, [row_tile, shared, splits, usize::from(wide != 0), outputs])?,
             activation: (out_scales != 0).then(Activation::default),
         };
         let step = Arc::new(Gemm::prepare(&device()?, config)?);
@@ -358,6 +358,110 @@ pub unsafe extern "C" fn expertile_bind_gemm(
             m_sum,
         };
         Ok(Bound::Gemm { step, weights, operands })
+    };
+    hand_over(make())
+}
+
+/// MXFP4 weights `[E, N, K]`, of `blocks` and `scales` as checkpoints have them, arranged for e4m3 rows or for bf16 ones.
+/// They are never freed.
+///
+/// # Safety
+/// The addresses are device memory of the sizes that `Weights` says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_mxfp4_weights(
+    experts: usize,
+    n: usize,
+    k: usize,
+    blocks: u64,
+    scales: u64,
+    bf16_rows: bool,
+) -> usize {
+    let make = || {
+        let (blocks, scales) = (DevicePtr::new(blocks), DevicePtr::new(scales));
+        // SAFETY: the caller's promise.
+        let weights = unsafe { Weights::from_device_mxfp4((experts, n, k), blocks, scales)? };
+        Ok(Mxfp4 { weights: weights.arrange(&device()?, rows_of(bf16_rows))?, rows: rows_of(bf16_rows) })
+    };
+    hand_over(make())
+}
+
+/// Arranged weights, and what rows they are for.
+pub struct Mxfp4 {
+    weights: Weights,
+    rows: ActivationFormat,
+}
+
+fn rows_of(bf16: bool) -> ActivationFormat {
+    if bf16 { ActivationFormat::Bf16 } else { ActivationFormat::E4m3 }
+}
+
+/// Bytes of MXFP4 weights as they are arranged.
+///
+/// # Safety
+/// `weights` came from [`expertile_mxfp4_weights`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_mxfp4_bytes(weights: *const Mxfp4) -> usize {
+    // SAFETY: the caller's promise.
+    unsafe { &*weights }.weights.bytes()
+}
+
+/// Prepares and binds the grouped GEMM of MXFP4 weights, whose tiles have that many rows and outputs.
+///
+/// # Safety
+/// As [`expertile_mxfp4_bytes`] and [`expertile_bind_gemm`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_bind_mxfp4_gemm(
+    row_tile: usize,
+    outputs: usize,
+    weights: *const Mxfp4,
+    rows: u64,
+    scales: u64,
+    out: u64,
+    header: u64,
+    worklist: u64,
+    psum: u64,
+    m_sum: usize,
+) -> usize {
+    // SAFETY: the caller's promise.
+    let weights = unsafe { &*weights };
+    let make = || {
+        let format = WeightFormat::Mxfp4;
+        let kernel = kernel_of_words(format, [row_tile, 1, 1, 0, outputs])?;
+        let config = GemmConfig { format, activation_format: weights.rows, kernel, activation: None };
+        let step = Arc::new(Gemm::prepare(&device()?, config)?);
+        let operands = GemmOperands {
+            rows: DevicePtr::new(rows),
+            scales: optional(scales),
+            out: DevicePtr::new(out),
+            out_scales: None,
+            header: DevicePtr::new(header),
+            worklist: DevicePtr::new(worklist),
+            ends: RowEnds::Psum(DevicePtr::new(psum)),
+            m_sum,
+        };
+        Ok(Bound::Gemm { step, weights: weights.weights.clone(), operands })
+    };
+    hand_over(make())
+}
+
+/// Prepares the whole layer of MXFP4 weights `[E, 2 I, H]` and `[E, H, I]`; else as [`expertile_layer`].
+///
+/// # Safety
+/// As [`expertile_mxfp4_bytes`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_mxfp4_layer(
+    topk: usize,
+    global_experts: usize,
+    max_tokens: usize,
+    w13: *const Mxfp4,
+    w2: *const Mxfp4,
+) -> usize {
+    // SAFETY: the caller's promise.
+    let (w13, w2) = unsafe { (&*w13, &*w2) };
+    let make = || {
+        let config = LayerConfig::new(topk, global_experts, w13.rows);
+        let (up, down) = (w13.weights.clone(), w2.weights.clone());
+        Ok(Arc::new(Layer::prepare(&device()?, up, down, config, max_tokens)?))
     };
     hand_over(make())
 }

@@ -57,15 +57,31 @@ __device__ __forceinline__ int place_in_group(int lane, int i) {
     return FORMAT == Format::E4M3 ? 4 * lane + i % 4 + 16 * (i / 4) : 2 * lane + i % 2 + 8 * (i / 2);
 }
 
+// A nibble as value i of a word.
+__device__ __forceinline__ u32 bits_of(u32 nibble, int i) {
+    const u32 magnitude = nibble & 7u;
+    const u32 sign = nibble >> 3;
+    if constexpr (FORMAT == Format::E4M3)
+        return magnitude << (4 * (i % 4) + 16 * (i / 4)) | sign << (8 * (i % 4) + (i < 4 ? 7 : 3));
+    const int from = 16 * (i % 2);
+    if (i < 6) return (magnitude << (6 - 3 * (i / 2)) | sign << (15 - 3 * (i / 2))) << from;
+    return ((magnitude & 3u) << 10 | (magnitude >> 2) << 13 | sign << 14) << from;
+}
+
+// Value i of a word as a nibble.
+__device__ __forceinline__ u32 nibble_of(u32 word, int i) {
+    if constexpr (FORMAT == Format::E4M3)
+        return (word >> (4 * (i % 4) + 16 * (i / 4)) & 7u) | (word >> (8 * (i % 4) + (i < 4 ? 7 : 3)) & 1u) << 3;
+    const u32 half = word >> 16 * (i % 2);
+    if (i < 6) return (half >> (6 - 3 * (i / 2)) & 7u) | (half >> (15 - 3 * (i / 2)) & 1u) << 3;
+    return (half >> 10 & 3u) | (half >> 13 & 1u) << 2 | (half >> 14 & 1u) << 3;
+}
+
 // The word of lane % 4 = `lane` of a group.
 __device__ __forceinline__ u32 word_of(const u8* block, int lane) {
     u32 word = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const u32 value = nibble(block, place_in_group(lane, i));
-        const int at = i % 4;
-        word |= (value & 7u) << (4 * at + 16 * (i / 4)) | (value >> 3) << (8 * at + (i < 4 ? 7 : 3));
-    }
+    for (int i = 0; i < 8; ++i) word |= bits_of(nibble(block, place_in_group(lane, i)), i);
     return word;
 }
 
@@ -157,11 +173,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) unpack(const __grid_consta
             const u32 word = load_word(unit + (thread + lane) * 16 + part * 4);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const int at = i % 4;
-                const u32 magnitude = word >> (4 * at + 16 * (i / 4)) & 7u;
-                const u32 sign = word >> (8 * at + (i < 4 ? 7 : 3)) & 1u;
                 const int k = place_in_group(lane, i);
-                words[k / 8] |= (magnitude | sign << 3) << 4 * (k % 8);
+                words[k / 8] |= nibble_of(word, i) << 4 * (k % 8);
             }
         }
         u8* block = a.blocks + index * 16;

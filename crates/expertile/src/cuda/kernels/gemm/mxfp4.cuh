@@ -5,10 +5,13 @@
 // behind the other: [experts, n / 64, k / 64, UNIT_BYTES], both rounded up.
 //
 //   thread's word 2 * group + half    of output 16 * warp + 8 * half + lane / 4
-//   bits of a word                    value i < 4: magnitude from bit 4 i, sign at 8 i + 7; value 4 + i: magnitude from
-//                                     bit 16 + 4 i, sign at 8 i + 3
-//   for rows of e4m3                  value i is k = 4 * (lane % 4) + i % 4 + 16 * (i / 4) of the group
-//   for rows of bf16                  value i is k = 2 * (lane % 4) + i % 2 + 8 * (i / 2) of the group
+//   for rows of e4m3                  value i is k = 4 * (lane % 4) + i % 4 + 16 * (i / 4) of the group; where i < 4, its
+//                                     magnitude is from bit 4 i, its sign at 8 i + 7; that of value 4 + i from bit
+//                                     16 + 4 i, its sign at 8 i + 3
+//   for rows of bf16                  value i is k = 2 * (lane % 4) + i % 2 + 8 * (i / 2) of the group; for an even i its
+//                                     bits are in the lower half, for an odd one likewise in the upper half: where
+//                                     i / 2 < 3, the magnitude from bit 6 - 3 * (i / 2), the sign 9 above; of the last
+//                                     two the magnitude's bits are 10, 11 and 13, the sign 14
 //   scales                            [warp][lane / 4][group][half]
 //
 // A scale is said by the steps, powers of two, that it is below the largest of its output (`exponents`). Up to
@@ -36,15 +39,15 @@ template <>
 struct Fold<Format::BF16> {
     static constexpr int TOP = 0;
     static constexpr int MOST_STEPS = 125;
+    // As the lowest bits of a bf16's exponent and the highest of its mantissa e2m1's are the value itself, subnormal or
+    // not, times 2^-126.
+    static constexpr u32 PLACE = 0x81c081c0u;
+    static constexpr u32 UNPLACED = 0x7e807e80u;  // 2^126, twice
 };
 
-// The bytes of 0, 0.5, 1, 1.5, 2, 3, 4 and 6, TOP exponents up as e4m3; as bf16 the upper and lower bytes.
+// The bytes of 0, 0.5, 1, 1.5, 2, 3, 4 and 6, TOP exponents up as e4m3.
 constexpr u32 E4M3_LOW = 0x6c686000u;
 constexpr u32 E4M3_HIGH = 0x7c787470u;
-constexpr u32 BF16_UPPER_LOW = 0x3f3f3f00u;
-constexpr u32 BF16_UPPER_HIGH = 0x40404040u;
-constexpr u32 BF16_LOWER_LOW = 0xc0800000u;
-constexpr u32 BF16_LOWER_HIGH = 0xc0804000u;
 
 // The eight values of a word as bytes of e4m3: four in each result.
 __device__ __forceinline__ void decode_word(u32 word, u32 low_table, u32 high_table, u32& first, u32& second) {
@@ -53,16 +56,17 @@ __device__ __forceinline__ void decode_word(u32 word, u32 low_table, u32 high_ta
     second = permute_bytes(low_table, high_table, magnitudes >> 16) | (word << 4 & 0x80808080u);
 }
 
-// Four of them as bf16: values 0, 1 and 2, 3 by pairs. `signs` has them at the top of its bytes.
-__device__ __forceinline__ void decode_pairs(u32 magnitudes, u32 signs, u32& first, u32& second) {
-    const u32 lower = permute_bytes(BF16_LOWER_LOW, BF16_LOWER_HIGH, magnitudes);
-    const u32 upper = permute_bytes(BF16_UPPER_LOW, BF16_UPPER_HIGH, magnitudes) | (signs & 0x80808080u);
-    first = permute_bytes(lower, upper, 0x5140);
-    second = permute_bytes(lower, upper, 0x7362);
+// The same as four pairs of bf16, two registers apart, times 2^-126.
+__device__ __forceinline__ void place_word(u32 word, u32* pairs) {
+    constexpr u32 PLACE = Fold<Format::BF16>::PLACE;
+    pairs[0] = word & PLACE;
+    pairs[2] = word << 3 & PLACE;
+    pairs[4] = word << 6 & PLACE;
+    pairs[6] = (word >> 4 & 0x00c000c0u) | (word >> 5 & 0x01000100u) | (word << 1 & 0x80008000u);
 }
 
 // Byte i of a word.
-__device__ __forceinline__ u32 byte_of(u32 word, int i) { return word >> 8 * i & 0xffu; }
+__device__ __forceinline__ u32 byte_of(u32 word, int i) { return permute_bytes(word, 0, 0x4440 + i); }
 
 // The operand registers of GROUP of a unit, four for each instruction, from the thread's words and its outputs' steps.
 // FOLDS: whether the steps are folded in.
@@ -73,20 +77,17 @@ __device__ __forceinline__ void decode_group(const uint4& words, u32 steps, u32*
         const u32 word = GROUP == 0 ? (half == 0 ? words.x : words.y) : (half == 0 ? words.z : words.w);
         const u32 i = 2 * GROUP + half;
         if constexpr (FORMAT == Format::E4M3) {
-            // A folded scale is eight times its steps: one step is 8 in a byte of e4m3, but for zero.
-            const u32 low = FOLDS ? E4M3_LOW - permute_bytes(steps, 0, i * 0x1110 + 4) : E4M3_LOW;
-            const u32 high = FOLDS ? E4M3_HIGH - permute_bytes(steps, 0, i * 0x1111) : E4M3_HIGH;
+            // A folded scale is eight times its steps: one step is 8 in a byte of e4m3, but for zero. Multiplied, as
+            // integer products run beside everything else here.
+            const u32 low = FOLDS ? E4M3_LOW - byte_of(steps, i) * 0x01010100u : E4M3_LOW;
+            const u32 high = FOLDS ? E4M3_HIGH - byte_of(steps, i) * 0x01010101u : E4M3_HIGH;
             decode_word(word, low, high, a[half], a[2 + half]);
         } else {
-            const u32 magnitudes = word & 0x77777777u;
-            decode_pairs(magnitudes, word, a[half], a[2 + half]);
-            decode_pairs(magnitudes >> 16, word << 4, a[4 + half], a[6 + half]);
-            if constexpr (FOLDS) {
-                // 2^-steps, twice.
-                const u32 power = 0x3f803f80u - byte_of(steps, i) * 0x00800080u;
+            place_word(word, a + half);
+            // 2^126, and 2^-steps.
+            const u32 power = Fold<FORMAT>::UNPLACED - (FOLDS ? byte_of(steps, i) * 0x00800080u : 0);
 #pragma unroll
-                for (int j = 0; j < 8; j += 2) a[j + half] = multiply_bf16_pairs(a[j + half], power);
-            }
+            for (int j = 0; j < 8; j += 2) a[j + half] = multiply_bf16_pairs(a[j + half], power);
         }
     }
 }

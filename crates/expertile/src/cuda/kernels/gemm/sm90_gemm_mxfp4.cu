@@ -21,8 +21,8 @@ struct Config : HostConfig {
     static constexpr int CONSUMERS = OUTPUTS / OUTPUTS_OF_CONSUMER;
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
     static constexpr int BLOCKS = HOST_BLOCKS;
-    static constexpr int PRODUCER_REGISTERS = 40;
-    static constexpr int CONSUMER_REGISTERS = BLOCKS > 1 ? 96 : 232;
+    static constexpr int PRODUCER_REGISTERS = BLOCKS > 1 ? 32 : 40;
+    static constexpr int CONSUMER_REGISTERS = BLOCKS > 1 ? 104 : 232;
     static constexpr bool GATE_AND_UP = false;
     static constexpr int WEIGHT_BOXES = 1;
     static constexpr int CLUSTER_COLUMNS = 1;
@@ -54,6 +54,11 @@ struct SharedStorage {
 };
 
 static_assert(AgreesWithHost<Config, SharedStorage>::value);
+// A block moves registers among its own threads: it starts with as many as the launch bounds leave to each, in eights.
+static_assert(Config::CONSUMERS == 1 ||
+                  Config::PRODUCER_REGISTERS + Config::CONSUMERS * Config::CONSUMER_REGISTERS <=
+                      (1 + Config::CONSUMERS) * (65536 / (Config::BLOCKS * Config::THREADS) / 8 * 8),
+              "consumers would wait for registers that nobody gives back");
 static_assert(Config::MULTICAST == 1 && Config::K_SPLITS == 1, "there is no kernel for this");
 static_assert(sizeof(SharedStorage::rows[0]) % 1024 == 0, "every stage starts on a pattern of the swizzle");
 
@@ -150,37 +155,42 @@ __device__ __forceinline__ void produce_rows(const Args& a, Ring ring, StaticSch
     for (int i = 0; i < FULL_ARRIVALS - 1; ++i) arrive(ring.full());
 }
 
-// This thread's words of a unit of a block of K, and its outputs' steps. Past the last unit of K the words are zero.
+// This thread's words of a unit of a block of K, and its outputs' steps.
 struct Unit {
     uint4 words;
     u32 steps;
 
-    __device__ __forceinline__ Unit(const Ring& ring, int consumer, int unit, bool there) {
+    __device__ __forceinline__ Unit(const Ring& ring, int consumer, int unit) {
         const int thread = threadIdx.x % WARPGROUP;
         const u32 from = ring.weights(consumer) + unit * UNIT_BYTES;
-        words = there ? load_shared_words(from + thread * 16) : make_uint4(0, 0, 0, 0);
+        words = load_shared_words(from + thread * 16);
         steps = load_shared_word(from + UNIT_VALUE_BYTES + thread / 4 * 4);
     }
 };
 
-// The M operand of a block of K, of which `units` are there.
+// The M operand of a block of K, of which `units` are there; past the last unit of K it is zero.
 __device__ __forceinline__ void decode_block(const Ring& ring, int consumer, int units, u32 (&a)[Config::REGISTERS]) {
     constexpr int EACH = GROUP_REGISTERS<FORMAT>;
 #pragma unroll
     for (int unit = 0; unit < Config::UNITS; ++unit) {
-        const Unit mine(ring, consumer, unit, unit < units);
-        decode_group<FORMAT, 0, true>(mine.words, mine.steps, a + 2 * EACH * unit);
-        decode_group<FORMAT, 1, true>(mine.words, mine.steps, a + 2 * EACH * unit + EACH);
+        u32* to = a + 2 * EACH * unit;
+        if (unit == 0 || unit < units) {
+            const Unit mine(ring, consumer, unit);
+            decode_group<FORMAT, 0, true>(mine.words, mine.steps, to);
+            decode_group<FORMAT, 1, true>(mine.words, mine.steps, to + EACH);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 2 * EACH; ++i) to[i] = 0;
+        }
     }
 }
 
-// Rows of a tile are multiplied in pieces of at most 64, so that the products of one run while those of another are
-// added; fewer where several blocks share the registers.
+// Rows of a tile are multiplied in pieces of at most 64: the products of one run while those of another are added, but
+// where several blocks share the registers.
 template <int N>
-constexpr int PIECE = Config::BLOCKS > 1 ? (N % 32 == 0 ? 32 : N)
-                                         : (N <= 64       ? N
-                                            : N % 64 == 0 ? 64
-                                                          : N / 2);
+constexpr int PIECE = N < 64 ? N : Config::BLOCKS > 1 ? 32 : N % 64 == 0 ? 64 : N / 2;
+template <int N>
+constexpr int PIECES_AT_ONCE = N > PIECE<N> && Config::BLOCKS == 1 ? 2 : 1;
 
 // Starts the products of a piece's rows with a block of K.
 template <int ROWS>
@@ -207,74 +217,106 @@ __device__ __forceinline__ void add_scaled(u32 scales, const float (&part)[ROWS 
     }
 }
 
-// The pieces of a block of K from PIECE_INDEX on, of which the one at PIECE_INDEX has been started; those that are even
-// and odd use registers of their own.
-template <int N, int PIECE_INDEX>
-__device__ __forceinline__ void multiply_pieces(const Ring& ring, const u32 (&a)[Config::REGISTERS],
-                                                float (&part)[2][PIECE<N> / 2], float (&sum)[N / 2]) {
+// The products of the pieces that run at once.
+template <int N>
+using Parts = float[PIECES_AT_ONCE<N>][PIECE<N> / 2];
+
+// Adds the pieces of a block of K from PIECE_INDEX on, of which PIECES_AT_ONCE have been started; starts the others.
+template <int N, int PIECE_INDEX = 0>
+__device__ __forceinline__ void add_pieces(const u32 (&a)[Config::REGISTERS], u32 rows, u32 row_scales, Parts<N>& part,
+                                           float (&sum)[N / 2]) {
     constexpr int ROWS = PIECE<N>;
-    constexpr bool MORE = (PIECE_INDEX + 1) * ROWS < N;
-    if constexpr (MORE)
-        start_piece<ROWS>(part[(PIECE_INDEX + 1) % 2], a, ring.rows() + (PIECE_INDEX + 1) * ROWS * ROW_BYTES);
-    wait_for_products<MORE ? 1 : 0>();
-    fence_accumulators(part[PIECE_INDEX % 2]);
-    add_scaled<ROWS>(ring.row_scales() + PIECE_INDEX * ROWS * 4, part[PIECE_INDEX % 2], sum + PIECE_INDEX * (ROWS / 2));
-    if constexpr (MORE) multiply_pieces<N, PIECE_INDEX + 1>(ring, a, part, sum);
+    constexpr int PIECES = N / ROWS;
+    constexpr int AT_ONCE = PIECES_AT_ONCE<N>;
+    wait_for_products<AT_ONCE == 2 && PIECE_INDEX + 1 < PIECES>();
+    fence_accumulators(part[PIECE_INDEX % AT_ONCE]);
+    add_scaled<ROWS>(row_scales + PIECE_INDEX * ROWS * 4, part[PIECE_INDEX % AT_ONCE], sum + PIECE_INDEX * (ROWS / 2));
+    if constexpr (PIECE_INDEX + AT_ONCE < PIECES)
+        start_piece<ROWS>(part[PIECE_INDEX % AT_ONCE], a, rows + (PIECE_INDEX + AT_ONCE) * ROWS * ROW_BYTES);
+    if constexpr (PIECE_INDEX + 1 < PIECES) add_pieces<N, PIECE_INDEX + 1>(a, rows, row_scales, part, sum);
 }
 
-// Adds up the blocks of K of e4m3 rows: products of 128 of K are scaled and added outside the matrix unit.
+// Whether the next block of K is decoded while the products of this one run: where there are registers for it.
 template <int N>
-__device__ __forceinline__ void multiply_scaled(Ring& ring, int k, int consumer, float (&sum)[N / 2]) {
-    float part[2][PIECE<N> / 2];
-    u32 a[Config::REGISTERS];
-    const int blocks = blocks_of(k);
-    const int units = (k + UNIT_K - 1) / UNIT_K;
-    for (int block = 0; block < blocks; ++block) {
-        wait_unless_over(ring.full(), ring.parity(), false);
-        decode_block(ring, consumer, units - block * Config::UNITS, a);
-        start_piece<PIECE<N>>(part[0], a, ring.rows());
-        multiply_pieces<N, 0>(ring, a, part, sum);
-        fence_operands(a);
-        release_without_branch<Config>(ring.empty());
-        ring.advance();
-    }
-}
+constexpr bool DECODES_AHEAD =
+    !HOST_SPREAD && (Config::BLOCKS == 1 || (Config::BLOCKS == 2 && N <= 48) || Config::ROW_TILE == 16);
 
-// Adds up the blocks of K of bf16 rows: sums stay in the matrix unit. While the products of one run, the next one is
-// decoded.
-template <int N>
-__device__ __forceinline__ void multiply_plain(Ring& ring, int k, int consumer, float (&sum)[N / 2]) {
-    constexpr int ROWS = PIECE<N>;
-    const int blocks = blocks_of(k);
-    u32 a[Config::REGISTERS];
+// Waits for a block of K and decodes it; `units` are left of the slab from there on.
+__device__ __forceinline__ void decode_next(const Ring& ring, int consumer, int units, u32 (&a)[Config::REGISTERS]) {
     wait_unless_over(ring.full(), ring.parity(), false);
-    decode_block(ring, consumer, Config::UNITS, a);
-    for (int block = 0; block < blocks; ++block) {
-        fence_accumulators(sum);
-        begin_products();
+    decode_block(ring, consumer, units, a);
+}
+
+// Adds a block of K of e4m3 rows, whose M operand is `a`, and meanwhile decodes the next one, if there is MORE.
+template <int N>
+__device__ __forceinline__ void add_block_scaled(Ring& ring, int consumer, int& units, bool more,
+                                                 u32 (&a)[Config::REGISTERS], u32 (&next)[Config::REGISTERS],
+                                                 float (&sum)[N / 2]) {
+    const u32 rows = ring.rows();
+    const u32 row_scales = ring.row_scales();
+    const u32 current = ring.empty();
+    Parts<N> part;
+    start_piece<PIECE<N>>(part[0], a, rows);
+    if constexpr (PIECES_AT_ONCE<N> > 1) start_piece<PIECE<N>>(part[1], a, rows + PIECE<N> * ROW_BYTES);
+    units -= Config::UNITS;
+    ring.advance();
+    if (DECODES_AHEAD<N> && more) decode_next(ring, consumer, units, next);
+    add_pieces<N>(a, rows, row_scales, part, sum);
+    fence_operands(a);
+    release_without_branch<Config>(current);
+    if (!DECODES_AHEAD<N> && more) decode_next(ring, consumer, units, next);
+}
+
+// The same of bf16 rows.
+template <int N>
+__device__ __forceinline__ void add_block_plain(Ring& ring, int consumer, int& units, bool more,
+                                                u32 (&a)[Config::REGISTERS], u32 (&next)[Config::REGISTERS],
+                                                float (&sum)[N / 2]) {
+    constexpr int ROWS = PIECE<N>;
+    const u32 current = ring.empty();
+    fence_accumulators(sum);
+    begin_products();
 #pragma unroll
-        for (int piece = 0; piece < N / ROWS; ++piece) {
-            const u64 b = operand(ring.rows() + piece * ROWS * ROW_BYTES);
+    for (int piece = 0; piece < N / ROWS; ++piece) {
+        const u64 b = operand(ring.rows() + piece * ROWS * ROW_BYTES);
 #pragma unroll
-            for (int i = 0; i < Config::INSTRUCTIONS; ++i)
-                multiply_registers<FORMAT, ROWS>(sum + piece * (ROWS / 2), a + 4 * i, b + 2 * i, 1);
-        }
-        commit_products();
-        const u32 current = ring.empty();
-        u32 next[Config::REGISTERS];
-        ring.advance();
-        if (block + 1 < blocks) {
-            wait_unless_over(ring.full(), ring.parity(), false);
-            // The kernel with both ways has no registers to spare.
-            if constexpr (HOST_SPREAD) wait_for_products<0>();
-            decode_block(ring, consumer, Config::UNITS, next);
-        }
-        wait_for_products<0>();
-        fence_accumulators(sum);
-        fence_operands(a);
-        release_without_branch<Config>(current);
-#pragma unroll
-        for (int i = 0; i < Config::REGISTERS; ++i) a[i] = next[i];
+        for (int i = 0; i < Config::INSTRUCTIONS; ++i)
+            multiply_registers<FORMAT, ROWS>(sum + piece * (ROWS / 2), a + 4 * i, b + 2 * i, 1);
+    }
+    commit_products();
+    units -= Config::UNITS;
+    ring.advance();
+    if (DECODES_AHEAD<N> && more) decode_next(ring, consumer, units, next);
+    wait_for_products<0>();
+    fence_accumulators(sum);
+    fence_operands(a);
+    release_without_branch<Config>(current);
+    if (!DECODES_AHEAD<N> && more) decode_next(ring, consumer, units, next);
+}
+
+template <int N>
+__device__ __forceinline__ void add_block(Ring& ring, int consumer, int& units, bool more, u32 (&a)[Config::REGISTERS],
+                                          u32 (&next)[Config::REGISTERS], float (&sum)[N / 2]) {
+    if constexpr (Config::SCALED)
+        add_block_scaled<N>(ring, consumer, units, more, a, next, sum);
+    else
+        add_block_plain<N>(ring, consumer, units, more, a, next, sum);
+}
+
+// Adds up the blocks of K. e4m3: products of 128 of K are scaled and added outside the matrix unit. bf16: sums stay in
+// the matrix unit. Two blocks at a time, which take turns with the registers of the M operand.
+template <int N>
+__device__ __forceinline__ void multiply(Ring& ring, int k, int consumer, float (&sum)[N / 2]) {
+    constexpr int OTHER = DECODES_AHEAD<N> ? 1 : 0;
+    u32 a[1 + OTHER][Config::REGISTERS];
+    int blocks = blocks_of(k);
+    int units = (k + UNIT_K - 1) / UNIT_K;
+    decode_next(ring, consumer, units, a[0]);
+    while (true) {
+        add_block<N>(ring, consumer, units, blocks > 1, a[0], a[OTHER], sum);
+        if (--blocks == 0) break;
+        add_block<N>(ring, consumer, units, blocks > 1, a[OTHER], a[0], sum);
+        if (--blocks == 0) break;
     }
 }
 
@@ -329,7 +371,7 @@ __device__ __forceinline__ void multiply_spread(Ring& ring, int k, int consumer,
         wait_for_phase(ring.full(), ring.parity());
 #pragma unroll 1
         for (int i = 0; i < min(units, Config::UNITS); ++i) {
-            SpreadUnit unit(Unit(ring, consumer, i, true), largest);
+            SpreadUnit unit(Unit(ring, consumer, i), largest);
             const u32 row_scales = ring.row_scales() + lane_of_thread() % 4 * 8;
 #pragma unroll
             for (int piece = 0; piece < N / ROWS; ++piece) {
@@ -385,10 +427,7 @@ __device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, Rin
     if constexpr (SPREAD) {
         multiply_spread<N>(ring, a.k, consumer, exponents, sum);
     } else {
-        if constexpr (Config::SCALED)
-            multiply_scaled<N>(ring, a.k, consumer, sum);
-        else
-            multiply_plain<N>(ring, a.k, consumer, sum);
+        multiply<N>(ring, a.k, consumer, sum);
         exponents[0] -= 127 + Fold<FORMAT>::TOP;
         exponents[1] -= 127 + Fold<FORMAT>::TOP;
         multiply_by_powers<N>(exponents, sum);
