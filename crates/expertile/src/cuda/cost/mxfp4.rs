@@ -2,6 +2,9 @@
 
 use crate::cuda::gemm::{FewRowsCut, GemmKernel, GemmShape, ROW_TILES};
 
+/// Rows of an expert above which weights are decoded for all rows of a tile at once.
+const MOST_FEW_ROWS: f64 = 64.0;
+
 /// The tile for a shape.
 pub(super) fn choose(shape: &GemmShape, multiprocessors: usize) -> GemmKernel {
     let experts = shape.experts.max(1);
@@ -11,6 +14,9 @@ pub(super) fn choose(shape: &GemmShape, multiprocessors: usize) -> GemmKernel {
     let mean = shape.rows as f64 / active;
     // Rows are spread about their mean.
     let most = (mean + mean.sqrt()).min(shape.most_rows.max(1) as f64);
+    if most > MOST_FEW_ROWS {
+        return GemmKernel::Wide { shares_rows: false };
+    }
     let row_tile = ROW_TILES.into_iter().find(|&tile| most <= tile as f64).unwrap_or(192);
     // A multiprocessor takes two tiles of 128 outputs at once, or three narrow ones.
     let tiles = active * shape.n.div_ceil(128) as f64;

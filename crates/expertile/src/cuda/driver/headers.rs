@@ -4,7 +4,7 @@
 use std::ffi::CStr;
 
 /// `(name, text)` of every header.
-pub(super) const HEADERS: [(&CStr, &str); 26] = [
+pub(super) const HEADERS: [(&CStr, &str); 27] = [
     (c"common/activation.cuh", include_str!("../kernels/common/activation.cuh")),
     (c"common/quantize.cuh", include_str!("../kernels/common/quantize.cuh")),
     (c"common/scales.cuh", include_str!("../kernels/common/scales.cuh")),
@@ -16,6 +16,7 @@ pub(super) const HEADERS: [(&CStr, &str); 26] = [
     (c"few_tokens/slots.cuh", include_str!("../kernels/few_tokens/slots.cuh")),
     (c"few_tokens/storage.cuh", include_str!("../kernels/few_tokens/storage.cuh")),
     (c"gemm/config.cuh", include_str!("../kernels/gemm/config.cuh")),
+    (c"gemm/decoding.cuh", include_str!("../kernels/gemm/decoding.cuh")),
     (c"gemm/mxfp4.cuh", include_str!("../kernels/gemm/mxfp4.cuh")),
     (c"gemm/pipeline.cuh", include_str!("../kernels/gemm/pipeline.cuh")),
     (c"gemm/products.cuh", include_str!("../kernels/gemm/products.cuh")),

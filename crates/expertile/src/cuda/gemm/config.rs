@@ -102,9 +102,10 @@ impl GemmConfig {
             return Err(Error::WeightFormat { argument: "weights", actual, expected });
         }
         match self.kernel {
-            GemmKernel::FewRows { cut: FewRowsCut::Narrow | FewRowsCut::Plain, .. } => Ok(()),
+            GemmKernel::FewRows { cut: FewRowsCut::Narrow | FewRowsCut::Plain, .. }
+            | GemmKernel::Wide { shares_rows: false } => Ok(()),
             kernel => {
-                let expected = "weights on M, one block to a tile, for mxfp4";
+                let expected = "one block to a tile, of at most 128 outputs, for mxfp4";
                 Err(Error::Name { argument: "kernel", actual: kernel.to_string(), expected })
             }
         }
@@ -119,13 +120,25 @@ impl GemmConfig {
         self.source_of(false)
     }
 
-    /// The source for mxfp4 weights some of whose scales are too far apart to be folded into the decoded values; none
-    /// for other weights.
+    /// The source for mxfp4 weights some of whose scales are too far apart to be folded into the decoded values, which
+    /// is that of [`GemmConfig::for_spread`]; none for other weights.
     ///
     /// # Errors
     /// As [`GemmConfig::source`].
     pub fn spread_source(&self) -> Result<Option<Source>> {
-        (self.format == WeightFormat::Mxfp4).then(|| self.source_of(true)).transpose()
+        self.for_spread().map(|config| config.source_of(true)).transpose()
+    }
+
+    /// How such weights are multiplied: with weights on M, in tiles of as many rows; none for other weights.
+    #[must_use]
+    pub fn for_spread(&self) -> Option<Self> {
+        let kernel = match self.kernel {
+            GemmKernel::Wide { .. } | GemmKernel::Large => {
+                GemmKernel::FewRows { row_tile: self.kernel.row_tile(), cut: FewRowsCut::Plain }
+            }
+            few_rows => few_rows,
+        };
+        (self.format == WeightFormat::Mxfp4).then_some(Self { kernel, ..*self })
     }
 
     fn source_of(&self, spread: bool) -> Result<Source> {
@@ -153,7 +166,11 @@ impl GemmConfig {
                 ("sm90_gemm_few_rows.cu", include_str!("../kernels/gemm/sm90_gemm_few_rows.cu"))
             }
             GemmKernel::Wide { .. } => {
-                definitions.push(activation);
+                let packed = match self.format {
+                    WeightFormat::Mxfp4 => mxfp4::packed(&self.kernel, self.activation_format),
+                    WeightFormat::E4m3 | WeightFormat::Bf16 => 0,
+                };
+                definitions.extend([activation, ("HOST_PACKED", packed as i64)]);
                 ("sm90_gemm_192x128.cu", include_str!("../kernels/gemm/sm90_gemm_192x128.cu"))
             }
             GemmKernel::Large => {

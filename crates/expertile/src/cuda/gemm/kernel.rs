@@ -130,6 +130,7 @@ impl GemmKernel {
         }
         if format == WeightFormat::Mxfp4 {
             kernels.retain(|kernel| kernel.check().is_ok() && kernel.shared() == 1);
+            kernels.push(Self::Wide { shares_rows: false });
             return kernels;
         }
         kernels.extend([Self::Wide { shares_rows: false }, Self::Wide { shares_rows: true }]);

@@ -274,6 +274,11 @@ impl Weights {
         self.require_arranged(activation_format).map(|_| true)
     }
 
+    /// Whether scales are too far apart to be folded into the decoded values.
+    pub(in crate::cuda) fn is_spread(&self) -> bool {
+        self.arranged.is_some_and(|arranged| arranged.spread.is_some())
+    }
+
     /// How mxfp4 is arranged; none for other formats.
     ///
     /// # Errors

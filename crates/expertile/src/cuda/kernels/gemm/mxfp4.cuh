@@ -100,3 +100,20 @@ constexpr int GROUP_REGISTERS = FORMAT == Format::E4M3 ? 4 : 8;
 __device__ __forceinline__ float power_of_two(int exponent) {
     return __uint_as_float(exponent >= -126 ? (u32)(exponent + 127) << 23 : 1u << (exponent + 149));
 }
+
+// 2^exponent in two steps, because one power may be too small for what f32 has of a product.
+struct Power {
+    float one;
+    float other;
+
+    __device__ __forceinline__ explicit Power(int exponent)
+        : one(power_of_two(exponent / 2)), other(power_of_two(exponent - exponent / 2)) {}
+
+    __device__ __forceinline__ float times(float sum) const { return __fmul_rn(__fmul_rn(sum, one), other); }
+};
+
+// What an output's largest scale, folded in so far, leaves for the end.
+template <Format FORMAT>
+__device__ __forceinline__ int exponent_of_sum(int largest) {
+    return largest - 127 - Fold<FORMAT>::TOP;
+}

@@ -333,7 +333,7 @@ struct SpreadUnit {
         decode_group<FORMAT, 1, false>(mine.words, 0, a + GROUP_REGISTERS<FORMAT>);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            powers[i / 2][i % 2] = power_of_two(largest[i % 2] - (int)byte_of(mine.steps, i) - 127 - Fold<FORMAT>::TOP);
+            powers[i / 2][i % 2] = power_of_two(exponent_of_sum<FORMAT>(largest[i % 2] - (int)byte_of(mine.steps, i)));
     }
 };
 
@@ -392,19 +392,16 @@ __device__ __forceinline__ void multiply_spread(Ring& ring, int k, int consumer,
     }
 }
 
-// Multiplies the sums of an output by a power of two, exactly where f32 has the result: in two steps, because one power
-// may be too small for it.
+// Multiplies the sums of an output by a power of two.
 template <int N>
 __device__ __forceinline__ void multiply_by_powers(const int (&exponents)[2], float (&sum)[N / 2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int first = exponents[half] / 2;
-        const float one = power_of_two(first);
-        const float other = power_of_two(exponents[half] - first);
+        const Power power(exponents[half]);
 #pragma unroll
         for (int i = 2 * half; i < N / 2; i += 4) {
-            sum[i] = __fmul_rn(__fmul_rn(sum[i], one), other);
-            sum[i + 1] = __fmul_rn(__fmul_rn(sum[i + 1], one), other);
+            sum[i] = power.times(sum[i]);
+            sum[i + 1] = power.times(sum[i + 1]);
         }
     }
 }
@@ -428,8 +425,8 @@ __device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, Rin
         multiply_spread<N>(ring, a.k, consumer, exponents, sum);
     } else {
         multiply<N>(ring, a.k, consumer, sum);
-        exponents[0] -= 127 + Fold<FORMAT>::TOP;
-        exponents[1] -= 127 + Fold<FORMAT>::TOP;
+        exponents[0] = exponent_of_sum<FORMAT>(exponents[0]);
+        exponents[1] = exponent_of_sum<FORMAT>(exponents[1]);
         multiply_by_powers<N>(exponents, sum);
     }
     if (a.bias != nullptr) add_bias<N>(OutputPair(a.bias + (i64)tile.expert * a.n, a, tile, consumer), sum);
