@@ -218,7 +218,7 @@ mod tests {
         let split = GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::SplitK { parts: 3 } };
         assert!(refuse(WeightFormat::E4m3, split, None).to_string().starts_with("parts is 3"));
         let sharing = GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::SharedRows };
-        for kernel in [wide, GemmKernel::Large, sharing] {
+        for kernel in [GemmKernel::Wide { shares_rows: true }, GemmKernel::Large, sharing] {
             assert!(refuse(WeightFormat::Mxfp4, kernel, None).to_string().starts_with("kernel is "));
         }
         assert!(matches!(refuse(WeightFormat::Mxfp4, few, with), Error::WeightFormat { .. }));

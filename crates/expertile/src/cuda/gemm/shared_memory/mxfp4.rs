@@ -81,7 +81,10 @@ mod tests {
             for rows in ActivationFormat::ALL {
                 let stages = stages(&kernel, rows);
                 let all = blocks(&kernel) * (bytes(&kernel, rows, stages) + RESERVED_BYTES);
-                assert!(stages >= WIDE_STAGES && all <= MOST_BYTES + RESERVED_BYTES, "{kernel}: {stages} stages, {all} bytes");
+                assert!(
+                    stages >= WIDE_STAGES && all <= MOST_BYTES + RESERVED_BYTES,
+                    "{kernel}: {stages} stages, {all} bytes"
+                );
             }
         }
     }
