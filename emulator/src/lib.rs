@@ -9,6 +9,7 @@
 //! | `launch` | a grid: its blocks on threads of the operating system, clusters side by side |
 //! | `block` | a block: its threads as coroutines that take turns, and where they meet |
 //! | `machine` | what a kernel calls: barriers, the copy engine, clusters |
+//! | `nccl` | `nccl...`: ranks that are threads of this process |
 //! | `memory` | device memory that ends at a page nobody may touch; shared memory below 4 GiB |
 //!
 //! Order is hostile on purpose. Threads of a warp run apart from each other between the points where they meet; what
@@ -21,6 +22,7 @@ mod driver;
 mod launch;
 mod machine;
 mod memory;
+mod nccl;
 mod queue;
 
 /// Ends the process: a kernel did what would fail, or hang, on a GPU, or something that this emulator does not know.

@@ -218,27 +218,10 @@ impl MadeUp {
         Ok((ids, weights))
     }
 
-    /// The same for experts that differ: the chance of the n-th most frequent one goes with `1 / sqrt(n)`, and which one
-    /// that is, is drawn.
+    /// The same for experts that differ: [`RoutingName::Zipf`].
     pub(crate) fn zipf_routing(&self, tokens: usize, experts: usize) -> Result<(Vec<i32>, Vec<f32>)> {
         let (_, weights) = self.uniform_routing(tokens, experts)?;
-        let mut random = Random::new(self.seed, [ROUTING, 1, 0]);
-        let mut shares: Vec<u64> = (1..=experts).map(|n| (1e6 / (n as f64).sqrt()) as u64).collect();
-        for last in (1..experts).rev() {
-            shares.swap(last, (random.draw() % (last as u64 + 1)) as usize);
-        }
-        let mut sum = 0;
-        shares.iter_mut().for_each(|share| {
-            sum += *share;
-            *share = sum;
-        });
-        let mut ids = Vec::with_capacity(weights.len());
-        for _ in 0..tokens {
-            let first = ids.len();
-            for _ in 0..self.router.topk {
-                ids.push(draw_another(&mut random, &shares, &ids[first..]));
-            }
-        }
+        let ids = zipf_ids(self.seed, [tokens, self.router.topk], experts);
         Ok((ids, weights))
     }
 
@@ -462,6 +445,47 @@ impl Random {
     pub(crate) fn uniform(&mut self) -> f32 {
         (self.draw() >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
+}
+
+/// How tokens choose experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum RoutingName {
+    /// All alike.
+    Uniform,
+    /// The n-th most frequent one with a chance that goes with 1 / sqrt(n); which one that is, is drawn.
+    Zipf,
+}
+
+impl RoutingName {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Uniform => "uniform",
+            Self::Zipf => "zipf",
+        }
+    }
+}
+
+/// Different experts of each token as [`RoutingName::Zipf`] says: the same for the same seed, wherever they are drawn.
+pub(crate) fn zipf_ids(seed: u64, [tokens, topk]: [usize; 2], experts: usize) -> Vec<i32> {
+    let mut random = Random::new(seed, [ROUTING, 1, 0]);
+    let mut shares: Vec<u64> = (1..=experts).map(|n| (1e6 / (n as f64).sqrt()) as u64).collect();
+    for last in (1..experts).rev() {
+        shares.swap(last, (random.draw() % (last as u64 + 1)) as usize);
+    }
+    let mut sum = 0;
+    shares.iter_mut().for_each(|share| {
+        sum += *share;
+        *share = sum;
+    });
+    let mut ids = Vec::with_capacity(tokens * topk);
+    for _ in 0..tokens {
+        let first = ids.len();
+        for _ in 0..topk {
+            let chosen = draw_another(&mut random, &shares, &ids[first..]);
+            ids.push(chosen);
+        }
+    }
+    ids
 }
 
 /// An expert that is not among `chosen`, with a chance in proportion to its count; -1 if none is left that has one.

@@ -93,9 +93,10 @@ impl CudaExpertParallelLayer {
         let layer = py.detach(|| {
             let link = match link {
                 "nccl" => Link::Nccl(Arc::new(Nccl::join(device, &*exchange, time_limit)?)),
+                "nccl-windows" => Link::Nccl(Arc::new(Nccl::join(device, &*exchange, time_limit)?.with_windows())),
                 "mapped" => Link::Mapped,
                 other => {
-                    let (argument, actual, expected) = ("link", other.to_owned(), "mapped, nccl");
+                    let (argument, actual, expected) = ("link", other.to_owned(), "mapped, nccl, nccl-windows");
                     return Err(Error::Name { argument, actual, expected });
                 }
             };

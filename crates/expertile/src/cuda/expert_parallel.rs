@@ -6,6 +6,7 @@
 //! is in the order of ranks and tokens, so every expert sees the rows, in the order, that it would see on one rank.
 
 mod call;
+mod counted;
 mod kernels;
 mod peers;
 mod safe;
@@ -15,7 +16,6 @@ use super::driver::{Device, DeviceBuffer, DevicePtr, PeerMemory, Source, Stream}
 use super::layer::{Layer, LayerChoice, ReceivedEntry};
 use super::nccl::Nccl;
 use super::weights::Weights;
-use crate::combine::Combine;
 use crate::dispatch::{Dispatch, TokenRow};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
@@ -26,12 +26,13 @@ use crate::expert_parallel::{ParallelChoice, ParallelConfig};
 use crate::layer::{LayerConfig, LayerShape};
 use crate::placement::Placement;
 pub use call::ExpertParallelCall;
-use kernels::{Kernels, MAX_WINDOWS};
+use counted::Counted;
+use kernels::{Kernels, MAX_WINDOWS, Way};
 pub use safe::CapturedExpertParallelLayer;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
-use window::{PlainTokens, WindowParts};
+use window::{PlainTokens, WindowMemory, WindowParts};
 
 /// How bytes get from one GPU to another.
 #[derive(Debug, Clone)]
@@ -39,17 +40,19 @@ pub enum Link {
     /// Kernels store into the other ranks' memory, over NVLink or within one GPU, and wait for flags. For ranks of one
     /// host whose GPUs reach each other; up to 64.
     Mapped,
-    /// NCCL's collectives, with counts that do not depend on the routing: any number of hosts. What
-    /// [`Dispatch::Routed`] needs, counts on the host, a call does not have: such a layer is refused.
+    /// NCCL's collectives: any number of hosts. Every call moves the same number of bytes, whatever the routing, unless
+    /// [`Dispatch::Routed`] is asked for: it moves as many rows as there are, so its calls wait on the host until all
+    /// ranks have counted theirs, and cannot be captured in a graph.
     Nccl(Arc<Nccl>),
 }
 
 impl Link {
     /// Its name.
     #[must_use]
-    pub const fn name(&self) -> &'static str {
+    pub fn name(&self) -> &'static str {
         match self {
             Self::Mapped => "mapped",
+            Self::Nccl(nccl) if nccl.has_windows() => "nccl-windows",
             Self::Nccl(_) => "nccl",
         }
     }
@@ -114,9 +117,11 @@ pub struct ExpertParallelLayer {
     windows: Vec<DevicePtr>,
     /// Before the window: other ranks' are closed first.
     _opened: Vec<PeerMemory>,
-    window: DeviceBuffer,
+    window: WindowMemory,
     state: DeviceBuffer,
     tables: Tables,
+    /// Where a library moves as many rows as there are.
+    counted: Option<Counted>,
     limit: Duration,
 }
 
@@ -162,7 +167,7 @@ impl ExpertParallelLayer {
     /// # Errors
     /// [`Error::OnRank`] for what is wrong on some rank: as [`Layer::prepare`] and [`ParallelChoice::new`];
     /// [`Error::Value`] unless ranks and experts are as placed, and for more ranks than the link takes;
-    /// [`Error::Unsupported`] for [`Dispatch::Routed`] over NCCL; [`Error::Cuda`] if windows cannot be mapped.
+    /// [`Error::Cuda`] if windows cannot be mapped.
     /// [`Error::Disagreement`], [`Error::Absent`], [`Error::Message`].
     pub fn prepare(
         device: &Device,
@@ -186,8 +191,15 @@ impl ExpertParallelLayer {
         let ready = Self::ready(device, (w13, w2), config, parallel, choice, exchange.clone(), link);
         all_are_well(&*exchange, ready.as_ref().err())?;
         let mut ready = ready?;
-        if ready.link.is_mapped() {
-            (ready.windows, ready._opened) = map_peers(device, &*exchange, &ready.window)?;
+        match &mut ready.window {
+            WindowMemory::Own(window) if ready.link.is_mapped() => {
+                (ready.windows, ready._opened) = peers::map_windows(device, &*exchange, window)?;
+            }
+            WindowMemory::Own(_) => {}
+            WindowMemory::Nccl(window) => {
+                let registered = window.register();
+                all_are_well(&*exchange, registered.as_ref().err())?;
+            }
         }
         let met = ready.meet();
         all_are_well(&*exchange, met.as_ref().err())?;
@@ -211,18 +223,20 @@ impl ExpertParallelLayer {
         let layer = Layer::prepare(device, w13, w2, local, choice.most_received_tokens())?;
         let (rank, mapped) = (exchange.rank(), link.is_mapped());
         let plain = PlainTokens::new(&choice, &config)?;
-        let parts = WindowParts::new(&choice, plain.as_ref(), mapped)?;
-        let window = device.allocate(parts.bytes)?;
+        let way = Way::new(choice.dispatch, mapped);
+        let parts = WindowParts::new(&choice, plain.as_ref(), way)?;
+        let window = WindowMemory::allocate(device, &link, parts.bytes)?;
         let state = device.allocate(call::state_bytes(choice.ranks))?;
         // Flags and what has been waited for begin at zero; and slots that no rank has filled are nobody's.
         state.fill(0)?;
-        window.fill(0)?;
+        window.clear(device, parts.bytes)?;
         let mut windows = vec![DevicePtr::default(); choice.ranks];
         windows[rank] = window.ptr();
         Ok(Self {
             entry: ReceivedEntry::prepare(device, &layer)?,
             kernels: Kernels::prepare(device, &choice, plain.as_ref().map(|plain| &plain.row), &config, mapped)?,
             tables: Tables::new(device, &parallel.placement, rank)?,
+            counted: (way == Way::Counted).then(|| Counted::new(device, &choice)).transpose()?,
             limit: TIME_LIMIT,
             _opened: Vec::new(),
             layer,
@@ -246,6 +260,7 @@ impl ExpertParallelLayer {
         for capacity in [1, self.choice.capacity] {
             // SAFETY: the window is the layer's own and as large as that; the default stream always lives.
             unsafe {
+                self.move_headers(nccl, Stream(0))?;
                 self.move_tokens(nccl, Stream(0), capacity)?;
                 self.move_results(nccl, Stream(0), capacity)?;
             }
@@ -255,7 +270,7 @@ impl ExpertParallelLayer {
             return Err(self.absent());
         }
         // What came is nobody's.
-        self.window.fill(0)
+        self.window.clear(self.device(), self.parts.bytes)
     }
 
     /// Waits of calls from now on end after that long. The same on all ranks, or the first to give up is named.
@@ -330,6 +345,12 @@ impl ExpertParallelLayer {
         self.layer.device()
     }
 
+    /// Whether calls can be captured in a graph: not those that wait on the host.
+    #[must_use]
+    pub fn is_capturable(&self) -> bool {
+        self.counted.is_none()
+    }
+
     /// What a call does whose ranks bring up to `capacity` tokens each.
     ///
     /// # Errors
@@ -337,8 +358,14 @@ impl ExpertParallelLayer {
     pub fn choice(&self, capacity: usize) -> Result<ExpertParallelChoice> {
         LayerConfig::require_tokens(capacity, self.choice.capacity)?;
         let layer = self.layer.choice(self.choice.ranks * capacity)?;
-        // Dispatch, two kernels of combine; over NCCL two of dispatch, too, and two groups.
-        let around = if self.link.is_mapped() { 3 } else { 6 };
+        let around = match self.parts.way {
+            // Dispatch, and two kernels of combine.
+            Way::Stored => 3,
+            // One of dispatch, two of combine, and two of NCCL's.
+            Way::Gathered => 5,
+            // Three of dispatch, two of combine, and three of NCCL's.
+            Way::Counted => 8,
+        };
         let (token_row, ready) = (*self.token_row(capacity), !self.is_plain(capacity));
         Ok(ExpertParallelChoice {
             parallel: self.choice,
@@ -372,14 +399,6 @@ impl ExpertParallelLayer {
     }
 }
 
-fn map_peers(
-    device: &Device,
-    exchange: &dyn Exchange,
-    window: &DeviceBuffer,
-) -> Result<(Vec<DevicePtr>, Vec<PeerMemory>)> {
-    peers::map_windows(device, exchange, window)
-}
-
 /// What can be said before anything is prepared.
 fn check(
     shape: &LayerShape,
@@ -406,11 +425,8 @@ fn check(
             let expected = format!("{ranks}, the exchange's, in the same order");
             return Err(Error::value("ranks of NCCL", nccl.ranks(), expected));
         }
-        if parallel.dispatch == Some(Dispatch::Routed) {
-            let (argument, actual) = ("dispatch", "routed, over NCCL");
-            return Err(Error::Unsupported { argument, actual, backend: "cuda", expected: "gather" });
-        }
-        parallel.dispatch = Some(Dispatch::Gather);
+        // Counts that the host waits for are for those who ask for them.
+        parallel.dispatch = parallel.dispatch.or(Some(Dispatch::Gather));
     }
     let choice = ParallelChoice::new(shape.hidden(), config, &parallel, capacity)?;
     Ok((parallel, choice))
@@ -442,9 +458,4 @@ fn terms(
         ("weight_on_input", config.weight_on_input.to_string()),
         ("split_k", config.split_k.to_string()),
     ]
-}
-
-/// Whether results are summed away from home.
-fn sums_travel(choice: &ParallelChoice) -> bool {
-    choice.combine == Combine::Sums
 }

@@ -10,7 +10,7 @@ mod matrix;
 mod steps;
 mod tiles;
 
-pub use expert_parallel::{ExpertParallelBench, ExpertParallelTimes};
+pub use expert_parallel::{ExpertParallelBench, ExpertParallelTimes, SharedDeviceTimes};
 pub use layer::{HostInputs, LayerBench, LayerTimes};
 pub use matrix::matrix_flops_per_second;
 pub use steps::{Inputs, stage_times};

@@ -5,11 +5,12 @@
 
 mod library;
 
-use super::driver::{Device, Stream};
+use super::driver::{Device, DevicePtr, Stream};
 use crate::error::{Error, Result};
 use crate::exchange::Exchange;
 use library::{Communicator, Functions, UniqueId, version_text};
 use std::fmt;
+use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::mpsc;
@@ -23,6 +24,7 @@ pub struct Nccl {
     communicator: Mutex<Result<Handle>>,
     rank: usize,
     ranks: usize,
+    windows: bool,
 }
 
 /// A communicator, which NCCL lets any thread use, one at a time.
@@ -62,7 +64,14 @@ impl Nccl {
         exchange.all_gather(&id?.0, &mut ids)?;
         let id = UniqueId(ids[..128].try_into().expect("128 bytes"));
         let communicator = Self::init(device, functions, (rank, ranks), id, limit)?;
-        Ok(Self { device: device.clone(), functions, communicator: Mutex::new(Ok(communicator)), rank, ranks })
+        Ok(Self {
+            device: device.clone(),
+            functions,
+            communicator: Mutex::new(Ok(communicator)),
+            rank,
+            ranks,
+            windows: false,
+        })
     }
 
     /// In a thread of its own, which is left behind if the others do not come: NCCL has no way to end that wait.
@@ -90,6 +99,23 @@ impl Nccl {
         version_text(self.functions.version)
     }
 
+    /// With NCCL's windows: the layer's memory is then NCCL's own and known on all ranks, which it moves without copies
+    /// in between. It takes NCCL 2.27 or later, and the same choice on all ranks.
+    ///
+    /// Its kernels over windows wait for a rank that has died without end (seen with 2.28.3; 2.30 looks whether
+    /// the communicator was given up): the process has to be ended then, so this is not for where ranks come and go.
+    #[must_use]
+    pub fn with_windows(mut self) -> Self {
+        self.windows = true;
+        self
+    }
+
+    /// Whether it has windows.
+    #[must_use]
+    pub fn has_windows(&self) -> bool {
+        self.windows
+    }
+
     /// This rank.
     #[must_use]
     pub fn rank(&self) -> usize {
@@ -109,42 +135,58 @@ impl Nccl {
         work(communicator)
     }
 
-    /// Queues several gathers as one launch: of each `(from, to, bytes)`, every rank's `bytes` of `from` to `to` of all
-    /// ranks, in the order of ranks.
+    /// Queues a gather in place: part `r` of what starts at `all`, `bytes` of it, is rank `r`'s.
     ///
     /// # Safety
     /// Device memory that large, that nobody else uses when the stream comes to it; every rank calls.
     #[allow(unsafe_code)]
-    pub(in crate::cuda) unsafe fn all_gather(&self, stream: Stream, parts: &[(u64, u64, usize)]) -> Result<()> {
+    pub(in crate::cuda) unsafe fn all_gather(&self, stream: Stream, all: u64, bytes: usize) -> Result<()> {
+        let mine = all + (self.rank * bytes) as u64;
+        // SAFETY: the caller's promise.
+        self.with(|communicator| unsafe { self.functions.all_gather((communicator, stream.0), mine, all, bytes) })
+    }
+
+    /// Queues what goes to each other rank, and what comes from it: where it is, and how many bytes.
+    ///
+    /// # Safety
+    /// As [`Nccl::all_gather`]; as many bytes come as the other rank sends.
+    #[allow(unsafe_code)]
+    pub(in crate::cuda) unsafe fn exchange(
+        &self,
+        stream: Stream,
+        sent: impl Fn(usize) -> (u64, usize),
+        received: impl Fn(usize) -> (u64, usize),
+    ) -> Result<()> {
         self.with(|communicator| {
             self.functions.group(|| {
-                parts.iter().try_for_each(|&(from, to, bytes)| {
-                    // SAFETY: the caller's promise.
-                    unsafe { self.functions.all_gather((communicator, stream.0), from, to, bytes) }
+                (0..self.ranks).filter(|&rank| rank != self.rank).try_for_each(|rank| {
+                    let ((from, sent), (to, received)) = (sent(rank), received(rank));
+                    // SAFETY: the caller's promise. Nothing is not sent, and both sides know.
+                    unsafe {
+                        if sent > 0 {
+                            self.functions.send((communicator, stream.0), from, sent, rank)?;
+                        }
+                        if received > 0 {
+                            self.functions.receive((communicator, stream.0), to, received, rank)?;
+                        }
+                    }
+                    Ok(())
                 })
             })
         })
     }
 
-    /// Queues part `r` of `from` to rank `r`, and to part `r` of `to` what rank `r` sends here, `bytes` each. A rank's
-    /// own part is not touched.
+    /// Memory of NCCL's own kind.
     ///
-    /// # Safety
-    /// As [`Nccl::all_gather`].
-    #[allow(unsafe_code)]
-    pub(in crate::cuda) unsafe fn all_to_all(&self, stream: Stream, from: u64, to: u64, bytes: usize) -> Result<()> {
-        self.with(|communicator| {
-            self.functions.group(|| {
-                (0..self.ranks).filter(|&rank| rank != self.rank).try_for_each(|rank| {
-                    let at = (rank * bytes) as u64;
-                    // SAFETY: the caller's promise.
-                    unsafe {
-                        self.functions.send((communicator, stream.0), from + at, bytes, rank)?;
-                        self.functions.receive((communicator, stream.0), to + at, bytes, rank)
-                    }
-                })
-            })
-        })
+    /// # Errors
+    /// [`Error::Device`] with a version that has none; [`Error::Nccl`].
+    pub(in crate::cuda) fn allocate(self: &Arc<Self>, bytes: usize) -> Result<NcclMemory> {
+        let address = self.with(|_| self.functions.allocate(bytes))?.ok_or_else(|| Error::Device {
+            argument: "NCCL",
+            actual: format!("version {}", self.version()),
+            expected: "2.27 or later, which has windows".into(),
+        })?;
+        Ok(NcclMemory { nccl: self.clone(), address, bytes, window: 0 })
     }
 
     /// What has gone wrong since the last call, as far as NCCL has seen it.
@@ -159,9 +201,21 @@ impl Nccl {
     pub(in crate::cuda) fn give_up(&self, error: Error) {
         let mut communicator = self.communicator.lock().unwrap_or_else(PoisonError::into_inner);
         let taken = if communicator.is_ok() { std::mem::replace(&mut *communicator, Err(error)) } else { return };
-        if let (Ok(Handle(communicator)), Ok(_current)) = (taken, self.device.current()) {
-            // SAFETY: taken out, so nobody uses it any more.
-            unsafe { self.functions.abort(communicator) };
+        let Ok(handle) = taken else { return };
+        let (device, functions) = (self.device.clone(), self.functions);
+        let abort = move || {
+            // The whole handle, not the address in it, which no thread may take along.
+            let Handle(communicator) = { handle };
+            if let Ok(_current) = device.current() {
+                // SAFETY: taken out, so nobody uses it any more.
+                unsafe { functions.abort(communicator) };
+            }
+        };
+        // A kernel over windows may never end, and this would wait for it.
+        if self.windows {
+            std::thread::spawn(abort);
+        } else {
+            abort();
         }
     }
 }
@@ -174,5 +228,49 @@ impl Drop for Nccl {
             // SAFETY: nobody else has this value any more.
             unsafe { self.functions.destroy(communicator) };
         }
+    }
+}
+
+/// Memory that NCCL has allocated, and perhaps knows on all ranks.
+#[derive(Debug)]
+pub(in crate::cuda) struct NcclMemory {
+    nccl: Arc<Nccl>,
+    address: u64,
+    bytes: usize,
+    /// 0 until it is registered.
+    window: u64,
+}
+
+impl NcclMemory {
+    pub(in crate::cuda) fn ptr(&self) -> DevicePtr {
+        DevicePtr::new(self.address)
+    }
+
+    /// Makes it known on all ranks: each of them calls, for its own, in the same order, and waits for the others.
+    #[allow(unsafe_code)]
+    pub(in crate::cuda) fn register(&mut self) -> Result<()> {
+        let (functions, address, bytes) = (self.nccl.functions, self.address, self.bytes);
+        // SAFETY: the communicator is live, and the memory is of NCCL's allocation.
+        self.window = self.nccl.with(|communicator| unsafe { functions.register(communicator, address, bytes) })?;
+        Ok(())
+    }
+}
+
+impl Drop for NcclMemory {
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        let (functions, window, address) = (self.nccl.functions, self.window, self.address);
+        let freed = self.nccl.with(|communicator| {
+            // SAFETY: allocated, and perhaps registered with this communicator, once; the layer's own. What is queued is
+            // done before it is freed.
+            unsafe {
+                self.nccl.device.synchronize(Stream(0))?;
+                functions.deregister(communicator, window);
+                functions.free(address);
+            }
+            Ok(())
+        });
+        // With a communicator that was given up, a kernel may still use it: it stays.
+        let _ = freed;
     }
 }

@@ -7,6 +7,7 @@
 #![allow(clippy::undocumented_unsafe_blocks)]
 
 mod model;
+mod nccl;
 #[path = "../on_device/mod.rs"]
 mod on_device;
 

@@ -196,7 +196,7 @@ pub(crate) fn on_one_rank(device: &Device, model: &Model, tokens: &Tokens) -> Ve
     operands.output(device, spec)
 }
 
-/// Ranks on one device.
+/// Ranks on one device, by mapped windows.
 pub(crate) fn prepare(
     device: &Device,
     model: &Model,
@@ -204,24 +204,31 @@ pub(crate) fn prepare(
     capacity: usize,
     limit: Duration,
 ) -> Vec<Result<ExpertParallelLayer>> {
-    let exchanges = Threads::new(parallel.placement.ranks(), Duration::from_secs(120)).unwrap();
+    on_ranks(parallel.placement.ranks(), |exchange| {
+        prepare_rank(device, model, parallel, capacity, exchange, Link::Mapped)
+            .map(|layer| layer.with_time_limit(limit))
+    })
+}
+
+/// One of the ranks.
+pub(crate) fn prepare_rank(
+    device: &Device,
+    model: &Model,
+    parallel: &ParallelConfig,
+    capacity: usize,
+    exchange: Arc<dyn Exchange>,
+    link: Link,
+) -> Result<ExpertParallelLayer> {
+    let weights = model.weights(device, parallel.placement.experts(exchange.rank()));
+    ExpertParallelLayer::prepare(device, weights, model.spec.config(), parallel.clone(), capacity, exchange, link)
+}
+
+/// What each of the ranks does, in a thread of its own.
+pub(crate) fn on_ranks<T: Send>(ranks: usize, work: impl Fn(Arc<dyn Exchange>) -> T + Sync) -> Vec<T> {
+    let exchanges = Threads::new(ranks, Duration::from_secs(120)).unwrap();
+    let work = &work;
     std::thread::scope(|scope| {
-        let start = |exchange: Threads| {
-            scope.spawn(move || {
-                let weights = model.weights(device, parallel.placement.experts(exchange.rank()));
-                let (config, exchange) = (model.spec.config(), Arc::new(exchange));
-                ExpertParallelLayer::prepare(
-                    device,
-                    weights,
-                    config,
-                    parallel.clone(),
-                    capacity,
-                    exchange,
-                    Link::Mapped,
-                )
-                .map(|layer| layer.with_time_limit(limit))
-            })
-        };
+        let start = |exchange: Threads| scope.spawn(move || work(Arc::new(exchange)));
         let threads: Vec<_> = exchanges.into_iter().map(start).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })

@@ -27,9 +27,11 @@ class ExpertParallelLayer:
 
     group: the ranks, by default all of them. On the CPU every call goes over it, pickled: it is for tests and for what
     is not urgent. On GPUs it is used here, and not in calls. link, between GPUs: ``"mapped"``, GPUs of one host store
-    into each other's memory; or ``"nccl"``. dispatch: ``"gather"`` or ``"routed"``; by default what the number of ranks
-    asks for. combine: ``"rows"``, with the bits of one rank on any number of them, or ``"sums"``. time_limit, on GPUs:
-    seconds after which a rank that does not come is given up; on the CPU that is the group's.
+    into each other's memory; ``"nccl"``; or ``"nccl-windows"``, in memory of NCCL's. dispatch: ``"gather"`` or
+    ``"routed"``; by default what the number of ranks asks for, and over NCCL ``"gather"``: ``"routed"`` waits on the
+    host there, and cannot be captured. combine: ``"rows"``, with the bits of one rank on any number of them, or
+    ``"sums"``. time_limit, on GPUs: seconds after which a rank that does not come is given up (not over NCCL's
+    windows); on the CPU that is the group's.
 
     Raises ValueError, TypeError or RuntimeError on every rank for what is wrong on one of them.
     """

@@ -1,8 +1,8 @@
 //! A call's five parts, and what was wrong with calls.
 
-use super::kernels::{CombineArgs, DispatchArgs, MAX_WINDOWS, RankArgs};
-use super::window::{HEADER_BYTES, token_bytes};
-use super::{ExpertParallelLayer, Link, sums_travel};
+use super::kernels::{CombineArgs, DispatchArgs, MAX_WINDOWS, RankArgs, Way};
+use super::window::token_bytes;
+use super::{ExpertParallelLayer, Link};
 use crate::cuda::arguments::{require_columns, require_int};
 use crate::cuda::call::{DeviceMatrix, RoutingPtrs};
 use crate::cuda::driver::{DevicePtr, Stream};
@@ -46,8 +46,14 @@ pub struct ExpertParallelCall {
     pub workspace: DevicePtr,
 }
 
+/// A rank that has taken another capacity for the call's.
+pub(super) fn disagreement(rank: usize, its: u32, own: u32) -> Error {
+    Error::Disagreement { argument: "capacity", rank, actual: its.to_string(), expected: own.to_string() }
+}
+
 impl ExpertParallelLayer {
-    /// Queues the whole call: `output`, every element. Nothing is waited for on the host.
+    /// Queues the whole call: `output`, every element. Nothing is waited for on the host, but for
+    /// [`Dispatch::Routed`](crate::Dispatch::Routed) over NCCL.
     ///
     /// # Safety
     /// As [`Layer::launch`](crate::cuda::Layer::launch). Every rank makes the call; ranks that share a GPU queue its
@@ -121,6 +127,14 @@ impl ExpertParallelLayer {
     fn rank_args(&self, call: &ExpertParallelCall) -> Result<RankArgs> {
         let mut windows = [0; MAX_WINDOWS];
         let row = self.token_row(call.capacity);
+        let row_bytes = self.parts.row_bytes(row);
+        // Behind a rank's first row, where one collective moves both.
+        let (headers_at, header_bytes) = match self.parts.way {
+            Way::Gathered => (self.parts.rows + row.bytes(), call.capacity * row_bytes),
+            Way::Stored | Way::Counted => (self.parts.headers, self.parts.header_bytes),
+        };
+        let outgoing = self.window.ptr().byte_add(self.parts.outgoing).address();
+        let counted = self.counted.as_ref();
         windows.iter_mut().zip(&self.windows).for_each(|(to, window)| *to = window.address());
         Ok(RankArgs {
             state: self.state.ptr().address(),
@@ -129,12 +143,18 @@ impl ExpertParallelLayer {
             rank: require_int("rank", self.exchange.rank())?,
             tokens: require_int("tokens", call.tokens)?,
             capacity: require_int("capacity", call.capacity)?,
+            headers_at: headers_at as i64,
+            header_bytes: header_bytes as i64,
             rows_at: self.parts.rows as i64,
             returned_at: self.parts.returned as i64,
-            row_bytes: require_int("bytes of a token's row", row.bytes())?,
+            outgoing: if self.link.is_mapped() { 0 } else { outgoing },
+            copies: counted.map_or(0, |counted| counted.copies.ptr().address()),
+            places: counted.map_or(0, |counted| counted.places.ptr().address()),
+            slot_places: counted.map_or(0, |counted| counted.slot_places.ptr().address()),
+            row_bytes: require_int("bytes of a token's row", row_bytes)?,
             copies_at: row.copies().start as i32,
             weights_at: row.weights().start as i32,
-            reserved: 0,
+            place_at: row.bytes() as i32,
             windows,
         })
     }
@@ -161,13 +181,11 @@ impl ExpertParallelLayer {
         let tokens = self.choice.ranks * call.capacity;
         let plan = self.layer.choice(tokens)?.plan;
         let parts = self.layer.parts(tokens, call.workspace)?;
-        let outgoing = self.window.ptr().byte_add(self.parts.outgoing);
         Ok(CombineArgs {
             ranks: self.rank_args(call)?,
             rows: parts.back.address(),
             inv_perm: parts.layout.inv_perm.address(),
             copy_ranks: self.tables.copy_ranks.ptr().address(),
-            outgoing: if self.link.is_mapped() { 0 } else { outgoing.address() },
             weights: call.topk_weights.ptr.address(),
             weights_row_stride: call.topk_weights.row_stride as i64,
             out: call.output.address(),
@@ -187,7 +205,10 @@ impl ExpertParallelLayer {
     pub unsafe fn dispatch_send(&self, stream: Stream, call: &ExpertParallelCall) -> Result<()> {
         self.check_call(call)?;
         // SAFETY: the caller's promise; the window, the state and the tables are the layer's own.
-        unsafe { self.kernels.dispatch_send(stream, self.is_plain(call.capacity), &self.dispatch_args(call)?) }
+        unsafe {
+            self.require_no_graph(stream)?;
+            self.kernels.dispatch_send(stream, self.is_plain(call.capacity), &self.dispatch_args(call)?)
+        }
     }
 
     /// The second part: waits for all ranks' tokens.
@@ -202,8 +223,10 @@ impl ExpertParallelLayer {
         self.check_call(call)?;
         // SAFETY: the caller's promise, as in `dispatch_send`.
         unsafe {
-            if let Link::Nccl(nccl) = &self.link {
-                self.move_tokens(nccl, stream, call.capacity)?;
+            match (&self.link, &self.counted) {
+                (Link::Nccl(nccl), Some(counted)) => self.move_counted_tokens(nccl, stream, call, counted)?,
+                (Link::Nccl(nccl), None) => self.move_tokens(nccl, stream, call.capacity)?,
+                (Link::Mapped, _) => {}
             }
             self.kernels.dispatch_receive(stream, self.is_plain(call.capacity), &self.dispatch_args(call)?)
         }
@@ -221,10 +244,11 @@ impl ExpertParallelLayer {
         self.check_call(call)?;
         let row = self.token_row(call.capacity);
         let rows = self.window.ptr().byte_add(self.parts.rows);
+        let row_bytes = self.parts.row_bytes(row);
         let value_bytes = if row.activation_format() == ActivationFormat::E4m3 { 1 } else { 2 };
         let matrix = |at: usize, bytes: usize| DeviceMatrix {
             ptr: rows.byte_add(at),
-            row_stride: row.bytes() / bytes,
+            row_stride: row_bytes / bytes,
             col_stride: 1,
         };
         let received = ReceivedCall {
@@ -256,9 +280,10 @@ impl ExpertParallelLayer {
         // SAFETY: the caller's promise.
         unsafe {
             self.kernels.combine_send(stream, &self.combine_args(call)?)?;
-            match &self.link {
-                Link::Nccl(nccl) => self.move_results(nccl, stream, call.capacity),
-                Link::Mapped => Ok(()),
+            match (&self.link, &self.counted) {
+                (Link::Nccl(nccl), Some(counted)) => self.move_counted_results(nccl, stream, call.capacity, counted),
+                (Link::Nccl(nccl), None) => self.move_results(nccl, stream, call.capacity),
+                (Link::Mapped, _) => Ok(()),
             }
         }
     }
@@ -277,18 +302,27 @@ impl ExpertParallelLayer {
         unsafe { self.kernels.combine_receive(stream, &self.combine_args(call)?) }
     }
 
-    /// Tokens and headers of all ranks, in place.
+    /// Tokens of all ranks, with their headers, in place.
     ///
     /// # Safety
     /// As [`Nccl::all_gather`].
     #[allow(unsafe_code)]
     pub(super) unsafe fn move_tokens(&self, nccl: &Nccl, stream: Stream, capacity: usize) -> Result<()> {
-        let (rank, window) = (self.exchange.rank() as u64, self.window.ptr().address());
-        let rows = (window + self.parts.rows as u64, capacity * self.token_row(capacity).bytes());
-        let headers = (window + self.parts.headers as u64, HEADER_BYTES);
-        let part = |(start, bytes): (u64, usize)| (start + rank * bytes as u64, start, bytes);
+        let start = self.window.ptr().byte_add(self.parts.rows).address();
+        let bytes = capacity * self.parts.row_bytes(self.token_row(capacity));
         // SAFETY: the caller's promise.
-        unsafe { nccl.all_gather(stream, &[part(rows), part(headers)]) }
+        unsafe { nccl.all_gather(stream, start, bytes) }
+    }
+
+    /// Headers of all ranks that stand by themselves, in place.
+    ///
+    /// # Safety
+    /// As [`Nccl::all_gather`].
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn move_headers(&self, nccl: &Nccl, stream: Stream) -> Result<()> {
+        let start = self.window.ptr().byte_add(self.parts.headers).address();
+        // SAFETY: the caller's promise.
+        unsafe { nccl.all_gather(stream, start, self.parts.header_bytes) }
     }
 
     /// Each rank's results.
@@ -299,9 +333,10 @@ impl ExpertParallelLayer {
     pub(super) unsafe fn move_results(&self, nccl: &Nccl, stream: Stream, capacity: usize) -> Result<()> {
         let at = |offset: usize| self.window.ptr().byte_add(offset).address();
         let bytes = capacity * token_bytes(&self.choice)?;
-        debug_assert!(sums_travel(&self.choice) || bytes.is_multiple_of(self.choice.combine_row_bytes));
+        let (outgoing, returned) = (self.parts.outgoing, self.parts.returned);
+        let part = |start: usize, rank: usize| (at(start + rank * bytes), bytes);
         // SAFETY: the caller's promise.
-        unsafe { nccl.all_to_all(stream, at(self.parts.outgoing), at(self.parts.returned), bytes) }
+        unsafe { nccl.exchange(stream, |to| part(outgoing, to), |from| part(returned, from)) }
     }
 
     /// Waits for the stream, up to the time limit, and says what was wrong with calls since the last time: the same on
@@ -353,8 +388,7 @@ impl ExpertParallelLayer {
     fn fault(&self, rank: usize, bad_id: u64, capacities: u64) -> Result<()> {
         let (its, own) = (capacities as u32, (capacities >> 32) as u32);
         if its != 0 {
-            let (argument, actual) = ("capacity", (its - 1).to_string());
-            return Err(Error::Disagreement { argument, rank, actual, expected: own.to_string() });
+            return Err(disagreement(rank, its - 1, own));
         }
         if bad_id != 0 {
             let (slot, topk) = (!(bad_id >> 32) as u32 as usize, self.config.topk);

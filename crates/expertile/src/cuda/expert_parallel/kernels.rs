@@ -16,12 +16,35 @@ use std::sync::Arc;
 /// The kernels' `MAX_WINDOWS`.
 pub(super) const MAX_WINDOWS: usize = 64;
 const THREADS: u32 = 128;
+/// The kernels' `PLAN_THREADS`.
+const PLAN_THREADS: u32 = 1024;
 const WARPS: usize = THREADS as usize / 32;
 /// Values that a warp of dispatch takes at a time, and one of combine.
 const SLAB: usize = 512;
 const STEP: usize = 256;
 /// Up to so many slots of all ranks, a warp of combine takes the shortest piece of a row that there is.
 const FEW_SLOTS: usize = 2048;
+
+/// How rows get to other ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Kernels store them there.
+    Stored,
+    /// A library moves the same number of bytes of every rank.
+    Gathered,
+    /// A library moves as many rows as there are, which the host has waited for.
+    Counted,
+}
+
+impl Way {
+    pub(super) fn new(dispatch: Dispatch, mapped: bool) -> Self {
+        match (mapped, dispatch) {
+            (true, _) => Self::Stored,
+            (false, Dispatch::Gather) => Self::Gathered,
+            (false, Dispatch::Routed) => Self::Counted,
+        }
+    }
+}
 
 /// The kernels' `RankArgs`.
 #[derive(Debug, Clone, Copy)]
@@ -33,12 +56,18 @@ pub(super) struct RankArgs {
     pub(super) rank: i32,
     pub(super) tokens: i32,
     pub(super) capacity: i32,
+    pub(super) headers_at: i64,
+    pub(super) header_bytes: i64,
     pub(super) rows_at: i64,
     pub(super) returned_at: i64,
+    pub(super) outgoing: u64,
+    pub(super) copies: u64,
+    pub(super) places: u64,
+    pub(super) slot_places: u64,
     pub(super) row_bytes: i32,
     pub(super) copies_at: i32,
     pub(super) weights_at: i32,
-    pub(super) reserved: i32,
+    pub(super) place_at: i32,
     pub(super) windows: [u64; MAX_WINDOWS],
 }
 
@@ -69,7 +98,6 @@ pub(super) struct CombineArgs {
     pub(super) rows: u64,
     pub(super) inv_perm: u64,
     pub(super) copy_ranks: u64,
-    pub(super) outgoing: u64,
     pub(super) weights: u64,
     pub(super) weights_row_stride: i64,
     pub(super) out: u64,
@@ -123,9 +151,10 @@ pub(super) fn combine_source(choice: &ParallelChoice, config: &LayerConfig, mapp
     Ok(Source::new("combine.cu", include_str!("../kernels/exchange/combine.cu"), definitions))
 }
 
-fn row_definitions(choice: &ParallelChoice, mapped: bool) -> [(&'static str, i64); 4] {
+fn row_definitions(choice: &ParallelChoice, mapped: bool) -> [(&'static str, i64); 5] {
     let row = choice.token_row;
     [
+        ("COUNTED", i64::from(Way::new(choice.dispatch, mapped) == Way::Counted)),
         ("HIDDEN", row.hidden() as i64),
         ("TOPK", row.topk() as i64),
         ("MAPPED", i64::from(mapped)),
@@ -156,18 +185,24 @@ impl Filling {
 /// The kernels of dispatch, of tokens that travel in one form.
 #[derive(Debug)]
 struct DispatchKernels {
+    /// Where rows are counted.
+    plan: Option<Arc<Kernel>>,
     send: Filling,
-    receive: Arc<Kernel>,
-    /// Both.
-    whole: Filling,
+    /// Unless what came needs nothing more.
+    receive: Option<Filling>,
+    /// Both, where windows are mapped.
+    whole: Option<Filling>,
 }
 
 impl DispatchKernels {
-    fn prepare(device: &Device, source: &Source) -> Result<Self> {
+    fn prepare(device: &Device, source: &Source, way: Way) -> Result<Self> {
+        let filling = |entry, is_there: bool| is_there.then(|| Filling::prepare(device, source, entry)).transpose();
+        let plan = (way == Way::Counted).then(|| device.kernel(source, c"dispatch_plan"));
         Ok(Self {
+            plan: plan.transpose()?,
             send: Filling::prepare(device, source, c"dispatch_send")?,
-            receive: device.kernel(source, c"dispatch_receive")?,
-            whole: Filling::prepare(device, source, c"dispatch")?,
+            receive: filling(c"dispatch_receive", way != Way::Gathered)?,
+            whole: filling(c"dispatch", way == Way::Stored)?,
         })
     }
 }
@@ -178,7 +213,7 @@ pub(super) struct Kernels {
     device: Device,
     hidden: usize,
     topk: usize,
-    rows: bool,
+    way: Way,
     dispatch: DispatchKernels,
     /// Of tokens that travel as they are.
     plain_dispatch: Option<DispatchKernels>,
@@ -194,13 +229,14 @@ impl Kernels {
         config: &LayerConfig,
         mapped: bool,
     ) -> Result<Self> {
-        let dispatch = |row| DispatchKernels::prepare(device, &dispatch_source(choice, row, config, mapped)?);
+        let way = Way::new(choice.dispatch, mapped);
+        let dispatch = |row| DispatchKernels::prepare(device, &dispatch_source(choice, row, config, mapped)?, way);
         let combine = combine_source(choice, config, mapped)?;
         Ok(Self {
             device: device.clone(),
             hidden: choice.token_row.hidden(),
             topk: choice.token_row.topk(),
-            rows: choice.combine == Combine::Rows,
+            way,
             dispatch: dispatch(&choice.token_row)?,
             plain_dispatch: plain.map(dispatch).transpose()?,
             combine_send: [
@@ -218,7 +254,21 @@ impl Kernels {
     /// `arguments` is what the kernel takes, and its addresses are of memory that it may use when the stream comes to it.
     #[allow(unsafe_code)]
     unsafe fn launch<A>(&self, kernel: &Kernel, blocks: u32, stream: Stream, arguments: &A) -> Result<()> {
-        let shape = Launch { blocks, threads: THREADS, shared_bytes: 0, cooperative: false, overlap: true };
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(kernel, (blocks, THREADS), stream, arguments) }
+    }
+
+    /// # Safety
+    /// As [`Kernels::launch`].
+    #[allow(unsafe_code)]
+    unsafe fn launch_with<A>(
+        &self,
+        kernel: &Kernel,
+        (blocks, threads): (u32, u32),
+        stream: Stream,
+        arguments: &A,
+    ) -> Result<()> {
+        let shape = Launch { blocks, threads, shared_bytes: 0, cooperative: false, overlap: true };
         // SAFETY: the caller's promise.
         unsafe { self.device.launch(kernel, shape, stream, &[std::ptr::from_ref(arguments).cast::<c_void>()]) }
     }
@@ -242,16 +292,26 @@ impl Kernels {
     /// As [`Kernels::launch`]; `plain`: the arguments are of tokens that travel as they are.
     #[allow(unsafe_code)]
     pub(super) unsafe fn dispatch_send(&self, stream: Stream, plain: bool, arguments: &DispatchArgs) -> Result<()> {
+        let kernels = self.of_tokens(plain);
         // SAFETY: the caller's promise.
-        unsafe { self.send(&self.of_tokens(plain).send, stream, arguments) }
+        unsafe {
+            if let Some(plan) = &kernels.plan {
+                self.launch_with(plan, (arguments.ranks.ranks as u32, PLAN_THREADS), stream, arguments)?;
+            }
+            self.send(&kernels.send, stream, arguments)
+        }
     }
 
     /// # Safety
     /// As [`Kernels::dispatch_send`].
     #[allow(unsafe_code)]
     pub(super) unsafe fn dispatch_receive(&self, stream: Stream, plain: bool, arguments: &DispatchArgs) -> Result<()> {
+        let Some(receive) = &self.of_tokens(plain).receive else { return Ok(()) };
+        let RankArgs { ranks, capacity, .. } = arguments.ranks;
+        let slots = ranks as usize * capacity as usize * self.topk;
+        let blocks = if self.way == Way::Counted { receive.blocks(slots.div_ceil(32)) } else { 1 };
         // SAFETY: the caller's promise.
-        unsafe { self.launch(&self.of_tokens(plain).receive, 1, stream, arguments) }
+        unsafe { self.launch(&receive.kernel, blocks, stream, arguments) }
     }
 
     /// Both of them.
@@ -261,7 +321,15 @@ impl Kernels {
     #[allow(unsafe_code)]
     pub(super) unsafe fn dispatch(&self, stream: Stream, plain: bool, arguments: &DispatchArgs) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.send(&self.of_tokens(plain).whole, stream, arguments) }
+        unsafe {
+            match &self.of_tokens(plain).whole {
+                Some(whole) => self.send(whole, stream, arguments),
+                None => {
+                    self.dispatch_send(stream, plain, arguments)?;
+                    self.dispatch_receive(stream, plain, arguments)
+                }
+            }
+        }
     }
 
     /// Which of two kernels, and the units of a token that its warps take.
@@ -277,10 +345,10 @@ impl Kernels {
     pub(super) unsafe fn combine_send(&self, stream: Stream, arguments: &CombineArgs) -> Result<()> {
         let RankArgs { ranks, capacity, .. } = arguments.ranks;
         let (which, pieces) = self.piece(&arguments.ranks);
-        let to = (ranks - i32::from(self.rows)) as usize;
+        let others = (ranks - 1) as usize;
         let send = &self.combine_send[which];
         // SAFETY: the caller's promise.
-        unsafe { self.launch(&send.kernel, send.blocks(to * capacity as usize * pieces), stream, arguments) }
+        unsafe { self.launch(&send.kernel, send.blocks(others * capacity as usize * pieces), stream, arguments) }
     }
 
     /// # Safety

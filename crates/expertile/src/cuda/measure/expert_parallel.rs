@@ -3,27 +3,34 @@
 use super::clock::Clock;
 use super::{HostInputs, LayerBench};
 use crate::cuda::{DeviceBuffer, DeviceMatrix, ExpertParallelCall, ExpertParallelLayer, Graph, STATE_BYTES, Stream};
-#[cfg(doc)]
-use crate::error::Error;
-use crate::error::{Result, checked_mul, require_len};
+use crate::error::{Error, Result, checked_mul, require_len};
 use crate::exchange::Exchange;
 use half::bf16;
 
 /// Seconds of a call, the slowest rank's.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ExpertParallelTimes {
-    /// Inside a graph.
-    pub graph_seconds: f64,
+    /// Inside a graph; none for calls that cannot be captured.
+    pub graph_seconds: Option<f64>,
     /// Launched from the host, one call after the other.
     pub eager_seconds: f64,
     /// Of the local layer: the same experts over all ranks' tokens, which are there. Inside a graph.
     pub local_graph_seconds: f64,
     /// Of the local layer, launched from the host.
     pub local_eager_seconds: f64,
-    /// Dispatch and combine without the experts between them, inside a graph.
+    /// Dispatch and combine without the experts between them, inside a graph if they can be captured.
     pub exchange_seconds: f64,
-    /// Dispatch alone, inside a graph.
+    /// Dispatch alone, likewise.
     pub dispatch_seconds: f64,
+}
+
+/// Seconds of a rank's kernels where all ranks share a device, so that nothing goes over a wire.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SharedDeviceTimes {
+    /// Of dispatch, its two parts apart, inside a graph.
+    pub dispatch_seconds: f64,
+    /// Of combine, likewise.
+    pub combine_seconds: f64,
 }
 
 /// A call of a layer of i32 ids and a bf16 result: inputs, workspace and output in device memory of its own. What it does
@@ -132,12 +139,55 @@ impl<'a> ExpertParallelBench<'a> {
         Ok(output)
     }
 
-    /// Times the call, by turns with a local layer's; medians of the slowest rank.
+    /// Times the kernels of dispatch and combine of ranks that share a device, each rank's own share of both. The parts
+    /// of all of them are queued by turns, without the experts between them: combine takes home what a whole call has
+    /// left, which goes first.
+    ///
+    /// # Errors
+    /// As [`ExpertParallelBench::run`]; [`Error::Value`] without any rank.
+    #[allow(unsafe_code)]
+    pub fn time_shared(ranks: &[Self]) -> Result<SharedDeviceTimes> {
+        let Some(first) = ranks.first() else { return Err(Error::value("ranks", 0, "at least 1")) };
+        let clock = Clock::new(first.layer.device())?;
+        // SAFETY: every rank's buffers are its own, sized by its layer, and outlive the clock's waits. Nobody waits for
+        // what is queued later.
+        let (dispatch, combine, experts) = unsafe {
+            (
+                |stream| {
+                    ranks.iter().try_for_each(|rank| rank.layer.dispatch_send(stream, &rank.call))?;
+                    ranks.iter().try_for_each(|rank| rank.layer.dispatch_receive(stream, &rank.call))
+                },
+                |stream| {
+                    ranks.iter().try_for_each(|rank| rank.layer.combine_send(stream, &rank.call))?;
+                    ranks.iter().try_for_each(|rank| rank.layer.combine_receive(stream, &rank.call))
+                },
+                |stream| ranks.iter().try_for_each(|rank| rank.layer.experts(stream, &rank.call)),
+            )
+        };
+        dispatch(Stream(0))?;
+        experts(Stream(0))?;
+        combine(Stream(0))?;
+        let check = || {
+            // SAFETY: the states are the calls' own; stream 0 always lives.
+            ranks.iter().try_for_each(|rank| unsafe { rank.layer.check_launch(Stream(0), &rank.call) })
+        };
+        check()?;
+        let (dispatch_seconds, _) = clock.graph_and_eager(dispatch)?;
+        let (both, _) = clock.graph_and_eager(|stream| dispatch(stream).and_then(|()| combine(stream)))?;
+        check()?;
+        let share = 1.0 / ranks.len() as f64;
+        Ok(SharedDeviceTimes {
+            dispatch_seconds: share * dispatch_seconds,
+            combine_seconds: share * (both - dispatch_seconds),
+        })
+    }
+
+    /// Times the call, by turns with a local layer's; medians of so many repeats, of the slowest rank.
     ///
     /// # Errors
     /// As [`ExpertParallelBench::run`]; [`Error::Device`] with a driver that is too old to time.
     #[allow(unsafe_code)]
-    pub fn time(&self, local: &LayerBench<'_>) -> Result<ExpertParallelTimes> {
+    pub fn time(&self, local: &LayerBench<'_>, repeats: usize) -> Result<ExpertParallelTimes> {
         let clock = Clock::new(self.layer.device())?;
         let (layer, call) = (self.layer, &self.call);
         let exchange = &**layer.exchange();
@@ -155,11 +205,16 @@ impl<'a> ExpertParallelBench<'a> {
             )
         };
         let local = |stream| local.launch(stream);
-        let [eager_seconds, local_eager_seconds] = clock.together(exchange, 5, false, [&whole, &local])?;
+        let [eager_seconds, local_eager_seconds] =
+            clock.together(exchange, (repeats, 5), [false; 2], [&whole, &local])?;
         // As many on every rank: what one queues more than another nobody answers.
         let calls = ((0.01 / eager_seconds.max(1e-9)) as usize).clamp(2, 20);
-        let [graph_seconds, local_graph_seconds] = clock.together(exchange, calls, true, [&whole, &local])?;
-        let [exchange_seconds, dispatch_seconds] = clock.together(exchange, calls, true, [&both, &dispatch])?;
+        let in_a_graph = layer.is_capturable();
+        let [graph_seconds, local_graph_seconds] =
+            clock.together(exchange, (repeats, calls), [in_a_graph, true], [&whole, &local])?;
+        let [exchange_seconds, dispatch_seconds] =
+            clock.together(exchange, (repeats, calls), [in_a_graph; 2], [&both, &dispatch])?;
+        let graph_seconds = in_a_graph.then_some(graph_seconds);
         self.run()?;
         Ok(ExpertParallelTimes {
             graph_seconds,
@@ -181,28 +236,26 @@ fn slowest(exchange: &dyn Exchange, seconds: f64) -> Result<f64> {
 }
 
 impl Clock<'_> {
-    /// Median seconds of one of `calls` calls of each of two works that ranks do at once, inside a graph or not, by turns;
-    /// of the slowest rank. The same calls go before them, so that the ranks' devices have met when the clock starts.
+    /// Median seconds of one of `calls` calls of each of two works that ranks do at once, each inside a graph or not, by
+    /// turns; of the slowest rank. The same calls go before them, so that the ranks' devices have met when the clock starts.
     #[allow(unsafe_code)]
     fn together(
         &self,
         exchange: &dyn Exchange,
-        calls: usize,
-        in_a_graph: bool,
+        (repeats, calls): (usize, usize),
+        in_a_graph: [bool; 2],
         works: [&dyn Fn(Stream) -> Result<()>; 2],
     ) -> Result<[f64; 2]> {
-        const REPEATS: usize = 9;
         let all = |work: &dyn Fn(Stream) -> Result<()>, stream| (0..calls).try_for_each(|_| work(stream));
-        let mut graphs = Vec::new();
-        if in_a_graph {
-            for work in works {
-                graphs.push(Graph::capture(self.device(), |stream| all(work, stream))?);
-            }
+        let capture = |work| Graph::capture(self.device(), |stream| all(work, stream));
+        let mut graphs = [None, None];
+        for ((graph, work), in_a_graph) in graphs.iter_mut().zip(works).zip(in_a_graph) {
+            *graph = in_a_graph.then(|| capture(work)).transpose()?;
         }
         let mut seconds = [Vec::new(), Vec::new()];
-        for repeat in 0..REPEATS + 1 {
+        for repeat in 0..repeats.max(1) + 1 {
             for (which, work) in works.into_iter().enumerate() {
-                let once = |_: Stream| match graphs.get(which) {
+                let once = |_: Stream| match &graphs[which] {
                     // SAFETY: the stream is the clock's own; what was captured outlives its waits, as the caller says.
                     Some(graph) => unsafe { graph.replay(self.stream()) },
                     None => all(work, self.stream()),
@@ -218,7 +271,7 @@ impl Clock<'_> {
         let [mut first, mut second] = seconds;
         let median = |seconds: &mut Vec<f64>| {
             seconds.sort_by(f64::total_cmp);
-            slowest(exchange, seconds[REPEATS / 2])
+            slowest(exchange, seconds[seconds.len() / 2])
         };
         Ok([median(&mut first)?, median(&mut second)?])
     }

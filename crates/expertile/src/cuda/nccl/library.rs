@@ -35,10 +35,36 @@ pub(super) struct Functions {
     all_gather: unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Communicator, Stream) -> c_int,
     send: unsafe extern "C" fn(*const c_void, usize, c_int, c_int, Communicator, Stream) -> c_int,
     receive: unsafe extern "C" fn(*mut c_void, usize, c_int, c_int, Communicator, Stream) -> c_int,
+    memory: Option<MemoryFunctions>,
     group_start: unsafe extern "C" fn() -> c_int,
     group_end: unsafe extern "C" fn() -> c_int,
     describe: unsafe extern "C" fn(c_int) -> *const c_char,
     _library: ManuallyDrop<Library>,
+}
+
+/// Memory that other ranks' GPUs reach, and buffers that NCCL knows: from 2.27 on.
+struct MemoryFunctions {
+    allocate: unsafe extern "C" fn(*mut *mut c_void, usize) -> c_int,
+    free: unsafe extern "C" fn(*mut c_void) -> c_int,
+    register: unsafe extern "C" fn(Communicator, *mut c_void, usize, *mut *mut c_void, c_int) -> c_int,
+    deregister: unsafe extern "C" fn(Communicator, *mut c_void) -> c_int,
+}
+
+impl MemoryFunctions {
+    /// # Safety
+    /// The library is NCCL.
+    #[allow(unsafe_code)]
+    unsafe fn find(library: &Library) -> Option<Self> {
+        // SAFETY: the types are those of nccl.h.
+        unsafe {
+            Some(Self {
+                allocate: *library.get(c"ncclMemAlloc").ok()?,
+                free: *library.get(c"ncclMemFree").ok()?,
+                register: *library.get(c"ncclCommWindowRegister").ok()?,
+                deregister: *library.get(c"ncclCommWindowDeregister").ok()?,
+            })
+        }
+    }
 }
 
 impl std::fmt::Debug for Functions {
@@ -114,6 +140,7 @@ impl Functions {
                 all_gather: *library.get(c"ncclAllGather").map_err(failed)?,
                 send: *library.get(c"ncclSend").map_err(failed)?,
                 receive: *library.get(c"ncclRecv").map_err(failed)?,
+                memory: MemoryFunctions::find(&library),
                 group_start: *library.get(c"ncclGroupStart").map_err(failed)?,
                 group_end: *library.get(c"ncclGroupEnd").map_err(failed)?,
                 describe: *library.get(c"ncclGetErrorString").map_err(failed)?,
@@ -232,6 +259,53 @@ impl Functions {
         let queued =
             unsafe { (self.receive)(to as *mut c_void, bytes, BYTES, rank as c_int, communicator, stream as Stream) };
         self.check("ncclRecv", queued)
+    }
+
+    /// Memory of NCCL's own kind, if this version has it. The device's context is current on this thread.
+    #[allow(unsafe_code)]
+    pub(super) fn allocate(&self, bytes: usize) -> Result<Option<u64>> {
+        let Some(memory) = &self.memory else { return Ok(None) };
+        let mut address = std::ptr::null_mut();
+        // SAFETY: the pointer is valid for the call.
+        self.check("ncclMemAlloc", unsafe { (memory.allocate)(&mut address, bytes) })?;
+        Ok(Some(address as u64))
+    }
+
+    /// # Safety
+    /// An address that [`Functions::allocate`] has returned, which nobody uses any more.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn free(&self, address: u64) {
+        if let Some(memory) = &self.memory {
+            // SAFETY: the caller's promise. A failure at this point concerns nobody.
+            unsafe { (memory.free)(address as *mut c_void) };
+        }
+    }
+
+    /// Makes the memory known to the communicator on all ranks, which call in the same order and wait for each other.
+    ///
+    /// # Safety
+    /// A live communicator; memory that [`Functions::allocate`] has returned.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn register(&self, communicator: Communicator, address: u64, bytes: usize) -> Result<u64> {
+        /// `NCCL_WIN_COLL_SYMMETRIC`
+        const SYMMETRIC: c_int = 1;
+        let Some(memory) = &self.memory else { return Ok(0) };
+        let mut window = std::ptr::null_mut();
+        // SAFETY: the caller's promise; the pointer is valid for the call.
+        let registered =
+            unsafe { (memory.register)(communicator, address as *mut c_void, bytes, &mut window, SYMMETRIC) };
+        self.check("ncclCommWindowRegister", registered)?;
+        Ok(window as u64)
+    }
+
+    /// # Safety
+    /// A live communicator; what [`Functions::register`] has returned for it, once.
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn deregister(&self, communicator: Communicator, window: u64) {
+        if let Some(memory) = self.memory.as_ref().filter(|_| window != 0) {
+            // SAFETY: the caller's promise. A failure at this point concerns nobody.
+            unsafe { (memory.deregister)(communicator, window as *mut c_void) };
+        }
     }
 
     /// Queues all that `work` asks for as one.

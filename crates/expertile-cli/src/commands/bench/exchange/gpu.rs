@@ -1,13 +1,14 @@
 //! `expertile bench exchange --device cuda --ranks R`: a process for each GPU, and what each of them measures.
 
 mod fault;
+mod one_gpu;
 mod processes;
 mod report;
 
 use super::Args;
 use crate::device;
 use crate::error::{Error, Result};
-use crate::preset::MadeUp;
+use crate::preset::{MadeUp, RoutingName};
 use crate::ranks::Share;
 use crate::report::progress::Progress;
 use crate::weights::{self, ExpertWeights};
@@ -36,24 +37,8 @@ pub(super) enum LinkName {
     Mapped,
     /// NCCL's collectives.
     Nccl,
-}
-
-/// How tokens choose experts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum RoutingName {
-    /// All alike.
-    Uniform,
-    /// The n-th most frequent one with a chance that goes with 1 / sqrt(n).
-    Zipf,
-}
-
-impl RoutingName {
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Uniform => "uniform",
-            Self::Zipf => "zipf",
-        }
-    }
+    /// The same in NCCL's own memory, which it moves without copies in between.
+    NcclWindows,
 }
 
 /// What goes with GPUs.
@@ -65,7 +50,7 @@ pub(super) struct Options {
     /// GPUs, with --device cuda; the command starts a process for each.
     #[arg(long, value_name = "R")]
     ranks: Option<usize>,
-    /// How bytes travel between GPUs: mapped, nccl, or both [default: both].
+    /// How bytes travel between GPUs: mapped, nccl, nccl-windows, or several [default: mapped,nccl].
     #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
     link: Vec<LinkName>,
     /// How tokens choose experts: uniform, zipf, or both [default: uniform].
@@ -75,6 +60,10 @@ pub(super) struct Options {
     /// experts.
     #[arg(long, value_name = "N")]
     same: Option<usize>,
+    /// Let all ranks share the first GPU, and time the kernels of dispatch and combine: what they cost apart from the
+    /// wire.
+    #[arg(long)]
+    one_gpu: bool,
     /// Speed of the link between two GPUs, one way, in GB/s; the report gives the share of it that is used.
     #[arg(long, value_name = "GBS")]
     link_gbs: Option<f64>,
@@ -101,6 +90,7 @@ impl Options {
             ("--link", !self.link.is_empty()),
             ("--routing", !self.routing.is_empty()),
             ("--same", self.same.is_some()),
+            ("--one-gpu", self.one_gpu),
             ("--link-gbs", self.link_gbs.is_some()),
             ("--fault", self.fault.is_some()),
         ];
@@ -130,11 +120,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if ranks == 0 || args.tokens.contains(&0) {
         return Err(Error::usage("--ranks and --tokens, expected at least 1"));
     }
+    if args.gpus.one_gpu {
+        return one_gpu::run(args, ranks);
+    }
     let (Some(rank), Some(folder)) = (args.gpus.rank, &args.gpus.folder) else {
         return processes::start(ranks, args.gpus.fault.is_some());
     };
     let exchange: Arc<dyn Exchange> = Arc::new(Files::join(folder, rank, ranks, args.placement.limit()?)?);
-    let rank = Rank::new(args, exchange)?;
+    let rank = Rank::new(args, exchange, Device::open(rank)?, &args.gpus.links())?;
     if let Some(fault) = args.gpus.fault {
         return rank.commit(fault);
     }
@@ -153,12 +146,12 @@ pub(super) struct Rank<'a> {
     config: LayerConfig,
     /// Of this rank's experts.
     weights: (Weights, Weights),
-    nccl: Option<Arc<Nccl>>,
+    /// Without windows, and with them.
+    nccl: [Option<Arc<Nccl>>; 2],
 }
 
 impl<'a> Rank<'a> {
-    fn new(args: &'a Args, exchange: Arc<dyn Exchange>) -> Result<Self> {
-        let device = Device::open(exchange.rank())?;
+    fn new(args: &'a Args, exchange: Arc<dyn Exchange>, device: Device, links: &[LinkName]) -> Result<Self> {
         let made_up =
             MadeUp::new(args.preset, args.made_up.experts, args.formats.weights(args.preset), args.made_up.seed, None)?;
         let activations = args.formats.activations(made_up.format(), made_up.shape())?;
@@ -168,10 +161,13 @@ impl<'a> Rank<'a> {
         let share = Share::new(&made_up, placement.experts(exchange.rank()))?;
         let progress = Progress::new("uploading experts", share.shape().local_experts());
         let weights = weights::load(&share, &device, &mut |done| progress.set(done))?;
-        let nccl = match args.gpus.links().contains(&LinkName::Nccl) {
-            true => Some(Arc::new(Nccl::join(&device, &*exchange, args.placement.limit()?)?)),
-            false => None,
-        };
+        let mut nccl = [None, None];
+        for (nccl, link) in nccl.iter_mut().zip([LinkName::Nccl, LinkName::NcclWindows]) {
+            if links.contains(&link) {
+                let joined = Nccl::join(&device, &*exchange, args.placement.limit()?)?;
+                *nccl = Some(Arc::new(if link == LinkName::Nccl { joined } else { joined.with_windows() }));
+            }
+        }
         Ok(Self { args, exchange, device, made_up, config, weights, nccl })
     }
 
@@ -188,10 +184,15 @@ impl<'a> Rank<'a> {
         combine: Combine,
         capacity: usize,
     ) -> Result<ExpertParallelLayer> {
-        let link = match (link, &self.nccl) {
-            (LinkName::Mapped, _) => Link::Mapped,
-            (LinkName::Nccl, Some(nccl)) => Link::Nccl(nccl.clone()),
-            (LinkName::Nccl, None) => return Err(Error::usage("--link has no nccl")),
+        let joined = match link {
+            LinkName::Mapped => None,
+            LinkName::Nccl => self.nccl[0].clone(),
+            LinkName::NcclWindows => self.nccl[1].clone(),
+        };
+        let link = match joined {
+            Some(nccl) => Link::Nccl(nccl),
+            None if link == LinkName::Mapped => Link::Mapped,
+            None => return Err(Error::usage("--link has no nccl")),
         };
         let layer = ExpertParallelLayer::prepare(
             &self.device,
@@ -223,10 +224,7 @@ impl<'a> Rank<'a> {
         for link in self.args.gpus.links() {
             for &combine in &combines {
                 for &dispatch in &dispatches {
-                    // NCCL's collectives take no other.
-                    if link == LinkName::Mapped || dispatch == Dispatch::Gather {
-                        layers.push(self.layer(link, dispatch, combine, capacity)?);
-                    }
+                    layers.push(self.layer(link, dispatch, combine, capacity)?);
                 }
             }
         }
@@ -277,7 +275,7 @@ impl<'a> Rank<'a> {
                 _ => None,
             };
             bench.run()?;
-            let times = bench.time(&local)?;
+            let times = bench.time(&local, self.args.repeat)?;
             let link = self.args.gpus.link_bytes_per_second();
             sizes.push(Size::new((routing, tokens), layer, &traffic, times, link, same)?);
         }
@@ -306,14 +304,14 @@ impl<'a> Rank<'a> {
             }
         };
         let values = first.iter().zip(expected).filter(differ).count();
-        let (graph, mut runs) = (bench.capture()?, 0);
+        let graph = layer.is_capturable().then(|| bench.capture()).transpose()?;
+        let mut runs = 0;
         for repeat in 0..repeats {
             bench.poison(POISON)?;
             // No rank stores into what another one still fills.
-            if repeat % 2 == 0 {
-                bench.run()?
-            } else {
-                bench.replay(&graph)?
+            match graph.as_ref().filter(|_| repeat % 2 == 1) {
+                Some(graph) => bench.replay(graph)?,
+                None => bench.run()?,
             }
             runs += u64::from(bench.output()? != first);
         }

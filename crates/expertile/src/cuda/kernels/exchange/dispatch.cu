@@ -1,13 +1,14 @@
 // Dispatch: this rank's tokens to the windows of the ranks, quantized once, as rows of
 //   HIDDEN values | HIDDEN / 128 scales (e4m3 only) | TOPK numbers of experts' copies | TOPK weights (WEIGHTS_TRAVEL)
 // padded to 16 bytes. Few tokens are sent unquantized and without scales. Token t of rank r has row r * capacity + t;
-// rows past a rank's tokens have no copies.
+// rows past a rank's tokens have no copies. Where rows are packed (COUNTED), t counts the tokens that a rank has sent.
 //
 // Set by the host: HIDDEN (= WIDTH), TOPK, IDS_I64, INPUT (0 bf16, 1 f16), QUANTIZED, WEIGHTED (router weights multiply
-// the input), WEIGHTS_TRAVEL, ROUTED (values go only to ranks with one of the token's experts), MAPPED, SCALES_AT
+// the input), WEIGHTS_TRAVEL, ROUTED (values go only to ranks with one of the token's experts), MAPPED, COUNTED, SCALES_AT
 // (bytes into a row), HOST_THREADS (of a block), GROUP, SCALE_LAYOUT, POWER_OF_TWO.
 #include "common/quantize.cuh"
 #include "exchange/ranks.cuh"
+#include "route/scan.cuh"
 
 #if IDS_I64
 typedef i64 Id;
@@ -32,6 +33,7 @@ struct DispatchArgs {
 };
 
 constexpr int THREADS = HOST_THREADS;
+constexpr int PLAN_THREADS = 1024;
 constexpr int SLABS = (HIDDEN + SLAB - 1) / SLAB;
 
 // The number of the copy that a slot goes to; -1 for an empty slot, and for an id past the limit, which is noted.
@@ -50,7 +52,11 @@ __device__ __forceinline__ int copy_of_slot(const DispatchArgs& a, int token, in
     return a.choices[count == 1 ? first : first + (a.ranks.rank + token + k) % count];
 }
 
-// A lane's part of a slab, as it travels: 16 e4m3 values and their scale, or 16 values of 16 bits.
+// A lane's part of a slab, as it travels: 16 e4m3 values and their scale, or twice 8 values of 16 bits, so that a warp
+// stores 512 bytes next to each other: a link takes half of a sector as long as all of it.
+constexpr int LANE_STRIDE = QUANTIZED ? PER_LANE : PER_LANE / 2;
+constexpr int SECOND_HALF = QUANTIZED ? PER_LANE / 2 : SLAB / 2;
+
 struct Part {
     uint4 values[QUANTIZED ? 1 : 2];
     float scale;
@@ -58,11 +64,13 @@ struct Part {
 
 __device__ __forceinline__ Part load_part(const DispatchArgs& a, int token, int column) {
     u32 pairs[PER_LANE / 2] = {};
+    const u16* from = static_cast<const u16*>(a.x) + token * a.x_row_stride + column;
     if (column < HIDDEN) {
-        const u16* from = static_cast<const u16*>(a.x) + token * a.x_row_stride + column;
         const uint4 low = load_through_l1(from);
-        const uint4 high = load_through_l1(from + 8);
         pairs[0] = low.x, pairs[1] = low.y, pairs[2] = low.z, pairs[3] = low.w;
+    }
+    if (column + SECOND_HALF < HIDDEN) {
+        const uint4 high = load_through_l1(from + SECOND_HALF);
         pairs[4] = high.x, pairs[5] = high.y, pairs[6] = high.z, pairs[7] = high.w;
     }
     if (WEIGHTED) {
@@ -88,20 +96,51 @@ __device__ __forceinline__ u8* row_of(const DispatchArgs& a, int rank, int token
 }
 
 __device__ __forceinline__ void store_part(u8* row, int column, const Part& part) {
-    if (column >= HIDDEN) return;
 #if QUANTIZED
+    if (column >= HIDDEN) return;
     *reinterpret_cast<uint4*>(row + column) = part.values[0];
     if (column % GROUP == 0) *reinterpret_cast<float*>(row + SCALES_AT + column / GROUP * 4) = part.scale;
 #else
-    *reinterpret_cast<uint4*>(row + 2 * column) = part.values[0];
-    *reinterpret_cast<uint4*>(row + 2 * column + 16) = part.values[1];
+    if (column < HIDDEN) *reinterpret_cast<uint4*>(row + 2 * column) = part.values[0];
+    const int second = column + SECOND_HALF;
+    if (second < HIDDEN) *reinterpret_cast<uint4*>(row + 2 * second) = part.values[1];
 #endif
 }
 
+// What goes with a token's values.
+__device__ __forceinline__ void store_slots(const DispatchArgs& a, u8* row, int token, int copy) {
+    const int lane = lane_of_thread();
+    if (lane >= TOPK) return;
+    reinterpret_cast<int*>(row + a.ranks.copies_at)[lane] = copy;
+    if (WEIGHTS_TRAVEL)
+        reinterpret_cast<float*>(row + a.ranks.weights_at)[lane] = a.weights[token * a.weights_row_stride + lane];
+}
+
+#if COUNTED
+// A slab of a token to its place among those that go to each rank. Every lane of the warp calls.
+__device__ __forceinline__ void send_slab(const DispatchArgs& a, int token, int slab) {
+    const RankArgs& r = a.ranks;
+    const int lane = lane_of_thread();
+    const int column = slab * SLAB + lane * LANE_STRIDE;
+    const int copy = slab == 0 && lane < TOPK ? r.copies[token * TOPK + lane] : -1;
+    const Part part = load_part(a, token, column);
+    for (int to = 0; to < r.ranks; ++to) {
+        const i64 of_rank = (i64)to * r.capacity;
+        const int place = r.places[of_rank + token];
+        if (place < 0) continue;
+        u8* rows = to == r.rank ? window_of(r, to) + r.rows_at : r.outgoing;
+        u8* row = rows + (of_rank + place) * r.row_bytes;
+        store_part(row, column, part);
+        if (slab != 0) continue;
+        store_slots(a, row, token, copy);
+        if (lane == 0) *reinterpret_cast<int*>(row + r.place_at) = r.slot_places[of_rank + token];
+    }
+}
+#else
 // A slab of a token to every rank that gets it. Every lane of the warp calls.
 __device__ __forceinline__ void send_slab(const DispatchArgs& a, int token, int slab) {
     const int lane = lane_of_thread();
-    const int column = slab * SLAB + lane * PER_LANE;
+    const int column = slab * SLAB + lane * LANE_STRIDE;
     const bool has_ids = slab == 0 || (ROUTED && MAPPED);
     const int copy = has_ids && lane < TOPK ? copy_of_slot(a, token, lane) : -1;
     const int copy_rank = ROUTED && MAPPED && copy >= 0 ? a.copy_ranks[copy] : -1;
@@ -111,12 +150,10 @@ __device__ __forceinline__ void send_slab(const DispatchArgs& a, int token, int 
         const int to = other_rank(a.ranks, k);
         u8* row = row_of(a, to, token);
         if (!ROUTED || !MAPPED || __any_sync(WARP, copy_rank == to)) store_part(row, column, part);
-        if (slab != 0 || lane >= TOPK) continue;
-        reinterpret_cast<int*>(row + a.ranks.copies_at)[lane] = copy;
-        if (WEIGHTS_TRAVEL)
-            reinterpret_cast<float*>(row + a.ranks.weights_at)[lane] = a.weights[token * a.weights_row_stride + lane];
+        if (slab == 0) store_slots(a, row, token, copy);
     }
 }
+#endif
 
 // Rows past this rank's tokens: no copy in any of their slots.
 __device__ __forceinline__ void clear_rest(const DispatchArgs& a) {
@@ -155,6 +192,7 @@ __device__ __forceinline__ bool send_tokens(const DispatchArgs& a) {
     const int warps = gridDim.x * (THREADS / 32);
     for (i64 unit = warp; unit < (i64)a.ranks.tokens * SLABS; unit += warps)
         send_slab(a, (int)(unit / SLABS), (int)(unit % SLABS));
+    if (COUNTED) return false;
     clear_rest(a);
     return is_last_to_store(a.ranks);
 }
@@ -162,16 +200,51 @@ __device__ __forceinline__ bool send_tokens(const DispatchArgs& a) {
 // Waits for every rank's tokens, and keeps what is wrong with them. Every thread of a block calls.
 __device__ __forceinline__ void receive_tokens(const RankArgs& r) {
     wait_for_ranks(r, 0);
-    if (is_broken(r)) return;
-    for (int from = threadIdx.x; from < r.ranks; from += THREADS) {
-        const Header* h = header(r, r.rank, from);
-        Fault* fault = &r.state->faults[from];
-        if (h->bad_id != 0) atomicMax(&fault->bad_id, h->bad_id);
-        if (h->capacity != (u32)r.capacity) {
-            fault->capacity = h->capacity + 1;
-            fault->own_capacity = r.capacity;
+    if (!is_broken(r)) note_faults(r);
+}
+
+// COUNTED, before tokens are sent: where each of them has its row among those that go to rank `blockIdx.x`, and its slots theirs
+// among those that come back; and how many there are.
+extern "C" __global__ void __launch_bounds__(PLAN_THREADS) dispatch_plan(const __grid_constant__ DispatchArgs a) {
+    constexpr int PLAN_WARPS = PLAN_THREADS / 32;
+    constexpr int HALF = 32;
+    __shared__ u64 of_warps[PLAN_WARPS];
+    wait_for_previous_launch();
+    let_next_launch_start();
+    const RankArgs& r = a.ranks;
+    const int to = blockIdx.x;
+    const int warp = threadIdx.x >> 5;
+    u64 all = 0;  // tokens in the high half, slots in the low one
+    for (int first = 0; first < r.tokens; first += PLAN_THREADS) {
+        const int token = first + threadIdx.x;
+        u32 slots = 0;
+        for (int k = 0; token < r.tokens && k < TOPK; ++k) {
+            const int copy = copy_of_slot(a, token, k);
+            if (to == r.rank) r.copies[token * TOPK + k] = copy;
+            if (copy >= 0 && a.copy_ranks[copy] == to) ++slots;
         }
+        const u64 own = (u64)(slots != 0 ? 1 : 0) << HALF | slots;
+        const u64 scanned = scan_warp(own);
+        if (lane_of_thread() == 31) of_warps[warp] = scanned;
+        __syncthreads();
+        u64 before = all + scanned - own;
+        for (int w = 0; w < PLAN_WARPS; ++w) {
+            if (w < warp) before += of_warps[w];
+            all += of_warps[w];
+        }
+        if (token < r.tokens) {
+            const i64 at = (i64)to * r.capacity + token;
+            r.places[at] = slots != 0 ? (int)(before >> HALF) : -1;
+            r.slot_places[at] = (int)(u32)before;
+        }
+        __syncthreads();
     }
+    if (threadIdx.x == 0) {
+        Counts* to_rank = counts(r, r.rank, to);
+        to_rank->tokens = (u32)(all >> HALF);
+        to_rank->slots = (u32)all;
+    }
+    if (is_last_to_store(r)) tell_ranks(a);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 8) dispatch_send(const __grid_constant__ DispatchArgs a) {
@@ -181,9 +254,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 8) dispatch_send(const __g
     if (send_tokens(a)) tell_ranks(a);
 }
 
+// COUNTED: rows past those that came have no copies.
+__device__ __forceinline__ void clear_received(const RankArgs& r) {
+    const i64 slots = (i64)r.ranks * r.capacity * TOPK;
+    for (i64 slot = (i64)blockIdx.x * THREADS + threadIdx.x; slot < slots; slot += (i64)gridDim.x * THREADS) {
+        const i64 token = slot / TOPK;
+        const int from = (int)(token / r.capacity);
+        if ((u32)(token % r.capacity) < counts(r, from, r.rank)->tokens) continue;
+        u8* row = window_of(r, r.rank) + r.rows_at + token * r.row_bytes;
+        reinterpret_cast<int*>(row + r.copies_at)[slot % TOPK] = -1;
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 8) dispatch_receive(const __grid_constant__ DispatchArgs a) {
     wait_for_previous_launch();
-    receive_tokens(a.ranks);
+    if (COUNTED)
+        clear_received(a.ranks);
+    else
+        receive_tokens(a.ranks);
     let_next_launch_start();
 }
 

@@ -5,7 +5,11 @@
 // flags suffice: a rank whose results are all here has long read its tokens, so the next call may overwrite them, and
 // it overwrites results only once this rank has begun that call.
 //
-// Set by the host: TOPK, MAPPED (ranks store into each other's windows; else a library moves what is stored here).
+// Where windows are not mapped, a library moves what is stored here. It takes the same number of bytes of every rank,
+// or, where tokens go only to ranks that have one of their experts (COUNTED), as many rows as there are: they are then
+// packed, and ranks tell each other how many.
+//
+// Set by the host: TOPK, MAPPED (ranks store into each other's windows), COUNTED (not MAPPED, and routed).
 #pragma once
 #include "ptx/access.cuh"
 #include "ptx/flags.cuh"
@@ -39,19 +43,32 @@ struct RankState {
     Fault faults[1];  // of every rank
 };
 
+// Rows from one rank to another.
+struct Counts {
+    u32 tokens;  // of dispatch
+    u32 slots;   // of combine, the way back
+};
+
 struct RankArgs {
     RankState* state;
     u64 limit_ns;  // of a wait
     int ranks;
     int rank;
-    int tokens;    // this rank's
-    int capacity;  // of every rank
-    i64 rows_at;   // bytes into the window
+    int tokens;      // this rank's
+    int capacity;    // of every rank
+    i64 headers_at;  // bytes into the window, and from one rank's header to the next
+    i64 header_bytes;
+    i64 rows_at;
     i64 returned_at;
-    int row_bytes;  // of a token's row
-    int copies_at;  // bytes into it
+    u8* outgoing;  // where what goes to other ranks is stored, by rank; null where they are mapped
+    // COUNTED, of this rank's tokens:
+    int* copies;       // [tokens, TOPK]: where their slots go
+    int* places;       // [ranks, capacity]: a token's row among those that go to a rank; -1 for none
+    int* slot_places;  // [ranks, capacity]: its first slot's row among those that come back
+    int row_bytes;     // of a token's row
+    int copies_at;     // bytes into it
     int weights_at;
-    int reserved;
+    int place_at;             // COUNTED: where it says which row its first slot takes on the way back
     u64 window[MAX_WINDOWS];  // of every rank; of this rank alone where they are not mapped
 };
 
@@ -63,7 +80,12 @@ __device__ __forceinline__ u32* flag(const RankArgs& a, int of, int from, int wa
 }
 
 __device__ __forceinline__ Header* header(const RankArgs& a, int of, int from) {
-    return reinterpret_cast<Header*>(window_of(a, of) + (i64)2 * a.ranks * FLAG_STRIDE * 4) + from;
+    return reinterpret_cast<Header*>(window_of(a, of) + a.headers_at + from * a.header_bytes);
+}
+
+// COUNTED: what goes from a rank to another, behind the header of the one that sends.
+__device__ __forceinline__ Counts* counts(const RankArgs& a, int from, int to) {
+    return reinterpret_cast<Counts*>(header(a, a.rank, from) + 1) + to;
 }
 
 // Whether a rank was absent. From then on this rank sets no flag of another rank and waits for none.
@@ -118,4 +140,17 @@ __device__ __forceinline__ void wait_for_ranks(const RankArgs& a, int way) {
 __device__ __forceinline__ int other_rank(const RankArgs& a, int k) {
     const int rank = a.rank + 1 + k;
     return rank < a.ranks ? rank : rank - a.ranks;
+}
+
+// Keeps what is wrong with the ranks' tokens. Every thread of a block calls.
+__device__ __forceinline__ void note_faults(const RankArgs& a) {
+    for (int from = threadIdx.x; from < a.ranks; from += blockDim.x) {
+        const Header* h = header(a, a.rank, from);
+        Fault* fault = &a.state->faults[from];
+        if (h->bad_id != 0) atomicMax(&fault->bad_id, h->bad_id);
+        if (h->capacity != (u32)a.capacity) {
+            fault->capacity = h->capacity + 1;
+            fault->own_capacity = a.capacity;
+        }
+    }
 }

@@ -1,10 +1,11 @@
 //! What ranks say when one of them does something wrong.
 
-use super::{LinkName, Rank, RoutingName};
+use super::Rank;
 use crate::error::Result;
 use crate::output;
+use crate::preset::RoutingName;
+use expertile::Combine;
 use expertile::cuda::measure::{ExpertParallelBench, HostInputs};
-use expertile::{Combine, Dispatch};
 use std::time::Instant;
 
 /// What the last rank does.
@@ -24,19 +25,18 @@ impl Rank<'_> {
     /// Some good calls, then the fault; tells what this rank got, and when.
     pub(super) fn commit(&self, fault: Fault) -> Result<()> {
         let last = self.exchange.rank() + 1 == self.exchange.ranks();
+        // The way that is asked for; gather where none is.
+        let dispatch = self.args.placement.ways().0[0];
         for link in self.args.gpus.links() {
-            let layer = self.layer(link, Dispatch::Gather, Combine::Rows, TOKENS)?;
+            let layer = self.layer(link, dispatch, Combine::Rows, TOKENS)?;
             let inputs = self.inputs(RoutingName::Uniform, TOKENS)?;
             let good = ExpertParallelBench::new(&layer, &inputs.own()?, TOKENS)?;
             (0..3).try_for_each(|_| good.run())?;
-            let name = match link {
-                LinkName::Mapped => "mapped",
-                LinkName::Nccl => "nccl",
-            };
+            let name = layer.link().name();
             let tell = |what: &str, result: expertile::Result<()>, started: Instant| {
                 let said = result.map_or_else(|error| error.to_string(), |()| "no error".into());
                 let (rank, seconds) = (self.exchange.rank(), started.elapsed().as_secs_f64());
-                output::print(&format!("{name}, {what}: rank {rank} says after {seconds:.3} s: {said}\n"))
+                output::print(&format!("{name}, {dispatch}, {what}: rank {rank} says after {seconds:.3} s: {said}\n"))
             };
             let started = Instant::now();
             match fault {

@@ -1,8 +1,9 @@
 //! What the ranks measured, as JSON and as a table.
 
-use super::{Rank, RoutingName};
+use super::Rank;
 use crate::device::Gpu;
 use crate::error::Result;
+use crate::preset::RoutingName;
 use crate::report::format;
 use crate::weights::ExpertWeights;
 use expertile::cuda::ExpertParallelLayer;
@@ -36,7 +37,8 @@ pub(super) struct Size {
     link: &'static str,
     dispatch: &'static str,
     combine: &'static str,
-    graph_seconds: f64,
+    /// Null for calls that cannot be captured.
+    graph_seconds: Option<f64>,
     eager_seconds: f64,
     /// The layer of a rank's own experts over all ranks' tokens, which are there.
     local_graph_seconds: f64,
@@ -46,6 +48,8 @@ pub(super) struct Size {
     dispatch_seconds: f64,
     /// Bytes that have to leave the rank that sends most.
     bytes_out: usize,
+    /// What the exchange adds to the local layer: inside a graph, or launched from the host.
+    added_seconds: f64,
     /// Of the link, those bytes in what the exchange adds to the local layer.
     share_of_link: f64,
     launches: usize,
@@ -77,7 +81,8 @@ impl Size {
             bytes.sum::<usize>()
         };
         let bytes_out = (0..ranks).map(bytes_out).max().unwrap_or(0);
-        let own = times.graph_seconds - times.local_graph_seconds;
+        let added_eager = times.eager_seconds - times.local_eager_seconds;
+        let added_seconds = times.graph_seconds.map_or(added_eager, |seconds| seconds - times.local_graph_seconds);
         Ok(Self {
             routing: routing.name(),
             tokens_per_rank: tokens,
@@ -91,7 +96,8 @@ impl Size {
             exchange_seconds: times.exchange_seconds,
             dispatch_seconds: times.dispatch_seconds,
             bytes_out,
-            share_of_link: bytes_out as f64 / link_bytes_per_second / own,
+            added_seconds,
+            share_of_link: bytes_out as f64 / link_bytes_per_second / added_seconds,
             launches: choice.launches,
             workspace_bytes: choice.workspace_bytes,
             different_values: same.map(|[values, _]| values),
@@ -108,9 +114,9 @@ impl Size {
             self.link.into(),
             self.dispatch.into(),
             self.combine.into(),
-            microseconds(self.graph_seconds),
+            self.graph_seconds.map_or("-".into(), microseconds),
             microseconds(self.local_graph_seconds),
-            microseconds(self.graph_seconds - self.local_graph_seconds),
+            microseconds(self.added_seconds),
             format!("{:.0} %", self.share_of_link * 100.0),
             microseconds(self.exchange_seconds),
             microseconds(self.dispatch_seconds),
@@ -155,7 +161,7 @@ impl Report {
             source: rank.args.preset.name(),
             gpu: rank.device.info().into(),
             ranks: rank.exchange.ranks(),
-            nccl: rank.nccl.as_ref().map(|nccl| nccl.version()),
+            nccl: rank.nccl.iter().flatten().next().map(|nccl| nccl.version()),
             placement: layers.first().map_or(String::new(), |layer| layer.parallel().placement.to_string()),
             weights: rank.made_up.format().name(),
             activations: rank.config.activation_format.name(),
@@ -183,8 +189,8 @@ impl Report {
             let _ = writeln!(text, "window, {name}: {}", format::bytes(*bytes as u64));
         }
         text.push_str(
-            "times in us, the slowest rank's, inside a graph but for eager; added: beyond the local layer over all ranks' \
-             tokens\n",
+            "times in us, the slowest rank's, inside a graph but for eager, and for calls that cannot be captured; added: \
+             beyond the local layer over all ranks' tokens\n",
         );
         let link = format::bytes_per_second(self.link_bytes_per_second);
         let _ = writeln!(text, "of link: bytes that have to leave a rank, at {link}, in the time added");
