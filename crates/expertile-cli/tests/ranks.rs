@@ -191,7 +191,7 @@ fn a_plan_takes_the_links_that_it_is_given() {
     // Two rows of 272 bytes, and the latency.
     let close = |actual: f64, expected: f64| assert!((actual - expected).abs() < 1e-12, "{actual} {expected}");
     close(seconds(&[]), 6.5e-6 + 544.0 / 310e9);
-    close(seconds(&["--link", "nccl"]), 10e-6 + 544.0 / 270e9);
+    close(seconds(&["--link", "nccl"]), 11e-6 + 544.0 / 240e9);
     close(seconds(&["--latency-us", "0", "--link-gbs", "1"]), 544e-9);
     close(seconds(&["--latency-us", "0", "--host-link-gbs", "1", "--ranks-per-host", "1"]), 544e-9);
     // Counts go first, but into mapped memory.
@@ -228,6 +228,22 @@ fn a_plan_finds_what_fits_and_what_copies_buy() {
     for part in ["8 ranks of 512 tokens", "linear", "combine sums of routed", "modelled"] {
         assert!(text.contains(part), "{part}: {text}");
     }
+}
+
+/// What `bench exchange --routing zipf` has sent on two H200s, by NCCL's and by mapped ways (benches/results, 2026-11-29).
+#[test]
+fn a_plan_draws_the_zipf_routing_that_a_bench_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let shape = ["--topk", "8", "--experts", "128", "--hidden", "4096", "--intermediate", "1536"];
+    for (tokens, bytes) in [("1", 49_184), ("128", 5_664_768), ("4096", 182_353_920)] {
+        let plan = ["plan", "--ranks", "2", "--tokens", tokens, "--activations", "bf16", "--routing", "zipf"];
+        let report = json(folder.path(), &[&plan[..], &shape].concat());
+        let linear = &report["placements"][0];
+        let sent = |way: &str| linear[way]["most_sent_bytes"].as_u64().unwrap();
+        assert_eq!(sent("dispatch") + sent("combine"), bytes, "{tokens} tokens a rank");
+    }
+    let given = ["plan", "--ranks", "2", "--tokens", "1", "--counts", "1,2", "--routing", "zipf"];
+    refuse(folder.path(), &[&given[..], &shape].concat(), "cannot be used with");
 }
 
 #[test]
@@ -269,6 +285,10 @@ fn a_bench_of_gpus_says_what_is_missing() {
     let bench = |more: &[&str], part: &str| refuse(folder.path(), &[&["bench", "exchange"], more].concat(), part);
     bench(&["--same", "3"], "--same goes with --device cuda only");
     bench(&["--fault", "late"], "--fault goes with --device cuda only");
+    bench(&["--one-gpu"], "--one-gpu goes with --device cuda only");
+    let one_gpu = ["--device", "cuda", "--ranks", "2", "--one-gpu"];
+    bench(&[&one_gpu[..], &["--link", "nccl"]].concat(), "--link is nccl, expected mapped with --one-gpu");
+    bench(&[&one_gpu[..], &["--same", "3"]].concat(), "--same does not go with --one-gpu");
     bench(&["--device", "cuda"], "--ranks is missing, expected the number of GPUs");
     bench(&["--device", "cuda", "--ranks", "0"], "--ranks and --tokens, expected at least 1");
     bench(&["--device", "gpu"], "invalid value 'gpu'");

@@ -14,6 +14,7 @@ use self::report::{Report, Row};
 use super::Args;
 use crate::error::{Error, Result};
 use crate::placement_file::{self, PlacementChoice};
+use crate::preset::RoutingName;
 use crate::report::plot;
 use crate::{memory, output};
 use expertile::expert_parallel::Traffic;
@@ -52,13 +53,13 @@ pub(crate) struct RankOptions {
     /// How GPUs reach each other: mapped, by stores into each other's memory, or nccl [default: mapped on one host].
     #[arg(long, value_name = "NAME", requires = "ranks")]
     link: Option<Link>,
-    /// Gigabytes per second of a rank's link within a host, each way [default: 310, mapped, or 270, nccl, on H200s].
+    /// Gigabytes per second of a rank's link within a host, each way [default: 310, mapped, or 240, nccl, on H200s].
     #[arg(long, value_name = "GB/s", requires = "ranks")]
     link_gbs: Option<f64>,
     /// The same to other hosts [default: 45, as DeepEP reports over 400 Gb/s InfiniBand].
     #[arg(long, value_name = "GB/s", requires = "ranks")]
     host_link_gbs: Option<f64>,
-    /// Microseconds of one exchange of nothing [default: 6.5, mapped, or 10, nccl, in a graph on H200s].
+    /// Microseconds of one exchange of nothing [default: 6.5, mapped, or 11, nccl, in a graph on H200s].
     #[arg(long, value_name = "US", requires = "ranks")]
     latency_us: Option<f64>,
     /// Gigabytes of memory of a rank [default: 141, an H200].
@@ -67,6 +68,10 @@ pub(crate) struct RankOptions {
     /// Layers whose weights a rank holds [default: 1].
     #[arg(long, value_name = "N", requires = "ranks")]
     layers: Option<usize>,
+    /// How tokens choose experts where neither --ids nor --counts say it: uniform, or zipf, the n-th most frequent one
+    /// with a chance that goes with 1 / sqrt(n) [default: uniform].
+    #[arg(long, value_name = "NAME", requires = "ranks", conflicts_with_all = ["ids", "counts"])]
+    routing: Option<RoutingName>,
     /// Seed of the ids that are drawn [default: 1].
     #[arg(long, value_name = "S", requires = "ranks")]
     seed: Option<u64>,

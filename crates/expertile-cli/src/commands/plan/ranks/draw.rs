@@ -3,12 +3,13 @@
 use super::super::Args;
 use crate::error::{Error, Result};
 use crate::memory;
-use crate::preset::{Random, draw_another};
+use crate::preset::{Random, RoutingName, draw_another, zipf_ids};
 
 /// Slots that are drawn: 4096 tokens of each of 512 ranks, with 8 experts each.
 const MOST_SLOTS: usize = 1 << 24;
 
-/// Different experts for every token, each with a chance in proportion to its count, or all alike.
+/// Different experts for every token, each with a chance in proportion to its count, or all alike, or as
+/// [`RoutingName::Zipf`] says: then they are those that `bench exchange --routing zipf` runs.
 pub(super) fn draw(args: &Args, [ranks, tokens, topk]: [usize; 3], experts: usize) -> Result<Vec<i32>> {
     if topk == 0 || topk > experts {
         return Err(Error::usage(format!("--topk is {topk}, expected 1 to {experts}, the experts")));
@@ -18,6 +19,10 @@ pub(super) fn draw(args: &Args, [ranks, tokens, topk]: [usize; 3], experts: usiz
         Error::usage(format!("{ranks} ranks * {tokens} tokens * {topk} experts, expected at most {MOST_SLOTS} slots"))
     })?;
     memory::require("the ids", 4 * slots as u128)?;
+    let seed = args.ranks.seed.unwrap_or(1);
+    if args.ranks.routing == Some(RoutingName::Zipf) {
+        return Ok(zipf_ids(seed, [ranks * tokens, topk], experts));
+    }
     let mut ends = Vec::with_capacity(experts);
     let mut sum = 0u64;
     for expert in 0..experts {
@@ -26,7 +31,7 @@ pub(super) fn draw(args: &Args, [ranks, tokens, topk]: [usize; 3], experts: usiz
             .map_err(|_| Error::usage(format!("--counts holds {count} for expert {expert}, expected at least 0")))?;
         ends.push(sum);
     }
-    let mut random = Random::new(args.ranks.seed.unwrap_or(1), [0x1d5, 0, 0]);
+    let mut random = Random::new(seed, [0x1d5, 0, 0]);
     let mut ids = Vec::with_capacity(slots);
     for _ in 0..ranks * tokens {
         let first = ids.len();

@@ -18,11 +18,11 @@ pub(in crate::commands::plan) enum Link {
 impl Link {
     /// What a rank sends each way within a host, in GB/s. Mapped: dispatch and combine of this library on 2 and on 4
     /// H200s of one host (benches/results/2026-11-29-h200-expert-parallel.md), the sum at home included: 300 to 334. NCCL
-    /// 2.28.9: its all-to-all between two of them (59 MB in 225 us, in a graph).
+    /// 2.28: the same over its windows on two of them: 200 to 300.
     pub(super) fn gbs(self) -> f64 {
         match self {
             Self::Mapped => 310.0,
-            Self::Nccl => 270.0,
+            Self::Nccl => 240.0,
         }
     }
 
@@ -30,7 +30,7 @@ impl Link {
     pub(super) fn latency_us(self) -> f64 {
         match self {
             Self::Mapped => 6.5,
-            Self::Nccl => 10.0,
+            Self::Nccl => 11.0,
         }
     }
 }
@@ -109,9 +109,18 @@ impl Model {
 
     pub(super) fn combine(&self, traffic: &Traffic, combine: Combine, dispatch: Dispatch) -> Way {
         let row_bytes = self.hidden.saturating_mul(combine.value_bytes());
-        // Kernels store sums of tokens that have an expert here, and no others, however tokens came.
-        let dispatch = if self.links.link == Link::Mapped { Dispatch::Routed } else { dispatch };
-        self.way(1, |from, to| traffic.combined(combine, dispatch, from, to).saturating_mul(row_bytes))
+        self.way(1, |from, to| {
+            let rows = match (self.links.link, dispatch, combine) {
+                // Kernels store results of tokens that have an expert here, and no others, however tokens came.
+                (Link::Mapped, ..) => traffic.combined(combine, Dispatch::Routed, from, to),
+                // The same number of bytes whatever the routing is: a row for each slot.
+                (Link::Nccl, Dispatch::Gather, Combine::Rows) => {
+                    traffic.dispatched(Dispatch::Gather, to, from).saturating_mul(self.topk)
+                }
+                (Link::Nccl, ..) => traffic.combined(combine, dispatch, from, to),
+            };
+            rows.saturating_mul(row_bytes)
+        })
     }
 
     fn way(&self, calls: usize, bytes: impl Fn(usize, usize) -> usize) -> Way {
@@ -182,6 +191,7 @@ impl Model {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::preset::{Random, draw_another, zipf_ids};
     use expertile::{MatrixRef, Placement};
 
     /// Two H200s, DeepSeek-V3's rows, the same number of rows from each to the other: microseconds of NCCL's all-to-all
@@ -234,6 +244,60 @@ mod tests {
         }
     }
 
+    /// DeepSeek-V3's layer on two ranks over NCCL's windows, uniform routing, gather: tokens of each, microseconds of
+    /// dispatch, of combine of rows, and of sums, 2026-11-29.
+    const NCCL: [(usize, f64, f64, f64); 6] = [
+        (8, 10.4, 19.6, 16.5),
+        (64, 14.9, 43.3, 30.0),
+        (128, 15.2, 71.4, 34.2),
+        (256, 17.1, 124.4, 84.1),
+        (1024, 51.9, 439.2, 187.0),
+        (4096, 130.2, 1564.4, 602.9),
+    ];
+
+    /// Sums take longer than their bytes on the way: they are made before, and added after.
+    #[test]
+    fn nccl_takes_what_two_gpus_have_taken_within_30_percent_and_for_sums_up_to_twice_the_model() {
+        for (tokens, dispatch, rows, sums) in NCCL {
+            let (model, traffic) = (model(2, 8, Link::Nccl), uniform(2, tokens, 256, 8));
+            let out = model.dispatch(&traffic, Dispatch::Gather, 7424);
+            let back = |combine| model.combine(&traffic, combine, Dispatch::Gather).seconds;
+            for (modelled, measured) in [(out.seconds, dispatch), (back(Combine::Rows), rows)] {
+                let ratio = 1e6 * modelled / measured;
+                assert!((0.7..1.3).contains(&ratio), "{tokens} tokens: {ratio}");
+            }
+            let ratio = 1e6 * back(Combine::Sums) / sums;
+            assert!((0.45..1.3).contains(&ratio), "{tokens} tokens: {ratio}");
+        }
+    }
+
+    /// The same on mapped windows, of the Zipf routing that the bench has run: microseconds of dispatch and of combine of
+    /// rows; and the bytes of both, which are counted exactly.
+    const MAPPED_ZIPF: [(usize, f64, f64, u64); 5] = [
+        (8, 6.3, 8.6, 631_040),
+        (128, 11.5, 33.2, 8_376_320),
+        (256, 14.6, 58.2, 16_867_328),
+        (1024, 30.9, 217.1, 67_999_744),
+        (4096, 99.2, 831.0, 277_504_000),
+    ];
+
+    #[test]
+    fn zipf_routing_takes_what_two_gpus_have_taken_within_30_percent() {
+        for (tokens, dispatch, combine, bytes) in MAPPED_ZIPF {
+            let model = model(2, 8, Link::Mapped);
+            let traffic = count(&zipf_ids(1, [2 * tokens, 8], 256), 8, &Placement::linear(256, 2).unwrap());
+            // Few tokens travel as they are.
+            let row_bytes = if tokens > 64 { 7424 } else { 14_368 };
+            let out = model.dispatch(&traffic, Dispatch::Gather, row_bytes);
+            let back = model.combine(&traffic, Combine::Rows, Dispatch::Gather);
+            assert_eq!(out.most_sent_bytes + back.most_sent_bytes, bytes, "{tokens} tokens");
+            for (modelled, measured) in [(out.seconds, dispatch), (back.seconds, combine)] {
+                let ratio = 1e6 * modelled / measured;
+                assert!((0.7..1.3).contains(&ratio), "{tokens} tokens: {ratio}");
+            }
+        }
+    }
+
     /// DeepSeek-V3's layer on mapped windows, uniform routing, gather and rows: ranks, tokens of each, microseconds of
     /// dispatch and of combine, 2026-11-29.
     const MAPPED: [(usize, usize, f64, f64); 14] = [
@@ -253,17 +317,31 @@ mod tests {
         (4, 4096, 279.5, 1120.9),
     ];
 
-    fn uniform(ranks: usize, tokens: usize, experts: usize, topk: usize) -> Traffic {
-        let mut random = crate::preset::Random::new(3, [0, 0, 0]);
+    fn uniform_ids(tokens: usize, experts: usize, topk: usize) -> Vec<i32> {
+        let mut random = Random::new(3, [0, 0, 0]);
         let ends: Vec<u64> = (1..=experts as u64).collect();
         let mut ids: Vec<i32> = Vec::new();
-        for _ in 0..ranks * tokens {
+        for _ in 0..tokens {
             let first = ids.len();
-            (0..topk).for_each(|_| ids.push(crate::preset::draw_another(&mut random, &ends, &ids[first..])));
+            (0..topk).for_each(|_| ids.push(draw_another(&mut random, &ends, &ids[first..])));
         }
-        let placement = Placement::linear(experts, ranks).unwrap();
-        let ids = MatrixRef::new(&ids[..], ranks * tokens, topk).unwrap();
-        Traffic::count(ids, &vec![tokens; ranks], &placement).unwrap()
+        ids
+    }
+
+    fn count(ids: &[i32], topk: usize, placement: &Placement) -> Traffic {
+        let (tokens, ranks) = (ids.len() / topk, placement.ranks());
+        let ids = MatrixRef::new(ids, tokens, topk).unwrap();
+        Traffic::count(ids, &vec![tokens / ranks; ranks], placement).unwrap()
+    }
+
+    fn uniform(ranks: usize, tokens: usize, experts: usize, topk: usize) -> Traffic {
+        count(&uniform_ids(ranks * tokens, experts, topk), topk, &Placement::linear(experts, ranks).unwrap())
+    }
+
+    /// Most over mean of the ranks' rows.
+    fn imbalance(traffic: &Traffic) -> f64 {
+        let rows = || (0..traffic.ranks()).map(|rank| traffic.rows(rank));
+        rows().max().unwrap() as f64 * traffic.ranks() as f64 / rows().sum::<u64>() as f64
     }
 
     #[test]
@@ -303,6 +381,43 @@ mod tests {
             // What goes to other hosts takes longer than the same within one.
             let between = gather.most_between_hosts_bytes as f64 / (1e9 * HOST_LINK_GBS);
             assert!(gather.seconds >= between && (ranks > 8) == (between > 0.0));
+        }
+    }
+
+    /// The same of Zipf routing, whose experts differ by 22 to 1: rows and bytes as the formulas have them, and what a
+    /// rank more takes is taken from others. Packing by load helps as long as the busiest expert is no rank's load by
+    /// itself; copies help beyond that.
+    #[test]
+    fn eight_to_512_ranks_of_zipf_routing_wait_for_the_busiest_and_copies_help() {
+        let (all, experts, topk) = (8192, 512, 8);
+        let ids = zipf_ids(1, [all, topk], experts);
+        let mut loads = vec![0u64; experts];
+        ids.iter().for_each(|&id| loads[id as usize] += 1);
+        // As they were drawn: a token's second expert is never its first, so the most frequent ones lose some.
+        let (most, mean) = (loads.iter().copied().max().unwrap() as f64, (all * topk / experts) as f64);
+        assert!((9.0..12.0).contains(&(most / mean)), "{}", most / mean);
+        let mut before = 1.0;
+        for ranks in [2, 4, 8, 32, 128, 256, 512] {
+            let link = if ranks <= 8 { Link::Mapped } else { Link::Nccl };
+            let model = model(ranks, topk, link);
+            let packed = count(&ids, topk, &Placement::balanced(&loads, ranks, 0).unwrap());
+            assert_eq!((0..ranks).map(|rank| packed.rows(rank)).sum::<u64>(), (all * topk) as u64);
+            let copied = count(&ids, topk, &Placement::balanced(&loads, ranks, 2 * ranks).unwrap());
+            let least = (most / (all * topk) as f64 * ranks as f64).max(1.0);
+            assert!(imbalance(&packed) >= 0.99 * least, "{ranks} ranks: {}", imbalance(&packed));
+            assert!(imbalance(&packed) <= 1.5 * least, "{ranks} ranks: {} {least}", imbalance(&packed));
+            assert!(imbalance(&packed) >= 0.9 * before, "{ranks} ranks");
+            before = imbalance(&packed);
+            assert!(imbalance(&copied) <= 1.01 * imbalance(&packed), "{ranks} ranks: {}", imbalance(&copied));
+            let (gather, routed) =
+                (model.dispatch(&packed, Dispatch::Gather, 7424), model.dispatch(&packed, Dispatch::Routed, 7424));
+            let tokens = all / ranks;
+            assert_eq!(gather.most_sent_bytes, ((ranks - 1) * tokens * 7424) as u64);
+            assert!(routed.most_sent_bytes <= gather.most_sent_bytes.min((tokens * topk * 7424) as u64));
+            // The busiest rank sends its rows home, but for its own tokens'.
+            let back = model.combine(&packed, Combine::Rows, Dispatch::Routed);
+            let busiest = imbalance(&packed) * (all * topk) as f64 / ranks as f64 * 14336.0;
+            assert!(back.most_sent_bytes as f64 <= busiest && back.most_sent_bytes as f64 >= 0.45 * busiest);
         }
     }
 }
