@@ -71,7 +71,10 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def to_mxfp4(values):
-    """[N, K] f32 -> codes [N, K / 2], two to a byte, the first in the low half, and scales [N, K / 32], by the OCP rule."""
+    """[N, K] f32 -> codes [N, K / 2], two to a byte, the first in the low half, and scales [N, K / 32].
+
+    By the OCP rule: a group's scale is two powers of two below its largest magnitude's.
+    """
     n, k = values.shape
     groups = values.view(n, k // 32, 32)
     exponents = groups.abs().amax(2).clamp(min=2.0**-120).log2().floor() - 2

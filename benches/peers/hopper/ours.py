@@ -195,8 +195,8 @@ class Mxfp4:
 
 
 def bind_gemm(tile, weights, rows, scales, layout, out, out_scales=None):
-    """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]), or Mxfp4; `layout` is a bound permutation whose worklist has
-    the tile's rows. With `out_scales` the activation is in it: `out` is then e4m3 [M_sum, N / 2]."""
+    """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]), or Mxfp4; `layout` is a bound permutation whose worklist
+    has the tile's rows. With `out_scales` the activation is in it: `out` is then e4m3 [M_sum, N / 2]."""
     if isinstance(weights, Mxfp4):
         row_tile, _, _, wide, outputs = tile
         tensors = (rows, scales, out, layout.header, layout.worklist, layout.psum)

@@ -19,7 +19,7 @@ template <typename Config>
 struct Decoding {
     static constexpr int SLABS = Config::OUTPUTS / UNIT_OUTPUTS;
     static constexpr int UNITS = Config::K_BLOCK / UNIT_K;
-    static constexpr int SLAB_BYTES = UNITS * UNIT_BYTES;  // of a block of K
+    static constexpr int SLAB_BYTES = UNITS * UNIT_BYTES;               // of a block of K
     static constexpr int PIECES = GROUP_REGISTERS<Config::FORMAT> / 2;  // of 16 bytes, of a group of 32 of K
 };
 
@@ -37,7 +37,8 @@ struct PackedLoads {
     const u8* from;
     u64 keep;
 
-    __device__ __forceinline__ PackedLoads(const GemmArgs<Config>& args, const StaticScheduler<Config>& tiles, u32 shared)
+    __device__ __forceinline__ PackedLoads(const GemmArgs<Config>& args, const StaticScheduler<Config>& tiles,
+                                           u32 shared)
         : a(args), scheduler(tiles), memory(shared), slot(0), units(0), present(0), from(nullptr), keep(0) {}
 
     // Loads the next block of K into the next slot, which is free; nothing after the last one.
@@ -93,7 +94,8 @@ __device__ __forceinline__ void decode_to_stage(u32 packed, u32 weights, int uni
 #pragma unroll
             for (int i = 0; i < 2 * GROUP_REGISTERS<FORMAT>; ++i) {
                 const u32 chunk = 2 * D::PIECES * unit + i / 2;
-                store_shared_word(mine + (slab * UNIT_OUTPUTS + i % 2 * 8) * ROW_BYTES + (chunk * 16 ^ turn), values[i]);
+                store_shared_word(mine + (slab * UNIT_OUTPUTS + i % 2 * 8) * ROW_BYTES + (chunk * 16 ^ turn),
+                                  values[i]);
             }
         }
     }
@@ -102,7 +104,8 @@ __device__ __forceinline__ void decode_to_stage(u32 packed, u32 weights, int uni
 // What the first warpgroup does in place of `produce`: all of it decodes; one thread also loads, packed blocks of K
 // ahead, rows and scales with the block that is decoded.
 template <typename Config, typename SharedStorage, typename Ring>
-__device__ __forceinline__ void produce_decoded(const GemmArgs<Config>& a, Ring ring, StaticScheduler<Config> scheduler) {
+__device__ __forceinline__ void produce_decoded(const GemmArgs<Config>& a, Ring ring,
+                                                StaticScheduler<Config> scheduler) {
     const bool loads = threadIdx.x < 32 && elect_thread();
     PackedLoads<Config, SharedStorage> packed(a, scheduler, ring.memory);
     if (loads)

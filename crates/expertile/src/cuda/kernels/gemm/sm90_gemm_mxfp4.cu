@@ -188,9 +188,12 @@ __device__ __forceinline__ void decode_block(const Ring& ring, int consumer, int
 // Rows of a tile are multiplied in pieces of at most 64: the products of one run while those of another are added, but
 // where several blocks share the registers.
 template <int N>
-constexpr int PIECE = N < 64 ? N : Config::BLOCKS > 1 ? 32 : N % 64 == 0 ? 64 : N / 2;
+constexpr int PIECE = N < 64               ? N
+                      : Config::BLOCKS > 1 ? 32
+                      : N % 64 == 0        ? 64
+                                           : N / 2;
 template <int N>
-constexpr int PIECES_AT_ONCE = N > PIECE<N> && Config::BLOCKS == 1 ? 2 : 1;
+constexpr int PIECES_AT_ONCE = N > PIECE<N>&& Config::BLOCKS == 1 ? 2 : 1;
 
 // Starts the products of a piece's rows with a block of K.
 template <int ROWS>
