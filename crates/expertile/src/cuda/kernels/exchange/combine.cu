@@ -320,10 +320,10 @@ __device__ __forceinline__ void sum_parts(const CombineArgs& a, int token, int s
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         if (columns[half] >= HIDDEN) continue;
-        const float* from = sum + half * HALF;
 #if OUTPUT == 2
         *reinterpret_cast<uint4*>(out + columns[half] * 4) = floats_of_half(sum, half);
 #else
+        const float* from = sum + half * HALF;
         *reinterpret_cast<uint2*>(out + columns[half] * 2) =
             make_uint2(pack_halves<OUTPUT>(from[0], from[1]), pack_halves<OUTPUT>(from[2], from[3]));
 #endif
