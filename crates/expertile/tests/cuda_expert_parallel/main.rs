@@ -106,6 +106,18 @@ fn as_f64(spec: &Spec, bytes: &[u8]) -> Vec<f64> {
     }
 }
 
+/// Fails unless ranks gave what one rank did: with [`Combine::Rows`] bit for bit, with sums but for their order.
+fn check_output(spec: &Spec, combine: Combine, found: &[u8], expected: &[u8], what: &str) {
+    if combine == Combine::Rows {
+        assert!(found == expected, "{what}");
+        return;
+    }
+    assert_eq!(found.len(), expected.len(), "{what}");
+    let (found, expected) = (as_f64(spec, found), as_f64(spec, expected));
+    let off = |(a, b): (&f64, &f64)| (a - b).abs() > 0.01 * (1.0 + b.abs()) || a.is_nan();
+    assert!(!found.iter().zip(&expected).any(off), "{what}");
+}
+
 /// Every placement, dispatch, combine and number of tokens, against one rank.
 fn check_spec(spec: Spec, ranks: &[usize], most: usize, patterns: &[Pattern]) {
     let Some(device) = hopper() else { return };
@@ -134,13 +146,7 @@ fn check_spec(spec: Spec, ranks: &[usize], most: usize, patterns: &[Pattern]) {
                     assert!(group.check().iter().all(Result::is_ok), "{parallel:?}: {:?}", group.check());
                     let expected = if all > 0 { on_one_rank(device, &model, &tokens) } else { Vec::new() };
                     let what = format!("{ranks} ranks, {counts:?} of {capacity}, {pattern:?}, {parallel:?}, {spec:?}");
-                    if combine == Combine::Rows {
-                        assert!(found == expected, "{what}");
-                    } else {
-                        let (found, expected) = (as_f64(&spec, &found), as_f64(&spec, &expected));
-                        let off = |(a, b): (&f64, &f64)| (a - b).abs() > 0.01 * (1.0 + b.abs()) || a.is_nan();
-                        assert!(!found.iter().zip(&expected).any(off), "{what}");
-                    }
+                    check_output(&spec, combine, &found, &expected, &what);
                     // What ranks brought to the calls before is nobody's row.
                     let slots = tokens.ids.iter().filter(|&&id| id >= 0).count();
                     assert_eq!(group.live_rows(), slots, "{what}");

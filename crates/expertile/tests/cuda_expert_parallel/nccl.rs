@@ -3,7 +3,7 @@
 
 use super::model::{BASE, Model, Operands, Spec, Tokens, on_one_rank, on_ranks, prepare_rank};
 use super::on_device::hopper;
-use super::{LIMIT, as_f64, counts, placements};
+use super::{LIMIT, as_f64, check_output, counts, placements};
 use expertile::cuda::{Device, Graph, Link, Nccl, Stream};
 use expertile::exchange::Exchange;
 use expertile::{ActivationFormat, Combine, Dispatch, Dtype, Error, ParallelConfig, Placement, Result};
@@ -76,13 +76,7 @@ fn check_spec(spec: Spec, ranks: &[usize], most: usize, patterns: &[Pattern]) {
                 let Some(found) = call(device, &model, &parallel, &tokens, (&counts, capacity)) else { return };
                 let expected = if all > 0 { on_one_rank(device, &model, &tokens) } else { Vec::new() };
                 let what = format!("{ranks} ranks, {counts:?} of {capacity}, {pattern:?}, {parallel:?}, {spec:?}");
-                if combine == Combine::Rows {
-                    assert!(found == expected, "{what}");
-                } else {
-                    let (found, expected) = (as_f64(&spec, &found), as_f64(&spec, &expected));
-                    let off = |(a, b): (&f64, &f64)| (a - b).abs() > 0.01 * (1.0 + b.abs()) || a.is_nan();
-                    assert!(!found.iter().zip(&expected).any(off), "{what}");
-                }
+                check_output(&spec, combine, &found, &expected, &what);
             }
         }
     }

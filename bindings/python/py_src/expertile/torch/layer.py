@@ -85,42 +85,17 @@ class Layer:
                 w13, w2 = in_place("w13", in_halves("w13", w13, gate_up)), in_place("w2", w2)
                 w13_scale = scales_in_place("w13_scale", w13_scale)
                 w2_scale = scales_in_place("w2_scale", w2_scale)
-            self._native = _native.CudaLayer(
-                w13,
-                w2,
-                w13_scale,
-                w2_scale,
-                activations,
-                alignment,
-                alpha,
-                beta,
-                limit,
-                weight_on_input,
-                activation=activation,
-                w13_bias=bias_on_cpu("w13_bias", w13_bias, w13.device),
-                w2_bias=bias_on_cpu("w2_bias", w2_bias, w13.device),
-                gate_up=gate_up,
-            )
+            w13_bias = bias_on_cpu("w13_bias", w13_bias, w13.device)
+            w2_bias = bias_on_cpu("w2_bias", w2_bias, w13.device)
         else:
             w13, w2 = flat_blocks("w13", w13), flat_blocks("w2", w2)
             activations = "bf16" if activations is None else activations
             alignment = 1 if alignment is None else alignment
-            self._native = _native.Layer(
-                w13,
-                w2,
-                w13_scale,
-                w2_scale,
-                activations,
-                alignment,
-                alpha,
-                beta,
-                limit,
-                weight_on_input,
-                activation=activation,
-                w13_bias=w13_bias,
-                w2_bias=w2_bias,
-                gate_up=gate_up,
-            )
+        weights = (w13, w2, w13_scale, w2_scale)
+        options: dict[str, Any] = dict(activation=activation, w13_bias=w13_bias, w2_bias=w2_bias, gate_up=gate_up)
+        rest = (alignment, alpha, beta, limit, weight_on_input)
+        native: Any = _native.CudaLayer if self._on_gpu else _native.Layer
+        self._native = native(*weights, activations, *rest, **options)
         self._device = w13.device if isinstance(w13, Tensor) else torch.device("cpu")
         self._in_place = (w13, w2) if self._on_gpu and w13.dtype != torch.uint8 else None
         self._dtype = w13.dtype if isinstance(w13, Tensor) else torch.bfloat16

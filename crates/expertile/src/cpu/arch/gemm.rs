@@ -6,8 +6,8 @@
 use super::panel::{Ahead, BLOCK_PAIRS, BlockScales, BytePanel, MAX_ROWS, PANEL, PairLine, Scratch, Sums};
 use super::{Isa, Level, portable};
 
-/// `sums[r][c] = sum_k rows[r, k] * panel[c, k]` for all rows of a block, which stand in steps of
-/// [`Isa::step_pairs`].
+/// `sums[r][c] = sum_k rows[r, k] * panel[c, k]` for all rows of a block: of every row
+/// [`Isa::step_pairs`] pairs of K stand together.
 pub(crate) fn multiply_block(isa: Isa, rows: &[u32], panel: &[PairLine], sums: &mut [Sums], ahead: Ahead<'_>) {
     #[cfg(target_arch = "x86_64")]
     if isa.level() == Level::Amx {

@@ -231,7 +231,7 @@ impl Tiles {
 impl Drop for Tiles {
     #[allow(unsafe_code)]
     fn drop(&mut self) {
-        // SAFETY: whoever made this has AMX. Tiles without contents are not saved when threads change.
+        // SAFETY: `begin` made this, on a CPU with AMX. The kernel saves no tiles that have been released.
         unsafe { asm!("tilerelease", options(nostack)) };
     }
 }

@@ -83,10 +83,7 @@ __device__ __forceinline__ void decode_to_stage(u32 packed, u32 weights, int uni
             u32 values[2 * GROUP_REGISTERS<FORMAT>];
             if (unit == 0 || unit < units) {
                 const u32 from = packed + slab * D::SLAB_BYTES + unit * UNIT_BYTES;
-                const uint4 words = load_shared_words(from + thread * 16);
-                const u32 steps = load_shared_word(from + UNIT_VALUE_BYTES + thread / 4 * 4);
-                decode_group<FORMAT, 0, true>(words, steps, values);
-                decode_group<FORMAT, 1, true>(words, steps, values + GROUP_REGISTERS<FORMAT>);
+                Unit(from).decode<FORMAT>(values);
             } else {
 #pragma unroll
                 for (int i = 0; i < 2 * GROUP_REGISTERS<FORMAT>; ++i) values[i] = 0;

@@ -96,6 +96,25 @@ __device__ __forceinline__ void decode_group(const uint4& words, u32 steps, u32*
 template <Format FORMAT>
 constexpr int GROUP_REGISTERS = FORMAT == Format::E4M3 ? 4 : 8;
 
+// This thread's words of a unit in shared memory, and its outputs' steps.
+struct Unit {
+    uint4 words;
+    u32 steps;
+
+    __device__ __forceinline__ explicit Unit(u32 from) {
+        const int thread = threadIdx.x % (2 * UNIT_OUTPUTS);
+        words = load_shared_words(from + thread * 16);
+        steps = load_shared_word(from + UNIT_VALUE_BYTES + thread / 4 * 4);
+    }
+
+    // Both groups, steps folded in.
+    template <Format FORMAT>
+    __device__ __forceinline__ void decode(u32* values) const {
+        decode_group<FORMAT, 0, true>(words, steps, values);
+        decode_group<FORMAT, 1, true>(words, steps, values + GROUP_REGISTERS<FORMAT>);
+    }
+};
+
 // 2^exponent, for what f32 has: -149 to 127.
 __device__ __forceinline__ float power_of_two(int exponent) {
     return __uint_as_float(exponent >= -126 ? (u32)(exponent + 127) << 23 : 1u << (exponent + 149));

@@ -155,19 +155,6 @@ __device__ __forceinline__ void produce_rows(const Args& a, Ring ring, StaticSch
     for (int i = 0; i < FULL_ARRIVALS - 1; ++i) arrive(ring.full());
 }
 
-// This thread's words of a unit of a block of K, and its outputs' steps.
-struct Unit {
-    uint4 words;
-    u32 steps;
-
-    __device__ __forceinline__ Unit(const Ring& ring, int consumer, int unit) {
-        const int thread = threadIdx.x % WARPGROUP;
-        const u32 from = ring.weights(consumer) + unit * UNIT_BYTES;
-        words = load_shared_words(from + thread * 16);
-        steps = load_shared_word(from + UNIT_VALUE_BYTES + thread / 4 * 4);
-    }
-};
-
 // The M operand of a block of K, of which `units` are there; past the last unit of K it is zero.
 __device__ __forceinline__ void decode_block(const Ring& ring, int consumer, int units, u32 (&a)[Config::REGISTERS]) {
     constexpr int EACH = GROUP_REGISTERS<FORMAT>;
@@ -175,9 +162,7 @@ __device__ __forceinline__ void decode_block(const Ring& ring, int consumer, int
     for (int unit = 0; unit < Config::UNITS; ++unit) {
         u32* to = a + 2 * EACH * unit;
         if (unit == 0 || unit < units) {
-            const Unit mine(ring, consumer, unit);
-            decode_group<FORMAT, 0, true>(mine.words, mine.steps, to);
-            decode_group<FORMAT, 1, true>(mine.words, mine.steps, to + EACH);
+            Unit(ring.weights(consumer) + unit * UNIT_BYTES).decode<FORMAT>(to);
         } else {
 #pragma unroll
             for (int i = 0; i < 2 * EACH; ++i) to[i] = 0;
@@ -374,7 +359,7 @@ __device__ __forceinline__ void multiply_spread(Ring& ring, int k, int consumer,
         wait_for_phase(ring.full(), ring.parity());
 #pragma unroll 1
         for (int i = 0; i < min(units, Config::UNITS); ++i) {
-            SpreadUnit unit(Unit(ring, consumer, i), largest);
+            SpreadUnit unit(Unit(ring.weights(consumer) + i * UNIT_BYTES), largest);
             const u32 row_scales = ring.row_scales() + lane_of_thread() % 4 * 8;
 #pragma unroll
             for (int piece = 0; piece < N / ROWS; ++piece) {
