@@ -53,9 +53,12 @@ pub struct Communicator {
 
 static GROUPS: Mutex<Option<HashMap<[u8; 128], Arc<Group>>>> = Mutex::new(None);
 
+/// The depth of groups, the communicator and the stream, and what was asked of them.
+type Open = (usize, Option<(usize, usize)>, Vec<Work>);
+
 thread_local! {
     /// How deep this thread is in groups, and what it has asked for in them: of one communicator on one stream.
-    static OPEN: RefCell<(usize, Option<(usize, usize)>, Vec<Work>)> = const { RefCell::new((0, None, Vec::new())) };
+    static OPEN: RefCell<Open> = const { RefCell::new((0, None, Vec::new())) };
 }
 
 impl Communicator {
@@ -105,11 +108,11 @@ impl Communicator {
                 }
                 Work::Receive { to, bytes, peer } => {
                     let before = received.entry(peer).or_default();
-                    let sent = asked[&peer].iter().filter_map(|work| match *work {
+                    let mut sent = asked[&peer].iter().filter_map(|work| match *work {
                         Work::Send { from, bytes, peer } if peer == self.rank => Some((from, bytes)),
                         _ => None,
                     });
-                    match sent.skip(*before).next() {
+                    match sent.nth(*before) {
                         Some((from, its)) if its == bytes => copy(from, to, bytes),
                         _ => return ARGUMENT,
                     }
@@ -195,7 +198,7 @@ pub extern "C" fn ncclAllGather(
     from: *const c_void,
     to: *mut c_void,
     bytes: usize,
-    _bytes: c_int,
+    _data_type: c_int,
     communicator: *mut Communicator,
     stream: *mut c_void,
 ) -> c_int {
@@ -206,7 +209,7 @@ pub extern "C" fn ncclAllGather(
 pub extern "C" fn ncclSend(
     from: *const c_void,
     bytes: usize,
-    _bytes: c_int,
+    _data_type: c_int,
     peer: c_int,
     communicator: *mut Communicator,
     stream: *mut c_void,
@@ -218,7 +221,7 @@ pub extern "C" fn ncclSend(
 pub extern "C" fn ncclRecv(
     to: *mut c_void,
     bytes: usize,
-    _bytes: c_int,
+    _data_type: c_int,
     peer: c_int,
     communicator: *mut Communicator,
     stream: *mut c_void,
