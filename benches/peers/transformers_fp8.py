@@ -8,8 +8,9 @@ four layers): e4m3 with scales of 128 x 128 for experts and attention, as Qwen's
 implementation loads it with `from_pretrained` in a process of its own, in turn, for several rounds; Transformers
 widens it to bf16 there. Printed: the most memory from start to end and what is held after the first call (a process's
 own, without what the libraries alone take: pages of the checkpoint's mapped files can be dropped and are not counted),
-prefill (256 tokens) and decode (32 greedy steps, 1 and 8 sequences) in tokens per second,
-and the share of positions whose logits are within 1 % of the first implementation's.
+prefill (`generate` of one token after 256, which computes the logits of the last), the logits of all 256, and decode
+(32 greedy steps, 1 and 8 sequences), in tokens per second, and the share of positions whose logits are within 2 % of
+the first implementation's.
 
 With `--in-turns` one process holds all implementations, and every round times one call of each: on a machine whose
 speed comes and goes that compares what was measured at the same time. Decode is of 8 steps then; printed are the
@@ -129,6 +130,10 @@ def seconds(call, *arguments):
     return time.perf_counter() - started
 
 
+def generate(model, start, steps):
+    model.generate(start, min_new_tokens=steps, max_new_tokens=steps, do_sample=False, pad_token_id=0)
+
+
 def child(options):
     """Loads, runs and prints what was found; logits go to a file."""
     import expertile.transformers  # noqa: F401
@@ -141,15 +146,12 @@ def child(options):
     prompt = torch.randint(0, options.vocab, (1, PROMPT), generator=generator)
     torch.save(model(prompt).logits, options.logits)
     found = {"held_gb": (own_kib() - libraries) / 1e6}
-    found["prefill_256"] = PROMPT / min(seconds(model, prompt) for _ in range(3))
+    found["prefill_256"] = PROMPT / min(seconds(generate, model, prompt, 1) for _ in range(3))
+    found["logits_256"] = PROMPT / min(seconds(model, prompt) for _ in range(3))
     for batch in (1, 8):
         start = torch.randint(0, options.vocab, (batch, 16), generator=generator)
-
-        def generate(steps, start=start):
-            model.generate(start, min_new_tokens=steps, max_new_tokens=steps, do_sample=False, pad_token_id=0)
-
-        generate(2)
-        short, long = (min(seconds(generate, steps) for _ in range(2)) for steps in (1, 1 + STEPS))
+        generate(model, start, 2)
+        short, long = (min(seconds(generate, model, start, steps) for _ in range(2)) for steps in (1, 1 + STEPS))
         found[f"decode_{batch}"] = STEPS * batch / (long - short)
     found["peak_gb"] = (peak.kib - libraries) / 1e6
     print(json.dumps(found))
@@ -168,14 +170,11 @@ def in_turns(folder, options):
     starts = {batch: torch.randint(0, options.vocab, (batch, 16), generator=generator) for batch in (1, 8)}
 
     def decode(model, batch):
-        def generate(count):
-            options = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-            model.generate(starts[batch], **options)
-
-        return seconds(generate, 1 + steps) - seconds(generate, 1)
+        return seconds(generate, model, starts[batch], 1 + steps) - seconds(generate, model, starts[batch], 1)
 
     calls = {
-        "prefill_256": (PROMPT, lambda model: seconds(model, prompt)),
+        "prefill_256": (PROMPT, lambda model: seconds(generate, model, prompt, 1)),
+        "logits_256": (PROMPT, lambda model: seconds(model, prompt)),
         "decode_1": (steps, lambda model: decode(model, 1)),
         "decode_8": (steps * 8, lambda model: decode(model, 8)),
     }
@@ -197,7 +196,7 @@ def share_near(logits, expected):
     apart = (logits.double() - expected.double()).flatten(0, -2).norm(dim=-1) / expected.double().flatten(0, -2).norm(
         dim=-1
     )
-    return float((apart < 1e-2).double().mean())
+    return float((apart < 2e-2).double().mean())
 
 
 def measure(folder, options):
@@ -252,10 +251,11 @@ def main():
     if options.in_turns:
         write(options, {"vocab": options.vocab, "tokens_per_second": rounds})
         return
-    print(f"{'experts':<12} {'peak GB':>8} {'held GB':>8} {'prefill':>9} {'decode 1':>9} {'decode 8':>9} {'near':>6}")
+    heads = " ".join(f"{head:>9}" for head in ("prefill", "logits", "decode 1", "decode 8"))
+    print(f"{'experts':<12} {'peak GB':>8} {'held GB':>8} {heads} {'near':>6}")
     for name, rows in rounds.items():
         memory = [min(row[key] for row in rows) for key in ("peak_gb", "held_gb")]
-        speed = [max(row[key] for row in rows) for key in ("prefill_256", "decode_1", "decode_8")]
+        speed = [max(row[key] for row in rows) for key in ("prefill_256", "logits_256", "decode_1", "decode_8")]
         near = min(row["near"] for row in rows)
         cells = " ".join(f"{cell:>9.2f}" for cell in speed)
         print(f"{name:<12} {memory[0]:>8.2f} {memory[1]:>8.2f} {cells} {near:>6.2f}")

@@ -3,11 +3,13 @@
     transformers_model.py [--device cuda] [--layers 4] [--implementations expertile,grouped_mm] [--json FILE]
     transformers_model.py --device cpu --json FILE    # with four layers 13 GB of memory
 
-Qwen3-30B-A3B's sizes with fewer layers and random bf16 weights. Prefill: one forward pass over 256 tokens. Decode: 32
-greedy steps of `generate` after a prompt of 16 tokens, for 1 and 8 sequences. Attention, head and sampling are
-Transformers' own in every case. Logits of the prefill are compared with the first implementation's before anything is
-timed: where a rounding makes a router choose another expert they differ by some percent, between any two of them. On a
-CPU `batched_mm` is left out unless asked for: it copies the weights of every slot, 19 GB of them at 256 tokens.
+Qwen3-30B-A3B's sizes with fewer layers and random bf16 weights. Prefill: `generate` of one token after 256, which
+computes the logits of the last; logits: those of all 256. Decode: 32 greedy steps of `generate` after a prompt of 16
+tokens, for 1 and 8 sequences. `--vocab 12672`, a twelfth, gives the head the share that it has beside 48 layers.
+Attention, head and sampling are Transformers' own in every case. Logits are compared with the first implementation's
+before anything is timed: where a rounding makes a router choose another expert they differ by some percent, between
+any two of them. On a CPU `batched_mm` is left out unless asked for: it copies the weights of every slot, 19 GB of them
+at 256 tokens.
 """
 
 import argparse
@@ -46,12 +48,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--implementations")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json")
     options = parser.parse_args()
     config = Qwen3MoeConfig(
-        vocab_size=151936,
+        vocab_size=options.vocab,
         hidden_size=2048,
         num_hidden_layers=options.layers,
         num_attention_heads=32,
@@ -70,8 +73,8 @@ def main():
             weights.normal_(std=weights.shape[-1] ** -0.5)
     # The others need the weights after ours has packed them on a CPU.
     ours.configure(keep_weights=True)
-    prompt = torch.randint(0, 151936, (1, 256), device=options.device)
-    starts = {batch: torch.randint(0, 151936, (batch, 16), device=options.device) for batch in (1, 8)}
+    prompt = torch.randint(0, options.vocab, (1, 256), device=options.device)
+    starts = {batch: torch.randint(0, options.vocab, (batch, 16), device=options.device) for batch in (1, 8)}
     usual = "grouped_mm,expertile,eager" if options.device == "cpu" else "grouped_mm,expertile,batched_mm,eager"
     names, expected, rows = (options.implementations or usual).split(","), None, {}
     for name in names:
@@ -82,27 +85,29 @@ def main():
         if not distance < 1e-1:
             sys.exit(f"{name} is {distance} away from {names[0]}")
         rows[name] = {"distance": distance}
-    for name, seconds in seconds_each(model, names, lambda: model(prompt), options.rounds).items():
-        rows[name]["prefill_256"] = 256 / seconds
+
+    def generate(start, steps):
+        model.generate(start, min_new_tokens=steps, max_new_tokens=steps, do_sample=False, pad_token_id=0)
+
+    calls = {"prefill_256": lambda: generate(prompt, 1), "logits_256": lambda: model(prompt)}
+    for what, call in calls.items():
+        for name, seconds in seconds_each(model, names, call, options.rounds).items():
+            rows[name][what] = 256 / seconds
     for batch, start in starts.items():
-
-        def generate(steps, start=start):
-            model.generate(start, min_new_tokens=steps, max_new_tokens=steps, do_sample=False, pad_token_id=0)
-
-        short = seconds_each(model, names, lambda: generate(1), options.rounds)
-        long = seconds_each(model, names, lambda: generate(1 + STEPS), options.rounds)
+        short = seconds_each(model, names, lambda start=start: generate(start, 1), options.rounds)
+        long = seconds_each(model, names, lambda start=start: generate(start, 1 + STEPS), options.rounds)
         for name in names:
             rows[name][f"decode_{batch}"] = STEPS * batch / (long[name] - short[name])
-    print(f"{'experts':<12} {'prefill 256':>12} {'decode 1':>10} {'decode 8':>10} {'distance':>10}   tokens per second")
+    columns = ("prefill_256", "logits_256", "decode_1", "decode_8")
+    heads = " ".join(f"{column:>11}" for column in columns)
+    print(f"{'experts':<12} {heads} {'distance':>9}   tokens per second")
     for name, row in rows.items():
-        print(
-            f"{name:<12} {row['prefill_256']:>12.0f} {row['decode_1']:>10.1f} {row['decode_8']:>10.1f} "
-            f"{row['distance']:>10.3f}"
-        )
+        print(f"{name:<12} {' '.join(f'{row[column]:>11.1f}' for column in columns)} {row['distance']:>9.3f}")
     if options.json:
         with open(options.json, "w") as file:
             name = torch.cuda.get_device_name() if options.device != "cpu" else f"{torch.get_num_threads()} threads"
-            json.dump({"device": name, "layers": options.layers, "tokens_per_second": rows}, file, indent=1)
+            sizes = {"layers": options.layers, "vocab": options.vocab}
+            json.dump({"device": name, **sizes, "tokens_per_second": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

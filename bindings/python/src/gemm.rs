@@ -3,7 +3,7 @@
 use crate::array::{Apart, Array, Element};
 use crate::autograd::written;
 use crate::error::{Actual, Wrong, exception, optional_size, size};
-use crate::layer::pack;
+use crate::layer::{check_unpacked, pack, unpack};
 use crate::limits;
 use crate::pool::{cpu, work};
 use expertile::cpu::{Activations, PackedWeights, grouped_gemm_of_segments, grouped_gemm_workspace_bytes};
@@ -130,6 +130,16 @@ impl PyGemm {
     #[getter]
     fn shape(&self) -> (usize, usize, usize) {
         (self.0.experts(), self.0.n(), self.0.k())
+    }
+
+    /// Writes the weights as they were packed, bit for bit.
+    fn unpack(&self, py: Python<'_>, weights: &Bound<'_, PyAny>) -> PyResult<()> {
+        let weights = Array::output("weights", weights)?;
+        let apart = Apart::check(&[&weights], &[])?;
+        check_unpacked(&self.0, &weights)?;
+        let done = unpack(py, &self.0, (1, GateUpOrder::Halves), &weights, apart);
+        written(py, &[&weights])?;
+        done
     }
 
     /// `rows [M_sum, K]` to `out [M_sum, N]`: rows of experts, and no others; `rows_at_once` before it looks whether it

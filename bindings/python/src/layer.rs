@@ -99,39 +99,10 @@ impl PyLayer {
         let apart = Apart::check(&[&w13, &w2], &[])?;
         let segments = if self.0.config().activation.is_gated() { 2 } else { 1 };
         let (packed13, packed2) = (self.0.w13(), self.0.w2());
-        let targets = [(packed13, &w13), (packed2, &w2)];
-        for (packed, out) in targets {
-            out.require_shape(&[packed.experts(), packed.n(), width_of(packed)])?;
-            match packed.format() {
-                WeightFormat::Bf16 => out.require_dtype::<bf16>()?,
-                WeightFormat::E4m3 => out.require_dtype::<E4m3>()?,
-                WeightFormat::Mxfp4 => out.require_dtype::<u8>()?,
-            }
-            out.require_contiguous()?;
-        }
-        let done =
-            targets.into_iter().zip([(segments, order), (1, order)]).try_for_each(
-                |((packed, out), order)| match packed.format() {
-                    WeightFormat::Bf16 => {
-                        unpack(py, packed, order, out.contiguous_mut(apart)?, |expert, first_row, out| {
-                            packed.unpack_bf16_rows(&cpu()?, expert, first_row, out).map_err(exception)
-                        })
-                    }
-                    WeightFormat::E4m3 => {
-                        unpack(py, packed, order, out.contiguous_mut(apart)?, |expert, first_row, out| {
-                            packed.unpack_e4m3_rows(&cpu()?, expert, first_row, out).map_err(exception)
-                        })
-                    }
-                    WeightFormat::Mxfp4 => {
-                        unpack(py, packed, order, out.contiguous_mut(apart)?, |expert, first_row, out| {
-                            let rows = out.len() / width_of(packed);
-                            let mut scales = limits::vec("scales", rows * (packed.k() / mxfp4::GROUP))?;
-                            scales.resize(rows * (packed.k() / mxfp4::GROUP), 0);
-                            packed.unpack_mxfp4_rows(&cpu()?, expert, first_row, out, &mut scales).map_err(exception)
-                        })
-                    }
-                },
-            );
+        check_unpacked(packed13, &w13)?;
+        check_unpacked(packed2, &w2)?;
+        let done = unpack(py, packed13, (segments, order), &w13, apart)
+            .and_then(|()| unpack(py, packed2, (1, GateUpOrder::Halves), &w2, apart));
         written(py, &[&w13, &w2])?;
         done
     }
@@ -218,9 +189,50 @@ fn width_of(packed: &PackedWeights) -> usize {
     if packed.format() == WeightFormat::Mxfp4 { packed.k() / 2 } else { packed.k() }
 }
 
+/// Fails unless the weights can be written there as they were packed: `[E, N, K]` of their type, contiguous.
+pub(crate) fn check_unpacked(packed: &PackedWeights, out: &Array<'_>) -> PyResult<()> {
+    out.require_shape(&[packed.experts(), packed.n(), width_of(packed)])?;
+    match packed.format() {
+        WeightFormat::Bf16 => out.require_dtype::<bf16>()?,
+        WeightFormat::E4m3 => out.require_dtype::<E4m3>()?,
+        WeightFormat::Mxfp4 => out.require_dtype::<u8>()?,
+    }
+    out.require_contiguous()
+}
+
+/// Writes the weights as they were packed, bit for bit, in the order in which rows of `segments` are to stand.
+pub(crate) fn unpack(
+    py: Python<'_>,
+    packed: &PackedWeights,
+    order: (usize, GateUpOrder),
+    out: &Array<'_>,
+    apart: Apart,
+) -> PyResult<()> {
+    match packed.format() {
+        WeightFormat::Bf16 => {
+            unpack_experts(py, packed, order, out.contiguous_mut(apart)?, |expert, first_row, out| {
+                packed.unpack_bf16_rows(&cpu()?, expert, first_row, out).map_err(exception)
+            })
+        }
+        WeightFormat::E4m3 => {
+            unpack_experts(py, packed, order, out.contiguous_mut(apart)?, |expert, first_row, out| {
+                packed.unpack_e4m3_rows(&cpu()?, expert, first_row, out).map_err(exception)
+            })
+        }
+        WeightFormat::Mxfp4 => {
+            unpack_experts(py, packed, order, out.contiguous_mut(apart)?, |expert, first_row, out| {
+                let rows = out.len() / width_of(packed);
+                let mut scales = limits::vec("scales", rows * (packed.k() / mxfp4::GROUP))?;
+                scales.resize(rows * (packed.k() / mxfp4::GROUP), 0);
+                packed.unpack_mxfp4_rows(&cpu()?, expert, first_row, out, &mut scales).map_err(exception)
+            })
+        }
+    }
+}
+
 /// Writes all rows of every expert, in the order in which rows of `segments` are to stand; `rows(expert, first row, out)`
 /// unpacks some. It looks between two experts whether it has been interrupted.
-fn unpack<T: Copy + Send>(
+fn unpack_experts<T: Copy + Send>(
     py: Python<'_>,
     packed: &PackedWeights,
     (segments, order): (usize, GateUpOrder),

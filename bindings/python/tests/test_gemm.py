@@ -23,6 +23,7 @@ def test_results_are_the_product_and_padding_is_not_written(form, n, k):
     weights, weight_scale = weights_of(form, len(COUNTS), n, k)
     gemm = et.Gemm(weights, weight_scale)
     assert gemm.shape == (len(COUNTS), n, k) and gemm.device.type == "cpu"
+    assert gemm.unpack().dtype == weights.dtype and torch.equal(gemm.unpack().float(), weights.float())
     gemm.prepare(4096)
     for alignment in (1, 4, 128):
         placed = Placed(form, COUNTS, k, alignment, more=5)

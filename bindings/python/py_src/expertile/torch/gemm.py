@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _arrays, _native
 from .._errors import ArgumentValueError
 from ._dispatch import call, gemms, unwatched
 from .layer import blocks_in_halves, flat_blocks, in_place, on_a_gpu, scales_in_place
@@ -57,9 +57,17 @@ class Gemm:
                 raise ArgumentValueError("activations", f' is "{activations}"', activations, "one of bf16, e4m3")
             self._native = _native.Gemm(flat_blocks("weights", weights), weight_scale)
         self._device = weights.device if isinstance(weights, Tensor) else torch.device("cpu")
+        self._dtype = weights.dtype
         # Operators take numbers and tensors: an object is passed to its operator by number.
         self._number = next(Gemm._numbers)
         gemms[self._number] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gemm:
+        # Nothing changes in it, so that copies of what holds it share it.
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Gemm cannot be pickled: its weights are packed for this machine, expected to be packed anew")
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +78,21 @@ class Gemm:
     def shape(self) -> tuple[int, int, int]:
         """``(E, N, K)``."""
         return self._native.shape
+
+    def unpack(self) -> Tensor:
+        """A copy of the weights ``[E, N, K]``: the bits that the object was made of. Scales are not among them.
+
+        MXFP4 blocks are ``[E, N, K / 2]``; those that were arranged on a GPU are ValueError.
+        """
+        if self._weights is not None:
+            return self._weights.clone()
+        if isinstance(self._native, _native.CudaGemm):
+            raise ArgumentValueError("weights", " are MXFP4, arranged", "arranged", "weights that are used in place")
+        experts, n, k = self.shape
+        width = k // 2 if self._dtype == torch.uint8 else k
+        weights = _arrays.empty_tensor("weights", (experts, n, width), self._dtype, self._device)
+        self._native.unpack(weights)
+        return weights
 
     def prepare(self, max_rows: int) -> None:
         """Compiles (or loads) whatever calls of up to `max_rows` rows can launch; a call compiles nothing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 
 import torch
@@ -11,18 +12,20 @@ from torch import Tensor, nn
 from .._errors import ArgumentValueError
 from ..torch import Layer
 from .experts import describe
-from .packed import LAYER, give_back, is_packed
+from .packed import LAYER, give_back, is_packed, source, unpack, unpacked_experts
 from .threads import let_torch_sleep
 
 
 @dataclasses.dataclass
-class _Options:
+class Options:
+    """What ``configure`` has set."""
+
     keep_weights: bool = False
     max_tokens: int = 8192
     torch_may_spin: bool = False
 
 
-_options = _Options()
+options = Options()
 
 
 def configure(
@@ -37,17 +40,17 @@ def configure(
     layer's threads work on. False at first: from the first layer on they sleep soon, in the whole process.
     """
     if keep_weights is not None:
-        _options.keep_weights = keep_weights
+        options.keep_weights = keep_weights
     if max_tokens is not None:
-        _options.max_tokens = max_tokens
+        options.max_tokens = max_tokens
     if torch_may_spin is not None:
-        _options.torch_may_spin = torch_may_spin
+        options.torch_may_spin = torch_may_spin
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What Transformers calls: hidden_states ``[M, H]``, top_k_index and top_k_weights ``[M, topk]`` to ``[M, H]``."""
     layer = self.__dict__.get(LAYER)
-    if layer is None or (not torch.compiler.is_compiling() and _source(self) != self.__dict__["_expertile_source"]):
+    if layer is None or (not torch.compiler.is_compiling() and _has_changed(self)):
         layer = _make(self)
     if torch.is_grad_enabled() and hidden_states.requires_grad:
         if self.training:
@@ -67,7 +70,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 def _prepare(module: nn.Module, layer: Layer, hidden_states: Tensor, top_k_index: Tensor) -> None:
     """Compiles what such calls need, of as many tokens and of more."""
     tokens, topk = top_k_index.shape
-    most = max(_options.max_tokens, 1 << (tokens - 1).bit_length())
+    most = max(options.max_tokens, 1 << (tokens - 1).bit_length())
     layer.prepare(most, topk, ids_dtype=top_k_index.dtype, dtype=hidden_states.dtype)
     module.__dict__["_expertile_prepared"][topk, top_k_index.dtype, hidden_states.dtype] = most
 
@@ -75,6 +78,9 @@ def _prepare(module: nn.Module, layer: Layer, hidden_states: Tensor, top_k_index
 @torch.compiler.disable
 def _make(module: nn.Module) -> Layer:
     """The layer of a module of experts, which holds it from then on."""
+    if is_packed(module):
+        # Something beside the weights is another now, in a copy of the module for one.
+        unpack(module)
     experts = describe(module)
     for name in experts.names:
         if getattr(module, name).is_meta:
@@ -91,24 +97,19 @@ def _make(module: nn.Module) -> Layer:
         # On the CPU activations come as they are, with float8_e4m3fn weights too: as of the widened ones there. With
         # MXFP4 weights they do so everywhere.
         layer = Layer(up, down, gate_up=order, **experts.options, **parameters)
-    if not up.is_cuda and not _options.torch_may_spin:
+    if not up.is_cuda and not options.torch_may_spin:
         let_torch_sleep()
     del up, down
     module.__dict__[LAYER] = layer
     module.__dict__["_expertile_prepared"] = {}
-    if not in_place and not _options.keep_weights:
-        give_back(module, experts)
-    module.__dict__["_expertile_copied"] = not in_place or any(scale.dtype != torch.float32 for scale in scales)
-    module.__dict__["_expertile_source"] = _source(module)
+    if not in_place and not options.keep_weights:
+        give_back(module, experts.names, functools.partial(unpacked_experts, experts))
+    copied = not in_place or any(scale.dtype != torch.float32 for scale in scales)
+    module.__dict__["_expertile_copied"] = copied
+    module.__dict__["_expertile_source"] = source(module, copied)
     return layer
 
 
-def _source(module: nn.Module) -> list[tuple[int, int]]:
-    """Which tensors a module has, and how often those that were copied have been written since."""
-    copied, packed = module.__dict__["_expertile_copied"], is_packed(module)
-    source = []
-    for name, tensor in module._parameters.items():
-        # Weights that were given back are on meta, and a copy of the module has biases of its own.
-        if tensor is not None and not tensor.is_meta and not (packed and name.endswith("bias")):
-            source.append((tensor.data_ptr(), tensor._version if copied and not tensor.is_inference() else 0))
-    return source
+def _has_changed(module: nn.Module) -> bool:
+    """Whether the layer of a module is no longer that of its tensors."""
+    return source(module, module.__dict__["_expertile_copied"]) != module.__dict__["_expertile_source"]

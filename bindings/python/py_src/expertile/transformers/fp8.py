@@ -1,14 +1,15 @@
-"""FP8 checkpoints on a CPU: the experts stay float8_e4m3fn, everything else is widened as before.
+"""FP8 checkpoints on a CPU: what is float8_e4m3fn stays so, the experts and the linear layers beside them.
 
 Transformers has no FP8 matrix products for a CPU, and widens such a checkpoint to bfloat16 while it reads it. Its
 quantizer for FP8 is replaced by one that does the same, but for models that ask for this implementation: their modules
-of experts become Transformers' own ``FP8Experts``, in half of the memory. Those that no layer would compute then (other
-blocks, other formats, weights in another order) are widened with the rest.
+of experts become Transformers' own ``FP8Experts``, and their linear layers ``PackedFP8Linear``, in half of the memory.
+Where no layer would compute the experts then (other blocks, other formats, weights in another order) everything is
+widened; where the model has linear layers of a kind of its own, those are, and the plain ones with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,26 +17,31 @@ from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
 from .._errors import ArgumentError
 from .experts import BLOCK, NAME, asks_for_expertile, describe, is_experts
+from .fp8_linear import pack_later, stored_in_e4m3
 from .load import require_computable
 
 logger = logging.get_logger(__name__)
 
 _METHOD = "fp8"
-_KEPT = "expertile: the experts stay float8_e4m3fn on the CPU; what is dequantized is the other layers"
+_KEPT = "expertile: what is float8_e4m3fn in the checkpoint stays so on the CPU, and nothing is dequantized"
+_EXPERTS_KEPT = "expertile: the experts stay float8_e4m3fn on the CPU; what is dequantized is the other layers"
 _WIDENED = (
     "expertile: FP8Experts are not what these experts are, so they are dequantized on the CPU with the other layers"
 )
 
 
 class ExpertileFP8HfQuantizer(FineGrainedFP8HfQuantizer):
-    """Transformers' quantizer for FP8; on a CPU it keeps the experts of models that ask for expertile as they are."""
+    """Transformers' quantizer for FP8; on a CPU it keeps the weights of models that ask for expertile as they are."""
 
     _on_cpu = False
     _keeps_experts = False
+    _keeps_linears = False
+    _files: Iterable[str] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Notes whether the model goes to a CPU and its weights are to be widened for no other reason than that."""
@@ -53,28 +59,37 @@ class ExpertileFP8HfQuantizer(FineGrainedFP8HfQuantizer):
         return config
 
     def get_modules_to_not_convert(self, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
-        """Everything but the experts, if they stay as they are."""
+        """Also the linear layers, if the experts stay as they are and they do not."""
         names = super().get_modules_to_not_convert(model, *args, **kwargs)
         if not self._keeps_experts:
             return names
-        others = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-        return list(dict.fromkeys([*names, *others]))
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        converted = {name: module for name, module in linears.items() if should_convert_module(name, names)}
+        # All that are quantized or none: what widens a weight asks for its name's end and no more.
+        kept = stored_in_e4m3(converted, self._files) or set()
+        self._keeps_linears = bool(kept)
+        return list(dict.fromkeys([*names, *(name for name in linears if name not in kept)]))
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        if self._keeps_experts:
+        asked, self._files = self._keeps_experts, kwargs.get("checkpoint_files")
+        if asked:
             # All of them or none: the conversions of a checkpoint's weights are those of all layers.
             self._keeps_experts = all(_can_stay(module) for module in model.modules() if is_experts(module))
             self.quantization_config.dequantize = not self._keeps_experts
-            logger.warning_once(_KEPT if self._keeps_experts else _WIDENED)
         super()._process_model_before_weight_loading(model, **kwargs)
+        if asked:
+            kept = _KEPT if self._keeps_linears else _EXPERTS_KEPT
+            logger.warning_once(kept if self._keeps_experts else _WIDENED)
+        if self._keeps_linears:
+            pack_later(model)
         if self._keeps_experts:
             # What a saved copy of the model is to say, too.
             self.quantization_config.modules_to_not_convert = self.modules_to_not_convert
         require_computable(model)
 
     def get_weight_conversions(self) -> list[Any]:
-        """Widens every weight that has a scale and that no converter of the model's has taken."""
-        if not self._keeps_experts:
+        """Widens every weight that has a scale and that no converter of the model's has taken, unless all are kept."""
+        if not self._keeps_experts or self._keeps_linears:
             return super().get_weight_conversions()
         from transformers.core_model_loading import WeightConverter
 

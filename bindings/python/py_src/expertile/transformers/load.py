@@ -82,7 +82,7 @@ def _set_experts_implementation(original: Any) -> Any:
                 config._experts_implementation_internal = before[key]
             raise
         for module in self.modules():
-            if is_packed(module) and not asks_for_expertile(module):
+            if is_experts(module) and is_packed(module) and not asks_for_expertile(module):
                 unpack(module)
         if experts_implementation == NAME:
             _warn_where_there_are_none(self)
