@@ -40,6 +40,23 @@ FAMILIES = {
         "v_head_dim": 16,
         "num_key_value_heads": 4,
     },
+    "DeepseekV4": {
+        "moe_intermediate_size": 96,
+        "head_dim": 32,
+        "num_key_value_heads": 1,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hash_layers": 1,
+        "q_lora_rank": 32,
+        "o_groups": 2,
+        "o_lora_rank": 32,
+        "index_n_heads": 2,
+        "index_head_dim": 32,
+        "index_topk": 8,
+        "hc_mult": 2,
+        "sliding_window": 16,
+        "swiglu_limit": 1.0,
+    },
     "GptOss": {
         "intermediate_size": 48,
         "head_dim": 16,
@@ -62,6 +79,10 @@ def model_of(family, implementation, device="cpu", seed=0, **more):
                 parameter.normal_(std=0.1)
             elif parameter.dim() >= 2:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        for name, table in model.named_buffers():
+            if name.endswith("tid2eid"):
+                rows, topk = table.shape
+                table.copy_(torch.rand(rows, config.num_local_experts).topk(topk).indices)
     return model.to(device).eval()
 
 

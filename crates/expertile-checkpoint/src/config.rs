@@ -35,6 +35,8 @@ pub(crate) struct BlockConfig {
     pub(crate) router: Router,
     pub(crate) logit_bias: Option<&'static str>,
     pub(crate) correction_bias: Option<&'static str>,
+    /// The table that chooses a token's experts, where the router does not.
+    pub(crate) token_table: Option<&'static str>,
     pub(crate) activation: Activation,
     /// Width of the shared expert, if there is one.
     pub(crate) shared: Option<usize>,
@@ -205,7 +207,7 @@ impl Config {
             None => (outer, ""),
         };
         let own = entries.remove("quantization_config").filter(|value| !value.is_null());
-        let quantization = Quantization::parse(file, own.or(quantization))?;
+        let quantization = Quantization::parse(file, own.or(quantization), entries.get("expert_dtype"))?;
         let config = Self { file: file.to_owned(), family, quantization, entries, path };
         config.check_keys()?;
         Ok(config)
@@ -260,8 +262,10 @@ impl Config {
         let (experts, topk, intermediate) = (experts?, topk?, intermediate?);
         let activation = self.activation()?;
         let shape = self.shape(hidden, intermediate, experts, activation)?;
+        let token_table = self.token_table(layer)?;
         let correction_bias = match family.router.correction_bias {
             None => None,
+            _ if token_table.is_some() => None,
             Some(CorrectionBias { name, flag: None }) => Some(name),
             Some(CorrectionBias { name, flag: Some(flag) }) => keys.flag(flag)?.then_some(name),
         };
@@ -269,7 +273,25 @@ impl Config {
         router.check(experts).map_err(|source| Error::Router { file: self.file.clone(), source })?;
         let shared = self.shared(intermediate, layer)?;
         let logit_bias = family.router.logit_bias;
-        Ok(BlockConfig { shape, router, logit_bias, correction_bias, activation, shared })
+        Ok(BlockConfig { shape, router, logit_bias, correction_bias, token_table, activation, shared })
+    }
+
+    /// The table that chooses a token's experts in this layer.
+    fn token_table(&self, layer: usize) -> Result<Option<&'static str>> {
+        let (keys, Some(row)) = (self.keys(), self.family.router.by_token) else { return Ok(None) };
+        let by_token = match keys.get("mlp_layer_types").and_then(Value::as_array) {
+            Some(list) => list.get(layer).is_some_and(|kind| kind == "hash_moe"),
+            None => match keys.count(row.first)? {
+                Some(first) => layer < first,
+                None => return Err(keys.wrong(row.first, "missing", "a number of layers, or mlp_layer_types")),
+            },
+        };
+        Ok(by_token.then_some(row.table))
+    }
+
+    /// The size of the vocabulary, if the config says it.
+    pub(crate) fn vocabulary(&self) -> Result<Option<usize>> {
+        self.keys().count("vocab_size")
     }
 
     /// `H`, `I` and `E` of experts with this activation.
@@ -289,6 +311,7 @@ impl Config {
         let scoring = match row.scores {
             Scores::Softmax => Scoring::Softmax,
             Scores::Sigmoid => Scoring::Sigmoid,
+            Scores::SqrtSoftplus => Scoring::SqrtSoftplus,
             Scores::SparseMixer(key) => Scoring::SparseMixer { jitter: keys.number(key)? },
         };
         let worth = match row.groups {
@@ -345,6 +368,12 @@ impl Config {
                 beta: 1.0,
                 limit: Some(keys.number("swiglu_limit")?),
             },
+            ActivationRow::Limited(key) => match keys.name(key)? {
+                None | Some("silu" | "swish") => {
+                    Activation::Swiglu { alpha: 1.0, beta: 0.0, limit: Some(keys.number("swiglu_limit")?) }
+                }
+                Some(other) => return Err(keys.wrong(key, &Value::from(other).to_string(), "\"silu\"")),
+            },
             ActivationRow::Relu2(key) => match keys.name(key)? {
                 Some("relu2") => Activation::Relu2,
                 other => {
@@ -393,10 +422,13 @@ impl Config {
     fn dense(&self, layer: usize) -> Result<Option<String>> {
         let keys = self.keys();
         if let Some(value) = keys.get("mlp_layer_types") {
-            let wrong = || keys.wrong("mlp_layer_types", &value.to_string(), "a list of \"dense\" and \"sparse\"");
+            let by_token = self.family.router.by_token.is_some();
+            let expected = if by_token { "\"hash_moe\" and \"moe\"" } else { "\"dense\" and \"sparse\"" };
+            let wrong = || keys.wrong("mlp_layer_types", &value.to_string(), &format!("a list of {expected}"));
             let list = value.as_array().ok_or_else(wrong)?;
             return match list.get(layer).map(Value::as_str) {
                 None | Some(Some("sparse")) => Ok(None),
+                Some(Some("hash_moe" | "moe")) if by_token => Ok(None),
                 Some(Some("dense")) => Ok(Some(format!("mlp_layer_types[{layer}] is \"dense\""))),
                 Some(_) => Err(wrong()),
             };
@@ -536,9 +568,11 @@ pub(crate) fn understood_keys(family: &'static Family) -> Vec<&'static str> {
     if let Scores::SparseMixer(key) = row.scores {
         keys.push(key);
     }
+    keys.extend(row.by_token.map(|row| row.first));
     match family.activation {
         ActivationRow::Gated(key) | ActivationRow::Relu2(key) => keys.push(key),
         ActivationRow::Clamped => keys.extend(["swiglu_alpha", "swiglu_limit"]),
+        ActivationRow::Limited(key) => keys.extend([key, "swiglu_limit"]),
     }
     if let Some(shared) = &family.shared {
         match shared.width {
@@ -596,6 +630,14 @@ mod tests {
         })
     }
 
+    fn deepseek_v4() -> Value {
+        json!({
+            "model_type": "deepseek_v4", "hidden_size": 8, "moe_intermediate_size": 4, "n_routed_experts": 6,
+            "num_experts_per_tok": 2, "routed_scaling_factor": 1.5, "norm_topk_prob": true, "n_shared_experts": 1,
+            "scoring_func": "sqrtsoftplus", "swiglu_limit": 10.0, "num_hash_layers": 3, "expert_dtype": "fp4"
+        })
+    }
+
     fn parse(config: &Value) -> Result<Config> {
         Config::parse(Path::new("config.json"), config.to_string().as_bytes())
     }
@@ -635,6 +677,12 @@ mod tests {
         let config = block(&gpt_oss()).unwrap();
         assert_eq!(config.activation, Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) });
         assert_eq!(config.logit_bias, Some("router.bias"));
+        let config = block(&deepseek_v4()).unwrap();
+        assert_eq!(config.activation, Activation::Swiglu { alpha: 1.0, beta: 0.0, limit: Some(10.0) });
+        assert_eq!((config.router.scoring, config.shared), (Scoring::SqrtSoftplus, Some(4)));
+        assert_eq!((config.correction_bias, config.token_table), (Some("gate.bias"), None));
+        let config = parse(&deepseek_v4()).unwrap().block(2).unwrap();
+        assert_eq!((config.correction_bias, config.token_table), (None, Some("gate.tid2eid")));
     }
 
     #[test]

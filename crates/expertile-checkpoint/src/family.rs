@@ -88,6 +88,17 @@ pub(crate) struct RouterRow {
     pub(crate) normalize: Normalize,
     /// Key of the factor on the weights; `null` stands for 1.
     pub(crate) factor: Option<&'static str>,
+    /// Layers in which a token's number in the vocabulary chooses its experts, and the router weighs them.
+    pub(crate) by_token: Option<ByToken>,
+}
+
+/// Those layers: `hash_moe` in `mlp_layer_types`, or the first ones.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ByToken {
+    /// The experts of every number, `[vocabulary, topk]`.
+    pub(crate) table: &'static str,
+    /// Key that counts the layers, where there is no list.
+    pub(crate) first: &'static str,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -101,6 +112,7 @@ pub(crate) struct CorrectionBias {
 pub(crate) enum Scores {
     Softmax,
     Sigmoid,
+    SqrtSoftplus,
     /// With the key of its jitter.
     SparseMixer(&'static str),
 }
@@ -134,6 +146,8 @@ pub(crate) enum ActivationRow {
     Gated(&'static str),
     /// gpt-oss's: `swiglu_limit`, and `swiglu_alpha` where it is not 1.702.
     Clamped,
+    /// A gated one, named by this key: `silu` of a gate that `swiglu_limit` bounds above, times an up within it.
+    Limited(&'static str),
     /// The square of the positive part, without a gate; the key has to say `relu2`.
     Relu2(&'static str),
 }
@@ -149,8 +163,8 @@ pub(crate) struct SharedRow {
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum SharedNames {
-    /// `<prefix>.gate_proj.weight`, `up_proj`, `down_proj`.
-    Separate(&'static str),
+    /// `<prefix>.<part>.weight` of gate, up and down.
+    Separate(&'static str, [&'static str; 3]),
     /// `<prefix>.up_proj.weight`, `down_proj`.
     Ungated(&'static str),
     /// Gate's rows, then up's, in one matrix; and down.
@@ -207,8 +221,15 @@ impl Layers {
     }
 }
 
-const EACH: ExpertNames = ExpertNames::Each { gate: Some("gate_proj"), up: "up_proj", down: "down_proj" };
-const EACH_W: ExpertNames = ExpertNames::Each { gate: Some("w1"), up: "w3", down: "w2" };
+/// Names of gate, up and down.
+const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+const W_NAMES: [&str; 3] = ["w1", "w3", "w2"];
+
+const EACH: ExpertNames = each(PROJECTIONS);
+const EACH_W: ExpertNames = each(W_NAMES);
+const fn each([gate, up, down]: [&'static str; 3]) -> ExpertNames {
+    ExpertNames::Each { gate: Some(gate), up, down }
+}
 const FUSED: ExpertNames = ExpertNames::Fused {
     gate_up: "experts.gate_up_proj",
     down: "experts.down_proj",
@@ -231,6 +252,7 @@ const SOFTMAX: RouterRow = RouterRow {
     groups: GroupsRow::Never,
     normalize: Normalize::Always(Normalization::Sum),
     factor: None,
+    by_token: None,
 };
 /// Softmax, divided by its sum if the config says so.
 const SOFTMAX_FLAG: RouterRow =
@@ -249,13 +271,17 @@ const DEEPSEEK_OR_ONE_GROUP: RouterRow = RouterRow { groups: GroupsRow::OrOne(Gr
 
 /// The shared expert of Qwen2-MoE and its heirs.
 const GATED_SHARED: Option<SharedRow> = Some(SharedRow {
-    names: SharedNames::Separate("shared_expert"),
+    names: SharedNames::Separate("shared_expert", PROJECTIONS),
     gate: Some("shared_expert_gate.weight"),
     width: Width::Key("shared_expert_intermediate_size"),
 });
 /// DeepSeek's: several experts' widths in one.
 const fn shared(count: &'static str) -> Option<SharedRow> {
-    Some(SharedRow { names: SharedNames::Separate("shared_experts"), gate: None, width: Width::Times(count) })
+    Some(SharedRow {
+        names: SharedNames::Separate("shared_experts", PROJECTIONS),
+        gate: None,
+        width: Width::Times(count),
+    })
 }
 
 const QWEN2_MOE: Family = Family {
@@ -410,6 +436,39 @@ const FAMILIES: &[Family] = &[
         ..DEEPSEEK_V3
     },
     DEEPSEEK_V3,
+    Family {
+        model_types: &["deepseek_v4"],
+        architectures: &["DeepseekV4ForCausalLM"],
+        block: "ffn",
+        experts: &[EACH_W],
+        router: RouterRow {
+            correction_bias: Some(CorrectionBias { name: "gate.bias", flag: None }),
+            scores: Scores::SqrtSoftplus,
+            normalize: Normalize::Always(Normalization::SumPlus(1e-20)),
+            factor: Some("routed_scaling_factor"),
+            by_token: Some(ByToken { table: "gate.tid2eid", first: "num_hash_layers" }),
+            ..SOFTMAX
+        },
+        activation: ActivationRow::Limited("hidden_act"),
+        shared: Some(SharedRow {
+            names: SharedNames::Separate("shared_experts", W_NAMES),
+            gate: None,
+            width: Width::Same,
+        }),
+        layers: Layers::All,
+        fixed: &[
+            ("scoring_func", &["\"sqrtsoftplus\""]),
+            ("topk_method", &["\"noaux_tc\""]),
+            ("norm_topk_prob", &["true"]),
+            ("n_shared_experts", &["1"]),
+            ("n_group", &["1"]),
+            ("topk_group", &["1"]),
+            ("mlp_bias", &["false"]),
+            // The tensors tell.
+            ("expert_dtype", &["\"fp4\"", "\"fp8\"", "\"bf16\""]),
+        ],
+        ..QWEN2_MOE
+    },
     Family { model_types: &["deepseek_v32"], architectures: &["DeepseekV32ForCausalLM"], ..DEEPSEEK_V3 },
     Family {
         model_types: &["glm4_moe", "glm4v_moe", "glm4v_moe_text"],
@@ -515,7 +574,7 @@ const FAMILIES: &[Family] = &[
         intermediate_keys: &["intermediate_size", "moe_intermediate_size"],
         router: RouterRow { weight: "gate.wg.weight", ..SOFTMAX },
         shared: Some(SharedRow {
-            names: SharedNames::Separate("shared_mlp"),
+            names: SharedNames::Separate("shared_mlp", PROJECTIONS),
             gate: None,
             width: Width::TimesOrOnce("num_shared_expert"),
         }),
@@ -540,7 +599,11 @@ const FAMILIES: &[Family] = &[
         intermediate_keys: INTERMEDIATE,
         router: RouterRow { weight: "router.weight", scores: Scores::Sigmoid, normalize: Normalize::Never, ..SOFTMAX },
         weight_on_input: true,
-        shared: Some(SharedRow { names: SharedNames::Separate("shared_expert"), gate: None, width: Width::Same }),
+        shared: Some(SharedRow {
+            names: SharedNames::Separate("shared_expert", PROJECTIONS),
+            gate: None,
+            width: Width::Same,
+        }),
         layers: Layers::Interleaved,
         fixed: &[],
         ..QWEN2_MOE
@@ -594,7 +657,7 @@ const FAMILIES: &[Family] = &[
         architectures: &["HYV3ForCausalLM"],
         router: biased_sigmoid("router.gate.weight", "expert_bias", "router_scaling_factor"),
         shared: Some(SharedRow {
-            names: SharedNames::Separate("shared_mlp"),
+            names: SharedNames::Separate("shared_mlp", PROJECTIONS),
             gate: None,
             width: Width::Times("num_shared_experts"),
         }),
@@ -650,6 +713,7 @@ mod tests {
         let mut text = match row.scores {
             Scores::Softmax => "softmax".to_owned(),
             Scores::Sigmoid => "sigmoid".to_owned(),
+            Scores::SqrtSoftplus => "root of softplus".to_owned(),
             Scores::SparseMixer(key) => format!("sparse mixer, `{key}`"),
         };
         if let Some(name) = row.logit_bias {
@@ -670,6 +734,9 @@ mod tests {
             Normalize::Flag(key, _) => write!(text, ", normalized if `{key}`").unwrap(),
         }
         row.factor.into_iter().for_each(|key| write!(text, ", times `{key}`").unwrap());
+        if let Some(ByToken { table, first }) = row.by_token {
+            let _ = write!(text, "; in the first `{first}` layers `{table}` chooses");
+        }
         text
     }
 
@@ -701,6 +768,7 @@ mod tests {
             let activation = match family.activation {
                 ActivationRow::Gated(_) => "silu or gelu (tanh), gated",
                 ActivationRow::Clamped => "clamped swiglu",
+                ActivationRow::Limited(_) => "silu, gated, clamped",
                 ActivationRow::Relu2(_) => "relu squared, no gate",
             };
             let on_input = if family.weight_on_input { ", weight on the input" } else { "" };

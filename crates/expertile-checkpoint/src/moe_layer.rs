@@ -4,6 +4,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::BlockConfig;
 use crate::error::{Error, Result};
 use crate::family::{ExpertNames, Family, SharedNames};
+use crate::ids::Ids;
 use crate::matrix::{View, WEIGHT_DTYPES, WeightMatrix, WeightScales, matrix_scales, weight_format};
 use crate::tensors::Tensor;
 use expertile::gemm::WEIGHT_BLOCK;
@@ -23,6 +24,7 @@ pub struct MoeLayer<'a> {
     weight_on_input: bool,
     router: Router,
     router_weight: Vec<f32>,
+    token_experts: Option<Ids>,
     experts: Vec<Expert<'a>>,
     biases: Option<Biases>,
     shared: Option<SharedExpert<'a>>,
@@ -69,6 +71,7 @@ impl<'a> MoeLayer<'a> {
         let block = config.block(layer)?;
         let reader = Reader::find(checkpoint, block.clone(), layer)?;
         let (router, router_weight) = reader.router()?;
+        let token_experts = reader.token_experts()?;
         let (experts, biases) = reader.experts()?;
         let shared = reader.shared()?;
         reader.check_all_read()?;
@@ -80,6 +83,7 @@ impl<'a> MoeLayer<'a> {
             weight_on_input: config.family.weight_on_input,
             router,
             router_weight,
+            token_experts,
             experts,
             biases,
             shared,
@@ -134,6 +138,13 @@ impl<'a> MoeLayer<'a> {
     #[must_use]
     pub fn router_weight(&self) -> &[f32] {
         &self.router_weight
+    }
+
+    /// The experts of every number in the vocabulary, `[vocabulary, topk]`, in a layer where a token's number chooses
+    /// them and the router only weighs them; `None` where the router chooses.
+    #[must_use]
+    pub fn token_experts(&self) -> Option<&Ids> {
+        self.token_experts.as_ref()
     }
 
     /// The routed experts, by id.
@@ -255,8 +266,15 @@ const LAYER_PREFIXES: [&str; 7] = [
 
 /// The dtype of packed 4-bit weights.
 const PACKED: Dtype = Dtype::U8;
+/// The same, of weights under a name without an ending (DeepSeek-V4).
+const PACKED_IN_PLACE: Dtype = Dtype::I8;
 /// Those of their scales: exponents.
 const SCALE_DTYPES: &[Dtype] = &[Dtype::U8, Dtype::F8_E8M0];
+
+/// The name of a weight's scales where it has no ending: `w1.scale` of `w1.weight`.
+fn scale_beside(weight: &str) -> String {
+    format!("{}scale", weight.strip_suffix("weight").unwrap_or(weight))
+}
 
 /// Finds and checks the tensors of one layer.
 struct Reader<'a, 'c> {
@@ -349,6 +367,15 @@ impl<'a, 'c> Reader<'a, 'c> {
             router.correction_bias = self.floats(name, &[&[experts], &[1, experts]])?;
         }
         Ok((router, weight))
+    }
+
+    fn token_experts(&self) -> Result<Option<Ids>> {
+        let Some(name) = self.block.token_table else { return Ok(None) };
+        let topk = self.block.router.topk;
+        let tensor = self.tensor(name, || format!("I32 or I64 [vocabulary, {topk}]"))?;
+        let vocabulary = self.checkpoint.config().vocabulary()?.unwrap_or(tensor.shape.first().copied().unwrap_or(0));
+        tensor.require_shape(&[vocabulary, topk])?;
+        Ids::from_tensor(&tensor).map(Some)
     }
 
     /// Notes that what was read since `before` are weights of routed experts.
@@ -481,9 +508,29 @@ impl<'a, 'c> Reader<'a, 'c> {
     fn packed_matrix(&self, name: &str, rows: usize, cols: usize) -> Result<WeightMatrix<'a>> {
         self.checkpoint.config().quantization.require_packed_mxfp4()?;
         let groups = self.groups(name, cols)?;
-        let failed = |source| Error::Pack { what: self.name(name), source };
         let blocks = self.bytes(&format!("{name}_packed"), &[PACKED], &[rows, cols / 2])?;
         let scales = self.bytes(&format!("{name}_scale"), SCALE_DTYPES, &[rows, groups])?;
+        self.mxfp4_matrix(name, blocks, scales, [rows, cols])
+    }
+
+    /// The same under the weight's own name, and its scales beside it.
+    fn packed_in_place(&self, name: &str, rows: usize, cols: usize) -> Result<WeightMatrix<'a>> {
+        self.checkpoint.config().quantization.require_fp4_experts()?;
+        let groups = self.groups(name, cols)?;
+        let blocks = self.bytes(name, &[PACKED_IN_PLACE], &[rows, cols / 2])?;
+        let scales = self.bytes(&scale_beside(name), SCALE_DTYPES, &[rows, groups])?;
+        self.mxfp4_matrix(name, blocks, scales, [rows, cols])
+    }
+
+    fn mxfp4_matrix(
+        &self,
+        name: &str,
+        blocks: &'a [u8],
+        scales: &'a [u8],
+        [rows, cols]: [usize; 2],
+    ) -> Result<WeightMatrix<'a>> {
+        let groups = self.groups(name, cols)?;
+        let failed = |source| Error::Pack { what: self.name(name), source };
         let blocks = MatrixRef::new(blocks, rows, cols / 2).map_err(failed)?;
         Ok(WeightMatrix::mxfp4(blocks, MatrixRef::new(scales, rows, groups).map_err(failed)?))
     }
@@ -491,7 +538,8 @@ impl<'a, 'c> Reader<'a, 'c> {
     /// A weight tensor, whatever its shape; `rows` describes it in case there is none.
     fn weight_tensor(&self, name: &str, rows: usize) -> Result<Tensor<'a>> {
         let tensor = self.tensor(name, || format!("{WEIGHT_DTYPES} [{rows}, ..]"))?;
-        if weight_format(tensor.dtype).is_none() {
+        let may_be_packed = self.family.fixed.iter().any(|(key, _)| *key == "expert_dtype");
+        if weight_format(tensor.dtype).is_none() && !(may_be_packed && tensor.dtype == PACKED_IN_PLACE) {
             return Err(tensor.wrong_dtype(WEIGHT_DTYPES));
         }
         Ok(tensor)
@@ -519,6 +567,9 @@ impl<'a, 'c> Reader<'a, 'c> {
         if dtype == Some(PACKED) || (dtype.is_none() && self.has(&format!("{name}_packed"))?) {
             return Ok((self.packed_matrix(name, rows, cols)?, PACKED));
         }
+        if dtype == Some(PACKED_IN_PLACE) {
+            return Ok((self.packed_in_place(name, rows, cols)?, PACKED_IN_PLACE));
+        }
         let expected = || format!("{} [{rows}, {cols}]", dtype.map_or(WEIGHT_DTYPES.into(), |dtype| dtype.to_string()));
         let tensor = self.tensor(name, expected)?;
         tensor.require_shape(&[rows, cols])?;
@@ -538,18 +589,24 @@ impl<'a, 'c> Reader<'a, 'c> {
         Ok((matrix, tensor.dtype))
     }
 
-    /// The tensor of a weight's scales, by either of its names.
+    /// The tensor of a weight's scales, by one of its names.
     fn scale_tensor(&self, weight: &str) -> Result<Tensor<'a>> {
-        let names = ["_scale_inv", "_scale"].map(|ending| format!("{weight}{ending}"));
+        let names = [format!("{weight}_scale_inv"), format!("{weight}_scale"), scale_beside(weight)];
         let expected = || "F32, BF16, F16 or F8_E8M0 scales (the weights are F8_E4M3)".to_owned();
-        match [self.has(&names[0])?, self.has(&names[1])?] {
-            [true, true] => Err(Error::AmbiguousTensor {
+        let mut found = Vec::new();
+        for name in &names {
+            if self.has(name)? {
+                found.push(name);
+            }
+        }
+        match found[..] {
+            [first, second, ..] => Err(Error::AmbiguousTensor {
                 file: self.checkpoint.config().file.clone(),
-                tensor: self.name(&names[0]),
-                other: self.name(&names[1]),
+                tensor: self.name(first),
+                other: self.name(second),
             }),
-            [false, true] => self.tensor(&names[1], expected),
-            _ => self.tensor(&names[0], expected),
+            [name] => self.tensor(name, expected),
+            [] => self.tensor(&names[0], expected),
         }
     }
 
@@ -683,8 +740,8 @@ impl<'a, 'c> Reader<'a, 'c> {
         let hidden = self.block.shape.hidden();
         let shape = self.checkpoint.config().shape(hidden, width, 1, self.block.activation)?;
         let expert = match row.names {
-            SharedNames::Separate(prefix) => {
-                let [gate, up, down] = ["gate", "up", "down"].map(|part| format!("{prefix}.{part}_proj.weight"));
+            SharedNames::Separate(prefix, names) => {
+                let [gate, up, down] = names.map(|part| format!("{prefix}.{part}.weight"));
                 self.separate(Some(gate), &up, &down, shape, None)?
             }
             SharedNames::Ungated(prefix) => {

@@ -7,6 +7,7 @@
 //! | `compressed-tensors`, `float-quantized` | strategy `block`, `tensor` or `channel` | `<weight>_scale` |
 //! | `mxfp4` | groups of 32 of 4-bit values, `<weight>_blocks` | `<weight>_scales` |
 //! | `compressed-tensors`, `mxfp4-pack-quantized` | the same, `<weight>_packed` | `<weight>_scale` |
+//! | `fp8` with `expert_dtype` `fp4` (DeepSeek-V4) | experts the same, in I8 under the weight's own name | `<part>.scale`, also of e4m3 weights |
 //!
 //! Scales may be F32, BF16, F16 or F8_E8M0; all are widened exactly. Static scales of activations are refused: they
 //! would change the numbers.
@@ -23,6 +24,8 @@ use std::path::{Path, PathBuf};
 pub(crate) struct Quantization {
     file: PathBuf,
     entries: Option<Map<String, Value>>,
+    /// `expert_dtype`, of the config or of the entries.
+    expert_dtype: Option<Value>,
 }
 
 /// What shares a scale.
@@ -39,7 +42,7 @@ const PATH: &str = "quantization_config.";
 const MXFP4_PACKED: &str = "mxfp4-pack-quantized";
 
 impl Quantization {
-    pub(crate) fn parse(file: &Path, value: Option<Value>) -> Result<Self> {
+    pub(crate) fn parse(file: &Path, value: Option<Value>, expert_dtype: Option<&Value>) -> Result<Self> {
         let entries = match value {
             None => None,
             Some(Value::Object(entries)) => Some(entries),
@@ -48,7 +51,9 @@ impl Quantization {
                 return Err(keys.wrong("quantization_config", &other.to_string(), "an object"));
             }
         };
-        Ok(Self { file: file.to_owned(), entries })
+        let own = entries.as_ref().and_then(|entries| entries.get("expert_dtype"));
+        let expert_dtype = own.or(expert_dtype).cloned();
+        Ok(Self { file: file.to_owned(), entries, expert_dtype })
     }
 
     /// The method, if the config names one.
@@ -102,6 +107,23 @@ impl Quantization {
     pub(crate) fn speaks_of_mxfp4(&self) -> bool {
         let format = self.entries.as_ref().and_then(|entries| entries.get("format"));
         self.method().is_some_and(|method| method == "mxfp4") || format.is_some_and(|format| format == MXFP4_PACKED)
+    }
+
+    /// Fails unless experts in I8 are MXFP4.
+    pub(crate) fn require_fp4_experts(&self) -> Result<()> {
+        let expected = "(the experts are I8: two 4-bit values to a byte)";
+        if self.method().is_none_or(|method| method != "fp8") {
+            let actual = self.method().map_or("missing".into(), Value::to_string);
+            return Err(self.wrong("quant_method", actual, &format!("\"fp8\" {expected}")));
+        }
+        match &self.expert_dtype {
+            Some(name) if name == "fp4" => Ok(()),
+            other => {
+                let actual = other.as_ref().map_or("missing".into(), Value::to_string);
+                let keys = Keys { file: &self.file, path: "", entries: &Map::new() };
+                Err(keys.wrong("expert_dtype", &actual, &format!("\"fp4\" {expected}")))
+            }
+        }
     }
 
     /// Fails unless 4-bit weights are MXFP4: in `<weight>_blocks` and `<weight>_scales`.

@@ -1,7 +1,8 @@
 //! The tensors that go into a layer and come out of it, as safetensors files.
 //!
 //! In: `hidden_states [M, H]` in bf16, f16 or f32, and, if the router's choice is already known, `topk_ids [M, topk]`
-//! (i32 or i64) with `topk_weights [M, topk]` (f32). Out: `output [M, H]` bf16, `topk_ids` i32, `topk_weights` f32.
+//! (i32 or i64) with `topk_weights [M, topk]` (f32); `input_ids [M]` (i32 or i64), the tokens' numbers in the vocabulary,
+//! where those choose experts. Out: `output [M, H]` bf16, `topk_ids` i32, `topk_weights` f32.
 
 use crate::error::{Error, Result};
 use crate::ids::{Ids, MOST_ROWS, TOPK_IDS};
@@ -14,6 +15,7 @@ use std::path::Path;
 
 const HIDDEN_STATES: &str = "hidden_states";
 const TOPK_WEIGHTS: &str = "topk_weights";
+const INPUT_IDS: &str = "input_ids";
 const OUTPUT: &str = "output";
 
 /// The tokens that a layer gets.
@@ -23,6 +25,7 @@ pub struct LayerInput {
     tokens: usize,
     hidden: usize,
     routing: Option<(Ids, Vec<f32>)>,
+    input_ids: Option<Vec<i64>>,
 }
 
 /// `hidden_states [M, H]`, row-major.
@@ -44,7 +47,9 @@ impl LayerInput {
     pub fn from_hidden_states(hidden_states: HiddenStates, hidden: usize) -> Result<Self> {
         let values = hidden_states.len();
         match values.checked_div(hidden) {
-            Some(tokens) if tokens * hidden == values => Ok(Self { hidden_states, tokens, hidden, routing: None }),
+            Some(tokens) if tokens * hidden == values => {
+                Ok(Self { hidden_states, tokens, hidden, routing: None, input_ids: None })
+            }
             _ => Err(Error::shape(
                 Path::new("input"),
                 HIDDEN_STATES,
@@ -91,7 +96,8 @@ impl LayerInput {
             (None, Some(_)) => return Err(missing(TOPK_IDS, "I32 or I64 [M, topk], as there are topk_weights")),
             (Some(_), None) => return Err(missing(TOPK_WEIGHTS, "F32 [M, topk], as there are topk_ids")),
         };
-        Ok(Self { hidden_states: HiddenStates::read(&states)?, tokens, hidden, routing })
+        let input_ids = find(INPUT_IDS).map(|ids| read_input_ids(tokens, &ids)).transpose()?;
+        Ok(Self { hidden_states: HiddenStates::read(&states)?, tokens, hidden, routing, input_ids })
     }
 
     /// The hidden states, `[M, H]`.
@@ -116,6 +122,23 @@ impl LayerInput {
     #[must_use]
     pub fn routing(&self) -> Option<(&Ids, &[f32])> {
         self.routing.as_ref().map(|(ids, weights)| (ids, &weights[..]))
+    }
+
+    /// The tokens' numbers in the vocabulary `[M]`, if the file holds them.
+    #[must_use]
+    pub fn input_ids(&self) -> Option<&[i64]> {
+        self.input_ids.as_deref()
+    }
+}
+
+fn read_input_ids(tokens: usize, ids: &Tensor<'_>) -> Result<Vec<i64>> {
+    if !matches!(ids.shape, [count] | [1, count] if *count == tokens) {
+        return Err(Error::shape(ids.file, &ids.name, ids.shape, format!("[{tokens}], as hidden_states")));
+    }
+    match ids.dtype {
+        Dtype::I32 => Ok(ids.decode(i32::from_le_bytes)?.into_iter().map(i64::from).collect()),
+        Dtype::I64 => ids.decode(i64::from_le_bytes),
+        _ => Err(ids.wrong_dtype("I32 or I64")),
     }
 }
 

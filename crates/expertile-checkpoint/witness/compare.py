@@ -34,11 +34,12 @@ from quantize import (
     E8M0_BLOCKS,
     F16_BLOCKS,
     F32_BLOCKS,
+    FP4_EXPERTS,
     MXFP4,
     UE8M0_IN_F32,
     Scheme,
 )
-from reference import Leeway, Result, by_expert, leeway, run
+from reference import Leeway, Result, by_expert, leeway, run, token_ids
 from refusals import REFUSALS, Refusal, spoil
 from table import markdown, text
 
@@ -116,7 +117,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         tokens = folder / "tokens.safetensors"
         hidden = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(SEED)).to(torch.bfloat16)
-        save_file({"hidden_states": hidden}, tokens)
+        save_file({"hidden_states": hidden, "input_ids": token_ids(TOKENS)}, tokens)
         for row in compare_all(select(arguments.only), command, hidden, tokens, folder):
             row.message = row.message.removeprefix("error: ").replace(f"{folder}/", "")
             rows.append(row)
@@ -187,6 +188,8 @@ def layouts(family: Family) -> Iterable[Layout]:
             yield Layout(f"hub, {scheme.name}", hub=True, scheme=scheme)
     if family.family == "gpt_oss":
         yield Layout(f"hub, {MXFP4.name}", hub=True, scheme=MXFP4)
+    if family.family == "deepseek_v4":
+        yield Layout(f"hub, {FP4_EXPERTS.name}", hub=True, scheme=FP4_EXPERTS)
 
 
 def refused_layout(family: Family, refusal: Refusal) -> Layout:
@@ -273,7 +276,7 @@ def judge(
     else:
         beyond = torch.maximum(ours / range_.highest, range_.lowest / ours)[same.unsqueeze(1) & (theirs > 0)]
         row.weights = float((beyond - 1).clamp(min=0).amax())
-        close = row.weights < BF16_WEIGHTS
+        close = row.weights < BF16_WEIGHTS * family.roundings
     x, y = done.output.double()[same], output[same]
     products, squares = (x * y).sum(dim=1), (x * x + y * y).sum(dim=1)
     row.whole = float(1 - 2 * products.sum() / squares.sum())

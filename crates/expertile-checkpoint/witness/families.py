@@ -18,6 +18,7 @@ SHARED = 192
 EXPERTS = 8
 TOPK = 3
 LAYERS = 2
+VOCABULARY = 64
 
 Config = dict[str, Any]
 
@@ -27,7 +28,7 @@ ATTENTION: Config = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
-    "vocab_size": 64,
+    "vocab_size": VOCABULARY,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
@@ -36,7 +37,7 @@ LATENT_ATTENTION: Config = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "vocab_size": 64,
+    "vocab_size": VOCABULARY,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
     "q_lora_rank": 32,
@@ -136,6 +137,10 @@ class Family:
     # Releases in FP8 exist, with these keys in their quantization_config besides the scheme's own.
     fp8: bool = False
     quantization: Mapping[str, Any] = field(default_factory=dict)
+    # Roundings to bf16 between a bf16 router's logits and its weights.
+    roundings: int = 1
+    # The tokens' numbers in the vocabulary choose the experts.
+    by_token: bool = False
     # Width of what a bias for the choice is drawn from, and the scale of gate and up (large where they are clamped).
     bias: float = 0.2
     gain: float = 1.0
@@ -161,6 +166,32 @@ class Family:
 def _grouped(base: Config, **changes: Any) -> Config:
     return {**base, **GROUPED, **changes}
 
+
+DEEPSEEK_V4: Config = {
+    "hidden_size": HIDDEN,
+    "moe_intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "q_lora_rank": 32,
+    "o_groups": 2,
+    "o_lora_rank": 32,
+    "hc_mult": 2,
+    "sliding_window": 16,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": TOPK,
+    "num_hash_layers": 1,
+    **INDEXER,
+}
+DEEPSEEK_V4_HUB = Hub(
+    set={"num_hash_layers": 1, "topk_method": "noaux_tc", "compress_ratios": [128, 128], "num_nextn_predict_layers": 1},
+    drop=("mlp_layer_types", "layer_types", "compress_rates", "mlp_bias"),
+)
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -371,6 +402,26 @@ FAMILIES: tuple[Family, ...] = (
         logits="f32",
         hub_router="bf16",
         fp8=True,
+    ),
+    Family(
+        "deepseek_v4",
+        "deepseek_v4",
+        DEEPSEEK_V4,
+        DEEPSEEK_V4_HUB,
+        shared="shared_experts",
+        roundings=3,
+        gain=8.0,
+    ),
+    Family(
+        "deepseek_v4/first",
+        "deepseek_v4",
+        DEEPSEEK_V4,
+        DEEPSEEK_V4_HUB,
+        layer=0,
+        shared="shared_experts",
+        roundings=3,
+        by_token=True,
+        gain=8.0,
     ),
     Family(
         "glm4_moe",

@@ -21,6 +21,8 @@ Config = dict[str, Any]
 EXPERT_WEIGHT = re.compile(
     r"\.(experts\.\d+|shared_experts?|shared_mlp)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
 )
+# A tensor of a routed one.
+ROUTED = re.compile(r"\.experts\.\d+\.")
 PER_EXPERT = re.compile(r"^(?P<block>.*\.experts)\.(?P<expert>\d+)\.(?P<projection>gate|up|down)_proj\.weight$")
 FUSED = re.compile(r"^(?P<block>.*\.experts)\.(?P<projection>gate_up|down)_proj$")
 ROUTER = re.compile(r"\.(gate\.weight|router\.weight|router\.layer\.weight|gate\.wg\.weight)$")
@@ -95,6 +97,10 @@ def write(model: Any, family: Family, layout: Layout, folder: Path) -> Folders:
         return Folders(checkpoint, checkpoint)
     if layout.scheme.mxfp4:
         save(checkpoint, {**config, "quantization_config": layout.scheme.config()}, mxfp4_experts(plain, family))
+        return Folders(checkpoint, checkpoint)
+    if layout.scheme.fp4_experts:
+        config |= {"expert_dtype": "fp4", "quantization_config": layout.scheme.config()}
+        save(checkpoint, config, fp4_experts(plain, layout.scheme))
         return Folders(checkpoint, checkpoint)
     quantized, stands_for = quantize_experts(split(plain), layout.scheme)
     quantization = (
@@ -202,6 +208,20 @@ def mxfp4_experts(tensors: Tensors, family: Family) -> Tensors:
             continue
         weight = tensor.transpose(1, 2) if family.transposed else tensor
         quantized[f"{name}_blocks"], quantized[f"{name}_scales"] = quantize_mxfp4(weight)
+    return quantized
+
+
+def fp4_experts(tensors: Tensors, scheme: Scheme) -> Tensors:
+    """The tensors as DeepSeek-V4 publishes them: routed experts in MXFP4, the shared one in FP8."""
+    quantized: Tensors = {}
+    for name, tensor in quantize_experts(tensors, scheme)[0].items():
+        stem = name.removesuffix("weight")
+        if ROUTED.search(name) is None:
+            quantized[name] = tensor
+        elif name.endswith("weight"):
+            blocks, scales = quantize_mxfp4(tensors[name])
+            quantized[name] = blocks.flatten(-2).view(torch.int8)
+            quantized[stem + "scale"] = scales.view(torch.float8_e8m0fnu)
     return quantized
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from families import Family
+from families import EXPERTS, Family
 
 # Standard deviation of the router's logits, and of biases inside the experts.
 LOGITS = 1.0
@@ -79,6 +79,11 @@ def fill(module: nn.Module, family: Family, generator: torch.Generator) -> None:
     """Random values at the scale of trained weights: products keep the size of what goes in, no bias is zero."""
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         last = name.split(".")[-1]
+        if not value.is_floating_point():
+            # The experts of each number in the vocabulary.
+            rows, topk = value.shape
+            value.copy_(torch.rand(rows, EXPERTS, generator=generator).topk(topk).indices)
+            continue
         if "bias" in last:
             in_experts = "proj" in last
             width = EXPERT_BIAS if in_experts else family.bias

@@ -23,9 +23,13 @@ class Scheme:
     compressed: bool = False
     # MXFP4 instead of FP8: gpt-oss's, whose experts are tensors `_blocks` and `_scales` that Transformers reads itself.
     mxfp4: bool = False
+    # DeepSeek-V4's: routed experts are MXFP4 in int8, other matrices FP8, the scales of both are called `scale`.
+    fp4_experts: bool = False
 
     @property
     def suffix(self) -> str:
+        if self.fp4_experts:
+            return "scale"
         return "weight_scale" if self.compressed else "weight_scale_inv"
 
     def config(self) -> dict[str, object]:
@@ -91,6 +95,7 @@ E8M0_BLOCKS = Scheme("fp8, e8m0 scales", "block", torch.float8_e8m0fnu, power_of
 COMPRESSED_BLOCKS = Scheme("fp8, compressed-tensors blocks", "block", torch.bfloat16, compressed=True)
 COMPRESSED_CHANNELS = Scheme("fp8, compressed-tensors channels", "channel", torch.bfloat16, compressed=True)
 MXFP4 = Scheme("mxfp4", "group", torch.uint8, mxfp4=True)
+FP4_EXPERTS = Scheme("fp4 experts", "block", torch.float8_e8m0fnu, power_of_two=True, fp4_experts=True)
 COMPRESSED_TENSORS = Scheme("fp8, compressed-tensors tensors", "tensor", torch.float32, compressed=True)
 
 

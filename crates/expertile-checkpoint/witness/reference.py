@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from families import Family
+from families import VOCABULARY, Family
 from models import decoder_layer
 
 # A logit in bf16 may come out one unit in the last place apart where sums are added up in another order.
@@ -54,6 +54,11 @@ def _routing(output: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, weights
 
 
+def token_ids(tokens: int) -> torch.Tensor:
+    """The tokens' numbers in the vocabulary, which choose experts in some layers."""
+    return torch.randint(0, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(2))
+
+
 def run(model: Any, family: Family, hidden: torch.Tensor) -> Result:
     """Runs the row's block on `hidden` [M, H] in the model's own format."""
     layer = decoder_layer(model, family)
@@ -79,7 +84,8 @@ def run(model: Any, family: Family, hidden: torch.Tensor) -> Result:
         hooks.append(block.experts.register_forward_hook(keep("experts")))
     try:
         with torch.no_grad():
-            whole = _tensor(block(hidden.unsqueeze(0))).reshape(hidden.shape)
+            by_token = {"input_ids": token_ids(len(hidden)).unsqueeze(0)} if family.by_token else {}
+            whole = _tensor(block(hidden.unsqueeze(0), **by_token)).reshape(hidden.shape)
             beside = None
             if family.shared_beside is not None:
                 beside = getattr(layer, family.shared_beside)(hidden.unsqueeze(0)).reshape(hidden.shape)

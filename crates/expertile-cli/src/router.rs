@@ -39,18 +39,20 @@ impl FromStr for RouterPrecision {
     }
 }
 
-/// `topk_ids` and `topk_weights [M, topk]` of `x [M, H]`, by a router whose weight is `[E, H]`.
+/// `topk_ids` and `topk_weights [M, topk]` of `x [M, H]`, by a router whose weight is `[E, H]`; with `chosen` ids it only
+/// weighs them.
 pub(crate) fn route(
     router: &Router,
     weight: &[f32],
     x: &[f32],
     hidden: usize,
     precision: RouterPrecision,
+    chosen: Option<&[i32]>,
 ) -> Result<(Vec<i32>, Vec<f32>)> {
     match precision {
         RouterPrecision::F32 => {
             let logits = logits(weight, x, hidden);
-            choose(router, &logits, weight.len() / hidden)
+            choose(router, &logits, weight.len() / hidden, chosen)
         }
         RouterPrecision::Bf16 => {
             let mut logits = logits(&rounded(weight), &rounded(x), hidden);
@@ -59,7 +61,7 @@ pub(crate) fn route(
                 logits.iter_mut().zip(&router.logit_bias).for_each(|(logit, bias)| *logit += bias);
             }
             let unbiased = Router { logit_bias: Vec::new(), ..router.clone() };
-            let (ids, weights) = choose(&unbiased, &rounded(&logits), experts)?;
+            let (ids, weights) = choose(&unbiased, &rounded(&logits), experts, chosen)?;
             Ok((ids, rounded(&weights).into_owned()))
         }
     }
@@ -70,10 +72,21 @@ fn rounded(values: &[f32]) -> Cow<'_, [f32]> {
     values.iter().map(|&value| bf16::from_f32(value).to_f32()).collect()
 }
 
-fn choose(router: &Router, logits: &[f32], experts: usize) -> Result<(Vec<i32>, Vec<f32>)> {
+fn choose(router: &Router, logits: &[f32], experts: usize, chosen: Option<&[i32]>) -> Result<(Vec<i32>, Vec<f32>)> {
     let (tokens, topk) = (logits.len() / experts, router.topk);
-    let (mut ids, mut weights) = (vec![0; tokens * topk], vec![0.0; tokens * topk]);
-    router.route(MatrixRef::new(logits, tokens, experts)?, &mut ids, &mut weights)?;
+    let mut weights = vec![0.0; tokens * topk];
+    let logits = MatrixRef::new(logits, tokens, experts)?;
+    let ids = match chosen {
+        Some(ids) => {
+            router.weigh(logits, ids, &mut weights)?;
+            ids.to_vec()
+        }
+        None => {
+            let mut ids = vec![0; tokens * topk];
+            router.route(logits, &mut ids, &mut weights)?;
+            ids
+        }
+    };
     Ok((ids, weights))
 }
 
@@ -114,7 +127,7 @@ mod tests {
         let weight = [1.0, 0.0, 0.0, 1.0, -1.0, -1.0];
         let router = Router::softmax(1, true);
         let x = [5.0, 1.0, 1.0, 5.0, -9.0, -1.0];
-        let (ids, weights) = route(&router, &weight, &x, 2, RouterPrecision::F32).unwrap();
+        let (ids, weights) = route(&router, &weight, &x, 2, RouterPrecision::F32, None).unwrap();
         assert_eq!((ids, weights), (vec![0, 1, 2], vec![1.0; 3]));
     }
 
@@ -122,7 +135,7 @@ mod tests {
     fn bf16_rounds_logits_and_weights() {
         // Logits 1 + 2^-9 and 1: one value in bf16, where the tie goes to the lower id.
         let (weight, x) = ([1.0, 1.0 + 2f32.powi(-9)], [1.0]);
-        let choice = |router: &Router, precision| route(router, &weight, &x, 1, precision).unwrap();
+        let choice = |router: &Router, precision| route(router, &weight, &x, 1, precision, None).unwrap();
         assert_eq!(choice(&Router::softmax(1, true), RouterPrecision::F32).0, [1]);
         assert_eq!(choice(&Router::softmax(1, true), RouterPrecision::Bf16).0, [0]);
         // The bias is added before the rounding.

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use expertile::{Activation, Backend, E4m3, LayerShape, Router, WeightFormat, WeightsBuilder};
-use expertile_checkpoint::{Biases, Expert, MoeLayer, SharedExpert, WeightRows};
+use expertile_checkpoint::{Biases, Expert, Ids, MoeLayer, SharedExpert, WeightRows};
 use half::bf16;
 
 /// The three matrices of an expert.
@@ -73,6 +73,11 @@ pub(crate) trait ExpertWeights: Sync {
     /// `[E, H]`: logits are `hidden_states * router_weight^T`.
     fn router_weight(&self) -> &[f32];
 
+    /// The experts of every number in the vocabulary, where those choose.
+    fn token_experts(&self) -> Option<&Ids> {
+        None
+    }
+
     /// Calls `take` with one matrix of an expert.
     fn with_part(&self, part: Part, expert: usize, space: &mut Space, take: &mut TakePart<'_>) -> Result<()>;
 
@@ -119,6 +124,10 @@ impl ExpertWeights for MoeLayer<'_> {
 
     fn router_weight(&self) -> &[f32] {
         self.router_weight()
+    }
+
+    fn token_experts(&self) -> Option<&Ids> {
+        self.token_experts()
     }
 
     fn dtype(&self) -> &'static str {

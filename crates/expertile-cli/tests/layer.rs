@@ -165,6 +165,62 @@ fn ids_in_the_file_are_used_as_they_are() {
     }
 }
 
+/// A layer of DeepSeek-V4 in which the tokens' numbers choose the experts.
+fn by_token(table: &[[i64; 2]]) -> Model {
+    let mut model = Model::new("mixtral", SIZES, false);
+    for tensor in &mut model.tensors {
+        tensor.name = tensor.name.replace("block_sparse_moe", "ffn");
+    }
+    for (part, rows, cols) in [("w1", 128, 256), ("w3", 128, 256), ("w2", 256, 128)] {
+        let like = model.tensor_mut(&format!("experts.0.{part}.weight")).bytes.clone();
+        let name = format!("model.layers.{LAYER}.ffn.shared_experts.{part}.weight");
+        model.tensors.push(tensor(&name, Dtype::BF16, &[rows, cols], like));
+    }
+    let name = format!("model.layers.{LAYER}.ffn.gate.tid2eid");
+    let ids: Vec<i64> = table.iter().flatten().copied().collect();
+    model.tensors.push(tensor(&name, Dtype::I64, &[table.len(), 2], bytes(&ids, i64::to_le_bytes)));
+    model.config = json!({
+        "model_type": "deepseek_v4", "hidden_size": 256, "moe_intermediate_size": 128, "n_routed_experts": 6,
+        "n_shared_experts": 1, "num_experts_per_tok": 2, "routed_scaling_factor": 1.5, "swiglu_limit": 10.0,
+        "num_hash_layers": 3
+    });
+    model
+}
+
+#[test]
+fn a_tokens_number_chooses_its_experts_where_the_layer_has_a_table() {
+    let folder = tempfile::tempdir().unwrap();
+    let table = [[5, 0], [1, 2], [3, 4], [2, 2]];
+    by_token(&table).write(folder.path(), 1);
+    let numbers = |numbers: &[i64]| tensor("input_ids", Dtype::I64, &[numbers.len()], bytes(numbers, i64::to_le_bytes));
+    let own = [2i64, 0, 1, 3, 0];
+    write(folder.path(), "in.safetensors", &[bf16_states(5, SIZES.hidden), numbers(&own)]);
+    for router in ["f32", "bf16"] {
+        let report = json(folder.path(), &[&CHECKED[..], &["--router", router]].concat());
+        assert_eq!(report["check"]["passed"], true, "{report:#}");
+        let (ids, weights, _) = read_output(&folder.path().join("out.safetensors"), 5);
+        assert_eq!(ids, own.map(|number| table[number as usize].map(|id| id as i32)).concat());
+        for weights in weights.chunks(2) {
+            assert!((weights[0] + weights[1] - 1.5).abs() < 0.02, "{weights:?}");
+        }
+    }
+    // Expert 2 twice: half of the factor each.
+    let (_, weights, _) = read_output(&folder.path().join("out.safetensors"), 5);
+    assert_eq!(weights[6..8], [0.75, 0.75]);
+
+    let says = |tensors: &[NewTensor], part: &str| {
+        write(folder.path(), "in.safetensors", tensors);
+        let message = fail(folder.path(), &CHECKED, 2);
+        assert!(message.contains(part), "{message}");
+    };
+    says(&[bf16_states(5, SIZES.hidden)], "input_ids is missing from the input");
+    says(&[bf16_states(2, SIZES.hidden), numbers(&[0, 4])], "input_ids[1] is 4, expected a number in the vocabulary");
+    says(&[bf16_states(2, SIZES.hidden), numbers(&[-1, 0])], "input_ids[0] is -1");
+    says(&[bf16_states(2, SIZES.hidden), numbers(&[0])], "input_ids has shape [1], expected [2]");
+    by_token(&[[0, 6]]).write(folder.path(), 1);
+    says(&[bf16_states(1, SIZES.hidden), numbers(&[0])], "topk_ids[0, 1] is 6");
+}
+
 #[test]
 fn no_tokens_and_tokens_without_experts_give_zeros() {
     let folder = tempfile::tempdir().unwrap();

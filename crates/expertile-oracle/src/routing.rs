@@ -28,6 +28,8 @@ pub enum Scoring {
     Softmax,
     /// `1 / (1 + exp(-x))`.
     Sigmoid,
+    /// `sqrt(ln(1 + exp(x)))`.
+    SqrtSoftplus,
     /// Phi-3.5-MoE's, with its jitter.
     SparseMixer(f64),
 }
@@ -44,6 +46,9 @@ impl Router<'_> {
                 Scoring::SparseMixer(jitter) => sparse_mixer(&logits, jitter),
                 Scoring::Softmax => self.choose(&softmax(&logits)),
                 Scoring::Sigmoid => self.choose(&logits.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect::<Vec<f64>>()),
+                Scoring::SqrtSoftplus => {
+                    self.choose(&logits.iter().map(|x| (1.0 + x.exp()).ln().sqrt()).collect::<Vec<f64>>())
+                }
             };
             ids.extend(chosen.iter().map(|&expert| expert as i32));
             weights.extend(own.iter().map(|weight| weight * f64::from(self.scaling_factor)));

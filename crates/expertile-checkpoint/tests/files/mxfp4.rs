@@ -1,9 +1,9 @@
-//! MXFP4 weights: gpt-oss's blocks of all experts, and packed matrices of their own.
+//! MXFP4 weights: gpt-oss's blocks of all experts, packed matrices of their own, and DeepSeek-V4's.
 
 use crate::checkpoints::{SIZES, read, refuse, weights};
 use crate::made_up::{LAYER, Model, NewTensor};
 use expertile::cpu::Cpu;
-use expertile::{WeightFormat, mxfp4};
+use expertile::{Activation, Scoring, WeightFormat, mxfp4};
 use half::bf16;
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -207,4 +207,149 @@ fn packed_matrices_that_do_not_fit_are_named() {
     model.tensor_mut("experts.1.down_proj.weight_scale").shape = vec![SIZES.hidden * SIZES.intermediate / 32];
     let message = refuse(&model);
     assert!(message.contains("experts.1.down_proj.weight_scale") && message.contains("[256, 6]"), "{message}");
+}
+
+/// DeepSeek-V4's layer as published, and its experts' rows.
+fn deepseek_v4() -> (Model, Vec<Vec<f64>>) {
+    let (model, expected) = base();
+    let (mut tensors, layer) = (Vec::new(), format!("model.layers.{LAYER}.mlp."));
+    for mut tensor in model.tensors {
+        for (ours, theirs) in [("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")] {
+            tensor.name = tensor.name.replace(ours, theirs);
+        }
+        let name = format!("layers.{LAYER}.ffn.{}", tensor.name.strip_prefix(&layer).unwrap());
+        if !name.contains("experts") {
+            tensors.push(NewTensor { name, ..tensor });
+            continue;
+        }
+        let ((blocks, scales), [rows, cols]) = (quantized(&tensor), [tensor.shape[0], tensor.shape[1]]);
+        let scale = name.replace(".weight", ".scale");
+        tensors.push(NewTensor { name, dtype: Dtype::I8, shape: vec![rows, cols / 2], bytes: blocks });
+        tensors.push(NewTensor { name: scale, dtype: Dtype::F8_E8M0, shape: vec![rows, cols / 32], bytes: scales });
+    }
+    let mut add = |name: &str, dtype, shape: &[usize], bytes: Vec<u8>| {
+        let name = format!("layers.{LAYER}.ffn.{name}");
+        tensors.push(NewTensor { name, dtype, shape: shape.to_vec(), bytes });
+    };
+    add("gate.bias", Dtype::F32, &[SIZES.experts], vec![0; 4 * SIZES.experts]);
+    for (part, [rows, cols]) in [
+        ("w1", [SIZES.intermediate, SIZES.hidden]),
+        ("w3", [SIZES.intermediate, SIZES.hidden]),
+        ("w2", [SIZES.hidden, SIZES.intermediate]),
+    ] {
+        let blocks = [rows, cols].map(|extent: usize| extent.div_ceil(128));
+        add(&format!("shared_experts.{part}.weight"), Dtype::F8_E4M3, &[rows, cols], vec![0x38; rows * cols]);
+        // 2^-3 each.
+        add(&format!("shared_experts.{part}.scale"), Dtype::F8_E8M0, &blocks, vec![124; blocks[0] * blocks[1]]);
+    }
+    let config = json!({
+        "model_type": "deepseek_v4", "hidden_size": SIZES.hidden, "moe_intermediate_size": SIZES.intermediate,
+        "n_routed_experts": SIZES.experts, "n_shared_experts": 1, "num_experts_per_tok": 2, "vocab_size": 5,
+        "routed_scaling_factor": 1.5, "norm_topk_prob": true, "scoring_func": "sqrtsoftplus", "swiglu_limit": 10.0,
+        "num_hash_layers": 1, "expert_dtype": "fp4",
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    });
+    (Model { config, tensors }, expected)
+}
+
+/// The same as one of the first layers: a table in the bias's place.
+fn first_layer(rows: &[[i64; 2]]) -> Model {
+    let (mut model, _) = deepseek_v4();
+    model.config["num_hash_layers"] = json!(LAYER + 1);
+    let table = model.tensor_mut("gate.bias");
+    table.name = format!("layers.{LAYER}.ffn.gate.tid2eid");
+    (table.dtype, table.shape) = (Dtype::I64, vec![rows.len(), 2]);
+    table.bytes = rows.iter().flatten().flat_map(|id| id.to_le_bytes()).collect();
+    model
+}
+
+#[test]
+fn deepseek_v4_reads_as_what_it_stands_for() {
+    let (mut model, expected) = deepseek_v4();
+    assert_eq!(weights(&model), (expected, "MXFP4"));
+    read(&model, |layer| {
+        assert_eq!(layer.router().scoring, Scoring::SqrtSoftplus);
+        assert_eq!(layer.activation(), Activation::Swiglu { alpha: 1.0, beta: 0.0, limit: Some(10.0) });
+        assert!(layer.token_experts().is_none());
+        let shared = layer.shared().unwrap();
+        assert_eq!((shared.weight_format(), shared.expert.down.dtype()), (WeightFormat::E4m3, "F8_E4M3"));
+        let mut row = vec![0.0; SIZES.hidden];
+        shared.expert.up.write_row(0, &mut row);
+        assert!(row.iter().all(|&weight| weight == 0.125));
+        assert!(layer.load(&Cpu::new(), &mut |_| {}).is_ok());
+    });
+    // The dtype may stand in either place.
+    model.config["expert_dtype"] = Value::Null;
+    model.config["quantization_config"]["expert_dtype"] = json!("fp4");
+    read(&model, |layer| assert_eq!(layer.weight_format(), WeightFormat::Mxfp4));
+}
+
+#[test]
+fn the_first_layers_have_a_table_of_experts() {
+    let rows = [[3, 1], [0, 2], [1, 0], [2, 3], [0, 1]];
+    let mut model = first_layer(&rows);
+    let has_the_table = |model: &Model| {
+        read(model, |layer| {
+            let table = layer.token_experts().unwrap();
+            assert_eq!((table.tokens(), table.view().get(3, 1)), (5, 3));
+            assert!(layer.router().correction_bias.is_empty());
+        });
+    };
+    has_the_table(&model);
+    // Transformers writes a list instead of the number.
+    model.config["num_hash_layers"] = Value::Null;
+    model.config["mlp_layer_types"] = json!(["hash_moe", "hash_moe", "moe"]);
+    has_the_table(&model);
+}
+
+#[test]
+fn what_does_not_fit_in_deepseek_v4_is_named() {
+    let (good, _) = deepseek_v4();
+    let says = |model: &Model, parts: &[&str]| {
+        let message = refuse(model);
+        assert!(parts.iter().all(|part| message.contains(part)), "{message}, expected {parts:?}");
+    };
+    let with = |key: &str, value: Value| {
+        let mut model = good.clone();
+        model.config[key] = value;
+        model
+    };
+    for value in [Value::Null, json!("fp8")] {
+        says(&with("expert_dtype", value), &["expert_dtype is ", "\"fp4\" (the experts are I8"]);
+    }
+    says(&with("expert_dtype", json!("int4")), &["expert_dtype is \"int4\""]);
+    says(&with("scoring_func", json!("sigmoid")), &["scoring_func is \"sigmoid\""]);
+    says(&with("swiglu_limit", Value::Null), &["swiglu_limit is missing"]);
+    says(&with("num_hash_layers", Value::Null), &["num_hash_layers is missing"]);
+    says(&with("hidden_act", json!("gelu")), &["hidden_act is \"gelu\""]);
+    says(&with("mlp_layer_types", json!(["moe", "dens"])), &["mlp_layer_types", "\"hash_moe\" and \"moe\""]);
+    says(&with("quantization_config", Value::Null), &["quantization_config.quant_method is missing", "I8"]);
+    let mut model = good.clone();
+    model.tensors.retain(|tensor| !tensor.name.ends_with("experts.2.w3.scale"));
+    says(&model, &["experts.2.w3.scale is missing"]);
+    let mut model = good.clone();
+    model.tensor_mut("experts.1.w2.weight").shape = vec![SIZES.hidden * SIZES.intermediate / 2];
+    says(&model, &["experts.1.w2.weight", "[256, 96]"]);
+    let mut model = good.clone();
+    model.tensor_mut("experts.1.w2.weight").dtype = Dtype::U8;
+    says(&model, &["experts.1.w2.weight", "U8", "I8"]);
+    // Two names of the same scales.
+    let mut model = good.clone();
+    let mut other = model.tensor_mut("shared_experts.w1.scale").clone();
+    other.name = other.name.replace(".scale", ".weight_scale_inv");
+    model.tensors.push(other);
+    says(&model, &["shared_experts.w1.weight_scale_inv", "shared_experts.w1.scale", "both"]);
+
+    // A layer is of the kind that the config says, and its table of the vocabulary's size.
+    let table = first_layer(&[[0, 1]; 5]);
+    let mut other = table.clone();
+    other.config["num_hash_layers"] = json!(1);
+    says(&other, &["gate.bias is missing"]);
+    let mut other = good;
+    other.config["num_hash_layers"] = json!(2);
+    says(&other, &["gate.tid2eid is missing"]);
+    says(&first_layer(&[[0, 1]; 4]), &["gate.tid2eid", "[4, 2]", "[5, 2]"]);
+    let mut floats = table;
+    floats.tensor_mut("tid2eid").dtype = Dtype::F64;
+    says(&floats, &["gate.tid2eid", "F64", "I32 or I64"]);
 }

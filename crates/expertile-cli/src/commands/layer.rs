@@ -52,7 +52,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", conflicts_with = "preset")]
     layer: Option<usize>,
     /// Safetensors file with hidden_states [M, H] (bf16, f16 or f32), and perhaps topk_ids [M, topk] (i32 or i64) with
-    /// topk_weights (f32); without them the router decides.
+    /// topk_weights (f32); without them the router decides, or input_ids [M] (i32 or i64) where the tokens' numbers do.
     #[arg(long, value_name = "FILE.safetensors")]
     input: Option<PathBuf>,
     /// Where to write output [M, H] (bf16), topk_ids (i32) and topk_weights (f32). A file is replaced whole or not at

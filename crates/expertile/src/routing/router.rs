@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! logits  += logit_bias                                       (gpt-oss)
-//! scores   = softmax(logits) or sigmoid(logits), per expert
+//! scores   = softmax(logits), sigmoid(logits) or sqrt(softplus(logits)), per expert
 //! keys     = scores + correction_bias                         (steers the choice only)
 //! keys     = -inf outside the topk_groups best groups         (group-limited routing)
 //! ids      = the topk best keys, best first
@@ -10,8 +10,9 @@
 //! ```
 //!
 //! Top-k first and a softmax over the chosen logits (gpt-oss, Granite) is the softmax over all, divided by the chosen
-//! sum: the same real numbers. Phi-3.5-MoE's sparse mixer is a [`Scoring`] of its own. Ties go to the lower id. Sums
-//! are in f32, in ascending order of the expert id (softmax) or of the slot (normalization).
+//! sum: the same real numbers. Phi-3.5-MoE's sparse mixer is a [`Scoring`] of its own. Where a token's number in the
+//! vocabulary chooses its experts (the first layers of DeepSeek-V4), the router only weighs them. Ties go to the lower
+//! id. Sums are in f32, in ascending order of the expert id (softmax) or of the slot (normalization).
 
 use crate::error::{Error, Result, checked_mul, require_len};
 use crate::matrix::MatrixRef;
@@ -44,6 +45,8 @@ pub enum Scoring {
     Softmax,
     /// Sigmoid of each logit.
     Sigmoid,
+    /// The square root of `ln(1 + exp(x))` (DeepSeek-V4).
+    SqrtSoftplus,
     /// Phi-3.5-MoE's sparse mixer at inference (<https://arxiv.org/abs/2409.12136>), two experts per token: each is the
     /// largest logit left, its weight a softmax over the logits left whose distance to it, relative to the larger of
     /// the two magnitudes, is at most twice the jitter.
@@ -115,29 +118,55 @@ impl Router {
     /// As [`Router::check`]; [`Error::BufferTooSmall`] for short outputs, [`Error::Overflow`] if `M * topk` does not
     /// fit, [`Error::Memory`].
     pub fn route(&self, logits: MatrixRef<'_, f32>, topk_ids: &mut [i32], topk_weights: &mut [f32]) -> Result<()> {
-        let (tokens, experts) = (logits.rows(), logits.cols());
-        self.check(experts)?;
-        let topk = self.topk;
-        let slots = checked_mul("M * topk", tokens, topk)?;
-        require_len("topk_ids", topk_ids.len(), slots)?;
-        require_len("topk_weights", topk_weights.len(), slots)?;
-        let room = || {
-            let bytes = experts.saturating_mul(size_of::<f32>());
-            try_zeroed_vec(experts).map_err(|()| Error::Memory { what: "a token's scores", bytes })
-        };
-        let (mut scores, mut keys): (Vec<f32>, Vec<f32>) = (room()?, room()?);
-        for token in 0..tokens {
-            for (expert, score) in scores.iter_mut().enumerate() {
-                *score = logits.get(token, expert);
-            }
-            for (score, bias) in scores.iter_mut().zip(&self.logit_bias) {
-                *score += bias;
-            }
-            let ids = &mut topk_ids[token * topk..][..topk];
-            let weights = &mut topk_weights[token * topk..][..topk];
-            self.route_token(&mut scores, &mut keys, ids, weights);
+        self.check_call(logits, topk_ids.len(), topk_weights.len())?;
+        let (mut scores, mut keys) = (room(logits.cols())?, room(logits.cols())?);
+        for token in 0..logits.rows() {
+            self.load_logits(logits, token, &mut scores);
+            let slots = token * self.topk..(token + 1) * self.topk;
+            self.route_token(&mut scores, &mut keys, &mut topk_ids[slots.clone()], &mut topk_weights[slots]);
         }
         Ok(())
+    }
+
+    /// Weighs experts that are chosen already: `logits [M, G]` and `topk_ids [M, topk]` to `topk_weights [M, topk]`, what
+    /// [`Router::route`] gives for that choice. The correction bias and the groups, which steer a choice, do not matter;
+    /// an empty slot (a negative id) weighs nothing.
+    ///
+    /// # Errors
+    /// As [`Router::route`]; [`Error::ExpertId`] for an id that is no expert's.
+    pub fn weigh(&self, logits: MatrixRef<'_, f32>, topk_ids: &[i32], topk_weights: &mut [f32]) -> Result<()> {
+        self.check_call(logits, topk_ids.len(), topk_weights.len())?;
+        let (experts, topk) = (logits.cols(), self.topk);
+        for (at, &id) in topk_ids[..logits.rows() * topk].iter().enumerate() {
+            if usize::try_from(id).is_ok_and(|id| id >= experts) {
+                return Err(Error::ExpertId { token: at / topk, slot: at % topk, id: id.into(), limit: experts });
+            }
+        }
+        let mut scores = room(experts)?;
+        for token in 0..logits.rows() {
+            self.load_logits(logits, token, &mut scores);
+            let slots = token * topk..(token + 1) * topk;
+            self.scoring.score(&mut scores);
+            self.weigh_token(&scores, &topk_ids[slots.clone()], &mut topk_weights[slots]);
+        }
+        Ok(())
+    }
+
+    fn check_call(&self, logits: MatrixRef<'_, f32>, ids: usize, weights: usize) -> Result<()> {
+        self.check(logits.cols())?;
+        let slots = checked_mul("M * topk", logits.rows(), self.topk)?;
+        require_len("topk_ids", ids, slots)?;
+        require_len("topk_weights", weights, slots)
+    }
+
+    /// A token's logits, their bias added.
+    fn load_logits(&self, logits: MatrixRef<'_, f32>, token: usize, out: &mut [f32]) {
+        for (expert, logit) in out.iter_mut().enumerate() {
+            *logit = logits.get(token, expert);
+        }
+        for (logit, bias) in out.iter_mut().zip(&self.logit_bias) {
+            *logit += bias;
+        }
     }
 
     /// Whether this router can choose among `experts` experts.
@@ -188,20 +217,7 @@ impl Router {
 
     /// `scores` come in as logits; `keys` is scratch.
     fn route_token(&self, scores: &mut [f32], keys: &mut [f32], ids: &mut [i32], weights: &mut [f32]) {
-        match self.scoring {
-            Scoring::Softmax => softmax(scores),
-            Scoring::Sigmoid => {
-                for score in &mut *scores {
-                    *score = 1.0 / (1.0 + (-*score).exp());
-                }
-            }
-            Scoring::SparseMixer { jitter } => {
-                choose(scores, ids);
-                sparse_mixer(scores, jitter, ids, weights);
-                weights.iter_mut().for_each(|weight| *weight *= self.scaling_factor);
-                return;
-            }
-        }
+        self.scoring.score(scores);
         keys.copy_from_slice(scores);
         for (key, bias) in keys.iter_mut().zip(&self.correction_bias) {
             *key += bias;
@@ -210,12 +226,39 @@ impl Router {
             mask_groups(keys, groups);
         }
         choose(keys, ids);
-        for (weight, &id) in weights.iter_mut().zip(&*ids) {
-            *weight = scores[id as usize];
+        self.weigh_token(scores, ids, weights);
+    }
+
+    fn weigh_token(&self, scores: &[f32], ids: &[i32], weights: &mut [f32]) {
+        if let Scoring::SparseMixer { jitter } = self.scoring {
+            sparse_mixer(scores, jitter, ids, weights);
+        } else {
+            for (weight, &id) in weights.iter_mut().zip(ids) {
+                *weight = usize::try_from(id).map_or(0.0, |id| scores[id]);
+            }
+            self.normalization.apply(weights);
         }
-        self.normalization.apply(weights);
         weights.iter_mut().for_each(|weight| *weight *= self.scaling_factor);
     }
+}
+
+impl Scoring {
+    /// Makes scores of a token's logits; a sparse mixer compares the logits themselves.
+    fn score(self, logits: &mut [f32]) {
+        match self {
+            Self::Softmax => softmax(logits),
+            Self::Sigmoid => logits.iter_mut().for_each(|x| *x = 1.0 / (1.0 + (-*x).exp())),
+            // ln(1 + exp(x)) of the magnitude's negative: nothing overflows.
+            Self::SqrtSoftplus => logits.iter_mut().for_each(|x| *x = (x.max(0.0) + (-x.abs()).exp().ln_1p()).sqrt()),
+            Self::SparseMixer { .. } => {}
+        }
+    }
+}
+
+/// A token's scores, or keys.
+fn room(experts: usize) -> Result<Vec<f32>> {
+    let bytes = experts.saturating_mul(size_of::<f32>());
+    try_zeroed_vec(experts).map_err(|()| Error::Memory { what: "a token's scores", bytes })
 }
 
 impl Normalization {
@@ -251,7 +294,9 @@ fn softmax(logits: &mut [f32]) {
 /// The weights of the two best logits, `ids`: each a softmax over what is near it, the first left out for the second.
 fn sparse_mixer(logits: &[f32], jitter: f32, ids: &[i32], weights: &mut [f32]) {
     for (round, weight) in weights.iter_mut().enumerate() {
-        let best = logits[ids[round] as usize];
+        *weight = 0.0;
+        let Ok(id) = usize::try_from(ids[round]) else { continue };
+        let best = logits[id];
         let mut sum = 0.0;
         for (expert, &logit) in logits.iter().enumerate() {
             let left = !ids[..round].contains(&(expert as i32));

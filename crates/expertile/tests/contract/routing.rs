@@ -2,7 +2,7 @@
 
 use crate::cases::{Strided, Strides, strides};
 use crate::routings::{config, routings};
-use expertile::{GroupWorth, Groups, Normalization, Router, Routing, Scoring};
+use expertile::{Error, GroupWorth, Groups, MatrixRef, Normalization, Router, Routing, Scoring};
 use expertile_oracle::routing as oracle;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -23,7 +23,8 @@ fn close(actual: &[f32], expected: &[f64]) -> bool {
     actual.len() == expected.len()
         && actual.iter().zip(expected).all(|(&actual, &expected)| {
             let actual = f64::from(actual);
-            (actual - expected).abs() <= 2e-6 * expected.abs() + 1e-12 || (actual.is_nan() && expected.is_nan())
+            let near = (actual - expected).abs() <= 2e-6 * expected.abs() + 1e-12;
+            near || actual == expected || (actual.is_nan() && expected.is_nan())
         })
 }
 
@@ -72,7 +73,11 @@ proptest! {
                 // A power of two, so that the biased scores tie exactly where the scores do.
                 vec(prop_oneof![Just(0.0f32), Just(1.0)], groups * size),
             )),
-        softmax: bool,
+        (scoring, its_scoring) in prop_oneof![
+            Just((Scoring::Softmax, oracle::Scoring::Softmax)),
+            Just((Scoring::Sigmoid, oracle::Scoring::Sigmoid)),
+            Just((Scoring::SqrtSoftplus, oracle::Scoring::SqrtSoftplus)),
+        ],
         biased: (bool, bool),
         worth in prop_oneof![Just(GroupWorth::BestTwo), Just(GroupWorth::Best)],
         (normalization, divisor) in divisors(),
@@ -83,7 +88,7 @@ proptest! {
         let bias_if = |present: bool| if present { bias.clone() } else { vec![] };
         let router = Router {
             topk,
-            scoring: if softmax { Scoring::Softmax } else { Scoring::Sigmoid },
+            scoring,
             logit_bias: bias_if(biased.0),
             correction_bias: bias_if(biased.1),
             groups: Some(Groups { count: groups, topk: topk_groups, worth }),
@@ -92,7 +97,7 @@ proptest! {
         };
         let expected = oracle::Router {
             topk,
-            scoring: if softmax { oracle::Scoring::Softmax } else { oracle::Scoring::Sigmoid },
+            scoring: its_scoring,
             logit_bias: &router.logit_bias,
             correction_bias: &router.correction_bias,
             groups: (groups, topk_groups),
@@ -153,7 +158,35 @@ fn check(
     let matrix = Strided::new(logits, tokens, experts, strides, f32::NAN);
     router.route(matrix.matrix(), &mut ids, &mut weights).unwrap();
     let (expected_ids, expected_weights) = expected.route(logits, experts);
-    prop_assert_eq!(ids, expected_ids);
+    prop_assert_eq!(&ids, &expected_ids);
     prop_assert!(close(&weights, &expected_weights), "{:?} {:?}", weights, expected_weights);
+    // The same choice, weighed.
+    let mut weighed = vec![-9.0; weights.len()];
+    router.weigh(matrix.matrix(), &ids, &mut weighed).unwrap();
+    prop_assert_eq!(bits(&weighed), bits(&weights));
     Ok(())
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+#[test]
+fn empty_slots_weigh_nothing_and_ids_past_the_experts_are_named() {
+    let logits = [0.5, -1.0, 2.0, 0.0];
+    let matrix = MatrixRef::new(&logits, 1, 4).unwrap();
+    let mut weights = [9.0; 3];
+    let router = Router { scoring: Scoring::SqrtSoftplus, ..Router::softmax(3, true) };
+    router.weigh(matrix, &[1, -7, 2], &mut weights).unwrap();
+    let scores = [-1.0f32, 2.0].map(|x| x.exp().ln_1p().sqrt());
+    assert_eq!(weights[1], 0.0);
+    assert!((weights[0] - scores[0] / (scores[0] + scores[1])).abs() < 1e-6 && weights[0] + weights[2] > 0.999_999);
+    let mut untouched = [9.0; 3];
+    let error = router.weigh(matrix, &[1, 4, 2], &mut untouched).unwrap_err();
+    assert_eq!(error, Error::ExpertId { token: 0, slot: 1, id: 4, limit: 4 });
+    assert_eq!(untouched, [9.0; 3]);
+    // Nothing overflows on either side.
+    let far = [f32::MAX, f32::MIN, 200.0, f32::NAN];
+    router.weigh(MatrixRef::new(&far, 1, 4).unwrap(), &[1, 2, 2], &mut weights).unwrap();
+    assert_eq!(weights, [0.0, 0.5, 0.5]);
 }

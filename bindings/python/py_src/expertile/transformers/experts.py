@@ -55,13 +55,18 @@ class Experts:
         return self.up_name, self.down_name
 
     def weights(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """Views ``[E, N, K]`` of the module's own weights."""
-        up, down = (getattr(module, name).detach() for name in self.names)
+        """Views ``[E, N, K]`` of the module's own weights; of MXFP4 they are bytes."""
+        up, down = (_bytes_of(getattr(module, name).detach()) for name in self.names)
         return (up.mT, down.mT) if self.transposed else (up, down)
 
     def parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """Biases and scales, by the names of ``Layer``'s options."""
         return {option: getattr(module, name).detach() for option, name in (self.biases | self.scales).items()}
+
+
+def _bytes_of(weights: Tensor) -> Tensor:
+    """DeepSeek-V4's two values to an int8 are what gpt-oss has in a uint8."""
+    return weights.view(torch.uint8) if weights.dtype == torch.int8 else weights
 
 
 def describe(module: nn.Module, *, any_dtype: bool = False) -> Experts:
@@ -77,13 +82,14 @@ def describe(module: nn.Module, *, any_dtype: bool = False) -> Experts:
     if hasattr(module, f"{up_name}_blocks"):
         return _describe_mxfp4(module)
     up, down = _weights(module, up_name, any_dtype), _weights(module, "down_proj", any_dtype)
-    _require_shapes((up_name, up), down, gated, transposed)
+    is_fp4 = up.dtype == down.dtype == torch.int8
+    _require_shapes((up_name, up), down, gated, transposed, values=2 if is_fp4 else 1)
     options, interleaved = activation_of(module, gated)
     biases = {"w13_bias": f"{up_name}_bias", "w2_bias": "down_proj_bias"}
     biases = {option: name for option, name in biases.items() if getattr(module, name, None) is not None}
     scales = {}
-    if up.dtype == torch.float8_e4m3fn:
-        _require_scales(module, interleaved)
+    if is_fp4 or up.dtype == torch.float8_e4m3fn:
+        (_require_fp4_scales if is_fp4 else _require_scales)(module, interleaved)
         scales = {"w13_scale": f"{up_name}_scale_inv", "w2_scale": "down_proj_scale_inv"}
     if up.is_cuda:
         _require_on_a_gpu(options)
@@ -110,20 +116,23 @@ def _weights(module: nn.Module, name: str, any_dtype: bool) -> Tensor:
     weights = getattr(module, name, None)
     if not isinstance(weights, Tensor) or weights.dim() != 3:
         raise ArgumentTypeError(name, f" is {type(weights).__name__}", weights, "weights of all experts, [E, N, K]")
-    if not any_dtype and weights.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
-        raise ArgumentTypeError(name, f" has dtype {weights.dtype}", weights.dtype, "bfloat16 or float8_e4m3fn")
+    if not any_dtype and weights.dtype not in (torch.bfloat16, torch.float8_e4m3fn, torch.int8):
+        expected = "bfloat16, float8_e4m3fn, or int8 with two 4-bit values each"
+        raise ArgumentTypeError(name, f" has dtype {weights.dtype}", weights.dtype, expected)
     return weights
 
 
-def _require_shapes(up: tuple[str, Tensor], down: Tensor, gated: bool, transposed: bool) -> None:
+def _require_shapes(up: tuple[str, Tensor], down: Tensor, gated: bool, transposed: bool, values: int) -> None:
+    """Fails unless the two go together; `values` is how many weights an element holds."""
     name, weights = up
     (experts, rows, hidden), (_, _, intermediate) = (x.mT.shape if transposed else x.shape for x in (weights, down))
+    hidden, intermediate = hidden * values, intermediate * values
     if rows != (2 * intermediate if gated else intermediate):
         expected = f"{2 if gated else 1} x the {intermediate} that down_proj has"
         raise ArgumentValueError(name, f" has {rows} output rows", rows, expected)
-    found = tuple(down.mT.shape if transposed else down.shape)
-    if found != (experts, hidden, intermediate):
-        raise ArgumentValueError("down_proj", f" is of {found}", found, f"{(experts, hidden, intermediate)}")
+    found, shape = tuple(down.mT.shape if transposed else down.shape), (experts, hidden, intermediate // values)
+    if found != shape:
+        raise ArgumentValueError("down_proj", f" is of {found}", found, f"{shape}")
 
 
 def _require_scales(module: nn.Module, interleaved: bool) -> None:
@@ -136,6 +145,18 @@ def _require_scales(module: nn.Module, interleaved: bool) -> None:
     scheme = getattr(module, "activation_scheme", "dynamic")
     if scheme != "dynamic":
         raise ArgumentValueError("activation_scheme", f' is "{scheme}"', scheme, '"dynamic"')
+
+
+def _require_fp4_scales(module: nn.Module, interleaved: bool) -> None:
+    """Fails unless MXFP4 weights have the scales that a layer takes."""
+    if interleaved:
+        raise ArgumentValueError("is_concatenated", " is False", False, "True for 4-bit experts in int8")
+    for name in ("gate_up_proj", "down_proj"):
+        scale = getattr(module, f"{name}_scale_inv", None)
+        found = None if scale is None else scale.dtype
+        if found != torch.float8_e8m0fnu:
+            expected = "float8_e8m0fnu scales of 4-bit weights"
+            raise ArgumentTypeError(f"{name}_scale_inv", f" has dtype {found}", found, expected)
 
 
 def _require_on_a_gpu(options: dict[str, Any]) -> None:

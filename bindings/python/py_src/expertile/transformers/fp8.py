@@ -1,4 +1,4 @@
-"""FP8 checkpoints on a CPU: what is float8_e4m3fn stays so, the experts and the linear layers beside them.
+"""FP8 checkpoints on a CPU: what is quantized stays so, the experts (FP4 ones, too) and the linear layers beside them.
 
 Transformers has no FP8 matrix products for a CPU, and widens such a checkpoint to bfloat16 while it reads it. Its
 quantizer for FP8 is replaced by one that does the same, but for models that ask for this implementation: their modules
@@ -21,15 +21,16 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 
 from .._errors import ArgumentError
-from .experts import BLOCK, NAME, asks_for_expertile, describe, is_experts
+from .experts import BLOCK, GROUP, NAME, asks_for_expertile, describe, is_experts
 from .fp8_linear import pack_later, stored_in_e4m3
 from .load import require_computable
 
 logger = logging.get_logger(__name__)
 
 _METHOD = "fp8"
-_KEPT = "expertile: what is float8_e4m3fn in the checkpoint stays so on the CPU, and nothing is dequantized"
-_EXPERTS_KEPT = "expertile: the experts stay float8_e4m3fn on the CPU; what is dequantized is the other layers"
+_FORMATS = ("scale_fmt", "expert_dtype")
+_KEPT = "expertile: what the checkpoint has quantized stays so on the CPU, and nothing is dequantized"
+_EXPERTS_KEPT = "expertile: the experts stay quantized on the CPU; what is dequantized is the other layers"
 _WIDENED = (
     "expertile: FP8Experts are not what these experts are, so they are dequantized on the CPU with the other layers"
 )
@@ -74,7 +75,8 @@ class ExpertileFP8HfQuantizer(FineGrainedFP8HfQuantizer):
         asked, self._files = self._keeps_experts, kwargs.get("checkpoint_files")
         if asked:
             # All of them or none: the conversions of a checkpoint's weights are those of all layers.
-            self._keeps_experts = all(_can_stay(module) for module in model.modules() if is_experts(module))
+            experts = [module for module in model.modules() if is_experts(module)]
+            self._keeps_experts = all(_can_stay(module, self.quantization_config) for module in experts)
             self.quantization_config.dequantize = not self._keeps_experts
         super()._process_model_before_weight_loading(model, **kwargs)
         if asked:
@@ -123,29 +125,30 @@ def _asks(config: Any) -> bool:
 def _is_computable(quantization_config: Any) -> bool:
     """Whether a layer computes experts of such weights."""
     block = quantization_config.weight_block_size
-    return (
-        block is not None
-        and tuple(block) == BLOCK
-        and quantization_config.activation_scheme == "dynamic"
-        and getattr(quantization_config, "expert_dtype", "fp8") == "fp8"
-    )
+    return block is not None and tuple(block) == BLOCK and quantization_config.activation_scheme == "dynamic"
 
 
-def _can_stay(module: nn.Module) -> bool:
+def _can_stay(module: nn.Module, quantization_config: Any) -> bool:
     """Whether ``FP8Experts``, which reads sizes and activation off the configuration, are what a module is."""
     from transformers.integrations.finegrained_fp8 import FP8Experts
 
     if not asks_for_expertile(module):
         return False
+    formats = {name: getattr(quantization_config, name) for name in _FORMATS if hasattr(quantization_config, name)}
     try:
         own = describe(module, any_dtype=True)
         with torch.device("meta"):
-            theirs = FP8Experts(module.config, block_size=BLOCK)
+            theirs = FP8Experts(module.config, block_size=BLOCK, **formats)
         found = describe(theirs)
-    except (ArgumentError, AttributeError, KeyError):
+    except (ArgumentError, AttributeError, KeyError, TypeError):
         return False
+    is_fp4 = formats.get("expert_dtype") == "fp4"
+    experts, rows, columns = module.gate_up_proj.shape
+    shape = (experts, rows, columns // 2) if is_fp4 else (experts, rows, columns)
     usual = own.gated and not own.interleaved and not own.transposed and not own.biases
-    same = found.options == own.options and theirs.gate_up_proj.shape == module.gate_up_proj.shape
+    same = found.options == own.options and theirs.gate_up_proj.shape == shape
+    if is_fp4:
+        return usual and same and columns % GROUP == 0 and theirs.intermediate_dim % GROUP == 0
     # A scale belongs to rows of either gate or up.
     return usual and same and theirs.intermediate_dim % BLOCK[0] == 0
 

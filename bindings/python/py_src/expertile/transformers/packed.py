@@ -60,8 +60,9 @@ def unpacked_experts(experts: Experts, module: nn.Module) -> dict[str, Tensor]:
     weights = dict(zip(experts.names, layer.unpack(gate_up=order), strict=True))
     if experts.transposed:
         return {name: x.mT.contiguous() for name, x in weights.items()}
-    # MXFP4 blocks have their groups in a dimension of their own.
-    return {name: x.reshape(module._parameters[name].shape) for name, x in weights.items()}  # type: ignore[union-attr]
+    # MXFP4 blocks may have their groups in a dimension of their own, or be called int8.
+    own = {name: getattr(module, name) for name in weights}
+    return {name: x.view(own[name].dtype).reshape(own[name].shape) for name, x in weights.items()}
 
 
 def source(module: nn.Module, copied: bool) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-//! The tokens of a call and their experts: given in a file, or chosen by the router.
+//! The tokens of a call and their experts: given in a file, or chosen by the router or by the tokens' numbers.
 
 use crate::error::{Error, Result};
 use crate::output;
@@ -7,7 +7,7 @@ use crate::report::stages::StageTime;
 use crate::router::{self, RouterPrecision};
 use crate::weights::ExpertWeights;
 use expertile::{MatrixRef, StageCost, TopkIds};
-use expertile_checkpoint::{LayerInput, LayerOutput};
+use expertile_checkpoint::{Ids, LayerInput, LayerOutput};
 use half::bf16;
 use std::path::Path;
 use std::time::Instant;
@@ -98,9 +98,11 @@ impl Chosen {
     fn new(input: &LayerInput, weights: &dyn ExpertWeights, precision: RouterPrecision) -> Result<Self> {
         let (tokens, hidden, experts) = (input.tokens(), input.hidden(), weights.shape().local_experts());
         let x = input.hidden_states().to_f32();
+        let by_token = weights.token_experts().map(|table| experts_of(input, table)).transpose()?;
         let route = || {
             let started = Instant::now();
-            let chosen = router::route(weights.router(), weights.router_weight(), &x, hidden, precision)?;
+            let by_token = by_token.as_deref();
+            let chosen = router::route(weights.router(), weights.router_weight(), &x, hidden, precision, by_token)?;
             Ok::<_, Error>((chosen, started.elapsed().as_secs_f64()))
         };
         let ((ids, chosen), cold_seconds) = route()?;
@@ -111,4 +113,27 @@ impl Chosen {
         let cost = StageCost { bytes, flops: 2 * (tokens * experts * hidden) as u64 };
         Ok(Self { topk, ids, weights: chosen, time: StageTime { stage: None, seconds, cost } })
     }
+}
+
+/// The experts of the tokens, `[M, topk]`, by their numbers in the vocabulary.
+fn experts_of(input: &LayerInput, table: &Ids) -> Result<Vec<i32>> {
+    let Some(numbers) = input.input_ids() else {
+        return Err(Error::usage(
+            "input_ids is missing from the input, expected the tokens' numbers in the vocabulary [M] (i32 or i64): in this \
+             layer they choose the experts",
+        ));
+    };
+    let (topk, size, experts) = (table.topk(), table.tokens(), table.view());
+    let mut ids = Vec::with_capacity(numbers.len() * topk);
+    for (token, &number) in numbers.iter().enumerate() {
+        let row = usize::try_from(number).ok().filter(|&row| row < size).ok_or_else(|| {
+            Error::usage(format!(
+                "input_ids[{token}] is {number}, expected a number in the vocabulary, 0 to {}",
+                size - 1
+            ))
+        })?;
+        // Past i32 an id is no expert's in any case, and the router says so.
+        ids.extend((0..topk).map(|slot| i32::try_from(experts.get(row, slot)).unwrap_or(i32::MAX)));
+    }
+    Ok(ids)
 }
