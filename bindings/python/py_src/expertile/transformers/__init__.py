@@ -4,7 +4,7 @@
 >>> model = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16", experts_implementation="expertile")
 
 Importing the module registers the implementation, for bfloat16 experts, for float8_e4m3fn ones with 128 x 128 block
-scales and for gpt-oss's MXFP4 ones, on the CPU and on a Hopper GPU. Models that do not ask for it are loaded and
+scales and for MXFP4 ones (gpt-oss's, DeepSeek-V4's), on the CPU and on a Hopper GPU. Models that do not ask for it are loaded and
 computed as before.
 
 - What no layer computes raises ValueError or TypeError when the model is made or loaded, or when
@@ -12,7 +12,7 @@ computed as before.
 - A layer is made by the first call of its experts. On the CPU that packs the weights and gives the memory of the
   original ones back; ``state_dict``, and so ``save_pretrained``, unpacks them again. On a GPU weights in the usual
   order are used where they are; others, and MXFP4, are copied, and given back likewise. ``configure`` changes that.
-- On the CPU an FP8 checkpoint keeps its float8_e4m3fn experts; its other layers are widened, as Transformers does it.
+- On the CPU an FP8 checkpoint keeps what is quantized in it, experts and linear layers, which Transformers would widen.
   An MXFP4 checkpoint of gpt-oss keeps its experts in 4 bits, on a Hopper GPU too.
 """
 
