@@ -238,7 +238,7 @@ fn load_matrix(
             let scales = get(blocks, "weight_scale_inv", DType::F32)?;
             Ok((get((rows, cols), "weight", DType::F8E4M3)?, Some(scales)))
         }
-        WeightFormat::Mxfp4 => unreachable!("no checkpoint is taken for it"),
+        WeightFormat::Mxfp4 | WeightFormat::Int4 => unreachable!("no checkpoint is taken for it"),
     }
 }
 

@@ -8,6 +8,7 @@ use crate::operands::Ids;
 use crate::pool::{cpu, work};
 use expertile::cpu::{Layer, PackedWeights, PackedWeightsBuilder};
 use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
+use expertile::int4::Int4Scales;
 use expertile::layer::LayerShape;
 use expertile::quantize::ue8m0_value;
 use expertile::{Activation, ActivationFormat, E4m3, Float, GateUpOrder, LayerConfig, MatrixRef, Routing, mxfp4};
@@ -184,9 +185,9 @@ pub(crate) fn gate_up_order(name: &str) -> PyResult<GateUpOrder> {
     }
 }
 
-/// Elements of a row as tensors hold it: two values to a byte for mxfp4.
+/// Elements of a row as tensors hold it: two values to a byte for those of 4 bits.
 fn width_of(packed: &PackedWeights) -> usize {
-    if packed.format() == WeightFormat::Mxfp4 { packed.k() / 2 } else { packed.k() }
+    if packed.format().bits() == 4 { packed.k() / 2 } else { packed.k() }
 }
 
 /// Fails unless the weights can be written there as they were packed: `[E, N, K]` of their type, contiguous.
@@ -195,7 +196,7 @@ pub(crate) fn check_unpacked(packed: &PackedWeights, out: &Array<'_>) -> PyResul
     match packed.format() {
         WeightFormat::Bf16 => out.require_dtype::<bf16>()?,
         WeightFormat::E4m3 => out.require_dtype::<E4m3>()?,
-        WeightFormat::Mxfp4 => out.require_dtype::<u8>()?,
+        WeightFormat::Mxfp4 | WeightFormat::Int4 => out.require_dtype::<u8>()?,
     }
     out.require_contiguous()
 }
@@ -225,6 +226,11 @@ pub(crate) fn unpack(
                 let mut scales = limits::vec("scales", rows * (packed.k() / mxfp4::GROUP))?;
                 scales.resize(rows * (packed.k() / mxfp4::GROUP), 0);
                 packed.unpack_mxfp4_rows(&cpu()?, expert, first_row, out, &mut scales).map_err(exception)
+            })
+        }
+        WeightFormat::Int4 => {
+            unpack_experts(py, packed, order, out.contiguous_mut(apart)?, |expert, first_row, out| {
+                packed.unpack_int4_rows(&cpu()?, expert, first_row, out).map_err(exception)
             })
         }
     }
@@ -293,8 +299,8 @@ fn bias(name: &'static str, bias: Option<&Bound<'_, PyAny>>, shape: &[usize]) ->
 
 /// Packs `[E, N, K]` in one segment, or two (gate and up): bf16, or e4m3 with block scales `[E, ceil(N / 128), ceil(K /
 /// 128)]`; for gate and up, `N = 2 I`, there are `ceil(I / 128)` row blocks for each of the two, gate's first whatever
-/// the order of the rows. Or MXFP4 blocks `[E, N, K / 2]`, uint8, with scales `[E, N, K / 32]`. Weights may have any
-/// strides.
+/// the order of the rows. Or blocks `[E, N, K / 2]`, uint8, of MXFP4 or int4 with scales `[E, N, K / 32]`, whose type says
+/// which of the two. Weights may have any strides.
 pub(crate) fn pack(
     py: Python<'_>,
     (name, weights): (&'static str, &Bound<'_, PyAny>),
@@ -337,10 +343,26 @@ pub(crate) fn pack(
         }
         (Element::U8, Some(scale)) => {
             let (stack, width) = (Stack { k: 2 * k, ..stack }, k);
+            // Of MXFP4 and int4 alike.
             let groups = mxfp4::groups(2 * k).map_err(exception)?;
             scale.require_shape(&[experts, n, groups])?;
-            if !matches!(scale.element(), Element::U8 | Element::E8m0) {
-                return Err(scale.dtype_error("uint8 or float8_e8m0fnu"));
+            match scale.element() {
+                Element::U8 | Element::E8m0 => {}
+                Element::Bf16 => {
+                    let (weights, scales) = (weights.stack::<u8>()?, scale.stack::<bf16>()?);
+                    return stack.pack(py, WeightFormat::Int4, |builder, part| {
+                        let (blocks, scales) = (part.matrix_of(weights, width)?, part.matrix_of(scales, groups)?);
+                        builder.add_int4_rows(part.expert, part.first_row, blocks, Int4Scales::Bf16(scales))
+                    });
+                }
+                Element::F16 => {
+                    let (weights, scales) = (weights.stack::<u8>()?, scale.stack::<f16>()?);
+                    return stack.pack(py, WeightFormat::Int4, |builder, part| {
+                        let (blocks, scales) = (part.matrix_of(weights, width)?, part.matrix_of(scales, groups)?);
+                        builder.add_int4_rows(part.expert, part.first_row, blocks, Int4Scales::F16(scales))
+                    });
+                }
+                _ => return Err(scale.dtype_error("uint8 or float8_e8m0fnu (MXFP4), bfloat16 or float16 (int4)")),
             }
             let (weights, scales) = (weights.stack::<u8>()?, scale.stack::<u8>()?);
             stack.pack(py, WeightFormat::Mxfp4, |builder, part| {

@@ -2,7 +2,7 @@
 //! it.
 //!
 //! [`Checkpoint`] opens the folder; [`Checkpoint::layer`] gives a [`MoeLayer`]: its shape, its router and views of its
-//! weights in bf16, f16, f32, e4m3 or MXFP4, as any of the [families](Family::all) that are known names them. [`Ids`] reads
+//! weights in bf16, f16, f32, e4m3, MXFP4 or int4, as any of the [families](Family::all) that are known names them. [`Ids`] reads
 //! `topk_ids`; [`LayerInput`] and [`LayerOutput`] are the files of one call; [`QuantizedLayer`] writes a layer's experts
 //! in another format.
 //!

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::quantization::Scheme;
 use crate::tensors::Tensor;
 use expertile::gemm::WEIGHT_BLOCK;
+use expertile::int4::{self, Int4Scales};
 use expertile::quantize::ue8m0_value;
 use expertile::{E4m3, MatrixRef, WeightFormat, WeightsBuilder, mxfp4};
 use half::{bf16, f16};
@@ -31,6 +32,30 @@ enum Values<'a> {
     F32(Cow<'a, [f32]>),
     E4m3(&'a [E4m3]),
     Mxfp4 { blocks: MatrixRef<'a, u8>, scales: MatrixRef<'a, u8> },
+    Int4 { blocks: MatrixRef<'a, u8>, scales: HalfScales<'a> },
+}
+
+/// Scales of int4 weights `[rows, cols / 32]`, row by row.
+#[derive(Debug, Clone)]
+pub(crate) enum HalfScales<'a> {
+    Bf16(Cow<'a, [bf16]>),
+    F16(Cow<'a, [f16]>),
+}
+
+impl HalfScales<'_> {
+    fn view(&self, rows: usize) -> expertile::Result<Int4Scales<'_>> {
+        Ok(match self {
+            Self::Bf16(scales) => Int4Scales::Bf16(MatrixRef::new(scales, rows, scales.len() / rows)?),
+            Self::F16(scales) => Int4Scales::F16(MatrixRef::new(scales, rows, scales.len() / rows)?),
+        })
+    }
+
+    fn get(&self, at: usize) -> f64 {
+        match self {
+            Self::Bf16(scales) => scales[at].to_f64(),
+            Self::F16(scales) => scales[at].to_f64(),
+        }
+    }
 }
 
 /// The scales of e4m3 weights; a weight is `value * scale`.
@@ -65,6 +90,13 @@ pub enum WeightRows<'m> {
         /// `[rows, cols / 32]`.
         scales: MatrixRef<'m, u8>,
     },
+    /// int4.
+    Int4 {
+        /// `[rows, cols / 2]`: two values to a byte.
+        blocks: MatrixRef<'m, u8>,
+        /// `[rows, cols / 32]`.
+        scales: Int4Scales<'m>,
+    },
 }
 
 impl WeightRows<'_> {
@@ -85,6 +117,7 @@ impl WeightRows<'_> {
                 builder.add_e4m3_channel_rows(expert, first_row, values, scales)
             }
             Self::Mxfp4 { blocks, scales } => builder.add_mxfp4_rows(expert, first_row, blocks, scales),
+            Self::Int4 { blocks, scales } => builder.add_int4_rows(expert, first_row, blocks, scales),
         }
     }
 }
@@ -145,6 +178,13 @@ impl<'a> WeightMatrix<'a> {
         Self { rows, cols, start: 0, row_stride: 0, col_stride: 0, values, scales: None }
     }
 
+    /// int4: `blocks [rows, cols / 2]` with `scales [rows, cols / 32]`.
+    pub(crate) fn int4(blocks: MatrixRef<'a, u8>, scales: HalfScales<'a>) -> Self {
+        let (rows, cols) = (blocks.rows(), 2 * blocks.cols());
+        let values = Values::Int4 { blocks, scales };
+        Self { rows, cols, start: 0, row_stride: 0, col_stride: 0, values, scales: None }
+    }
+
     /// Rows: outputs.
     #[must_use]
     pub fn rows(&self) -> usize {
@@ -157,13 +197,14 @@ impl<'a> WeightMatrix<'a> {
         self.cols
     }
 
-    /// What the matrix is packed as: e4m3, MXFP4, or bf16 for bf16, f16 and f32 (rounded to nearest even).
+    /// What the matrix is packed as: e4m3, MXFP4, int4, or bf16 for bf16, f16 and f32 (rounded to nearest even).
     #[must_use]
     pub fn format(&self) -> WeightFormat {
         match self.values {
             Values::Bf16(_) | Values::F16(_) | Values::F32(_) => WeightFormat::Bf16,
             Values::E4m3(_) => WeightFormat::E4m3,
             Values::Mxfp4 { .. } => WeightFormat::Mxfp4,
+            Values::Int4 { .. } => WeightFormat::Int4,
         }
     }
 
@@ -173,7 +214,7 @@ impl<'a> WeightMatrix<'a> {
         matches!(self.values, Values::F16(_) | Values::F32(_))
     }
 
-    /// The type that the checkpoint holds, as safetensors names it, or MXFP4.
+    /// The type that the checkpoint holds, as safetensors names it, or MXFP4 or INT4.
     #[must_use]
     pub fn dtype(&self) -> &'static str {
         match self.values {
@@ -182,6 +223,7 @@ impl<'a> WeightMatrix<'a> {
             Values::F32(_) => "F32",
             Values::E4m3(_) => "F8_E4M3",
             Values::Mxfp4 { .. } => "MXFP4",
+            Values::Int4 { .. } => "INT4",
         }
     }
 
@@ -196,6 +238,9 @@ impl<'a> WeightMatrix<'a> {
             (Values::F32(values), _) => WeightRows::F32(self.strided(values)?),
             (Values::E4m3(values), Some(scales)) => WeightRows::E4m3 { values: self.strided(values)?, scales },
             (&Values::Mxfp4 { blocks, scales }, _) => WeightRows::Mxfp4 { blocks, scales },
+            (Values::Int4 { blocks, scales }, _) => {
+                WeightRows::Int4 { blocks: *blocks, scales: scales.view(self.rows)? }
+            }
             (Values::E4m3(_), None) => unreachable!("e4m3 matrices are made with scales"),
         })
     }
@@ -224,6 +269,11 @@ impl<'a> WeightMatrix<'a> {
                     let nibble = blocks.get(row, col / 2) >> (col % 2 * 4) & 15;
                     let scale = ue8m0_value(scales.get(row, col / mxfp4::GROUP));
                     f64::from(mxfp4::E2M1_VALUES[usize::from(nibble)]) * f64::from(scale)
+                }
+                Values::Int4 { blocks, scales } => {
+                    let nibble = blocks.get(row, col / 2) >> (col % 2 * 4) & 15;
+                    let scale = scales.get(row * (self.cols / int4::GROUP) + col / int4::GROUP);
+                    f64::from(int4::VALUES[usize::from(nibble)]) * scale
                 }
                 Values::E4m3(values) => {
                     let scale = match &self.scales {

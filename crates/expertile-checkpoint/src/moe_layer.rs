@@ -5,11 +5,12 @@ use crate::config::BlockConfig;
 use crate::error::{Error, Result};
 use crate::family::{ExpertNames, Family, SharedNames};
 use crate::ids::Ids;
-use crate::matrix::{View, WEIGHT_DTYPES, WeightMatrix, WeightScales, matrix_scales, weight_format};
+use crate::matrix::{HalfScales, View, WEIGHT_DTYPES, WeightMatrix, WeightScales, matrix_scales, weight_format};
 use crate::tensors::Tensor;
 use expertile::gemm::WEIGHT_BLOCK;
 use expertile::layer::LayerShape;
-use expertile::{Activation, Backend, GateUpOrder, MatrixRef, Router, WeightFormat, WeightsBuilder, mxfp4};
+use expertile::{Activation, Backend, GateUpOrder, MatrixRef, Router, WeightFormat, WeightsBuilder, int4, mxfp4};
+use half::{bf16, f16};
 use safetensors::Dtype;
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -504,8 +505,11 @@ impl<'a, 'c> Reader<'a, 'c> {
         (0..count).map(expert).collect::<expertile::Result<_>>().map_err(failed)
     }
 
-    /// A matrix of its own as packed MXFP4 values.
+    /// A matrix of its own as packed 4-bit values: MXFP4, or int4 if the config says so.
     fn packed_matrix(&self, name: &str, rows: usize, cols: usize) -> Result<WeightMatrix<'a>> {
+        if self.checkpoint.config().quantization.speaks_of_int4() {
+            return self.packed_int4(name, rows, cols);
+        }
         self.checkpoint.config().quantization.require_packed_mxfp4()?;
         let groups = self.groups(name, cols)?;
         let blocks = self.bytes(&format!("{name}_packed"), &[PACKED], &[rows, cols / 2])?;
@@ -513,7 +517,37 @@ impl<'a, 'c> Reader<'a, 'c> {
         self.mxfp4_matrix(name, blocks, scales, [rows, cols])
     }
 
-    /// The same under the weight's own name, and its scales beside it.
+    /// A matrix of int4 values, eight to a word.
+    fn packed_int4(&self, name: &str, rows: usize, cols: usize) -> Result<WeightMatrix<'a>> {
+        self.checkpoint.config().quantization.require_packed_int4()?;
+        let failed = |source| Error::Pack { what: self.name(name), source };
+        let groups = int4::groups(cols).map_err(failed)?;
+        let blocks = self.bytes(&format!("{name}_packed"), &[Dtype::I32], &[rows, cols / 8])?;
+        let scales = self.tensor(&format!("{name}_scale"), || format!("BF16 or F16 [{rows}, {groups}]"))?;
+        scales.require_shape(&[rows, groups])?;
+        let scales = match scales.dtype {
+            Dtype::BF16 => HalfScales::Bf16(scales.values(scales.bytes, bf16::from_le_bytes)?),
+            Dtype::F16 => HalfScales::F16(scales.values(scales.bytes, f16::from_le_bytes)?),
+            _ => return Err(scales.wrong_dtype("BF16 or F16")),
+        };
+        let shape_name = format!("{name}_shape");
+        if self.has(&shape_name)? {
+            let shape = self.tensor(&shape_name, || "I64 or I32 [2]".into())?;
+            let extents: Vec<i64> = match shape.dtype {
+                Dtype::I64 => shape.decode(i64::from_le_bytes)?,
+                Dtype::I32 => shape.decode(i32::from_le_bytes)?.into_iter().map(i64::from).collect(),
+                _ => return Err(shape.wrong_dtype("I64 or I32")),
+            };
+            if extents != [rows as i64, cols as i64] {
+                let found: Vec<usize> = extents.iter().map(|&extent| usize::try_from(extent).unwrap_or(0)).collect();
+                return Err(Error::shape(shape.file, &shape.name, &found, format!("[{rows}, {cols}] in it")));
+            }
+        }
+        // The first of eight values is in a word's lowest bits: bytes of two values each, in their order.
+        Ok(WeightMatrix::int4(MatrixRef::new(blocks, rows, cols / 2).map_err(failed)?, scales))
+    }
+
+    /// MXFP4 under the weight's own name, and its scales beside it.
     fn packed_in_place(&self, name: &str, rows: usize, cols: usize) -> Result<WeightMatrix<'a>> {
         self.checkpoint.config().quantization.require_fp4_experts()?;
         let groups = self.groups(name, cols)?;

@@ -7,6 +7,7 @@
 //! | `compressed-tensors`, `float-quantized` | strategy `block`, `tensor` or `channel` | `<weight>_scale` |
 //! | `mxfp4` | groups of 32 of 4-bit values, `<weight>_blocks` | `<weight>_scales` |
 //! | `compressed-tensors`, `mxfp4-pack-quantized` | the same, `<weight>_packed` | `<weight>_scale` |
+//! | `compressed-tensors`, `pack-quantized` | int4, symmetric, groups of 32, in I32 `<weight>_packed` | BF16 or F16 `<weight>_scale` |
 //! | `fp8` with `expert_dtype` `fp4` (DeepSeek-V4) | experts the same, in I8 under the weight's own name | `<part>.scale`, also of e4m3 weights |
 //!
 //! Scales may be F32, BF16, F16 or F8_E8M0; all are widened exactly. Static scales of activations are refused: they
@@ -15,7 +16,7 @@
 use crate::error::{Error, Result};
 use crate::keys::Keys;
 use expertile::gemm::WEIGHT_BLOCK;
-use expertile::mxfp4;
+use expertile::{int4, mxfp4};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
@@ -38,8 +39,10 @@ pub(crate) enum Scheme {
 }
 
 const PATH: &str = "quantization_config.";
-/// compressed-tensors' name for MXFP4.
+/// compressed-tensors' names for MXFP4 and for integers.
 const MXFP4_PACKED: &str = "mxfp4-pack-quantized";
+const INT_PACKED: &str = "pack-quantized";
+const COMPRESSED_FORMATS: [&str; 3] = ["float-quantized", MXFP4_PACKED, INT_PACKED];
 
 impl Quantization {
     pub(crate) fn parse(file: &Path, value: Option<Value>, expert_dtype: Option<&Value>) -> Result<Self> {
@@ -72,8 +75,8 @@ impl Quantization {
             Some(method) if method == "compressed-tensors" => {
                 let format = self.entries.as_ref().and_then(|entries| entries.get("format"));
                 match format {
-                    Some(format) if format != "float-quantized" && format != MXFP4_PACKED => {
-                        let expected = "\"float-quantized\" or \"mxfp4-pack-quantized\"";
+                    Some(format) if !format.as_str().is_some_and(|name| COMPRESSED_FORMATS.contains(&name)) => {
+                        let expected = "\"float-quantized\", \"mxfp4-pack-quantized\" or \"pack-quantized\"";
                         Err(self.wrong("format", format.to_string(), expected))
                     }
                     _ => Ok(()),
@@ -135,12 +138,27 @@ impl Quantization {
         }
     }
 
+    /// Whether it says that packed weights are integers.
+    pub(crate) fn speaks_of_int4(&self) -> bool {
+        self.entries.as_ref().and_then(|entries| entries.get("format")).is_some_and(|format| format == INT_PACKED)
+    }
+
     /// Fails unless 4-bit weights are MXFP4: in `<weight>_packed` and `<weight>_scale`.
     pub(crate) fn require_packed_mxfp4(&self) -> Result<()> {
+        self.require_packed(MXFP4_PACKED, "float", mxfp4::GROUP)
+    }
+
+    /// Fails unless they are symmetric int4 with a scale for each 32: in `<weight>_packed` and `<weight>_scale`.
+    pub(crate) fn require_packed_int4(&self) -> Result<()> {
+        self.require_packed(INT_PACKED, "int", int4::GROUP)
+    }
+
+    /// Fails unless all weights that are packed are of that format: of 4 bits, in groups of that size.
+    fn require_packed(&self, format: &str, kind: &str, group_size: usize) -> Result<()> {
         let no_entries = Map::new();
         let entries = self.entries.as_ref().unwrap_or(&no_entries);
         let found = |key: &str| entries.get(key).map_or("missing".into(), Value::to_string);
-        for (key, expected) in [("quant_method", "compressed-tensors"), ("format", MXFP4_PACKED)] {
+        for (key, expected) in [("quant_method", "compressed-tensors"), ("format", format)] {
             if entries.get(key).is_none_or(|value| value != expected) {
                 return Err(self.wrong(key, found(key), &format!("\"{expected}\" (the weights are packed)")));
             }
@@ -150,9 +168,12 @@ impl Quantization {
             let path = format!("{PATH}config_groups.{name}.");
             if let Some(Value::Object(weights)) = group.get("weights") {
                 let keys = Keys { file: &self.file, path: &format!("{path}weights."), entries: weights };
-                keys.one_of("type", &["float"])?;
+                keys.one_of("type", &[kind])?;
                 keys.one_of("strategy", &["group"])?;
-                for (key, expected) in [("num_bits", 4), ("group_size", mxfp4::GROUP)] {
+                if kind == "int" && weights.get("symmetric").is_some_and(|symmetric| symmetric != true) {
+                    return Err(keys.wrong("symmetric", &weights["symmetric"].to_string(), "true"));
+                }
+                for (key, expected) in [("num_bits", 4), ("group_size", group_size)] {
                     if let Some(other) = keys.count(key)?.filter(|&count| count != expected) {
                         return Err(keys.wrong(key, &other.to_string(), &expected.to_string()));
                     }

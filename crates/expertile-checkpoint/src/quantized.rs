@@ -77,7 +77,7 @@ impl WeightMatrix<'_> {
                 mxfp4::quantize_rows(&values, cols, &mut blocks, &mut scales)?;
                 (blocks, scales)
             }
-            WeightFormat::Bf16 => {
+            WeightFormat::Bf16 | WeightFormat::Int4 => {
                 let (argument, actual) = ("weights", format.name());
                 return Err(expertile::Error::WeightFormat { argument, actual, expected: "e4m3 or mxfp4" });
             }

@@ -35,6 +35,7 @@ from quantize import (
     F16_BLOCKS,
     F32_BLOCKS,
     FP4_EXPERTS,
+    INT4,
     MXFP4,
     UE8M0_IN_F32,
     Scheme,
@@ -188,6 +189,8 @@ def layouts(family: Family) -> Iterable[Layout]:
             yield Layout(f"hub, {scheme.name}", hub=True, scheme=scheme)
     if family.family == "gpt_oss":
         yield Layout(f"hub, {MXFP4.name}", hub=True, scheme=MXFP4)
+    if family.family in ("kimi_k2", "kimi_k25"):
+        yield Layout(f"hub, {INT4.name}", hub=True, scheme=INT4)
     if family.family == "deepseek_v4":
         yield Layout(f"hub, {FP4_EXPERTS.name}", hub=True, scheme=FP4_EXPERTS)
 

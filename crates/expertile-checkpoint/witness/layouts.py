@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from families import Family
-from quantize import Scheme, quantize, quantize_mxfp4
+from quantize import Scheme, quantize, quantize_int4, quantize_mxfp4
 
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]
@@ -102,6 +102,11 @@ def write(model: Any, family: Family, layout: Layout, folder: Path) -> Folders:
         config |= {"expert_dtype": "fp4", "quantization_config": layout.scheme.config()}
         save(checkpoint, config, fp4_experts(plain, layout.scheme))
         return Folders(checkpoint, checkpoint)
+    if layout.scheme.int4:
+        quantized, stands_for = int4_experts(plain)
+        save(checkpoint, {**config, "quantization_config": layout.scheme.config()}, quantized)
+        save(reference, config, stands_for)
+        return Folders(checkpoint, reference)
     quantized, stands_for = quantize_experts(split(plain), layout.scheme)
     quantization = (
         layout.scheme.config() if layout.scheme.compressed else {**layout.scheme.config(), **family.quantization}
@@ -223,6 +228,19 @@ def fp4_experts(tensors: Tensors, scheme: Scheme) -> Tensors:
             quantized[name] = blocks.flatten(-2).view(torch.int8)
             quantized[stem + "scale"] = scales.view(torch.float8_e8m0fnu)
     return quantized
+
+
+def int4_experts(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """The tensors with routed experts as compressed-tensors packs int4, and with what those stand for."""
+    quantized: Tensors = {}
+    stands_for: Tensors = {}
+    for name, tensor in split(tensors).items():
+        if ROUTED.search(name) is None:
+            quantized[name] = stands_for[name] = tensor
+            continue
+        quantized[f"{name}_packed"], quantized[f"{name}_scale"], stands_for[name] = quantize_int4(tensor)
+        quantized[f"{name}_shape"] = torch.tensor(tensor.shape, dtype=torch.int64)
+    return quantized, stands_for
 
 
 def quantize_experts(tensors: Tensors, scheme: Scheme) -> tuple[Tensors, Tensors]:

@@ -25,6 +25,8 @@ class Scheme:
     mxfp4: bool = False
     # DeepSeek-V4's: routed experts are MXFP4 in int8, other matrices FP8, the scales of both are called `scale`.
     fp4_experts: bool = False
+    # Kimi-K2 Thinking's: routed experts are int4 in groups of 32, as compressed-tensors packs them.
+    int4: bool = False
 
     @property
     def suffix(self) -> str:
@@ -37,6 +39,16 @@ class Scheme:
         if self.mxfp4:
             modules = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
             return {"quant_method": "mxfp4", "modules_to_not_convert": modules}
+        if self.int4:
+            weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+            group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+            return {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "quantization_status": "compressed",
+                "config_groups": {"group_0": group},
+                "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
+            }
         if self.compressed:
             block = self.strategy == "block"
             weights = {
@@ -96,6 +108,7 @@ COMPRESSED_BLOCKS = Scheme("fp8, compressed-tensors blocks", "block", torch.bflo
 COMPRESSED_CHANNELS = Scheme("fp8, compressed-tensors channels", "channel", torch.bfloat16, compressed=True)
 MXFP4 = Scheme("mxfp4", "group", torch.uint8, mxfp4=True)
 FP4_EXPERTS = Scheme("fp4 experts", "block", torch.float8_e8m0fnu, power_of_two=True, fp4_experts=True)
+INT4 = Scheme("int4", "group", torch.bfloat16, int4=True)
 COMPRESSED_TENSORS = Scheme("fp8, compressed-tensors tensors", "tensor", torch.float32, compressed=True)
 
 
@@ -147,3 +160,14 @@ def quantize_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     nearest = (distances + torch.arange(8) % 2 * 1e-12).argmin(dim=-1)
     nibbles = (nearest + 8 * (scaled < 0)).to(torch.uint8)
     return nibbles[..., 0::2] | nibbles[..., 1::2] << 4, (exponents + 127).to(torch.uint8)
+
+
+def quantize_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Words of eight values, the first in the lowest bits, scales in bf16, and what both stand for in f32."""
+    groups = weight.double().unflatten(-1, (-1, GROUP))
+    scales = (groups.abs().amax(dim=-1) / 7).to(torch.bfloat16)
+    values = (groups / scales.double().unsqueeze(-1)).round().clamp(-8, 7)
+    stands_for = (values * scales.double().unsqueeze(-1)).flatten(-2).float()
+    eights = (values.flatten(-2).to(torch.int64) + 8).unflatten(-1, (-1, 8))
+    words = (eights << (4 * torch.arange(8))).sum(dim=-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32), scales, stands_for

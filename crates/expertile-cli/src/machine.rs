@@ -6,7 +6,10 @@
 use crate::error::{Error, Result};
 use crate::memory;
 use expertile::cpu::{Activations, Cpu, Isa, PackedWeights, grouped_gemm, grouped_gemm_workspace_bytes};
-use expertile::{ActivationFormat, E4m3, Layout, ScaleFormat, Scales, Stage, StageCost, WeightFormat, mxfp4};
+use expertile::int4::{self, Int4Scales};
+use expertile::{
+    ActivationFormat, E4m3, Layout, MatrixRef, ScaleFormat, Scales, Stage, StageCost, WeightFormat, mxfp4,
+};
 use half::bf16;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -131,6 +134,11 @@ pub(crate) fn gemm_flops_per_second(cpu: &Cpu, weights: WeightFormat, activation
         WeightFormat::Mxfp4 => {
             PackedWeights::pack_mxfp4(cpu, &vec![0x22; N * K / 2], &[127; N * K / mxfp4::GROUP], 1, N, K)?
         }
+        WeightFormat::Int4 => {
+            let scales = vec![bf16::ONE; N * K / int4::GROUP];
+            let scales = Int4Scales::Bf16(MatrixRef::new(&scales, N, K / int4::GROUP)?);
+            PackedWeights::pack_int4(cpu, &vec![0x99; N * K / 2], scales, 1, N, K)?
+        }
     };
     let mut space = vec![0; 3 + ROWS];
     let layout = Layout::from_psum(&[ROWS as i32], 1, ROWS, &mut space)?;
@@ -223,6 +231,8 @@ mod tests {
             (WeightFormat::E4m3, ActivationFormat::E4m3),
             (WeightFormat::Mxfp4, ActivationFormat::Bf16),
             (WeightFormat::Mxfp4, ActivationFormat::E4m3),
+            (WeightFormat::Int4, ActivationFormat::Bf16),
+            (WeightFormat::Int4, ActivationFormat::E4m3),
         ] {
             assert!(gemm_flops_per_second(&cpu, weights, activations).unwrap() > 1e6);
         }

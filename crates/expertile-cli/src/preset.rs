@@ -8,8 +8,10 @@ use crate::weights::{ExpertWeights, Part, Space, TakePart};
 use crate::{memory, output};
 use clap::ValueEnum;
 use expertile::gemm::WEIGHT_BLOCK;
+use expertile::int4::{self, Int4Scales};
 use expertile::{
-    Activation, E4m3, Float, GroupWorth, Groups, LayerShape, MatrixRef, Normalization, Router, WeightFormat, mxfp4,
+    Activation, E4m3, Float, GroupWorth, Groups, LayerShape, MatrixRef, Normalization, Router, Scoring, WeightFormat,
+    mxfp4,
 };
 use expertile_checkpoint::{Biases, HiddenStates, LayerInput, WeightRows, WeightScales};
 use half::bf16;
@@ -36,6 +38,12 @@ pub(crate) enum Preset {
     /// H 2880, I 2880, 128 experts, 4 per token, with biases and the clamped activation.
     #[value(name = "gpt-oss-120b")]
     GptOss120b,
+    /// H 4096, I 2048, 256 experts, 6 per token, with the clamped activation.
+    #[value(name = "deepseek-v4-flash")]
+    DeepSeekV4,
+    /// H 7168, I 2048, 384 experts, 8 per token.
+    #[value(name = "kimi-k2-thinking")]
+    KimiK2,
 }
 
 impl Preset {
@@ -48,6 +56,8 @@ impl Preset {
             Self::Mixtral => (4096, 14336, 8, 2),
             Self::GptOss20b => (2880, 2880, 32, 4),
             Self::GptOss120b => (2880, 2880, 128, 4),
+            Self::DeepSeekV4 => (4096, 2048, 256, 6),
+            Self::KimiK2 => (7168, 2048, 384, 8),
         }
     }
 
@@ -62,7 +72,8 @@ impl Preset {
         match self {
             Self::Qwen3 | Self::Qwen3Large | Self::Mixtral => WeightFormat::Bf16,
             Self::DeepSeekV3 => WeightFormat::E4m3,
-            Self::GptOss20b | Self::GptOss120b => WeightFormat::Mxfp4,
+            Self::GptOss20b | Self::GptOss120b | Self::DeepSeekV4 => WeightFormat::Mxfp4,
+            Self::KimiK2 => WeightFormat::Int4,
         }
     }
 
@@ -72,10 +83,10 @@ impl Preset {
 
     /// What stands between the GEMMs.
     fn activation(self) -> Activation {
-        if self.is_gpt_oss() {
-            Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) }
-        } else {
-            Activation::SWIGLU
+        match self {
+            Self::GptOss20b | Self::GptOss120b => Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) },
+            Self::DeepSeekV4 => Activation::Swiglu { alpha: 1.0, beta: 0.0, limit: Some(10.0) },
+            _ => Activation::SWIGLU,
         }
     }
 
@@ -100,17 +111,21 @@ impl Preset {
             let logit_bias = (0..experts).map(|_| 0.5 * random.uniform()).collect();
             return Router { logit_bias, ..Router::softmax(topk, true) };
         }
-        if self != Self::DeepSeekV3 {
-            return Router::softmax(topk, true);
-        }
-        // Fewer experts than the model has may not be cut into its 8 groups.
-        let grouped = experts.is_multiple_of(8) && experts / 8 * 4 >= topk;
-        let (count, topk_groups) = if grouped { (8, 4) } else { (1, 1) };
+        let (scoring, scaling_factor, groups) = match self {
+            Self::DeepSeekV3 => (Scoring::Sigmoid, 2.5, (8, 4)),
+            Self::DeepSeekV4 => (Scoring::SqrtSoftplus, 1.5, (1, 1)),
+            Self::KimiK2 => (Scoring::Sigmoid, 2.827, (1, 1)),
+            _ => return Router::softmax(topk, true),
+        };
+        // Fewer experts than the model has may not be cut into its groups.
+        let grouped = experts.is_multiple_of(groups.0) && experts / groups.0 * groups.1 >= topk;
+        let (count, topk_groups) = if grouped { groups } else { (1, 1) };
         Router {
+            scoring,
             correction_bias: (0..experts).map(|_| 0.05 * random.uniform()).collect(),
             groups: Some(Groups { count, topk: topk_groups, worth: GroupWorth::BestTwo }),
             normalization: Normalization::SumPlus(1e-20),
-            scaling_factor: 2.5,
+            scaling_factor,
             ..Router::sigmoid(topk)
         }
     }
@@ -259,7 +274,7 @@ impl MadeUp {
     }
 
     /// Two values to a byte: nibbles at random.
-    fn mxfp4_row(&self, part: Part, expert: usize, row: usize, out: &mut [u8]) {
+    fn nibble_row(&self, part: Part, expert: usize, row: usize, out: &mut [u8]) {
         let mut random = self.random(part, expert, row);
         for bytes in out.chunks_mut(8) {
             let drawn = random.draw().to_le_bytes();
@@ -275,12 +290,30 @@ impl MadeUp {
         out.iter_mut().for_each(|scale| *scale = (127 + least + (random.draw() & 1) as i32).clamp(0, 254) as u8);
     }
 
+    /// The scales of a row of `cols` int4 weights.
+    fn int4_scales(&self, part: Part, expert: usize, row: usize, cols: usize, out: &mut [bf16]) {
+        let mut random = self.random(part, expert, 1 << 40 | row);
+        // The mean square of a nibble at random is 21.5.
+        let size = unit_size(cols) / 3f32.sqrt() / 21.5f32.sqrt();
+        out.iter_mut().for_each(|scale| *scale = bf16::from_f32(size * (1.0 + 0.5 * random.uniform())));
+    }
+
     fn row(&self, part: Part, expert: usize, row: usize, out: &mut [f64]) {
         match self.format {
+            WeightFormat::Int4 => {
+                let cols = out.len();
+                let (mut blocks, mut scales) = (vec![0; cols / 2], vec![bf16::ZERO; cols / int4::GROUP]);
+                self.nibble_row(part, expert, row, &mut blocks);
+                self.int4_scales(part, expert, row, cols, &mut scales);
+                for (col, out) in out.iter_mut().enumerate() {
+                    let nibble = blocks[col / 2] >> (col % 2 * 4);
+                    *out = f64::from(int4::decode(nibble, scales[col / int4::GROUP].to_f32()));
+                }
+            }
             WeightFormat::Mxfp4 => {
                 let cols = out.len();
                 let (mut blocks, mut scales) = (vec![0; cols / 2], vec![0; cols / mxfp4::GROUP]);
-                self.mxfp4_row(part, expert, row, &mut blocks);
+                self.nibble_row(part, expert, row, &mut blocks);
                 self.mxfp4_scales(part, expert, row, cols, &mut scales);
                 for (col, out) in out.iter_mut().enumerate() {
                     let nibble = blocks[col / 2] >> (col % 2 * 4);
@@ -357,12 +390,24 @@ impl ExpertWeights for MadeUp {
                 let groups = mxfp4::groups(cols)?;
                 space.blocks.resize(rows * cols / 2, 0);
                 let each = space.blocks.par_chunks_mut(cols / 2).enumerate();
-                each.for_each(|(row, out)| self.mxfp4_row(part, expert, row, out));
+                each.for_each(|(row, out)| self.nibble_row(part, expert, row, out));
                 let mut scales = vec![0; rows * groups];
                 let each = scales.par_chunks_mut(groups).enumerate();
                 each.for_each(|(row, out)| self.mxfp4_scales(part, expert, row, cols, out));
                 let blocks = MatrixRef::new(&space.blocks, rows, cols / 2)?;
                 take(WeightRows::Mxfp4 { blocks, scales: MatrixRef::new(&scales, rows, groups)? })?;
+            }
+            WeightFormat::Int4 => {
+                let groups = int4::groups(cols)?;
+                space.blocks.resize(rows * cols / 2, 0);
+                let each = space.blocks.par_chunks_mut(cols / 2).enumerate();
+                each.for_each(|(row, out)| self.nibble_row(part, expert, row, out));
+                space.bf16.resize(rows * groups, bf16::ZERO);
+                let each = space.bf16.par_chunks_mut(groups).enumerate();
+                each.for_each(|(row, out)| self.int4_scales(part, expert, row, cols, out));
+                let blocks = MatrixRef::new(&space.blocks, rows, cols / 2)?;
+                let scales = Int4Scales::Bf16(MatrixRef::new(&space.bf16, rows, groups)?);
+                take(WeightRows::Int4 { blocks, scales })?;
             }
         }
         Ok(())

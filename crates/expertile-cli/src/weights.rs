@@ -39,6 +39,7 @@ pub(crate) trait ExpertWeights: Sync {
             WeightFormat::E4m3 => "F8_E4M3",
             WeightFormat::Bf16 => "BF16",
             WeightFormat::Mxfp4 => "MXFP4",
+            WeightFormat::Int4 => "INT4",
         }
     }
 

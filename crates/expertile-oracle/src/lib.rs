@@ -11,6 +11,7 @@
 pub mod activation;
 pub mod compare;
 pub mod gemm;
+pub mod int4;
 pub mod layer;
 pub mod layout;
 pub mod mxfp4;

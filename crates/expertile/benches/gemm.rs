@@ -5,6 +5,7 @@
 //! has another routing, so that the last one's weights are not what the caches hold.
 
 use expertile::cpu::{self, Activations, Cpu, Isa, PackedWeights, PackedWeightsBuilder};
+use expertile::int4::{self, Int4Scales};
 use expertile::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding, Scales};
 use expertile::{E4m3, Layout, MatrixRef, WeightFormat, mxfp4};
 use expertile_testkit::{Pattern, Random, block_scaled_weights, unit_rows, unit_weights};
@@ -53,6 +54,16 @@ fn weights(cpu: &Cpu, format: WeightFormat, n: usize, k: usize) -> PackedWeights
             let scales = MatrixRef::new(&scales, n, k / mxfp4::GROUP).unwrap();
             for expert in 0..EXPERTS {
                 builder.add_mxfp4_rows(expert, 0, blocks, scales).unwrap();
+            }
+        }
+        WeightFormat::Int4 => {
+            let values = unit_weights(&mut random, [1, n, k], |value| value);
+            let (mut blocks, mut scales) = (vec![0; n * k / 2], vec![bf16::ZERO; n * k / int4::GROUP]);
+            int4::quantize_rows(&values, k, &mut blocks, &mut scales).unwrap();
+            let blocks = MatrixRef::new(&blocks, n, k / 2).unwrap();
+            let scales = Int4Scales::Bf16(MatrixRef::new(&scales, n, k / int4::GROUP).unwrap());
+            for expert in 0..EXPERTS {
+                builder.add_int4_rows(expert, 0, blocks, scales).unwrap();
             }
         }
     }
@@ -135,7 +146,7 @@ fn main() {
     println!("{isa}, {} threads, reads {:.1} GB/s", cpu.threads(), bandwidth());
     println!("gemm  weights rows  tokens  median us   best us  GFLOP/s   GB/s  of read");
     for (gemm, n, k) in [("gemm1", 2 * INTERMEDIATE, HIDDEN), ("gemm2", HIDDEN, INTERMEDIATE)] {
-        let formats = [WeightFormat::Bf16, WeightFormat::E4m3, WeightFormat::Mxfp4];
+        let formats = WeightFormat::ALL;
         let with_rows = formats.into_iter().flat_map(|format| [(format, false), (format, true)]);
         for (format, e4m3_rows) in with_rows.filter(|&pair| pair != (WeightFormat::Bf16, true)) {
             let weights = weights(&cpu, format, n, k);

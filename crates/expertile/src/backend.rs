@@ -42,6 +42,7 @@
 use crate::dtype::{Dtype, E4m3, Float};
 use crate::error::{Error, Result};
 use crate::gemm::WeightFormat;
+use crate::int4::Int4Scales;
 use crate::layer::{LayerConfig, LayerShape};
 use crate::matrix::MatrixRef;
 use bytemuck::Pod;
@@ -153,6 +154,20 @@ pub trait WeightsBuilder: Sized {
         first_row: usize,
         blocks: MatrixRef<'_, u8>,
         scales: MatrixRef<'_, u8>,
+    ) -> Result<()>;
+
+    /// Adds rows of int4 weights, `blocks [R, K / 2]` with `scales [R, K / 32]`, as rows `first_row..first_row + R` of an
+    /// expert: see [`crate::int4`].
+    ///
+    /// # Errors
+    /// As [`WeightsBuilder::add_bf16_rows`]; [`Error::Value`] for a scale that is not finite, [`Error::WeightFormat`] for
+    /// scales of another type than those before; [`Error::Unsupported`] on a GPU.
+    fn add_int4_rows(
+        &mut self,
+        expert: usize,
+        first_row: usize,
+        blocks: MatrixRef<'_, u8>,
+        scales: Int4Scales<'_>,
     ) -> Result<()>;
 
     /// The weights.

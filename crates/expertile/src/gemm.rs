@@ -4,7 +4,7 @@
 //! f32 accumulation, the scales applied (and the sum promoted) every 128 of K, bf16 out.
 
 use crate::error::{Error, Result};
-use crate::mxfp4;
+use crate::{int4, mxfp4};
 use std::fmt;
 use std::str::FromStr;
 
@@ -68,11 +68,14 @@ pub enum WeightFormat {
     Bf16,
     /// Blocks `[E, N, K/2]` of two 4-bit values each with UE8M0 scales `[E, N, K/32]`: see [`crate::mxfp4`].
     Mxfp4,
+    /// Blocks `[E, N, K/2]` of two 4-bit integers each with bf16 or f16 scales `[E, N, K/32]`: see [`crate::int4`]. On
+    /// the CPU.
+    Int4,
 }
 
 impl WeightFormat {
     /// Every format.
-    pub const ALL: [Self; 3] = [Self::E4m3, Self::Bf16, Self::Mxfp4];
+    pub const ALL: [Self; 4] = [Self::E4m3, Self::Bf16, Self::Mxfp4, Self::Int4];
 
     /// The name that messages and tables print.
     #[must_use]
@@ -81,6 +84,7 @@ impl WeightFormat {
             Self::E4m3 => "e4m3",
             Self::Bf16 => "bf16",
             Self::Mxfp4 => "mxfp4",
+            Self::Int4 => "int4",
         }
     }
 
@@ -90,7 +94,7 @@ impl WeightFormat {
         match self {
             Self::E4m3 => 8,
             Self::Bf16 => 16,
-            Self::Mxfp4 => 4,
+            Self::Mxfp4 | Self::Int4 => 4,
         }
     }
 
@@ -102,6 +106,7 @@ impl WeightFormat {
             Self::E4m3 => n.div_ceil(block) * k.div_ceil(block) * 4,
             Self::Bf16 => 0,
             Self::Mxfp4 => n * k.div_ceil(mxfp4::GROUP as u64),
+            Self::Int4 => n * k.div_ceil(int4::GROUP as u64) * 2,
         };
         (n * k * self.bits() as u64).div_ceil(8) + scales
     }
@@ -111,6 +116,8 @@ impl WeightFormat {
     pub fn usual_activations(self) -> ActivationFormat {
         match self {
             Self::E4m3 | Self::Mxfp4 => ActivationFormat::E4m3,
+            // The integers are for bf16 rows where they come from.
+            Self::Int4 => ActivationFormat::Bf16,
             Self::Bf16 => ActivationFormat::Bf16,
         }
     }
@@ -129,7 +136,11 @@ impl FromStr for WeightFormat {
     type Err = Error;
     fn from_str(name: &str) -> Result<Self> {
         let named = Self::ALL.into_iter().find(|format| format.name() == name);
-        named.ok_or_else(|| Error::Name { argument: "weights", actual: name.into(), expected: "e4m3, bf16, mxfp4" })
+        named.ok_or_else(|| Error::Name {
+            argument: "weights",
+            actual: name.into(),
+            expected: "e4m3, bf16, mxfp4, int4",
+        })
     }
 }
 

@@ -13,6 +13,7 @@ pub mod error;
 pub mod exchange;
 pub mod expert_parallel;
 pub mod gemm;
+pub mod int4;
 pub mod layer;
 pub mod layout;
 pub mod matrix;

@@ -12,7 +12,7 @@ mod on_device;
 use expertile::cuda::{
     Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, FewRowsCut, Gemm, GemmCall,
     GemmConfig, GemmKernel, LayoutPtrs, Route, RouteCall, RouteConfig, RoutingPtrs, RowEnds, STATE_BYTES, Stream,
-    Weights,
+    Weights, WeightsBuilder,
 };
 use expertile::{Activation, ActivationFormat, Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat, mxfp4};
 use expertile_testkit::{POISON, Random, assert_untouched};
@@ -20,6 +20,7 @@ use half::bf16;
 use on_device::{filled, hopper, upload};
 
 const BLOCK: usize = 128;
+const NO_INT4: &str = "int4 has no kernel on a GPU";
 
 /// What weights and rows are made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,6 +146,7 @@ impl Operands {
                     }
                 }
             }
+            WeightFormat::Int4 => unreachable!("{NO_INT4}"),
             WeightFormat::E4m3 | WeightFormat::Bf16 => {
                 for _ in 0..case.counts.len() * n * k {
                     push_value(&mut weights, format.rows, random.uniform() * 4.0);
@@ -204,6 +206,7 @@ impl Operands {
                     f64::from(self.weight_scales[block])
                 }
                 WeightFormat::Bf16 | WeightFormat::Mxfp4 => 1.0,
+                WeightFormat::Int4 => unreachable!("{NO_INT4}"),
             };
             let scale = of_rows * of_weights;
             sum += part * scale;
@@ -222,6 +225,7 @@ impl Operands {
                 expertile_oracle::mxfp4::e2m1_value(nibble) * power
             }
             WeightFormat::E4m3 | WeightFormat::Bf16 => value(&self.weights, format.rows, index),
+            WeightFormat::Int4 => unreachable!("{NO_INT4}"),
         }
     }
 }
@@ -290,6 +294,7 @@ impl Call {
                 let values: Vec<_> = operands.weights.iter().map(|&byte| E4m3(byte)).collect();
                 Weights::upload_e4m3(device, &values, &operands.weight_scales, sizes).unwrap()
             }
+            WeightFormat::Int4 => unreachable!("{NO_INT4}"),
         };
         let rows = upload(device, &operands.rows);
         let scales = upload(device, &operands.row_scales);
@@ -641,6 +646,8 @@ fn mxfp4_weights_that_are_not_arranged_or_not_numbers_are_refused() {
     assert!(matches!(error, Error::Value { argument: "k", actual: 48, .. }), "{error}");
     let error = Weights::upload_mxfp4(device, &operands.weights[1..], &nan, sizes).unwrap_err();
     assert!(matches!(error, Error::Shape { argument: "blocks", .. }), "{error}");
+    let error = WeightsBuilder::new(device, WeightFormat::Int4, sizes).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { argument: "weights", actual: "int4", .. }), "{error}");
 }
 
 /// 4.25 bits to a weight, and at most 2 % more.

@@ -161,6 +161,7 @@ impl Operands {
                 let plain = Weights::upload_mxfp4(device, &blocks, &scales, sizes).unwrap();
                 plain.arrange(device, activation_format).unwrap()
             }
+            WeightFormat::Int4 => unreachable!("int4 has no kernel on a GPU"),
         };
         let mut live = Vec::new();
         for _ in 0..rows {

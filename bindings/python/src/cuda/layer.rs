@@ -508,6 +508,7 @@ pub(super) fn in_place(
             let expected = format!("scales for the uint8 blocks of {}", weights.argument());
             return Err(Wrong::new(scale_name, "is None", Actual::Nothing, expected).value());
         }
+        (WeightFormat::Int4, _) => return Err(weights.dtype_error("bfloat16, float8_e4m3fn or uint8")),
         (WeightFormat::E4m3, None) => {
             let expected = format!("block scales for float8_e4m3fn {}", weights.argument());
             return Err(Wrong::new(scale_name, "is None", Actual::Nothing, expected).value());

@@ -387,8 +387,8 @@ fn compressed_tensors_are_read_by_their_own_names() {
     fixed["input_activations"]["dynamic"] = json!(false);
     model.config["quantization_config"] = quantization(fixed);
     assert!(refuse(&model).contains("config_groups.group_0.input_activations.dynamic is false"));
-    model.config["quantization_config"] = json!({"quant_method": "compressed-tensors", "format": "pack-quantized"});
-    assert!(refuse(&model).contains("quantization_config.format is \"pack-quantized\""));
+    model.config["quantization_config"] = json!({"quant_method": "compressed-tensors", "format": "marlin-24"});
+    assert!(refuse(&model).contains("quantization_config.format is \"marlin-24\""));
     model.config["quantization_config"] = json!({"quant_method": "gptq", "bits": 4});
     assert!(refuse(&model).contains("quantization_config.quant_method is \"gptq\""));
     let mut both = base;

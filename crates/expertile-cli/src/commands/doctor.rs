@@ -99,6 +99,7 @@ impl Report {
             (WeightFormat::E4m3, ActivationFormat::E4m3),
             (WeightFormat::E4m3, ActivationFormat::Bf16),
             (WeightFormat::Mxfp4, ActivationFormat::Bf16),
+            (WeightFormat::Int4, ActivationFormat::Bf16),
         ];
         let mut rates = Vec::new();
         for (weights, activations) in formats {

@@ -70,10 +70,11 @@ pub(crate) struct MadeUpOptions {
 /// What the GEMMs multiply.
 #[derive(Debug, clap::Args)]
 pub(crate) struct FormatOptions {
-    /// What the preset's weights are made of: e4m3, bf16 or mxfp4 [default: what the model is published in].
+    /// What the preset's weights are made of: e4m3, bf16, mxfp4 or int4 [default: what the model is published in].
     #[arg(long, value_name = "FORMAT")]
     pub(crate) weights: Option<WeightFormat>,
-    /// What the GEMMs read: e4m3 or bf16 [default: the weights' own format, bf16 for mxfp4].
+    /// What the GEMMs read: e4m3 or bf16 [default: the weights' own format, bf16 for mxfp4 and
+    /// int4].
     #[arg(long, value_name = "FORMAT")]
     pub(crate) activations: Option<ActivationFormat>,
 }
@@ -84,14 +85,15 @@ impl FormatOptions {
         self.weights.unwrap_or_else(|| preset.usual_format())
     }
 
-    /// The activations asked for, or those that go with the weights: e4m3 ones need e4m3 or mxfp4 weights, and sizes
+    /// The activations asked for, or those that go with the weights: e4m3 ones need weights of another format than
+    /// bf16, and sizes
     /// that 64 divides.
     pub(crate) fn activations(&self, weights: WeightFormat, shape: LayerShape) -> Result<ActivationFormat> {
         let sizes = [("hidden", shape.hidden()), ("intermediate", shape.intermediate())];
         let unfilled = sizes.into_iter().find(|(_, extent)| !extent.is_multiple_of(Group::G128.smallest()));
         match (self.activations, weights, unfilled) {
             (Some(ActivationFormat::E4m3), WeightFormat::Bf16, _) => Err(Error::usage(
-                "--activations is e4m3, expected bf16: the weights are bf16, and e4m3 needs e4m3 or mxfp4 weights",
+                "--activations is e4m3, expected bf16: the weights are bf16, and e4m3 needs e4m3, mxfp4 or int4 weights",
             )),
             (Some(ActivationFormat::E4m3), _, Some((name, extent))) => Err(Error::usage(format!(
                 "{name} is {extent}, expected a multiple of {} for e4m3 activations: \

@@ -195,7 +195,7 @@ fn compare(before: &WeightMatrix<'_>, after: &QuantizedMatrix, format: WeightFor
         match format {
             WeightFormat::Mxfp4 => oracle::mxfp4::weight_row(&after.values, &after.scales, cols, row, &mut y),
             WeightFormat::E4m3 => oracle::gemm::e4m3_weight_row(&after.values, &scales, cols, row, &mut y),
-            WeightFormat::Bf16 => unreachable!("it was refused"),
+            WeightFormat::Bf16 | WeightFormat::Int4 => unreachable!("it was refused"),
         }
         for (x, y) in x.iter().zip(&y) {
             sums = sums.plus(Sums { products: x * y, squares: x * x + y * y });

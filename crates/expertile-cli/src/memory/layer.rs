@@ -128,7 +128,7 @@ impl LayerMemory {
         let Some(shared) = self.shared else { return Ok(routed.sum() + layout) };
         let tokens = self.tokens as u128;
         let activations = match shared.weights {
-            WeightFormat::E4m3 | WeightFormat::Mxfp4 => self.activations,
+            WeightFormat::E4m3 | WeightFormat::Mxfp4 | WeightFormat::Int4 => self.activations,
             WeightFormat::Bf16 => ActivationFormat::Bf16,
         };
         let own = tokens * (2 * self.shape.hidden() as u128 + 8);
@@ -168,8 +168,8 @@ impl StageBytes {
     }
 }
 
-/// As the library packs: columns in panels of 32, K in pairs, and e4m3's scale and mark to each panel's block or
-/// MXFP4's scales.
+/// As the library packs: columns in panels of 32, K in pairs, and e4m3's scale and mark to each panel's block or the
+/// scales of 4-bit weights.
 fn packed_bytes(shape: &LayerShape, format: WeightFormat) -> u128 {
     let matrix = |n: usize, k: usize| {
         let panels = n.div_ceil(32) as u128;
@@ -178,6 +178,7 @@ fn packed_bytes(shape: &LayerShape, format: WeightFormat) -> u128 {
             WeightFormat::E4m3 => panels * k.div_ceil(WEIGHT_BLOCK) as u128 * 12,
             WeightFormat::Bf16 => 0,
             WeightFormat::Mxfp4 => panels * k as u128,
+            WeightFormat::Int4 => 2 * panels * k as u128,
         };
         values + scales + n as u128
     };
@@ -192,9 +193,9 @@ fn saturate(bytes: u128) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use expertile::E4m3;
-    use expertile::LayerConfig;
     use expertile::cpu::{Cpu, Layer, PackedWeights, SharedExpert};
+    use expertile::int4::Int4Scales;
+    use expertile::{E4m3, LayerConfig, MatrixRef};
     use half::bf16;
 
     const TOKENS: usize = 100;
@@ -211,6 +212,11 @@ mod tests {
             WeightFormat::Mxfp4 => {
                 let (blocks, scales) = (vec![0; experts * n * k / 2], vec![0; experts * n * k / 32]);
                 PackedWeights::pack_mxfp4(&cpu, &blocks, &scales, experts, n, k)
+            }
+            WeightFormat::Int4 => {
+                let scales = vec![bf16::ONE; experts * n * k / 32];
+                let scales = Int4Scales::Bf16(MatrixRef::new(&scales, experts * n, k / 32).unwrap());
+                PackedWeights::pack_int4(&cpu, &vec![0; experts * n * k / 2], scales, experts, n, k)
             }
         }
         .unwrap()
@@ -242,6 +248,8 @@ mod tests {
             (WeightFormat::E4m3, ActivationFormat::E4m3),
             (WeightFormat::Mxfp4, ActivationFormat::Bf16),
             (WeightFormat::Mxfp4, ActivationFormat::E4m3),
+            (WeightFormat::Int4, ActivationFormat::Bf16),
+            (WeightFormat::Int4, ActivationFormat::E4m3),
         ] {
             for (biases, shared) in
                 [(false, None), (true, None), (true, Some(WeightFormat::Bf16)), (true, Some(weights))]

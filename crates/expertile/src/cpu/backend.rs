@@ -6,6 +6,7 @@ use crate::backend::{Backend, ExpandedRows, ExpertLayer, Ids, LayerInputs, Weigh
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result, checked_add, checked_mul, require_len};
 use crate::gemm::WeightFormat;
+use crate::int4::Int4Scales;
 use crate::layer::{LayerConfig, LayerShape};
 use crate::layout::Layout;
 use crate::matrix::MatrixRef;
@@ -90,6 +91,16 @@ impl WeightsBuilder for PackedWeightsBuilder {
         scales: MatrixRef<'_, u8>,
     ) -> Result<()> {
         self.add_mxfp4_rows(expert, first_row, blocks, scales)
+    }
+
+    fn add_int4_rows(
+        &mut self,
+        expert: usize,
+        first_row: usize,
+        blocks: MatrixRef<'_, u8>,
+        scales: Int4Scales<'_>,
+    ) -> Result<()> {
+        self.add_int4_rows(expert, first_row, blocks, scales)
     }
 
     fn finish(self) -> Result<PackedWeights> {

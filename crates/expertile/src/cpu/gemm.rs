@@ -1,6 +1,6 @@
 //! The grouped GEMM: the live rows of every expert times that expert's weights.
 //!
-//! `D[r, n] = sum_k A[r, k] * sfa[r, k/128] * B[e, n, k] * sfb[e, n/128, k/128]`, bf16 out; MXFP4 weights have
+//! `D[r, n] = sum_k A[r, k] * sfa[r, k/128] * B[e, n, k] * sfb[e, n/128, k/128]`, bf16 out; 4-bit weights have
 //! `sfb[e, n, k/32]`, and a sum of every 32 of K is scaled by itself. Work is cut into (rows of
 //! one expert) x (32 output columns); each such piece is computed by one task in a fixed order, so the result does not
 //! depend on the number of threads. Padding rows are neither read nor written, and cost nothing.
@@ -17,12 +17,14 @@ pub use packing::{PackedWeights, PackedWeightsBuilder};
 
 use super::arch::Isa;
 use super::arch::gemm::{multiply, multiply_block, multiply_decoded, multiply_e4m3, multiply_e4m3_block};
-use super::arch::mxfp4::{multiply_mxfp4, multiply_mxfp4_decoded};
-use super::arch::panel::{BLOCK_GROUPS, BLOCK_PAIRS, BlockScales, BytePanel, GROUP_PAIRS, PANEL, Scratch, Sums};
+use super::arch::nibbles::{multiply_nibbles, multiply_nibbles_decoded};
+use super::arch::panel::{
+    BLOCK_GROUPS, BLOCK_PAIRS, BlockScales, BytePanel, GROUP_PAIRS, GroupScale, NibbleGroup, PANEL, Scratch, Sums,
+};
 use super::{Cpu, disjoint::Disjoint};
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result, checked_add, checked_mul, require_exact, require_len};
-use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
+use crate::gemm::{ActivationFormat, WEIGHT_BLOCK};
 use crate::layout::{Layout, Segments};
 use crate::quantize::{Group, Scales};
 use half::bf16;
@@ -39,7 +41,7 @@ mod tests;
 pub enum Activations<'a> {
     /// bf16, for weights of any format.
     Bf16(&'a [bf16]),
-    /// e4m3 with one scale per 128 of K, for e4m3 or mxfp4 weights.
+    /// e4m3 with one scale per 128 of K, for weights of any format but bf16.
     E4m3 {
         /// The values.
         rows: &'a [E4m3],
@@ -171,8 +173,8 @@ fn multiply_segments(
     let (blocks, words) = words.split_at_mut(live_rows * ROW_BLOCK_WORDS);
     let (pairs, scales) = words.split_at_mut(live_rows * k.div_ceil(2));
     let blocks = tiles::cut_into_blocks(segments, bytemuck::cast_slice_mut(blocks));
-    // A sum of every 32 of K is scaled by itself with MXFP4: too short for kernels that take a whole block.
-    let step_pairs = cpu.isa().step_pairs().filter(|_| weights.format() != WeightFormat::Mxfp4);
+    // A sum of every 32 of K is scaled by itself with 4 bits: too short for kernels that take a whole block.
+    let step_pairs = cpu.isa().step_pairs().filter(|_| weights.format().bits() > 4);
     cpu.install(|| {
         let scales = bytemuck::cast_slice_mut(scales);
         let rows = tiles::pack_rows(blocks, step_pairs, activations, (m_sum, k), pairs, scales);
@@ -212,7 +214,7 @@ fn check(
             let format = scales.format();
             if !weights.format().goes_with(ActivationFormat::E4m3) {
                 let actual = weights.format().name();
-                let expected = "e4m3 or mxfp4, for e4m3 activations";
+                let expected = "e4m3, mxfp4 or int4, for e4m3 activations";
                 return Err(Error::WeightFormat { argument: "weights", actual, expected });
             }
             if format.group() != Group::G128 {
@@ -249,7 +251,9 @@ fn multiply_rows(
             let scales = BlockScales { panel: scales, rows: row_scales };
             multiply_e4m3_block(isa, pairs, bytes, scales, sums, scratch, ahead);
         }
-        PanelWeights::Mxfp4(_) => unreachable!("MXFP4 weights are multiplied by tiles of rows"),
+        PanelWeights::Mxfp4(_) | PanelWeights::Int4Bf16(_) | PanelWeights::Int4F16(_) => {
+            unreachable!("4-bit weights are multiplied by tiles of rows")
+        }
     }
 }
 
@@ -288,21 +292,35 @@ fn multiply_tiles(isa: Isa, block: &RowBlock, rows: PackedRows<'_>, panel: &Pane
                 }
             }
         }
-        PanelWeights::Mxfp4(groups) => {
-            let mut kept = [[0; PANEL]; BLOCK_PAIRS];
-            for (k_block, groups) in (0..).step_by(run).zip(groups.chunks(run * BLOCK_GROUPS)) {
-                let (count, blocks) = (groups.len() * GROUP_PAIRS, groups.len().div_ceil(BLOCK_GROUPS));
-                let kept = if run == 1 { &mut kept[..count] } else { &mut [] };
-                for (index, tile) in block.tiles().enumerate() {
-                    let pairs = rows.pairs(block, &tile, k_block, count);
-                    let ahead = panel.ahead(k_block, count, index, tiles);
-                    let row_scales = rows.scales(block, &tile, k_block, blocks);
-                    if index == 0 {
-                        multiply_mxfp4(isa, pairs, groups, row_scales, &mut sums[tile], kept, ahead);
-                    } else {
-                        multiply_mxfp4_decoded(isa, pairs, kept, groups, row_scales, &mut sums[tile], ahead);
-                    }
-                }
+        PanelWeights::Mxfp4(groups) => multiply_group_tiles(isa, block, rows, panel, groups, sums),
+        PanelWeights::Int4Bf16(groups) => multiply_group_tiles(isa, block, rows, panel, groups, sums),
+        PanelWeights::Int4F16(groups) => multiply_group_tiles(isa, block, rows, panel, groups, sums),
+    }
+}
+
+/// The same for 4-bit weights.
+fn multiply_group_tiles<S: GroupScale>(
+    isa: Isa,
+    block: &RowBlock,
+    rows: PackedRows<'_>,
+    panel: &Panel<'_>,
+    groups: &[NibbleGroup<S>],
+    sums: &mut [Sums],
+) {
+    let tiles = block.tile_count();
+    let run = if tiles > 1 { 1 } else { rows.k_blocks };
+    let mut kept = [[0; PANEL]; BLOCK_PAIRS];
+    for (k_block, groups) in (0..).step_by(run).zip(groups.chunks(run * BLOCK_GROUPS)) {
+        let (count, blocks) = (groups.len() * GROUP_PAIRS, groups.len().div_ceil(BLOCK_GROUPS));
+        let kept = if run == 1 { &mut kept[..count] } else { &mut [] };
+        for (index, tile) in block.tiles().enumerate() {
+            let pairs = rows.pairs(block, &tile, k_block, count);
+            let ahead = panel.ahead(k_block, count, index, tiles);
+            let row_scales = rows.scales(block, &tile, k_block, blocks);
+            if index == 0 {
+                multiply_nibbles(isa, pairs, groups, row_scales, &mut sums[tile], kept, ahead);
+            } else {
+                multiply_nibbles_decoded(isa, pairs, kept, groups, row_scales, &mut sums[tile], ahead);
             }
         }
     }

@@ -2,11 +2,12 @@
 
 use super::driver::{Device, DeviceBuffer};
 use super::layer::{Layer, LayerChoice, Workspace};
-use super::weights::{Weights, WeightsBuilder};
+use super::weights::{Weights, WeightsBuilder, unsupported_int4};
 use crate::backend::{self, Backend, ExpandedRows, ExpertLayer, LayerInputs};
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result};
 use crate::gemm::WeightFormat;
+use crate::int4::Int4Scales;
 use crate::layer::{LayerConfig, LayerShape};
 use crate::matrix::MatrixRef;
 use bytemuck::Pod;
@@ -78,6 +79,10 @@ impl backend::WeightsBuilder for WeightsBuilder {
         scales: MatrixRef<'_, u8>,
     ) -> Result<()> {
         self.add_mxfp4_rows(expert, first_row, blocks, scales)
+    }
+
+    fn add_int4_rows(&mut self, _: usize, _: usize, _: MatrixRef<'_, u8>, _: Int4Scales<'_>) -> Result<()> {
+        Err(unsupported_int4())
     }
 
     fn finish(self) -> Result<Weights> {

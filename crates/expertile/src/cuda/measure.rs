@@ -61,7 +61,7 @@ fn random_bytes(format: WeightFormat, count: usize) -> Vec<u8> {
             // Signs and mantissas: from 1 to below 2 in magnitude.
             WeightFormat::Bf16 => state & 0x807f_807f_807f_807f | 0x3f80_3f80_3f80_3f80,
             // Every nibble is a number.
-            WeightFormat::Mxfp4 => state,
+            WeightFormat::Mxfp4 | WeightFormat::Int4 => state,
         }
         .to_le_bytes()
     });

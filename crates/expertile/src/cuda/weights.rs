@@ -1,5 +1,6 @@
 //! An expert layer's weights in device memory, knowing what they are.
 
+use super::backend::BACKEND;
 use super::driver::{Device, DeviceBuffer, DevicePtr};
 use crate::dtype::{Dtype, E4m3, Float};
 use crate::error::{Error, Result, checked_mul, require_exact, require_len};
@@ -206,11 +207,13 @@ impl WeightsBuilder {
     /// Room for `[E, N, K]` of `format` on the device.
     ///
     /// # Errors
-    /// As [`Weights::from_device`]; [`Error::Cuda`] if there is not enough memory.
+    /// As [`Weights::from_device`]; [`Error::Unsupported`] for int4, [`Error::Cuda`] if there is not enough memory.
     pub fn new(device: &Device, format: WeightFormat, (experts, n, k): (usize, usize, usize)) -> Result<Self> {
         check_sizes(experts, n, k)?;
-        if format == WeightFormat::Mxfp4 {
-            crate::mxfp4::groups(k)?;
+        match format {
+            WeightFormat::Mxfp4 => drop(crate::mxfp4::groups(k)?),
+            WeightFormat::Int4 => return Err(unsupported_int4()),
+            WeightFormat::E4m3 | WeightFormat::Bf16 => {}
         }
         let (value_bytes, scale_bytes) = part_bytes(format, (experts, n, k));
         let values = device.allocate(value_bytes)?;
@@ -335,11 +338,17 @@ fn copy_bytes(buffer: &DeviceBuffer, start: usize, matrix: MatrixRef<'_, u8>) ->
 fn require_whole_bytes(format: WeightFormat) -> Result<()> {
     match format {
         WeightFormat::E4m3 | WeightFormat::Bf16 => Ok(()),
-        WeightFormat::Mxfp4 => {
+        WeightFormat::Mxfp4 | WeightFormat::Int4 => {
             let (argument, actual) = ("format", format.name());
             Err(Error::WeightFormat { argument, actual, expected: "e4m3 or bf16" })
         }
     }
+}
+
+/// What there is no kernel for.
+pub(super) fn unsupported_int4() -> Error {
+    let (argument, actual) = ("weights", WeightFormat::Int4.name());
+    Error::Unsupported { argument, actual, backend: BACKEND, expected: "e4m3, bf16 or mxfp4" }
 }
 
 /// Bytes of the values and of the scales of `[E, N, K]`.
@@ -348,6 +357,7 @@ fn part_bytes(format: WeightFormat, (experts, n, k): (usize, usize, usize)) -> (
         WeightFormat::E4m3 => 4 * n.div_ceil(WEIGHT_BLOCK) * k.div_ceil(WEIGHT_BLOCK),
         WeightFormat::Bf16 => 0,
         WeightFormat::Mxfp4 => n * k.div_ceil(GROUP),
+        WeightFormat::Int4 => 2 * n * k.div_ceil(GROUP),
     };
     (experts * (n * k * format.bits()).div_ceil(8), experts * scales)
 }

@@ -6,6 +6,7 @@ use expertile::cpu::{
     grouped_gemm_workspace_bytes,
 };
 use expertile::exchange::{self, Alone, Exchange, Threads};
+use expertile::int4::Int4Scales;
 use expertile::plan::{
     compute_aligned_m, compute_aligned_m_and_alignment, expert_num_tokens_round_up_and_sum, round_up, tight_m_sum,
 };
@@ -418,6 +419,23 @@ fn mxfp4_rows(first_row: usize, expert: usize, [width, groups]: [usize; 2]) -> R
     builder.add_mxfp4_rows(expert, first_row, zeros(32, width), zeros(32, groups))
 }
 
+/// int4 rows, 32 of blocks and of scales, each so wide, after others with scales of bf16.
+fn int4_rows(first_row: usize, expert: usize, [width, groups]: [usize; 2], scale: f32) -> Result<()> {
+    let mut builder = builder(WeightFormat::Int4);
+    builder.add_int4_rows(0, 0, zeros(32, 64), Int4Scales::Bf16(zeros(32, 4)))?;
+    let scales = vec![bf16::from_f32(scale); 32 * groups];
+    let scales = Int4Scales::Bf16(MatrixRef::new(&scales, 32, groups)?);
+    builder.add_int4_rows(expert, first_row, zeros(32, width), scales)
+}
+
+fn int4_weights() -> Result<PackedWeights> {
+    let mut builder = builder(WeightFormat::Int4);
+    for expert in 0..2 {
+        builder.add_int4_rows(expert, 0, zeros(64, 64), Int4Scales::F16(zeros(64, 4)))?;
+    }
+    builder.finish()
+}
+
 fn builder(format: WeightFormat) -> PackedWeightsBuilder {
     PackedWeightsBuilder::new(&Cpu::new(), format, 2, 64, 128).unwrap()
 }
@@ -455,6 +473,7 @@ fn unpack(format: WeightFormat, expert: usize, first_row: usize, out: &mut [bf16
         WeightFormat::Bf16 => bf16_weights([2, 64, 128]),
         WeightFormat::E4m3 => e4m3_weights([2, 64, 128]),
         WeightFormat::Mxfp4 => mxfp4_weights([2, 64, 128], 0).unwrap(),
+        WeightFormat::Int4 => int4_weights().unwrap(),
     };
     weights.unpack_bf16_rows(&Cpu::new(), expert, first_row, out)
 }
@@ -500,6 +519,42 @@ const WEIGHTS: &[Refusal] = &[
     ("Count", "added_rows[0] is 31, expected a row that was not added before", |_| mxfp4_rows(31, 0, [64, 4])),
     ("Shape", "blocks has shape [128, 64], expected those of a builder that was made for gate and up", |_| {
         builder(WeightFormat::Mxfp4).add_gate_up_mxfp4_rows(0, zeros(128, 64), zeros(128, 4), GateUpOrder::Halves)
+    }),
+    ("WeightFormat", "weights is packed as int4, expected bf16", |out| {
+        unpack(WeightFormat::Int4, 0, 0, &mut out.bf16[..128])
+    }),
+    ("WeightFormat", "weights is packed as bf16, expected int4", |_| {
+        bf16_weights([2, 64, 128]).unpack_int4_rows(&Cpu::new(), 0, 0, &mut [0; 64])
+    }),
+    ("Shape", "out has shape [126], expected [R, 128] with R at most 64", |_| {
+        int4_weights()?.unpack_int4_rows(&Cpu::new(), 0, 0, &mut [0; 63])
+    }),
+    ("Value", "k is 48, expected a positive multiple of 32 for int4 weights", |_| {
+        PackedWeightsBuilder::new(&Cpu::new(), WeightFormat::Int4, 1, 1, 48).map(drop)
+    }),
+    ("Value", "scales is 32704, expected the bits of a finite bf16: that of row 32, group 0 is none", |_| {
+        int4_rows(32, 0, [64, 4], f32::NAN)
+    }),
+    ("Value", "scales is 32640, expected the bits of a finite bf16", |_| int4_rows(32, 0, [64, 4], f32::INFINITY)),
+    ("WeightFormat", "scales is packed as f16, expected bf16, as those before", |_| {
+        let mut builder = builder(WeightFormat::Int4);
+        builder.add_int4_rows(0, 0, zeros(32, 64), Int4Scales::Bf16(zeros(32, 4)))?;
+        builder.add_int4_rows(0, 32, zeros(32, 64), Int4Scales::F16(zeros(32, 4)))
+    }),
+    ("WeightFormat", "builder is packed as mxfp4, expected int4", |_| {
+        builder(WeightFormat::Mxfp4).add_int4_rows(0, 0, zeros(32, 64), Int4Scales::Bf16(zeros(32, 4)))
+    }),
+    ("WeightFormat", "builder is packed as int4, expected mxfp4", |_| {
+        builder(WeightFormat::Int4).add_mxfp4_rows(0, 0, zeros(32, 64), zeros(32, 4))
+    }),
+    ("Shape", "blocks has shape [32, 63], expected [R, 64]: two values to a byte", |_| int4_rows(32, 0, [63, 4], 1.0)),
+    ("Shape", "scales has shape [32, 3], expected [32, 4]", |_| int4_rows(32, 0, [64, 3], 1.0)),
+    ("Value", "expert is 2, expected below 2", |_| int4_rows(32, 2, [64, 4], 1.0)),
+    ("Shape", "rows has shape [32, 128], expected [R, 128] with R at most 31", |_| int4_rows(33, 0, [64, 4], 1.0)),
+    ("Count", "added_rows[0] is 31, expected a row that was not added before", |_| int4_rows(31, 0, [64, 4], 1.0)),
+    ("Shape", "blocks has shape [128, 64], expected those of a builder that was made for gate and up", |_| {
+        let scales = Int4Scales::Bf16(zeros(128, 4));
+        builder(WeightFormat::Int4).add_gate_up_int4_rows(0, zeros(128, 64), scales, GateUpOrder::Halves)
     }),
     ("Value", "expert is 2, expected below 2", |out| unpack(WeightFormat::Bf16, 2, 0, &mut out.bf16[..128])),
     ("Shape", "out has shape [127], expected [R, 128] with R at most 64", |out| {
@@ -619,7 +674,7 @@ const GEMM: &[Refusal] = &[
     ("Value", "local_experts is 2, expected 3, as many as the weights have", |out| {
         product(out, Activations::Bf16(&[bf16::ONE; 1024]), &bf16_weights([3, 64, 128]), 1 << 20)
     }),
-    ("WeightFormat", "weights is packed as bf16, expected e4m3 or mxfp4, for e4m3 activations", |out| {
+    ("WeightFormat", "weights is packed as bf16, expected e4m3, mxfp4 or int4, for e4m3 activations", |out| {
         let (rows, scales) = ([E4m3(0); 1024], Scales::f32(ScaleFormat::HOPPER, &[1.0; 8]));
         let activations = Activations::E4m3 { rows: &rows, scales };
         product(out, activations, &bf16_weights([2, 64, 128]), 1 << 20)
@@ -805,7 +860,7 @@ const LAYER: &[Refusal] = &[
     ("WeightFormat", "w2 is packed as e4m3, expected bf16", |_| {
         new_layer(bf16_weights([1, 128, 128]), e4m3_weights([1, 128, 64]), ActivationFormat::Bf16, 1)
     }),
-    ("WeightFormat", "w13 is packed as bf16, expected e4m3 or mxfp4, for e4m3 activations", |_| {
+    ("WeightFormat", "w13 is packed as bf16, expected e4m3, mxfp4 or int4, for e4m3 activations", |_| {
         new_layer(bf16_weights([1, 256, 128]), bf16_weights([1, 128, 128]), ActivationFormat::E4m3, 1)
     }),
     ("Value", "hidden is 32, expected a positive multiple of 64: groups of 128", |_| {
@@ -836,7 +891,7 @@ const LAYER: &[Refusal] = &[
         let layer = layer(false).with_config(*layer(false).config(), 16)?;
         layer.choice(17).map(drop)
     }),
-    ("WeightFormat", "w13 is packed as bf16, expected e4m3 or mxfp4, for e4m3 activations", |_| {
+    ("WeightFormat", "w13 is packed as bf16, expected e4m3, mxfp4 or int4, for e4m3 activations", |_| {
         let config = LayerConfig { activation_format: ActivationFormat::E4m3, ..*layer(false).config() };
         layer(false).with_config(config, 1).map(drop)
     }),

@@ -293,6 +293,71 @@ proptest! {
         check(&case, [n, k], WeightFormat::Mxfp4, Some(format), seed, &machines().collect::<Vec<_>>())?;
     }
 
+    #[test]
+    fn int4_weights_times_bf16_rows_are_within_tolerance(
+        case in small_routings(),
+        n in select(&[64, 96, 130, 161][..]),
+        k in select(&[32, 64, 96, 128, 160, 384][..]),
+        seed: u64,
+    ) {
+        check(&case, [n, k], WeightFormat::Int4, None, seed, &machines().collect::<Vec<_>>())?;
+    }
+
+    #[test]
+    fn int4_weights_times_e4m3_rows_are_within_tolerance(
+        case in small_routings(),
+        n in select(&[96, 130, 161, 257][..]),
+        k in select(&[128, 192, 256, 576, 640][..]),
+        format in select(scale_formats()),
+        seed: u64,
+    ) {
+        check(&case, [n, k], WeightFormat::Int4, Some(format), seed, &machines().collect::<Vec<_>>())?;
+    }
+
+    /// Where every sum is exact in f32, decoded weights give the same bits.
+    #[test]
+    fn int4_weights_multiply_as_the_bf16_they_stand_for(
+        case in small_routings(),
+        n in select(&[1, 32, 70][..]),
+        k in select(&[32, 96, 128, 160, 320][..]),
+        are_f16: bool,
+        seed: u64,
+    ) {
+        let mut random = Random::new(seed);
+        let experts = case.local_experts;
+        let blocks: Vec<u8> = (0..experts * n * k / 2).map(|_| random.draw() as u8).collect();
+        // Products with 3 digits more are of at most 8 digits in all, which a bf16 holds.
+        let scales: Vec<f32> = (0..experts * n * k / 32).map(|_| (1 + random.draw() % 15) as f32 * 0.25).collect();
+        let decoded: Vec<bf16> = (0..experts * n * k)
+            .map(|at| {
+                let nibble = blocks[at / 2] >> (at % 2 * 4);
+                bf16::from_f32(expertile::int4::decode(nibble, scales[at / 32]))
+            })
+            .collect();
+        case.with_layout(|layout, oracle_layout| {
+            let mut rows = Rows::random(&oracle_layout.m_indices, k, None, seed);
+            for value in rows.bf16.iter_mut().filter(|value| !value.is_nan()) {
+                *value = bf16::from_f32((random.draw() % 15) as f32 - 7.0);
+            }
+            for cpu in machines() {
+                let mut builder = PackedWeightsBuilder::new(&cpu, WeightFormat::Int4, experts, n, k).unwrap();
+                for expert in 0..experts {
+                    let blocks = MatrixRef::new(&blocks[expert * n * k / 2..][..n * k / 2], n, k / 2).unwrap();
+                    let own = &scales[expert * n * k / 32..][..n * k / 32];
+                    let halves = crate::weights::Halves::new(own, are_f16);
+                    halves.with([n, k / 32], Strides::Contiguous, |scales| {
+                        builder.add_int4_rows(expert, 0, blocks, scales).unwrap();
+                    });
+                }
+                let packed = builder.finish().unwrap();
+                let meant = PackedWeights::pack_bf16(&cpu, &decoded, experts, n, k).unwrap();
+                let (actual, expected) = (multiply(&cpu, layout, &rows, &packed), multiply(&cpu, layout, &rows, &meant));
+                prop_assert!(crate::cases::bits(&actual) == crate::cases::bits(&expected), "{}", cpu.isa());
+            }
+            Ok(())
+        })?;
+    }
+
     /// Where every sum is exact in f32, decoded weights give the same bits.
     #[test]
     fn mxfp4_weights_multiply_as_the_bf16_they_stand_for(
@@ -351,6 +416,12 @@ proptest! {
                         let scales = MatrixRef::new(&scales, half, k / 32).unwrap();
                         builder.add_mxfp4_rows(expert, first_row, blocks, scales).unwrap();
                     }
+                    Part::Int4(blocks, scales) => {
+                        let blocks = MatrixRef::new(&blocks, half, k / 2).unwrap();
+                        scales.with([half, k / 32], Strides::ColumnMajor, |scales| {
+                            builder.add_int4_rows(expert, first_row, blocks, scales).unwrap();
+                        });
+                    }
                 }
             }
         }
@@ -379,7 +450,7 @@ proptest! {
         seed: u64,
     ) {
         let experts = case.local_experts;
-        let k = if format == WeightFormat::Mxfp4 { k.next_multiple_of(32) } else { k };
+        let k = if format.bits() == 4 { k.next_multiple_of(32) } else { k };
         let weights = Weights::gate_up(format, [experts, half, k], seed);
         let cpu = Cpu::new();
         let mut parts = PackedWeightsBuilder::gate_up(&cpu, format, experts, half, k).unwrap();
@@ -408,6 +479,17 @@ proptest! {
                             parts.add_mxfp4_rows(expert, first_row, blocks.matrix(), scales.matrix()).unwrap();
                         }
                     }
+                    Part::Int4(blocks, scales) => {
+                        let cut = half / 3;
+                        let parts_of = [(0, cut), (cut, half - cut)];
+                        for (from, count) in parts_of.into_iter().filter(|&(_, count)| count > 0) {
+                            let blocks = Strided::new(&blocks[from * k / 2..][..count * k / 2], count, k / 2, strides, 0xff);
+                            let own = scales.part(from * k / 32..(from + count) * k / 32);
+                            own.with([count, k / 32], strides, |scales| {
+                                parts.add_int4_rows(expert, first_row + from, blocks.matrix(), scales).unwrap();
+                            });
+                        }
+                    }
                 }
             }
             match [weights.part(expert, 0, half), weights.part(expert, half, half)] {
@@ -429,6 +511,14 @@ proptest! {
                     let blocks = Strided::new(&blocks, 2 * half, k / 2, strides, 0xff);
                     let scales = Strided::new(&scales, 2 * half, k / 32, strides, 0xff);
                     fused.add_gate_up_mxfp4_rows(expert, blocks.matrix(), scales.matrix(), order).unwrap();
+                }
+                [Part::Int4(gate, gate_scales), Part::Int4(up, up_scales)] => {
+                    let blocks = reordered(&[gate, up].concat(), half, k / 2, order);
+                    let scales = gate_scales.joined(&up_scales).reordered(half, k / 32, order);
+                    let blocks = Strided::new(&blocks, 2 * half, k / 2, strides, 0xff);
+                    scales.with([2 * half, k / 32], strides, |scales| {
+                        fused.add_gate_up_int4_rows(expert, blocks.matrix(), scales, order).unwrap();
+                    });
                 }
                 _ => unreachable!("parts of one format"),
             }
@@ -555,7 +645,7 @@ fn a_scale_for_each_channel_multiplies_its_sums_once() {
     let bias: Vec<f32> = (0..4 * 2 * half).map(|_| random.normal()).collect();
     let bytes = |expert: usize, first: usize, rows: usize| match weights.part(expert, first, rows) {
         Part::E4m3(bytes, _) => bytes,
-        Part::Bf16(_) | Part::Mxfp4(..) => unreachable!("e4m3 weights"),
+        Part::Bf16(_) | Part::Mxfp4(..) | Part::Int4(..) => unreachable!("e4m3 weights"),
     };
     case.with_layout(|layout, oracle_layout| {
         let m_indices = &oracle_layout.m_indices;

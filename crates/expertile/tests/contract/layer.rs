@@ -60,25 +60,33 @@ impl Make {
 
 pub(crate) fn makes() -> impl Strategy<Value = Make> {
     use {ActivationFormat as A, WeightFormat as W};
-    let all = [(W::Bf16, A::Bf16), (W::E4m3, A::Bf16), (W::E4m3, A::E4m3), (W::Mxfp4, A::Bf16), (W::Mxfp4, A::E4m3)];
+    let all = [
+        (W::Bf16, A::Bf16),
+        (W::E4m3, A::Bf16),
+        (W::E4m3, A::E4m3),
+        (W::Mxfp4, A::Bf16),
+        (W::Mxfp4, A::E4m3),
+        (W::Int4, A::Bf16),
+        (W::Int4, A::E4m3),
+    ];
     let formats = select(all.to_vec());
     let gpt_oss = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
     let kinds = select(vec![Activation::SWIGLU, gpt_oss, Activation::GegluTanh, Activation::Relu2]);
     (formats, kinds, any::<bool>(), any::<u64>()).prop_flat_map(|((weights, activations), activation, biases, seed)| {
         let sizes: &[(usize, usize)] = match activations {
             A::E4m3 => &[(128, 128), (256, 128), (384, 256), (192, 64), (64, 320)],
-            A::Bf16 if weights == W::Mxfp4 => &[(128, 128), (32, 64), (192, 96), (384, 160)],
+            A::Bf16 if weights.bits() == 4 => &[(128, 128), (32, 64), (192, 96), (384, 160)],
             A::Bf16 => &[(128, 128), (200, 72), (129, 65), (384, 192), (130, 96), (33, 40)],
         };
         let shared_widths: &[usize] = match activations {
             A::E4m3 => &[64, 128, 384],
-            A::Bf16 if weights == W::Mxfp4 => &[32, 96, 320],
+            A::Bf16 if weights.bits() == 4 => &[32, 96, 320],
             A::Bf16 => &[1, 40, 96, 300],
         };
         let shared_formats: &[W] = match weights {
             W::Bf16 => &[W::Bf16],
             W::E4m3 => &[W::Bf16, W::E4m3],
-            W::Mxfp4 => &W::ALL,
+            W::Mxfp4 | W::Int4 => &W::ALL,
         };
         let shared = (select(shared_widths), select(shared_formats), any::<bool>());
         let shared = shared.prop_map(|(intermediate, weights, gate)| SharedMake { intermediate, weights, gate });

@@ -11,6 +11,7 @@ mod errors;
 mod expert_parallel;
 mod extremes;
 mod gemm;
+mod int4;
 mod layer;
 mod layout;
 mod mxfp4;

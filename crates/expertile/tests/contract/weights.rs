@@ -1,10 +1,13 @@
 //! Random weights, in the library's form and in the oracle's.
 
+use crate::cases::{Strided, Strides};
+use expertile::cpu::PackedWeightsBuilder;
 use expertile::cpu::{Cpu, PackedWeights};
-use expertile::{E4m3, GateUpOrder, WeightFormat};
+use expertile::int4::Int4Scales;
+use expertile::{E4m3, GateUpOrder, MatrixRef, WeightFormat};
 use expertile_oracle as oracle;
 use expertile_testkit::Random;
-use half::bf16;
+use half::{bf16, f16};
 
 /// Weights `[experts, n, k]` of one format.
 pub(crate) struct Weights {
@@ -28,6 +31,79 @@ enum Data {
         blocks: Vec<u8>,
         scales: Vec<u8>,
     },
+    Int4 {
+        blocks: Vec<u8>,
+        scales: Halves,
+    },
+}
+
+/// Scales of int4 weights, in one of their two types.
+#[derive(Clone)]
+pub(crate) enum Halves {
+    Bf16(Vec<bf16>),
+    F16(Vec<f16>),
+}
+
+impl Halves {
+    /// The scales nearest to these.
+    pub(crate) fn new(values: &[f32], are_f16: bool) -> Self {
+        if are_f16 {
+            Self::F16(values.iter().map(|&value| f16::from_f32(value)).collect())
+        } else {
+            Self::Bf16(values.iter().map(|&value| bf16::from_f32(value)).collect())
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Bf16(values) => values.len(),
+            Self::F16(values) => values.len(),
+        }
+    }
+
+    fn exact(&self) -> Vec<f64> {
+        match self {
+            Self::Bf16(values) => values.iter().map(|value| value.to_f64()).collect(),
+            Self::F16(values) => values.iter().map(|value| value.to_f64()).collect(),
+        }
+    }
+
+    pub(crate) fn part(&self, range: std::ops::Range<usize>) -> Self {
+        match self {
+            Self::Bf16(values) => Self::Bf16(values[range].to_vec()),
+            Self::F16(values) => Self::F16(values[range].to_vec()),
+        }
+    }
+
+    pub(crate) fn joined(&self, other: &Self) -> Self {
+        match (self, other) {
+            (Self::Bf16(a), Self::Bf16(b)) => Self::Bf16([&a[..], b].concat()),
+            (Self::F16(a), Self::F16(b)) => Self::F16([&a[..], b].concat()),
+            _ => unreachable!("scales of one type"),
+        }
+    }
+
+    pub(crate) fn reordered(&self, half: usize, groups: usize, order: GateUpOrder) -> Self {
+        match self {
+            Self::Bf16(values) => Self::Bf16(reordered(values, half, groups, order)),
+            Self::F16(values) => Self::F16(reordered(values, half, groups, order)),
+        }
+    }
+
+    /// Hands on the scales `[rows, groups]` through these strides, among values that are no numbers.
+    pub(crate) fn with<R>(
+        &self,
+        [rows, groups]: [usize; 2],
+        strides: Strides,
+        take: impl FnOnce(Int4Scales<'_>) -> R,
+    ) -> R {
+        match self {
+            Self::Bf16(values) => {
+                take(Int4Scales::Bf16(Strided::new(values, rows, groups, strides, bf16::NAN).matrix()))
+            }
+            Self::F16(values) => take(Int4Scales::F16(Strided::new(values, rows, groups, strides, f16::NAN).matrix())),
+        }
+    }
 }
 
 /// Rows of one expert, and their scales.
@@ -35,6 +111,7 @@ pub(crate) enum Part {
     Bf16(Vec<bf16>),
     E4m3(Vec<E4m3>, Vec<f32>),
     Mxfp4(Vec<u8>, Vec<u8>),
+    Int4(Vec<u8>, Halves),
 }
 
 impl Weights {
@@ -72,6 +149,14 @@ impl Weights {
                 }
                 Data::Mxfp4 { blocks, scales }
             }
+            WeightFormat::Int4 => {
+                let scales: Vec<f32> = exact.chunks(32).map(oracle::int4::scale).collect();
+                let scales = Halves::new(&scales, seed.is_multiple_of(2));
+                let own = scales.exact();
+                let rows = exact.chunks(k).zip(own.chunks(k / 32));
+                let blocks = rows.flat_map(|(row, scales)| oracle::int4::quantize_row(row, scales)).collect();
+                Data::Int4 { blocks, scales }
+            }
         };
         Self { experts, n, k, segments, data }
     }
@@ -93,6 +178,14 @@ impl Weights {
                 blocks: picked(blocks, self.experts, experts),
                 scales: picked(scales, self.experts, experts),
             },
+            Data::Int4 { blocks, scales } => {
+                let each = scales.len() / self.experts;
+                let parts: Vec<Halves> =
+                    experts.iter().map(|&expert| scales.part(expert * each..(expert + 1) * each)).collect();
+                let (first, rest) = parts.split_first().expect("some experts");
+                let scales = rest.iter().fold(first.clone(), |all, part| all.joined(part));
+                Data::Int4 { blocks: picked(blocks, self.experts, experts), scales }
+            }
         };
         Self { experts: experts.len(), data, ..*self }
     }
@@ -108,6 +201,20 @@ impl Weights {
                 PackedWeights::pack_e4m3(cpu, &e4m3s(bytes), scales, experts, n, k).unwrap()
             }
             Data::Mxfp4 { blocks, scales } => PackedWeights::pack_mxfp4(cpu, blocks, scales, experts, n, k).unwrap(),
+            Data::Int4 { blocks, scales } => {
+                let mut builder = PackedWeightsBuilder::new(cpu, WeightFormat::Int4, experts, n, k).unwrap();
+                for expert in 0..experts {
+                    let blocks = MatrixRef::new(&blocks[expert * n * k / 2..][..n * k / 2], n, k / 2).unwrap();
+                    scales.part(expert * n * k / 32..(expert + 1) * n * k / 32).with(
+                        [n, k / 32],
+                        Strides::Contiguous,
+                        |scales| {
+                            builder.add_int4_rows(expert, 0, blocks, scales).unwrap();
+                        },
+                    );
+                }
+                builder.finish().unwrap()
+            }
         }
     }
 
@@ -127,6 +234,23 @@ impl Weights {
                 let blocks = reordered(blocks, half, k / 2, order);
                 let scales = reordered(scales, half, k / 32, order);
                 PackedWeights::pack_gate_up_mxfp4(cpu, &blocks, &scales, experts, half, k, order).unwrap()
+            }
+            Data::Int4 { blocks, scales } => {
+                let blocks = reordered(blocks, half, k / 2, order);
+                let scales = scales.reordered(half, k / 32, order);
+                let mut builder = PackedWeightsBuilder::gate_up(cpu, WeightFormat::Int4, experts, half, k).unwrap();
+                for expert in 0..experts {
+                    let blocks = MatrixRef::new(&blocks[expert * half * k..][..half * k], 2 * half, k / 2).unwrap();
+                    let each = 2 * half * k / 32;
+                    scales.part(expert * each..(expert + 1) * each).with(
+                        [2 * half, k / 32],
+                        Strides::Contiguous,
+                        |scales| {
+                            builder.add_gate_up_int4_rows(expert, blocks, scales, order).unwrap();
+                        },
+                    );
+                }
+                builder.finish().unwrap()
             }
         }
     }
@@ -152,6 +276,10 @@ impl Weights {
                 blocks[values.start / 2..values.end / 2].to_vec(),
                 scales[values.start / 32..values.end / 32].to_vec(),
             ),
+            Data::Int4 { blocks, scales } => Part::Int4(
+                blocks[values.start / 2..values.end / 2].to_vec(),
+                scales.part(values.start / 32..values.end / 32),
+            ),
         }
     }
 
@@ -174,13 +302,18 @@ impl Weights {
             Data::Mxfp4 { blocks, scales } => {
                 oracle::mxfp4::weight_row(blocks, scales, self.k, expert * self.n + j, row);
             }
+            Data::Int4 { blocks, scales } => {
+                let first = (expert * self.n + j) * self.k;
+                let scales = scales.part(first / 32..(first + self.k) / 32).exact();
+                oracle::int4::weight_row(&blocks[first / 2..], &scales, self.k, 0, row);
+            }
         }
     }
 
-    /// Row `j` before it was quantized; of mxfp4 what it was quantized to, which a product can be near to.
+    /// Row `j` before it was quantized; of 4-bit weights what it was quantized to, which a product can be near to.
     pub(crate) fn unquantized_row(&self, expert: usize, j: usize, row: &mut [f64]) {
         match &self.data {
-            Data::Bf16(_) | Data::Mxfp4 { .. } => self.row(expert, j, row),
+            Data::Bf16(_) | Data::Mxfp4 { .. } | Data::Int4 { .. } => self.row(expert, j, row),
             Data::E4m3 { exact, .. } => {
                 let exact = &exact[(expert * self.n + j) * self.k..];
                 row.iter_mut().zip(exact).for_each(|(to, &from)| *to = f64::from(from));

@@ -562,6 +562,7 @@ fn weights(device: &Device, format: WeightFormat, n: usize, k: usize) -> Weights
         WeightFormat::Bf16 => Matrices::Bf16(vec![bf16::ONE; n * k]),
         WeightFormat::Mxfp4 => Matrices::Mxfp4(vec![0x22; n * k / 2], vec![127; n * k / 32]),
         WeightFormat::E4m3 => Matrices::E4m3(vec![E4m3(0x38); n * k], vec![1.0; n.div_ceil(128) * k.div_ceil(128)]),
+        WeightFormat::Int4 => unreachable!("int4 has no kernel on a GPU"),
     }
     .upload(device, (1, n, k))
 }

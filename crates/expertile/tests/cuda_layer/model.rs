@@ -64,6 +64,7 @@ impl Spec {
             WeightFormat::E4m3 => ActivationFormat::E4m3,
             WeightFormat::Bf16 => ActivationFormat::Bf16,
             WeightFormat::Mxfp4 => self.activation_format,
+            WeightFormat::Int4 => unreachable!("int4 has no kernel on a GPU"),
         }
     }
 
@@ -108,6 +109,7 @@ impl Matrices {
                 let (values, scales) = block_scaled_weights(random, extents, E4m3::MAX, E4m3::from_f32);
                 Self::E4m3(values, scales)
             }
+            WeightFormat::Int4 => unreachable!("int4 has no kernel on a GPU"),
         }
     }
 

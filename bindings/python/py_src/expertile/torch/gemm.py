@@ -22,7 +22,8 @@ class Gemm:
 
     weights: ``[E, N, K]``, bfloat16, or float8_e4m3fn with block scales: weight_scale float32 ``[E, ceil(N / 128),
     ceil(K / 128)]`` (or bfloat16, float16 or float8_e8m0fnu, which are widened exactly). Or MXFP4: uint8
-    ``[E, N, K / 2]`` or ``[E, N, K / 32, 16]`` with uint8 or float8_e8m0fnu scales ``[E, N, K / 32]``.
+    ``[E, N, K / 2]`` or ``[E, N, K / 32, 16]`` with uint8 or float8_e8m0fnu scales ``[E, N, K / 32]``. Or, on the CPU,
+    int4 as compressed-tensors packs it: int32 ``[E, N, K / 8]`` with bfloat16 or float16 scales ``[E, N, K / 32]``.
 
     On the CPU, weights are packed, once, into memory of the object's own. On a Hopper GPU they are used where they are,
     and the object keeps them alive; what cannot be used so, such as MXFP4, is copied once, with a warning. The object
@@ -82,17 +83,17 @@ class Gemm:
     def unpack(self) -> Tensor:
         """A copy of the weights ``[E, N, K]``: the bits that the object was made of. Scales are not among them.
 
-        MXFP4 blocks are ``[E, N, K / 2]``; those that were arranged on a GPU are ValueError.
+        MXFP4 blocks are ``[E, N, K / 2]``, int4 words as they came; blocks that were arranged on a GPU are ValueError.
         """
         if self._weights is not None:
             return self._weights.clone()
         if isinstance(self._native, _native.CudaGemm):
             raise ArgumentValueError("weights", " are MXFP4, arranged", "arranged", "weights that are used in place")
         experts, n, k = self.shape
-        width = k // 2 if self._dtype == torch.uint8 else k
-        weights = _arrays.empty_tensor("weights", (experts, n, width), self._dtype, self._device)
+        dtype = torch.uint8 if self._dtype == torch.int32 else self._dtype
+        weights = _arrays.empty_tensor("weights", (experts, n, k // 2 if dtype == torch.uint8 else k), dtype, self._device)
         self._native.unpack(weights)
-        return weights
+        return weights.view(self._dtype)
 
     def prepare(self, max_rows: int) -> None:
         """Compiles (or loads) whatever calls of up to `max_rows` rows can launch; a call compiles nothing.

@@ -28,7 +28,9 @@ class Layer:
     ceil(I / 128)]``. Scales are float32, or bfloat16, float16 or float8_e8m0fnu, which are widened exactly. Or both
     MXFP4 as checkpoints hold it: uint8 blocks ``[E, 2 I, H / 32, 16]`` or ``[E, 2 I, H / 2]``, the even value in the
     low nibble, with uint8 or float8_e8m0fnu scales w13_scale ``[E, 2 I, H / 32]``, in the order of the rows; w2 and
-    w2_scale likewise.
+    w2_scale likewise. Or, on the CPU, int4 as compressed-tensors packs it (symmetric, in groups of 32): int32
+    ``[E, 2 I, H / 8]``, eight values to a word and the first in the lowest bits, with bfloat16 or float16 scales
+    ``[E, 2 I, H / 32]``.
 
     On the CPU, weights are packed, once, from any strides into memory of the layer's own; ``unpack`` gives them back.
     On a GPU they are used where they are, and the layer keeps them alive; what cannot be used so is copied once, with a
@@ -75,6 +77,7 @@ class Layer:
         self._native: _native.Layer | _native.CudaLayer
         self._on_gpu = isinstance(w13, Tensor) and w13.is_cuda
         if self._on_gpu:
+            self._dtype = w13.dtype
             activations = on_a_gpu(w13, activations)
             if w13.dtype == torch.uint8:
                 message = f"w13 and w2 are MXFP4: the layer holds a copy of them, arranged for {activations} rows"
@@ -88,6 +91,7 @@ class Layer:
             w13_bias = bias_on_cpu("w13_bias", w13_bias, w13.device)
             w2_bias = bias_on_cpu("w2_bias", w2_bias, w13.device)
         else:
+            self._dtype = w13.dtype if isinstance(w13, Tensor) else torch.bfloat16
             w13, w2 = flat_blocks("w13", w13), flat_blocks("w2", w2)
             activations = "bf16" if activations is None else activations
             alignment = 1 if alignment is None else alignment
@@ -98,7 +102,6 @@ class Layer:
         self._native = native(*weights, activations, *rest, **options)
         self._device = w13.device if isinstance(w13, Tensor) else torch.device("cpu")
         self._in_place = (w13, w2) if self._on_gpu and w13.dtype != torch.uint8 else None
-        self._dtype = w13.dtype if isinstance(w13, Tensor) else torch.bfloat16
         self._gated = activation != "relu2"
         # Operators take numbers and tensors: a layer is passed to its operator by number.
         self._number = next(Layer._numbers)
@@ -171,7 +174,7 @@ class Layer:
     def unpack(self, *, gate_up: str = "halves") -> tuple[Tensor, Tensor]:
         """Copies of w13 ``[E, 2 I, H]``, in that order, and w2 ``[E, H, I]``: the bits that the layer was made of.
 
-        Scales are not among them. MXFP4 blocks are ``[E, 2 I, H / 2]`` and ``[E, H, I / 2]``.
+        Scales are not among them. MXFP4 blocks are ``[E, 2 I, H / 2]`` and ``[E, H, I / 2]``, int4 words as they came.
         """
         order = gate_up_order(gate_up)
         if self._in_place is not None:
@@ -179,15 +182,16 @@ class Layer:
             return in_order(w13, order), w2
         experts, hidden, intermediate = self.local_experts, self.hidden, self.intermediate
         rows = 2 * intermediate if self._gated else intermediate
-        # Two values to a byte.
-        each = 2 if self._dtype == torch.uint8 else 1
-        w13 = _arrays.empty_tensor("w13", (experts, rows, hidden // each), self._dtype, self._device)
-        w2 = _arrays.empty_tensor("w2", (experts, hidden, intermediate // each), self._dtype, self._device)
+        # Two values to a byte, of int4 too.
+        dtype = torch.uint8 if self._dtype == torch.int32 else self._dtype
+        each = 2 if dtype == torch.uint8 else 1
+        w13 = _arrays.empty_tensor("w13", (experts, rows, hidden // each), dtype, self._device)
+        w2 = _arrays.empty_tensor("w2", (experts, hidden, intermediate // each), dtype, self._device)
         if isinstance(self._native, _native.CudaLayer):
             self._native.unpack(w13, w2)
             return in_order(w13, order), w2
         self._native.unpack(w13, w2, gate_up=gate_up)
-        return w13, w2
+        return w13.view(self._dtype), w2.view(self._dtype)
 
     def prepare(
         self,
@@ -269,7 +273,10 @@ def on_a_gpu(w13: Tensor, activations: str | None) -> str:
 
 
 def flat_blocks(name: str, x: Tensor) -> Tensor:
-    """MXFP4 blocks ``[E, N, K / 32, 16]`` as ``[E, N, K / 2]``; any other tensor as it is."""
+    """MXFP4 blocks ``[E, N, K / 32, 16]`` and int4 words ``[E, N, K / 8]`` as bytes ``[E, N, K / 2]``; any other tensor
+    as it is."""
+    if isinstance(x, Tensor) and x.dtype == torch.int32 and not x.is_cuda:
+        return x.contiguous().view(torch.uint8)
     if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4:
         return x
     if x.shape[3] != BLOCK_BYTES:

@@ -4,7 +4,7 @@
 //! whole safety argument of the dispatch below.
 
 pub(crate) mod gemm;
-pub(crate) mod mxfp4;
+pub(crate) mod nibbles;
 pub(crate) mod panel;
 mod portable;
 pub(crate) mod stream;

@@ -1,5 +1,7 @@
 //! What the GEMM's innermost loops read and write: panels of weights, lines of them, sums, and the scales of blocks.
 
+use half::{bf16, f16};
+
 /// Output columns of a panel.
 pub(crate) const PANEL: usize = 32;
 /// Most rows of a tile: 12 rows by two AVX-512 registers leave room for two weights and a broadcast.
@@ -38,24 +40,80 @@ pub(crate) const fn e4m3_is_special(byte: u8) -> bool {
     byte & 0x78 == 0 || byte & 0x7f == 0x7f
 }
 
-/// K-pairs of an [`Mxfp4Group`].
+/// K-pairs of a [`NibbleGroup`].
 pub(crate) const GROUP_PAIRS: usize = crate::mxfp4::GROUP / 2;
+const _: () = assert!(crate::int4::GROUP == crate::mxfp4::GROUP);
 /// Groups of a block of [`BLOCK_PAIRS`].
 pub(crate) const BLOCK_GROUPS: usize = BLOCK_PAIRS / GROUP_PAIRS;
 
-/// One K-pair of a panel as nibbles: half a byte at [`mxfp4_position`] holds column `c` of K `2 * pair + j`.
+/// One K-pair of a panel as nibbles: half a byte at [`nibble_position`] holds column `c` of K `2 * pair + j`.
 pub(crate) type NibbleLine = [u8; PANEL];
 
-/// 32 values of K of a panel as MXFP4: scales and nibbles are next to each other, so that a kernel reads one stream.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+/// 32 values of K of a panel in 4 bits: scales and nibbles are next to each other, so that a kernel reads one stream.
+#[derive(Clone, Copy, bytemuck::Zeroable)]
 #[repr(C)]
-pub(crate) struct Mxfp4Group {
-    /// UE8M0, one for each column; none is NaN.
-    pub(crate) scales: [u8; PANEL],
+pub(crate) struct NibbleGroup<S> {
+    /// One for each column; none is NaN.
+    pub(crate) scales: [S; PANEL],
     pub(crate) lines: [NibbleLine; GROUP_PAIRS],
 }
 
-/// The bits of 2^-127, the value of scale 0: an exponent of 0 alone would be zero.
+// SAFETY: arrays of plain data, in the order of C; lines of bytes need no padding behind scales of an even size, and
+// scales of one byte none at all. The size is checked below.
+#[allow(unsafe_code)]
+unsafe impl<S: GroupScale> bytemuck::Pod for NibbleGroup<S> {}
+
+const fn has_no_padding<S>() -> bool {
+    size_of::<NibbleGroup<S>>() == PANEL * size_of::<S>() + GROUP_PAIRS * PANEL
+}
+const _: () = assert!(has_no_padding::<u8>() && has_no_padding::<bf16>() && has_no_padding::<f16>());
+
+/// A scale of MXFP4 (an exponent) or of int4 (bf16 or f16), and with it what the nibbles beside it mean.
+pub(crate) trait GroupScale: bytemuck::Pod + Send + Sync {
+    /// The bf16 of every nibble; none is subnormal.
+    const NIBBLES: [u16; 16];
+    /// How a register of such scales is widened.
+    const KIND: ScaleKind;
+
+    fn widened(self) -> f32;
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ScaleKind {
+    /// UE8M0.
+    Exponent,
+    Bf16,
+    F16,
+}
+
+impl GroupScale for u8 {
+    const NIBBLES: [u16; 16] = as_bf16(&crate::mxfp4::E2M1_VALUES);
+    const KIND: ScaleKind = ScaleKind::Exponent;
+
+    fn widened(self) -> f32 {
+        crate::quantize::ue8m0_value(self)
+    }
+}
+
+impl GroupScale for bf16 {
+    const NIBBLES: [u16; 16] = as_bf16(&crate::int4::VALUES);
+    const KIND: ScaleKind = ScaleKind::Bf16;
+
+    fn widened(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl GroupScale for f16 {
+    const NIBBLES: [u16; 16] = as_bf16(&crate::int4::VALUES);
+    const KIND: ScaleKind = ScaleKind::F16;
+
+    fn widened(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// The bits of 2^-127, the value of the exponent 0: an f32's exponent of 0 alone would be zero.
 pub(super) const LEAST_SCALE: u32 = 1 << 22;
 
 /// The byte of a line that keeps column `column`, parity `parity` of K, and how far up its nibble stands.
@@ -63,18 +121,18 @@ pub(super) const LEAST_SCALE: u32 = 1 << 22;
 /// The low nibbles are columns 0..16 and the high ones columns 16..32, in the order of a [`PairLine`]: widened to
 /// words, either half is looked up at once.
 #[inline(always)]
-pub(crate) const fn mxfp4_position(column: usize, parity: usize) -> (usize, u32) {
+pub(crate) const fn nibble_position(column: usize, parity: usize) -> (usize, u32) {
     (column % 16 * 2 + parity, (column / 16 * 4) as u32)
 }
 
-/// The bf16 of every nibble; none is subnormal.
-pub(super) const E2M1_AS_BF16: [u16; 16] = e2m1_as_bf16();
-
-const fn e2m1_as_bf16() -> [u16; 16] {
+/// The upper halves of what a nibble stands for, which are all that is not zero.
+const fn as_bf16(values: &[f32; 16]) -> [u16; 16] {
     let mut table = [0; 16];
     let mut nibble = 0;
     while nibble < 16 {
-        table[nibble] = (crate::mxfp4::E2M1_VALUES[nibble].to_bits() >> 16) as u16;
+        let bits = values[nibble].to_bits();
+        assert!(bits & 0xffff == 0);
+        table[nibble] = (bits >> 16) as u16;
         nibble += 1;
     }
     table

@@ -6,12 +6,13 @@
 //! block of 128 of K: a panel never straddles two blocks of 128 rows, because rows with their own scales must start on
 //! a multiple of 32 of their segment. The order does not depend on the instruction set.
 
-mod mxfp4;
+mod nibbles;
 
 use super::memory::AlignedBytes;
 use crate::cpu::Cpu;
 use crate::cpu::arch::panel::{
-    Ahead, BLOCK_PAIRS, ByteLine, BytePanel, GROUP_PAIRS, Mxfp4Group, PANEL, PairLine, e4m3_is_special, e4m3_position,
+    Ahead, BLOCK_PAIRS, ByteLine, BytePanel, GROUP_PAIRS, NibbleGroup, PANEL, PairLine, ScaleKind, e4m3_is_special,
+    e4m3_position,
 };
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result, checked_mul, require_exact};
@@ -19,7 +20,7 @@ use crate::gemm::{GateUpOrder, WEIGHT_BLOCK, WeightFormat};
 use crate::matrix::MatrixRef;
 use crate::weights::RowLedger;
 use bytemuck::allocation::try_zeroed_vec;
-use half::bf16;
+use half::{bf16, f16};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -35,6 +36,8 @@ pub struct PackedWeights {
     column_scales: Vec<f32>,
     /// Whether no block scale serves rows on both sides of row `N / 2`, in every expert.
     half_starts_a_block: bool,
+    /// What the scales of int4 weights are made of; the first rows say it.
+    int4_scales: Option<ScaleKind>,
 }
 
 /// How far ahead of their use streamed weights are asked for: the way from memory takes as long as multiplying a
@@ -75,8 +78,10 @@ impl Shape {
     }
 
     fn check_k(self) -> Result<Self> {
-        if self.format == WeightFormat::Mxfp4 {
-            crate::mxfp4::groups(self.k)?;
+        match self.format {
+            WeightFormat::Mxfp4 => drop(crate::mxfp4::groups(self.k)?),
+            WeightFormat::Int4 => drop(crate::int4::groups(self.k)?),
+            WeightFormat::Bf16 | WeightFormat::E4m3 => {}
         }
         Ok(self)
     }
@@ -129,7 +134,8 @@ impl Shape {
         match self.format {
             WeightFormat::E4m3 => size_of::<ByteLine>(),
             WeightFormat::Bf16 => size_of::<PairLine>(),
-            WeightFormat::Mxfp4 => size_of::<Mxfp4Group>() / GROUP_PAIRS,
+            WeightFormat::Mxfp4 => size_of::<NibbleGroup<u8>>() / GROUP_PAIRS,
+            WeightFormat::Int4 => size_of::<NibbleGroup<bf16>>() / GROUP_PAIRS,
         }
     }
 
@@ -145,7 +151,7 @@ impl Shape {
 
     fn scales(self) -> Result<usize> {
         match self.format {
-            WeightFormat::Bf16 | WeightFormat::Mxfp4 => Ok(0),
+            WeightFormat::Bf16 | WeightFormat::Mxfp4 | WeightFormat::Int4 => Ok(0),
             WeightFormat::E4m3 => {
                 let panels = checked_mul("scales of the packed weights", self.experts, self.panels())?;
                 checked_mul("scales of the packed weights", panels, self.blocks())
@@ -280,6 +286,10 @@ impl PackedWeights {
                 PanelWeights::E4m3(BytePanel { lines, special }, &self.scales[blocks])
             }
             WeightFormat::Mxfp4 => PanelWeights::Mxfp4(bytemuck::cast_slice(&onwards[..len])),
+            WeightFormat::Int4 if self.int4_scales == Some(ScaleKind::F16) => {
+                PanelWeights::Int4F16(bytemuck::cast_slice(&onwards[..len]))
+            }
+            WeightFormat::Int4 => PanelWeights::Int4Bf16(bytemuck::cast_slice(&onwards[..len])),
         };
         Panel { weights, line_bytes: self.shape.line_bytes(), onwards }
     }
@@ -300,7 +310,9 @@ pub(super) enum PanelWeights<'a> {
     /// With one scale per block of K.
     E4m3(BytePanel<'a>, &'a [f32]),
     /// With their scales among them.
-    Mxfp4(&'a [Mxfp4Group]),
+    Mxfp4(&'a [NibbleGroup<u8>]),
+    Int4Bf16(&'a [NibbleGroup<bf16>]),
+    Int4F16(&'a [NibbleGroup<f16>]),
 }
 
 impl<'a> Panel<'a> {
@@ -363,6 +375,7 @@ impl PackedWeightsBuilder {
             special: try_zeroed_vec(scales).map_err(no_memory)?,
             column_scales: Vec::new(),
             half_starts_a_block: false,
+            int4_scales: None,
         };
         let ledger = RowLedger::new(shape.format, shape.n(), shape.k, try_zeroed_vec(rows).map_err(no_memory)?);
         let half_started = try_zeroed_vec(shape.experts).map_err(no_memory)?;

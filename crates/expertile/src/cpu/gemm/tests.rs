@@ -3,9 +3,11 @@
 use super::*;
 use crate::cpu::Isa;
 use crate::gemm::WeightFormat;
+use crate::int4::Int4Scales;
 use crate::matrix::MatrixRef;
 use crate::quantize::{ScaleFormat, ScaleLayout, ScaleRounding};
 use expertile_testkit::Random;
+use half::f16;
 use proptest::prelude::*;
 use std::sync::Arc;
 
@@ -34,17 +36,22 @@ enum Formats {
     E4m3,
     Mxfp4Weights,
     Mxfp4,
+    /// Scales of bf16, rows of bf16.
+    Int4Weights,
+    /// Scales of f16, rows of e4m3.
+    Int4,
 }
 
 impl Formats {
-    const ALL: [Self; 5] = [Self::Bf16, Self::E4m3Weights, Self::E4m3, Self::Mxfp4Weights, Self::Mxfp4];
+    const ALL: [Self; 7] =
+        [Self::Bf16, Self::E4m3Weights, Self::E4m3, Self::Mxfp4Weights, Self::Mxfp4, Self::Int4Weights, Self::Int4];
 
     /// A K that goes with the formats.
     fn round_up(self, k: usize) -> usize {
         match self {
             Self::Bf16 | Self::E4m3Weights => k,
-            Self::Mxfp4Weights => k.next_multiple_of(32),
-            Self::E4m3 | Self::Mxfp4 => k.next_multiple_of(64),
+            Self::Mxfp4Weights | Self::Int4Weights => k.next_multiple_of(32),
+            Self::E4m3 | Self::Mxfp4 | Self::Int4 => k.next_multiple_of(64),
         }
     }
 }
@@ -65,6 +72,8 @@ struct Case {
     /// Every nibble, and scales of very different sizes.
     blocks: Vec<u8>,
     block_scales: Vec<u8>,
+    /// Of both signs and very different sizes; zero among them, and what is subnormal in f16.
+    group_scales: Vec<f32>,
 }
 
 const POISON: bf16 = bf16::from_bits(0x4abc);
@@ -89,6 +98,9 @@ impl Case {
             weight_scales: scales(&mut random, e * row_blocks * blocks),
             blocks: (0..e * n * k / 2).map(|_| random.draw() as u8).collect(),
             block_scales: (0..e * n * (k / 32)).map(|_| 87 + (random.draw() % 80) as u8).collect(),
+            group_scales: (0..e * n * (k / 32))
+                .map(|_| random.uniform() * [0.0, 1e-7, 1e-3, 1.0, 100.0][random.below(5)])
+                .collect(),
         }
     }
 
@@ -98,7 +110,7 @@ impl Case {
 
     fn activations(&self) -> Activations<'_> {
         match self.formats {
-            Formats::E4m3 | Formats::Mxfp4 => Activations::E4m3 {
+            Formats::E4m3 | Formats::Mxfp4 | Formats::Int4 => Activations::E4m3 {
                 rows: &self.byte_rows,
                 scales: Scales::f32(row_major(Group::G128), &self.row_scales),
             },
@@ -113,9 +125,28 @@ impl Case {
             Formats::Mxfp4Weights | Formats::Mxfp4 => {
                 PackedWeights::pack_mxfp4(cpu, &self.blocks, &self.block_scales, e, self.n, self.k)
             }
+            Formats::Int4Weights | Formats::Int4 => self.pack_int4(cpu),
             _ => PackedWeights::pack_e4m3(cpu, &self.byte_weights, &self.weight_scales, e, self.n, self.k),
         }
         .unwrap()
+    }
+
+    fn pack_int4(&self, cpu: &Cpu) -> Result<PackedWeights> {
+        let (e, n, k) = (self.counts.len(), self.n, self.k);
+        let mut builder = PackedWeightsBuilder::new(cpu, WeightFormat::Int4, e, n, k)?;
+        let groups = k / 32;
+        let in_bf16: Vec<bf16> = self.group_scales.iter().map(|&scale| bf16::from_f32(scale)).collect();
+        let in_f16: Vec<f16> = self.group_scales.iter().map(|&scale| f16::from_f32(scale)).collect();
+        for expert in 0..e {
+            let blocks = MatrixRef::new(&self.blocks[expert * n * k / 2..][..n * k / 2], n, k / 2)?;
+            let own = expert * n * groups..(expert + 1) * n * groups;
+            let scales = match self.formats {
+                Formats::Int4 => Int4Scales::F16(MatrixRef::new(&in_f16[own], n, groups)?),
+                _ => Int4Scales::Bf16(MatrixRef::new(&in_bf16[own], n, groups)?),
+            };
+            builder.add_int4_rows(expert, 0, blocks, scales)?;
+        }
+        builder.finish()
     }
 
     fn with_layout<R>(&self, run: impl FnOnce(&Layout<'_>) -> R) -> R {
@@ -143,7 +174,7 @@ impl Case {
 
     fn activation(&self, row: usize, k: usize) -> f64 {
         match self.formats {
-            Formats::E4m3 | Formats::Mxfp4 => {
+            Formats::E4m3 | Formats::Mxfp4 | Formats::Int4 => {
                 let scale = self.row_scales[row * self.k.div_ceil(128) + k / 128];
                 f64::from(self.byte_rows[row * self.k + k].to_f32()) * f64::from(scale)
             }
@@ -159,6 +190,15 @@ impl Case {
                 let nibble = self.blocks[at / 2] >> (at % 2 * 4);
                 let scale = f64::from(crate::quantize::ue8m0_value(self.block_scales[at / 32]));
                 f64::from(crate::mxfp4::E2M1_VALUES[usize::from(nibble & 15)]) * scale
+            }
+            Formats::Int4Weights | Formats::Int4 => {
+                let nibble = self.blocks[at / 2] >> (at % 2 * 4) & 15;
+                let scale = self.group_scales[at / 32];
+                let scale = match self.formats {
+                    Formats::Int4 => f16::from_f32(scale).to_f64(),
+                    _ => bf16::from_f32(scale).to_f64(),
+                };
+                (f64::from(nibble) - 8.0) * scale
             }
             _ => {
                 let block = (expert * self.n.div_ceil(128) + n / 128) * self.k.div_ceil(128) + k / 128;

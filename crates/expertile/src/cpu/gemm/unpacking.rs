@@ -2,7 +2,7 @@
 
 use super::packing::{PackedWeights, PanelWeights};
 use crate::cpu::Cpu;
-use crate::cpu::arch::panel::{BLOCK_PAIRS, e4m3_position, mxfp4_position};
+use crate::cpu::arch::panel::{BLOCK_PAIRS, GroupScale, NibbleGroup, e4m3_position, nibble_position};
 use crate::dtype::E4m3;
 use crate::error::{Error, Result, require_exact};
 use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
@@ -69,21 +69,30 @@ impl PackedWeights {
             _ => unreachable!("the format was checked"),
         };
         self.for_each_part(cpu, first_row, width, blocks, |panel, columns, out| {
-            let all = groups_of(panel);
-            for (column, row) in columns.zip(out.chunks_exact_mut(width)) {
-                let [even, odd] = [0, 1].map(|parity| mxfp4_position(column, parity));
-                let lines = all.iter().flat_map(|group| &group.lines);
-                for (byte, line) in row.iter_mut().zip(lines) {
-                    let [even, odd] = [even, odd].map(|(at, up)| line[at] >> up & 15);
-                    *byte = even | odd << 4;
-                }
-            }
+            unpack_blocks(groups_of(panel), columns, width, out);
         });
         self.for_each_part(cpu, first_row, groups, scales, |panel, columns, out| {
             for (column, row) in columns.zip(out.chunks_exact_mut(groups)) {
                 for (scale, group) in row.iter_mut().zip(groups_of(panel)) {
                     *scale = group.scales[column];
                 }
+            }
+        });
+        Ok(())
+    }
+
+    /// The blocks of int4 rows, `[R, K / 2]`; their scales are not among them.
+    ///
+    /// # Errors
+    /// As [`PackedWeights::unpack_bf16_rows`], for weights of another format than int4.
+    pub fn unpack_int4_rows(&self, cpu: &Cpu, expert: usize, first_row: usize, blocks: &mut [u8]) -> Result<()> {
+        self.check_unpack(WeightFormat::Int4, expert, first_row, blocks.len().saturating_mul(2))?;
+        let width = self.k() / 2;
+        self.for_each_part(cpu, first_row, width, blocks, |panel, columns, out| {
+            match self.panel(expert, panel).weights {
+                PanelWeights::Int4Bf16(groups) => unpack_blocks(groups, columns, width, out),
+                PanelWeights::Int4F16(groups) => unpack_blocks(groups, columns, width, out),
+                _ => unreachable!("the format was checked"),
             }
         });
         Ok(())
@@ -127,6 +136,18 @@ impl PackedWeights {
             }
         }
         cpu.install(|| parts.into_par_iter().for_each(|(panel, columns, out)| unpack(panel, columns, out)));
+    }
+}
+
+/// Writes columns of a panel as rows of two values to a byte.
+fn unpack_blocks<S: GroupScale>(groups: &[NibbleGroup<S>], columns: Range<usize>, width: usize, out: &mut [u8]) {
+    for (column, row) in columns.zip(out.chunks_exact_mut(width)) {
+        let [even, odd] = [0, 1].map(|parity| nibble_position(column, parity));
+        let lines = groups.iter().flat_map(|group| &group.lines);
+        for (byte, line) in row.iter_mut().zip(lines) {
+            let [even, odd] = [even, odd].map(|(at, up)| line[at] >> up & 15);
+            *byte = even | odd << 4;
+        }
     }
 }
 

@@ -52,7 +52,7 @@ impl Shared {
     pub(super) fn new(expert: Arc<SharedExpert>, layer: &LayerShape, config: &LayerConfig) -> Result<Self> {
         let SharedExpert { w13, w2, gate } = &*expert;
         let activations = match w13.format() {
-            WeightFormat::E4m3 | WeightFormat::Mxfp4 => config.activation_format,
+            WeightFormat::E4m3 | WeightFormat::Mxfp4 | WeightFormat::Int4 => config.activation_format,
             WeightFormat::Bf16 => ActivationFormat::Bf16,
         };
         let (hidden, w2_shape) = (layer.hidden(), [w2.experts(), w2.n(), w2.k()]);

@@ -5,6 +5,7 @@ use super::{FewRowsCut, GemmKernel};
 use crate::activation::Activation;
 use crate::cuda::definitions::activation_definitions;
 use crate::cuda::driver::Source;
+use crate::cuda::weights::unsupported_int4;
 use crate::error::{Error, Result};
 use crate::gemm::{ActivationFormat, WeightFormat};
 
@@ -43,6 +44,8 @@ impl GemmConfig {
         match self.format {
             WeightFormat::Mxfp4 => mxfp4::stages(&self.kernel, self.activation_format),
             WeightFormat::E4m3 | WeightFormat::Bf16 => stages(&self.kernel, self.activation.is_some()),
+            // There is no such kernel, which `check` says.
+            WeightFormat::Int4 => 0,
         }
     }
 
@@ -75,6 +78,7 @@ impl GemmConfig {
             WeightFormat::Mxfp4 => return self.check_mxfp4(),
             WeightFormat::E4m3 => ActivationFormat::E4m3,
             WeightFormat::Bf16 => ActivationFormat::Bf16,
+            WeightFormat::Int4 => return Err(unsupported_int4()),
         };
         if self.activation_format != own {
             let (actual, expected) = (self.format.name(), format_of_rows(self.activation_format));
@@ -168,7 +172,7 @@ impl GemmConfig {
             GemmKernel::Wide { .. } => {
                 let packed = match self.format {
                     WeightFormat::Mxfp4 => mxfp4::packed(&self.kernel, self.activation_format),
-                    WeightFormat::E4m3 | WeightFormat::Bf16 => 0,
+                    WeightFormat::E4m3 | WeightFormat::Bf16 | WeightFormat::Int4 => 0,
                 };
                 definitions.extend([activation, ("HOST_PACKED", packed as i64)]);
                 ("sm90_gemm_192x128.cu", include_str!("../kernels/gemm/sm90_gemm_192x128.cu"))
@@ -222,6 +226,7 @@ mod tests {
             assert!(refuse(WeightFormat::Mxfp4, kernel, None).to_string().starts_with("kernel is "));
         }
         assert!(matches!(refuse(WeightFormat::Mxfp4, few, with), Error::WeightFormat { .. }));
+        assert!(matches!(refuse(WeightFormat::Int4, few, None), Error::Unsupported { actual: "int4", .. }));
         let config = GemmConfig {
             format: WeightFormat::E4m3,
             activation_format: ActivationFormat::Bf16,

@@ -1,7 +1,7 @@
 //! GEMM kernels for AVX2 with FMA: up to 5 rows by 16 columns in registers, or 2 by 32; bf16 pairs split into two f32.
 
 pub(crate) mod e4m3;
-pub(crate) mod mxfp4;
+pub(crate) mod nibbles;
 
 use super::prefetch::Prefetch;
 use crate::cpu::arch::panel::{Ahead, BLOCK_PAIRS, MAX_ROWS, PANEL, PairLine, Sums};

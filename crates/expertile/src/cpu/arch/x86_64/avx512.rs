@@ -11,28 +11,29 @@ use crate::cpu::arch::portable::e4m3_as_bf16;
 use crate::cpu::arch::{Isa, Level};
 use std::arch::x86_64::*;
 
-/// Calls a kernel compiled for just this number of rows.
+/// Calls a kernel compiled for just this number of rows; `kernel::<_>` is generic in something else, too.
 macro_rules! for_rows {
     ($rows:expr, $kernel:ident($($arg:expr),*)) => {
+        for_rows!(@ $rows, $kernel, (), ($($arg),*))
+    };
+    ($rows:expr, $kernel:ident::<_>($($arg:expr),*)) => {
+        for_rows!(@ $rows, $kernel, (_,), ($($arg),*))
+    };
+    (@ $rows:expr, $kernel:ident, $types:tt, $args:tt) => {
+        for_rows!(@@ $rows, $kernel, $types, $args, 1 2 3 4 5 6 7 8 9 10 11 12)
+    };
+    (@@ $rows:expr, $kernel:ident, $types:tt, $args:tt, $($count:literal)*) => {
         match $rows {
-            1 => $kernel::<1>($($arg),*),
-            2 => $kernel::<2>($($arg),*),
-            3 => $kernel::<3>($($arg),*),
-            4 => $kernel::<4>($($arg),*),
-            5 => $kernel::<5>($($arg),*),
-            6 => $kernel::<6>($($arg),*),
-            7 => $kernel::<7>($($arg),*),
-            8 => $kernel::<8>($($arg),*),
-            9 => $kernel::<9>($($arg),*),
-            10 => $kernel::<10>($($arg),*),
-            11 => $kernel::<11>($($arg),*),
-            12 => $kernel::<12>($($arg),*),
+            $($count => for_rows!(call $kernel, $types, $count, $args),)*
             rows => unreachable!("a tile of {rows} rows"),
         }
     };
+    (call $kernel:ident, ($($type:tt)*), $count:literal, ($($arg:expr),*)) => {
+        $kernel::<$($type)* $count>($($arg),*)
+    };
 }
 
-pub(crate) mod mxfp4;
+pub(crate) mod nibbles;
 
 /// See [`crate::cpu::arch::gemm::multiply`].
 #[allow(unsafe_code)]

@@ -1,18 +1,19 @@
-//! MXFP4 weights with AVX-512 BF16: nibbles are looked up as bf16 in a register, 32 at a time.
+//! 4-bit weights with AVX-512 BF16: nibbles are looked up as bf16 in a register, 32 at a time.
 
 use super::{Prefetch, Tile, load_pairs, load_sums, multiply_pair, store_pairs, store_sums};
 use crate::cpu::arch::panel::{
-    Ahead, BLOCK_GROUPS, E2M1_AS_BF16, GROUP_PAIRS, LEAST_SCALE, Mxfp4Group, NibbleLine, PANEL, PairLine, Sums,
+    Ahead, BLOCK_GROUPS, GROUP_PAIRS, GroupScale, LEAST_SCALE, NibbleGroup, NibbleLine, PANEL, PairLine, ScaleKind,
+    Sums,
 };
 use crate::cpu::arch::{Isa, Level};
 use std::arch::x86_64::*;
 
-/// See [`crate::cpu::arch::mxfp4::multiply_mxfp4`].
+/// See [`crate::cpu::arch::nibbles::multiply_nibbles`].
 #[allow(unsafe_code)]
-pub(crate) fn multiply_mxfp4(
+pub(crate) fn multiply_nibbles<S: GroupScale>(
     isa: Isa,
     rows: &[u32],
-    groups: &[Mxfp4Group],
+    groups: &[NibbleGroup<S>],
     row_scales: Option<&[f32]>,
     sums: &mut [Sums],
     decoded: &mut [PairLine],
@@ -20,36 +21,36 @@ pub(crate) fn multiply_mxfp4(
 ) {
     assert!(isa.level() >= Level::Avx512);
     // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
-    unsafe { for_rows!(sums.len(), promote_groups(rows, groups, row_scales, sums, decoded, ahead)) }
+    unsafe { for_rows!(sums.len(), promote_groups::<_>(rows, groups, row_scales, sums, decoded, ahead)) }
 }
 
-/// See [`crate::cpu::arch::mxfp4::multiply_mxfp4_decoded`].
+/// See [`crate::cpu::arch::nibbles::multiply_nibbles_decoded`].
 #[allow(unsafe_code)]
-pub(crate) fn multiply_mxfp4_decoded(
+pub(crate) fn multiply_nibbles_decoded<S: GroupScale>(
     isa: Isa,
     rows: &[u32],
     lines: &[PairLine],
-    groups: &[Mxfp4Group],
+    groups: &[NibbleGroup<S>],
     row_scales: Option<&[f32]>,
     sums: &mut [Sums],
     ahead: Ahead<'_>,
 ) {
     assert!(isa.level() >= Level::Avx512);
     // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
-    unsafe { for_rows!(sums.len(), promote_decoded_groups(rows, lines, groups, row_scales, sums, ahead)) }
+    unsafe { for_rows!(sums.len(), promote_decoded_groups::<_>(rows, lines, groups, row_scales, sums, ahead)) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
-fn promote_groups<const R: usize>(
+fn promote_groups<S: GroupScale, const R: usize>(
     rows: &[u32],
-    groups: &[Mxfp4Group],
+    groups: &[NibbleGroup<S>],
     row_scales: Option<&[f32]>,
     sums: &mut [Sums],
     decoded: &mut [PairLine],
     ahead: Ahead<'_>,
 ) {
     let mut prefetch = Prefetch::new(ahead, groups.len() * GROUP_PAIRS);
-    let table = table();
+    let table = table::<S>();
     let mut decoded = decoded.iter_mut();
     for (index, (rows, group)) in rows.chunks(GROUP_PAIRS * R).zip(groups).enumerate() {
         let mut tile = [[_mm512_setzero_ps(); 2]; R];
@@ -66,10 +67,10 @@ fn promote_groups<const R: usize>(
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,avx512bf16")]
-fn promote_decoded_groups<const R: usize>(
+fn promote_decoded_groups<S: GroupScale, const R: usize>(
     rows: &[u32],
     lines: &[PairLine],
-    groups: &[Mxfp4Group],
+    groups: &[NibbleGroup<S>],
     row_scales: Option<&[f32]>,
     sums: &mut [Sums],
     ahead: Ahead<'_>,
@@ -89,14 +90,14 @@ fn promote_decoded_groups<const R: usize>(
 /// `sums += (tile * row scale) * column scale` for one group.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn promote<const R: usize>(
+fn promote<S: GroupScale, const R: usize>(
     tile: &Tile<R>,
-    scales: &[u8; PANEL],
+    scales: &[S; PANEL],
     group: usize,
     row_scales: Option<&[f32]>,
     sums: &mut [Sums],
 ) {
-    let [low_scale, high_scale] = powers_of_two(scales);
+    let [low_scale, high_scale] = widened(scales);
     for (row, (tile, sums)) in tile.iter().zip(sums).enumerate() {
         let [mut low, mut high] = *tile;
         if let Some(row_scales) = row_scales {
@@ -112,25 +113,35 @@ fn promote<const R: usize>(
 #[inline]
 #[target_feature(enable = "avx512f")]
 #[allow(unsafe_code)]
-fn powers_of_two(scales: &[u8; PANEL]) -> [__m512; 2] {
-    // SAFETY: the scales are two registers of 16 bytes; unaligned loads.
-    let halves = unsafe { [_mm_loadu_si128(scales.as_ptr().cast()), _mm_loadu_si128(scales[16..].as_ptr().cast())] };
-    let least = _mm512_set1_epi32(LEAST_SCALE as i32);
-    halves.map(|bytes| {
-        let exponents = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(bytes));
-        _mm512_castsi512_ps(_mm512_max_epu32(exponents, least))
+fn widened<S: GroupScale>(scales: &[S; PANEL]) -> [__m512; 2] {
+    let halves = [scales[..PANEL / 2].as_ptr(), scales[PANEL / 2..].as_ptr()];
+    if S::KIND == ScaleKind::Exponent {
+        let least = _mm512_set1_epi32(LEAST_SCALE as i32);
+        return halves.map(|half| {
+            // SAFETY: half of the scales is one register of 16 bytes; an unaligned load.
+            let bytes = unsafe { _mm_loadu_si128(half.cast()) };
+            let exponents = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(bytes));
+            _mm512_castsi512_ps(_mm512_max_epu32(exponents, least))
+        });
+    }
+    halves.map(|half| {
+        // SAFETY: half of the scales, of the two other kinds, is one register of 32 bytes; an unaligned load.
+        let words = unsafe { _mm256_loadu_si256(half.cast()) };
+        match S::KIND {
+            ScaleKind::F16 => _mm512_cvtph_ps(words),
+            _ => _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(words))),
+        }
     })
 }
-
-/// The bf16 of a nibble, twice: a look-up takes the low five bits of a word, of which the fifth is not the nibble's.
-static TABLE: [[u16; 16]; 2] = [E2M1_AS_BF16; 2];
 
 #[inline]
 #[target_feature(enable = "avx512f")]
 #[allow(unsafe_code)]
-fn table() -> __m512i {
+fn table<S: GroupScale>() -> __m512i {
+    // The bf16 of a nibble, twice: a look-up takes the low five bits of a word, of which the fifth is not the nibble's.
+    let table: &[[u16; 16]; 2] = const { &[S::NIBBLES; 2] };
     // SAFETY: the table is one register of 64 bytes; an unaligned load.
-    unsafe { _mm512_loadu_si512(TABLE.as_ptr().cast()) }
+    unsafe { _mm512_loadu_si512(table.as_ptr().cast()) }
 }
 
 /// A line's pairs: columns 0..16, then 16..32.

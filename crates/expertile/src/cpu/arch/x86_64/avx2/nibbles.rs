@@ -1,21 +1,21 @@
-//! MXFP4 weights with AVX2: nibbles are looked up as the two bytes of a bf16 in registers, 32 at a time.
+//! 4-bit weights with AVX2: nibbles are looked up as the two bytes of a bf16 in registers, 32 at a time.
 
 use super::{LANES, Prefetch, ROWS, SplitRows, WIDE_ROWS, accumulate, split_tile, widen};
 use crate::cpu::arch::panel::{
-    Ahead, BLOCK_GROUPS, BLOCK_PAIRS, E2M1_AS_BF16, GROUP_PAIRS, LEAST_SCALE, MAX_ROWS, Mxfp4Group, NibbleLine, PANEL,
-    PairLine, Sums,
+    Ahead, BLOCK_GROUPS, BLOCK_PAIRS, GROUP_PAIRS, GroupScale, LEAST_SCALE, MAX_ROWS, NibbleGroup, NibbleLine, PANEL,
+    PairLine, ScaleKind, Sums,
 };
 use crate::cpu::arch::{Isa, Level};
 use std::arch::x86_64::*;
 
-/// See [`crate::cpu::arch::mxfp4::multiply_mxfp4`].
+/// See [`crate::cpu::arch::nibbles::multiply_nibbles`].
 ///
 /// One row or two are multiplied by what has just been looked up; for more rows it is kept, and read again.
 #[allow(unsafe_code)]
-pub(crate) fn multiply_mxfp4(
+pub(crate) fn multiply_nibbles<S: GroupScale>(
     isa: Isa,
     rows: &[u32],
-    groups: &[Mxfp4Group],
+    groups: &[NibbleGroup<S>],
     row_scales: Option<&[f32]>,
     sums: &mut [Sums],
     decoded: &mut [PairLine],
@@ -34,8 +34,8 @@ pub(crate) fn multiply_mxfp4(
             // SAFETY: an `Isa` of this level exists only if the CPU has every feature the kernel enables.
             unsafe {
                 match tile {
-                    1 => multiply_groups::<1>(&split_rows, groups, row_scales, sums, ahead),
-                    _ => multiply_groups::<WIDE_ROWS>(&split_rows, groups, row_scales, sums, ahead),
+                    1 => multiply_groups::<1, S>(&split_rows, groups, row_scales, sums, ahead),
+                    _ => multiply_groups::<WIDE_ROWS, S>(&split_rows, groups, row_scales, sums, ahead),
                 }
             }
             continue;
@@ -50,12 +50,12 @@ pub(crate) fn multiply_mxfp4(
     }
 }
 
-/// See [`crate::cpu::arch::mxfp4::multiply_mxfp4_decoded`].
-pub(crate) fn multiply_mxfp4_decoded(
+/// See [`crate::cpu::arch::nibbles::multiply_nibbles_decoded`].
+pub(crate) fn multiply_nibbles_decoded<S: GroupScale>(
     isa: Isa,
     rows: &[u32],
     lines: &[PairLine],
-    groups: &[Mxfp4Group],
+    groups: &[NibbleGroup<S>],
     row_scales: Option<&[f32]>,
     sums: &mut [Sums],
     ahead: Ahead<'_>,
@@ -79,10 +79,10 @@ fn of_block(row_scales: Option<&[f32]>, block: usize, tile: usize) -> Option<&[f
 
 /// One block of K, decoded, for all rows of a tile. Called by functions that hold an `Isa` of AVX2.
 #[allow(unsafe_code)]
-fn multiply_block(
+fn multiply_block<S: GroupScale>(
     rows: &SplitRows,
     lines: &[PairLine],
-    groups: &[Mxfp4Group],
+    groups: &[NibbleGroup<S>],
     row_scales: Option<&[f32]>,
     sums: &mut [Sums],
     ahead: Ahead<'_>,
@@ -98,11 +98,11 @@ fn multiply_block(
         // SAFETY: the callers hold an `Isa` of AVX2, which exists only if the CPU has every feature the kernel enables.
         unsafe {
             match sums.len() {
-                1 => multiply_lines::<1, 4>(rows, first, lines, groups, row_scales, sums, ahead),
-                2 => multiply_lines::<WIDE_ROWS, 4>(rows, first, lines, groups, row_scales, sums, ahead),
-                3 => multiply_lines::<3, 2>(rows, first, lines, groups, row_scales, sums, ahead),
-                4 => multiply_lines::<4, 2>(rows, first, lines, groups, row_scales, sums, ahead),
-                5 => multiply_lines::<ROWS, 2>(rows, first, lines, groups, row_scales, sums, ahead),
+                1 => multiply_lines::<1, 4, S>(rows, first, lines, groups, row_scales, sums, ahead),
+                2 => multiply_lines::<WIDE_ROWS, 4, S>(rows, first, lines, groups, row_scales, sums, ahead),
+                3 => multiply_lines::<3, 2, S>(rows, first, lines, groups, row_scales, sums, ahead),
+                4 => multiply_lines::<4, 2, S>(rows, first, lines, groups, row_scales, sums, ahead),
+                5 => multiply_lines::<ROWS, 2, S>(rows, first, lines, groups, row_scales, sums, ahead),
                 rows => unreachable!("a part of {rows} rows"),
             }
         }
@@ -110,13 +110,13 @@ fn multiply_block(
 }
 
 /// `R` rows by `C` registers of columns at a time.
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 #[allow(unsafe_code)]
-fn multiply_lines<const R: usize, const C: usize>(
+fn multiply_lines<const R: usize, const C: usize, S: GroupScale>(
     rows: &SplitRows,
     first: usize,
     lines: &[PairLine],
-    groups: &[Mxfp4Group],
+    groups: &[NibbleGroup<S>],
     row_scales: Option<&[f32]>,
     sums: &mut [Sums],
     ahead: Ahead<'_>,
@@ -145,16 +145,16 @@ fn multiply_lines<const R: usize, const C: usize>(
 }
 
 /// `R` rows by all columns, nibbles looked up on the way.
-#[target_feature(enable = "avx2,fma")]
-fn multiply_groups<const R: usize>(
+#[target_feature(enable = "avx2,fma,f16c")]
+fn multiply_groups<const R: usize, S: GroupScale>(
     rows: &SplitRows,
-    groups: &[Mxfp4Group],
+    groups: &[NibbleGroup<S>],
     row_scales: Option<&[f32]>,
     sums: &mut [Sums],
     ahead: Ahead<'_>,
 ) {
     let mut prefetch = Prefetch::new(ahead, groups.len() * GROUP_PAIRS);
-    let tables = tables();
+    let tables = tables::<S>();
     for (rows, group) in rows.chunks(GROUP_PAIRS).zip(groups) {
         let mut tile = [[_mm256_setzero_ps(); PANEL / LANES]; R];
         for ([even, odd], line) in rows.iter().zip(&group.lines) {
@@ -174,21 +174,17 @@ fn multiply_groups<const R: usize>(
 
 /// `sums += (tile * row scale) * column scale` for one group, from a column on.
 #[inline]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 #[allow(unsafe_code)]
-fn promote<const R: usize, const C: usize>(
+fn promote<const R: usize, const C: usize, S: GroupScale>(
     tile: &[[__m256; C]; R],
-    group: &Mxfp4Group,
+    group: &NibbleGroup<S>,
     column: usize,
     row_scales: Option<&[f32]>,
     sums: &mut [Sums],
 ) {
-    let least = _mm256_set1_epi32(LEAST_SCALE as i32);
-    for (index, bytes) in group.scales[column..column + C * LANES].chunks_exact(LANES).enumerate() {
-        // SAFETY: a chunk is 8 bytes, which this loads; unaligned.
-        let bytes = unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) };
-        let exponents = _mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(bytes));
-        let scale = _mm256_castsi256_ps(_mm256_max_epu32(exponents, least));
+    for (index, scales) in group.scales[column..column + C * LANES].chunks_exact(LANES).enumerate() {
+        let scale = widened(scales);
         for (row, (tile, sums)) in tile.iter().zip(&mut *sums).enumerate() {
             let mut fresh = tile[index];
             if let Some(row_scales) = row_scales {
@@ -207,9 +203,9 @@ fn promote<const R: usize, const C: usize>(
 /// Every nibble as bf16.
 #[target_feature(enable = "avx2")]
 #[allow(unsafe_code)]
-fn decode(groups: &[Mxfp4Group], pairs: &mut [PairLine], ahead: Ahead<'_>) {
+fn decode<S: GroupScale>(groups: &[NibbleGroup<S>], pairs: &mut [PairLine], ahead: Ahead<'_>) {
     let mut prefetch = Prefetch::new(ahead, pairs.len());
-    let tables = tables();
+    let tables = tables::<S>();
     for (line, pairs) in groups.iter().flat_map(|group| &group.lines).zip(pairs) {
         prefetch.step();
         for (target, found) in pairs.chunks_exact_mut(LANES).zip(look_up(tables, line)) {
@@ -219,14 +215,37 @@ fn decode(groups: &[Mxfp4Group], pairs: &mut [PairLine], ahead: Ahead<'_>) {
     }
 }
 
-/// The low bytes, then the high bytes, of the bf16 of every nibble, each in both halves of a register.
-static TABLES: [[u8; 32]; 2] = split_bytes();
+/// The values of 8 scales.
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+#[allow(unsafe_code)]
+fn widened<S: GroupScale>(scales: &[S]) -> __m256 {
+    assert_eq!(scales.len(), LANES);
+    match S::KIND {
+        ScaleKind::Exponent => {
+            // SAFETY: the scales are 8 bytes, which this loads; unaligned.
+            let bytes = unsafe { _mm_loadl_epi64(scales.as_ptr().cast()) };
+            let exponents = _mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(bytes));
+            _mm256_castsi256_ps(_mm256_max_epu32(exponents, _mm256_set1_epi32(LEAST_SCALE as i32)))
+        }
+        ScaleKind::Bf16 => {
+            // SAFETY: the scales are one register of 16 bytes; an unaligned load.
+            let words = unsafe { _mm_loadu_si128(scales.as_ptr().cast()) };
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(words)))
+        }
+        ScaleKind::F16 => {
+            // SAFETY: as above.
+            _mm256_cvtph_ps(unsafe { _mm_loadu_si128(scales.as_ptr().cast()) })
+        }
+    }
+}
 
-const fn split_bytes() -> [[u8; 32]; 2] {
+/// The low bytes, then the high bytes, of the bf16 of every nibble, each in both halves of a register.
+const fn split_bytes(nibbles: [u16; 16]) -> [[u8; 32]; 2] {
     let mut tables = [[0; 32]; 2];
     let mut at = 0;
     while at < 32 {
-        [tables[0][at], tables[1][at]] = E2M1_AS_BF16[at % 16].to_le_bytes();
+        [tables[0][at], tables[1][at]] = nibbles[at % 16].to_le_bytes();
         at += 1;
     }
     tables
@@ -235,9 +254,10 @@ const fn split_bytes() -> [[u8; 32]; 2] {
 #[inline]
 #[target_feature(enable = "avx2")]
 #[allow(unsafe_code)]
-fn tables() -> [__m256i; 2] {
+fn tables<S: GroupScale>() -> [__m256i; 2] {
+    let tables: &[[u8; 32]; 2] = const { &split_bytes(S::NIBBLES) };
     // SAFETY: a table is one register of 32 bytes; unaligned loads.
-    unsafe { [_mm256_loadu_si256(TABLES[0].as_ptr().cast()), _mm256_loadu_si256(TABLES[1].as_ptr().cast())] }
+    unsafe { [_mm256_loadu_si256(tables[0].as_ptr().cast()), _mm256_loadu_si256(tables[1].as_ptr().cast())] }
 }
 
 /// A line's pairs, 8 columns to a register.
