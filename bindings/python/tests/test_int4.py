@@ -72,5 +72,6 @@ def test_what_does_not_fit_is_named():
             et.Gemm(*arguments)
     bad = scales.clone()
     bad[4, 71, 3] = float("nan")
-    with pytest.raises(ValueError, match="scales is 32704, expected the bits of a finite bf16: that of row 71, group 3"):
+    message = "scales is 32704, expected the bits of a finite bf16: that of row 71, group 3"
+    with pytest.raises(ValueError, match=message):
         et.Gemm(words, bad)

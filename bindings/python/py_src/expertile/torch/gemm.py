@@ -91,7 +91,8 @@ class Gemm:
             raise ArgumentValueError("weights", " are MXFP4, arranged", "arranged", "weights that are used in place")
         experts, n, k = self.shape
         dtype = torch.uint8 if self._dtype == torch.int32 else self._dtype
-        weights = _arrays.empty_tensor("weights", (experts, n, k // 2 if dtype == torch.uint8 else k), dtype, self._device)
+        width = k // 2 if dtype == torch.uint8 else k
+        weights = _arrays.empty_tensor("weights", (experts, n, width), dtype, self._device)
         self._native.unpack(weights)
         return weights.view(self._dtype)
 

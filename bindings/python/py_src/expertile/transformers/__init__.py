@@ -4,8 +4,8 @@
 >>> model = AutoModelForCausalLM.from_pretrained(name, dtype="bfloat16", experts_implementation="expertile")
 
 Importing the module registers the implementation, for bfloat16 experts, for float8_e4m3fn ones with 128 x 128 block
-scales and for MXFP4 ones (gpt-oss's, DeepSeek-V4's), on the CPU and on a Hopper GPU. Models that do not ask for it are loaded and
-computed as before.
+scales and for MXFP4 ones (gpt-oss's, DeepSeek-V4's), on the CPU and on a Hopper GPU. Models that do not ask for it are
+loaded and computed as before.
 
 - What no layer computes raises ValueError or TypeError when the model is made or loaded, or when
   ``set_experts_implementation`` is called, with the name of the module.
