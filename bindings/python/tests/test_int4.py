@@ -75,3 +75,47 @@ def test_what_does_not_fit_is_named():
     message = "scales is 32704, expected the bits of a finite bf16: that of row 71, group 3"
     with pytest.raises(ValueError, match=message):
         et.Gemm(words, bad)
+
+
+def state_of(kind, parts):
+    """The state of experts ``e.{number}.gate_proj`` and so on, with such names of values and scales."""
+    values, scale = kind
+    state = {}
+    for names, (weights, scales) in zip((("gate_proj", "up_proj"), ("down_proj",)), parts, strict=True):
+        for expert in range(E):
+            pairs = zip(names, weights[expert].chunk(len(names)), scales[expert].chunk(len(names)), strict=True)
+            for name, own, own_scales in pairs:
+                state[f"e.{expert}.{name}.{values}"] = own
+                state[f"e.{expert}.{name}.{scale}"] = own_scales
+    return state
+
+
+def test_layers_are_made_of_states_by_every_name():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(9, HIDDEN, generator=generator).bfloat16()
+    weights, ids = torch.rand(9, E, generator=generator).topk(2)
+    (w13, s13, _), (w2, s2, _) = (
+        packed(2 * INTERMEDIATE, HIDDEN, torch.bfloat16, 3),
+        packed(HIDDEN, INTERMEDIATE, torch.bfloat16, 4),
+    )
+    state = state_of(("weight_packed", "weight_scale"), ((w13, s13), (w2, s2)))
+    expected = et.Layer(w13, w2, w13_scale=s13, w2_scale=s2)(x, ids, weights)
+    assert torch.equal(et.Layer.from_state_dict(state, "e.")(x, ids, weights), expected)
+    # The same words are bytes of MXFP4 to DeepSeek-V4, whose scales are exponents.
+    w13, w2 = w13.view(torch.int8), w2.view(torch.int8)
+    s13, s2 = (scales.to(torch.float8_e8m0fnu).view(torch.uint8) for scales in (s13, s2))
+    expected = et.Layer(w13.view(torch.uint8), w2.view(torch.uint8), w13_scale=s13, w2_scale=s2)(x, ids, weights)
+    state = state_of(("weight", "scale"), ((w13, s13), (w2, s2)))
+    assert torch.equal(et.Layer.from_state_dict(state, "e.")(x, ids, weights), expected)
+
+
+@pytest.mark.parametrize("other", ["bias", "weight_zero_point", "weight_g_idx"])
+def test_what_would_change_the_result_is_refused(other):
+    (w13, s13, _), (w2, s2, _) = (
+        packed(2 * INTERMEDIATE, HIDDEN, torch.bfloat16, 3),
+        packed(HIDDEN, INTERMEDIATE, torch.bfloat16, 4),
+    )
+    state = state_of(("weight_packed", "weight_scale"), ((w13, s13), (w2, s2)))
+    state[f"e.3.up_proj.{other}"] = torch.zeros(INTERMEDIATE)
+    with pytest.raises(ValueError, match=rf"e\.3\.up_proj\.{other} is there, expected none"):
+        et.Layer.from_state_dict(state, "e.")

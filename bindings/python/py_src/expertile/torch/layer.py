@@ -123,8 +123,9 @@ class Layer:
         beta=1.0, limit=7.0`` makes the activation that of the published models, whose weights do not say it.
 
         prefix: such as ``"model.layers.3.mlp.experts."``. experts: which of them, in which order; all, if not given.
-        device: where the layer is to be; that of the matrices, if not given. Block scales are found by the names
-        ``weight_scale_inv`` and ``weight_scale``. options: as for ``Layer``.
+        device: where the layer is to be; that of the matrices, if not given. Scales are found by the names
+        ``weight_scale_inv``, ``weight_scale`` and ``scale``, 4-bit values as compressed-tensors packs them (MXFP4 and
+        int4) or as DeepSeek-V4 has them. options: as for ``Layer``.
 
         Raises ValueError or TypeError for what does not fit, and ValueError for a matrix that is missing.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,8 +14,14 @@ from .._errors import ArgumentValueError
 NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """Gate, up and down, by the names of most families, and of Mixtral's."""
 
-SCALES = ("weight_scale_inv", "weight_scale")
+WEIGHTS = ("weight", "weight_packed")
+"""The values, by their names: as they are, and as compressed-tensors packs those of 4 bits."""
+
+SCALES = ("weight_scale_inv", "weight_scale", "scale")
 """What multiplies a block of values, by its names."""
+
+OTHERS = ("bias", "weight_zero_point", "weight_g_idx", "weight_scale_2", "input_scale", "qweight")
+"""What would change the result, and that no layer takes of an expert alone."""
 
 GPT_OSS = {
     "w13": "gate_up_proj_blocks",
@@ -36,11 +43,15 @@ def stacked(
     """The arguments of ``Layer``: w13, w2 and, if there are any, their scales; of gpt-oss also biases and order."""
     if f"{prefix}{GPT_OSS['w13']}" in state_dict:
         return gpt_oss(state_dict, prefix, experts, device)
-    gate, up, down = names_of(state_dict, prefix)
-    found = all_of(state_dict, prefix, gate) if experts is None else list(experts)
+    (gate, up, down), values = names_of(state_dict, prefix)
+    found = all_of(state_dict, prefix, f"{gate}.{values}") if experts is None else list(experts)
     if not found:
         expected = f"matrices named like {prefix}0.{gate}.weight"
         raise ArgumentValueError("experts", " are none", found, expected)
+    for expert, part, other in itertools.product(found, (gate, up, down), OTHERS):
+        name = f"{prefix}{expert}.{part}.{other}"
+        if name in state_dict:
+            raise ArgumentValueError(name, " is there", state_dict[name], f"none beside {values} and its scales")
 
     def stack(parts: tuple[str, ...], kind: str) -> Tensor:
         first = [matrix_of(state_dict, f"{prefix}{found[0]}.{part}.{kind}") for part in parts]
@@ -57,7 +68,7 @@ def stacked(
                 place.copy_(matrix.detach())
         return stack
 
-    weights = {"w13": stack((gate, up), "weight"), "w2": stack((down,), "weight")}
+    weights = {"w13": whole_bytes(stack((gate, up), values)), "w2": whole_bytes(stack((down,), values))}
     for kind in SCALES:
         if f"{prefix}{found[0]}.{gate}.{kind}" in state_dict:
             return {**weights, "w13_scale": stack((gate, up), kind), "w2_scale": stack((down,), kind)}
@@ -90,17 +101,23 @@ def gpt_oss(
     return arguments
 
 
-def names_of(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[str, str, str]:
-    """What gate, up and down are called."""
-    for names in NAMES:
-        if any(key.startswith(prefix) and key.endswith(f".{names[0]}.weight") for key in state_dict):
-            return names
-    return NAMES[0]
+def whole_bytes(weights: Tensor) -> Tensor:
+    """DeepSeek-V4's two 4-bit values to an int8 are what a layer takes in a uint8."""
+    return weights.view(torch.uint8) if weights.dtype == torch.int8 else weights
+
+
+def names_of(state_dict: Mapping[str, Tensor], prefix: str) -> tuple[tuple[str, str, str], str]:
+    """What gate, up and down are called, and their values."""
+    for values in WEIGHTS:
+        for names in NAMES:
+            if any(key.startswith(prefix) and key.endswith(f".{names[0]}.{values}") for key in state_dict):
+                return names, values
+    return NAMES[0], WEIGHTS[0]
 
 
 def all_of(state_dict: Mapping[str, Tensor], prefix: str, gate: str) -> list[int]:
-    """The experts that have a gate, in order."""
-    end = f".{gate}.weight"
+    """The experts that have a gate of that name, in order."""
+    end = f".{gate}"
     between = (key[len(prefix) : -len(end)] for key in state_dict if key.startswith(prefix) and key.endswith(end))
     return sorted(int(number) for number in between if number.isdecimal())
 
