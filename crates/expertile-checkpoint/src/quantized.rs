@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | e4m3 | `<weight>` with `<weight>_scale_inv`, blocks of 128 x 128 | `fp8` |
 //! | MXFP4 | `<weight>_packed` with `<weight>_scale` | `compressed-tensors`, `mxfp4-pack-quantized` |
+//! | int4 | `<weight>_packed` with `<weight>_scale` in BF16 and `<weight>_shape` | `compressed-tensors`, `pack-quantized` |
 //! | MXFP4, families of fused experts (gpt-oss) | `<weight>_blocks` with `<weight>_scales` | `mxfp4` |
 //!
 //! What else belongs to the block is copied: the router, biases, the shared expert.
@@ -15,7 +16,8 @@ use crate::matrix::WeightMatrix;
 use crate::moe_layer::MoeLayer;
 use expertile::gemm::WEIGHT_BLOCK;
 use expertile::quantize::quantize_blocks;
-use expertile::{E4m3, GateUpOrder, WeightFormat, mxfp4};
+use expertile::{E4m3, GateUpOrder, WeightFormat, int4, mxfp4};
+use half::bf16;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use std::borrow::Cow;
@@ -28,9 +30,10 @@ pub struct QuantizedMatrix {
     pub rows: usize,
     /// Inputs.
     pub cols: usize,
-    /// e4m3 `[rows, cols]`, or MXFP4's `[rows, cols / 2]`.
+    /// e4m3 `[rows, cols]`, or MXFP4's and int4's `[rows, cols / 2]`.
     pub values: Vec<u8>,
-    /// Little-endian f32 `[ceil(rows / 128), ceil(cols / 128)]`, or MXFP4's `[rows, cols / 32]`.
+    /// Little-endian f32 `[ceil(rows / 128), ceil(cols / 128)]`, or MXFP4's `[rows, cols / 32]`, or as many of bf16 for
+    /// int4.
     pub scales: Vec<u8>,
 }
 
@@ -47,10 +50,10 @@ pub struct QuantizedExpert {
 
 impl WeightMatrix<'_> {
     /// The matrix in another format: rounded to nearest even, e4m3 with the exact scale of each 128 x 128 block, MXFP4
-    /// with the OCP's.
+    /// with the OCP's, int4 with the largest magnitude of 32 over 7 in bf16.
     ///
     /// # Errors
-    /// [`expertile::Error::Value`] for MXFP4 unless 32 divides the columns, [`expertile::Error::Parameter`] for a value
+    /// [`expertile::Error::Value`] for 4 bits unless 32 divides the columns, [`expertile::Error::Parameter`] for a value
     /// that is not finite, [`expertile::Error::WeightFormat`] for bf16, which is no quantized format.
     pub fn quantize(&self, format: WeightFormat) -> expertile::Result<QuantizedMatrix> {
         let (rows, cols) = (self.rows(), self.cols());
@@ -77,9 +80,15 @@ impl WeightMatrix<'_> {
                 mxfp4::quantize_rows(&values, cols, &mut blocks, &mut scales)?;
                 (blocks, scales)
             }
-            WeightFormat::Bf16 | WeightFormat::Int4 => {
+            WeightFormat::Int4 => {
+                let groups = int4::groups(cols)?;
+                let (mut blocks, mut scales) = (vec![0; values.len() / 2], vec![bf16::ZERO; rows * groups]);
+                int4::quantize_rows(&values, cols, &mut blocks, &mut scales)?;
+                (blocks, scales.into_iter().flat_map(bf16::to_le_bytes).collect())
+            }
+            WeightFormat::Bf16 => {
                 let (argument, actual) = ("weights", format.name());
-                return Err(expertile::Error::WeightFormat { argument, actual, expected: "e4m3 or mxfp4" });
+                return Err(expertile::Error::WeightFormat { argument, actual, expected: "e4m3, mxfp4 or int4" });
             }
         };
         Ok(QuantizedMatrix { rows, cols, values, scales })
@@ -123,7 +132,7 @@ impl<'a, 'c> QuantizedLayer<'a, 'c> {
         let family = checkpoint.family();
         let each = family.experts.iter().find(|names| matches!(names, ExpertNames::Each { .. }));
         let names = match (each, format) {
-            (Some(names), WeightFormat::E4m3 | WeightFormat::Mxfp4) => names,
+            (Some(names), WeightFormat::E4m3 | WeightFormat::Mxfp4 | WeightFormat::Int4) => names,
             (None, WeightFormat::Mxfp4) => &family.experts[0],
             _ => {
                 let expected = format!("another format for {}, which has no names for it", family.model_type());
@@ -144,18 +153,8 @@ impl<'a, 'c> QuantizedLayer<'a, 'c> {
         }
         config["quantization_config"] = match (self.format, self.names) {
             (WeightFormat::Mxfp4, ExpertNames::Fused { .. }) => json!({"quant_method": "mxfp4"}),
-            (WeightFormat::Mxfp4, ExpertNames::Each { .. }) => json!({
-                "quant_method": "compressed-tensors",
-                "format": "mxfp4-pack-quantized",
-                "config_groups": {"group_0": {
-                    "targets": ["re:.*experts.*"],
-                    "input_activations": null,
-                    "weights": {
-                        "num_bits": 4, "type": "float", "strategy": "group", "group_size": mxfp4::GROUP,
-                        "symmetric": true, "dynamic": false
-                    }
-                }}
-            }),
+            (WeightFormat::Mxfp4, ExpertNames::Each { .. }) => packed_config("mxfp4-pack-quantized", "float"),
+            (WeightFormat::Int4, _) => packed_config("pack-quantized", "int"),
             _ => json!({
                 "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
                 "weight_block_size": [WEIGHT_BLOCK, WEIGHT_BLOCK]
@@ -220,6 +219,11 @@ impl<'a, 'c> QuantizedLayer<'a, 'c> {
                 (format!("{name}_packed"), Dtype::U8, vec![*rows, cols / 2]),
                 (format!("{name}_scale"), Dtype::U8, vec![*rows, cols / mxfp4::GROUP]),
             ),
+            // Eight values to a word, the first in the lowest bits: the bytes as they are.
+            WeightFormat::Int4 => (
+                (format!("{name}_packed"), Dtype::I32, vec![*rows, cols / 8]),
+                (format!("{name}_scale"), Dtype::BF16, vec![*rows, cols / int4::GROUP]),
+            ),
             _ => (
                 (name.clone(), Dtype::F8_E4M3, vec![*rows, *cols]),
                 (
@@ -231,6 +235,11 @@ impl<'a, 'c> QuantizedLayer<'a, 'c> {
         };
         for ((name, dtype, shape), bytes) in [(values_as, values), (scales_as, scales)] {
             tensors.push(NewTensor { name, dtype, shape, bytes: bytes.into() });
+        }
+        if self.format == WeightFormat::Int4 {
+            let bytes: Vec<u8> = [*rows, *cols].into_iter().flat_map(|extent| (extent as i64).to_le_bytes()).collect();
+            let name = format!("{name}_shape");
+            tensors.push(NewTensor { name, dtype: Dtype::I64, shape: vec![2], bytes: bytes.into() });
         }
     }
 
@@ -247,6 +256,22 @@ impl<'a, 'c> QuantizedLayer<'a, 'c> {
         };
         self.layer.other_tensors().iter().map(tensor).collect()
     }
+}
+
+/// What compressed-tensors says of weights of 4 bits in groups of 32.
+fn packed_config(format: &str, kind: &str) -> Value {
+    json!({
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "config_groups": {"group_0": {
+            "targets": ["re:.*experts.*"],
+            "input_activations": null,
+            "weights": {
+                "num_bits": 4, "type": kind, "strategy": "group", "group_size": mxfp4::GROUP,
+                "symmetric": true, "dynamic": false
+            }
+        }}
+    })
 }
 
 /// Rows of gate and up as a tensor in that order.

@@ -48,7 +48,7 @@ fn a_layer_in_another_format_is_a_checkpoint_that_this_command_runs() {
         let folder = tempfile::tempdir().unwrap();
         Model::new(family, SIZES, false).write(folder.path(), 1);
         input(folder.path());
-        for (format, least, most) in [("e4m3", 5e-5, 1e-3), ("mxfp4", 2e-3, 2e-2)] {
+        for (format, least, most) in [("e4m3", 5e-5, 1e-3), ("mxfp4", 2e-3, 2e-2), ("int4", 1e-3, 1e-2)] {
             let report = quantize(folder.path(), format, format);
             assert_errors(&report, least, most);
             let ran = layer(folder.path(), format);
@@ -74,8 +74,8 @@ fn what_is_in_the_way_is_named_and_left_alone() {
         words.extend(options.split_whitespace());
         refuse(folder.path(), &words, message);
     };
-    refused("1 --weights bf16 --output out", "--weights is bf16, expected e4m3 or mxfp4");
-    refused("1 --weights int4 --output out", "expected one of e4m3, bf16, mxfp4");
+    refused("1 --weights bf16 --output out", "--weights is bf16, expected e4m3, mxfp4 or int4");
+    refused("1 --weights int5 --output out", "expected one of e4m3, bf16, mxfp4, int4");
     refused("1 --weights mxfp4 --output .", "--output is ., expected a folder that is empty, or none");
     refused("1 --weights mxfp4 --output config.json", "--output is config.json, expected a folder");
     refused("7 --weights mxfp4 --output out", "layer is 7");

@@ -10,6 +10,7 @@ use expertile_checkpoint::{
     Checkpoint, Expert, MoeLayer, QuantizedExpert, QuantizedLayer, QuantizedMatrix, WeightMatrix,
 };
 use expertile_oracle as oracle;
+use half::bf16;
 use rayon::prelude::*;
 use serde::Serialize;
 use std::fmt::Write;
@@ -20,7 +21,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Write one MoE layer of a checkpoint with its experts in another format, and say how far they are from what they were.
 ///
 /// The experts must be BF16, F16 or F32. Values are rounded to nearest even: e4m3 with a scale for each block of
-/// 128 x 128, mxfp4 with the OCP's scale for each group of 32. The folder that is written is a checkpoint of this one
+/// 128 x 128, mxfp4 with the OCP's scale for each group of 32, int4 with a bf16 scale for each group of 32, its largest
+/// magnitude over 7. The folder that is written is a checkpoint of this one
 /// layer, under the same number; the router, biases and the shared expert are copied.
 ///
 /// An error is 1 - 2 sum(x y) / sum(x^2 + y^2) of the weights before and after, decoded by the f64 oracle: about half
@@ -37,7 +39,7 @@ pub(crate) struct Args {
     /// Number of the layer in the checkpoint, from 0.
     #[arg(long, value_name = "N")]
     layer: usize,
-    /// What the experts become: mxfp4 or e4m3.
+    /// What the experts become: mxfp4, int4 or e4m3.
     #[arg(long, value_name = "FORMAT")]
     weights: WeightFormat,
     /// Folder to write config.json and model.safetensors into; made if it is not there, and must be empty if it is.
@@ -95,7 +97,7 @@ impl Sums {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     if args.weights == WeightFormat::Bf16 {
-        return Err(Error::usage("--weights is bf16, expected e4m3 or mxfp4"));
+        return Err(Error::usage("--weights is bf16, expected e4m3, mxfp4 or int4"));
     }
     require_empty(&args.output)?;
     let checkpoint = Checkpoint::open(&args.model)?;
@@ -188,6 +190,8 @@ fn quantize_expert(
 fn compare(before: &WeightMatrix<'_>, after: &QuantizedMatrix, format: WeightFormat) -> Sums {
     let cols = before.cols();
     let scales: Vec<f32> = after.scales.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+    let halves = after.scales.as_chunks::<2>().0.iter();
+    let halves: Vec<f64> = halves.map(|&bytes| bf16::from_le_bytes(bytes).to_f64()).collect();
     let (mut x, mut y) = (vec![0.0; cols], vec![0.0; cols]);
     let mut sums = Sums::default();
     for row in 0..before.rows() {
@@ -195,7 +199,8 @@ fn compare(before: &WeightMatrix<'_>, after: &QuantizedMatrix, format: WeightFor
         match format {
             WeightFormat::Mxfp4 => oracle::mxfp4::weight_row(&after.values, &after.scales, cols, row, &mut y),
             WeightFormat::E4m3 => oracle::gemm::e4m3_weight_row(&after.values, &scales, cols, row, &mut y),
-            WeightFormat::Bf16 | WeightFormat::Int4 => unreachable!("it was refused"),
+            WeightFormat::Int4 => oracle::int4::weight_row(&after.values, &halves, cols, row, &mut y),
+            WeightFormat::Bf16 => unreachable!("it was refused"),
         }
         for (x, y) in x.iter().zip(&y) {
             sums = sums.plus(Sums { products: x * y, squares: x * x + y * y });
