@@ -153,7 +153,7 @@ impl fmt::Display for WeightFormat {
 /// What the permuted activations are made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ActivationFormat {
-    /// e4m3 with one f32 scale per 128 values; needs e4m3 or mxfp4 weights.
+    /// e4m3 with one f32 scale per 128 values; needs weights of another format than bf16.
     E4m3,
     /// bf16; takes weights of any format.
     Bf16,

@@ -393,7 +393,11 @@ impl Layer {
 fn check(w13: &PackedWeights, w2: &PackedWeights, config: &LayerConfig, max_tokens: usize) -> Result<LayerShape> {
     if !w13.format().goes_with(config.activation_format) {
         let actual = w13.format().name();
-        return Err(Error::WeightFormat { argument: "w13", actual, expected: "e4m3 or mxfp4, for e4m3 activations" });
+        return Err(Error::WeightFormat {
+            argument: "w13",
+            actual,
+            expected: "e4m3, mxfp4 or int4, for e4m3 activations",
+        });
     }
     config.activation.check()?;
     let shape = fit(w13, w2, &config.activation, config.activation_format)?;
