@@ -6,7 +6,7 @@ mod on_device;
 
 use expertile::cuda::{
     ActivateConfig, Compiler, ExpertParallelLayer, FewTokensConfig, GemmConfig, GemmKernel, Grouping, PermuteConfig,
-    QuantizePermuteConfig, RouteConfig, RoutePermuteConfig, Source, UnpermuteConfig,
+    QuantizePermuteConfig, QuantizeRowsConfig, RouteConfig, RoutePermuteConfig, Source, UnpermuteConfig,
 };
 use expertile::{
     Activation, ActivationFormat, Combine, Dispatch, Dtype, Error, Group, LayerConfig, LayerShape, Padding,
@@ -91,6 +91,9 @@ fn sources() -> Vec<Source> {
         }
         let activation = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
         sources.push(ActivateConfig { intermediate: 1536, activation, format: Some(format) }.source());
+        for input in [Dtype::Bf16, Dtype::F16] {
+            sources.push(QuantizeRowsConfig { hidden: 7168, input, format }.source());
+        }
     }
     for format in [None, Some(ScaleFormat::HOPPER)] {
         sources.push(ActivateConfig { intermediate: 2048, activation: Activation::default(), format }.source());

@@ -4,13 +4,14 @@
 //! `front` (permuted rows, then activated ones) and `back` (`gate | up`, then the rows of GEMM 2). A shared expert uses
 //! them before the others do, and leaves its rows in a buffer of its own.
 
+mod expanded;
 mod received;
 mod shared;
 
 use super::gemm::{Activations, PackedWeights, grouped_gemm_with_bias, grouped_gemm_workspace_bytes};
 use super::unpermute::{SharedRows, unpermute_with_shared};
 use super::workspace::{Carver, Sizing};
-use super::{Cpu, Isa, activate, activate_quantize, permute_convert, quantize_permute, quantize_rows};
+use super::{Cpu, Isa, activate, activate_quantize, permute_convert, quantize_permute};
 use crate::activation::Activation;
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result, checked_mul, require_exact, require_len};
@@ -22,7 +23,6 @@ use crate::plan::{Plan, TokenExperts};
 use crate::quantize::{Group, ScaleFormat, Scales, ScalesMut};
 use crate::routing::Routing;
 use half::bf16;
-use rayon::prelude::*;
 pub use received::TokenRows;
 pub use shared::SharedExpert;
 use shared::{Shared, SharedSpace};
@@ -235,20 +235,6 @@ impl Layer {
         Ok(self.call_sizes(plan.m_sum(), tokens)?.add_to(sizing)?.bytes())
     }
 
-    /// Bytes that [`Layer::run_expanded`] needs for a buffer of `m_sum` rows.
-    ///
-    /// # Errors
-    /// [`Error::Overflow`].
-    pub fn expanded_workspace_bytes(&self, m_sum: usize) -> Result<usize> {
-        Ok(self.stage_sizes(m_sum)?.add_to(Sizing::new())?.bytes())
-    }
-
-    fn plan(&self, tokens: usize) -> Result<Plan> {
-        LayerConfig::require_tokens(tokens, self.max_tokens)?;
-        let alignment = self.config.alignment.unwrap_or(ALIGNMENT);
-        Plan::tight(tokens, self.config.topk, self.shape.local_experts(), alignment, TokenExperts::MayRepeat)
-    }
-
     /// Runs the layer: `hidden_states [M, H]`, `routing` and `topk_weights` `[M, topk]` to `output [M, H]`.
     ///
     /// # Errors
@@ -324,43 +310,10 @@ impl Layer {
         stages.unpermute((!on_input).then_some(topk_weights), shared, output)
     }
 
-    /// Runs only the experts on rows that a dispatcher delivers expanded and sorted ([`Layout::from_psum`]):
-    /// `rows [M_sum, H]` to `out [M_sum, H]`, live rows only.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if `rows` or the layout's experts do not fit, [`Error::BufferTooSmall`]; nothing is written to
-    /// `out` then.
-    pub fn run_expanded<T: Float>(
-        &self,
-        rows: MatrixRef<'_, T>,
-        layout: &Layout<'_>,
-        workspace: &mut [u8],
-        out: &mut [bf16],
-    ) -> Result<()> {
-        let (m_sum, hidden) = (layout.m_sum(), self.shape.hidden());
-        let prepared = self.config.input;
-        if T::DTYPE != prepared {
-            return Err(Error::Dtype { argument: "rows", actual: T::DTYPE, expected: prepared.as_prepared() });
-        }
-        rows.require_shape("rows", m_sum, hidden)?;
-        if layout.local_experts() != self.shape.local_experts() {
-            let expected = self.shape.local_experts().to_string();
-            return Err(Error::value("local_experts", layout.local_experts(), expected));
-        }
-        require_len("out", out.len(), checked_mul("M_sum * H", m_sum, hidden)?)?;
-        let mut carver = Carver::new(workspace, self.expanded_workspace_bytes(m_sum)?)?;
-        let mut observe = |_: &StageDone<'_>| {};
-        let sizes = self.stage_sizes(m_sum)?;
-        let mut stages = self.stages(layout, size_of::<T>(), sizes, &mut carver, &mut observe);
-        stages.buffers.take(&self.cpu, layout, self.config.activation_format, rows)?;
-        stages.experts()?;
-        let done = &stages.buffers.back[..m_sum * hidden];
-        for expert in 0..layout.local_experts() {
-            let live = layout.expert_rows(expert);
-            let range = live.start * hidden..live.end * hidden;
-            out[range.clone()].copy_from_slice(&done[range]);
-        }
-        Ok(())
+    fn plan(&self, tokens: usize) -> Result<Plan> {
+        LayerConfig::require_tokens(tokens, self.max_tokens)?;
+        let alignment = self.config.alignment.unwrap_or(ALIGNMENT);
+        Plan::tight(tokens, self.config.topk, self.shape.local_experts(), alignment, TokenExperts::MayRepeat)
     }
 
     /// Sizes for the routed experts' `m_sum` rows.
@@ -492,34 +445,6 @@ struct Buffers<'a> {
 }
 
 impl Buffers<'_> {
-    /// Converts or quantizes rows that are already in the layout's order into `front`.
-    fn take<T: Float>(
-        &mut self,
-        cpu: &Cpu,
-        layout: &Layout<'_>,
-        activations: ActivationFormat,
-        rows: MatrixRef<'_, T>,
-    ) -> Result<()> {
-        match activations {
-            ActivationFormat::Bf16 => {
-                let out: &mut [bf16] = bytemuck::cast_slice_mut(self.front);
-                cpu.install(|| {
-                    let experts = layout.m_indices();
-                    let all = out.par_chunks_exact_mut(rows.cols()).zip(experts).enumerate();
-                    all.filter(|(_, (_, expert))| **expert >= 0).for_each(|(row, (out, _))| match rows.row(row) {
-                        Some(from) => out.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_bf16()),
-                        None => out.iter_mut().enumerate().for_each(|(col, to)| *to = rows.get(row, col).to_bf16()),
-                    });
-                });
-                Ok(())
-            }
-            ActivationFormat::E4m3 => {
-                let out: &mut [E4m3] = bytemuck::cast_slice_mut(self.front);
-                quantize_rows(cpu, rows, layout, out, ScalesMut::f32(SCALES, self.scales))
-            }
-        }
-    }
-
     /// The rows in `front` times `weights`, to `out` or to `back`.
     fn multiply(
         &mut self,

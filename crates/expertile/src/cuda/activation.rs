@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::quantize::{Group, ScaleFormat, ScaleLayout, ScaleRounding};
 use half::bf16;
 
-const THREADS: u32 = 768;
+pub(super) const THREADS: u32 = 768;
 
 /// What the kernel is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -42,12 +42,14 @@ impl ActivateConfig {
         definitions.extend(activation_definitions(&self.activation)?);
         definitions.extend([
             ("INTERMEDIATE", i64::from(require_int("intermediate", self.intermediate)?)),
+            ("GATED", 1),
             ("QUANTIZED", i64::from(self.format.is_some())),
+            ("INPUT_F16", 0),
             ("ALIGNED", 1),
             ("HOST_THREADS", i64::from(THREADS)),
             ("HOST_MAX_EXPERTS", MAX_EXPERTS as i64),
         ]);
-        Ok(Source::new("activation.cu", include_str!("kernels/rows/activation.cu"), definitions))
+        Ok(source_with(definitions))
     }
 }
 
@@ -72,15 +74,20 @@ pub struct ActivateCall {
 
 /// The kernel's `ActivationArgs`.
 #[repr(C)]
-struct Arguments {
-    gate_up: u64,
-    psum: u64,
-    out: u64,
-    scales: u64,
-    experts: i32,
-    alignment: i32,
-    m_sum: i32,
-    reserved: i32,
+pub(super) struct Arguments {
+    pub(super) gate_up: u64,
+    pub(super) psum: u64,
+    pub(super) out: u64,
+    pub(super) scales: u64,
+    pub(super) experts: i32,
+    pub(super) alignment: i32,
+    pub(super) m_sum: i32,
+    pub(super) reserved: i32,
+}
+
+/// The kernel's text; [`super::QuantizeRows`] is it without the activation.
+pub(super) fn source_with(definitions: Vec<(&'static str, i64)>) -> Source {
+    Source::new("activation.cu", include_str!("kernels/rows/activation.cu"), definitions)
 }
 
 /// The activation, prepared.

@@ -130,21 +130,16 @@ impl ExpertLayer<Device> for Layer {
         self.check(workspace)
     }
 
-    fn expanded_workspace(&self, _: usize) -> Result<Workspace> {
-        Err(expanded_rows())
+    fn expanded_workspace(&self, m_sum: usize) -> Result<Workspace> {
+        self.expanded_workspace(m_sum)
     }
 
     fn run_expanded<T: Float>(
         &self,
-        _: &ExpandedRows<'_, Device, T>,
-        _: &mut Workspace,
-        _: &mut DeviceBuffer<bf16>,
+        rows: &ExpandedRows<'_, Device, T>,
+        workspace: &mut Workspace,
+        out: &mut DeviceBuffer<bf16>,
     ) -> Result<()> {
-        Err(expanded_rows())
+        self.run_expanded(rows, workspace, out)
     }
-}
-
-pub(super) fn expanded_rows() -> Error {
-    let (argument, actual) = ("rows", "expanded and sorted already");
-    Error::Unsupported { argument, actual, backend: BACKEND, expected: "tokens with their ids" }
 }

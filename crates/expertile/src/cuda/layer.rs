@@ -5,12 +5,14 @@
 
 mod choice;
 mod config;
+mod expanded;
 mod launch;
 mod received;
 mod run;
 
 pub(in crate::cuda) use choice::alike;
 pub use choice::{LayerChoice, LayerParts};
+pub use expanded::{ExpandedCall, ExpandedLayer};
 pub(in crate::cuda) use received::{ReceivedCall, ReceivedEntry};
 pub use run::{CapturedLayer, Workspace};
 
@@ -32,6 +34,7 @@ use crate::gemm::WeightFormat;
 use crate::layer::{LayerConfig, LayerShape, Stage};
 use choice::{Choices, Offsets};
 use config::WeightKind;
+use expanded::Expanded;
 use launch::Entry;
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -155,6 +158,7 @@ pub struct Layer {
     choices: Choices,
     activate: Activate,
     unpermute: Unpermute,
+    expanded: Expanded,
 }
 
 impl Layer {
@@ -226,6 +230,7 @@ impl Layer {
                 Ok((kernel.tokens(), FewTokens::prepare(device, kernel)?))
             })?,
             choices,
+            expanded: Expanded::default(),
         })
     }
 

@@ -10,8 +10,10 @@
 //! | its worklist, of rows that came in their places | [`ListTiles`] | `route/list_tiles.cu` |
 //! | both of these | [`GroupedGemm`] | |
 //! | activation, quantized or not | [`Activate`] | `rows/activation.cu` |
+//! | quantizing rows that came in their places | [`QuantizeRows`] | the same, without the activation |
 //! | unpermute | [`Unpermute`] | `rows/unpermute.cu` |
 //! | the whole layer | [`Layer`] | all of them |
+//! | the experts alone, of rows that came in their places | [`ExpandedLayer`] | |
 //! | the layer over several GPUs | [`ExpertParallelLayer`] | and `exchange/*.cu` |
 //!
 //! Building needs nothing of CUDA. [`Device::open`] looks for the driver and says what is missing; kernels are
@@ -43,6 +45,7 @@ pub mod measure;
 mod nccl;
 mod permute;
 mod quantize_permute;
+mod quantize_rows;
 mod route;
 mod route_permute;
 mod unpermute;
@@ -59,11 +62,14 @@ pub use expert_parallel::{
 pub use few_tokens::FewTokensConfig;
 pub use gemm::{FewRowsCut, Gemm, GemmCall, GemmConfig, GemmKernel, GemmShape, ROW_TILES, RowEnds};
 pub use grouped_gemm::{GroupedGemm, GroupedGemmCall, GroupedGemmShape, expected_rows};
-pub use layer::{ALIGNMENT, Biases, CapturedLayer, Layer, LayerCall, LayerChoice, LayerParts, Workspace};
+pub use layer::{
+    ALIGNMENT, Biases, CapturedLayer, ExpandedCall, ExpandedLayer, Layer, LayerCall, LayerChoice, LayerParts, Workspace,
+};
 pub use list_tiles::{Grouping, ListTiles, ListTilesCall, TileLists};
 pub use nccl::Nccl;
 pub use permute::{Permute, PermuteCall, PermuteConfig};
 pub use quantize_permute::{QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig};
+pub use quantize_rows::{QuantizeRows, QuantizeRowsCall, QuantizeRowsConfig};
 pub use route::{Route, RouteCall, RouteConfig, STATE_BYTES};
 pub use route_permute::RoutePermuteConfig;
 pub use unpermute::{Unpermute, UnpermuteCall, UnpermuteConfig};

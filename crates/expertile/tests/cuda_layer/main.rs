@@ -8,6 +8,7 @@
 // lines above.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
+mod expanded;
 mod model;
 #[path = "../on_device/mod.rs"]
 mod on_device;

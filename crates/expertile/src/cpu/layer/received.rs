@@ -29,19 +29,26 @@ pub enum TokenRows<'a> {
 }
 
 impl TokenRows<'_> {
-    fn require(&self, format: ActivationFormat, tokens: usize, hidden: usize) -> Result<()> {
+    /// Fails unless they are those of so many tokens, for a layer of such activations.
+    pub(super) fn require(
+        &self,
+        argument: &'static str,
+        format: ActivationFormat,
+        tokens: usize,
+        hidden: usize,
+    ) -> Result<()> {
         let (expected, actual) = match (format, self) {
             (ActivationFormat::Bf16, Self::Bf16(rows)) => {
-                return rows.require_shape("tokens", tokens, hidden);
+                return rows.require_shape(argument, tokens, hidden);
             }
             (ActivationFormat::E4m3, Self::E4m3 { rows, scales }) => {
-                rows.require_shape("tokens", tokens, hidden)?;
+                rows.require_shape(argument, tokens, hidden)?;
                 return scales.require_shape("token_scales", tokens, SCALES.groups(hidden)?);
             }
             (ActivationFormat::Bf16, Self::E4m3 { .. }) => (Dtype::Bf16, Dtype::E4m3),
             (ActivationFormat::E4m3, Self::Bf16(_)) => (Dtype::E4m3, Dtype::Bf16),
         };
-        Err(Error::Dtype { argument: "tokens", actual, expected: expected.as_prepared() })
+        Err(Error::Dtype { argument, actual, expected: expected.as_prepared() })
     }
 }
 
@@ -132,7 +139,7 @@ impl Layer {
                 return Err(Error::value(argument, actual, format!("{prepared}, as prepared")));
             }
         }
-        tokens.require(self.config.activation_format, count, hidden)?;
+        tokens.require("tokens", self.config.activation_format, count, hidden)?;
         let plan = self.plan(count)?;
         let mut carver = Carver::new(workspace, self.received_workspace_bytes(count)?)?;
         let layout = Layout::build(&plan, routing, carver.take(Layout::space_len(&plan)?))?;

@@ -1,5 +1,5 @@
 use super::*;
-use crate::cpu::{Isa, unpermute};
+use crate::cpu::{Isa, quantize_rows, unpermute};
 use crate::dtype::Dtype;
 use expertile_oracle::{activation::SWIGLU, compare, layer as oracle};
 use expertile_testkit::Random;
@@ -123,6 +123,47 @@ fn expanded_rows_come_out_as_the_layers_own_rows_do() {
     unpermute(cpu, out, &built, Some(weights_matrix), &mut output).unwrap();
     let output: Vec<f64> = output.into_iter().map(f64::from).collect();
     assert_eq!(output, run(&layer, &x, &weights));
+}
+
+#[test]
+fn expanded_rows_that_came_quantized_give_what_rows_that_are_quantized_here_give() {
+    let cpu = &Cpu::new();
+    let (mut w13, mut w2) =
+        (values(3, EXPERTS * 2 * INTERMEDIATE * HIDDEN), values(4, EXPERTS * HIDDEN * INTERMEDIATE));
+    let m_sum = 12;
+    let mut space = vec![0; 3 * EXPERTS + m_sum];
+    let layout = Layout::from_psum(&[3, 5, 11], 4, m_sum, &mut space).unwrap();
+    let x: Vec<bf16> = values(9, m_sum * HIDDEN).into_iter().map(bf16::from_f32).collect();
+    let rows = MatrixRef::new(&x[..], m_sum, HIDDEN).unwrap();
+    let groups = HIDDEN / 128;
+    let (mut quantized, mut scales) = (vec![E4m3(0x7f); m_sum * HIDDEN], vec![f32::NAN; m_sum * groups]);
+    quantize_rows(cpu, rows, &layout, &mut quantized, ScalesMut::f32(SCALES, &mut scales)).unwrap();
+    // Columns of scales one behind the other, as DeepGEMM has them.
+    let columns: Vec<f32> = (0..m_sum * groups).map(|at| scales[at % m_sum * groups + at / m_sum]).collect();
+    let scales = MatrixRef::with_strides(&columns[..], m_sum, groups, 1, m_sum).unwrap();
+    let ready = TokenRows::E4m3 { rows: MatrixRef::new(&quantized[..], m_sum, HIDDEN).unwrap(), scales };
+
+    let config = LayerConfig { input: Dtype::Bf16, ..F32 };
+    let layer = e4m3_layer(cpu, &mut w13, &mut w2, ActivationFormat::E4m3);
+    let layer = layer.with_config(LayerConfig { activation_format: ActivationFormat::E4m3, ..config }, 1).unwrap();
+    let mut workspace = vec![0xff; layer.expanded_workspace_bytes(m_sum).unwrap()];
+    let mut here = vec![bf16::NAN; m_sum * HIDDEN];
+    layer.run_expanded(rows, &layout, &mut workspace, &mut here).unwrap();
+    workspace.fill(0xff);
+    let mut out = vec![bf16::NAN; m_sum * HIDDEN];
+    layer.run_expanded_ready(ready, &layout, &mut workspace, &mut out).unwrap();
+    let bits = |rows: &[bf16]| rows.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&out), bits(&here));
+    for (row, &expert) in layout.m_indices().iter().enumerate() {
+        assert_eq!(out[row * HIDDEN].is_nan(), expert < 0, "row {row}");
+    }
+
+    let narrow = MatrixRef::new(&quantized[..], m_sum, HIDDEN / 2).unwrap();
+    let narrow = TokenRows::E4m3 { rows: narrow, scales };
+    let error = layer.run_expanded_ready(narrow, &layout, &mut workspace, &mut out).unwrap_err();
+    assert!(error.to_string().starts_with("rows has shape [12, 128], expected [12, 256]"), "{error}");
+    let error = layer.run_expanded_ready(TokenRows::Bf16(rows), &layout, &mut workspace, &mut out).unwrap_err();
+    assert_eq!(error, Error::Dtype { argument: "rows", actual: Dtype::Bf16, expected: "e4m3, as prepared" });
 }
 
 #[test]

@@ -2,7 +2,6 @@
 
 use super::{ExpertParallelCall, ExpertParallelChoice, ExpertParallelLayer};
 use crate::backend::{ExpandedRows, ExpertLayer, Ids, LayerInputs};
-use crate::cuda::backend::expanded_rows;
 use crate::cuda::call::DeviceMatrix;
 use crate::cuda::driver::{Device, DeviceBuffer, Graph, Stream};
 use crate::cuda::layer::Workspace;
@@ -101,7 +100,8 @@ impl ExpertParallelLayer {
         let (_, state) = workspace.addresses();
         let call = ExpertParallelCall { state, capacity: self.choice.capacity, ..ExpertParallelCall::default() };
         // SAFETY: the state was made ready, is borrowed exclusively, and stream 0 always lives.
-        unsafe { self.check_launch(Stream(0), &call) }
+        unsafe { self.check_launch(Stream(0), &call)? };
+        self.layer.check_expanded(workspace)
     }
 
     /// Checks lengths and devices, and turns buffers into addresses.
@@ -188,16 +188,17 @@ impl ExpertLayer<Device> for ExpertParallelLayer {
         self.check(workspace)
     }
 
-    fn expanded_workspace(&self, _: usize) -> Result<Workspace> {
-        Err(expanded_rows())
+    /// Of this rank's experts alone, as [`crate::cuda::Layer::run_expanded`]: no rank waits for another.
+    fn expanded_workspace(&self, m_sum: usize) -> Result<Workspace> {
+        self.layer.expanded_workspace(m_sum)
     }
 
     fn run_expanded<T: Float>(
         &self,
-        _: &ExpandedRows<'_, Device, T>,
-        _: &mut Workspace,
-        _: &mut DeviceBuffer<bf16>,
+        rows: &ExpandedRows<'_, Device, T>,
+        workspace: &mut Workspace,
+        out: &mut DeviceBuffer<bf16>,
     ) -> Result<()> {
-        Err(expanded_rows())
+        self.layer.run_expanded(rows, workspace, out)
     }
 }

@@ -292,10 +292,16 @@ pub(super) struct Offsets {
 }
 
 /// Parts one behind the other.
-struct Carver(usize);
+#[derive(Debug, Default)]
+pub(super) struct Carver(usize);
 
 impl Carver {
-    fn part(&mut self, bytes: usize) -> Result<usize> {
+    /// Where all parts end.
+    pub(super) fn end(&self) -> usize {
+        self.0
+    }
+
+    pub(super) fn part(&mut self, bytes: usize) -> Result<usize> {
         let start = self.0;
         let bytes = checked_add("workspace bytes", bytes, PART_BYTES - 1)? / PART_BYTES * PART_BYTES;
         self.0 = checked_add("workspace bytes", start, bytes)?;

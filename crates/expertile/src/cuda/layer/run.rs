@@ -17,11 +17,31 @@ use crate::error::{Result, checked_mul};
 pub struct Workspace {
     memory: DeviceBuffer,
     state: DeviceBuffer,
+    /// Of calls whose rows came in their places: what their kernels note means other things.
+    expanded_state: DeviceBuffer,
     /// Of the last call.
     tokens: usize,
 }
 
 impl Workspace {
+    /// As many bytes of memory, and states that are ready.
+    #[allow(unsafe_code)]
+    pub(super) fn new(device: &Device, bytes: usize) -> Result<Self> {
+        let memory = device.allocate(bytes)?;
+        let [state, expanded_state] = [device.allocate(route::STATE_BYTES)?, device.allocate(route::STATE_BYTES)?];
+        // SAFETY: the memory is new and as large as a state; stream 0 always lives.
+        unsafe {
+            route::initialise_state(device, Stream(0), state.ptr())?;
+            route::initialise_state(device, Stream(0), expanded_state.ptr())?;
+        }
+        Ok(Self { memory, state, expanded_state, tokens: 0 })
+    }
+
+    /// Where the state of calls is whose rows came in their places.
+    pub(super) fn expanded_state(&self) -> DevicePtr {
+        self.expanded_state.ptr()
+    }
+
     /// Bytes of device memory.
     #[must_use]
     pub fn bytes(&self) -> usize {
@@ -74,13 +94,8 @@ impl Layer {
     ///
     /// # Errors
     /// As [`Layer::choice`]; [`crate::Error::Cuda`].
-    #[allow(unsafe_code)]
     pub fn workspace(&self, tokens: usize) -> Result<Workspace> {
-        let memory = self.device().allocate(self.workspace_bytes(tokens)?)?;
-        let state = self.device().allocate(route::STATE_BYTES)?;
-        // SAFETY: the memory is new and as large as a state; stream 0 always lives.
-        unsafe { self.initialise_state(Stream(0), state.ptr())? };
-        Ok(Workspace { memory, state, tokens: 0 })
+        Workspace::new(self.device(), self.workspace_bytes(tokens)?)
     }
 
     /// Queues the call on the default stream: `output [M, H]`, every element.
@@ -122,17 +137,19 @@ impl Layer {
         Ok(CapturedLayer { graph, layer: self, workspace })
     }
 
-    /// Waits for the default stream, and reports what was wrong with the ids of calls in this workspace since the last
-    /// time.
+    /// Waits for the default stream, and reports what was wrong with the ids (or `psum`) of calls in this workspace
+    /// since the last time.
     ///
     /// # Errors
     /// [`crate::Error::MapEntry`] or [`crate::Error::ExpertId`] for the first id or map entry past its limit (such
-    /// slots were treated as empty); [`crate::Error::Cuda`].
+    /// slots were treated as empty); as [`crate::cuda::GroupedGemm::check`], after [`Layer::run_expanded`];
+    /// [`crate::Error::Cuda`].
     #[allow(unsafe_code)]
     pub fn check(&self, workspace: &mut Workspace) -> Result<()> {
         let plan = self.choice(workspace.tokens)?.plan;
         // SAFETY: the state was made ready, is borrowed exclusively, and stream 0 always lives.
-        unsafe { route::check(self.device(), Stream(0), &plan, self.config().global_experts, workspace.state.ptr()) }
+        unsafe { route::check(self.device(), Stream(0), &plan, self.config().global_experts, workspace.state.ptr())? };
+        self.check_expanded(workspace)
     }
 
     /// Checks lengths and devices, and turns buffers into addresses.

@@ -1,10 +1,13 @@
-// The activation between the GEMMs, its result quantized (or bf16): the same IEEE f32 operations as activation.rs.
-// Only live rows are read. Which they are comes from psum and the alignment alone, so rows that a dispatcher delivered
+// The activation between the GEMMs, its result quantized (or bf16): the same IEEE f32 operations as activation.rs. Where
+// not GATED, rows in their places are quantized as they are. Only live rows are read. Which they are comes from psum and the alignment alone, so rows that a dispatcher delivered
 // expanded and sorted do as well; the work is cut by live row, so a skewed routing is as fast as an even one.
 //
-// Set by the host: INTERMEDIATE (= WIDTH), ALPHA, BETA, LIMITED and LIMIT (f32 bit patterns), QUANTIZED, HOST_THREADS
-// (of a block), HOST_MAX_EXPERTS; where QUANTIZED: GROUP, SCALE_LAYOUT, POWER_OF_TWO.
+// Set by the host: INTERMEDIATE (= WIDTH), GATED, QUANTIZED, INPUT_F16 (or bf16), HOST_THREADS (of a block),
+// HOST_MAX_EXPERTS; where GATED: ALPHA, BETA, LIMITED and LIMIT (f32 bit patterns); where QUANTIZED: GROUP,
+// SCALE_LAYOUT, POWER_OF_TWO.
+#if GATED
 #include "common/activation.cuh"
+#endif
 #include "common/scales.cuh"
 #include "common/search.cuh"
 
@@ -12,9 +15,10 @@ constexpr int MAX_EXPERTS = HOST_MAX_EXPERTS;
 constexpr int THREADS = HOST_THREADS;
 constexpr int WARPS = THREADS / 32;
 constexpr int SLABS = (INTERMEDIATE + SLAB - 1) / SLAB;
+constexpr int HALVES = GATED ? 2 : 1;
 
 struct ActivationArgs {
-    const u16* gate_up;  // [m_sum, 2 INTERMEDIATE] bf16
+    const u16* gate_up;  // [m_sum, HALVES * INTERMEDIATE]
     const int* psum;
     void* out;    // [m_sum, INTERMEDIATE]
     u32* scales;  // of [m_sum, groups]
@@ -96,19 +100,28 @@ __device__ __forceinline__ void load_values(const u16* from, u32 (&pairs)[PER_LA
 // A lane's values of one slab of one row, as they stand in memory.
 struct Raw {
     u32 gate[PER_LANE / 2];
+#if GATED
     u32 up[PER_LANE / 2];
+#endif
 };
 
 __device__ __forceinline__ void load_slab(const ActivationArgs& a, int row, int slab, Raw& raw) {
     const int column = slab * SLAB + lane_of_thread() * PER_LANE;
     if (column >= INTERMEDIATE) {
 #pragma unroll
-        for (int i = 0; i < PER_LANE / 2; ++i) raw.gate[i] = raw.up[i] = 0;
+        for (int i = 0; i < PER_LANE / 2; ++i) {
+            raw.gate[i] = 0;
+#if GATED
+            raw.up[i] = 0;
+#endif
+        }
         return;
     }
-    const u16* from = a.gate_up + (i64)row * (2 * INTERMEDIATE) + column;
+    const u16* from = a.gate_up + (i64)row * (HALVES * INTERMEDIATE) + column;
     load_values(from, raw.gate);
+#if GATED
     load_values(from + INTERMEDIATE, raw.up);
+#endif
 }
 
 // One slab of one row, and the word of its scales that the lane shares. Every lane of the warp calls.
@@ -119,9 +132,12 @@ __device__ __forceinline__ u32 activate_slab(const ActivationArgs& a, const Raw&
     float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < PER_LANE; ++i) {
-        const float gate = i % 2 == 0 ? low_half<0>(raw.gate[i / 2]) : high_half<0>(raw.gate[i / 2]);
+        const u32 pair = raw.gate[i / 2];
+        y[i] = i % 2 == 0 ? low_half<INPUT_F16>(pair) : high_half<INPUT_F16>(pair);
+#if GATED
         const float up = i % 2 == 0 ? low_half<0>(raw.up[i / 2]) : high_half<0>(raw.up[i / 2]);
-        y[i] = times_up(up, gated(gate));
+        y[i] = times_up(up, gated(y[i]));
+#endif
         largest = fmaxf(largest, fabsf(y[i]));
     }
 #if QUANTIZED
