@@ -76,6 +76,16 @@ impl<'py> Rows<'py> {
         Ok(Self { rows, scale, list, m_sum })
     }
 
+    /// Fails unless the last segment is padded as the others are.
+    pub(crate) fn require_whole_segments(&self) -> PyResult<()> {
+        match self.list {
+            List::Psum { alignment, .. } if !self.m_sum.is_multiple_of(alignment.max(1)) => {
+                Err(Wrong::number("m_sum", self.m_sum, format!("a multiple of the alignment {alignment}")).value())
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub(crate) fn list(&self) -> &Array<'py> {
         match &self.list {
             List::Psum { ends, .. } => ends,
@@ -250,7 +260,7 @@ fn row_major_format() -> PyResult<ScaleFormat> {
 }
 
 /// A copy of scales of any strides, row by row.
-fn row_major(scale: &Array<'_>) -> PyResult<Vec<f32>> {
+pub(crate) fn row_major(scale: &Array<'_>) -> PyResult<Vec<f32>> {
     let scales: MatrixRef<'_, f32> = scale.matrix()?;
     let mut copy = limits::vec("scale", scales.rows() * scales.cols())?;
     copy.extend((0..scales.rows()).flat_map(|row| (0..scales.cols()).map(move |col| scales.get(row, col))));

@@ -3,6 +3,8 @@
 use crate::array::{Apart, Array, Element, Native};
 use crate::autograd::written;
 use crate::error::{Actual, Wrong, exception, optional_size, size};
+use crate::expanded;
+use crate::gemm::Rows;
 use crate::limits;
 use crate::operands::Ids;
 use crate::pool::{cpu, work};
@@ -147,6 +149,24 @@ impl PyLayer {
         // Also after an interruption, which leaves rows that are done.
         written(py, &[&call.out, &call.workspace])?;
         done
+    }
+
+    /// The experts alone: `rows [M_sum, H]` in their places to live rows of `out [M_sum, H]`, experts of about
+    /// `rows_at_once` rows before it looks whether it has been interrupted.
+    #[pyo3(signature = (rows, scale, psum, alignment, out, *, rows_at_once=None))]
+    fn run_expanded(
+        &self,
+        py: Python<'_>,
+        rows: &Bound<'_, PyAny>,
+        scale: Option<&Bound<'_, PyAny>>,
+        psum: &Bound<'_, PyAny>,
+        alignment: &Bound<'_, PyAny>,
+        out: &Bound<'_, PyAny>,
+        rows_at_once: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let rows = Rows::new(rows, scale, (Some(psum), None), alignment, (self.local_experts(), self.hidden()))?;
+        let at_once = optional_size("rows_at_once", rows_at_once)?;
+        expanded::run(py, &self.0, &rows, &Array::output("out", out)?, at_once)
     }
 }
 

@@ -13,6 +13,7 @@ mod cuda;
 mod deep_gemm;
 mod error;
 mod exchange;
+mod expanded;
 mod expert_parallel;
 mod gemm;
 mod layer;

@@ -1,4 +1,4 @@
-"""What the tests of the grouped GEMM share: weights, rows in their places, and the product in float64."""
+"""What tests of rows in their places share: weights, the rows, and the product in float64."""
 
 import torch
 
@@ -17,6 +17,24 @@ def weights_of(form, experts, n, k, seed=0):
         return values.bfloat16(), None
     scales = torch.rand(experts, blocks(n), blocks(k), generator=generator) + 0.5
     return values.to(torch.float8_e4m3fn), scales
+
+
+LAYER_TOLERANCE = {"bf16": 1e-4, "e4m3": 3e-3}
+"""Of a row of a layer: bfloat16 between the GEMMs, or e4m3."""
+
+
+def layer_weights_of(form, experts, hidden, intermediate):
+    """w13 and w2, and their scales, if they have any: a layer's arguments."""
+    generator = torch.Generator().manual_seed(3)
+    parts = {}
+    for name, (n, k) in {"w13": (2 * intermediate, hidden), "w2": (hidden, intermediate)}.items():
+        values = torch.randn(experts, n, k, generator=generator) / k**0.5
+        if form == "bf16":
+            parts[name] = values.bfloat16()
+            continue
+        parts[name] = (values * 40).clamp(-448, 448).to(torch.float8_e4m3fn)
+        parts[f"{name}_scale"] = torch.rand(experts, blocks(n), blocks(k), generator=generator) * 0.02 + 0.015
+    return parts
 
 
 class Placed:

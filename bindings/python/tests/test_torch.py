@@ -205,6 +205,18 @@ def cases():
                 torch.zeros(12, 128),
             ),
         ),
+        (
+            ops.layer_expanded,
+            (
+                layer._number,
+                x[:, :128].to(torch.bfloat16),
+                None,
+                torch.tensor([4, 4, 12, 12], dtype=torch.int32),
+                4,
+                None,
+                torch.zeros(12, 128, dtype=torch.bfloat16),
+            ),
+        ),
     ]
 
 
@@ -219,7 +231,7 @@ def small_layer(**options):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(7))
 def test_opcheck_accepts_every_operator(index):
     operator, arguments = cases()[index]
     torch.library.opcheck(operator.default, arguments)

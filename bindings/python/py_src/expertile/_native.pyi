@@ -178,6 +178,18 @@ class Layer:
     ) -> None:
         """By default as many tokens at once as take some seconds; then it looks whether it has been interrupted."""
 
+    def run_expanded(
+        self,
+        rows: Any,
+        scale: Any | None,
+        psum: Any,
+        alignment: int,
+        out: Any,
+        *,
+        rows_at_once: int | None = None,
+    ) -> None:
+        """The experts alone, of about `rows_at_once` rows at a time, on rows in their places."""
+
 @final
 class ExpertParallelLayer:
     """What `expertile.torch.ExpertParallelLayer` documents, on the CPU."""
@@ -289,6 +301,18 @@ class CudaLayer:
         topk_weights: Any,
         expert_map: Any | None = None,
         workspace: Any | None = None,
+        out: Any | None = None,
+    ) -> Any:
+        """The result: `out`, or the tensor made in its place."""
+
+    def prepare_expanded(self, max_rows: int) -> None: ...
+    def run_expanded(
+        self,
+        rows: Any,
+        scale: Any | None,
+        psum: Any,
+        alignment: int,
+        expected_rows: int | None = None,
         out: Any | None = None,
     ) -> Any:
         """The result: `out`, or the tensor made in its place."""

@@ -1,15 +1,16 @@
 //! The whole layer on CUDA tensors: weights where they are (MXFP4 arranged), calls on torch's current stream, all in
 //! torch's memory.
 
+use super::expanded::Expanded;
 use super::gpu::{self, Gpu, current_stream, found_by_a_kernel};
 use super::{lock, matrix, ptr, routing};
 use crate::array::{Apart, Array, Element, place};
 use crate::autograd::written;
 use crate::error::{Actual, Wrong, exception, optional_size, size};
-use crate::gemm::format;
+use crate::gemm::{Rows, format, require_out};
 use crate::layer::{biases, gate_up_order, named_activation, named_activations};
 use crate::tensor::{self, Form};
-use expertile::cuda::{Biases, DeviceBuffer, DevicePtr, Layer, LayerCall, STATE_BYTES, Stream, Weights};
+use expertile::cuda::{Biases, DeviceBuffer, DevicePtr, ExpandedLayer, Layer, LayerCall, STATE_BYTES, Stream, Weights};
 use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
 use expertile::layer::LayerShape;
 use expertile::{ActivationFormat, Dtype, LayerConfig, mxfp4};
@@ -40,6 +41,7 @@ pub(crate) struct CudaLayer {
     /// Never dropped before the layer: a captured graph launches their kernels.
     prepared: Mutex<Vec<Arc<Layer>>>,
     states: Mutex<States>,
+    expanded: Expanded,
 }
 
 struct States {
@@ -123,6 +125,7 @@ impl CudaLayer {
             _tensors: tensors.iter().map(|array| array.object().clone().unbind()).collect(),
             prepared: Mutex::default(),
             states: Mutex::new(States { memory, used: Vec::new() }),
+            expanded: Expanded::new(&gpu)?,
             gpu,
         })
     }
@@ -283,6 +286,52 @@ impl CudaLayer {
         Ok(out.into_object())
     }
 
+    /// Compiles (or loads) everything that `run_expanded` of up to `max_rows` rows can launch.
+    fn prepare_expanded(&self, py: Python<'_>, max_rows: &Bound<'_, PyAny>) -> PyResult<()> {
+        let max_rows = size("max_rows", max_rows)?;
+        self.expanded.prepare(max_rows, || {
+            let weights = (self.w13.clone(), self.w2.clone());
+            let (biases, config) = (self.biases.clone(), self.config);
+            py.detach(|| ExpandedLayer::prepare(&self.gpu.device, weights, biases, config, max_rows)).map_err(exception)
+        })
+    }
+
+    /// Queues the experts alone, on rows in their places; returns `out`, or the tensor that was made in its place.
+    #[pyo3(signature = (rows, scale, psum, alignment, expected_rows=None, out=None))]
+    fn run_expanded<'py>(
+        &self,
+        py: Python<'py>,
+        rows: &Bound<'py, PyAny>,
+        scale: Option<&Bound<'py, PyAny>>,
+        psum: &Bound<'py, PyAny>,
+        alignment: &Bound<'py, PyAny>,
+        expected_rows: Option<&Bound<'py, PyAny>>,
+        out: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (experts, hidden) = (self.shape.local_experts(), self.shape.hidden());
+        let rows = Rows::new(rows, scale, (Some(psum), None), alignment, (experts, hidden))?;
+        if rows.scale.is_some() && self.config.activation_format == ActivationFormat::Bf16 {
+            return Err(rows.rows.dtype_error("bfloat16, for a layer of bf16 activations"));
+        }
+        rows.require_whole_segments()?;
+        let inputs = rows.arrays();
+        Array::common_device(&inputs)?;
+        self.require_here(&rows.rows)?;
+        let expected_rows = optional_size("expected_rows", expected_rows)?;
+        let made = || tensor::empty(py, self.gpu.ordinal, Form::row_major(Element::Bf16, rows.m_sum, hidden));
+        let out = out.map_or_else(made, |out| Array::output("out", out))?;
+        require_out(&out, rows.m_sum, hidden)?;
+        self.require_here(&out)?;
+        self.require_apart(&out)?;
+        Apart::check(&[&out], &inputs)?;
+        let layer = self.expanded.find(rows.m_sum)?;
+        if rows.m_sum > 0 {
+            self.expanded.launch(py, &self.gpu, &layer, &rows, expected_rows, &out)?;
+        }
+        written(py, &[&out])?;
+        Ok(out.into_object())
+    }
+
     /// Waits for the current stream and raises what its kernels found wrong with ids since the last time.
     fn check(&self, py: Python<'_>) -> PyResult<()> {
         let stream = current_stream(py, self.gpu.ordinal)?;
@@ -303,7 +352,8 @@ impl CudaLayer {
                 layer.check_launch(stream, call)
             }
         };
-        py.detach(|| calls.iter().map(check).fold(Ok(()), expertile::Result::and)).map_err(found_by_a_kernel)
+        let all = || calls.iter().map(check).fold(self.expanded.check(stream), expertile::Result::and);
+        py.detach(all).map_err(found_by_a_kernel)
     }
 }
 

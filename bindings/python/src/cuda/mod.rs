@@ -3,6 +3,7 @@
 //! Kept, for the life of the process: a device and its prepared steps (a kernel is compiled by the first call that
 //! needs it), and a workspace for each stream. A call that is being captured into a graph has a workspace of its own.
 
+mod expanded;
 mod expert_parallel;
 mod gemm;
 mod gpu;

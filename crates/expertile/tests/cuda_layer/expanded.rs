@@ -214,8 +214,9 @@ fn the_safe_door_has_the_bits_of_the_raw_one_and_reports_a_psum_that_does_not_fi
     let inputs = Inputs::new(&model, 40, Pattern::Even, 2);
     let inputs = Inputs { weights: once_each(40), ..inputs };
     let expected = by_token(device, &model, &inputs);
-    let sorted = Sorted::new(&inputs.ids, spec.experts, 8, 0);
-    let m_sum = sorted.m_sum();
+    let used = Sorted::new(&inputs.ids, spec.experts, 8, 0).m_sum();
+    let m_sum = used.next_multiple_of(8);
+    let sorted = Sorted::new(&inputs.ids, spec.experts, 8, m_sum - used);
     let rows = device.upload(&sorted.rows::<bf16>(&inputs, hidden)).unwrap();
     let psum = device.upload(&sorted.psum).unwrap();
     let mut out: DeviceBuffer<bf16> = device.allocate(m_sum * hidden).unwrap();
@@ -236,8 +237,10 @@ fn the_safe_door_has_the_bits_of_the_raw_one_and_reports_a_psum_that_does_not_fi
     let unprepared = format!("m_sum is {m_sum}, expected at most 0, for which expanded_workspace was asked");
     refuse(&given, &mut workspace, &out, &unprepared);
     let mut workspace = ExpertLayer::<Device>::expanded_workspace(layer, m_sum).unwrap();
-    let more = format!("m_sum is {}, expected at most {m_sum}", m_sum + 1);
-    refuse(&ExpandedRows { m_sum: m_sum + 1, ..given }, &mut workspace, &out, &more);
+    let more = format!("m_sum is {}, expected at most {m_sum}", m_sum + 8);
+    refuse(&ExpandedRows { m_sum: m_sum + 8, ..given }, &mut workspace, &out, &more);
+    let odd = format!("m_sum is {}, expected a multiple of the alignment 8", m_sum - 1);
+    refuse(&ExpandedRows { m_sum: m_sum - 1, ..given }, &mut workspace, &out, &odd);
     refuse(&ExpandedRows { alignment: 0, ..given }, &mut workspace, &out, "alignment is 0");
     let few = device.upload(&sorted.psum[1..]).unwrap();
     refuse(&ExpandedRows { psum: &few, ..given }, &mut workspace, &out, "psum holds 15 elements, expected at least 16");

@@ -39,6 +39,9 @@ _SCHEMAS = {
         "(int layer, Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor? expert_map, "
         "Tensor(a!)? workspace, Tensor(b!) out) -> ()"
     ),
+    "layer_expanded": (
+        "(int layer, Tensor rows, Tensor? scale, Tensor psum, int alignment, int? expected_rows, Tensor(a!) out) -> ()"
+    ),
     "gemm": (
         "(int gemm, Tensor rows, Tensor? scale, Tensor? psum, Tensor? m_indices, int alignment, int? expected_rows, "
         "Tensor(a!) out) -> ()"
@@ -85,6 +88,13 @@ def _unpermute(
     _untyped.unpermute(rows, inv_perm, topk_ids, expert_map, topk_weights, out)
 
 
+def _alive_layer(layer: int) -> Any:
+    alive = layers.get(layer)
+    if alive is None:
+        raise ArgumentValueError("layer", f" is {layer}", layer, "the number of a Layer that is alive")
+    return alive
+
+
 def _layer(
     layer: int,
     hidden_states: Tensor,
@@ -94,15 +104,29 @@ def _layer(
     workspace: Tensor | None,
     out: Tensor,
 ) -> None:
-    alive = layers.get(layer)
-    if alive is None:
-        raise ArgumentValueError("layer", f" is {layer}", layer, "the number of a Layer that is alive")
+    alive = _alive_layer(layer)
     native = alive._native
     if workspace is None and not alive._on_gpu:
         tokens, topk = topk_ids.shape
         size = (native.workspace_bytes(tokens, topk),)
         workspace = _arrays.empty_tensor("workspace", size, torch.uint8, hidden_states.device)
     native.run(hidden_states, topk_ids, topk_weights, expert_map, workspace, out)
+
+
+def _layer_expanded(
+    layer: int,
+    rows: Tensor,
+    scale: Tensor | None,
+    psum: Tensor,
+    alignment: int,
+    expected_rows: int | None,
+    out: Tensor,
+) -> None:
+    alive = _alive_layer(layer)
+    if alive._on_gpu:
+        alive._native.run_expanded(rows, scale, psum, alignment, expected_rows, out)
+    else:
+        alive._native.run_expanded(rows, scale, psum, alignment, out)
 
 
 def _gemm(
@@ -129,6 +153,7 @@ _KERNELS: dict[str, tuple[Any, ...]] = {
     "build_layout": (_build_layout, "CPU", "CUDA"),
     "gemm": (_gemm, "CPU", "CUDA"),
     "layer": (_layer, "CPU", "CUDA"),
+    "layer_expanded": (_layer_expanded, "CPU", "CUDA"),
     "permute_quantized": (_permute_quantized, "CPU", "CUDA"),
     "permute_rows": (_permute_rows, "CPU", "CUDA"),
     "quantize_permute": (_quantize_permute, "CPU", "CUDA"),

@@ -258,6 +258,46 @@ class Layer:
         call("layer", self._number, hidden_states, topk_ids, topk_weights, expert_map, workspace, out)
         return out
 
+    def prepare_expanded(self, max_rows: int) -> None:
+        """Compiles (or loads) whatever ``run_expanded`` of up to `max_rows` rows can launch; a call compiles nothing.
+
+        Needed on a GPU, before the first call; on the CPU there is nothing to do.
+        """
+        if isinstance(self._native, _native.CudaLayer):
+            self._native.prepare_expanded(max_rows)
+
+    def run_expanded(
+        self,
+        rows: Tensor,
+        psum: Tensor,
+        *,
+        scale: Tensor | None = None,
+        alignment: int = 128,
+        expected_rows: int | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The experts alone, on rows that a dispatcher (DeepEP, vLLM's all-to-all) has expanded and sorted by expert.
+
+        rows: ``[M_sum, H]``, contiguous: bfloat16, which e4m3 activations quantize first; or, for e4m3 activations,
+        float8_e4m3fn with scale float32 ``[M_sum, ceil(H / 128)]`` of any strides. psum: int32 ``[E]``, the end of each
+        expert's rows; they start where the end before, rounded up to `alignment`, is, and an expert without rows
+        stores its start. `alignment` divides ``M_sum``. expected_rows: how many rows are likely to be an expert's, if
+        that is known better than from the size of `rows`: on a GPU kernels are chosen for it.
+
+        Returns bfloat16 ``[M_sum, H]``, of which only rows of experts are written: with the bits that a call gives them
+        before it weighs and adds them. Router weights belong to tokens and have no part in it.
+
+        On a GPU the call is queued on torch's current stream, and what is wrong with `psum` comes back from ``check``.
+        Raises ValueError or TypeError for what does not fit.
+        """
+        if isinstance(self._native, _native.CudaLayer) and unwatched(rows):
+            return self._native.run_expanded(rows, scale, psum, alignment, expected_rows, out)
+        shape = matrix("rows", rows)
+        if out is None:
+            out = empty("out", shape, torch.bfloat16, rows)
+        call("layer_expanded", self._number, rows, scale, psum, alignment, expected_rows, out)
+        return out
+
 
 def on_a_gpu(w13: Tensor, activations: str | None) -> str:
     """What rows are made of: what was asked for, or what goes with the weights; fails for what a GPU does not compute.

@@ -351,6 +351,12 @@ impl Layer {
             let expected = self.config.input.as_prepared();
             return Err(Error::Dtype { argument: "rows", actual: T::DTYPE, expected });
         }
+        if alignment == 0 {
+            return Err(Error::Alignment { actual: 0, expected: "at least 1".into() });
+        }
+        if !m_sum.is_multiple_of(alignment) {
+            return Err(Error::value("m_sum", m_sum, format!("a multiple of the alignment {alignment}")));
+        }
         let layer = self.prepared_for(m_sum)?;
         let values = checked_mul("M_sum * H", m_sum, hidden)?;
         rows.require("rows", device, values)?;
