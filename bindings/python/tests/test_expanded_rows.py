@@ -1,6 +1,9 @@
 """The experts alone on CPU tensors, on rows that a dispatcher has expanded: against float64, bit for bit as the layer
 gives them, and what is refused."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -125,3 +128,10 @@ def test_e4m3_rows_are_refused_where_activations_are_bf16():
     placed = Placed("e4m3", COUNTS, HIDDEN, 8)
     with pytest.raises(TypeError, match="rows has dtype torch.float8_e4m3fn, expected bfloat16, for a layer of bf16"):
         layer.run_expanded(placed.rows, placed.psum, scale=placed.scale, alignment=8)
+
+
+def test_the_pages_example_runs():
+    page = (Path(__file__).parents[3] / "docs" / "python.md").read_text()
+    section = page.split("## Rows that a dispatcher has expanded")[1].split("\n## ")[0]
+    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    exec(compile(example, "python.md", "exec"), {})
