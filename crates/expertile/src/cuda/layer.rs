@@ -108,6 +108,23 @@ struct LayerWeights {
     biases: Biases,
 }
 
+impl LayerWeights {
+    /// Weights that fit each other and the configuration, arranged for it, and the layer's sizes.
+    fn ready(
+        device: &Device,
+        (w13, w2): (Weights, Weights),
+        biases: Biases,
+        config: &LayerConfig,
+    ) -> Result<(LayerShape, Self)> {
+        let what = |weights: &Weights| ([weights.experts(), weights.n(), weights.k()], weights.format());
+        let shape = LayerShape::of_weights(what(&w13), what(&w2), config.activation.is_gated())?;
+        Layer::check_config(&shape, config, w13.format())?;
+        biases.check(device, &shape)?;
+        let [w13, w2] = [w13, w2].map(|weights| weights.arrange(device, config.activation_format));
+        Ok((shape, Self { w13: w13?, w2: w2?, biases }))
+    }
+}
+
 /// An expert layer on a device: weights, and everything that its calls launch.
 ///
 /// Two doors: [`Layer::run`] is safe, over [`super::DeviceBuffer`]s, on the default stream; [`Layer::launch`] takes
@@ -185,17 +202,12 @@ impl Layer {
     /// device.
     pub fn prepare_with_biases(
         device: &Device,
-        (w13, w2): (Weights, Weights),
+        weights: (Weights, Weights),
         biases: Biases,
         config: LayerConfig,
         max_tokens: usize,
     ) -> Result<Self> {
-        let what = |weights: &Weights| ([weights.experts(), weights.n(), weights.k()], weights.format());
-        let shape = LayerShape::of_weights(what(&w13), what(&w2), config.activation.is_gated())?;
-        Self::check_config(&shape, &config, w13.format())?;
-        biases.check(device, &shape)?;
-        let [w13, w2] = [w13, w2].map(|weights| weights.arrange(device, config.activation_format));
-        let weights = LayerWeights { w13: w13?, w2: w2?, biases };
+        let (shape, weights) = LayerWeights::ready(device, weights, biases, &config)?;
         Self::with_weights(device, shape, weights, config, max_tokens)
     }
 

@@ -82,17 +82,13 @@ impl ExpandedLayer {
     /// As [`Layer::prepare_with_biases`]; [`Error::Value`] for `max_rows` 0.
     pub fn prepare(
         device: &Device,
-        (w13, w2): (Weights, Weights),
+        weights: (Weights, Weights),
         biases: Biases,
         config: LayerConfig,
         max_rows: usize,
     ) -> Result<Self> {
-        let what = |weights: &Weights| ([weights.experts(), weights.n(), weights.k()], weights.format());
-        let shape = LayerShape::of_weights(what(&w13), what(&w2), config.activation.is_gated())?;
-        Layer::check_config(&shape, &config, w13.format())?;
-        biases.check(device, &shape)?;
-        let [w13, w2] = [w13, w2].map(|weights| weights.arrange(device, config.activation_format));
-        Self::with_weights(device, shape, LayerWeights { w13: w13?, w2: w2?, biases }, config, max_rows)
+        let (shape, weights) = LayerWeights::ready(device, weights, biases, &config)?;
+        Self::with_weights(device, shape, weights, config, max_rows)
     }
 
     fn with_weights(
