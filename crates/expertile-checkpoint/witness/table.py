@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-HEAD = """| family | Transformers 5 | public hub | FP8, MXFP4 | bf16 router | shared expert alone | largest distance |
+HEAD = """| family | Transformers 5 | public hub | FP8, MXFP4, int4 | bf16 router | shared expert alone | largest distance |
 |---|---|---|---|---|---|---|
 """
 
@@ -47,7 +47,7 @@ def _line(family: str, rows: list[Any]) -> str:
 
 
 def _quantized(row: Any) -> bool:
-    return ("fp8" in row.layout or "mxfp4" in row.layout) and row.verdict == "right"
+    return any(name in row.layout for name in ("fp8", "fp4", "int4")) and row.verdict == "right"
 
 
 def _verdict(rows: Iterable[Any]) -> str:
