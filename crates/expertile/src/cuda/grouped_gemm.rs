@@ -10,6 +10,7 @@ use super::layer::{alike, each_at_once};
 use super::list_tiles::{self, Grouping, ListTiles, ListTilesCall, TileLists};
 use super::route;
 use super::weights::{Weights, check_sizes};
+use crate::activation::Activation;
 use crate::error::{Error, Result};
 use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
 use crate::quantize::ScaleFormat;
@@ -66,10 +67,14 @@ pub struct GroupedGemm {
     max_rows: usize,
     of_psum: ListTiles,
     of_m_indices: ListTiles,
-    gemms: HashMap<GemmKernel, Gemm>,
-    /// From how many expected rows on which kernel is chosen, ascending.
-    kernels: Vec<(usize, GemmKernel)>,
+    /// By kernel, and whether an activation is inside.
+    gemms: HashMap<Choice, Gemm>,
+    /// From how many expected rows on what is chosen, ascending.
+    choices: Vec<(usize, Choice)>,
 }
+
+/// A kernel, and whether an activation is inside.
+type Choice = (GemmKernel, bool);
 
 impl GroupedGemm {
     /// For calls of up to `max_rows` rows. This is the warm-up: what such calls can choose is compiled (or loaded) here,
@@ -79,12 +84,25 @@ impl GroupedGemm {
     /// [`Error::Value`] for sizes that the kernels do not take, [`Error::Device`] unless the device is a Hopper,
     /// [`Error::Kernel`] if a kernel does not compile, [`Error::Cuda`].
     pub fn prepare(device: &Device, shape: GroupedGemmShape, max_rows: usize) -> Result<Self> {
+        Self::prepare_with(device, shape, None, max_rows)
+    }
+
+    /// The same of a GEMM whose `[gate | up]` this activation follows: inside it, where that is expected to take least.
+    ///
+    /// # Errors
+    /// As [`GroupedGemm::prepare`].
+    pub(super) fn prepare_with(
+        device: &Device,
+        shape: GroupedGemmShape,
+        before: Option<Activation>,
+        max_rows: usize,
+    ) -> Result<Self> {
         check_sizes(shape.experts, shape.n, shape.k)?;
         if max_rows == 0 {
             return Err(Error::value("max_rows", 0, "at least 1"));
         }
-        let kernels = shape.kernels(max_rows, device.info().multiprocessors as usize);
-        let mut all: Vec<GemmKernel> = kernels.iter().map(|&(_, kernel)| kernel).collect();
+        let choices = shape.choices(before.is_some(), max_rows, device.info().multiprocessors as usize);
+        let mut all: Vec<Choice> = choices.iter().map(|&(_, choice)| choice).collect();
         all.sort_unstable();
         all.dedup();
         let GroupedGemmShape { format, activation_format, .. } = shape;
@@ -94,10 +112,11 @@ impl GroupedGemm {
             max_rows,
             of_psum: ListTiles::prepare(device, Grouping::Psum { alignment: 1 })?,
             of_m_indices: ListTiles::prepare(device, Grouping::MIndices)?,
-            gemms: each_at_once(&all, |kernel| {
-                Gemm::prepare(device, GemmConfig { format, activation_format, kernel, activation: None })
+            gemms: each_at_once(&all, |(kernel, inside)| {
+                let activation = before.filter(|_| inside);
+                Gemm::prepare(device, GemmConfig { format, activation_format, kernel, activation })
             })?,
-            kernels,
+            choices,
         })
     }
 
@@ -116,7 +135,16 @@ impl GroupedGemm {
     /// The kernel of a call in which so many rows are expected.
     #[must_use]
     pub fn choice(&self, expected_rows: usize) -> GemmKernel {
-        self.kernels[self.kernels.partition_point(|&(first, _)| first <= expected_rows.max(1)) - 1].1
+        self.choose(expected_rows).0
+    }
+
+    fn choose(&self, expected_rows: usize) -> Choice {
+        self.choices[self.choices.partition_point(|&(first, _)| first <= expected_rows.max(1)) - 1].1
+    }
+
+    /// Whether the activation is inside, in a call in which so many rows are expected.
+    pub(super) fn activates(&self, expected_rows: usize) -> bool {
+        self.choose(expected_rows).1
     }
 
     /// Bytes of workspace that any call of `m_sum` rows needs, a multiple of 16. `copies_scales`: unless the rows'
@@ -127,10 +155,10 @@ impl GroupedGemm {
     pub fn workspace_bytes(&self, m_sum: usize, grouping: &Grouping, copies_scales: bool) -> Result<usize> {
         self.require_rows(m_sum)?;
         let width = copies_scales.then_some(self.shape.k);
-        let bytes = |kernel: &GemmKernel| {
+        let bytes = |(kernel, _): &Choice| {
             TileLists::space_bytes(grouping, (m_sum, self.shape.experts), kernel.row_tile(), width)
         };
-        self.gemms.keys().try_fold(0, |most, kernel| Ok(most.max(bytes(kernel)?)))
+        self.gemms.keys().try_fold(0, |most, choice| Ok(most.max(bytes(choice)?)))
     }
 
     /// Readies the state of calls; once, before the first. Any calls may share it.
@@ -158,6 +186,25 @@ impl GroupedGemm {
     /// before anything is queued; [`Error::Cuda`].
     #[allow(unsafe_code)]
     pub unsafe fn launch(&self, stream: Stream, call: &GroupedGemmCall<'_>) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(stream, call, None) }
+    }
+
+    /// The same with a place for the scales of results, for a call that [activates](GroupedGemm::activates): `out` is
+    /// then `[M_sum, N / 2]` e4m3.
+    ///
+    /// # Safety
+    /// As [`GroupedGemm::launch`].
+    ///
+    /// # Errors
+    /// As [`GroupedGemm::launch`].
+    #[allow(unsafe_code)]
+    pub(super) unsafe fn launch_with(
+        &self,
+        stream: Stream,
+        call: &GroupedGemmCall<'_>,
+        out_scales: Option<DevicePtr<f32>>,
+    ) -> Result<()> {
         self.check_call(call)?;
         let GroupedGemmCall {
             weights,
@@ -176,8 +223,8 @@ impl GroupedGemm {
             return Ok(());
         }
         let experts = self.shape.experts;
-        let kernel = self.choice(expected_rows);
-        let row_tile = kernel.row_tile();
+        let choice = self.choose(expected_rows);
+        let row_tile = choice.0.row_tile();
         let copied = scales.filter(|scales| !self.reads_in_place(scales, m_sum));
         let width = copied.map(|_| self.shape.k);
         let lists = TileLists::carve(workspace, &grouping, (m_sum, experts), row_tile, width)?;
@@ -192,14 +239,14 @@ impl GroupedGemm {
             rows,
             scales: lists.scales.or(scales.map(|scales| scales.ptr)),
             out,
-            out_scales: None,
+            out_scales,
             bias,
             header: lists.header,
             worklist: lists.worklist,
             ends: RowEnds::Tiles(lists.rows_left),
             m_sum,
         };
-        let step = &self.gemms[&kernel];
+        let step = &self.gemms[&choice];
         step.check(&gemm)?;
         // SAFETY: the caller's promise; the workspace holds the lists, and the GEMM comes after the launch that writes
         // them.
@@ -271,20 +318,23 @@ impl GroupedGemm {
 }
 
 impl GroupedGemmShape {
-    /// From how many expected rows on which kernel is expected to take least.
-    fn kernels(&self, max_rows: usize, multiprocessors: usize) -> Vec<(usize, GemmKernel)> {
+    /// From how many expected rows on what is expected to take least.
+    fn choices(&self, before_activation: bool, max_rows: usize, multiprocessors: usize) -> Vec<(usize, Choice)> {
         let Self { format, activation_format, experts, n, k } = *self;
-        let mut kernels: Vec<(usize, GemmKernel)> = Vec::new();
+        let mut choices: Vec<(usize, Choice)> = Vec::new();
         let mut rows = 1;
         while rows <= max_rows {
             let shape = GemmShape { n, k, format, activation_format, experts, rows, most_rows: rows };
-            let kernel = GemmKernel::choose(&shape, multiprocessors);
-            if kernels.last().is_none_or(|&(_, last)| last != kernel) {
-                kernels.push((rows, kernel));
+            let choice = match before_activation {
+                true => GemmKernel::choose_before_activation(&shape, multiprocessors),
+                false => (GemmKernel::choose(&shape, multiprocessors), false),
+            };
+            if choices.last().is_none_or(|&(_, last)| last != choice) {
+                choices.push((rows, choice));
             }
             rows = (rows + 1..).find(|&next| alike(next) == next).unwrap_or(usize::MAX);
         }
-        kernels
+        choices
     }
 }
 
@@ -320,7 +370,8 @@ mod tests {
             n: 1024,
             k: 2048,
         };
-        let kernels = shape.kernels(1 << 20, 132);
+        let kernels: Vec<(usize, GemmKernel)> =
+            shape.choices(false, 1 << 20, 132).into_iter().map(|(first, (kernel, _))| (first, kernel)).collect();
         assert_eq!(kernels[0].0, 1);
         assert!(kernels.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 != pair[1].1), "{kernels:?}");
         let (few, many) = (kernels[0].1, kernels[kernels.len() - 1].1);

@@ -12,7 +12,7 @@ mod run;
 
 pub(in crate::cuda) use choice::alike;
 pub use choice::{LayerChoice, LayerParts};
-pub use expanded::{ExpandedCall, ExpandedLayer};
+pub use expanded::{ExpandedCall, ExpandedChoice, ExpandedLayer};
 pub(in crate::cuda) use received::{ReceivedCall, ReceivedEntry};
 pub use run::{CapturedLayer, Workspace};
 

@@ -63,7 +63,8 @@ pub use few_tokens::FewTokensConfig;
 pub use gemm::{FewRowsCut, Gemm, GemmCall, GemmConfig, GemmKernel, GemmShape, ROW_TILES, RowEnds};
 pub use grouped_gemm::{GroupedGemm, GroupedGemmCall, GroupedGemmShape, expected_rows};
 pub use layer::{
-    ALIGNMENT, Biases, CapturedLayer, ExpandedCall, ExpandedLayer, Layer, LayerCall, LayerChoice, LayerParts, Workspace,
+    ALIGNMENT, Biases, CapturedLayer, ExpandedCall, ExpandedChoice, ExpandedLayer, Layer, LayerCall, LayerChoice,
+    LayerParts, Workspace,
 };
 pub use list_tiles::{Grouping, ListTiles, ListTilesCall, TileLists};
 pub use nccl::Nccl;

@@ -152,11 +152,30 @@ fn expanded_rows_have_the_bits_that_the_layer_gives_them() {
 }
 
 #[test]
+fn the_activation_is_inside_gemm_1_where_the_layer_has_it_there() {
+    let Some(device) = hopper() else { return };
+    let choices = |format, biased| {
+        let expanded = Model::new(device, Spec { format, biased, ..SPEC }).on_device.expanded(4000).unwrap();
+        [1, 40, 4000].map(|rows| expanded.choice(rows))
+    };
+    let e4m3 = choices(WeightFormat::E4m3, false);
+    assert!(e4m3.iter().any(|choice| choice.activation_inside_gemm1 && choice.launches == 5), "{e4m3:?}");
+    for choice in choices(WeightFormat::E4m3, true) {
+        assert!(!choice.activation_inside_gemm1 && choice.launches == 6, "{choice}");
+    }
+    for choice in choices(WeightFormat::Bf16, false) {
+        assert!(!choice.activation_inside_gemm1 && choice.launches == 5, "{choice}");
+    }
+}
+
+#[test]
 fn expanded_rows_of_a_layer_with_biases_and_partial_groups_have_them_too() {
     let spec = Spec { hidden: 320, intermediate: 192, experts: 6, activation: GPT_OSS, biased: true, ..SPEC };
     for activation_format in ActivationFormat::ALL {
         check(Spec { format: WeightFormat::Mxfp4, activation_format, ..spec }, &[7, 90], &[1, 3]);
     }
+    // Biases keep the activation out of GEMM 1.
+    check(Spec { biased: true, ..SPEC }, &[33], &[8]);
     // One expert; f16 rows.
     check(Spec { experts: 1, input: Dtype::F16, ..SPEC }, &[1, 50], &[1, 4]);
 }

@@ -1,6 +1,6 @@
 //! The experts alone, on rows that a dispatcher has expanded and sorted: no routing, no permute, no unpermute.
 //!
-//! Rows are read where they are. Each GEMM lists the tiles of `psum` itself, and the activation has a launch of its own.
+//! Rows are read where they are. Each GEMM lists the tiles of `psum` itself.
 
 use super::choice::{Carver, PART_BYTES};
 use super::{Biases, Layer, LayerWeights, Workspace};
@@ -8,7 +8,7 @@ use crate::backend::ExpandedRows;
 use crate::cuda::activation::{Activate, ActivateCall};
 use crate::cuda::call::DeviceMatrix;
 use crate::cuda::driver::{Device, DeviceBuffer, DevicePtr, Stream};
-use crate::cuda::gemm::row_bytes;
+use crate::cuda::gemm::{GemmKernel, row_bytes};
 use crate::cuda::grouped_gemm::{GroupedGemm, GroupedGemmCall, GroupedGemmShape, expected_rows};
 use crate::cuda::list_tiles::Grouping;
 use crate::cuda::quantize_rows::{QuantizeRows, QuantizeRowsCall, QuantizeRowsConfig};
@@ -19,6 +19,7 @@ use crate::gemm::{ActivationFormat, WEIGHT_BLOCK};
 use crate::layer::{LayerConfig, LayerShape};
 use crate::quantize::ScaleFormat;
 use half::bf16;
+use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// What one call works on.
@@ -61,6 +62,27 @@ pub struct ExpandedLayer {
     gemm2: GroupedGemm,
 }
 
+/// What a call does. Plain data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ExpandedChoice {
+    /// How `[rows, H]` times `[2 I, H]` is cut.
+    pub gemm1: GemmKernel,
+    /// How `[rows, I]` times `[H, I]` is cut.
+    pub gemm2: GemmKernel,
+    /// Whether GEMM 1 stores activated, quantized rows, so that `gate | up` never reaches memory.
+    pub activation_inside_gemm1: bool,
+    /// Kernels that one call launches; of a layer of e4m3 activations one fewer, where rows come with scales.
+    pub launches: usize,
+}
+
+impl fmt::Display for ExpandedChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { gemm1, gemm2, activation_inside_gemm1, launches } = self;
+        let inside = if *activation_inside_gemm1 { ", activation inside gemm1" } else { "" };
+        write!(f, "gemm1 {gemm1}{inside}, gemm2 {gemm2}, {launches} launches")
+    }
+}
+
 /// Where the parts of a call's workspace start.
 struct Parts {
     lists: usize,
@@ -99,10 +121,13 @@ impl ExpandedLayer {
         max_rows: usize,
     ) -> Result<Self> {
         let activation_format = config.activation_format;
-        let gemm = |weights: &Weights| {
+        let gemm = |weights: &Weights, before| {
             let (format, experts, n, k) = (weights.format(), weights.experts(), weights.n(), weights.k());
-            GroupedGemm::prepare(device, GroupedGemmShape { format, activation_format, experts, n, k }, max_rows)
+            let shape = GroupedGemmShape { format, activation_format, experts, n, k };
+            GroupedGemm::prepare_with(device, shape, before, max_rows)
         };
+        // A bias comes before the activation.
+        let before = weights.biases.b13.is_none().then_some(config.activation);
         let quantize = QuantizeRowsConfig { hidden: shape.hidden(), input: config.input, format: ScaleFormat::HOPPER };
         let quantize = (activation_format == ActivationFormat::E4m3).then(|| QuantizeRows::prepare(device, quantize));
         Ok(Self {
@@ -110,9 +135,9 @@ impl ExpandedLayer {
             shape,
             config,
             quantize: quantize.transpose()?,
-            gemm1: gemm(&weights.w13)?,
+            gemm1: gemm(&weights.w13, before)?,
             activate: Activate::prepare(device, config.activate(&shape))?,
-            gemm2: gemm(&weights.w2)?,
+            gemm2: gemm(&weights.w2, None)?,
             weights,
         })
     }
@@ -139,6 +164,18 @@ impl ExpandedLayer {
     #[must_use]
     pub fn max_rows(&self) -> usize {
         self.gemm1.max_rows()
+    }
+
+    /// What a call does in which so many rows are expected.
+    #[must_use]
+    pub fn choice(&self, expected_rows: usize) -> ExpandedChoice {
+        let activation_inside_gemm1 = self.gemm1.activates(expected_rows);
+        ExpandedChoice {
+            gemm1: self.gemm1.choice(expected_rows),
+            gemm2: self.gemm2.choice(expected_rows),
+            activation_inside_gemm1,
+            launches: 5 - usize::from(activation_inside_gemm1) + usize::from(self.quantize.is_some()),
+        }
     }
 
     /// Bytes of workspace that a call of `m_sum` rows needs, a multiple of 256.
@@ -184,7 +221,7 @@ impl ExpandedLayer {
         unsafe { self.gemm1.initialise_state(stream, state) }
     }
 
-    /// Queues the call: live rows of `out`. Five launches, and one more where rows are quantized here.
+    /// Queues the call: live rows of `out`, as [`ExpandedLayer::choice`] says.
     ///
     /// # Safety
     /// As [`GroupedGemm::launch`].
@@ -255,8 +292,13 @@ impl ExpandedLayer {
                 let call = QuantizeRowsCall { rows, psum, out: front, scales, local_experts, alignment, m_sum };
                 quantize.launch(stream, &call)?;
             }
-            self.gemm1.launch(stream, &gemm(w13, b13, front, front_scales, part(parts.gate_up)))?;
-            self.activate.launch(stream, &activate)?;
+            if self.gemm1.activates(expected_rows) {
+                let call = gemm(w13, b13, front, front_scales, part(parts.activated));
+                self.gemm1.launch_with(stream, &call, activated_scales.map(|scales| scales.ptr))?;
+            } else {
+                self.gemm1.launch(stream, &gemm(w13, b13, front, front_scales, part(parts.gate_up)))?;
+                self.activate.launch(stream, &activate)?;
+            }
             self.gemm2.launch(stream, &gemm(w2, b2, part(parts.activated), activated_scales, out))
         }
     }
