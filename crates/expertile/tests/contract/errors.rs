@@ -1117,7 +1117,7 @@ fn every_variant_is_refused_somewhere() {
     let elsewhere = [
         ("Device", include_str!("../miri.rs")),
         ("Kernel", include_str!("../cuda_compile.rs")),
-        ("Unsupported", include_str!("../cuda_layer/safe.rs")),
+        ("Unsupported", include_str!("../cuda_layer/expanded.rs")),
         ("Disagreement", include_str!("expert_parallel.rs")),
         ("Mpi", include_str!("../mpi.rs")),
     ];

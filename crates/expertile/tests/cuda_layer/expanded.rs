@@ -291,3 +291,46 @@ fn the_safe_door_has_the_bits_of_the_raw_one_and_reports_a_psum_that_does_not_fi
     let none = ExpandedRows { m_sum: 0, ..given };
     layer.run_expanded(&none, &mut workspace, &out).unwrap();
 }
+
+#[test]
+fn the_raw_door_refuses_what_does_not_fit_before_anything_is_queued() {
+    let Some(device) = hopper() else { return };
+    let model = Model::new(device, Spec { format: WeightFormat::Bf16, max_tokens: 8, ..SPEC });
+    let expanded = model.on_device.expanded(16).unwrap();
+    let (m_sum, hidden) = (16, SPEC.hidden);
+    let memory = device.allocate::<u8>(expanded.workspace_bytes(m_sum).unwrap()).unwrap();
+    let [rows, out] = [0; 2].map(|_| device.allocate::<u8>(2 * m_sum * hidden).unwrap());
+    let (psum, state) = (upload(device, &[0i32; 16]), device.allocate::<u8>(STATE_BYTES).unwrap());
+    out.fill(NAN_POISON).unwrap();
+    let good = ExpandedCall {
+        m_sum,
+        alignment: 1,
+        rows: rows.ptr(),
+        scales: None,
+        psum: psum.ptr().cast(),
+        expected_rows: 16,
+        out: out.ptr(),
+        state: state.ptr(),
+        workspace: memory.ptr(),
+    };
+    let refuse = |call: ExpandedCall| unsafe { expanded.launch(Stream(0), &call).unwrap_err() };
+    let scales = Some(DeviceMatrix::row_major(rows.ptr().cast(), hidden / 128));
+    let error = refuse(ExpandedCall { scales, ..good });
+    assert!(matches!(error, Error::Unsupported { argument: "scales", backend: "cuda", .. }), "{error}");
+    for (call, argument) in [
+        (ExpandedCall { m_sum: 17, ..good }, "m_sum"),
+        (ExpandedCall { rows: rows.ptr().byte_add(8), ..good }, "rows"),
+        (ExpandedCall { out: out.ptr().byte_add(2), ..good }, "out"),
+        (ExpandedCall { psum: psum.ptr().byte_add(2).cast(), ..good }, "psum"),
+        (ExpandedCall { state: state.ptr().byte_add(8), ..good }, "state"),
+        (ExpandedCall { workspace: memory.ptr().byte_add(16), ..good }, "workspace"),
+    ] {
+        let error = refuse(call);
+        assert!(matches!(error, Error::Value { argument: named, .. } if named == argument), "{error}: {argument}");
+    }
+    assert!(matches!(refuse(ExpandedCall { alignment: 0, ..good }), Error::Alignment { actual: 0, .. }));
+    assert!(model.on_device.expanded(0).is_err());
+    let mut bytes = vec![0u8; out.bytes()];
+    out.download_at(0, &mut bytes).unwrap();
+    assert_untouched("out", &bytes, NAN_POISON);
+}
