@@ -3,8 +3,8 @@
 use crate::array::{Apart, Array};
 use crate::autograd::written;
 use crate::error::exception;
-use crate::gemm::{List, Rows, require_out, row_major, rows_format};
 use crate::limits;
+use crate::placed_rows::{List, Rows, require_out, row_major, rows_format};
 use crate::pool::{cpu, work};
 use expertile::cpu::{Layer, TokenRows};
 use expertile::gemm::WEIGHT_BLOCK;

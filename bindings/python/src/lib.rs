@@ -20,6 +20,7 @@ mod layer;
 mod limits;
 mod operands;
 mod permute;
+mod placed_rows;
 mod plan;
 mod pool;
 mod scales;

@@ -5,7 +5,7 @@ use super::{lock, matrix};
 use crate::array::Array;
 use crate::array::Element;
 use crate::error::{Wrong, exception};
-use crate::gemm::{List, Rows};
+use crate::placed_rows::{List, Rows};
 use crate::tensor::{self, Form};
 use expertile::cuda::{DeviceBuffer, DevicePtr, ExpandedCall, ExpandedLayer, STATE_BYTES, Stream, expected_rows};
 use pyo3::prelude::*;

@@ -6,8 +6,9 @@ use super::{lock, matrix};
 use crate::array::{Apart, Array, Element, place};
 use crate::autograd::written;
 use crate::error::{Actual, Wrong, exception, optional_size, size};
-use crate::gemm::{List, Rows, format, require_out, rows_format};
+use crate::gemm::format;
 use crate::layer::named_activations;
+use crate::placed_rows::{List, Rows, require_out, rows_format};
 use crate::tensor::{self, Form};
 use expertile::cuda::{
     DeviceBuffer, DevicePtr, GroupedGemm, GroupedGemmCall, GroupedGemmShape, Grouping, STATE_BYTES, Weights,

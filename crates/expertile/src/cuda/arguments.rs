@@ -5,6 +5,9 @@ use super::driver::DevicePtr;
 use crate::error::{Error, Result, checked_add, checked_mul};
 use crate::plan::Plan;
 
+/// This backend's name in errors.
+pub(super) const BACKEND: &str = "cuda";
+
 /// Fails unless the columns of a matrix, if there are several, stand next to each other.
 pub(super) fn require_columns<T>(argument: &'static str, matrix: &DeviceMatrix<T>, cols: usize) -> Result<()> {
     if matrix.col_stride != 1 && cols > 1 {

@@ -1,5 +1,6 @@
 //! A CUDA device as a [`Backend`].
 
+use super::arguments::BACKEND;
 use super::driver::{Device, DeviceBuffer};
 use super::layer::{Layer, LayerChoice, Workspace};
 use super::weights::{Weights, WeightsBuilder, unsupported_int4};
@@ -12,9 +13,6 @@ use crate::layer::{LayerConfig, LayerShape};
 use crate::matrix::MatrixRef;
 use bytemuck::Pod;
 use half::bf16;
-
-/// This backend's name in errors.
-pub(super) const BACKEND: &str = "cuda";
 
 impl Backend for Device {
     type Buffer<T: Pod> = DeviceBuffer<T>;

@@ -6,8 +6,8 @@
 use super::call::DeviceMatrix;
 use super::driver::{Device, DevicePtr, Stream};
 use super::gemm::{Gemm, GemmCall, GemmConfig, GemmKernel, GemmShape, RowEnds};
-use super::layer::{alike, each_at_once};
 use super::list_tiles::{self, Grouping, ListTiles, ListTilesCall, TileLists};
+use super::prepare::{alike, each_at_once};
 use super::route;
 use super::weights::{Weights, check_sizes};
 use crate::activation::Activation;

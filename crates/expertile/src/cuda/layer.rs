@@ -10,7 +10,6 @@ mod launch;
 mod received;
 mod run;
 
-pub(in crate::cuda) use choice::alike;
 pub use choice::{LayerChoice, LayerParts};
 pub use expanded::{ExpandedCall, ExpandedChoice, ExpandedLayer};
 pub(in crate::cuda) use received::{ReceivedCall, ReceivedEntry};
@@ -22,6 +21,7 @@ use super::definitions::activation_definitions;
 use super::driver::{Device, DeviceBuffer, DevicePtr, Stream};
 use super::few_tokens::FewTokens;
 use super::gemm::{Gemm, GemmConfig, GemmKernel};
+use super::prepare::{each_at_once, each_of};
 use super::route;
 use super::unpermute::Unpermute;
 use super::weights::Weights;
@@ -37,7 +37,6 @@ use config::WeightKind;
 use expanded::Expanded;
 use launch::Entry;
 use std::collections::HashMap;
-use std::hash::Hash;
 use std::sync::Arc;
 
 /// The layout's alignment on Hopper, whatever the shape: the GEMM's tiles start anywhere, so padding serves only the
@@ -375,30 +374,4 @@ impl Layer {
     pub fn device(&self) -> &Device {
         &self.device
     }
-}
-
-/// Prepares each of several, all at once: compiling takes a second or so for each.
-pub(in crate::cuda) fn each_at_once<K, V>(keys: &[K], prepare: impl Fn(K) -> Result<V> + Sync) -> Result<HashMap<K, V>>
-where
-    K: Copy + Eq + Hash + Send,
-    V: Send,
-{
-    each_of(keys, |key| Ok((key, prepare(key)?)))
-}
-
-/// The same of what is no key by itself: `prepare` gives it one.
-fn each_of<T, K, V>(items: &[T], prepare: impl Fn(T) -> Result<(K, V)> + Sync) -> Result<HashMap<K, V>>
-where
-    T: Copy + Send,
-    K: Eq + Hash + Send,
-    V: Send,
-{
-    std::thread::scope(|scope| {
-        let prepare = &prepare;
-        let threads: Vec<_> = items.iter().map(|&item| scope.spawn(move || prepare(item))).collect();
-        let join = |thread: std::thread::ScopedJoinHandle<'_, Result<(K, V)>>| {
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        threads.into_iter().map(join).collect()
-    })
 }

@@ -44,6 +44,7 @@ mod list_tiles;
 pub mod measure;
 mod nccl;
 mod permute;
+mod prepare;
 mod quantize_permute;
 mod quantize_rows;
 mod route;

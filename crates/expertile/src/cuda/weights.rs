@@ -1,6 +1,6 @@
 //! An expert layer's weights in device memory, knowing what they are.
 
-use super::backend::BACKEND;
+use super::arguments::BACKEND;
 use super::driver::{Device, DeviceBuffer, DevicePtr};
 use crate::dtype::{Dtype, E4m3, Float};
 use crate::error::{Error, Result, checked_mul, require_exact, require_len};

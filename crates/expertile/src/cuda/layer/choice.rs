@@ -6,6 +6,7 @@ use crate::cuda::call::LayoutPtrs;
 use crate::cuda::driver::DevicePtr;
 use crate::cuda::few_tokens::{FewTokensConfig, gate_up_bytes_of_slot};
 use crate::cuda::gemm::{GemmKernel, GemmShape, row_bytes};
+use crate::cuda::prepare::alike;
 use crate::cuda::{route, route_permute};
 use crate::error::{Error, Result, checked_add, checked_mul};
 use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
@@ -153,12 +154,6 @@ impl Tiles {
         let gemm2 = split(&down).unwrap_or_else(|| GemmKernel::choose(&down, multiprocessors));
         Ok(Self { gemm1, gemm2, activation_inside_gemm1 })
     }
-}
-
-/// The least number of tokens that has the same tiles: of each power of two on its way to the next, every eighth.
-pub(in crate::cuda) fn alike(tokens: usize) -> usize {
-    let step = tokens.max(8).ilog2() - 3;
-    (tokens >> step << step).max(1)
 }
 
 /// Routing and permute, two GEMMs, the activation unless it is inside, unpermute.

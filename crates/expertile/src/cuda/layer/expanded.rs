@@ -6,6 +6,7 @@ use super::choice::{Carver, PART_BYTES};
 use super::{Biases, Layer, LayerWeights, Workspace};
 use crate::backend::ExpandedRows;
 use crate::cuda::activation::{Activate, ActivateCall};
+use crate::cuda::arguments::BACKEND;
 use crate::cuda::call::DeviceMatrix;
 use crate::cuda::driver::{Device, DeviceBuffer, DevicePtr, Stream};
 use crate::cuda::gemm::{GemmKernel, row_bytes};
@@ -245,7 +246,7 @@ impl ExpandedLayer {
             return Err(Error::Alignment { actual: alignment, expected: format!("1 to {}", i32::MAX) });
         }
         if scales.is_some() && self.quantize.is_none() {
-            let (argument, actual, backend) = ("scales", "given", crate::cuda::backend::BACKEND);
+            let (argument, actual, backend) = ("scales", "given", BACKEND);
             return Err(Error::Unsupported { argument, actual, backend, expected: "none, for bf16 activations" });
         }
         if let Some(scales) = scales {

@@ -4,7 +4,7 @@ use super::clock::Clock;
 use super::random_bytes;
 use super::steps::repeat;
 use crate::activation::Activation;
-use crate::cuda::layer::each_at_once;
+use crate::cuda::prepare::each_at_once;
 use crate::cuda::weights::weight_bytes;
 use crate::cuda::{
     ALIGNMENT, Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, Gemm, GemmCall, GemmConfig,
