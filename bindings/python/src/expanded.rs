@@ -4,11 +4,10 @@ use crate::array::{Apart, Array};
 use crate::autograd::written;
 use crate::error::exception;
 use crate::limits;
-use crate::placed_rows::{List, Rows, require_out, row_major, rows_format};
+use crate::placed_rows::{List, Rows, require_out, rows_format};
 use crate::pool::{cpu, work};
 use expertile::cpu::{Layer, TokenRows};
-use expertile::gemm::WEIGHT_BLOCK;
-use expertile::{ActivationFormat, Dtype, E4m3, LayerConfig, Layout, MatrixRef};
+use expertile::{ActivationFormat, Dtype, LayerConfig, Layout};
 use half::bf16;
 use pyo3::prelude::*;
 use std::ops::Range;
@@ -40,29 +39,18 @@ pub(crate) fn run(
     let cpu = cpu()?;
     let config = LayerConfig { input: Dtype::Bf16, ..*layer.config() };
     let layer = layer.with_config(config, usize::MAX).map_err(exception)?.on(&cpu);
-    let scales = rows.scale.as_ref().map(row_major).transpose()?;
-    let values = match &scales {
-        None => Values::Bf16(rows.rows.contiguous()?),
-        Some(scales) => Values::E4m3(rows.rows.contiguous()?, scales),
-    };
+    rows.rows.require_contiguous()?;
     let results = out.contiguous_mut::<bf16>(apart)?;
     let products = 3 * hidden * layer.shape().intermediate();
     let at_once = rows_at_once.unwrap_or(limits::PRODUCTS_AT_ONCE * cpu.threads() / products.max(1)).max(1);
     let done = parts(&segments, at_once).into_iter().try_for_each(|experts| {
         let part = Part::new(&segments, experts, alignment);
-        part.run(py, &layer, values, &mut *results)?;
+        part.run(py, &layer, rows, &mut *results)?;
         py.check_signals()
     });
     // Also after an interruption, which leaves rows that are done.
     written(py, &[out])?;
     done
-}
-
-/// What the rows are, row by row.
-#[derive(Clone, Copy)]
-enum Values<'a> {
-    Bf16(&'a [bf16]),
-    E4m3(&'a [E4m3], &'a [f32]),
 }
 
 /// Experts that follow each other, of about so many rows together, and at least one.
@@ -101,31 +89,30 @@ impl Part {
         Self { psum: segments.iter().enumerate().map(of_expert).collect(), rows, alignment }
     }
 
-    fn run(&self, py: Python<'_>, layer: &Layer, values: Values<'_>, results: &mut [bf16]) -> PyResult<()> {
+    fn run(&self, py: Python<'_>, layer: &Layer, rows: &Rows<'_>, results: &mut [bf16]) -> PyResult<()> {
         let (m_sum, hidden) = (self.rows.len(), layer.shape().hidden());
         if m_sum == 0 {
             return Ok(());
         }
-        let groups = hidden.div_ceil(WEIGHT_BLOCK);
-        let of = |width: usize| self.rows.start * width..self.rows.end * width;
         let bytes = layer.expanded_workspace_bytes(m_sum).map_err(exception)?;
         let len = 3 * self.psum.len() + m_sum;
         let (mut workspace, mut space) = (limits::vec("workspace", bytes)?, limits::vec("psum", len)?);
+        let out = &mut results[self.rows.start * hidden..self.rows.end * hidden];
+        let part = || self.rows.clone();
+        let rows = match &rows.scale {
+            None => TokenRows::Bf16(rows.rows.matrix_rows(part())?),
+            Some(scales) => {
+                TokenRows::E4m3 { rows: rows.rows.matrix_rows(part())?, scales: scales.matrix_rows(part())? }
+            }
+        };
         work(py, || {
             workspace.resize(bytes, 0u8);
             space.resize(len, 0);
             let layout = Layout::from_psum(&self.psum, self.alignment, m_sum, &mut space).map_err(exception)?;
-            let out = &mut results[of(hidden)];
-            match values {
-                Values::Bf16(rows) => {
-                    let rows = MatrixRef::new(&rows[of(hidden)], m_sum, hidden).map_err(exception)?;
-                    layer.run_expanded(rows, &layout, &mut workspace, out)
-                }
-                Values::E4m3(rows, scales) => {
-                    let rows = MatrixRef::new(&rows[of(hidden)], m_sum, hidden).map_err(exception)?;
-                    let scales = MatrixRef::new(&scales[of(groups)], m_sum, groups).map_err(exception)?;
-                    layer.run_expanded_ready(TokenRows::E4m3 { rows, scales }, &layout, &mut workspace, out)
-                }
+            match rows {
+                // Quantized there, for e4m3 activations.
+                TokenRows::Bf16(rows) => layer.run_expanded(rows, &layout, &mut workspace, out),
+                ready => layer.run_expanded_ready(ready, &layout, &mut workspace, out),
             }
             .map_err(exception)
         })

@@ -278,7 +278,7 @@ fn deepseek_v4_reads_as_what_it_stands_for() {
         assert!(row.iter().all(|&weight| weight == 0.125));
         assert!(layer.load(&Cpu::new(), &mut |_| {}).is_ok());
     });
-    // The dtype may stand in either place.
+    // Published configs name the experts' dtype at the top or in `quantization_config`.
     model.config["expert_dtype"] = Value::Null;
     model.config["quantization_config"]["expert_dtype"] = json!("fp4");
     read(&model, |layer| assert_eq!(layer.weight_format(), WeightFormat::Mxfp4));

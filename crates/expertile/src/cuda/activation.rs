@@ -75,14 +75,41 @@ pub struct ActivateCall {
 /// The kernel's `ActivationArgs`.
 #[repr(C)]
 pub(super) struct Arguments {
-    pub(super) gate_up: u64,
-    pub(super) psum: u64,
-    pub(super) out: u64,
-    pub(super) scales: u64,
-    pub(super) experts: i32,
-    pub(super) alignment: i32,
-    pub(super) m_sum: i32,
-    pub(super) reserved: i32,
+    gate_up: u64,
+    psum: u64,
+    out: u64,
+    scales: u64,
+    experts: i32,
+    alignment: i32,
+    m_sum: i32,
+    reserved: i32,
+}
+
+impl Arguments {
+    /// Those of a call, checked; `rows` is the name of what it reads.
+    pub(super) fn new(rows: &'static str, quantized: bool, call: &ActivateCall) -> Result<Self> {
+        require_experts(call.local_experts)?;
+        if call.alignment == 0 {
+            return Err(Error::Alignment { actual: 0, expected: "at least 1".into() });
+        }
+        let m_sum = require_int("m_sum", call.m_sum)?;
+        call.psum.require_aligned("psum", 4)?;
+        call.gate_up.require_aligned(rows, 16)?;
+        call.out.require_aligned("out", 16)?;
+        if quantized {
+            DevicePtr::require(call.scales, "scales", 16)?;
+        }
+        Ok(Self {
+            gate_up: call.gate_up.address(),
+            psum: call.psum.address(),
+            out: call.out.address(),
+            scales: DevicePtr::or_null(call.scales),
+            experts: call.local_experts as i32,
+            alignment: require_int("alignment", call.alignment)?,
+            m_sum,
+            reserved: 0,
+        })
+    }
 }
 
 /// The kernel's text; [`super::QuantizeRows`] is it without the activation.
@@ -122,27 +149,7 @@ impl Activate {
     /// [`Error::Cuda`].
     #[allow(unsafe_code)]
     pub unsafe fn launch(&self, stream: Stream, call: &ActivateCall) -> Result<()> {
-        require_experts(call.local_experts)?;
-        if call.alignment == 0 {
-            return Err(Error::Alignment { actual: 0, expected: "at least 1".into() });
-        }
-        let m_sum = require_int("m_sum", call.m_sum)?;
-        call.psum.require_aligned("psum", 4)?;
-        call.gate_up.require_aligned("gate_up", 16)?;
-        call.out.require_aligned("out", 16)?;
-        if self.config.format.is_some() {
-            DevicePtr::require(call.scales, "scales", 16)?;
-        }
-        let arguments = Arguments {
-            gate_up: call.gate_up.address(),
-            psum: call.psum.address(),
-            out: call.out.address(),
-            scales: DevicePtr::or_null(call.scales),
-            experts: call.local_experts as i32,
-            alignment: require_int("alignment", call.alignment)?,
-            m_sum,
-            reserved: 0,
-        };
+        let arguments = Arguments::new("gate_up", self.config.format.is_some(), call)?;
         // SAFETY: the kernel takes one `ActivationArgs`; the rest is the caller's promise.
         unsafe { self.kernel.launch(stream, &arguments) }
     }

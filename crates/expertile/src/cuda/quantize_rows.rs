@@ -1,12 +1,14 @@
 //! Rows in their places, quantized as they are: what a dispatcher delivers in 16 bits, for GEMMs of e4m3 rows.
 
-use super::activation::{Arguments, THREADS, source_with};
+use super::activation::{ActivateCall, Arguments, THREADS, source_with};
 use super::arguments::require_int;
 use super::definitions::{half_number, scale_definitions};
 use super::driver::{Device, DevicePtr, Resident, Resources, Source, Stream};
-use super::route::{MAX_EXPERTS, require_experts};
+use super::route::MAX_EXPERTS;
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
+#[cfg(doc)]
+use crate::error::Error;
+use crate::error::Result;
 use crate::quantize::ScaleFormat;
 
 /// What the kernel is specialised for.
@@ -90,24 +92,10 @@ impl QuantizeRows {
     /// [`Error::Value`] and [`Error::Alignment`] for what does not fit the kernel; [`Error::Cuda`].
     #[allow(unsafe_code)]
     pub unsafe fn launch(&self, stream: Stream, call: &QuantizeRowsCall) -> Result<()> {
-        require_experts(call.local_experts)?;
-        if call.alignment == 0 {
-            return Err(Error::Alignment { actual: 0, expected: "at least 1".into() });
-        }
-        call.psum.require_aligned("psum", 4)?;
-        call.rows.require_aligned("rows", 16)?;
-        call.out.require_aligned("out", 16)?;
-        call.scales.require_aligned("scales", 16)?;
-        let arguments = Arguments {
-            gate_up: call.rows.address(),
-            psum: call.psum.address(),
-            out: call.out.address(),
-            scales: call.scales.address(),
-            experts: call.local_experts as i32,
-            alignment: require_int("alignment", call.alignment)?,
-            m_sum: require_int("m_sum", call.m_sum)?,
-            reserved: 0,
-        };
+        let QuantizeRowsCall { rows, psum, out, scales, local_experts, alignment, m_sum } = *call;
+        let (gate_up, scales) = (rows.cast(), Some(scales));
+        let call = ActivateCall { gate_up, psum, out, scales, local_experts, alignment, m_sum };
+        let arguments = Arguments::new("rows", true, &call)?;
         // SAFETY: the kernel takes one `ActivationArgs`; the rest is the caller's promise.
         unsafe { self.kernel.launch(stream, &arguments) }
     }

@@ -42,7 +42,7 @@ impl PackedWeights {
 }
 
 impl PackedWeights {
-    /// Packs int4 weights, `blocks [experts, n, k / 2]` with `scales [experts n, k / 32]`: see [`crate::int4`].
+    /// Packs int4 weights, `blocks [experts, n, k / 2]` with `scales [experts * n, k / 32]`: see [`crate::int4`].
     ///
     /// # Errors
     /// As [`PackedWeights::pack_bf16`]; [`Error::Value`] unless 32 divides `k`, and for a scale that is not finite.
@@ -117,13 +117,8 @@ impl PackedWeightsBuilder {
         order: GateUpOrder,
     ) -> Result<()> {
         self.ledger.require_format(WeightFormat::Mxfp4)?;
-        let Shape { segments, k, .. } = self.weights.shape;
-        let n = self.weights.shape.n();
-        if segments != 2 {
-            let expected = "those of a builder that was made for gate and up";
-            return Err(Error::shape("blocks", &[blocks.rows(), blocks.cols()], expected));
-        }
-        blocks.require_shape("blocks", n, k / 2)?;
+        let (n, k) = (self.weights.shape.n(), self.weights.shape.k);
+        self.check_gate_up_blocks(blocks)?;
         scales.require_shape("scales", n, k / mxfp4::GROUP)?;
         mxfp4::require_numbers(n, scales.cols(), 0, |row, group| scales.get(row, group))?;
         self.add_all_mxfp4_rows(expert, blocks, scales, order)
@@ -204,18 +199,23 @@ impl PackedWeightsBuilder {
         order: GateUpOrder,
     ) -> Result<()> {
         self.ledger.require_format(WeightFormat::Int4)?;
-        let Shape { segments, segment: len, k, .. } = self.weights.shape;
-        let n = self.weights.shape.n();
-        if segments != 2 {
-            let expected = "those of a builder that was made for gate and up";
-            return Err(Error::shape("blocks", &[blocks.rows(), blocks.cols()], expected));
-        }
-        blocks.require_shape("blocks", n, k / 2)?;
+        let (n, Shape { segment: len, k, .. }) = (self.weights.shape.n(), self.weights.shape);
+        self.check_gate_up_blocks(blocks)?;
         scales.check(n, k / int4::GROUP, 0)?;
         let (first, step) = order.first_and_step(len);
         self.pack_whole(blocks, order, |builder, first_row, blocks, segment| {
             builder.add_int4_rows(expert, first_row, blocks, scales.every(first[segment], step, len))
         })
+    }
+
+    /// Fails unless they are all rows of an expert's gate and up.
+    fn check_gate_up_blocks(&self, blocks: MatrixRef<'_, u8>) -> Result<()> {
+        let Shape { segments, k, .. } = self.weights.shape;
+        if segments != 2 {
+            let expected = "those of a builder that was made for gate and up";
+            return Err(Error::shape("blocks", &[blocks.rows(), blocks.cols()], expected));
+        }
+        blocks.require_shape("blocks", self.weights.shape.n(), k / 2)
     }
 
     /// Fails unless rows of two values to a byte are as long as those of the weights.

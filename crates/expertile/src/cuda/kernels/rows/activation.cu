@@ -1,6 +1,7 @@
 // The activation between the GEMMs, its result quantized (or bf16): the same IEEE f32 operations as activation.rs. Where
-// not GATED, rows in their places are quantized as they are. Only live rows are read. Which they are comes from psum and the alignment alone, so rows that a dispatcher delivered
-// expanded and sorted do as well; the work is cut by live row, so a skewed routing is as fast as an even one.
+// not GATED, rows in their places are quantized as they are. Only live rows are read. Which they are comes from psum and
+// the alignment alone, so rows that a dispatcher delivered expanded and sorted do as well; the work is cut by live row,
+// so a skewed routing is as fast as an even one.
 //
 // Set by the host: INTERMEDIATE (= WIDTH), GATED, QUANTIZED, INPUT_F16 (or bf16), HOST_THREADS (of a block),
 // HOST_MAX_EXPERTS; where GATED: ALPHA, BETA, LIMITED and LIMIT (f32 bit patterns); where QUANTIZED: GROUP,
