@@ -9,9 +9,8 @@
 //! The constants were fitted to what an H200 took for layers drawn at random (`expertile bench tiles --device cuda:0`),
 //! and are judged by layers of another seed.
 
-use super::gemm::{GemmKernel, GemmShape, LARGE_ROW_TILE, WIDE_ROW_TILE, values_of_block};
-use super::weights::weight_bytes;
-use crate::gemm::WeightFormat;
+use super::gemm::{GemmKernel, GemmShape, LARGE_ROW_TILE, WIDE_ROW_TILE, row_bytes, values_of_block};
+use crate::gemm::{ActivationFormat, WeightFormat};
 use table::COSTS;
 
 mod mxfp4;
@@ -22,6 +21,7 @@ mod table;
 #[derive(Debug)]
 pub(super) struct Cost {
     pub(super) format: WeightFormat,
+    pub(super) activation_format: ActivationFormat,
     pub(super) kernel: GemmKernel,
     /// Whether the activation is inside.
     pub(super) activated: bool,
@@ -184,7 +184,8 @@ impl Cost {
         let rounds = tiles / multiprocessors as f64;
         let spread = (1.0 - self.whole) * (rounds + self.tail * rounds.min(1.0)) + self.whole * rounds.ceil();
         let work = (work / tiles * spread).max(longest);
-        let element = weight_bytes(shape.format) as f64;
+        // MXFP4's scales come with the weights.
+        let weight_bytes = if shape.format == WeightFormat::Mxfp4 { 4.25 } else { shape.format.bits() as f64 } / 8.0;
         let result = if self.activated { 0.5 } else { 2.0 };
         // A large tile and the small one that holds the rest of an expert's rows go at different paces and read its
         // weights twice. Past the wide tile's rows that is so of the wide one too, and decides nothing between them.
@@ -193,36 +194,37 @@ impl Cost {
         };
         let again: f64 = population.groups.iter().filter(twice).map(|(_, experts)| experts).sum();
         let reads = population.experts.min(shape.experts as f64) + again;
-        let weights = reads * (shape.n * shape.k) as f64 * element;
-        let rows = population.rows * (shape.k as f64 * element + shape.n as f64 * result);
+        let weights = reads * (shape.n * shape.k) as f64 * weight_bytes;
+        let row_bytes = row_bytes(shape.activation_format) as f64;
+        let rows = population.rows * (shape.k as f64 * row_bytes + shape.n as f64 * result);
         let memory = weights / self.weight_bytes + rows / self.row_bytes;
         self.start + after + (work.powf(self.hardness) + memory.powf(self.hardness)).powf(1.0 / self.hardness)
     }
 }
 
 /// Microseconds of an activation by itself, of `2 n` values a row.
-fn activation(format: WeightFormat, rows: f64, n: usize) -> f64 {
+fn activation(format: ActivationFormat, rows: f64, n: usize) -> f64 {
     const START: f64 = 2.2;
     const BYTES: f64 = 3.0e6;
-    START + rows * (n / 2 * (4 + weight_bytes(format))) as f64 / BYTES
+    START + rows * (n / 2 * (4 + row_bytes(format))) as f64 / BYTES
 }
 
 /// The tile that is expected to take least; with `activation_follows`, which is then counted, of tiles that have it
 /// inside and of those that do not.
 pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> (GemmKernel, bool) {
-    if shape.format == WeightFormat::Mxfp4 {
+    if shape.format == WeightFormat::Mxfp4 && !COSTS.iter().any(|cost| cost.format == shape.format) {
         return (mxfp4::choose(shape, multiprocessors), false);
     }
     let populations = [Population::even(shape), Population::skewed(shape)];
     let fits = |cost: &&Cost| {
-        cost.format == shape.format
+        (cost.format, cost.activation_format) == (shape.format, shape.activation_format)
             && (!cost.activated || (activation_follows && shape.n.is_multiple_of(256)))
             && (cost.kernel.shared() == 1 || shape.n > cost.kernel.outputs())
     };
     let expected = |cost: &Cost| {
         let one = |population: &Population| {
             let apart = activation_follows && !cost.activated;
-            let after = if apart { activation(shape.format, population.rows, shape.n) } else { 0.0 };
+            let after = if apart { activation(shape.activation_format, population.rows, shape.n) } else { 0.0 };
             cost.of(shape, population, multiprocessors) + after
         };
         populations.iter().map(one).product::<f64>()

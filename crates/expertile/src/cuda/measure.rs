@@ -17,7 +17,6 @@ pub use steps::{Inputs, stage_times};
 pub use tiles::{TileBench, TileInputs, TileTime, TileTimes};
 
 use super::Device;
-use super::weights::weight_bytes;
 use crate::error::Result;
 use crate::gemm::WeightFormat;
 use crate::layer::Stage;
@@ -51,7 +50,7 @@ pub fn copy_bytes_per_second(device: &Device) -> Result<f64> {
 /// Bytes of `count` values without a NaN among them. Power, and with it the clock, depends on how many bits change.
 fn random_bytes(format: WeightFormat, count: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let words = (0..count * weight_bytes(format) / 8).flat_map(|_| {
+    let words = (0..count * format.bits() / 64).flat_map(|_| {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;

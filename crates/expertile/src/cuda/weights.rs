@@ -10,6 +10,7 @@ use crate::mxfp4::{GROUP, require_numbers};
 use crate::routing::require_experts;
 use crate::weights::RowLedger;
 use half::bf16;
+use std::ops::Range;
 use std::sync::Arc;
 
 pub(super) mod mxfp4;
@@ -142,6 +143,18 @@ impl Weights {
             builder.add_e4m3_rows(expert, 0, values, scales)?;
         }
         builder.finish()
+    }
+
+    /// The weights of some experts, in the same memory.
+    pub(super) fn of_experts(&self, experts: Range<usize>) -> Self {
+        let (n, k, first) = (self.n, self.k, experts.start);
+        let (value_bytes, scale_bytes) = part_bytes(self.format, (first, n, k));
+        let mut part = self.clone();
+        part.experts = experts.len();
+        part.values = self.values.byte_add(self.arranged.map_or(value_bytes, |_| mxfp4::packed_bytes(first, n, k)));
+        part.scales = self.scales.map(|scales| scales.byte_add(scale_bytes));
+        part.arranged = self.arranged.map(|arranged| arranged.from_expert(first, n));
+        part
     }
 
     /// What they are made of.

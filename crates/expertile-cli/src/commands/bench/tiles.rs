@@ -9,7 +9,7 @@ use crate::report::format;
 use crate::report::progress::Progress;
 use expertile::cuda::measure::{TileBench, TileInputs, TileTime};
 use expertile::cuda::{Device, GemmKernel, LayerChoice};
-use expertile::{LayerConfig, LayerShape, Stage, WeightFormat};
+use expertile::{ActivationFormat, LayerConfig, LayerShape, Stage, WeightFormat};
 use serde::Serialize;
 use std::fmt::Write;
 
@@ -37,6 +37,12 @@ pub(crate) struct Args {
     /// Experts of every layer [default: drawn].
     #[arg(long, value_name = "N")]
     experts: Option<usize>,
+    /// What weights are made of: e4m3, bf16 or mxfp4 [default: e4m3 and bf16, drawn].
+    #[arg(long, value_name = "FORMAT")]
+    weights: Option<WeightFormat>,
+    /// What rows are made of, beside mxfp4 weights: e4m3 or bf16 [default: e4m3].
+    #[arg(long, value_name = "FORMAT")]
+    activations: Option<ActivationFormat>,
     /// Seed of the draws.
     #[arg(long, value_name = "S", default_value_t = 1)]
     seed: u64,
@@ -53,8 +59,9 @@ struct Draw {
     topk: usize,
     tokens: usize,
     format: &'static str,
+    activations: &'static str,
     #[serde(skip)]
-    e4m3: bool,
+    formats: (WeightFormat, ActivationFormat),
     /// Experts by how often they are asked for, as 1, 1/2, 1/3, ...; else all alike.
     zipf: bool,
 }
@@ -117,11 +124,33 @@ pub(super) fn run(args: &Args) -> Result<()> {
     output::prepare(&[("--json", args.report.file())], &[])?;
     let ordinal =
         args.device.ok_or_else(|| Error::usage("--device is cpu, expected cuda:N: a CPU chooses no tiles"))?;
+    let formats = args.formats()?;
     if let Some(experts) = args.experts.filter(|experts| !(1..=512).contains(experts)) {
         return Err(Error::usage(format!("--experts is {experts}, expected 1 to 512")));
     }
-    let report = measure(args, &Device::open(ordinal)?)?;
+    let report = measure(args, formats, &Device::open(ordinal)?)?;
     args.report.tell(&report, Report::text)
+}
+
+impl Args {
+    /// The formats asked for; none where they are drawn.
+    fn formats(&self) -> Result<Option<(WeightFormat, ActivationFormat)>> {
+        let Some(weights) = self.weights else {
+            return match self.activations {
+                None => Ok(None),
+                Some(_) => Err(Error::usage("--activations is given, expected none without --weights")),
+            };
+        };
+        if weights == WeightFormat::Int4 {
+            return Err(Error::usage("--weights is int4, expected e4m3, bf16 or mxfp4: int4 has one way to be cut"));
+        }
+        let rows = self.activations.unwrap_or(weights.usual_activations());
+        if weights != WeightFormat::Mxfp4 && rows != weights.usual_activations() {
+            let (rows, weights) = (rows.name(), weights.name());
+            return Err(Error::usage(format!("--activations is {rows}, expected {weights} as the weights")));
+        }
+        Ok(Some((weights, rows)))
+    }
 }
 
 /// Random numbers, the same for the same seed (splitmix64).
@@ -149,34 +178,32 @@ impl Random {
 }
 
 impl Draw {
-    fn new(random: &mut Random, experts: Option<usize>) -> Self {
+    fn new(random: &mut Random, experts: Option<usize>, formats: Option<(WeightFormat, ActivationFormat)>) -> Self {
         loop {
             let experts = experts.unwrap_or_else(|| random.between(8, 512));
-            let e4m3 = random.draw().is_multiple_of(2);
+            let drawn = if random.draw().is_multiple_of(2) { WeightFormat::E4m3 } else { WeightFormat::Bf16 };
+            let formats = formats.unwrap_or((drawn, drawn.usual_activations()));
             let draw = Self {
                 hidden: random.between(8, 64) * 128,
                 intermediate: random.between(1, 128) * 128,
                 experts,
                 topk: random.between(1, 10.min(experts)),
                 tokens: random.between(1, 16384),
-                format: if e4m3 { WeightFormat::E4m3 } else { WeightFormat::Bf16 }.name(),
-                e4m3,
+                format: formats.0.name(),
+                activations: formats.1.name(),
+                formats,
                 zipf: random.draw().is_multiple_of(2),
             };
-            let (slots, bytes) = (draw.tokens * draw.topk, draw.weight_format().bits() / 8);
+            let slots = draw.tokens * draw.topk;
             let weights = 3 * draw.hidden * draw.intermediate;
             let rows = slots * (2 * (draw.hidden.max(2 * draw.intermediate) + draw.intermediate) + 2 * draw.hidden);
-            if weights * experts * bytes <= MOST_WEIGHT_BYTES
+            if weights * experts * formats.0.bits() / 8 <= MOST_WEIGHT_BYTES
                 && rows <= MOST_ROW_BYTES
                 && 2.0 * slots as f64 * weights as f64 <= MOST_FLOPS
             {
                 return draw;
             }
         }
-    }
-
-    fn weight_format(&self) -> WeightFormat {
-        if self.e4m3 { WeightFormat::E4m3 } else { WeightFormat::Bf16 }
     }
 
     /// The expert of every slot: distinct ones of each token, drawn in proportion to how often they are asked for.
@@ -207,16 +234,16 @@ impl Draw {
 
     fn choice(&self, multiprocessors: usize) -> Result<LayerChoice> {
         let shape = LayerShape::new(self.hidden, self.intermediate, self.experts)?;
-        let format = self.weight_format();
-        let config = LayerConfig::new(self.topk, self.experts, format.usual_activations());
+        let (format, activations) = self.formats;
+        let config = LayerConfig::new(self.topk, self.experts, activations);
         Ok(LayerChoice::new(&shape, &config, format, self.tokens, multiprocessors)?)
     }
 }
 
-fn measure(args: &Args, device: &Device) -> Result<Report> {
+fn measure(args: &Args, formats: Option<(WeightFormat, ActivationFormat)>, device: &Device) -> Result<Report> {
     let mut random = Random(args.seed);
-    let draws: Vec<_> = (0..args.draws).map(|_| Draw::new(&mut random, args.experts)).collect();
-    let layers: Vec<_> = draws.iter().map(|draw| (draw.weight_format(), draw.intermediate)).collect();
+    let draws: Vec<_> = (0..args.draws).map(|_| Draw::new(&mut random, args.experts, formats)).collect();
+    let layers: Vec<_> = draws.iter().map(|draw| (draw.formats.0, draw.formats.1, draw.intermediate)).collect();
     let bench = TileBench::prepare(device, &layers)?;
     let multiprocessors = device.info().multiprocessors;
     let progress = Progress::new("timing layers", draws.len());
@@ -249,7 +276,8 @@ impl Layer {
         let mut counts = vec![0; draw.experts];
         routing.iter().for_each(|&expert| counts[expert as usize] += 1);
         let shape = LayerShape::new(draw.hidden, draw.intermediate, draw.experts)?;
-        let times = bench.time(&TileInputs { shape, format: draw.weight_format(), experts: &routing })?;
+        let (format, activation_format) = draw.formats;
+        let times = bench.time(&TileInputs { shape, format, activation_format, experts: &routing })?;
         // GEMM 1 with what its activation takes.
         let cost = |time: &TileTime| match (time.gemm, time.activated) {
             (Stage::Gemm1, false) => time.seconds + times.activation_seconds,
@@ -361,7 +389,7 @@ mod tests {
     fn draws_are_the_same_for_a_seed_and_inside_their_bounds() {
         let draws = |seed| {
             let mut random = Random(seed);
-            (0..200).map(|_| Draw::new(&mut random, None)).collect::<Vec<_>>()
+            (0..200).map(|_| Draw::new(&mut random, None, None)).collect::<Vec<_>>()
         };
         let first = draws(1);
         assert_eq!(format!("{first:?}"), format!("{:?}", draws(1)));
@@ -372,7 +400,7 @@ mod tests {
             assert!((8..=512).contains(&draw.experts) && (1..=10).contains(&draw.topk), "{draw:?}");
             assert!((1..=16384).contains(&draw.tokens) && draw.choice(132).is_ok(), "{draw:?}");
         }
-        for is in [|draw: &Draw| draw.e4m3, |draw: &Draw| draw.zipf] {
+        for is in [|draw: &Draw| draw.formats.0 == WeightFormat::E4m3, |draw: &Draw| draw.zipf] {
             assert!((60..140).contains(&first.iter().filter(|draw| is(draw)).count()));
         }
     }
@@ -386,7 +414,8 @@ mod tests {
             topk: 4,
             tokens: 500,
             format: "e4m3",
-            e4m3: true,
+            activations: "e4m3",
+            formats: (WeightFormat::E4m3, ActivationFormat::E4m3),
             zipf: true,
         };
         let most = |draw: &Draw| {

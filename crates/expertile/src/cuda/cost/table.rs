@@ -2,11 +2,12 @@
 
 use super::Cost;
 use crate::cuda::gemm::{FewRowsCut, GemmKernel};
-use crate::gemm::WeightFormat;
+use crate::gemm::{ActivationFormat, WeightFormat};
 
 pub(super) const COSTS: &[Cost] = &[
     Cost {
         format: WeightFormat::E4m3,
+        activation_format: ActivationFormat::E4m3,
         kernel: GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::Narrow },
         activated: false,
         start: 1.963,
@@ -21,6 +22,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
+        activation_format: ActivationFormat::E4m3,
         kernel: GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::Plain },
         activated: false,
         start: 1.824,
@@ -35,6 +37,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
+        activation_format: ActivationFormat::E4m3,
         kernel: GemmKernel::FewRows { row_tile: 32, cut: FewRowsCut::Narrow },
         activated: false,
         start: 1.999,
@@ -49,6 +52,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
+        activation_format: ActivationFormat::E4m3,
         kernel: GemmKernel::FewRows { row_tile: 32, cut: FewRowsCut::Plain },
         activated: false,
         start: 2.32,
@@ -63,6 +67,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
+        activation_format: ActivationFormat::E4m3,
         kernel: GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::Narrow },
         activated: false,
         start: 2.047,
@@ -77,6 +82,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
+        activation_format: ActivationFormat::E4m3,
         kernel: GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::Plain },
         activated: false,
         start: 2.782,
@@ -91,6 +97,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
+        activation_format: ActivationFormat::E4m3,
         kernel: GemmKernel::Large,
         activated: false,
         start: 2.279,
@@ -105,6 +112,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
+        activation_format: ActivationFormat::E4m3,
         kernel: GemmKernel::Large,
         activated: true,
         start: 1.733,
@@ -119,6 +127,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
+        activation_format: ActivationFormat::E4m3,
         kernel: GemmKernel::Wide { shares_rows: false },
         activated: false,
         start: 2.928,
@@ -133,6 +142,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::E4m3,
+        activation_format: ActivationFormat::E4m3,
         kernel: GemmKernel::Wide { shares_rows: false },
         activated: true,
         start: 0.4298,
@@ -147,6 +157,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
+        activation_format: ActivationFormat::Bf16,
         kernel: GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::Narrow },
         activated: false,
         start: 1.847,
@@ -161,6 +172,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
+        activation_format: ActivationFormat::Bf16,
         kernel: GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::Plain },
         activated: false,
         start: 1.674,
@@ -175,6 +187,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
+        activation_format: ActivationFormat::Bf16,
         kernel: GemmKernel::FewRows { row_tile: 32, cut: FewRowsCut::Narrow },
         activated: false,
         start: 2.411,
@@ -189,6 +202,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
+        activation_format: ActivationFormat::Bf16,
         kernel: GemmKernel::FewRows { row_tile: 32, cut: FewRowsCut::Plain },
         activated: false,
         start: 2.738,
@@ -203,6 +217,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
+        activation_format: ActivationFormat::Bf16,
         kernel: GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::Narrow },
         activated: false,
         start: 2.728,
@@ -217,6 +232,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
+        activation_format: ActivationFormat::Bf16,
         kernel: GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::Plain },
         activated: false,
         start: 2.822,
@@ -231,6 +247,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
+        activation_format: ActivationFormat::Bf16,
         kernel: GemmKernel::FewRows { row_tile: 128, cut: FewRowsCut::Plain },
         activated: false,
         start: 3.293,
@@ -245,6 +262,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
+        activation_format: ActivationFormat::Bf16,
         kernel: GemmKernel::FewRows { row_tile: 128, cut: FewRowsCut::SharedRows },
         activated: false,
         start: 2.931,
@@ -259,6 +277,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
+        activation_format: ActivationFormat::Bf16,
         kernel: GemmKernel::Wide { shares_rows: false },
         activated: false,
         start: 2.28,
@@ -273,6 +292,7 @@ pub(super) const COSTS: &[Cost] = &[
     },
     Cost {
         format: WeightFormat::Bf16,
+        activation_format: ActivationFormat::Bf16,
         kernel: GemmKernel::Wide { shares_rows: true },
         activated: false,
         start: 2.973,

@@ -5,7 +5,6 @@ use super::random_bytes;
 use super::steps::repeat;
 use crate::activation::Activation;
 use crate::cuda::prepare::each_at_once;
-use crate::cuda::weights::weight_bytes;
 use crate::cuda::{
     ALIGNMENT, Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, Gemm, GemmCall, GemmConfig,
     GemmKernel, LayoutPtrs, ROW_TILES, Route, RouteCall, RouteConfig, RoutingPtrs, RowEnds, STATE_BYTES, Stream,
@@ -13,12 +12,14 @@ use crate::cuda::{
 };
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, checked_mul};
-use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
+use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
 use crate::layer::{LayerShape, Stage};
+use crate::mxfp4::GROUP;
 use crate::plan::{Plan, TokenExperts};
 use crate::quantize::ScaleFormat;
 use std::cell::Cell;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::hash::Hash;
 
 /// Weights are read from as many different places as have that many bytes, several times the cache.
 const ROTATED_BYTES: usize = 200 << 20;
@@ -36,8 +37,10 @@ const POISON: u8 = 0xa5;
 pub struct TileInputs<'a> {
     /// The layer.
     pub shape: LayerShape,
-    /// What both operands are made of.
+    /// What weights are made of.
     pub format: WeightFormat,
+    /// What rows are made of.
+    pub activation_format: ActivationFormat,
     /// The local expert of every slot that has one, in the order of the slots.
     pub experts: &'a [i32],
 }
@@ -64,40 +67,47 @@ pub struct TileTimes {
     pub gemms: Vec<TileTime>,
 }
 
+/// What weights and rows are made of.
+type Formats = (WeightFormat, ActivationFormat);
+
+/// A tile of one pair of formats, and whether the activation is inside.
+type Way = (Formats, GemmKernel, bool);
+
 /// Everything that is compiled, for any number of calls.
 #[derive(Debug)]
 pub struct TileBench<'a> {
     device: &'a Device,
     /// By row tile: one kernel.
     routes: HashMap<usize, Route>,
-    gemms: HashMap<(bool, GemmKernel, bool), Gemm>,
-    activations: HashMap<(bool, usize), Activate>,
+    gemms: HashMap<Way, Gemm>,
+    /// By the format of the rows that they leave, and the intermediate size.
+    activations: HashMap<(ActivationFormat, usize), Activate>,
 }
 
 impl<'a> TileBench<'a> {
-    /// Compiles (or loads) every tile of both formats, and the activations of the given formats and intermediate sizes.
+    /// Compiles (or loads) every tile of the layers' formats, and the activations of their formats and intermediate
+    /// sizes.
     ///
     /// # Errors
     /// As [`Gemm::prepare`], [`Activate::prepare`] and [`Route::prepare`].
-    pub fn prepare(device: &'a Device, layers: &[(WeightFormat, usize)]) -> Result<Self> {
-        let mut keys = Vec::new();
-        for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
-            for kernel in GemmKernel::all(format).into_iter().chain(GemmKernel::all_split()) {
-                keys.extend([false, true].map(|activated| (format == WeightFormat::E4m3, kernel, activated)));
+    pub fn prepare(device: &'a Device, layers: &[(WeightFormat, ActivationFormat, usize)]) -> Result<Self> {
+        let mut ways: Vec<Way> = Vec::new();
+        for formats in distinct(layers.iter().map(|&(weights, rows, _)| (weights, rows))) {
+            let split = GemmKernel::all_split().filter(|_| formats.0 != WeightFormat::Mxfp4);
+            for kernel in GemmKernel::all(formats.0).into_iter().chain(split) {
+                ways.push((formats, kernel, false));
+                if formats.0 == WeightFormat::E4m3 && kernel.takes_activation() {
+                    ways.push((formats, kernel, true));
+                }
             }
         }
-        keys.retain(|&(e4m3, kernel, activated)| !activated || (e4m3 && kernel.takes_activation()));
-        let gemms = each_at_once(&keys, |(e4m3, kernel, activated)| {
+        let gemms = each_at_once(&ways, |((format, activation_format), kernel, activated)| {
             let activation = activated.then(Activation::default);
-            {
-                let format = format_of(e4m3);
-                let activation_format = format.usual_activations();
-                Gemm::prepare(device, GemmConfig { format, activation_format, kernel, activation })
-            }
+            Gemm::prepare(device, GemmConfig { format, activation_format, kernel, activation })
         })?;
-        let layers: BTreeSet<_> = layers.iter().map(|&(format, i)| (format == WeightFormat::E4m3, i)).collect();
-        let activations = each_at_once(&Vec::from_iter(layers), |(e4m3, intermediate)| {
-            let format = e4m3.then_some(ScaleFormat::HOPPER);
+        let layers = distinct(layers.iter().map(|&(_, rows, intermediate)| (rows, intermediate)));
+        let activations = each_at_once(&layers, |(rows, intermediate)| {
+            let format = (rows == ActivationFormat::E4m3).then_some(ScaleFormat::HOPPER);
             Activate::prepare(device, ActivateConfig { intermediate, activation: Activation::default(), format })
         })?;
         let routes = ROW_TILES.map(|row_tile| {
@@ -113,9 +123,8 @@ impl<'a> TileBench<'a> {
     /// [`Error::Value`] for no slots or results that differ; whatever preparing and launching the steps may refuse.
     #[allow(unsafe_code)]
     pub fn time(&self, inputs: &TileInputs<'_>) -> Result<TileTimes> {
-        let TileInputs { shape, format, experts } = *inputs;
-        let e4m3 = format == WeightFormat::E4m3;
-        let Some(activate) = self.activations.get(&(e4m3, shape.intermediate())) else {
+        let TileInputs { shape, format, activation_format, experts } = *inputs;
+        let Some(activate) = self.activations.get(&(activation_format, shape.intermediate())) else {
             return Err(Error::value("intermediate", shape.intermediate(), "one that was prepared"));
         };
         let call = Call::new(self, inputs)?;
@@ -131,17 +140,20 @@ impl<'a> TileBench<'a> {
             let mut ways: Vec<_> = self
                 .gemms
                 .iter()
-                .filter(|((of_e4m3, kernel, activated), _)| {
+                .filter(|((formats, kernel, activated), _)| {
                     let splits = kernel.splits();
                     let fits =
                         !activated || (gemm == Stage::Gemm1 && shape.intermediate().is_multiple_of(WEIGHT_BLOCK));
                     let few = active * n.div_ceil(128) * splits <= 2 * self.device.info().multiprocessors as usize;
                     let splits = splits == 1 || (few && splits * WEIGHT_BLOCK < k);
-                    *of_e4m3 == e4m3 && fits && splits && call.layouts.contains_key(&kernel.row_tile())
+                    *formats == (format, activation_format)
+                        && fits
+                        && splits
+                        && call.layouts.contains_key(&kernel.row_tile())
                 })
                 .collect();
             ways.sort_by_key(|((_, kernel, activated), _)| (*activated, kernel.splits(), *kernel));
-            let sets = call.weights(format, (shape.local_experts(), n, k), experts)?;
+            let sets = call.weights(self.device, inputs, (n, k))?;
             call.compare(self.device, &ways, &sets[0], n)?;
             let next = Cell::new(0);
             let works: Vec<_> = ways
@@ -169,8 +181,10 @@ impl<'a> TileBench<'a> {
     }
 }
 
-fn format_of(e4m3: bool) -> WeightFormat {
-    if e4m3 { WeightFormat::E4m3 } else { WeightFormat::Bf16 }
+/// Each of several things once.
+fn distinct<T: Eq + Hash + Copy>(things: impl Iterator<Item = T>) -> Vec<T> {
+    let mut seen = HashSet::new();
+    things.filter(|&thing| seen.insert(thing)).collect()
 }
 
 /// Device memory of one call, with a layout for each row tile.
@@ -185,6 +199,7 @@ struct Call {
     out: DeviceBuffer,
     out_scales: DeviceBuffer,
     values: DeviceBuffer,
+    /// f32 of e4m3, bytes of mxfp4.
     value_scales: DeviceBuffer,
     _memory: Vec<DeviceBuffer>,
 }
@@ -192,7 +207,7 @@ struct Call {
 impl Call {
     #[allow(unsafe_code)]
     fn new(bench: &TileBench<'_>, inputs: &TileInputs<'_>) -> Result<Self> {
-        let TileInputs { shape, format, experts } = *inputs;
+        let TileInputs { shape, format, activation_format, experts } = *inputs;
         let device = bench.device;
         let (hidden, intermediate, local) = (shape.hidden(), shape.intermediate(), shape.local_experts());
         if experts.is_empty() {
@@ -241,7 +256,11 @@ impl Call {
         }
 
         let widest = hidden.max(intermediate);
-        let rows = random(device, format, checked_mul("rows", m_sum, widest)?)?;
+        let values = match activation_format {
+            ActivationFormat::E4m3 => WeightFormat::E4m3,
+            ActivationFormat::Bf16 => WeightFormat::Bf16,
+        };
+        let rows = random(device, values, checked_mul("rows", m_sum, widest)?)?;
         let row_scales = scales(device, ScaleFormat::HOPPER.words(m_sum, widest.next_multiple_of(WEIGHT_BLOCK))?)?;
         let out: DeviceBuffer = device.allocate(checked_mul("results", 2 * m_sum, hidden.max(2 * intermediate))?)?;
         out.fill(0)?;
@@ -261,11 +280,20 @@ impl Call {
         memory.extend([ids.into_bytes(), state, workspace, activated]);
         // Weights of either GEMM, and as many again of those that a call reads, or as one expert has.
         let expert = checked_mul("an expert's weights", 2 * intermediate, hidden)?;
-        let (places, step) = places(expert * weight_bytes(format), local, active);
-        let values = random(device, format, local * expert + (places - 1) * step / weight_bytes(format))?;
-        let blocks =
-            checked_mul("scales", 2 * intermediate.div_ceil(WEIGHT_BLOCK) + 1, hidden.div_ceil(WEIGHT_BLOCK) + 1)?;
-        let value_scales = scales(device, local * blocks)?;
+        let (places, step) = places(expert * format.bits() / 8, local, active);
+        let values = random(device, format, (local + (places - 1) * step) * expert)?;
+        let value_scales = match format {
+            // GEMM 2 has weights in up to twice as many places, at half the size.
+            WeightFormat::Mxfp4 => exponents(device, (local + 2 * places * step) * expert / GROUP)?,
+            WeightFormat::E4m3 | WeightFormat::Bf16 | WeightFormat::Int4 => {
+                let blocks = checked_mul(
+                    "scales",
+                    2 * intermediate.div_ceil(WEIGHT_BLOCK) + 1,
+                    hidden.div_ceil(WEIGHT_BLOCK) + 1,
+                )?;
+                scales(device, (local + 2 * places * step) * blocks)?
+            }
+        };
         Ok(Self {
             plan,
             layouts,
@@ -283,21 +311,23 @@ impl Call {
 
     /// The weights of a GEMM, in several places.
     #[allow(unsafe_code)]
-    fn weights(
-        &self,
-        format: WeightFormat,
-        (experts, n, k): (usize, usize, usize),
-        ids: &[i32],
-    ) -> Result<Vec<Weights>> {
+    fn weights(&self, device: &Device, inputs: &TileInputs<'_>, (n, k): (usize, usize)) -> Result<Vec<Weights>> {
+        let TileInputs { shape, format, activation_format, experts: ids } = *inputs;
         let active = ids.iter().collect::<BTreeSet<_>>().len();
-        let (places, step) = places(n * k * weight_bytes(format), experts, active);
-        let scales = (format == WeightFormat::E4m3).then(|| self.value_scales.ptr().cast());
-        let place = |place: usize| {
-            let ptr = self.values.ptr().byte_add(place * step);
-            // SAFETY: the buffer has room for every place of the larger GEMM's, and outlives the value.
-            unsafe { Weights::from_device(format, (experts, n, k), ptr, scales) }
+        let experts = shape.local_experts();
+        let (places, step) = places(n * k * format.bits() / 8, experts, active);
+        let sizes = (experts + (places - 1) * step, n, k);
+        let (values, scales) = (self.values.ptr(), self.value_scales.ptr());
+        // SAFETY: the buffers have room for every place of the larger GEMM's, and outlive the values.
+        let all = unsafe {
+            match format {
+                WeightFormat::Mxfp4 => Weights::from_device_mxfp4(sizes, values, scales)?,
+                WeightFormat::E4m3 => Weights::from_device(format, sizes, values, Some(scales.cast()))?,
+                WeightFormat::Bf16 | WeightFormat::Int4 => Weights::from_device(format, sizes, values, None)?,
+            }
         };
-        (0..places).map(place).collect()
+        let all = all.arrange(device, activation_format)?;
+        Ok((0..places).map(|place| all.of_experts(place * step..place * step + experts)).collect())
     }
 
     fn gemm<'w>(&self, kernel: &GemmKernel, activated: bool, weights: &'w Weights) -> GemmCall<'w> {
@@ -318,13 +348,7 @@ impl Call {
 
     /// Fails unless every way gives the first one's results, with the activation inside and without.
     #[allow(unsafe_code)]
-    fn compare(
-        &self,
-        device: &Device,
-        ways: &[(&(bool, GemmKernel, bool), &Gemm)],
-        weights: &Weights,
-        n: usize,
-    ) -> Result<()> {
+    fn compare(&self, device: &Device, ways: &[(&Way, &Gemm)], weights: &Weights, n: usize) -> Result<()> {
         let mut first: HashMap<bool, Vec<u8>> = HashMap::new();
         for ((_, kernel, activated), gemm) in ways.iter().filter(|((_, kernel, _), _)| kernel.splits() == 1) {
             let row_bytes = if *activated { n / 2 } else { 2 * n };
@@ -349,20 +373,29 @@ impl Call {
     }
 }
 
-/// In how many places a GEMM's weights should be, and the bytes from one to the next: past each other, or, where a
-/// call reads few of them, an expert further.
+/// In how many places a GEMM's weights should be, and the experts from one to the next: all of them, or one, where a
+/// call reads few.
 fn places(expert_bytes: usize, experts: usize, active: usize) -> (usize, usize) {
     let places = ROTATED_BYTES.div_ceil(expert_bytes * active.max(1)).clamp(1, MOST_ROTATED);
-    let step = if active * 4 > experts { expert_bytes * experts } else { expert_bytes };
-    (places, step)
+    (places, if active * 4 > experts { experts } else { 1 })
 }
 
 /// So many random values.
 fn random(device: &Device, format: WeightFormat, count: usize) -> Result<DeviceBuffer> {
-    let bytes = checked_mul("bytes", count, weight_bytes(format))?;
-    let period = device.upload(&random_bytes(format, PERIOD.min(bytes.next_multiple_of(8)) / weight_bytes(format)))?;
+    let bytes = checked_mul("bits", count, format.bits())? / 8;
+    let period = PERIOD.min(bytes.next_multiple_of(8)) * 8 / format.bits();
+    let period = device.upload(&random_bytes(format, period))?;
     let buffer: DeviceBuffer = device.allocate(bytes)?;
     repeat(device, period.ptr(), period.bytes().min(bytes), buffer.ptr(), bytes)?;
+    Ok(buffer)
+}
+
+/// So many powers of two, as mxfp4's scales, near enough to each other to be folded into the values.
+fn exponents(device: &Device, count: usize) -> Result<DeviceBuffer> {
+    let bytes: Vec<u8> = (0..count.clamp(1, 1 << 20)).map(|i| 116 + (i * 37 % 101 % 8) as u8).collect();
+    let period = device.upload(&bytes)?;
+    let buffer: DeviceBuffer = device.allocate(count.max(1))?;
+    repeat(device, period.ptr().cast(), period.bytes(), buffer.ptr(), buffer.bytes())?;
     Ok(buffer)
 }
 

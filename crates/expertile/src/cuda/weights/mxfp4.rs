@@ -45,6 +45,23 @@ impl Parts {
     }
 }
 
+impl Arranged {
+    /// Those of weights whose first expert is another one of `[E, N, K]`.
+    pub(super) fn from_expert(self, expert: usize, n: usize) -> Self {
+        let slabs = expert * n.div_ceil(UNIT_OUTPUTS);
+        Self {
+            exponents: self.exponents.byte_add(slabs * UNIT_OUTPUTS),
+            spread: self.spread.map(|spread| spread.byte_add(slabs)),
+            ..self
+        }
+    }
+}
+
+/// Bytes of the units of `[E, N, K]`.
+pub(super) fn packed_bytes(experts: usize, n: usize, k: usize) -> usize {
+    Parts::new(experts, n, k).exponents
+}
+
 /// Bytes of arranged `[E, N, K]`.
 pub(super) fn bytes(experts: usize, n: usize, k: usize) -> usize {
     Parts::new(experts, n, k).end
