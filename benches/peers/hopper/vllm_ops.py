@@ -29,6 +29,14 @@ def load():
             torch.ops.load_library(piece(name))
 
 
+def load_seed(name):
+    """A module of vLLM, of those that unpack.py laid out as such."""
+    seed = piece("seed")
+    if seed not in sys.path:
+        sys.path.insert(0, seed)
+    return importlib.import_module("vllm." + name)
+
+
 def load_module(name):
     """A piece that is a Python module."""
     if PEER_DIR not in sys.path:
