@@ -1,4 +1,4 @@
-"""vLLM's path through Marlin: rows bf16, MXFP4 weights; what it takes for gpt-oss where triton_kernels is not there.
+"""vLLM's path through Marlin: rows bf16, MXFP4 weights; in its order for gpt-oss it comes behind triton_kernels.
 
 Widths are padded as vLLM pads them: I to a multiple of 128, H of 256. MARLIN_HIDDEN=64 pads H no further than the
 kernels need. Rows are padded before the call, and the result is not cut to its width, which costs vLLM two copies.

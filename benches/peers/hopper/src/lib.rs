@@ -5,13 +5,14 @@
 //! serving loop does. Functions return 0 or null on failure, and `expertile_error` then says what was wrong.
 
 use expertile::cuda::{
-    RowEnds, Activate, ActivateCall, ActivateConfig, Biases, Device, DeviceBuffer, DeviceMatrix, DevicePtr, Gemm, GemmCall, GemmConfig,
-    GemmKernel, Layer, LayerCall, LayoutPtrs, QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig, RouteConfig,
-    RoutingPtrs, RowsPtrs, STATE_BYTES, Stream, Unpermute, UnpermuteCall, UnpermuteConfig, Weights,
+    Activate, ActivateCall, ActivateConfig, Biases, Device, DeviceBuffer, DeviceMatrix, DevicePtr, Gemm, GemmCall,
+    GemmConfig, GemmKernel, Layer, LayerCall, LayoutPtrs, QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig,
+    RouteConfig, RoutingPtrs, RowEnds, RowsPtrs, STATE_BYTES, Stream, Unpermute, UnpermuteCall, UnpermuteConfig,
+    Weights,
 };
 use expertile::{
-    Activation, ActivationFormat, Dtype, Error, LayerConfig, LayerShape, Padding, Plan, Result, ScaleFormat, TokenExperts,
-    WeightFormat,
+    Activation, ActivationFormat, Dtype, Error, LayerConfig, LayerShape, Padding, Plan, Result, ScaleFormat,
+    TokenExperts, WeightFormat,
 };
 use std::cell::RefCell;
 use std::ffi::{CString, c_char};
