@@ -1,6 +1,7 @@
 """One size of one layer: every rival is checked against the layer in f32, then all of them are timed in turns."""
 
 import dataclasses
+import traceback
 
 import torch
 
@@ -40,13 +41,21 @@ class Layers:
                 self.loaded[rival.key] = rival.load(shape, format, self.weights, fits)
                 self.rivals[rival.key] = rival
             except Exception as error:
-                self.reasons[rival.key] = reason(error)
+                self.reasons[rival.key] = reason(error, f"{rival.key}: {shape} {format}")
 
     def limits(self, rival):
         return BF16_LAYER if self.format == "bf16" or rival.bf16_rows else UNQUANTIZED_LAYER
 
 
-def reason(error):
+# Where the tracebacks of what failed go, a file; None for nowhere.
+FAILURES = None
+
+
+def reason(error, what=""):
+    """One line of an error; all of it is added to the file of failures."""
+    if FAILURES is not None:
+        with open(FAILURES, "a", encoding="utf-8") as file:
+            file.write("\n".join([f"== {what}", *traceback.format_exception(error)]))
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
@@ -70,7 +79,7 @@ class Case:
                 self.distances[rival.key] = self.check(rival, prepared)
                 self.prepared[rival.key] = prepared
             except Exception as error:
-                self.wrong[rival.key] = reason(error)
+                self.wrong[rival.key] = reason(error, f"{rival.key}: {layers.shape} {layers.format} {tokens} {kind}")
         del self.references
 
     def check(self, rival, prepared):

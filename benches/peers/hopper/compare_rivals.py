@@ -8,7 +8,8 @@
 
 Every rival is checked first, every token against the layer in f32; then their CUDA graphs are replayed in turns, hot,
 over so many inputs that the weights read are several times the L2. FOLDER/NAME.json has the results; rivals_table.py
-makes Markdown of one or more such files. A rival whose pieces are not on this machine is left out, with the reason.
+makes Markdown of one or more such files. A rival whose pieces are not on this machine is left out, with the reason; of
+one that fails, FOLDER/NAME.failures.log has the traceback.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 
 import torch
 
+import cases
 import rivals_table
 import routing
 import warm_up
@@ -30,7 +32,7 @@ from invariance import TOKENS as INVARIANCE_TOKENS
 from invariance import differing_values
 from rivals import OURS, RIVALS
 from rivals.stand_in import StandIn
-from shapes import READ_TBS, SHAPES, TFLOPS, WEIGHT_BYTES, Shape, add_shape
+from shapes import READ_TBS, SHAPES, SWIGLU, TFLOPS, WEIGHT_BYTES, Shape, add_shape
 from timing import fp8_tflops, read_tbs
 
 BEGIN = time.perf_counter()
@@ -49,7 +51,15 @@ class Group:
     format: str = "e4m3"
 
 
-EACH = tuple(SHAPES)
+EACH = tuple(shape for shape in SHAPES if shape not in SWIGLU)
+# At 4 bits, as gpt-oss's checkpoints are, with biases and its activation.
+GPT_OSS = Group(
+    "layer",
+    tuple(SWIGLU),
+    (1, 8, 64, 1024, 4096),
+    ("ours", "ours_w4a16", "triton_kernels", "marlin"),
+    format="mxfp4",
+)
 # At 4 bits, with our own e4m3 GEMMs at the same sizes.
 MXFP4_TOKENS, MXFP4_RIVALS = (8, 64, 256, 1024, 4096), ("ours", "ours_w4a16", "humming_mxfp4")
 # Without options: sizes at which the bytes of weights decide, sizes at which DeepGEMM is of use, and special cases.
@@ -63,6 +73,7 @@ WHOLE = (
     Group("gemms", ("qwen30b", "qwen235", "dsv3_tp8"), MXFP4_TOKENS, MXFP4_RIVALS, format="mxfp4"),
     Group("gemms", ("qwen30b", "qwen235", "dsv3_tp8"), MXFP4_TOKENS, ("ours",)),
     Group("gemms", ("dsv3_ep8", "dsv3_tp8", "qwen235"), (4096, 16384), ("ours", "humming", "deepgemm")),
+    GPT_OSS,
 )
 INVARIANT = Group(
     "layer",
@@ -105,6 +116,12 @@ def options_of(arguments=None):
         for value in given or ():
             if value not in known:
                 parser.error(f"{name} {value}, expected of {', '.join(known)}")
+    chosen = [*(options.shapes or ()), *options.shape]
+    if any(shape in SWIGLU for shape in chosen):
+        if any(shape not in SWIGLU for shape in chosen):
+            parser.error(f"--shapes {','.join(chosen)}, expected {' and '.join(SWIGLU)} in a run without others")
+        if options.format not in (None, GPT_OSS.format):
+            parser.error(f"--format {options.format}, expected {GPT_OSS.format} for {' and '.join(SWIGLU)}")
     if options.tokens and min(options.tokens) < 1:
         parser.error(f"--tokens {min(options.tokens)}, expected at least 1")
     if not options.out and not options.dry_run and not options.compile_job:
@@ -115,22 +132,23 @@ def options_of(arguments=None):
 
 def groups_of(options):
     """The default's, or what the options say; an option that is not given is the first of the default's."""
-    first = INVARIANT if options.batch_invariant else WHOLE[0]
     chosen = (*(options.shapes or ()), *options.shape)
+    first = INVARIANT if options.batch_invariant else GPT_OSS if set(chosen) & set(SWIGLU) else WHOLE[0]
     given = [options.tokens, options.routing, options.format, options.parts]
     if not chosen and not any(given):
         groups = [INVARIANT] if options.batch_invariant else list(WHOLE)
         if options.rivals:
             groups = [dataclasses.replace(group, rivals=tuple(options.rivals)) for group in groups]
     else:
-        rivals = options.rivals or ([*first.rivals] if options.batch_invariant else ["triton", "humming", "deepgemm"])
+        usual = ["triton", "humming", "deepgemm"] if first is WHOLE[0] else [*first.rivals]
+        rivals = options.rivals or usual
         group = dataclasses.replace(
             first,
             shapes=chosen or first.shapes,
             tokens=tuple(options.tokens or first.tokens),
             rivals=tuple(rivals),
             routing=options.routing or "uniform",
-            format=options.format or "e4m3",
+            format=options.format or (GPT_OSS.format if set(chosen) & set(SWIGLU) else "e4m3"),
         )
         groups = [dataclasses.replace(group, part=part) for part in options.parts or ["layer"]]
     return [dataclasses.replace(group, rivals=tuple(dict.fromkeys((OURS, *group.rivals)))) for group in groups]
@@ -237,7 +255,9 @@ def shrunk(groups):
     """For a dry run: layers and sizes that a CPU computes in no time, some experts elsewhere where they were before."""
     for name, shape in SHAPES.items():
         experts = 8 if shape.experts == shape.global_experts else 4
-        SHAPES[name] = Shape(256, 128, experts, min(shape.topk, 4), 8)
+        # Widths of no whole number of 128 stay so.
+        hidden, intermediate = (256, 128) if shape.hidden % 128 == 0 else (192, 192)
+        SHAPES[name] = Shape(hidden, intermediate, experts, min(shape.topk, 4), 8)
     cut = lambda tokens: tuple(dict.fromkeys(min(count, DRY_TOKENS) for count in tokens))
     return [dataclasses.replace(group, tokens=cut(group.tokens)) for group in groups]
 
@@ -320,6 +340,7 @@ def main():
     results = Results(options, rivals)
     if not options.dry_run:
         os.makedirs(options.out, exist_ok=True)
+        cases.FAILURES = os.path.join(options.out, options.name + ".failures.log")
         results.data |= dict(measured=dict(read_tbs=round(read_tbs(), 2), fp8_tflops=round(fp8_tflops())))
         print(f"# {results.data['before']}; measured {results.data['measured']}", flush=True)
         if not options.no_compile:

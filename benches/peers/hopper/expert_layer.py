@@ -6,7 +6,7 @@ import torch
 
 from device import DEVICE
 from routing import local_ids, routing
-from shapes import SHAPES
+from shapes import SHAPES, swiglu_of
 from timing import L2_BYTES
 
 # The contract's distances, whole and by row: of a GEMM to the product of what was quantized, rows and weights; of a
@@ -19,8 +19,25 @@ BF16_LAYER = (1e-4, 3e-4)
 SAME_OPERANDS = (1e-7, 1e-6)
 
 
+def activated(shape, rows):
+    """What the layer's activation makes of rows [.., 2 I] of its first product."""
+    swiglu = swiglu_of(shape)
+    gate, up = (rows[..., ::2], rows[..., 1::2]) if swiglu.interleaved else rows.chunk(2, dim=-1)
+    if swiglu.limit:
+        gate, up = gate.clamp(max=swiglu.limit), up.clamp(-swiglu.limit, swiglu.limit)
+    return (up + swiglu.beta) * gate * torch.sigmoid(swiglu.alpha * gate)
+
+
+def product(weights, expert, rows):
+    """Rows times an expert's weights as they are, with its bias, in the rows' type."""
+    out = rows @ weights.exact(expert, rows.dtype).t()
+    return out if weights.bias is None else out + weights.bias[expert].to(rows.dtype)
+
+
 class Weights:
     """e4m3 [E, N, K] with f32 scales of 128 x 128; an expert's original is drawn again when it is asked for."""
+
+    bias = None
 
     def __init__(self, experts, n, k, seed):
         self.shape, self._seed = (experts, n, k), seed
@@ -48,6 +65,8 @@ class Weights:
 
 class Bf16Weights:
     """bf16 [E, N, K], drawn as those are."""
+
+    bias = None
 
     def __init__(self, experts, n, k, seed):
         self.shape, self._seed = (experts, n, k), seed
@@ -98,7 +117,9 @@ def of_mxfp4(codes, scales):
 
 
 class Mxfp4Weights:
-    """MXFP4: codes [E, N, K / 2] and scales [E, N, K / 32], drawn as the others are."""
+    """MXFP4: codes [E, N, K / 2] and scales [E, N, K / 32], drawn as the others are; `bias` is f32 [E, N] or None."""
+
+    bias = None
 
     def __init__(self, experts, n, k, seed):
         self.shape = (experts, n, k)
@@ -130,7 +151,22 @@ def layer_weights(shape, format="e4m3"):
     """w13 [E, 2 I, H] and w2 [E, H, I]."""
     hidden, intermediate, experts, _, _ = SHAPES[shape]
     kind = {"e4m3": Weights, "bf16": Bf16Weights, "mxfp4": Mxfp4Weights}[format]
-    return kind(experts, 2 * intermediate, hidden, 1), kind(experts, hidden, intermediate, 2)
+    weights = kind(experts, 2 * intermediate, hidden, 1), kind(experts, hidden, intermediate, 2)
+    if swiglu_of(shape).biased:
+        for seed, each in enumerate(weights):
+            each.bias = biases(*each.shape[:2], seed)
+    return weights
+
+
+# Of biases: so large that some of what the first product gives is clamped.
+BIAS = 2.0
+
+
+def biases(experts, n, seed):
+    """[E, N] f32 of values that bf16 has, as checkpoints have them: whoever rounds them so has the same."""
+    generator = torch.Generator(device=DEVICE).manual_seed(seed)
+    drawn = torch.randn((experts, n), device=DEVICE, generator=generator) * BIAS
+    return drawn.to(torch.bfloat16).float()
 
 
 class Call:
@@ -178,9 +214,8 @@ class Call:
         topk = self.ids.shape[1]
         for expert, part in enumerate(slots.split(self.counts.tolist())):
             if len(part):
-                w13, w2 = (w.exact(expert, torch.float32) for w in weights)
-                gate, up = (rows[part // topk] @ w13.t()).chunk(2, dim=1)
-                y = (torch.nn.functional.silu(gate) * up) @ w2.t()
+                mid = activated(self.shape, product(weights[0], expert, rows[part // topk]))
+                y = product(weights[1], expert, mid)
                 out.index_add_(0, part // topk, y * self.weights.flatten()[part][:, None])
         return out
 
@@ -190,9 +225,8 @@ class Call:
         local, out = self.local[tokens], torch.zeros((len(tokens), self.x.shape[1]), device=DEVICE, dtype=torch.float64)
         for expert in local[local >= 0].unique().tolist():
             token, slot = torch.nonzero(local == expert).unbind(1)
-            w13, w2 = (w.exact(expert) for w in weights)
-            gate, up = (self.x[tokens[token]].double() @ w13.t()).chunk(2, dim=1)
-            y = (torch.nn.functional.silu(gate) * up) @ w2.t()
+            mid = activated(self.shape, product(weights[0], expert, self.x[tokens[token]].double()))
+            y = product(weights[1], expert, mid)
             out.index_add_(0, token, y * self.weights[tokens[token], slot].double()[:, None])
         return tokens, out
 

@@ -36,6 +36,9 @@ if hasattr(_lib, "expertile_mxfp4_weights"):
     _lib.expertile_bind_mxfp4_gemm.argtypes = [_size] * 4 + [_word] * 6 + [_size]
     _lib.expertile_mxfp4_layer.restype = _size
     _lib.expertile_mxfp4_layer.argtypes = [_size] * 5
+if hasattr(_lib, "expertile_mxfp4_layer_with"):
+    _lib.expertile_mxfp4_layer_with.restype = _size
+    _lib.expertile_mxfp4_layer_with.argtypes = [_size] * 5 + [_word] * 2 + [ctypes.c_float] * 3
 _lib.expertile_launch.argtypes = [_size, _word]
 _lib.expertile_check.argtypes = [_size, _word]
 
@@ -226,10 +229,18 @@ def bind_gemm(tile, weights, rows, scales, layout, out, out_scales=None):
 
 
 class Layer:
-    """The whole layer; w13 and w2 are as for `bind_gemm`, or pairs of bf16 weights and None."""
+    """The whole layer; w13 and w2 are as for `bind_gemm`, or pairs of bf16 weights and None. Only Mxfp4 ones go with
+    biases, f32 [E, 2 I] and [E, H], and with SwiGLU's alpha, beta and limit (0: none)."""
 
-    def __init__(self, w13, w2, topk, global_experts, max_tokens):
+    def __init__(self, w13, w2, topk, global_experts, max_tokens, biases=None, swiglu=(1.0, 0.0, 0.0)):
         self._keep = (w13, w2)
+        if biases is not None:
+            host = [bias.float().cpu().contiguous() for bias in biases]
+            addresses = (w13.handle, w2.handle, *(bias.data_ptr() for bias in host))
+            self._handle = _checked(
+                _lib.expertile_mxfp4_layer_with(topk, global_experts, max_tokens, *addresses, *swiglu)
+            )
+            return
         if isinstance(w13, Mxfp4):
             handles = (w13.handle, w2.handle)
             self._handle = _checked(_lib.expertile_mxfp4_layer(topk, global_experts, max_tokens, *handles))

@@ -35,7 +35,9 @@ def show(data, layer, part, row):
     cells = [f"{key} {number(row.get(key))}" for key in data["paths"] if key in row]
     times, name = ratio(data, row), layer["name"] + ("" if layer["routing"] == "uniform" else f" {layer['routing']}")
     share = f" x{times:.2f}" if times else ""
-    share += f" {100 * row['floor'] / row[OURS]:.0f} % of the floor" if OURS in row else ""
+    mine = [key for key in data["paths"] if key in row and key.split("_")[0] == OURS]
+    shares = ", ".join(f"{key} {100 * row['floor'] / row[key]:.0f} %" for key in mine)
+    share += f" {shares} of the floor" if mine else ""
     mark = "DRY RUN " if data.get("dry_run") else ""
     head = f"{mark}{name:16} {layer['format']} {part} {row['tokens']:6} floor {number(row['floor'])}"
     print(f"{head} {' '.join(cells)}{share}", flush=True)

@@ -31,7 +31,31 @@ SHAPES = {
     "qwen235_tp4": Shape(4096, 384, 128, 8, 128),
     "qwen30b": Shape(2048, 768, 128, 8, 128),
     "mixtral": Shape(4096, 14336, 8, 2, 8),
+    "gpt_oss": Shape(2880, 2880, 128, 4, 128),
 }
+
+
+class Swiglu(NamedTuple):
+    """What a layer does between its products and beside them."""
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    # Of gate from above, of up on both sides; none where it is 0.
+    limit: float = 0.0
+    # Gate's and up's rows of w13 take turns, instead of gate's first.
+    interleaved: bool = False
+    # Both products have biases.
+    biased: bool = False
+
+
+# Of gpt-oss-120b, whose checkpoints have MXFP4 weights.
+SWIGLU = {"gpt_oss": Swiglu(alpha=1.702, beta=1.0, limit=7.0, interleaved=True, biased=True)}
+
+
+def swiglu_of(shape):
+    return SWIGLU.get(shape, Swiglu())
+
+
 # Those of the comparisons step by step.
 STEP_SHAPES = ("dsv3", "dsv3_ep8", "qwen235", "mixtral")
 

@@ -29,8 +29,16 @@ def load():
             torch.ops.load_library(piece(name))
 
 
+def load_seed(name):
+    """A module of vLLM, of those that unpack.py laid out as such."""
+    return _imported("vllm." + name, piece("seed"), PEER_DIR)
+
+
 def load_module(name):
     """A piece that is a Python module."""
-    if PEER_DIR not in sys.path:
-        sys.path.insert(0, PEER_DIR)
+    return _imported(name, PEER_DIR)
+
+
+def _imported(name, *folders):
+    sys.path[:0] = [folder for folder in folders if folder not in sys.path]
     return importlib.import_module(name)

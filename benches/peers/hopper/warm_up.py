@@ -15,7 +15,7 @@ from device import DEVICE
 from expert_layer import original
 from rivals import RIVALS
 from rivals.base import sizes
-from shapes import SHAPES, Shape
+from shapes import SHAPES, Shape, swiglu_of
 
 # Humming compiles several kernels at a time in each of its processes.
 ENVIRONMENT = {"HUMMING_MAX_PARALLEL_BUILD_WORKERS": "4"}
@@ -32,6 +32,7 @@ class HollowWeights:
 
     shape: tuple[int, int, int]
     format: str
+    bias: torch.Tensor | None = None
 
     @property
     def pair(self):
@@ -90,5 +91,8 @@ def run_job(text):
         shape, format = layer["shape"], layer["format"]
         SHAPES.setdefault(shape, Shape(*layer["numbers"]))
         weights = [HollowWeights((SHAPES[shape].experts, n, k), format) for n, k in sizes(shape)]
+        if swiglu_of(shape).biased:
+            for each in weights:
+                each.bias = torch.zeros(each.shape[:2], device=DEVICE)
         rival.compile(shape, format, weights, layer["tokens"], job["part"])
         torch.cuda.empty_cache()

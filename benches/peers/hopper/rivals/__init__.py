@@ -2,6 +2,8 @@
 
 from rivals.expertile import Expertile, ExpertileW4A16
 from rivals.humming import Humming, HummingBatchInvariant, HummingMxfp4
+from rivals.marlin import Marlin
+from rivals.triton_kernels import TritonKernels
 from rivals.vllm_deepgemm import VllmDeepGemm
 from rivals.vllm_triton import VllmTriton, VllmTritonBatchInvariant
 
@@ -17,5 +19,7 @@ RIVALS = {
         HummingBatchInvariant(),
         HummingMxfp4(),
         ExpertileW4A16(),
+        TritonKernels(),
+        Marlin(),
     )
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from expert_layer import Call
-from shapes import SHAPES
+from shapes import SHAPES, SWIGLU
 
 
 @dataclasses.dataclass
@@ -34,6 +34,8 @@ class Rival:
     batch_invariant = False
     # It does not quantize rows, whatever weights are.
     bf16_rows = False
+    # It has the biases and the activation of the layers in `SWIGLU`.
+    takes_biases = False
 
     def missing(self) -> str | None:
         """Why it cannot run on this machine, if it cannot."""
@@ -44,7 +46,9 @@ class Rival:
 
     def unsupported(self, shape: str, format: str, tokens: int) -> str | None:
         """Why it does not take such a layer, if it does not."""
-        return None if format in self.formats else f"takes {' and '.join(self.formats)}, not {format}"
+        if format not in self.formats:
+            return f"takes {' and '.join(self.formats)}, not {format}"
+        return "takes no biases" if shape in SWIGLU and not self.takes_biases else None
 
     def supported(self, shape: str, format: str, tokens: list[int]) -> list[int]:
         """Those numbers of tokens that it takes."""

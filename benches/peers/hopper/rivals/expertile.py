@@ -4,7 +4,7 @@ import os
 import pathlib
 
 from rivals.base import Prepared, Rival
-from shapes import SHAPES
+from shapes import SHAPES, swiglu_of
 
 # As in `ours`, which fails without it.
 FOLDER = pathlib.Path(__file__).parent.parent
@@ -14,7 +14,7 @@ LIBRARY = os.environ.get("EXPERTILE_LIB", str(FOLDER / "libexpertile_vllm_gpu.so
 class Expertile(Rival):
     key, label = "ours", "Expertile"
     formats = ("e4m3", "bf16", "mxfp4")
-    batch_invariant = True
+    batch_invariant = takes_biases = True
     compiles_together = True
 
     def missing(self):
@@ -41,16 +41,28 @@ class ExpertileW4A16(Expertile):
         return Loaded(shape, format, weights, tokens, bf16_rows=True)
 
 
+def in_halves(rows):
+    """[E, 2 I, ..] whose rows of gate and up take turns: gate's first, then up's, as a checkpoint is loaded."""
+    return rows.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2).contiguous()
+
+
 class Loaded:
     def __init__(self, shape, format, weights, tokens, bf16_rows=False):
         # The library is loaded where it is used, so that the rest works without it.
         import ours
 
         _, _, _, topk, global_experts = SHAPES[shape]
-        self.weights = [ours.Mxfp4(*w.pair, bf16_rows) if format == "mxfp4" else w.pair for w in weights]
-        self.layer = ours.Layer(*self.weights, topk, global_experts, max(tokens))
-        # The steps of the interface permute and activate e4m3 rows.
-        self.apart = format == "e4m3" or (format == "mxfp4" and not bf16_rows)
+        swiglu, sizes = swiglu_of(shape), (topk, global_experts, max(tokens))
+        pairs, biases = [w.pair for w in weights], [w.bias for w in weights]
+        if swiglu.interleaved:
+            pairs[0], biases[0] = [in_halves(part) for part in pairs[0]], in_halves(biases[0])
+        self.weights = [ours.Mxfp4(*pair, bf16_rows) for pair in pairs] if format == "mxfp4" else pairs
+        if swiglu.biased:
+            self.layer = ours.Layer(*self.weights, *sizes, biases, (swiglu.alpha, swiglu.beta, swiglu.limit))
+        else:
+            self.layer = ours.Layer(*self.weights, *sizes)
+        # The steps of the interface permute and activate e4m3 rows, and have no biases.
+        self.apart = format == "e4m3" or (format == "mxfp4" and not bf16_rows and not swiglu.biased)
 
     def prepare(self, calls):
         import layer_part

@@ -3,6 +3,7 @@
 import torch
 
 from device import DEVICE
+from expert_layer import activated, product
 from rivals.base import Prepared, Rival
 
 
@@ -18,23 +19,32 @@ class StandIn(Rival):
         return "dry run"
 
     def load(self, shape, format, weights, tokens):
-        return Loaded(weights)
+        return Loaded(shape, weights)
 
 
 class Loaded:
-    def __init__(self, weights):
+    def __init__(self, shape, weights):
         # Small in a dry run.
-        self.weights = [torch.stack([w.exact(e, torch.float32) for e in range(w.shape[0])]) for w in weights]
+        self.shape, self.weights = shape, [Decoded(w) for w in weights]
 
     def prepare(self, calls):
-        layers = [Layer(call, *self.weights) for call in calls]
+        layers = [Layer(self.shape, call, *self.weights) for call in calls]
         gemms = lambda: (layers, layers)
         return Prepared(layers, [layer.out for layer in layers], dict(stand_in=True), gemms=gemms)
 
 
+class Decoded:
+    def __init__(self, weights):
+        self.bias = weights.bias
+        self.experts = [weights.exact(expert, torch.float32) for expert in range(weights.shape[0])]
+
+    def exact(self, expert, dtype):
+        return self.experts[expert].to(dtype)
+
+
 class Layer:
-    def __init__(self, call, w13, w2):
-        self.call, self.w13, self.w2 = call, w13, w2
+    def __init__(self, shape, call, w13, w2):
+        self.shape, self.call, self.w13, self.w2 = shape, call, w13, w2
         self.out = torch.empty(call.x.shape, device=DEVICE, dtype=torch.bfloat16)
 
     def __call__(self):
@@ -44,6 +54,6 @@ class Layer:
             out = torch.zeros(call.x.shape[1], device=DEVICE)
             for expert, weight in zip(local[token], weights[token], strict=True):
                 if expert >= 0:
-                    gate, up = (self.w13[expert] @ x).chunk(2)
-                    out += weight * (self.w2[expert] @ (torch.nn.functional.silu(gate) * up))
+                    mid = activated(self.shape, product(self.w13, expert, x))
+                    out += weight * product(self.w2, expert, mid)
             self.out[token] = out

@@ -5,13 +5,14 @@
 //! serving loop does. Functions return 0 or null on failure, and `expertile_error` then says what was wrong.
 
 use expertile::cuda::{
-    RowEnds, Activate, ActivateCall, ActivateConfig, Device, DeviceBuffer, DeviceMatrix, DevicePtr, Gemm, GemmCall, GemmConfig,
-    GemmKernel, Layer, LayerCall, LayoutPtrs, QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig, RouteConfig,
-    RoutingPtrs, RowsPtrs, STATE_BYTES, Stream, Unpermute, UnpermuteCall, UnpermuteConfig, Weights,
+    Activate, ActivateCall, ActivateConfig, Biases, Device, DeviceBuffer, DeviceMatrix, DevicePtr, Gemm, GemmCall,
+    GemmConfig, GemmKernel, Layer, LayerCall, LayoutPtrs, QuantizePermute, QuantizePermuteCall, QuantizePermuteConfig,
+    RouteConfig, RoutingPtrs, RowEnds, RowsPtrs, STATE_BYTES, Stream, Unpermute, UnpermuteCall, UnpermuteConfig,
+    Weights,
 };
 use expertile::{
-    Activation, ActivationFormat, Dtype, Error, LayerConfig, Padding, Plan, Result, ScaleFormat, TokenExperts,
-    WeightFormat,
+    Activation, ActivationFormat, Dtype, Error, LayerConfig, LayerShape, Padding, Plan, Result, ScaleFormat,
+    TokenExperts, WeightFormat,
 };
 use std::cell::RefCell;
 use std::ffi::{CString, c_char};
@@ -460,12 +461,54 @@ pub unsafe extern "C" fn expertile_mxfp4_layer(
 ) -> usize {
     // SAFETY: the caller's promise.
     let (w13, w2) = unsafe { (&*w13, &*w2) };
-    let make = || {
-        let config = LayerConfig::new(topk, global_experts, w13.rows);
-        let (up, down) = (w13.weights.clone(), w2.weights.clone());
-        Ok(Arc::new(Layer::prepare(&device()?, up, down, config, max_tokens)?))
-    };
-    hand_over(make())
+    hand_over(w13.layer(w2, (topk, global_experts, max_tokens), Activation::default(), [None, None]))
+}
+
+/// The same with biases `b13 [E, 2 I]` (gate's first, then up's) and `b2 [E, H]`, f32 in host memory, each absent where
+/// the address is null, and with SwiGLU's parameters; there is no limit where it is 0.
+///
+/// # Safety
+/// As [`expertile_mxfp4_layer`]; the biases have that many values.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_mxfp4_layer_with(
+    topk: usize,
+    global_experts: usize,
+    max_tokens: usize,
+    w13: *const Mxfp4,
+    w2: *const Mxfp4,
+    b13: *const f32,
+    b2: *const f32,
+    alpha: f32,
+    beta: f32,
+    limit: f32,
+) -> usize {
+    // SAFETY: the caller's promise.
+    let (w13, w2) = unsafe { (&*w13, &*w2) };
+    let biases = [(b13, w13), (b2, w2)].map(|(bias, of)| {
+        let values = of.weights.experts() * of.weights.n();
+        // SAFETY: the caller's promise.
+        (!bias.is_null()).then(|| unsafe { std::slice::from_raw_parts(bias, values) })
+    });
+    let activation = Activation::Swiglu { alpha, beta, limit: (limit != 0.0).then_some(limit) };
+    hand_over(w13.layer(w2, (topk, global_experts, max_tokens), activation, biases))
+}
+
+impl Mxfp4 {
+    /// The layer of these weights and GEMM 2's: experts per token, all experts there are, and the most tokens of a call.
+    fn layer(
+        &self,
+        down: &Self,
+        (topk, global_experts, max_tokens): (usize, usize, usize),
+        activation: Activation,
+        [b13, b2]: [Option<&[f32]>; 2],
+    ) -> Result<Arc<Layer>> {
+        let config = LayerConfig { activation, ..LayerConfig::new(topk, global_experts, self.rows) };
+        let device = device()?;
+        let shape = LayerShape::new(self.weights.k(), down.weights.k(), self.weights.experts())?;
+        let biases = Biases::upload(&device, &shape, b13, b2)?;
+        let weights = (self.weights.clone(), down.weights.clone());
+        Ok(Arc::new(Layer::prepare_with_biases(&device, weights, biases, config, max_tokens)?))
+    }
 }
 
 /// Weights that are on the device: e4m3, or bf16 where there are no scales.
