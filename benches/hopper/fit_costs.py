@@ -24,17 +24,30 @@ MULTIPROCESSORS = 132
 # Constants of a kernel before the times of its tiles and blocks.
 HEAD = 7
 ACTIVATION_START, ACTIVATION_BYTES = 2.2, 3.0e6
+# Formats of weights and rows, as `GemmShape` has them.
+Formats = tuple[str, str]
+WEIGHT_BYTES = {"e4m3": 1.0, "bf16": 2.0, "mxfp4": 4.25 / 8}
+ROW_BYTES = {"e4m3": 1, "bf16": 2}
 # Kernels that are never much better than another one: left out, so that a layer compiles fewer.
-LEFT_OUT = {
-    "e4m3": {(16, 128, 2, False), (32, 128, 2, False), (64, 128, 2, False), (128, 128, 1, False), (128, 128, 2, False),
+LEFT_OUT: dict[Formats, set[tuple[int, int, int, bool]]] = {
+    ("e4m3", "e4m3"): {(16, 128, 2, False), (32, 128, 2, False), (64, 128, 2, False), (128, 128, 1, False), (128, 128, 2, False),
              (192, 128, 1, False), (192, 128, 2, False), (192, 128, 2, True)},
-    "bf16": {(16, 128, 2, False), (32, 128, 2, False), (64, 128, 2, False), (192, 128, 1, False), (192, 128, 2, False)},
+    ("bf16", "bf16"): {(16, 128, 2, False), (32, 128, 2, False), (64, 128, 2, False), (192, 128, 1, False), (192, 128, 2, False)},
 }
 
 
 # Whole layers that took less with the wide tile than with the large one, on the same GPU: by 7 % (on 32 of the 256 experts)
 # and by 1 %. Draws seldom have experts with just more rows than the large tile has.
-BETTER_WIDE = {"e4m3": [{"hidden": 7168, "intermediate": 2048, "experts": 256, "topk": 8, "tokens": 4096, "format": "e4m3"}], "bf16": []}
+BETTER_WIDE: dict[Formats, list[dict[str, Any]]] = {
+    ("e4m3", "e4m3"): [
+        {"hidden": 7168, "intermediate": 2048, "experts": 256, "topk": 8, "tokens": 4096, "format": "e4m3", "activations": "e4m3"}
+    ],
+}
+
+
+def formats_of(layer: dict[str, Any]) -> Formats:
+    """Sweeps of before mxfp4 do not say what rows are made of."""
+    return layer["format"], layer.get("activations", layer["format"])
 
 
 @dataclass(frozen=True, order=True)
@@ -149,14 +162,15 @@ def samples(kernel: Kernel, gemms: list[tuple[dict[str, Any], str]], skewed: lis
         n, k = 2 * layer["intermediate"], layer["hidden"]
         if gemm == "gemm2":
             n, k = layer["hidden"], layer["intermediate"]
-        element = 1 if layer["format"] == "e4m3" else 2
+        weight_format, row_format = formats_of(layer)
+        row_bytes = ROW_BYTES[row_format]
         full, rest = np.floor(rows / kernel.row_tile), rows % kernel.row_tile
         counts = np.zeros(kernel.steps + 1)
         counts[kernel.steps] += (full * experts).sum()
         np.add.at(counts, np.ceil(rest / kernel.step).astype(int), experts * (rest > 0))
         active, live = min(experts.sum(), layer["experts"]), (rows * experts).sum()
         columns = kernel.shared * math.ceil(n / (kernel.outputs * kernel.shared))
-        moved = live * (k * element + n * (0.5 if kernel.activated else 2.0))
+        moved = live * (k * row_bytes + n * (0.5 if kernel.activated else 2.0))
         likely = np.flatnonzero(counts[1:] * columns >= 0.5)
         longest = int(likely.max()) if len(likely) else 0
         with_as_many = experts[::-1].cumsum()[::-1]
@@ -164,8 +178,8 @@ def samples(kernel: Kernel, gemms: list[tuple[dict[str, Any], str]], skewed: lis
         of_tile = live / max(counts.sum(), 1e-9)
         # A large tile and the small one that holds the rest of an expert's rows read its weights twice.
         twice = (rows > 128) & (rows <= 192) if kernel.wide and kernel.row_tile == 128 else np.zeros(len(rows), bool)
-        weights = (active + experts[twice].sum()) * n * k * element
-        lines.append((math.ceil(k * element / 128), columns, counts[1:], weights, moved, longest, of_tile, longest_rows))
+        weights = (active + experts[twice].sum()) * n * k * WEIGHT_BYTES[weight_format]
+        lines.append((math.ceil(k * row_bytes / 128), columns, counts[1:], weights, moved, longest, of_tile, longest_rows))
     blocks, columns_, counts_, weights_, moved_, longests, *of_rows = zip(*lines, strict=True)
     parts = [np.array(part, float) for part in (blocks, columns_, counts_, weights_, moved_)]
     return Samples(parts[0], parts[1], parts[2], parts[3], parts[4], np.array(longests), *(np.array(part) for part in of_rows))
@@ -208,7 +222,8 @@ class Fitted:
                 times = self.took.setdefault(kernel, np.full(len(self.gemms), np.inf))
                 times[index] = 1e6 * (tile["seconds"] + self.activation(index, kernel, layer["activation_seconds"]))
         self.best = np.min(list(self.took.values()), axis=0)
-        left_out = LEFT_OUT[layers[0]["format"]]
+        self.formats = formats_of(layers[0])
+        left_out = LEFT_OUT.get(self.formats, set())
         self.kernels = sorted(k for k in self.took if (k.row_tile, k.outputs, k.shared, k.wide) not in left_out)
         guesses = [samples(k, self.gemms * 2, [False] * len(self.gemms) + [True] * len(self.gemms)) for k in self.kernels]
         self.guesses = dict(zip(self.kernels, guesses, strict=True))
@@ -229,7 +244,7 @@ class Fitted:
         guess = self.guesses[kernel]
         expected = guess.expected(p, kernel)
         if not kernel.activated:
-            width = np.array([layer["intermediate"] * (5 if layer["format"] == "e4m3" else 6) for layer, _ in self.gemms], float)
+            width = np.array([layer["intermediate"] * (4 + ROW_BYTES[self.formats[1]]) for layer, _ in self.gemms], float)
             is_first = np.array([gemm == "gemm1" for _, gemm in self.gemms])
             rows = np.array([layer["tokens"] * layer["topk"] for layer, _ in self.gemms], float)
             expected = expected + np.tile(is_first * (ACTIVATION_START + rows * width / ACTIVATION_BYTES), 2)
@@ -252,7 +267,7 @@ class Fitted:
         fitted, now = dict(constants), {kernel: p.copy() for kernel, p in constants.items()}
         costs = np.array([self.cost(kernel, now[kernel]) for kernel in self.kernels])
 
-        better_wide = [(layer, gemm) for layer in BETTER_WIDE[self.layers[0]["format"]] for gemm in ("gemm1", "gemm2")]
+        better_wide = [(layer, gemm) for layer in BETTER_WIDE.get(self.formats, []) for gemm in ("gemm1", "gemm2")]
         guesses = [False] * len(better_wide) + [True] * len(better_wide)
         many_rows = {k: samples(k, better_wide * 2, guesses) for k in self.kernels if k.wide and better_wide}
 
@@ -288,19 +303,20 @@ class Fitted:
         return now
 
 
-def rust(constants: dict[str, dict[Kernel, Array]]) -> str:
+def rust(constants: dict[Formats, dict[Kernel, Array]], others: list[str]) -> str:
     lines = ["//! Written by `benches/hopper/fit_costs.py` from sweeps on an H200; [`super`] says what the numbers are.", "",
-             "use super::Cost;", "use crate::cuda::gemm::{FewRowsCut, GemmKernel};", "use crate::gemm::WeightFormat;", "",
-             "pub(super) const COSTS: &[Cost] = &["]
+             "use super::Cost;", "use crate::cuda::gemm::{FewRowsCut, GemmKernel};", "use crate::gemm::{ActivationFormat, WeightFormat};", "",
+             "pub(super) const COSTS: &[Cost] = &[", *others]
 
     def number(x: float) -> str:
         return repr(float(f"{x:.4g}"))
 
-    for name, kernels in constants.items():
+    for (weights_, rows), kernels in constants.items():
         for kernel, p in kernels.items():
             tiles = ", ".join(map(number, p[HEAD : HEAD + kernel.steps]))
             blocks = ", ".join(map(number, p[HEAD + kernel.steps :]))
-            lines += ["    Cost {", f"        format: WeightFormat::{name.capitalize()},", f"        kernel: {kernel.rust},",
+            lines += ["    Cost {", f"        format: WeightFormat::{weights_.capitalize()},",
+                      f"        activation_format: ActivationFormat::{rows.capitalize()},", f"        kernel: {kernel.rust},",
                       f"        activated: {str(kernel.activated).lower()},", f"        start: {number(p[0])},",
                       f"        tile_times: &[{tiles}],", f"        block_times: &[{blocks}],",
                       f"        row_time: {number(p[6])},", f"        tail: {number(p[1])},",
@@ -309,12 +325,19 @@ def rust(constants: dict[str, dict[Kernel, Array]]) -> str:
     return "\n".join([*lines, "];", ""])
 
 
-def read(files: list[Path]) -> dict[str, list[dict[str, Any]]]:
-    layers: dict[str, list[dict[str, Any]]] = {"e4m3": [], "bf16": []}
+def read(files: list[Path]) -> dict[Formats, list[dict[str, Any]]]:
+    layers: dict[Formats, list[dict[str, Any]]] = defaultdict(list)
     for file in files:
         for layer in json.loads(file.read_text())["layers"]:
-            layers[layer["format"]].append(layer)
+            layers[formats_of(layer)].append(layer)
     return layers
+
+
+def kept(table: Path, fitted: set[Formats]) -> list[str]:
+    """The entries that a table has of other formats."""
+    entries = [f"    Cost {{\n{text}" for text in table.read_text().rpartition("];")[0].split("    Cost {\n")[1:]]
+    named = {formats: f"WeightFormat::{formats[0].capitalize()},\n        activation_format: ActivationFormat::{formats[1].capitalize()}," for formats in fitted}
+    return [entry.rstrip("\n") for entry in entries if not any(name in entry for name in named.values())]
 
 
 def main() -> None:
@@ -324,19 +347,19 @@ def main() -> None:
     parser.add_argument("--write", type=Path)
     parser.add_argument("--rounds", type=int, default=6000)
     options = parser.parse_args()
-    constants: dict[str, dict[Kernel, Array]] = {}
+    constants: dict[Formats, dict[Kernel, Array]] = {}
     judged = read(options.judge)
     for name, layers in read(options.fit).items():
         fitted = Fitted(layers)
         of_format = {kernel: fitted.fit(kernel) for kernel in fitted.kernels}
-        print(name, "fitted:", summary(fitted, of_format), flush=True)
+        print(*name, "fitted:", summary(fitted, of_format), flush=True)
         of_format = fitted.tune(of_format, options.rounds)
-        print(name, "tuned:", summary(fitted, of_format), flush=True)
-        if judged[name]:
-            print(name, "judged:", summary(Fitted(judged[name]), of_format), flush=True)
+        print(*name, "tuned:", summary(fitted, of_format), flush=True)
+        if name in judged:
+            print(*name, "judged:", summary(Fitted(judged[name]), of_format), flush=True)
         constants[name] = of_format
     if options.write:
-        options.write.write_text(rust(constants))
+        options.write.write_text(rust(constants, kept(options.write, set(constants))))
 
 
 def summary(of: Fitted, constants: dict[Kernel, Array]) -> str:

@@ -50,7 +50,10 @@ if [ "$ranks" -gt 1 ]; then
             --json "$out/$preset.json"
     done
 fi
-[ -n "${ONLY_RANKS:-}" ] && exit "${#failed[@]}"
+if [ -n "${ONLY_RANKS:-}" ]; then
+    echo "failed: ${failed[*]:-none}"
+    exit "${#failed[@]}"
+fi
 # Apart from the wire: two ranks on one GPU; and NCCL with one rank. Experts are few, as they are not what is timed.
 for preset in deepseek-v3 qwen3-235b-a22b; do
     step "one-gpu-$preset" 60 "${bench[@]}" --one-gpu --ranks 2 --preset "$preset" --experts 32 --tokens "$tokens" \
