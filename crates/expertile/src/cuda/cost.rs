@@ -210,7 +210,7 @@ fn activation(format: WeightFormat, rows: f64, n: usize) -> f64 {
 /// The tile that is expected to take least; with `activation_follows`, which is then counted, of tiles that have it
 /// inside and of those that do not.
 pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> (GemmKernel, bool) {
-    if shape.format == WeightFormat::Mxfp4 {
+    if shape.format.has_groups() {
         return (mxfp4::choose(shape, multiprocessors), false);
     }
     let populations = [Population::even(shape), Population::skewed(shape)];
