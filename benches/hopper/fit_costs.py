@@ -26,7 +26,7 @@ HEAD = 7
 ACTIVATION_START, ACTIVATION_BYTES = 2.2, 3.0e6
 # Formats of weights and rows, as `GemmShape` has them.
 Formats = tuple[str, str]
-WEIGHT_BYTES = {"e4m3": 1.0, "bf16": 2.0, "mxfp4": 4.25 / 8}
+WEIGHT_BYTES = {"e4m3": 1.0, "bf16": 2.0, "mxfp4": 4.25 / 8, "int4": 4.5 / 8}
 ROW_BYTES = {"e4m3": 1, "bf16": 2}
 # Kernels that are never much better than another one: left out, so that a layer compiles fewer.
 LEFT_OUT: dict[Formats, set[tuple[int, int, int, bool]]] = {

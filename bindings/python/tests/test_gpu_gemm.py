@@ -86,6 +86,27 @@ def test_mxfp4_weights_give_the_products_of_the_cpu(form, n, k):
     gemm.check()
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("n", "k"), [(8, 128), (200, 320)])
+def test_int4_weights_give_the_products_of_the_cpu(form, n, k, scale_dtype):
+    generator = torch.Generator().manual_seed(3)
+    words = torch.randint(-(2**31), 2**31, (len(COUNTS), n, k // 8), generator=generator).to(torch.int32)
+    scales = (torch.rand(len(COUNTS), n, k // 32, generator=generator) / 64).to(scale_dtype)
+    on_cpu = et.Gemm(words, scales)
+    with pytest.warns(UserWarning, match=f"weights are int4: the object holds a copy of them, .* for {form} rows"):
+        gemm = et.Gemm(*cuda(words, scales), activations=form)
+    gemm.prepare(4096)
+    placed = Placed(form, COUNTS, k, 8, more=5)
+    expected = on_cpu(placed.rows, placed.scale, **placed.listed("m_indices"))
+    placed.to("cuda")
+    out = poisoned(len(placed.rows), n, device="cuda")
+    gemm(placed.rows, placed.scale, **placed.listed("psum"), out=out)
+    assert furthest(out[placed.live], expected[placed.live.cpu()].double()) < 1e-4
+    assert torch.all(out[~placed.live] == 123.0)
+    gemm.check()
+
+
 def test_mxfp4_weights_that_do_not_fit_are_refused():
     blocks, scales = cuda(*mxfp4_weights(64, 128))
     with warnings.catch_warnings():

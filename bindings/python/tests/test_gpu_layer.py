@@ -19,9 +19,10 @@ pytestmark = pytest.mark.skipif(no_hopper() is not None, reason=str(no_hopper())
 def weights(experts, hidden, intermediate, form, seed=0):
     """w13 and w2 with their scales, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
-    if form.startswith("mxfp4"):
+    if has_4_bits(form):
+        make = words if form.startswith("int4") else blocks
         (w13, s13), (w2, s2) = (
-            blocks(experts, rows, columns, generator)
+            make(experts, rows, columns, generator)
             for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate))
         )
         return {"w13": w13, "w2": w2, "w13_scale": s13, "w2_scale": s2}
@@ -45,6 +46,17 @@ def blocks(experts, rows, columns, generator):
     return values, torch.randint(near - 2, near + 1, values.shape[:3], generator=generator, dtype=torch.uint8)
 
 
+def words(experts, rows, columns, generator):
+    """Random words of int4, and scales that keep sums of their products near 1: f16 ones of gate and up, else bf16."""
+    values = torch.randint(-(2**31), 2**31, (experts, rows, columns // 8), generator=generator).to(torch.int32)
+    scales = (torch.rand(experts, rows, columns // 32, generator=generator) + 0.5) / (4.6 * columns**0.5)
+    return values, scales.to(torch.float16 if rows > columns else torch.bfloat16)
+
+
+def has_4_bits(form):
+    return form.startswith(("mxfp4", "int4"))
+
+
 def biases(experts, hidden, intermediate, dtype=torch.float32):
     generator = torch.Generator().manual_seed(7)
     w13, w2 = (torch.randn(experts, width, generator=generator) for width in (2 * intermediate, hidden))
@@ -53,15 +65,16 @@ def biases(experts, hidden, intermediate, dtype=torch.float32):
 
 def activations_of(form):
     """The rows that weights of a form are multiplied by."""
-    return "e4m3" if form == "mxfp4 x e4m3" else "bf16" if form.startswith("mxfp4") else form
+    return "e4m3" if form.endswith("x e4m3") else "bf16" if has_4_bits(form) else form
 
 
 def layer_of(parts, form, **options):
-    """A layer on the GPU, which of MXFP4 says that it holds a copy."""
+    """A layer on the GPU, which of MXFP4 and int4 says that it holds a copy."""
     options = {"activations": activations_of(form), **on_gpu(parts), **options}
-    if not form.startswith("mxfp4"):
+    if not has_4_bits(form):
         return et.Layer(**options)
-    with pytest.warns(UserWarning, match=f"w13 and w2 are MXFP4: .* arranged for {options['activations']} rows"):
+    name = "int4" if form.startswith("int4") else "MXFP4"
+    with pytest.warns(UserWarning, match=f"w13 and w2 are {name}: .* arranged for {options['activations']} rows"):
         return et.Layer(**options)
 
 
@@ -84,8 +97,8 @@ def distance(mine, expected):
     return float((mine - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-FORMS = ["bf16", "e4m3", "mxfp4", "mxfp4 x e4m3"]
-TOLERANCE = {"bf16": 5e-3, "e4m3": 2e-2, "mxfp4": 5e-3, "mxfp4 x e4m3": 2e-2}
+FORMS = ["bf16", "e4m3", "mxfp4", "mxfp4 x e4m3", "int4", "int4 x e4m3"]
+TOLERANCE = {"bf16": 5e-3, "e4m3": 2e-2, "mxfp4": 5e-3, "mxfp4 x e4m3": 2e-2, "int4": 5e-3, "int4 x e4m3": 2e-2}
 """Another order of sums, and what it does to values on the edge between two of e4m3."""
 
 
@@ -205,6 +218,33 @@ def test_mxfp4_is_arranged_after_what_the_current_stream_still_writes():
     assert torch.equal(w13, parts["w13"].flatten(2)) and torch.equal(w2, parts["w2"].flatten(2))
 
 
+@pytest.mark.parametrize("gate_up", ["halves", "interleaved"])
+def test_int4_gives_its_words_back_and_takes_its_bits(gate_up):
+    parts = weights(4, 512, 256, "int4")
+    layer = layer_of(parts, "int4", gate_up=gate_up)
+    w13, w2 = layer.unpack(gate_up=gate_up)
+    assert torch.equal(w13.cpu(), parts["w13"]) and torch.equal(w2.cpu(), parts["w2"])
+    assert 8 * layer.weight_bytes == 4.5 * 3 * 4 * 512 * 256
+
+
+def test_int4_that_does_not_fit_is_refused():
+    parts = on_gpu(weights(4, 256, 128, "int4"))
+    bad = parts["w2_scale"].clone()
+    bad[2, 3, 1] = float("inf")
+    mxfp4 = on_gpu(weights(4, 256, 128, "mxfp4"))
+    for kind, message, changed in [
+        (ValueError, "w13_scale is None, expected scales for the uint8 blocks of w13", {"w13_scale": None}),
+        (TypeError, "w2_scale has dtype torch.float32, expected uint8", {"w2_scale": parts["w2_scale"].float()}),
+        (ValueError, r"w13_scale has shape \[4, 256, 7\]", {"w13_scale": parts["w13_scale"][:, :, :7]}),
+        (ValueError, "scales is 32640, expected the bits of a finite bf16: one of row 3 of", {"w2_scale": bad}),
+        (ValueError, "w2 is packed as mxfp4, expected int4", {name: mxfp4[name] for name in ("w2", "w2_scale")}),
+    ]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(kind, match=message):
+                et.Layer(**{**parts, **changed})
+
+
 def test_mxfp4_that_does_not_fit_is_refused():
     parts = on_gpu({**weights(4, 256, 128, "mxfp4"), **biases(4, 256, 128)})
     nan, strange = parts["w2_scale"].clone(), parts["w13"][:, :, :, :8].contiguous()
@@ -248,7 +288,7 @@ def test_mxfp4_that_does_not_fit_is_refused():
         et.Layer(bad, bad)
 
 
-@pytest.mark.parametrize("form", ["e4m3", "mxfp4", "mxfp4 x e4m3"])
+@pytest.mark.parametrize("form", ["e4m3", "mxfp4", "mxfp4 x e4m3", "int4 x e4m3"])
 def test_a_tokens_bits_do_not_depend_on_the_others(form):
     parts = weights(16, 512, 256, form)
     layer = layer_of(parts, form)

@@ -1,4 +1,5 @@
-//! `expertile layer` on a GPU: an MXFP4 checkpoint as gpt-oss publishes it. Without a GPU, the same on the CPU.
+//! `expertile layer` on a GPU: an MXFP4 checkpoint as gpt-oss publishes it, and int4 weights. Without a GPU, the same on
+//! the CPU.
 
 mod common;
 
@@ -7,6 +8,7 @@ use common::made_up::{LAYER, Model, NewTensor, Sizes, serialize};
 use half::bf16;
 use safetensors::Dtype;
 use serde_json::{Value, json};
+use std::path::Path;
 
 /// Neither width is a multiple of 128.
 const SIZES: Sizes = Sizes { hidden: 192, intermediate: 320, experts: 6, topk: 2 };
@@ -53,10 +55,22 @@ fn an_mxfp4_checkpoint_is_computed_on_a_gpu_as_on_the_cpu() {
     let states = NewTensor { name: "hidden_states".into(), dtype: Dtype::BF16, shape, bytes: states };
     std::fs::write(folder.path().join("in.safetensors"), serialize(&[states])).unwrap();
     let layer = LAYER.to_string();
+    let call = ["--model", ".", "--layer", &layer, "--input", "in.safetensors"];
+    check(folder.path(), &call, "mxfp4", 3 * SIZES.experts * SIZES.hidden * SIZES.intermediate, 4.25);
+}
+
+#[test]
+fn int4_weights_are_computed_on_a_gpu_as_on_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let call = ["--preset", "qwen3-30b-a3b", "--experts", "8", "--tokens", "9", "--weights", "int4"];
+    check(folder.path(), &call, "int4", 3 * 8 * 2048 * 768, 4.5);
+}
+
+/// Runs a layer of so many weights, of so many bits each, on both devices with both kinds of rows.
+fn check(folder: &Path, call: &[&str], format: &str, weights: usize, bits: f64) {
     for (device, activations) in [("cpu", "bf16"), ("cpu", "e4m3"), ("cuda:0", "bf16"), ("cuda:0", "e4m3")] {
-        let call = ["layer", "--model", ".", "--layer", &layer, "--input", "in.safetensors", "--check", "--json"];
-        let output =
-            expertile(folder.path(), &[&call[..], &["--device", device, "--activations", activations]].concat());
+        let options = ["--check", "--json", "--device", device, "--activations", activations];
+        let output = expertile(folder, &[&["layer"], call, &options].concat());
         let stderr = String::from_utf8(output.stderr).unwrap();
         if device != "cpu"
             && stderr.starts_with("error: cuda is")
@@ -68,10 +82,9 @@ fn an_mxfp4_checkpoint_is_computed_on_a_gpu_as_on_the_cpu() {
         assert!(output.status.success(), "{device}, {activations}: {stderr}");
         let report: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(report["check"]["passed"], true, "{report:#}");
-        assert_eq!([&report["weights"], &report["activations"]], ["mxfp4", activations], "{report:#}");
-        // 4.25 bits to a weight; what is beyond are whole panels or slabs of outputs.
-        let weights = 3 * SIZES.experts * SIZES.hidden * SIZES.intermediate;
-        let bits = 8.0 * report["weight_bytes"].as_f64().unwrap() / weights as f64;
-        assert!((4.25..4.6).contains(&bits), "{device}: {bits} bits");
+        assert_eq!([&report["weights"], &report["activations"]], [format, activations], "{report:#}");
+        // What is beyond are whole panels or slabs of outputs.
+        let found = 8.0 * report["weight_bytes"].as_f64().unwrap() / weights as f64;
+        assert!((bits..bits + 0.35).contains(&found), "{device}: {found} bits");
     }
 }

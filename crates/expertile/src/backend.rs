@@ -161,7 +161,7 @@ pub trait WeightsBuilder: Sized {
     ///
     /// # Errors
     /// As [`WeightsBuilder::add_bf16_rows`]; [`Error::Value`] for a scale that is not finite, [`Error::WeightFormat`] for
-    /// scales of another type than those before; [`Error::Unsupported`] on a GPU.
+    /// scales of another type than those before.
     fn add_int4_rows(
         &mut self,
         expert: usize,

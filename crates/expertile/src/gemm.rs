@@ -68,8 +68,7 @@ pub enum WeightFormat {
     Bf16,
     /// Blocks `[E, N, K/2]` of two 4-bit values each with UE8M0 scales `[E, N, K/32]`: see [`crate::mxfp4`].
     Mxfp4,
-    /// Blocks `[E, N, K/2]` of two 4-bit integers each with bf16 or f16 scales `[E, N, K/32]`: see [`crate::int4`]. On
-    /// the CPU.
+    /// Blocks `[E, N, K/2]` of two 4-bit integers each with bf16 or f16 scales `[E, N, K/32]`: see [`crate::int4`].
     Int4,
 }
 
@@ -95,6 +94,15 @@ impl WeightFormat {
             Self::E4m3 => 8,
             Self::Bf16 => 16,
             Self::Mxfp4 | Self::Int4 => 4,
+        }
+    }
+
+    /// Whether two values share a byte, and 32 of K a scale: mxfp4 and int4.
+    #[must_use]
+    pub fn has_groups(self) -> bool {
+        match self {
+            Self::E4m3 | Self::Bf16 => false,
+            Self::Mxfp4 | Self::Int4 => true,
         }
     }
 

@@ -189,6 +189,16 @@ fn mxfp4_sources() -> Vec<Source> {
     ActivationFormat::ALL.into_iter().flat_map(of_rows).collect()
 }
 
+/// Every tile of the grouped GEMM over int4 weights.
+fn int4_sources() -> Vec<Source> {
+    let format = WeightFormat::Int4;
+    let of_rows = |activation_format| {
+        let tiles = GemmKernel::all(format).into_iter();
+        tiles.map(move |kernel| GemmConfig { format, activation_format, kernel, activation: None }.source().unwrap())
+    };
+    ActivationFormat::ALL.into_iter().flat_map(of_rows).collect()
+}
+
 /// Lines of the assembler's report that speak of spills, and how many of them there are in all.
 fn spills(log: &str) -> (Vec<&str>, usize) {
     let lines: Vec<_> = log.lines().filter(|line| line.contains("spill stores")).collect();
@@ -246,6 +256,11 @@ fn the_layer_in_one_launch_compiles_for_hopper_without_spills() {
 #[test]
 fn every_tile_over_mxfp4_weights_compiles_for_hopper_without_spills() {
     compile_sources(ARCHITECTURES[0], "mxfp4", mxfp4_sources());
+}
+
+#[test]
+fn every_tile_over_int4_weights_compiles_for_hopper_without_spills() {
+    compile_sources(ARCHITECTURES[0], "int4", int4_sources());
 }
 
 #[test]

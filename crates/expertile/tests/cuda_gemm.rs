@@ -14,13 +14,13 @@ use expertile::cuda::{
     GemmConfig, GemmKernel, LayoutPtrs, Route, RouteCall, RouteConfig, RoutingPtrs, RowEnds, STATE_BYTES, Stream,
     Weights, WeightsBuilder,
 };
-use expertile::{Activation, ActivationFormat, Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat, mxfp4};
+use expertile::int4::{self, Int4Scales};
+use expertile::{Activation, ActivationFormat, Dtype, E4m3, Error, MatrixRef, Plan, ScaleFormat, WeightFormat, mxfp4};
 use expertile_testkit::{POISON, Random, assert_untouched};
-use half::bf16;
+use half::{bf16, f16};
 use on_device::{filled, hopper, upload};
 
 const BLOCK: usize = 128;
-const NO_INT4: &str = "int4 has no kernel on a GPU";
 
 /// What weights and rows are made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +33,8 @@ const E4M3: Format = Format { weights: WeightFormat::E4m3, rows: ActivationForma
 const BF16: Format = Format { weights: WeightFormat::Bf16, rows: ActivationFormat::Bf16 };
 const W4A8: Format = Format { weights: WeightFormat::Mxfp4, rows: ActivationFormat::E4m3 };
 const W4A16: Format = Format { weights: WeightFormat::Mxfp4, rows: ActivationFormat::Bf16 };
+const INT4_A8: Format = Format { weights: WeightFormat::Int4, rows: ActivationFormat::E4m3 };
+const INT4_A16: Format = Format { weights: WeightFormat::Int4, rows: ActivationFormat::Bf16 };
 
 impl Format {
     fn row_bytes(self) -> usize {
@@ -41,7 +43,7 @@ impl Format {
 
     /// A K near this one that the weights can have.
     fn k(self, k: usize) -> usize {
-        if self.weights == WeightFormat::Mxfp4 { k.next_multiple_of(mxfp4::GROUP) } else { k }
+        if self.weights.has_groups() { k.next_multiple_of(mxfp4::GROUP) } else { k }
     }
 
     fn config(self, kernel: GemmKernel, activation: Option<Activation>) -> GemmConfig {
@@ -58,7 +60,7 @@ struct Case {
     k: usize,
     format: Format,
     kernel: GemmKernel,
-    /// Outputs have biases where it is even.
+    /// Outputs have biases where it is even; scales of int4 are f16 where half of it is odd.
     seed: u64,
 }
 
@@ -74,7 +76,47 @@ struct Operands {
     weight_scales: Vec<f32>,
     /// Of mxfp4.
     group_scales: Vec<u8>,
+    /// Of int4.
+    int4_scales: Int4Bits,
     bias: Option<Vec<f32>>,
+}
+
+/// Scales of int4 as their bits.
+#[derive(Debug, Clone, Default)]
+struct Int4Bits {
+    are_f16: bool,
+    bits: Vec<u16>,
+}
+
+impl Int4Bits {
+    fn get(&self, index: usize) -> f64 {
+        let bits = self.bits[index];
+        if self.are_f16 { f16::from_bits(bits).to_f64() } else { bf16::from_bits(bits).to_f64() }
+    }
+
+    fn upload(&self, device: &Device, blocks: &[u8], sizes: (usize, usize, usize)) -> Result<Weights, Error> {
+        let (rows, groups) = (sizes.0 * sizes.1, sizes.2 / int4::GROUP);
+        let (bf16s, f16s): (Vec<bf16>, Vec<f16>) =
+            self.bits.iter().map(|&bits| (bf16::from_bits(bits), f16::from_bits(bits))).unzip();
+        let scales = match self.are_f16 {
+            true => Int4Scales::F16(MatrixRef::new(&f16s, rows, groups).unwrap()),
+            false => Int4Scales::Bf16(MatrixRef::new(&bf16s, rows, groups).unwrap()),
+        };
+        Weights::upload_int4(device, blocks, scales, sizes)
+    }
+
+    /// A scale for weights of an output: of its 64 neighbours they are close, some powers of two apart, or anywhere.
+    fn push(&mut self, random: &mut Random, expert: usize, output: usize) {
+        let bits = match (expert + output / 64) % 3 {
+            2 if self.are_f16 => (random.below(0x7c00) + (random.below(2) << 15)) as u16,
+            2 => (0x0100 + random.below(0x5f00) + (random.below(2) << 15)) as u16,
+            kind => {
+                let scale = (random.uniform() + 2.0) * 2f32.powi(-(random.below([2, 12][kind]) as i32));
+                if self.are_f16 { f16::from_f32(scale).to_bits() } else { bf16::from_f32(scale).to_bits() }
+            }
+        };
+        self.bits.push(if random.below(20) == 0 { 0 } else { bits });
+    }
 }
 
 /// Bytes of a bf16 or e4m3 value of about ±1.
@@ -130,6 +172,7 @@ impl Operands {
             }
         }
         let (mut weights, mut group_scales) = (Vec::new(), Vec::new());
+        let mut int4_scales = Int4Bits { are_f16: case.seed % 4 >= 2, bits: Vec::new() };
         match format.weights {
             WeightFormat::Mxfp4 => {
                 for row in 0..case.counts.len() * n {
@@ -146,7 +189,14 @@ impl Operands {
                     }
                 }
             }
-            WeightFormat::Int4 => unreachable!("{NO_INT4}"),
+            WeightFormat::Int4 => {
+                for row in 0..case.counts.len() * n {
+                    for _ in 0..k / int4::GROUP {
+                        weights.extend((0..16).map(|_| random.draw() as u8));
+                        int4_scales.push(&mut random, row / n, row % n);
+                    }
+                }
+            }
             WeightFormat::E4m3 | WeightFormat::Bf16 => {
                 for _ in 0..case.counts.len() * n * k {
                     push_value(&mut weights, format.rows, random.uniform() * 4.0);
@@ -157,7 +207,7 @@ impl Operands {
         let bias = biased.then(|| (0..case.counts.len() * n).map(|_| random.uniform() * 20.0).collect());
         let blocks = case.counts.len() * n.div_ceil(BLOCK) * k.div_ceil(BLOCK);
         let weight_scales = (0..blocks).map(|_| 0.5 + random.uniform().abs()).collect();
-        Self { plan, starts, ids, rows, row_scales, weights, weight_scales, group_scales, bias }
+        Self { plan, starts, ids, rows, row_scales, weights, weight_scales, group_scales, int4_scales, bias }
     }
 
     /// The first rows of each expert, among poison again.
@@ -167,6 +217,7 @@ impl Operands {
         fewer.weights.clone_from(&self.weights);
         fewer.weight_scales.clone_from(&self.weight_scales);
         fewer.group_scales.clone_from(&self.group_scales);
+        fewer.int4_scales.clone_from(&self.int4_scales);
         fewer.bias.clone_from(&self.bias);
         let row_bytes = case.k * case.format.row_bytes();
         let strides = [self, &fewer].map(|operands| operands.plan.m_sum().next_multiple_of(4));
@@ -205,8 +256,7 @@ impl Operands {
                     let block = (expert * n.div_ceil(BLOCK) + output / BLOCK) * k.div_ceil(BLOCK) + block;
                     f64::from(self.weight_scales[block])
                 }
-                WeightFormat::Bf16 | WeightFormat::Mxfp4 => 1.0,
-                WeightFormat::Int4 => unreachable!("{NO_INT4}"),
+                WeightFormat::Bf16 | WeightFormat::Mxfp4 | WeightFormat::Int4 => 1.0,
             };
             let scale = of_rows * of_weights;
             sum += part * scale;
@@ -225,7 +275,13 @@ impl Operands {
                 expertile_oracle::mxfp4::e2m1_value(nibble) * power
             }
             WeightFormat::E4m3 | WeightFormat::Bf16 => value(&self.weights, format.rows, index),
-            WeightFormat::Int4 => unreachable!("{NO_INT4}"),
+            WeightFormat::Int4 => {
+                let mut weight = [0.0];
+                let nibble = self.weights[index / 2] >> (4 * (index % 2)) & 15;
+                let scale = self.int4_scales.get(index / int4::GROUP);
+                expertile_oracle::int4::weight_row(&[nibble], &[scale], 1, 0, &mut weight);
+                weight[0]
+            }
         }
     }
 }
@@ -294,7 +350,10 @@ impl Call {
                 let values: Vec<_> = operands.weights.iter().map(|&byte| E4m3(byte)).collect();
                 Weights::upload_e4m3(device, &values, &operands.weight_scales, sizes).unwrap()
             }
-            WeightFormat::Int4 => unreachable!("{NO_INT4}"),
+            WeightFormat::Int4 => {
+                let plain = operands.int4_scales.upload(device, &operands.weights, sizes).unwrap();
+                plain.arrange(device, case.format.rows).unwrap()
+            }
         };
         let rows = upload(device, &operands.rows);
         let scales = upload(device, &operands.row_scales);
@@ -376,7 +435,7 @@ fn check_row(case: &Case, operands: &Operands, expert: usize, row: usize, out: &
     assert!(measure < 1e-5, "row {row} of expert {expert} differs by {measure}: {case:?}");
 }
 
-const FORMATS: [Format; 4] = [E4M3, BF16, W4A8, W4A16];
+const FORMATS: [Format; 6] = [E4M3, BF16, W4A8, W4A16, INT4_A8, INT4_A16];
 /// Those with kernels that split K and that take tokens as the M operand.
 const WHOLE_BYTES: [Format; 2] = [E4M3, BF16];
 
@@ -411,8 +470,8 @@ fn runs(kernel: &GemmKernel, format: Format) -> bool {
 
 /// Those for many rows.
 fn wide_kernels(format: Format) -> Vec<GemmKernel> {
-    if format.weights == WeightFormat::Mxfp4 {
-        return vec![plain(128), plain(192), WIDE];
+    if format.weights.has_groups() {
+        return [plain(128), plain(192), WIDE].into_iter().filter(|kernel| runs(kernel, format)).collect();
     }
     let mut kernels = vec![WIDE, WIDE_SHARING];
     if format == E4M3 {
@@ -440,7 +499,9 @@ fn every_alignment_runs_with_every_row_tile() {
     // What 4 does not divide: scales of segments that do not start on 16 bytes.
     for alignment in [1, 2, 3, 4, 6, 8, 16, 32, 64, 128] {
         let whole = [plain(32), sharing(64), sharing(192), WIDE_SHARING, LARGE].map(|kernel| (E4M3, kernel));
-        for (format, kernel) in whole.into_iter().chain([(W4A8, narrow(32)), (W4A8, plain(128)), (W4A8, WIDE)]) {
+        let packed =
+            [(W4A8, narrow(32)), (W4A8, plain(128)), (W4A8, WIDE), (INT4_A8, narrow(32)), (INT4_A8, plain(128))];
+        for (format, kernel) in whole.into_iter().chain(packed) {
             let counts = vec![alignment - 1, 1, alignment, 0, alignment + 1, 200, 3];
             let case = Case { counts, alignment, n: 128, k: 256, format, kernel, seed: 2 };
             check(device, &case);
@@ -615,6 +676,105 @@ fn every_weight_of_mxfp4_is_decoded_exactly() {
     }
 }
 
+/// The same of int4: every nibble with scales all over both types, negative ones, subnormals and zeros among them.
+#[test]
+fn every_weight_of_int4_is_decoded_exactly() {
+    let Some(device) = hopper() else { return };
+    let (experts, n, k) = (4, 64, 256);
+    for (format, are_f16) in [(INT4_A8, false), (INT4_A8, true), (INT4_A16, false), (INT4_A16, true)] {
+        for kernel in [plain(16), narrow(32), plain(64), plain(192)] {
+            let case = Case { counts: vec![k; experts], alignment: 8, n, k, format, kernel, seed: 11 };
+            let mut operands = Operands::new(&case);
+            operands.rows.clear();
+            for row in 0..experts * k {
+                (0..k).for_each(|i| push_value(&mut operands.rows, format.rows, f32::from(u8::from(i == row % k))));
+            }
+            operands.row_scales.fill(1.0);
+            operands.int4_scales.are_f16 = are_f16;
+            for (at, bits) in operands.int4_scales.bits.iter_mut().enumerate() {
+                let exponent = if are_f16 { 0x7c00 } else { 0x7f80 };
+                // 2048 of all 65536.
+                *bits = (at * 32 + at * 7 % 32) as u16;
+                if *bits & exponent == exponent {
+                    *bits &= !exponent;
+                }
+                for i in 0..16 {
+                    operands.weights[16 * at + i] = ((i + at) % 16) as u8 | (15 - i as u8) << 4;
+                }
+            }
+            let out = Call::new(device, &case, &operands).run(operands.plan.m_sum(), n);
+            for row in 0..experts * k {
+                for output in 0..n {
+                    let exact = operands.weight(format, (row / k * n + output) * k + row % k);
+                    // f32 holds it, or ends before.
+                    let expected = bf16::from_f32(exact as f32);
+                    let found = bf16::from_bits(out[row * n + output]);
+                    assert!(
+                        found == expected,
+                        "expert {}, output {output}, k {}: {found}, expected {expected}, {kernel}, {format:?}, {are_f16}",
+                        row / k,
+                        row % k
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn int4_weights_that_are_not_arranged_or_not_numbers_are_refused() {
+    let Some(device) = hopper() else { return };
+    for (seed, name, infinity) in [(13, "bf16", 0xff80), (14, "f16", 0x7c00)] {
+        let (format, kernel, sizes) = (INT4_A8, plain(16), (2, 72, 96));
+        let case = Case { counts: vec![3, 4], alignment: 8, n: 72, k: 96, format, kernel, seed };
+        let mut operands = Operands::new(&case);
+        let call = Call::new(device, &case, &operands);
+        let plain_weights = operands.int4_scales.upload(device, &operands.weights, sizes).unwrap();
+        assert_eq!(plain_weights.bytes(), 2 * 72 * (48 + 6));
+        let refuse = |weights: &Weights, actual: &str| {
+            let error = unsafe { call.gemm.launch(Stream(0), &call.operands.call(weights)) }.unwrap_err().to_string();
+            let expected = format!("weights is packed as {actual}, expected int4 arranged for e4m3 rows");
+            assert_eq!(error, expected);
+        };
+        refuse(&plain_weights, "int4, not arranged");
+        let for_bf16 = plain_weights.clone().arrange(device, ActivationFormat::Bf16).unwrap();
+        refuse(&for_bf16, "int4 arranged for rows of another format");
+        assert!(matches!(for_bf16.arrange(device, ActivationFormat::E4m3), Err(Error::WeightFormat { .. })));
+        operands.int4_scales.bits[(72 + 5) * 3 + 2] = infinity;
+        let start = format!("scales is {infinity}, expected the bits of a finite {name}: ");
+        let error = operands.int4_scales.upload(device, &operands.weights, sizes).unwrap_err().to_string();
+        assert!(error.starts_with(&start) && error.contains("row 77, group 2"), "{error}");
+        let [blocks, scales] = [upload(device, &operands.weights), upload(device, &operands.int4_scales.bits)];
+        let in_place =
+            |sizes, scale_type| unsafe { Weights::from_device_int4(sizes, blocks.ptr(), (scale_type, scales.ptr())) };
+        let scale_type = if name == "f16" { Dtype::F16 } else { Dtype::Bf16 };
+        let weights = in_place(sizes, scale_type).unwrap();
+        let error = weights.arrange(device, ActivationFormat::E4m3).unwrap_err().to_string();
+        assert!(error.starts_with(&start) && error.contains("row 5 of expert 1"), "{error}");
+        let error = in_place((2, 72, 48), scale_type).unwrap_err();
+        assert!(matches!(error, Error::Value { argument: "k", actual: 48, .. }), "{error}");
+        let error = in_place(sizes, Dtype::F32).unwrap_err();
+        assert!(matches!(error, Error::Dtype { argument: "scales", actual: Dtype::F32, .. }), "{error}");
+        let error = operands.int4_scales.upload(device, &operands.weights[1..], sizes).unwrap_err();
+        assert!(matches!(error, Error::Shape { argument: "blocks", .. }), "{error}");
+    }
+    let mut builder = WeightsBuilder::new(device, WeightFormat::Int4, (2, 32, 128)).unwrap();
+    let blocks = MatrixRef::new(&[0u8; 1024], 16, 64).unwrap();
+    let bf16s = MatrixRef::new(&[bf16::ONE; 64], 16, 4).unwrap();
+    let f16s = MatrixRef::new(&[f16::ONE; 64], 16, 4).unwrap();
+    builder.add_int4_rows(0, 16, blocks, Int4Scales::F16(f16s)).unwrap();
+    let error = builder.add_int4_rows(0, 0, blocks, Int4Scales::Bf16(bf16s)).unwrap_err().to_string();
+    assert_eq!(error, "scales is packed as bf16, expected f16, as those before");
+    let error = builder.add_int4_rows(0, 16, blocks, Int4Scales::F16(f16s)).unwrap_err();
+    assert!(matches!(error, Error::Count { argument: "added_rows", .. }), "{error}");
+    builder.add_int4_rows(0, 0, blocks, Int4Scales::F16(f16s)).unwrap();
+    assert!(matches!(builder.finish(), Err(Error::Count { argument: "added_rows", expert: 1, .. })));
+    let error = WeightsBuilder::new(device, WeightFormat::Int4, (2, 32, 48)).unwrap_err();
+    assert!(error.to_string().starts_with("k is 48, expected a positive multiple of 32 for int4"), "{error}");
+    let error = Weights::arranged_bytes(WeightFormat::Bf16, (2, 32, 64)).unwrap_err();
+    assert!(matches!(error, Error::WeightFormat { argument: "format", actual: "bf16", .. }), "{error}");
+}
+
 #[test]
 fn mxfp4_weights_that_are_not_arranged_or_not_numbers_are_refused() {
     let Some(device) = hopper() else { return };
@@ -646,13 +806,11 @@ fn mxfp4_weights_that_are_not_arranged_or_not_numbers_are_refused() {
     assert!(matches!(error, Error::Value { argument: "k", actual: 48, .. }), "{error}");
     let error = Weights::upload_mxfp4(device, &operands.weights[1..], &nan, sizes).unwrap_err();
     assert!(matches!(error, Error::Shape { argument: "blocks", .. }), "{error}");
-    let error = WeightsBuilder::new(device, WeightFormat::Int4, sizes).unwrap_err();
-    assert!(matches!(error, Error::Unsupported { argument: "weights", actual: "int4", .. }), "{error}");
 }
 
-/// 4.25 bits to a weight, and at most 2 % more.
+/// 4.25 bits to a weight, of int4 4.5, and at most 2 % more.
 #[test]
-fn arranged_mxfp4_takes_its_bits() {
+fn arranged_weights_take_their_bits() {
     let Some(device) = hopper() else { return };
     for (experts, n, k) in [(2, 5760, 2880), (2, 2880, 2880), (1, 512, 7168), (3, 7168, 256)] {
         let (blocks, scales) = (vec![0x21; experts * n * k / 2], vec![127; experts * n * k / 32]);
@@ -661,6 +819,11 @@ fn arranged_mxfp4_takes_its_bits() {
             let bytes = weights.arrange(device, rows).unwrap().bytes() as f64;
             let least = (experts * n * k) as f64 * 4.25 / 8.0;
             assert!((1.0..1.02).contains(&(bytes / least)), "{n} x {k}: {bytes} of {least}");
+            let scales = Int4Bits { are_f16: false, bits: vec![0x3f80; experts * n * k / 32] };
+            let weights = scales.upload(device, &blocks, (experts, n, k)).unwrap();
+            let bytes = weights.arrange(device, rows).unwrap().bytes() as f64;
+            let least = (experts * n * k) as f64 * 4.5 / 8.0;
+            assert!((1.0..1.02).contains(&(bytes / least)), "int4 {n} x {k}: {bytes} of {least}");
         }
     }
 }
@@ -676,7 +839,7 @@ fn arranged_mxfp4_gives_back_what_it_was_made_of() {
         let Operands { weights: blocks, group_scales: scales, .. } = Operands::new(&case);
         let sizes = (experts, n, k);
         let plain_weights = || Weights::upload_mxfp4(device, &blocks, &scales, sizes).unwrap();
-        let bytes = Weights::arranged_bytes(sizes).unwrap();
+        let bytes = Weights::arranged_bytes(WeightFormat::Mxfp4, sizes).unwrap();
         let memory = filled(device, bytes + 256, POISON);
         let arrange = |at: DevicePtr| unsafe { plain_weights().arrange_in(device, Stream(0), format.rows, at) };
         let error = arrange(memory.ptr().byte_add(64)).unwrap_err();
@@ -709,6 +872,52 @@ fn arranged_mxfp4_gives_back_what_it_was_made_of() {
             let zeros = blocks[group * 16..][..16].iter().all(|byte| byte & 0x77 == 0);
             assert!(zeros || found == scale, "group {group} of {n} x {k}: {found}, expected {scale}");
         }
+    }
+}
+
+/// The same of int4, of which scales are kept bit for bit, too.
+#[test]
+fn arranged_int4_gives_back_what_it_was_made_of() {
+    let Some(device) = hopper() else { return };
+    for (format, n, k, seed) in
+        [(INT4_A8, 200, 160, 3), (INT4_A8, 64, 64, 4), (INT4_A16, 200, 160, 5), (INT4_A16, 8, 32, 6)]
+    {
+        let experts = 5;
+        let case = Case { counts: vec![1; experts], alignment: 8, n, k, format, kernel: plain(16), seed };
+        let Operands { weights: blocks, int4_scales: scales, .. } = Operands::new(&case);
+        let plain_weights = || scales.upload(device, &blocks, (experts, n, k)).unwrap();
+        let bytes = Weights::arranged_bytes(WeightFormat::Int4, (experts, n, k)).unwrap();
+        let memory = filled(device, bytes + 256, POISON);
+        let arranged = unsafe { plain_weights().arrange_in(device, Stream(0), format.rows, memory.ptr()) }.unwrap();
+        assert_eq!((arranged.bytes(), arranged.values()), (bytes, memory.ptr()));
+        let mut beyond = vec![0u8; 256];
+        memory.download_at(bytes, &mut beyond).unwrap();
+        assert!(beyond.iter().all(|&byte| byte == POISON));
+
+        let found_blocks = filled(device, blocks.len() + 16, POISON);
+        let found_scales = filled(device, 2 * scales.bits.len() + 16, POISON);
+        let read = |buffer: &DeviceBuffer| {
+            let mut bytes = vec![0u8; buffer.bytes()];
+            buffer.download_at(0, &mut bytes).unwrap();
+            bytes
+        };
+        let unpack =
+            |weights: &Weights, scales| unsafe { weights.unpack_int4(device, Stream(0), found_blocks.ptr(), scales) };
+        assert!(matches!(
+            unpack(&plain_weights(), None),
+            Err(Error::WeightFormat { actual: "int4, not arranged", .. })
+        ));
+        unpack(&arranged, None).unwrap();
+        let (found, rest) = (read(&found_blocks), read(&found_scales));
+        assert!(found[..blocks.len()] == blocks, "{n} x {k}");
+        assert!(found[blocks.len()..].iter().chain(&rest).all(|&byte| byte == POISON));
+        unpack(&arranged, Some(found_scales.ptr())).unwrap();
+        let found = read(&found_scales);
+        let expected: Vec<u8> = scales.bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
+        assert!(found[..expected.len()] == expected, "{n} x {k}");
+        assert!(found[expected.len()..].iter().all(|&byte| byte == POISON));
+        let error = unsafe { arranged.unpack_mxfp4(device, Stream(0), found_blocks.ptr(), None) }.unwrap_err();
+        assert!(matches!(error, Error::WeightFormat { actual: "int4", expected: "arranged mxfp4", .. }), "{error}");
     }
 }
 

@@ -15,7 +15,8 @@ use expertile::cuda::{
     GroupedGemm, GroupedGemmCall, GroupedGemmShape, Grouping, LayoutPtrs, ListTiles, ListTilesCall, Route, RouteCall,
     RouteConfig, RoutingPtrs, RowEnds, STATE_BYTES, Stream, TileLists, Weights,
 };
-use expertile::{ActivationFormat, Dtype, E4m3, Error, Plan, ScaleFormat, WeightFormat, mxfp4};
+use expertile::int4::{self, Int4Scales};
+use expertile::{ActivationFormat, Dtype, E4m3, Error, MatrixRef, Plan, ScaleFormat, WeightFormat, mxfp4};
 use expertile_testkit::{POISON, Random};
 use half::bf16;
 use on_device::{filled, hopper, upload};
@@ -161,7 +162,14 @@ impl Operands {
                 let plain = Weights::upload_mxfp4(device, &blocks, &scales, sizes).unwrap();
                 plain.arrange(device, activation_format).unwrap()
             }
-            WeightFormat::Int4 => unreachable!("int4 has no kernel on a GPU"),
+            WeightFormat::Int4 => {
+                let groups = weights.len() / int4::GROUP;
+                let (mut blocks, mut scales) = (vec![0; weights.len() / 2], vec![bf16::ZERO; groups]);
+                int4::quantize_rows(&weights, k, &mut blocks, &mut scales).unwrap();
+                let scales = MatrixRef::new(&scales, experts * n, k / int4::GROUP).unwrap();
+                let plain = Weights::upload_int4(device, &blocks, Int4Scales::Bf16(scales), sizes).unwrap();
+                plain.arrange(device, activation_format).unwrap()
+            }
         };
         let mut live = Vec::new();
         for _ in 0..rows {
@@ -357,11 +365,13 @@ const fn small(format: WeightFormat, activation_format: ActivationFormat, k: usi
     GroupedGemmShape { format, activation_format, experts: 5, n: 136, k }
 }
 
-const SHAPES: [GroupedGemmShape; 4] = [
+const SHAPES: [GroupedGemmShape; 6] = [
     small(WeightFormat::E4m3, ActivationFormat::E4m3, 272),
     small(WeightFormat::Bf16, ActivationFormat::Bf16, 208),
     small(WeightFormat::Mxfp4, ActivationFormat::E4m3, 288),
     small(WeightFormat::Mxfp4, ActivationFormat::Bf16, 192),
+    small(WeightFormat::Int4, ActivationFormat::E4m3, 288),
+    small(WeightFormat::Int4, ActivationFormat::Bf16, 192),
 ];
 
 fn check_placements(device: &Device, shape: GroupedGemmShape, rows: usize, alignments: &[usize]) {

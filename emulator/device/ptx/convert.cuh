@@ -87,6 +87,13 @@ inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
     return chosen;
 }
 
+inline u32 spread_signs(u32 bytes) { return (bytes >> 7 & 0x01010101u) * 0xffu; }
+
+inline u32 add_bf16_pairs(u32 a, u32 b) {
+    return emulated_to_bf16(low_half<0>(a) + low_half<0>(b)) | emulated_to_bf16(high_half<0>(a) + high_half<0>(b))
+                                                                   << 16;
+}
+
 inline u32 multiply_bf16_pairs(u32 a, u32 b) {
     return emulated_to_bf16(low_half<0>(a) * low_half<0>(b)) | emulated_to_bf16(high_half<0>(a) * high_half<0>(b))
                                                                    << 16;

@@ -12,7 +12,6 @@ use expertile::cuda::{
     DeviceBuffer, DeviceMatrix, DevicePtr, ExpertParallelCall, ExpertParallelLayer, Link, Nccl, STATE_BYTES,
 };
 use expertile::exchange::Exchange;
-use expertile::gemm::WeightFormat;
 use expertile::{Activation, Error, LayerConfig};
 use pyo3::prelude::*;
 use std::sync::Arc;
@@ -65,8 +64,8 @@ impl CudaExpertParallelLayer {
         let Some(ordinal) = device else {
             return Err(Wrong::new("w13", "is on the CPU", "the CPU", "a CUDA device").value());
         };
-        let Pair { sizes13, sizes2, format, .. } = Pair::new(w13, w2, true)?;
-        if format == WeightFormat::Mxfp4 {
+        let Pair { sizes13, sizes2, format, .. } = Pair::new((w13, w13_scale.as_ref()), (w2, w2_scale.as_ref()), true)?;
+        if format.has_groups() {
             return Err(w13.dtype_error("bfloat16 or float8_e4m3fn over several GPUs"));
         }
         let activation_format = format.usual_activations();

@@ -34,7 +34,7 @@ pub(crate) struct CudaGemm {
 
 #[pymethods]
 impl CudaGemm {
-    /// For weights of that shape, type and device; of MXFP4 with their scales, for rows of the type `activations`.
+    /// For weights of that shape, type and device; of MXFP4 and int4 with their scales, for rows of the type `activations`.
     #[new]
     #[pyo3(signature = (weights, weight_scale=None, activations=None))]
     fn new(
@@ -48,9 +48,8 @@ impl CudaGemm {
             return Err(Wrong::new("weights", "is on the CPU", "the CPU", "a CUDA device").value());
         };
         let &[experts, n, width] = weights.shape() else { return Err(weights.shape_error("[E, N, K]")) };
-        let format = weights_format(&weights)?;
-        let is_mxfp4 = format == WeightFormat::Mxfp4;
-        let k = if is_mxfp4 { 2 * width } else { width };
+        let format = weights_format(&weights, weight_scale.as_ref())?;
+        let k = if format.has_groups() { 2 * width } else { width };
         let activation_format = match activations {
             Some(name) => named_activations(name)?,
             None => format.usual_activations(),
@@ -58,7 +57,7 @@ impl CudaGemm {
         let shape = GroupedGemmShape { format, activation_format, experts, n, k };
         let gpu = gpu::gpu(py, ordinal)?;
         let mut held = None;
-        if is_mxfp4 {
+        if format.has_groups() {
             let sizes = [experts, n, k];
             let plain = in_place(&weights, sizes, ("weight_scale", weight_scale.as_ref()), format)?;
             let (weights, memory) = arranged(py, &gpu, plain, sizes, activation_format)?;
@@ -128,13 +127,17 @@ impl CudaGemm {
             (None, Some(_)) => None,
             (None, None) => return Err(Wrong::new("weights", "is None", Actual::Nothing, "those of the call").value()),
             (Some(weights), Some(_)) => {
-                return Err(Wrong::new("weights", "is given", weights.object(), "None: MXFP4 is held").value());
+                return Err(
+                    Wrong::new("weights", "is given", weights.object(), "None: weights of 4 bits are held").value()
+                );
             }
         };
         let rows = Rows::new(rows, scale, (psum, m_indices), alignment, (experts, k))?;
         if rows_format(&rows.rows)? != activation_format {
             let expected = match own {
-                WeightFormat::Mxfp4 => format!("{activation_format}, for which the weights are arranged"),
+                WeightFormat::Mxfp4 | WeightFormat::Int4 => {
+                    format!("{activation_format}, for which the weights are arranged")
+                }
                 _ => "that of the weights, on a GPU".into(),
             };
             return Err(rows.rows.dtype_error(&expected));

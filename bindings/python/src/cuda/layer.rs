@@ -1,5 +1,5 @@
-//! The whole layer on CUDA tensors: weights where they are (MXFP4 arranged), calls on torch's current stream, all in
-//! torch's memory.
+//! The whole layer on CUDA tensors: weights where they are (MXFP4 and int4 arranged), calls on torch's current stream,
+//! all in torch's memory.
 
 use super::expanded::Expanded;
 use super::gpu::{self, Gpu, current_stream, found_by_a_kernel};
@@ -14,8 +14,8 @@ use crate::tensor::{self, Form};
 use expertile::cuda::{Biases, DeviceBuffer, DevicePtr, ExpandedLayer, Layer, LayerCall, STATE_BYTES, Stream, Weights};
 use expertile::gemm::{WEIGHT_BLOCK, WeightFormat};
 use expertile::layer::LayerShape;
-use expertile::{ActivationFormat, Dtype, LayerConfig, mxfp4};
-use half::bf16;
+use expertile::{ActivationFormat, Dtype, LayerConfig, int4, mxfp4};
+use half::{bf16, f16};
 use pyo3::prelude::*;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex};
 /// was captured into a graph.
 const STATES: usize = 512;
 
-/// Weights on a GPU, used in place unless they are MXFP4, and what calls of them have been prepared: what
+/// Weights on a GPU, used in place unless they have 4 bits, and what calls of them have been prepared: what
 /// `expertile.torch.Layer` documents.
 #[pyclass(frozen, module = "expertile._native")]
 pub(crate) struct CudaLayer {
@@ -92,7 +92,8 @@ impl CudaLayer {
         };
         let activation_format = named_activations(activations)?;
         let activation = named_activation(activation, (alpha, beta, limit))?;
-        let Pair { sizes13, sizes2, shape, format } = Pair::new(w13, w2, activation.is_gated())?;
+        let Pair { sizes13, sizes2, shape, format } =
+            Pair::new((w13, w13_scale.as_ref()), (w2, w2_scale.as_ref()), activation.is_gated())?;
         let config = LayerConfig {
             activation,
             alignment: optional_size("alignment", alignment)?,
@@ -152,7 +153,7 @@ impl CudaLayer {
         self.w13.bytes() + self.w2.bytes()
     }
 
-    /// Queues the blocks that MXFP4 weights were made of to `w13 [E, N, H / 2]`, gate's rows first, and `w2 [E, H, I /
+    /// Queues the blocks that MXFP4 or int4 weights were made of to `w13 [E, N, H / 2]`, gate's rows first, and `w2 [E, H, I /
     /// 2]`.
     fn unpack(&self, py: Python<'_>, w13: &Bound<'_, PyAny>, w2: &Bound<'_, PyAny>) -> PyResult<()> {
         let (w13, w2) = (Array::output("w13", w13)?, Array::output("w2", w2)?);
@@ -171,7 +172,13 @@ impl CudaLayer {
             #[allow(unsafe_code)]
             // SAFETY: tensors of as many bytes as was checked, which torch hands on in stream order; the weights live as
             // long as `self`, whose memory torch hands on likewise.
-            unsafe { weights.unpack_mxfp4(&self.gpu.device, stream, to, None) }.map_err(exception)?;
+            unsafe {
+                match weights.format() {
+                    WeightFormat::Int4 => weights.unpack_int4(&self.gpu.device, stream, to, None),
+                    _ => weights.unpack_mxfp4(&self.gpu.device, stream, to, None),
+                }
+            }
+            .map_err(exception)?;
         }
         written(py, &[&w13, &w2])
     }
@@ -478,12 +485,17 @@ pub(super) struct Pair {
 }
 
 impl Pair {
-    pub(super) fn new(w13: &Array<'_>, w2: &Array<'_>, gated: bool) -> PyResult<Self> {
-        let what = |array: &Array<'_>, expected| {
+    /// Of matrices and their scales.
+    pub(super) fn new(
+        w13: (&Array<'_>, Option<&Array<'_>>),
+        w2: (&Array<'_>, Option<&Array<'_>>),
+        gated: bool,
+    ) -> PyResult<Self> {
+        let what = |(array, scale): (&Array<'_>, Option<&Array<'_>>), expected| {
             let &[experts, n, width] = array.shape() else { return Err(array.shape_error(expected)) };
-            let format = weights_format(array)?;
+            let format = weights_format(array, scale)?;
             // Two values to a byte.
-            let k = if format == WeightFormat::Mxfp4 { 2 * width } else { width };
+            let k = if format.has_groups() { 2 * width } else { width };
             Ok(([experts, n, k], format))
         };
         let (of13, of2) = (what(w13, "[E, 2 I, H]")?, what(w2, "[E, H, I]")?);
@@ -492,16 +504,19 @@ impl Pair {
     }
 }
 
-/// What weights are made of.
-pub(super) fn weights_format(array: &Array<'_>) -> PyResult<WeightFormat> {
+/// What weights are made of: of bytes their scales say it.
+pub(super) fn weights_format(array: &Array<'_>, scale: Option<&Array<'_>>) -> PyResult<WeightFormat> {
     match array.element() {
-        Element::U8 => Ok(WeightFormat::Mxfp4),
+        Element::U8 => match scale.map(Array::element) {
+            Some(Element::Bf16 | Element::F16) => Ok(WeightFormat::Int4),
+            _ => Ok(WeightFormat::Mxfp4),
+        },
         Element::Bf16 | Element::E4m3 => format(array),
         _ => Err(array.dtype_error("bfloat16, float8_e4m3fn or uint8")),
     }
 }
 
-/// Weights as calls read them: MXFP4 arranged in memory of torch's, which comes with it.
+/// Weights as calls read them: MXFP4 and int4 arranged in memory of torch's, which comes with it.
 pub(super) fn arranged<'py>(
     py: Python<'py>,
     gpu: &Gpu,
@@ -509,10 +524,10 @@ pub(super) fn arranged<'py>(
     [experts, n, k]: [usize; 3],
     activation_format: ActivationFormat,
 ) -> PyResult<(Weights, Option<Array<'py>>)> {
-    if weights.format() != WeightFormat::Mxfp4 {
+    if !weights.format().has_groups() {
         return Ok((weights, None));
     }
-    let bytes = Weights::arranged_bytes((experts, n, k)).map_err(exception)?;
+    let bytes = Weights::arranged_bytes(weights.format(), (experts, n, k)).map_err(exception)?;
     let memory = tensor::empty(py, gpu.ordinal, Form::list(Element::U8, bytes))?;
     let address = DevicePtr::new(memory.require_device_memory::<u8>(bytes, 128)?);
     let stream = current_stream(py, gpu.ordinal)?;
@@ -547,7 +562,7 @@ pub(super) fn in_place(
             let groups = mxfp4::groups(k).map_err(exception)?;
             scale.require_shape(&[experts, n, groups])?;
             if !matches!(scale.element(), Element::U8 | Element::E8m0) {
-                return Err(scale.dtype_error("uint8 or float8_e8m0fnu"));
+                return Err(scale.dtype_error("uint8 or float8_e8m0fnu (MXFP4), bfloat16 or float16 (int4)"));
             }
             let blocks = DevicePtr::new(weights.require_device_memory::<u8>(len / 2, 16)?);
             let scales = DevicePtr::new(scale.require_device_memory::<u8>(experts * n * groups, 1)?);
@@ -559,7 +574,22 @@ pub(super) fn in_place(
             let expected = format!("scales for the uint8 blocks of {}", weights.argument());
             return Err(Wrong::new(scale_name, "is None", Actual::Nothing, expected).value());
         }
-        (WeightFormat::Int4, _) => return Err(weights.dtype_error("bfloat16, float8_e4m3fn or uint8")),
+        (WeightFormat::Int4, Some(scale)) => {
+            let groups = int4::groups(k).map_err(exception)?;
+            scale.require_shape(&[experts, n, groups])?;
+            let scale_type = dtype(scale_name, scale.element(), scale.object())?;
+            let blocks = DevicePtr::new(weights.require_device_memory::<u8>(len / 2, 16)?);
+            let scale_len = experts * n * groups;
+            let scales = match scale_type {
+                Dtype::F16 => scale.require_device_memory::<f16>(scale_len, 2)?,
+                _ => scale.require_device_memory::<bf16>(scale_len, 2)?,
+            };
+            let scales = (scale_type, DevicePtr::new(scales));
+            #[allow(unsafe_code)]
+            // SAFETY: tensors of that many bytes, as was checked, which the caller holds until they are arranged.
+            return unsafe { Weights::from_device_int4((experts, n, k), blocks, scales) }.map_err(exception);
+        }
+        (WeightFormat::Int4, None) => unreachable!("scales say that weights are int4"),
         (WeightFormat::E4m3, None) => {
             let expected = format!("block scales for float8_e4m3fn {}", weights.argument());
             return Err(Wrong::new(scale_name, "is None", Actual::Nothing, expected).value());

@@ -3,7 +3,7 @@
 use super::arguments::BACKEND;
 use super::driver::{Device, DeviceBuffer};
 use super::layer::{Layer, LayerChoice, Workspace};
-use super::weights::{Weights, WeightsBuilder, unsupported_int4};
+use super::weights::{Weights, WeightsBuilder};
 use crate::backend::{self, Backend, ExpandedRows, ExpertLayer, LayerInputs};
 use crate::dtype::{E4m3, Float};
 use crate::error::{Error, Result};
@@ -79,8 +79,14 @@ impl backend::WeightsBuilder for WeightsBuilder {
         self.add_mxfp4_rows(expert, first_row, blocks, scales)
     }
 
-    fn add_int4_rows(&mut self, _: usize, _: usize, _: MatrixRef<'_, u8>, _: Int4Scales<'_>) -> Result<()> {
-        Err(unsupported_int4())
+    fn add_int4_rows(
+        &mut self,
+        expert: usize,
+        first_row: usize,
+        blocks: MatrixRef<'_, u8>,
+        scales: Int4Scales<'_>,
+    ) -> Result<()> {
+        self.add_int4_rows(expert, first_row, blocks, scales)
     }
 
     fn finish(self) -> Result<Weights> {

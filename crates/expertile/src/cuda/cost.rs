@@ -184,8 +184,12 @@ impl Cost {
         let rounds = tiles / multiprocessors as f64;
         let spread = (1.0 - self.whole) * (rounds + self.tail * rounds.min(1.0)) + self.whole * rounds.ceil();
         let work = (work / tiles * spread).max(longest);
-        // MXFP4's scales come with the weights.
-        let weight_bytes = if shape.format == WeightFormat::Mxfp4 { 4.25 } else { shape.format.bits() as f64 } / 8.0;
+        // Scales of groups come with the weights.
+        let weight_bytes = match shape.format {
+            WeightFormat::Mxfp4 => 4.25,
+            WeightFormat::Int4 => 4.5,
+            WeightFormat::E4m3 | WeightFormat::Bf16 => shape.format.bits() as f64,
+        } / 8.0;
         let result = if self.activated { 0.5 } else { 2.0 };
         // A large tile and the small one that holds the rest of an expert's rows go at different paces and read its
         // weights twice. Past the wide tile's rows that is so of the wide one too, and decides nothing between them.
@@ -212,7 +216,7 @@ fn activation(format: ActivationFormat, rows: f64, n: usize) -> f64 {
 /// The tile that is expected to take least; with `activation_follows`, which is then counted, of tiles that have it
 /// inside and of those that do not.
 pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> (GemmKernel, bool) {
-    if shape.format == WeightFormat::Mxfp4 && !COSTS.iter().any(|cost| cost.format == shape.format) {
+    if shape.format.has_groups() && !COSTS.iter().any(|cost| cost.format == shape.format) {
         return (mxfp4::choose(shape, multiprocessors), false);
     }
     let populations = [Population::even(shape), Population::skewed(shape)];

@@ -75,7 +75,7 @@ struct Arguments<const PATHS: usize> {
     n: i32,
     k: i32,
     m_sum: i32,
-    reserved: i32,
+    f16_scales: i32,
     bias: u64,
     packed: u64,
     exponents: u64,
@@ -267,10 +267,10 @@ impl Gemm {
             n: require_int("n", n)?,
             k: require_int("k", k)?,
             m_sum: require_int("m_sum", call.m_sum)?,
-            reserved: 0,
+            f16_scales: i32::from(weights.has_f16_scales()),
             bias: DevicePtr::or_null(call.bias),
             packed: arranged.map_or(0, |_| weights.values().address()),
-            exponents: arranged.map_or(0, |arranged| arranged.exponents.address()),
+            exponents: arranged.map_or(0, |arranged| DevicePtr::or_null(arranged.exponents)),
             spread: arranged.map_or(0, |arranged| DevicePtr::or_null(arranged.spread)),
         };
         let shape = Launch {

@@ -34,7 +34,7 @@ pub struct GroupedGemmShape {
 /// What one call works on.
 #[derive(Debug, Clone, Copy)]
 pub struct GroupedGemmCall<'a> {
-    /// `[E, N, K]`, as prepared; mxfp4 [arranged](Weights::arrange) for the rows' format.
+    /// `[E, N, K]`, as prepared; mxfp4 and int4 [arranged](Weights::arrange) for the rows' format.
     pub weights: &'a Weights,
     /// `[M_sum, K]`, 16-byte aligned.
     pub rows: DevicePtr,

@@ -179,7 +179,7 @@ pub struct Layer {
 
 impl Layer {
     /// A layer of `w13 [E, 2 I, H]` (gate rows first, then up) and `w2 [E, H, I]`, for calls of up to `max_tokens`
-    /// tokens. mxfp4 weights are arranged here, in memory of their own ([`Weights::arrange`]).
+    /// tokens. mxfp4 and int4 weights are arranged here, in memory of their own ([`Weights::arrange`]).
     ///
     /// This is the warm-up: what such calls can choose is compiled (or loaded) here, several kernels at a time, and
     /// nothing afterwards.

@@ -1,6 +1,5 @@
 //! An expert layer's weights in device memory, knowing what they are.
 
-use super::arguments::BACKEND;
 use super::driver::{Device, DeviceBuffer, DevicePtr};
 use crate::dtype::{Dtype, E4m3, Float};
 use crate::error::{Error, Result, checked_mul, require_exact, require_len};
@@ -13,12 +12,13 @@ use half::bf16;
 use std::ops::Range;
 use std::sync::Arc;
 
+pub(super) mod int4;
 pub(super) mod mxfp4;
 
 use mxfp4::Arranged;
 
-/// Weights `[E, N, K]` in device memory: row-major, with their scales if they are e4m3 or mxfp4. The GEMM reads e4m3 and
-/// bf16 as they are, mxfp4 once it is [arranged](Weights::arrange). Cheap to clone: clones share the memory.
+/// Weights `[E, N, K]` in device memory: row-major, with their scales unless they are bf16. The GEMM reads e4m3 and bf16
+/// as they are, mxfp4 and int4 once they are [arranged](Weights::arrange). Cheap to clone: clones share the memory.
 #[derive(Debug, Clone)]
 pub struct Weights {
     format: WeightFormat,
@@ -26,9 +26,11 @@ pub struct Weights {
     n: usize,
     k: usize,
     values: DevicePtr,
-    /// f32 of e4m3, bytes of mxfp4.
+    /// f32 of e4m3, bytes of mxfp4, bf16 or f16 of int4.
     scales: Option<DevicePtr>,
-    /// mxfp4 as the GEMM reads it; `values` and `scales` are none then.
+    /// Whether scales are f16, which only those of int4 may be.
+    f16_scales: bool,
+    /// mxfp4 or int4 as the GEMM reads it: `values` is the address of all, and `scales` is none.
     arranged: Option<Arranged>,
     /// What the addresses point into, where this value owns it.
     _memory: Arc<[DeviceBuffer]>,
@@ -43,8 +45,8 @@ impl Weights {
     ///
     /// # Errors
     /// [`Error::Value`] if `n` is not a multiple of 8, `k` not one of 16, an address is not aligned, or there are no
-    /// experts; [`Error::WeightFormat`] for mxfp4, which [`Weights::from_device_mxfp4`] takes; [`Error::Overflow`] if
-    /// the scales would pass 2^31.
+    /// experts; [`Error::WeightFormat`] for mxfp4 and int4, which [`Weights::from_device_mxfp4`] and
+    /// [`Weights::from_device_int4`] take; [`Error::Overflow`] if the scales would pass 2^31.
     #[allow(unsafe_code)]
     pub unsafe fn from_device(
         format: WeightFormat,
@@ -97,7 +99,7 @@ impl Weights {
         scales: Option<DevicePtr>,
         memory: Arc<[DeviceBuffer]>,
     ) -> Self {
-        Self { format, experts, n, k, values, scales, arranged: None, _memory: memory }
+        Self { format, experts, n, k, values, scales, f16_scales: false, arranged: None, _memory: memory }
     }
 
     fn of_buffers(
@@ -151,7 +153,7 @@ impl Weights {
         let (value_bytes, scale_bytes) = part_bytes(self.format, (first, n, k));
         let mut part = self.clone();
         part.experts = experts.len();
-        part.values = self.values.byte_add(self.arranged.map_or(value_bytes, |_| mxfp4::packed_bytes(first, n, k)));
+        part.values = self.values.byte_add(self.arranged.map_or(value_bytes, |_| mxfp4::units_bytes(self.format, (first, n, k))));
         part.scales = self.scales.map(|scales| scales.byte_add(scale_bytes));
         part.arranged = self.arranged.map(|arranged| arranged.from_expert(first, n));
         part
@@ -181,7 +183,7 @@ impl Weights {
         self.k
     }
 
-    /// Address of the values; of arranged mxfp4, that of all.
+    /// Address of the values; of arranged mxfp4 and int4, that of all.
     #[must_use]
     pub fn values(&self) -> DevicePtr {
         self.values
@@ -197,7 +199,7 @@ impl Weights {
     #[must_use]
     pub fn bytes(&self) -> usize {
         match &self.arranged {
-            Some(_) => mxfp4::bytes(self.experts, self.n, self.k),
+            Some(_) => mxfp4::bytes(self.format, (self.experts, self.n, self.k)),
             None => {
                 let (values, scales) = part_bytes(self.format, (self.experts, self.n, self.k));
                 values + scales
@@ -213,6 +215,8 @@ pub struct WeightsBuilder {
     weights: Weights,
     values: DeviceBuffer,
     scales: Option<DeviceBuffer>,
+    /// Whether scales of int4 are f16, when some have come.
+    f16_scales: Option<bool>,
     ledger: RowLedger,
 }
 
@@ -220,12 +224,12 @@ impl WeightsBuilder {
     /// Room for `[E, N, K]` of `format` on the device.
     ///
     /// # Errors
-    /// As [`Weights::from_device`]; [`Error::Unsupported`] for int4, [`Error::Cuda`] if there is not enough memory.
+    /// As [`Weights::from_device`]; [`Error::Cuda`] if there is not enough memory.
     pub fn new(device: &Device, format: WeightFormat, (experts, n, k): (usize, usize, usize)) -> Result<Self> {
         check_sizes(experts, n, k)?;
         match format {
             WeightFormat::Mxfp4 => drop(crate::mxfp4::groups(k)?),
-            WeightFormat::Int4 => return Err(unsupported_int4()),
+            WeightFormat::Int4 => drop(crate::int4::groups(k)?),
             WeightFormat::E4m3 | WeightFormat::Bf16 => {}
         }
         let (value_bytes, scale_bytes) = part_bytes(format, (experts, n, k));
@@ -234,7 +238,7 @@ impl WeightsBuilder {
         let scale_ptr = scales.as_ref().map(DeviceBuffer::ptr);
         let weights = Weights::new(format, (experts, n, k), values.ptr(), scale_ptr, Arc::from([]));
         let ledger = RowLedger::new(format, n, k, vec![false; experts * n]);
-        Ok(Self { weights, values, scales, ledger })
+        Ok(Self { weights, values, scales, f16_scales: None, ledger })
     }
 
     /// Copies `rows [R, K]`, rounded to the nearest bf16, as rows `first_row..first_row + R` of an expert. Rows of
@@ -347,7 +351,7 @@ fn copy_bytes(buffer: &DeviceBuffer, start: usize, matrix: MatrixRef<'_, u8>) ->
     }
 }
 
-/// Fails for mxfp4, whose values and scales are both bytes.
+/// Fails for two values to a byte.
 fn require_whole_bytes(format: WeightFormat) -> Result<()> {
     match format {
         WeightFormat::E4m3 | WeightFormat::Bf16 => Ok(()),
@@ -356,12 +360,6 @@ fn require_whole_bytes(format: WeightFormat) -> Result<()> {
             Err(Error::WeightFormat { argument, actual, expected: "e4m3 or bf16" })
         }
     }
-}
-
-/// What there is no kernel for.
-pub(super) fn unsupported_int4() -> Error {
-    let (argument, actual) = ("weights", WeightFormat::Int4.name());
-    Error::Unsupported { argument, actual, backend: BACKEND, expected: "e4m3, bf16 or mxfp4" }
 }
 
 /// Bytes of the values and of the scales of `[E, N, K]`.

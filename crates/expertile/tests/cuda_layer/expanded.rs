@@ -172,7 +172,9 @@ fn the_activation_is_inside_gemm_1_where_the_layer_has_it_there() {
 fn expanded_rows_of_a_layer_with_biases_and_partial_groups_have_them_too() {
     let spec = Spec { hidden: 320, intermediate: 192, experts: 6, activation: GPT_OSS, biased: true, ..SPEC };
     for activation_format in ActivationFormat::ALL {
-        check(Spec { format: WeightFormat::Mxfp4, activation_format, ..spec }, &[7, 90], &[1, 3]);
+        for format in [WeightFormat::Mxfp4, WeightFormat::Int4] {
+            check(Spec { format, activation_format, ..spec }, &[7, 90], &[1, 3]);
+        }
     }
     // Biases keep the activation out of GEMM 1.
     check(Spec { biased: true, ..SPEC }, &[33], &[8]);

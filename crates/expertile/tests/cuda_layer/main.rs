@@ -41,11 +41,13 @@ const MANY_ROWS: usize = 64;
 const BF16_TO_CPU: Tolerance = Tolerance { whole: 2e-6, row: 2e-5 };
 
 /// Every pair of weights and activations.
-const FORMATS: [(WeightFormat, ActivationFormat); 4] = [
+const FORMATS: [(WeightFormat, ActivationFormat); 6] = [
     (WeightFormat::E4m3, ActivationFormat::E4m3),
     (WeightFormat::Bf16, ActivationFormat::Bf16),
     (WeightFormat::Mxfp4, ActivationFormat::E4m3),
     (WeightFormat::Mxfp4, ActivationFormat::Bf16),
+    (WeightFormat::Int4, ActivationFormat::E4m3),
+    (WeightFormat::Int4, ActivationFormat::Bf16),
 ];
 
 const GPT_OSS: Activation = Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) };
@@ -236,22 +238,37 @@ fn bf16_layers_are_right_where_n_and_k_are_partial() {
 }
 
 /// A layer as gpt-oss has it: H and I that 128 does not divide, biases, the clamped activation.
-#[test]
-fn mxfp4_layers_with_biases_are_right_where_the_last_groups_are_partial() {
+fn check_partial_groups_with_biases(format: WeightFormat) {
     let spec = Spec { hidden: 320, intermediate: 192, experts: 6, topk: 2, activation: GPT_OSS, biased: true, ..BASE };
     for activation_format in ActivationFormat::ALL {
-        let spec = Spec { format: WeightFormat::Mxfp4, activation_format, ..spec };
+        let spec = Spec { format, activation_format, ..spec };
         check_model(spec, &[1, 31, 64, 300], &[Pattern::Even, Pattern::Skewed]);
         check_model(spec, &[3, 40], &[Pattern::One, Pattern::Empty]);
     }
+    // Half a unit of K, which e4m3 rows have not.
+    let activation_format = ActivationFormat::Bf16;
+    let spec = Spec { hidden: 288, intermediate: 160, activation_format, format, ..spec };
+    check_model(spec, &[1, 40], &[Pattern::Even]);
 }
 
 #[test]
-fn mxfp4_layers_are_right_with_an_expert_map_and_without_biases() {
+fn mxfp4_layers_with_biases_are_right_where_the_last_groups_are_partial() {
+    check_partial_groups_with_biases(WeightFormat::Mxfp4);
+}
+
+#[test]
+fn int4_layers_with_biases_are_right_where_the_last_groups_are_partial() {
+    check_partial_groups_with_biases(WeightFormat::Int4);
+}
+
+#[test]
+fn layers_of_4_bits_are_right_with_an_expert_map_and_without_biases() {
     let spec = Spec { hidden: 512, intermediate: 128, experts: 16, global: 32, topk: 4, ..BASE };
-    for activation_format in ActivationFormat::ALL {
-        let spec = Spec { format: WeightFormat::Mxfp4, activation_format, ..spec };
-        check_model(spec, &[1, 8, 130], &[Pattern::Even, Pattern::Skewed]);
+    for format in [WeightFormat::Mxfp4, WeightFormat::Int4] {
+        for activation_format in ActivationFormat::ALL {
+            let spec = Spec { format, activation_format, ..spec };
+            check_model(spec, &[1, 8, 130], &[Pattern::Even, Pattern::Skewed]);
+        }
     }
 }
 
@@ -563,14 +580,14 @@ fn weights(device: &Device, format: WeightFormat, n: usize, k: usize) -> Weights
         WeightFormat::Bf16 => Matrices::Bf16(vec![bf16::ONE; n * k]),
         WeightFormat::Mxfp4 => Matrices::Mxfp4(vec![0x22; n * k / 2], vec![127; n * k / 32]),
         WeightFormat::E4m3 => Matrices::E4m3(vec![E4m3(0x38); n * k], vec![1.0; n.div_ceil(128) * k.div_ceil(128)]),
-        WeightFormat::Int4 => unreachable!("int4 has no kernel on a GPU"),
+        WeightFormat::Int4 => Matrices::Int4(vec![0x99; n * k / 2], vec![bf16::ONE; n * k / 32]),
     }
     .upload(device, (1, n, k))
 }
 
 #[test]
 fn layers_that_cannot_be_are_refused_when_they_are_prepared() {
-    use WeightFormat::{Bf16, E4m3};
+    use WeightFormat::{Bf16, E4m3, Int4, Mxfp4};
     let Some(device) = hopper() else { return };
     let e4m3 = Spec { experts: 1, topk: 1, ..BASE }.config();
     let bf16 = Spec { format: Bf16, experts: 1, topk: 1, ..BASE }.config();
@@ -585,8 +602,11 @@ fn layers_that_cannot_be_are_refused_when_they_are_prepared() {
     let (up16, down16) = ((Bf16, 256, 256), (Bf16, 256, 128));
     refuse((E4m3, 128, 256), down, e4m3, 1, "w13 has shape [1, 128, 256], expected [1, 256, 256]");
     refuse(up, down16, e4m3, 1, "w2 is packed as bf16, expected e4m3");
-    refuse(up16, down16, e4m3, 1, "w13 is packed as bf16, expected e4m3 or mxfp4, for e4m3 activations");
-    refuse(up, down, bf16, 1, "w13 is packed as e4m3, expected bf16 or mxfp4, for bf16 activations on a GPU");
+    refuse(up16, down16, e4m3, 1, "w13 is packed as bf16, expected e4m3, mxfp4 or int4, for e4m3 activations");
+    refuse(up, down, bf16, 1, "w13 is packed as e4m3, expected bf16, mxfp4 or int4, for bf16 activations on a GPU");
+    let up4 = (Int4, 192, 64);
+    refuse(up4, (Int4, 64, 96), e4m3, 1, "intermediate is 96, expected a positive multiple of 64");
+    refuse(up4, (Mxfp4, 64, 96), bf16, 1, "w2 is packed as mxfp4, expected int4");
     refuse((E4m3, 256, 96), (E4m3, 96, 128), e4m3, 1, "hidden is 96");
     refuse((E4m3, 128, 256), (E4m3, 256, 64), e4m3, 1, "intermediate is 64");
     refuse(up, down, LayerConfig { topk: 2, weight_on_input: true, ..e4m3 }, 1, "topk is 2, expected 1");

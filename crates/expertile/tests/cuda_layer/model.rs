@@ -5,6 +5,7 @@ use expertile::cpu::{self, Cpu, PackedWeights};
 use expertile::cuda::{
     Device, DeviceBuffer, DeviceMatrix, DevicePtr, Layer, LayerCall, RoutingPtrs, STATE_BYTES, Stream, Weights,
 };
+use expertile::int4::{self, Int4Scales};
 use expertile::{
     Activation, ActivationFormat, Dtype, E4m3, Float, LayerConfig, LayerShape, Layout, MatrixRef, Routing, ScaleFormat,
     Scales, TopkIds, WeightFormat, mxfp4,
@@ -58,13 +59,12 @@ pub(crate) const BASE: Spec = Spec {
 };
 
 impl Spec {
-    /// mxfp4 goes with either; the others with their own.
+    /// mxfp4 and int4 go with either; the others with their own.
     pub(crate) fn activations(&self) -> ActivationFormat {
         match self.format {
             WeightFormat::E4m3 => ActivationFormat::E4m3,
             WeightFormat::Bf16 => ActivationFormat::Bf16,
-            WeightFormat::Mxfp4 => self.activation_format,
-            WeightFormat::Int4 => unreachable!("int4 has no kernel on a GPU"),
+            WeightFormat::Mxfp4 | WeightFormat::Int4 => self.activation_format,
         }
     }
 
@@ -92,6 +92,13 @@ pub(crate) enum Matrices {
     E4m3(Vec<E4m3>, Vec<f32>),
     /// Blocks and scales.
     Mxfp4(Vec<u8>, Vec<u8>),
+    /// Blocks and scales.
+    Int4(Vec<u8>, Vec<bf16>),
+}
+
+/// `[rows, K / 32]`, of which a matrix of so many rows has these.
+fn int4_scales(scales: &[bf16], rows: usize) -> Int4Scales<'_> {
+    Int4Scales::Bf16(MatrixRef::new(scales, rows, scales.len() / rows).unwrap())
 }
 
 impl Matrices {
@@ -109,7 +116,13 @@ impl Matrices {
                 let (values, scales) = block_scaled_weights(random, extents, E4m3::MAX, E4m3::from_f32);
                 Self::E4m3(values, scales)
             }
-            WeightFormat::Int4 => unreachable!("int4 has no kernel on a GPU"),
+            WeightFormat::Int4 => {
+                let values: Vec<f32> = unit_weights(random, extents, |value| value);
+                let (mut blocks, mut scales) =
+                    (vec![0; values.len() / 2], vec![bf16::ZERO; values.len() / int4::GROUP]);
+                int4::quantize_rows(&values, extents[2], &mut blocks, &mut scales).unwrap();
+                Self::Int4(blocks, scales)
+            }
         }
     }
 
@@ -118,6 +131,9 @@ impl Matrices {
             Self::Bf16(values) => Weights::upload_bf16(device, values, sizes),
             Self::E4m3(values, scales) => Weights::upload_e4m3(device, values, scales, sizes),
             Self::Mxfp4(blocks, scales) => Weights::upload_mxfp4(device, blocks, scales, sizes),
+            Self::Int4(blocks, scales) => {
+                Weights::upload_int4(device, blocks, int4_scales(scales, sizes.0 * sizes.1), sizes)
+            }
         }
         .unwrap()
     }
@@ -127,6 +143,9 @@ impl Matrices {
             Self::Bf16(values) => PackedWeights::pack_bf16(cpu, values, experts, n, k),
             Self::E4m3(values, scales) => PackedWeights::pack_e4m3(cpu, values, scales, experts, n, k),
             Self::Mxfp4(blocks, scales) => PackedWeights::pack_mxfp4(cpu, blocks, scales, experts, n, k),
+            Self::Int4(blocks, scales) => {
+                PackedWeights::pack_int4(cpu, blocks, int4_scales(scales, experts * n), experts, n, k)
+            }
         }
         .unwrap()
     }
@@ -141,6 +160,9 @@ impl Matrices {
             }
             Self::Mxfp4(blocks, scales) => {
                 Self::Mxfp4(blocks[part(blocks.len())].to_vec(), scales[part(scales.len())].to_vec())
+            }
+            Self::Int4(blocks, scales) => {
+                Self::Int4(blocks[part(blocks.len())].to_vec(), scales[part(scales.len())].to_vec())
             }
         }
     }
@@ -157,6 +179,10 @@ impl Matrices {
                 Self::Mxfp4(blocks, scales) => {
                     let (byte, scale) = (blocks[(start + col) / 2], scales[(start + col) / mxfp4::GROUP]);
                     f64::from(mxfp4::decode(byte >> (4 * (col % 2)), scale))
+                }
+                Self::Int4(blocks, scales) => {
+                    let (byte, scale) = (blocks[(start + col) / 2], scales[(start + col) / int4::GROUP]);
+                    f64::from(int4::decode(byte >> (4 * (col % 2)), scale.to_f32()))
                 }
             };
         }

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _arrays, _native
 from .._errors import ArgumentValueError
 from ._dispatch import call, gemms, unwatched
-from .layer import blocks_in_halves, flat_blocks, in_place, on_a_gpu, scales_in_place
+from .layer import FOUR_BITS, blocks_in_halves, flat_blocks, in_place, name_of_blocks, on_a_gpu, scales_in_place
 from .layout import empty, matrix
 
 
@@ -22,15 +22,15 @@ class Gemm:
 
     weights: ``[E, N, K]``, bfloat16, or float8_e4m3fn with block scales: weight_scale float32 ``[E, ceil(N / 128),
     ceil(K / 128)]`` (or bfloat16, float16 or float8_e8m0fnu, which are widened exactly). Or MXFP4: uint8
-    ``[E, N, K / 2]`` or ``[E, N, K / 32, 16]`` with uint8 or float8_e8m0fnu scales ``[E, N, K / 32]``. Or, on the CPU,
-    int4 as compressed-tensors packs it: int32 ``[E, N, K / 8]`` with bfloat16 or float16 scales ``[E, N, K / 32]``.
+    ``[E, N, K / 2]`` or ``[E, N, K / 32, 16]`` with uint8 or float8_e8m0fnu scales ``[E, N, K / 32]``. Or int4 as
+    compressed-tensors packs it: int32 ``[E, N, K / 8]`` with bfloat16 or float16 scales ``[E, N, K / 32]``.
 
     On the CPU, weights are packed, once, into memory of the object's own. On a Hopper GPU they are used where they are,
-    and the object keeps them alive; what cannot be used so, such as MXFP4, is copied once, with a warning. The object
-    has to live as long as the CUDA graphs that captured a call of it.
+    and the object keeps them alive; what cannot be used so, such as MXFP4 and int4, is copied once, with a warning. The
+    object has to live as long as the CUDA graphs that captured a call of it.
 
-    activations: what rows MXFP4 weights are to be multiplied by on a GPU, ``"bf16"`` (if not given) or ``"e4m3"``. The
-    CPU takes both.
+    activations: what rows MXFP4 and int4 weights are to be multiplied by on a GPU, ``"bf16"`` (if not given) or
+    ``"e4m3"``. The CPU takes both.
 
     Raises ValueError or TypeError for what does not fit.
     """
@@ -42,9 +42,10 @@ class Gemm:
         self._on_gpu = isinstance(weights, Tensor) and weights.is_cuda
         self._weights: Tensor | None = None
         self._weight_scale: Tensor | None = None
-        if self._on_gpu and weights.dtype == torch.uint8:
+        if self._on_gpu and weights.dtype in FOUR_BITS:
             activations = on_a_gpu(weights, activations)
-            message = f"weights are MXFP4: the object holds a copy of them, arranged for {activations} rows"
+            what = f"weights are {name_of_blocks(weight_scale)}"
+            message = f"{what}: the object holds a copy of them, arranged for {activations} rows"
             warnings.warn(message, stacklevel=2)
             parts = blocks_in_halves(("weights", weights), ("weight_scale", weight_scale), "halves")
             self._native = _native.CudaGemm(*parts, activations)
@@ -88,7 +89,7 @@ class Gemm:
         if self._weights is not None:
             return self._weights.clone()
         if isinstance(self._native, _native.CudaGemm):
-            raise ArgumentValueError("weights", " are MXFP4, arranged", "arranged", "weights that are used in place")
+            raise ArgumentValueError("weights", " are arranged", "arranged", "weights that are used in place")
         experts, n, k = self.shape
         dtype = torch.uint8 if self._dtype == torch.int32 else self._dtype
         width = k // 2 if dtype == torch.uint8 else k
@@ -127,8 +128,8 @@ class Gemm:
     ) -> Tensor:
         """rows ``[M_sum, K]`` to bfloat16 ``[M_sum, N]``, of which only rows of experts are written.
 
-        rows: of the weights' type (on the CPU, bfloat16 also with float8_e4m3fn weights; with MXFP4 weights bfloat16 or
-        float8_e4m3fn, on a GPU what they were arranged for), contiguous. scale: of
+        rows: of the weights' type (on the CPU, bfloat16 also with float8_e4m3fn weights; with MXFP4 and int4 weights
+        bfloat16 or float8_e4m3fn, on a GPU what they were arranged for), contiguous. scale: of
         float8_e4m3fn rows, float32 ``[M_sum, ceil(K / 128)]`` with any strides; on a GPU those of
         ``scale_layout="mn_major"`` are read where they are, others are copied first.
 

@@ -19,6 +19,9 @@ from .state_dict import stacked
 BLOCK_BYTES = 16
 """Bytes of 32 MXFP4 values."""
 
+FOUR_BITS = (torch.uint8, torch.int32)
+"""Types of weights that a GPU arranges: blocks of MXFP4, words of int4."""
+
 
 class Layer:
     """The expert half of a layer: permute, GEMM 1, activation, GEMM 2, unpermute. On the CPU, or on a Hopper GPU.
@@ -28,22 +31,21 @@ class Layer:
     ceil(I / 128)]``. Scales are float32, or bfloat16, float16 or float8_e8m0fnu, which are widened exactly. Or both
     MXFP4 as checkpoints hold it: uint8 blocks ``[E, 2 I, H / 32, 16]`` or ``[E, 2 I, H / 2]``, the even value in the
     low nibble, with uint8 or float8_e8m0fnu scales w13_scale ``[E, 2 I, H / 32]``, in the order of the rows; w2 and
-    w2_scale likewise. Or, on the CPU, int4 as compressed-tensors packs it (symmetric, in groups of 32): int32
-    ``[E, 2 I, H / 8]``, eight values to a word and the first in the lowest bits, with bfloat16 or float16 scales
-    ``[E, 2 I, H / 32]``.
+    w2_scale likewise. Or int4 as compressed-tensors packs it (symmetric, in groups of 32): int32 ``[E, 2 I, H / 8]``,
+    eight values to a word and the first in the lowest bits, with bfloat16 or float16 scales ``[E, 2 I, H / 32]``.
 
     On the CPU, weights are packed, once, from any strides into memory of the layer's own; ``unpack`` gives them back.
     On a GPU they are used where they are, and the layer keeps them alive; what cannot be used so is copied once, with a
-    warning: scales that are not float32, tensors that are interleaved or not contiguous, and MXFP4, which the GEMM
-    reads in an order of its own (4.25 bits a weight, in torch's memory; what was handed over is not kept). A layer has
-    to live as long as the CUDA graphs that captured a call of it.
+    warning: scales that are not float32, tensors that are interleaved or not contiguous, and MXFP4 and int4, which the
+    GEMM reads in an order of its own (4.25 and 4.5 bits a weight, in torch's memory; what was handed over is not kept).
+    A layer has to live as long as the CUDA graphs that captured a call of it.
 
     gate_up: ``"halves"``, gate's rows and then up's, or ``"interleaved"``, gate's first, up's first, gate's second and
     so on. w13_bias is in the same order; the row blocks of w13_scale are gate's, then up's, in either.
 
-    activations: ``"bf16"``, or ``"e4m3"`` to quantize them (needs e4m3 or MXFP4 weights, and 64 to divide H and I; on a
-    GPU 128 to divide I where the weights are e4m3). Without it ``"bf16"`` on the CPU and for MXFP4 weights; on a GPU,
-    for others, the weights' own format, as there is no other.
+    activations: ``"bf16"``, or ``"e4m3"`` to quantize them (needs weights that are not bfloat16, and 64 to divide H and
+    I; on a GPU 128 to divide I where the weights are e4m3). Without it ``"bf16"`` on the CPU and for MXFP4 and int4
+    weights; on a GPU, for others, the weights' own format, as there is no other.
     activation: ``"swiglu"``; on the CPU also ``"geglu_tanh"`` (the tanh form of GELU), or ``"relu2"`` (``max(x, 0)^2``,
     without a gate: w13 is ``[E, I, H]``). w13_bias ``[E, 2 I]``, w2_bias ``[E, H]``: float32, bfloat16 or float16,
     added to the GEMMs' sums.
@@ -79,8 +81,9 @@ class Layer:
         if self._on_gpu:
             self._dtype = w13.dtype
             activations = on_a_gpu(w13, activations)
-            if w13.dtype == torch.uint8:
-                message = f"w13 and w2 are MXFP4: the layer holds a copy of them, arranged for {activations} rows"
+            if w13.dtype in FOUR_BITS:
+                what = f"w13 and w2 are {name_of_blocks(w13_scale)}"
+                message = f"{what}: the layer holds a copy of them, arranged for {activations} rows"
                 warnings.warn(message, stacklevel=2)
                 w13, w13_scale = blocks_in_halves(("w13", w13), ("w13_scale", w13_scale), gate_up)
                 w2, w2_scale = blocks_in_halves(("w2", w2), ("w2_scale", w2_scale), "halves")
@@ -190,7 +193,7 @@ class Layer:
         w2 = _arrays.empty_tensor("w2", (experts, hidden, intermediate // each), dtype, self._device)
         if isinstance(self._native, _native.CudaLayer):
             self._native.unpack(w13, w2)
-            return in_order(w13, order), w2
+            return in_order(w13, order).view(self._dtype), w2.view(self._dtype)
         self._native.unpack(w13, w2, gate_up=gate_up)
         return w13.view(self._dtype), w2.view(self._dtype)
 
@@ -302,9 +305,9 @@ class Layer:
 def on_a_gpu(w13: Tensor, activations: str | None) -> str:
     """What rows are made of: what was asked for, or what goes with the weights; fails for what a GPU does not compute.
 
-    MXFP4 weights go with both.
+    MXFP4 and int4 weights go with both.
     """
-    if w13.dtype == torch.uint8:
+    if w13.dtype in FOUR_BITS:
         return "bf16" if activations is None else activations
     own = "e4m3" if w13.dtype == torch.float8_e4m3fn else "bf16"
     if activations not in (None, own):
@@ -316,13 +319,18 @@ def on_a_gpu(w13: Tensor, activations: str | None) -> str:
 def flat_blocks(name: str, x: Tensor) -> Tensor:
     """MXFP4 blocks ``[E, N, K / 32, 16]`` and int4 words ``[E, N, K / 8]`` as bytes ``[E, N, K / 2]``; any other tensor
     as it is."""
-    if isinstance(x, Tensor) and x.dtype == torch.int32 and not x.is_cuda:
+    if isinstance(x, Tensor) and x.dtype == torch.int32:
         return x.contiguous().view(torch.uint8)
     if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.dim() != 4:
         return x
     if x.shape[3] != BLOCK_BYTES:
         raise ArgumentValueError(name, f" has shape {list(x.shape)}", list(x.shape), "[E, N, K / 32, 16]")
     return x.flatten(2)
+
+
+def name_of_blocks(scale: Tensor | None) -> str:
+    """What weights of 4 bits are, as their scales say it."""
+    return "int4" if isinstance(scale, Tensor) and scale.dtype in (torch.bfloat16, torch.float16) else "MXFP4"
 
 
 def gate_up_order(gate_up: str) -> str:
@@ -356,7 +364,7 @@ def in_order(w13: Tensor, gate_up: str) -> Tensor:
 def blocks_in_halves(
     blocks: tuple[str, Tensor], scales: tuple[str, Tensor | None], gate_up: str
 ) -> tuple[Tensor, Tensor | None]:
-    """MXFP4 blocks and scales, gate's rows first and contiguous, for as long as the layer is being made."""
+    """Blocks of MXFP4 or int4, and scales, gate's rows first and contiguous, for as long as the layer is being made."""
     name, x = blocks
     require_tensor(name, x)
     name_of_scales, of_x = scales

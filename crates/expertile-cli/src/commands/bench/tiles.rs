@@ -37,10 +37,10 @@ pub(crate) struct Args {
     /// Experts of every layer [default: drawn].
     #[arg(long, value_name = "N")]
     experts: Option<usize>,
-    /// What weights are made of: e4m3, bf16 or mxfp4 [default: e4m3 and bf16, drawn].
+    /// What weights are made of: e4m3, bf16, mxfp4 or int4 [default: e4m3 and bf16, drawn].
     #[arg(long, value_name = "FORMAT")]
     weights: Option<WeightFormat>,
-    /// What rows are made of, beside mxfp4 weights: e4m3 or bf16 [default: e4m3].
+    /// What rows are made of, beside mxfp4 and int4 weights: e4m3 or bf16 [default: e4m3, bf16 for int4].
     #[arg(long, value_name = "FORMAT")]
     activations: Option<ActivationFormat>,
     /// Seed of the draws.
@@ -141,11 +141,8 @@ impl Args {
                 Some(_) => Err(Error::usage("--activations is given, expected none without --weights")),
             };
         };
-        if weights == WeightFormat::Int4 {
-            return Err(Error::usage("--weights is int4, expected e4m3, bf16 or mxfp4: int4 has one way to be cut"));
-        }
         let rows = self.activations.unwrap_or(weights.usual_activations());
-        if weights != WeightFormat::Mxfp4 && rows != weights.usual_activations() {
+        if !weights.has_groups() && rows != weights.usual_activations() {
             let (rows, weights) = (rows.name(), weights.name());
             return Err(Error::usage(format!("--activations is {rows}, expected {weights} as the weights")));
         }

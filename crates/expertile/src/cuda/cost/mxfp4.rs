@@ -1,4 +1,4 @@
-//! Which tile mxfp4 weights get. Its kernels have no costs yet: the rule goes by the rows of an expert. The wide kernel is
+//! Which tile mxfp4 and int4 weights get. Their kernels have no costs yet: the rule goes by the rows of an expert. The wide kernel is
 //! not among the choices, as nobody has timed it on a GPU.
 
 use crate::cuda::gemm::{FewRowsCut, GemmKernel, GemmShape, ROW_TILES};
@@ -29,7 +29,7 @@ mod tests {
     fn more_rows_get_larger_tiles_and_few_tiles_are_narrow() {
         let chosen = |experts, rows, most_rows| {
             let activation_format = ActivationFormat::E4m3;
-            let format = WeightFormat::Mxfp4;
+            let format = WeightFormat::Int4;
             choose(&GemmShape { n: 1536, k: 2048, format, activation_format, experts, rows, most_rows }, 132)
         };
         let narrow = chosen(128, 8, 1);

@@ -4,7 +4,7 @@
 use std::ffi::CStr;
 
 /// `(name, text)` of every header.
-pub(super) const HEADERS: [(&CStr, &str); 27] = [
+pub(super) const HEADERS: [(&CStr, &str); 28] = [
     (c"common/activation.cuh", include_str!("../kernels/common/activation.cuh")),
     (c"common/quantize.cuh", include_str!("../kernels/common/quantize.cuh")),
     (c"common/scales.cuh", include_str!("../kernels/common/scales.cuh")),
@@ -17,6 +17,7 @@ pub(super) const HEADERS: [(&CStr, &str); 27] = [
     (c"few_tokens/storage.cuh", include_str!("../kernels/few_tokens/storage.cuh")),
     (c"gemm/config.cuh", include_str!("../kernels/gemm/config.cuh")),
     (c"gemm/decoding.cuh", include_str!("../kernels/gemm/decoding.cuh")),
+    (c"gemm/int4.cuh", include_str!("../kernels/gemm/int4.cuh")),
     (c"gemm/mxfp4.cuh", include_str!("../kernels/gemm/mxfp4.cuh")),
     (c"gemm/pipeline.cuh", include_str!("../kernels/gemm/pipeline.cuh")),
     (c"gemm/products.cuh", include_str!("../kernels/gemm/products.cuh")),

@@ -5,7 +5,6 @@ use super::{FewRowsCut, GemmKernel};
 use crate::activation::Activation;
 use crate::cuda::definitions::activation_definitions;
 use crate::cuda::driver::Source;
-use crate::cuda::weights::unsupported_int4;
 use crate::error::{Error, Result};
 use crate::gemm::{ActivationFormat, WeightFormat};
 
@@ -25,9 +24,9 @@ pub(in crate::cuda) fn row_bytes(rows: ActivationFormat) -> usize {
 /// What the GEMM is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GemmConfig {
-    /// What weights are made of: e4m3 with scales, bf16, or mxfp4.
+    /// What weights are made of.
     pub format: WeightFormat,
-    /// What rows are made of: the same as the weights; for mxfp4 either.
+    /// What rows are made of: the same as the weights; for mxfp4 and int4 either.
     pub activation_format: ActivationFormat,
     /// How the work is cut.
     pub kernel: GemmKernel,
@@ -42,10 +41,10 @@ impl GemmConfig {
     #[must_use]
     pub fn stages(&self) -> usize {
         match self.format {
-            WeightFormat::Mxfp4 => mxfp4::stages(&self.kernel, self.activation_format),
+            WeightFormat::Mxfp4 | WeightFormat::Int4 => {
+                mxfp4::stages(&self.kernel, self.format, self.activation_format)
+            }
             WeightFormat::E4m3 | WeightFormat::Bf16 => stages(&self.kernel, self.activation.is_some()),
-            // There is no such kernel, which `check` says.
-            WeightFormat::Int4 => 0,
         }
     }
 
@@ -65,7 +64,9 @@ impl GemmConfig {
     /// Bytes of dynamic shared memory. Passed to the kernel, which compares them with the size of its `SharedStorage`.
     pub(super) fn shared_bytes(&self) -> u32 {
         let bytes = match self.format {
-            WeightFormat::Mxfp4 => mxfp4::bytes(&self.kernel, self.activation_format, self.stages()),
+            format @ (WeightFormat::Mxfp4 | WeightFormat::Int4) => {
+                mxfp4::bytes(&self.kernel, format, self.activation_format, self.stages())
+            }
             format => shared_memory::bytes(&self.kernel, format, self.activation.is_some(), self.stages()),
         };
         bytes as u32
@@ -75,10 +76,9 @@ impl GemmConfig {
     fn check(&self) -> Result<()> {
         self.kernel.check()?;
         let own = match self.format {
-            WeightFormat::Mxfp4 => return self.check_mxfp4(),
+            WeightFormat::Mxfp4 | WeightFormat::Int4 => return self.check_groups(),
             WeightFormat::E4m3 => ActivationFormat::E4m3,
             WeightFormat::Bf16 => ActivationFormat::Bf16,
-            WeightFormat::Int4 => return Err(unsupported_int4()),
         };
         if self.activation_format != own {
             let (actual, expected) = (self.format.name(), format_of_rows(self.activation_format));
@@ -99,17 +99,20 @@ impl GemmConfig {
         Ok(())
     }
 
-    /// The same for mxfp4.
-    fn check_mxfp4(&self) -> Result<()> {
+    /// The same for mxfp4 and int4.
+    fn check_groups(&self) -> Result<()> {
         if self.activation.is_some() {
             let (actual, expected) = (self.format.name(), "e4m3, for a GEMM with an activation");
             return Err(Error::WeightFormat { argument: "weights", actual, expected });
         }
         match self.kernel {
-            GemmKernel::FewRows { cut: FewRowsCut::Narrow | FewRowsCut::Plain, .. }
-            | GemmKernel::Wide { shares_rows: false } => Ok(()),
+            GemmKernel::FewRows { cut: FewRowsCut::Narrow | FewRowsCut::Plain, .. } => Ok(()),
+            GemmKernel::Wide { shares_rows: false } if self.format == WeightFormat::Mxfp4 => Ok(()),
             kernel => {
-                let expected = "one block to a tile, of at most 128 outputs, for mxfp4";
+                let expected = match self.format {
+                    WeightFormat::Int4 => "one block to a tile, with weights on M, for int4",
+                    _ => "one block to a tile, of at most 128 outputs, for mxfp4",
+                };
                 Err(Error::Name { argument: "kernel", actual: kernel.to_string(), expected })
             }
         }
@@ -159,10 +162,12 @@ impl GemmConfig {
         ];
         let activation = ("HOST_ACTIVATION", i64::from(self.activation.is_some()));
         let (file, text) = match self.kernel {
-            GemmKernel::FewRows { .. } if self.format == WeightFormat::Mxfp4 => {
+            GemmKernel::FewRows { .. } if self.format.has_groups() => {
                 definitions.push(("HOST_OUTPUTS", self.kernel.outputs() as i64));
                 let blocks = if spread { 1 } else { mxfp4::blocks(&self.kernel) };
+                let int4 = self.format == WeightFormat::Int4;
                 definitions.extend([("HOST_BLOCKS", blocks as i64), ("HOST_SPREAD", i64::from(spread))]);
+                definitions.push(("HOST_INT4", i64::from(int4)));
                 ("sm90_gemm_mxfp4.cu", include_str!("../kernels/gemm/sm90_gemm_mxfp4.cu"))
             }
             GemmKernel::FewRows { .. } => {
@@ -174,7 +179,7 @@ impl GemmConfig {
                     WeightFormat::Mxfp4 => mxfp4::packed(&self.kernel, self.activation_format),
                     WeightFormat::E4m3 | WeightFormat::Bf16 | WeightFormat::Int4 => 0,
                 };
-                definitions.extend([activation, ("HOST_PACKED", packed as i64)]);
+                definitions.extend([activation, ("HOST_PACKED", packed as i64), ("HOST_INT4", 0)]);
                 ("sm90_gemm_192x128.cu", include_str!("../kernels/gemm/sm90_gemm_192x128.cu"))
             }
             GemmKernel::Large => {
@@ -192,8 +197,8 @@ impl GemmConfig {
 /// The name of weights of the rows' own format.
 fn format_of_rows(rows: ActivationFormat) -> &'static str {
     match rows {
-        ActivationFormat::E4m3 => "e4m3 or mxfp4, for e4m3 rows",
-        ActivationFormat::Bf16 => "bf16 or mxfp4, for bf16 rows on a GPU",
+        ActivationFormat::E4m3 => "e4m3, mxfp4 or int4, for e4m3 rows",
+        ActivationFormat::Bf16 => "bf16, mxfp4 or int4, for bf16 rows on a GPU",
     }
 }
 
@@ -223,10 +228,14 @@ mod tests {
         assert!(refuse(WeightFormat::E4m3, split, None).to_string().starts_with("parts is 3"));
         let sharing = GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::SharedRows };
         for kernel in [GemmKernel::Wide { shares_rows: true }, GemmKernel::Large, sharing] {
-            assert!(refuse(WeightFormat::Mxfp4, kernel, None).to_string().starts_with("kernel is "));
+            for format in [WeightFormat::Mxfp4, WeightFormat::Int4] {
+                assert!(refuse(format, kernel, None).to_string().starts_with("kernel is "));
+            }
         }
-        assert!(matches!(refuse(WeightFormat::Mxfp4, few, with), Error::WeightFormat { .. }));
-        assert!(matches!(refuse(WeightFormat::Int4, few, None), Error::Unsupported { actual: "int4", .. }));
+        assert!(refuse(WeightFormat::Int4, wide, None).to_string().contains("with weights on M, for int4"));
+        for format in [WeightFormat::Mxfp4, WeightFormat::Int4] {
+            assert!(matches!(refuse(format, few, with), Error::WeightFormat { .. }));
+        }
         let config = GemmConfig {
             format: WeightFormat::E4m3,
             activation_format: ActivationFormat::Bf16,

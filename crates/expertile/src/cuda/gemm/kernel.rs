@@ -106,7 +106,7 @@ impl GemmKernel {
     pub fn choose_split(shape: &GemmShape, multiprocessors: usize) -> Option<Self> {
         /// Blocks of K below which a part spends its time on starting and on meeting the others.
         const SHORTEST_PART: usize = 4;
-        if shape.format == WeightFormat::Mxfp4 {
+        if shape.format.has_groups() {
             return None;
         }
         let rows = shape.rows.div_ceil(shape.experts.max(1));
@@ -128,9 +128,11 @@ impl GemmKernel {
                 kernels.push(Self::FewRows { row_tile, cut });
             }
         }
-        if format == WeightFormat::Mxfp4 {
+        if format.has_groups() {
             kernels.retain(|kernel| kernel.check().is_ok() && kernel.shared() == 1);
-            kernels.push(Self::Wide { shares_rows: false });
+            if format == WeightFormat::Mxfp4 {
+                kernels.push(Self::Wide { shares_rows: false });
+            }
             return kernels;
         }
         kernels.extend([Self::Wide { shares_rows: false }, Self::Wide { shares_rows: true }]);

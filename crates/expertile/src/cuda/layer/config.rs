@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
 use crate::layer::{LayerConfig, LayerShape};
 use crate::layout::Padding;
-use crate::mxfp4;
 use crate::quantize::ScaleFormat;
+use crate::{int4, mxfp4};
 
 /// A segment's scales start on 16 bytes.
 const SCALES_ALIGNMENT: usize = 4;
@@ -31,7 +31,7 @@ impl WeightKind {
 
     /// Whether the kernel that does a call in one launch takes them.
     pub(super) fn fits_one_launch(self) -> bool {
-        self.format != WeightFormat::Mxfp4 && self.biased == [false; 2]
+        !self.format.has_groups() && self.biased == [false; 2]
     }
 }
 
@@ -49,19 +49,21 @@ impl LayerConfig {
     pub(super) fn check_on_gpu(&self, shape: &LayerShape, weights: WeightFormat) -> Result<()> {
         self.check()?;
         let expected = match (self.activation_format, weights) {
-            (_, WeightFormat::Mxfp4)
+            (_, WeightFormat::Mxfp4 | WeightFormat::Int4)
             | (ActivationFormat::E4m3, WeightFormat::E4m3)
             | (ActivationFormat::Bf16, WeightFormat::Bf16) => None,
-            (ActivationFormat::E4m3, _) => Some("e4m3 or mxfp4, for e4m3 activations"),
-            (ActivationFormat::Bf16, _) => Some("bf16 or mxfp4, for bf16 activations on a GPU"),
+            (ActivationFormat::E4m3, _) => Some("e4m3, mxfp4 or int4, for e4m3 activations"),
+            (ActivationFormat::Bf16, _) => Some("bf16, mxfp4 or int4, for bf16 activations on a GPU"),
         };
         if let Some(expected) = expected {
             return Err(Error::WeightFormat { argument: "w13", actual: weights.name(), expected });
         }
-        if weights == WeightFormat::Mxfp4 {
-            mxfp4::groups(shape.hidden())?;
-            mxfp4::groups(shape.intermediate()).map_err(|_| {
-                Error::value("intermediate", shape.intermediate(), "a multiple of 32 for mxfp4 weights")
+        if weights.has_groups() {
+            let groups = if weights == WeightFormat::Int4 { int4::groups } else { mxfp4::groups };
+            groups(shape.hidden())?;
+            groups(shape.intermediate()).map_err(|_| {
+                let expected = format!("a multiple of 32 for {weights} weights");
+                Error::value("intermediate", shape.intermediate(), expected)
             })?;
         }
         let dtype = |expected| Err(Error::Dtype { argument: "hidden_states", actual: self.input, expected });
@@ -152,9 +154,12 @@ mod tests {
             let start = format!("intermediate is {intermediate}, expected a positive multiple of {multiple}: ");
             assert!(error.starts_with(&start), "{error}");
         }
-        let check =
-            |intermediate| config.check_on_gpu(&LayerShape::new(192, intermediate, 4).unwrap(), WeightFormat::Mxfp4);
-        assert_eq!((check(192), check(2880)), (Ok(()), Ok(())));
-        assert!(matches!(check(96), Err(Error::Value { argument: "intermediate", actual: 96, .. })));
+        for format in [WeightFormat::Mxfp4, WeightFormat::Int4] {
+            let check = |intermediate| config.check_on_gpu(&LayerShape::new(192, intermediate, 4).unwrap(), format);
+            assert_eq!((check(192), check(2880)), (Ok(()), Ok(())));
+            assert!(matches!(check(96), Err(Error::Value { argument: "intermediate", actual: 96, .. })));
+            let error = check(40).unwrap_err().to_string();
+            assert!(error.contains(&format!("a multiple of 32 for {format} weights")), "{error}");
+        }
     }
 }

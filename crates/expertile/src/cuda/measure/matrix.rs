@@ -13,7 +13,7 @@ use crate::plan::{Plan, TokenExperts};
 use crate::quantize::ScaleFormat;
 
 /// Operations per second of the GEMM where nothing but the matrix units limits it: one expert, `[16384, 8192]` times
-/// `[8192, 8192]`, random bits. That of mxfp4 is e4m3's, in which its products are.
+/// `[8192, 8192]`, random bits. That of mxfp4 and int4 is that of the rows that they usually go with.
 ///
 /// # Errors
 /// As [`Gemm::prepare`]; [`Error::Device`](crate::Error::Device) with a driver that is too old to time.
@@ -21,7 +21,11 @@ use crate::quantize::ScaleFormat;
 pub fn matrix_flops_per_second(device: &Device, format: WeightFormat) -> Result<f64> {
     const ROWS: usize = 16384;
     const WIDTH: usize = 8192;
-    let format = if format == WeightFormat::Mxfp4 { WeightFormat::E4m3 } else { format };
+    let format = match format {
+        WeightFormat::Mxfp4 => WeightFormat::E4m3,
+        WeightFormat::Int4 => WeightFormat::Bf16,
+        format => format,
+    };
     let activation_format = format.usual_activations();
     let shape = GemmShape { n: WIDTH, k: WIDTH, format, activation_format, experts: 1, rows: ROWS, most_rows: ROWS };
     let kernel = GemmKernel::choose(&shape, device.info().multiprocessors as usize);

@@ -93,7 +93,7 @@ impl<'a> TileBench<'a> {
     pub fn prepare(device: &'a Device, layers: &[(WeightFormat, ActivationFormat, usize)]) -> Result<Self> {
         let mut ways: Vec<Way> = Vec::new();
         for formats in distinct(layers.iter().map(|&(weights, rows, _)| (weights, rows))) {
-            let split = GemmKernel::all_split().filter(|_| formats.0 != WeightFormat::Mxfp4);
+            let split = GemmKernel::all_split().filter(|_| !formats.0.has_groups());
             for kernel in GemmKernel::all(formats.0).into_iter().chain(split) {
                 ways.push((formats, kernel, false));
                 if formats.0 == WeightFormat::E4m3 && kernel.takes_activation() {
@@ -199,7 +199,7 @@ struct Call {
     out: DeviceBuffer,
     out_scales: DeviceBuffer,
     values: DeviceBuffer,
-    /// f32 of e4m3, bytes of mxfp4.
+    /// f32 of e4m3, bytes of mxfp4, bf16 of int4.
     value_scales: DeviceBuffer,
     _memory: Vec<DeviceBuffer>,
 }
@@ -285,7 +285,8 @@ impl Call {
         let value_scales = match format {
             // GEMM 2 has weights in up to twice as many places, at half the size.
             WeightFormat::Mxfp4 => exponents(device, (local + 2 * places * step) * expert / GROUP)?,
-            WeightFormat::E4m3 | WeightFormat::Bf16 | WeightFormat::Int4 => {
+            WeightFormat::Int4 => random(device, WeightFormat::Bf16, (local + 2 * places * step) * expert / GROUP)?,
+            WeightFormat::E4m3 | WeightFormat::Bf16 => {
                 let blocks = checked_mul(
                     "scales",
                     2 * intermediate.div_ceil(WEIGHT_BLOCK) + 1,
@@ -322,8 +323,9 @@ impl Call {
         let all = unsafe {
             match format {
                 WeightFormat::Mxfp4 => Weights::from_device_mxfp4(sizes, values, scales)?,
+                WeightFormat::Int4 => Weights::from_device_int4(sizes, values, (Dtype::Bf16, scales))?,
                 WeightFormat::E4m3 => Weights::from_device(format, sizes, values, Some(scales.cast()))?,
-                WeightFormat::Bf16 | WeightFormat::Int4 => Weights::from_device(format, sizes, values, None)?,
+                WeightFormat::Bf16 => Weights::from_device(format, sizes, values, None)?,
             }
         };
         let all = all.arrange(device, activation_format)?;

@@ -1,4 +1,4 @@
-//! MXFP4 weights on the device: in place, copied there, and arranged once for the GEMM.
+//! MXFP4 weights on the device: in place, copied there, and arranged once for the GEMM, as int4 weights are.
 
 use super::{Weights, WeightsBuilder, check_sizes};
 use crate::cuda::arguments::require_int;
@@ -12,22 +12,32 @@ use std::sync::Arc;
 /// A unit: what a warpgroup multiplies at once. The kernels' own are in kernels/gemm/mxfp4.cuh.
 pub(in crate::cuda) const UNIT_OUTPUTS: usize = 64;
 pub(in crate::cuda) const UNIT_K: usize = 64;
-pub(in crate::cuda) const UNIT_BYTES: usize = UNIT_OUTPUTS * (UNIT_K / 2 + UNIT_K / 32);
 
-const THREADS: u32 = 256;
+pub(super) const THREADS: u32 = 256;
+
+/// Bytes of a unit: values, and scales of one byte, or of int4 two.
+pub(in crate::cuda) fn unit_bytes(format: WeightFormat) -> usize {
+    let scale = if format == WeightFormat::Int4 { 2 } else { 1 };
+    UNIT_OUTPUTS * (UNIT_K / 2 + UNIT_K / 32 * scale)
+}
+
+/// Bytes of the units of `[E, N, K]`.
+pub(super) fn units_bytes(format: WeightFormat, (experts, n, k): (usize, usize, usize)) -> usize {
+    experts * n.div_ceil(UNIT_OUTPUTS) * k.div_ceil(UNIT_K) * unit_bytes(format)
+}
 
 /// How arranged weights stand in memory.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::cuda) struct Arranged {
     /// For rows of which format.
     pub(in crate::cuda) activation_format: ActivationFormat,
-    /// `[E, N]`, N rounded up to 64: of a row's largest scale.
-    pub(in crate::cuda) exponents: DevicePtr,
-    /// `[E, N / 64]`, rounded up: 1 where scales are too far apart to be folded in. Absent where none are.
+    /// `[E, N]`, N rounded up to 64: of a row's largest scale. Absent for int4.
+    pub(in crate::cuda) exponents: Option<DevicePtr>,
+    /// `[E, N / 64]`, rounded up: 1 where scales are too far apart to be folded in. Absent where none are, and for int4.
     pub(in crate::cuda) spread: Option<DevicePtr>,
 }
 
-/// The parts of arranged weights, one behind the other.
+/// The parts of arranged mxfp4 weights, one behind the other.
 #[derive(Debug, Clone, Copy)]
 struct Parts {
     exponents: usize,
@@ -39,7 +49,7 @@ impl Parts {
     /// Where those of `[E, N, K]` begin, in bytes.
     fn new(experts: usize, n: usize, k: usize) -> Self {
         let slabs = experts * n.div_ceil(UNIT_OUTPUTS);
-        let exponents = slabs * k.div_ceil(UNIT_K) * UNIT_BYTES;
+        let exponents = units_bytes(WeightFormat::Mxfp4, (experts, n, k));
         let spread = exponents + slabs * UNIT_OUTPUTS;
         Self { exponents, spread, end: spread + slabs }
     }
@@ -50,21 +60,16 @@ impl Arranged {
     pub(super) fn from_expert(self, expert: usize, n: usize) -> Self {
         let slabs = expert * n.div_ceil(UNIT_OUTPUTS);
         Self {
-            exponents: self.exponents.byte_add(slabs * UNIT_OUTPUTS),
+            exponents: self.exponents.map(|exponents| exponents.byte_add(slabs * UNIT_OUTPUTS)),
             spread: self.spread.map(|spread| spread.byte_add(slabs)),
             ..self
         }
     }
 }
 
-/// Bytes of the units of `[E, N, K]`.
-pub(super) fn packed_bytes(experts: usize, n: usize, k: usize) -> usize {
-    Parts::new(experts, n, k).exponents
-}
-
-/// Bytes of arranged `[E, N, K]`.
-pub(super) fn bytes(experts: usize, n: usize, k: usize) -> usize {
-    Parts::new(experts, n, k).end
+/// Bytes of arranged `[E, N, K]`, mxfp4 or int4.
+pub(super) fn bytes(format: WeightFormat, (experts, n, k): (usize, usize, usize)) -> usize {
+    if format == WeightFormat::Int4 { units_bytes(format, (experts, n, k)) } else { Parts::new(experts, n, k).end }
 }
 
 /// The kernel's `ArrangeArgs`.
@@ -156,32 +161,40 @@ impl Weights {
         builder.finish()
     }
 
-    /// The weights as the GEMM reads them, for rows of that format: mxfp4 is arranged anew, in memory of its own
-    /// (4.25 bits to a weight where 64 divides N and K); what this value owned is freed. Others stay as they are.
+    /// The weights as the GEMM reads them, for rows of that format: mxfp4 and int4 are arranged anew, in memory of their
+    /// own (4.25 and 4.5 bits to a weight where 64 divides N and K); what this value owned is freed. Others stay as
+    /// they are.
     ///
     /// A layer does this when it is prepared; only a GEMM alone wants it done before. Waits for the device.
     ///
     /// # Errors
-    /// [`Error::WeightFormat`] if they are arranged for rows of the other format; [`Error::Value`] for a scale of 255;
-    /// [`Error::Kernel`] if the kernel does not compile, [`Error::Cuda`].
+    /// [`Error::WeightFormat`] if they are arranged for rows of the other format; [`Error::Value`] for a scale that is
+    /// no number; [`Error::Kernel`] if the kernel does not compile, [`Error::Cuda`].
     pub fn arrange(self, device: &Device, activation_format: ActivationFormat) -> Result<Self> {
         if self.is_ready_for(activation_format)? {
             return Ok(self);
         }
-        let memory: DeviceBuffer = device.allocate(bytes(self.experts, self.n, self.k))?;
+        let memory: DeviceBuffer = device.allocate(bytes(self.format, (self.experts, self.n, self.k)))?;
         #[allow(unsafe_code)]
         // SAFETY: the memory is as large as asked for, and the value that comes back owns it.
         let arranged = unsafe { self.arrange_in(device, Stream(0), activation_format, memory.ptr())? };
         Ok(Self { _memory: Arc::from([memory]), ..arranged })
     }
 
-    /// Bytes that mxfp4 weights `[E, N, K]` take when they are arranged.
+    /// Bytes that weights `[E, N, K]` of mxfp4 or int4 take when they are arranged.
     ///
     /// # Errors
-    /// As [`Weights::from_device_mxfp4`].
-    pub fn arranged_bytes((experts, n, k): (usize, usize, usize)) -> Result<usize> {
-        check(experts, n, k)?;
-        Ok(bytes(experts, n, k))
+    /// As [`Weights::from_device_mxfp4`]; [`Error::WeightFormat`] for another format, which is not arranged.
+    pub fn arranged_bytes(format: WeightFormat, (experts, n, k): (usize, usize, usize)) -> Result<usize> {
+        match format {
+            WeightFormat::Mxfp4 => check(experts, n, k)?,
+            WeightFormat::Int4 => super::int4::check(experts, n, k)?,
+            WeightFormat::E4m3 | WeightFormat::Bf16 => {
+                let (argument, actual) = ("format", format.name());
+                return Err(Error::WeightFormat { argument, actual, expected: "mxfp4 or int4" });
+            }
+        }
+        Ok(bytes(format, (experts, n, k)))
     }
 
     /// As [`Weights::arrange`], in the caller's memory: [`Weights::arranged_bytes`], on 128 bytes. Waits for the stream.
@@ -205,6 +218,10 @@ impl Weights {
             return Ok(self);
         }
         memory.require_aligned("memory", 128)?;
+        if self.format == WeightFormat::Int4 {
+            // SAFETY: the caller's promise.
+            return unsafe { self.arrange_int4_in(device, stream, activation_format, memory) };
+        }
         let Self { experts, n, k, .. } = self;
         let parts = Parts::new(experts, n, k);
         let (exponents, spread) = (memory.byte_add(parts.exponents), memory.byte_add(parts.spread));
@@ -236,9 +253,9 @@ impl Weights {
             let expected = format!("at most 254, as 255 is NaN: one of row {row} of expert {expert}");
             return Err(Error::value("scales", usize::from(NAN_SCALE), expected));
         }
-        let arranged = Arranged { activation_format, exponents, spread: (any_spread != 0).then_some(spread) };
-        let (values, format) = (memory, WeightFormat::Mxfp4);
-        Ok(Self { format, experts, n, k, values, scales: None, arranged: Some(arranged), _memory: Arc::from([]) })
+        let spread = (any_spread != 0).then_some(spread);
+        let arranged = Arranged { activation_format, exponents: Some(exponents), spread };
+        Ok(Self { values: memory, scales: None, arranged: Some(arranged), _memory: Arc::from([]), ..self })
     }
 
     /// Queues what arranged weights were made of: `blocks [E, N, K / 2]` bit for bit, and `scales [E, N, K / 32]` if
@@ -259,7 +276,7 @@ impl Weights {
         blocks: DevicePtr,
         scales: Option<DevicePtr>,
     ) -> Result<()> {
-        let Some(arranged) = &self.arranged else {
+        let Some(arranged) = self.arranged.as_ref().filter(|_| self.format == WeightFormat::Mxfp4) else {
             let actual = if self.format == WeightFormat::Mxfp4 { "mxfp4, not arranged" } else { self.format.name() };
             return Err(Error::WeightFormat { argument: "weights", actual, expected: "arranged mxfp4" });
         };
@@ -269,7 +286,7 @@ impl Weights {
         }
         let arguments = UnpackArguments {
             packed: self.values.address(),
-            exponents: arranged.exponents.address(),
+            exponents: DevicePtr::or_null(arranged.exponents),
             spread: DevicePtr::or_null(arranged.spread),
             blocks: blocks.address(),
             scales: DevicePtr::or_null(scales),
@@ -285,7 +302,7 @@ impl Weights {
 
     /// Whether a GEMM over rows of that format reads them as they are; fails if they are arranged for others.
     fn is_ready_for(&self, activation_format: ActivationFormat) -> Result<bool> {
-        if self.format == WeightFormat::Mxfp4 && self.arranged.is_none() {
+        if self.format.has_groups() && self.arranged.is_none() {
             return Ok(false);
         }
         self.require_arranged(activation_format).map(|_| true)
@@ -296,33 +313,37 @@ impl Weights {
         self.arranged.is_some_and(|arranged| arranged.spread.is_some())
     }
 
-    /// How mxfp4 is arranged; none for other formats.
+    /// How mxfp4 or int4 is arranged; none for other formats.
     ///
     /// # Errors
     /// [`Error::WeightFormat`] unless it is arranged for rows of that format.
     pub(in crate::cuda) fn require_arranged(&self, activation_format: ActivationFormat) -> Result<Option<&Arranged>> {
-        if self.format != WeightFormat::Mxfp4 {
-            return Ok(None);
-        }
-        let expected = match activation_format {
-            ActivationFormat::E4m3 => "mxfp4 arranged for e4m3 rows",
-            ActivationFormat::Bf16 => "mxfp4 arranged for bf16 rows",
+        let int4 = match self.format {
+            WeightFormat::E4m3 | WeightFormat::Bf16 => return Ok(None),
+            WeightFormat::Mxfp4 => false,
+            WeightFormat::Int4 => true,
         };
-        match &self.arranged {
-            Some(arranged) if arranged.activation_format == activation_format => Ok(Some(arranged)),
-            Some(_) => {
-                let actual = "mxfp4 arranged for rows of another format";
-                Err(Error::WeightFormat { argument: "weights", actual, expected })
-            }
-            None => Err(Error::WeightFormat { argument: "weights", actual: "mxfp4, not arranged", expected }),
-        }
+        let actual = match &self.arranged {
+            Some(arranged) if arranged.activation_format == activation_format => return Ok(Some(arranged)),
+            Some(_) if int4 => "int4 arranged for rows of another format",
+            Some(_) => "mxfp4 arranged for rows of another format",
+            None if int4 => "int4, not arranged",
+            None => "mxfp4, not arranged",
+        };
+        let expected = match (int4, activation_format) {
+            (false, ActivationFormat::E4m3) => "mxfp4 arranged for e4m3 rows",
+            (false, ActivationFormat::Bf16) => "mxfp4 arranged for bf16 rows",
+            (true, ActivationFormat::E4m3) => "int4 arranged for e4m3 rows",
+            (true, ActivationFormat::Bf16) => "int4 arranged for bf16 rows",
+        };
+        Err(Error::WeightFormat { argument: "weights", actual, expected })
     }
 }
 
 /// The source of the kernels that arrange for rows of that format, and unpack.
 pub(in crate::cuda) fn source(activation_format: ActivationFormat) -> Source {
     let bf16 = i64::from(activation_format == ActivationFormat::Bf16);
-    let definitions = vec![("HOST_BF16", bf16), ("HOST_THREADS", i64::from(THREADS))];
+    let definitions = vec![("HOST_BF16", bf16), ("HOST_THREADS", i64::from(THREADS)), ("HOST_INT4", 0)];
     Source::new("arrange_mxfp4.cu", include_str!("../kernels/gemm/arrange_mxfp4.cu"), definitions)
 }
 

@@ -17,6 +17,8 @@
 // A scale is said by the steps, powers of two, that it is below the largest of its output (`exponents`). Up to
 // MOST_STEPS of them are folded into the decoded value, exactly: all groups of an output then have one exponent, which
 // the sum gets at the end. Where an output needs more, its slab is marked in `spread`, and products are scaled by group.
+//
+// Set by the host: HOST_INT4 (units are those of int4: their size is all that is of it here).
 #pragma once
 #include "ptx/convert.cuh"
 #include "ptx/wgmma.cuh"
@@ -24,7 +26,8 @@
 constexpr int UNIT_OUTPUTS = 64;
 constexpr int UNIT_K = 64;
 constexpr int UNIT_VALUE_BYTES = UNIT_OUTPUTS * UNIT_K / 2;
-constexpr int UNIT_BYTES = UNIT_VALUE_BYTES + UNIT_OUTPUTS * UNIT_K / 32;
+// int4's scales, of which gemm/int4.cuh speaks, have two bytes.
+constexpr int UNIT_BYTES = UNIT_VALUE_BYTES + UNIT_OUTPUTS * UNIT_K / 32 * (HOST_INT4 ? 2 : 1);
 
 // Normal numbers of the format hold e2m1's values so many powers of two apart, TOP above e2m1's own: e4m3 has
 // exponents -6 to 8, and values from 0.5 to 6 take up four of them.

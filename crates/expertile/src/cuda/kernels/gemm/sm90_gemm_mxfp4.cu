@@ -10,8 +10,12 @@
 // Where a tile has few rows several blocks share a multiprocessor: while one decodes, another's products run. All tiles
 // add up the blocks of K in the same order, in pieces of the same rows, so a row has the same bits in all of them.
 //
+// int4 weights, whose scales are no powers of two, are all multiplied group by group: gemm/int4.cuh has their units.
+//
 // Set by the host: see config.cuh; HOST_MULTICAST and HOST_K_SPLITS are 1; HOST_OUTPUTS is 128 or 64;
-// HOST_BLOCKS is the number of blocks that a multiprocessor is to hold; HOST_SPREAD says whether slabs may be spread.
+// HOST_BLOCKS is the number of blocks that a multiprocessor is to hold; HOST_SPREAD says whether slabs may be spread;
+// HOST_INT4 whether weights are int4, of which none is.
+#include "gemm/int4.cuh"
 #include "gemm/mxfp4.cuh"
 #include "gemm/weights_on_m.cuh"
 
@@ -505,6 +509,61 @@ __device__ __forceinline__ void multiply_spread(Ring& ring, int k, int consumer,
     }
 }
 
+// Adds the products of a few rows with a unit of int4: each group's times its scales, both groups' times the rows'.
+template <int ROWS>
+__device__ __forceinline__ void add_int4_unit(const Int4Unit<FORMAT>& unit, u64 rows, u32 row_scales, float* sum) {
+    constexpr int INSTRUCTIONS = GROUP_REGISTERS<FORMAT> / 4;  // for a group
+    float parts[2][ROWS / 2];
+    begin_products();
+#pragma unroll
+    for (int i = 0; i < 2 * INSTRUCTIONS; ++i)
+        multiply_registers<FORMAT, ROWS>(parts[i / INSTRUCTIONS], unit.a + 4 * i, rows + 2 * i, i % INSTRUCTIONS > 0);
+    commit_products();
+    wait_for_products<0>();
+    fence_accumulators(parts[0]);
+    fence_accumulators(parts[1]);
+#pragma unroll
+    for (int i = 0; i < ROWS / 2; i += 4) {
+        float2 scale = make_float2(1.0f, 1.0f);
+        if constexpr (Config::SCALED) scale = load_shared_pair(row_scales + (2 * i + lane_of_thread() % 4 * 2) * 4);
+#pragma unroll
+        for (int j = i; j < i + 4; ++j) {
+            const float first = unit.scales[0][j / 2 % 2];
+            const float second = unit.scales[1][j / 2 % 2];
+            if constexpr (Config::SCALED)
+                sum[j] = __fmaf_rn(__fmaf_rn(parts[1][j], second, __fmul_rn(parts[0][j], first)),
+                                   j % 2 == 0 ? scale.x : scale.y, sum[j]);
+            else
+                sum[j] = __fmaf_rn(parts[1][j], second, __fmaf_rn(parts[0][j], first, sum[j]));
+        }
+    }
+}
+
+// Adds up the blocks of K of int4 weights.
+template <int N>
+__device__ __forceinline__ void multiply_int4(Ring& ring, int k, int consumer, bool f16_scales, float (&sum)[N / 2]) {
+    constexpr int ROWS = PIECE<N>;
+    const int blocks = blocks_of(k);
+    int units = (k + UNIT_K - 1) / UNIT_K;
+    for (int block = 0; block < blocks; ++block) {
+        wait_for_phase(ring.full(), ring.parity());
+#pragma unroll 1
+        for (int i = 0; i < min(units, Config::UNITS); ++i) {
+            Int4Unit<FORMAT> unit(ring.weights(consumer) + i * UNIT_BYTES, f16_scales);
+#pragma unroll
+            for (int piece = 0; piece < N / ROWS; ++piece) {
+                // A unit of e4m3 is 64 of the row's 128 bytes.
+                const u64 rows = operand(ring.rows() + piece * ROWS * ROW_BYTES) + i * 4;
+                add_int4_unit<ROWS>(unit, rows, ring.row_scales() + piece * ROWS * 4, sum + piece * (ROWS / 2));
+            }
+            fence_operands(unit.a);
+        }
+        units -= Config::UNITS;
+        release<Config>(ring.empty());
+        ring.advance();
+    }
+}
+
 // Multiplies the sums of an output by a power of two.
 template <int N>
 __device__ __forceinline__ void multiply_by_powers(const int (&exponents)[2], float (&sum)[N / 2]) {
@@ -533,14 +592,18 @@ __device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, Rin
     float sum[N / 2];
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
-    int exponents[2] = {largest_scale(a, tile, consumer, 0), largest_scale(a, tile, consumer, 1)};
-    if constexpr (SPREAD) {
-        multiply_spread<N>(ring, a.k, consumer, exponents, sum);
+    if constexpr (HOST_INT4) {
+        multiply_int4<N>(ring, a.k, consumer, a.f16_scales != 0, sum);
     } else {
-        multiply<N>(ring, a.k, consumer, sum);
-        exponents[0] = exponent_of_sum<FORMAT>(exponents[0]);
-        exponents[1] = exponent_of_sum<FORMAT>(exponents[1]);
-        multiply_by_powers<N>(exponents, sum);
+        int exponents[2] = {largest_scale(a, tile, consumer, 0), largest_scale(a, tile, consumer, 1)};
+        if constexpr (SPREAD) {
+            multiply_spread<N>(ring, a.k, consumer, exponents, sum);
+        } else {
+            multiply<N>(ring, a.k, consumer, sum);
+            exponents[0] = exponent_of_sum<FORMAT>(exponents[0]);
+            exponents[1] = exponent_of_sum<FORMAT>(exponents[1]);
+            multiply_by_powers<N>(exponents, sum);
+        }
     }
     if (a.bias != nullptr) add_bias<N>(OutputPair(a.bias + (i64)tile.expert * a.n, a, tile, consumer), sum);
     store_rows<Config, SharedStorage, N>(a, tile, ring.memory, consumer, sum);

@@ -66,7 +66,21 @@ __device__ __forceinline__ u32 permute_bytes(u32 low, u32 high, u32 selector) {
     return bytes;
 }
 
+// Bytes of 0xff where a byte's highest bit is set, else of 0. PTX: prmt
+__device__ __forceinline__ u32 spread_signs(u32 bytes) {
+    u32 signs;
+    asm("prmt.b32 %0, %1, 0, 0xba98;" : "=r"(signs) : "r"(bytes));
+    return signs;
+}
+
 #if __CUDA_ARCH__ >= 900
+// Sums of each half of a packed pair of bf16, rounded to nearest even. PTX: add.rn.bf16x2
+__device__ __forceinline__ u32 add_bf16_pairs(u32 a, u32 b) {
+    u32 c;
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+
 // Products of each half of a packed pair of bf16, rounded to nearest even. PTX: mul.rn.bf16x2
 __device__ __forceinline__ u32 multiply_bf16_pairs(u32 a, u32 b) {
     u32 c;

@@ -234,13 +234,15 @@ fn what_cannot_be_is_refused() {
 }
 
 #[test]
-fn mxfp4_and_biases_take_a_launch_for_each_step_and_the_activation_stays_outside() {
+fn weights_of_4_bits_and_biases_take_a_launch_for_each_step_and_the_activation_stays_outside() {
     let shape = LayerShape::new(2880, 2880, 128).unwrap();
     for activations in ActivationFormat::ALL {
         let config = LayerConfig::new(4, 128, activations);
-        for tokens in [1, 2, 64, 4096] {
-            let choice = LayerChoice::new(&shape, &config, WeightFormat::Mxfp4, tokens, H200).unwrap();
-            assert_eq!((choice.one_launch, choice.activation_inside_gemm1), (None, false), "{choice}");
+        for format in [WeightFormat::Mxfp4, WeightFormat::Int4] {
+            for tokens in [1, 2, 64, 4096] {
+                let choice = LayerChoice::new(&shape, &config, format, tokens, H200).unwrap();
+                assert_eq!((choice.one_launch, choice.activation_inside_gemm1), (None, false), "{choice}");
+            }
         }
     }
     let config = LayerConfig::new(8, 128, ActivationFormat::E4m3);
