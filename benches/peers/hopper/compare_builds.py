@@ -1,6 +1,6 @@
 """Two builds of this library in one process: the same bits, and the time of a layer's call in a graph and on the host.
 
-    compare_builds.py BEFORE.so AFTER.so [--shapes dsv3,mixtral] [--tokens 1,64,4096] [--format bf16] [--json FILE]
+    compare_builds.py BEFORE.so AFTER.so [--shapes dsv3,mixtral] [--shape H,I,E,topk,G] [--tokens 1,64,4096] [--format bf16] [--json FILE]
 
 Graphs take turns, so that both builds have the same clock. Host time is that of queueing a call, launches included.
 """
@@ -17,7 +17,7 @@ import torch
 # `compare` loads the library that is named here.
 os.environ.setdefault("EXPERTILE_LIB", next((path for path in sys.argv[1:] if path.endswith(".so")), ""))
 from expert_layer import calls_for, layer_weights
-from shapes import SHAPES, WEIGHT_BYTES, floor_us
+from shapes import SHAPES, WEIGHT_BYTES, add_shape, floor_us
 from timing import race
 
 # Seconds of replays before the clocks count.
@@ -53,6 +53,7 @@ def main():
     parser.add_argument("before")
     parser.add_argument("after")
     parser.add_argument("--shapes", default="dsv3,dsv3_ep8,qwen235,mixtral")
+    parser.add_argument("--shape", action="append", default=[], metavar="H,I,E,topk[,G]", help="beside --shapes")
     parser.add_argument("--tokens", default="1,64,1024,4096")
     parser.add_argument("--format", choices=list(WEIGHT_BYTES), default="e4m3")
     parser.add_argument("--json")
@@ -60,10 +61,11 @@ def main():
     modules = {"before": build(options.before, "before"), "after": build(options.after, "after")}
     rows, same = [], True
     print(
-        f"{'shape':<10} {'tokens':>6} {'graph us: before':>17} {'after':>9} {'ratio':>6} {'floor':>7}"
+        f"{'shape':<26} {'tokens':>6} {'graph us: before':>17} {'after':>9} {'ratio':>6} {'floor':>7}"
         f" {'host us: before':>16} {'after':>6}"
     )
-    for shape in options.shapes.split(","):
+    shapes = [*filter(None, options.shapes.split(",")), *map(add_shape, options.shape)]
+    for shape in shapes:
         weights = layer_weights(shape, options.format)
         _, _, _, topk, global_experts = SHAPES[shape]
         tokens_list = [int(tokens) for tokens in options.tokens.split(",")]
@@ -99,7 +101,7 @@ def main():
             times = {"graph_us": us, "floor_us": floor, "host_us": host}
             rows.append({"shape": shape, "tokens": tokens, **times, "same_bits": same})
             print(
-                f"{shape:<10} {tokens:>6} {us['before']:>17.1f} {us['after']:>9.1f}"
+                f"{shape:<26} {tokens:>6} {us['before']:>17.1f} {us['after']:>9.1f}"
                 f" {us['after'] / us['before']:>6.3f} {floor:>7.1f} {host['before']:>16.2f} {host['after']:>6.2f}",
                 flush=True,
             )

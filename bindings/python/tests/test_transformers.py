@@ -140,7 +140,8 @@ def test_compiled_models_give_the_same_after_a_first_call():
     with torch.no_grad():
         expected = model(tokens).logits
         compiled = torch.compile(model)
-        assert distance(compiled(tokens).logits, expected) < 1e-2
+        # Compiled, values between operations are not rounded to bf16 where they are when called one by one.
+        assert distance(compiled(tokens).logits, expected) < 4e-2
 
 
 def spinning_seconds(after):

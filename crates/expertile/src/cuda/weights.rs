@@ -153,9 +153,10 @@ impl Weights {
         let (value_bytes, scale_bytes) = part_bytes(self.format, (first, n, k));
         let mut part = self.clone();
         part.experts = experts.len();
-        part.values = self.values.byte_add(self.arranged.map_or(value_bytes, |_| mxfp4::units_bytes(self.format, (first, n, k))));
+        part.values =
+            self.values.byte_add(self.arranged.map_or(value_bytes, |_| mxfp4::units_bytes(self.format, (first, n, k))));
         part.scales = self.scales.map(|scales| scales.byte_add(scale_bytes));
-        part.arranged = self.arranged.map(|arranged| arranged.from_expert(first, n));
+        part.arranged = self.arranged.map(|arranged| arranged.of_experts_from(first, n));
         part
     }
 

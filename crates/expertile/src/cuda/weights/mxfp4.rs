@@ -57,7 +57,7 @@ impl Parts {
 
 impl Arranged {
     /// Those of weights whose first expert is another one of `[E, N, K]`.
-    pub(super) fn from_expert(self, expert: usize, n: usize) -> Self {
+    pub(super) fn of_experts_from(self, expert: usize, n: usize) -> Self {
         let slabs = expert * n.div_ceil(UNIT_OUTPUTS);
         Self {
             exponents: self.exponents.map(|exponents| exponents.byte_add(slabs * UNIT_OUTPUTS)),

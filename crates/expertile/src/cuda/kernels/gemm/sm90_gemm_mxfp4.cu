@@ -174,34 +174,15 @@ __device__ __forceinline__ void decode_block(const Ring& ring, int consumer, int
     }
 }
 
-// A tile's rows are multiplied by so many, or a multiple: each is code of its own. Rows of the stage that were not loaded
-// give sums that nobody stores.
-constexpr int MULTIPLIED = HOST_SPREAD || Config::ROW_TILE < 128         ? Config::ROW_STEP
-                           : Config::SCALED && Config::ROW_TILE == 192 ? 48
-                                                                       : 64;
-static_assert(Config::ROW_TILE % MULTIPLIED == 0, "the largest multiple is the tile");
-
-// Rows of a tile are multiplied in pieces: the products of one run while those of another are added, but where several
-// blocks share the registers. Sums of bf16 rows stay in the matrix unit, so that their pieces need no registers of their
-// own.
+// Rows of a tile are multiplied in pieces of at most 64: the products of one run while those of another are added, but
+// where several blocks share the registers.
 template <int N>
-constexpr int PIECE = Config::BLOCKS == 1 ? MULTIPLIED : N < 64 ? N : 32;
+constexpr int PIECE = N < 64               ? N
+                      : Config::BLOCKS > 1 ? 32
+                      : N % 64 == 0        ? 64
+                                           : N / 2;
 template <int N>
-constexpr int PIECES = N / PIECE<N>;
-
-// Whether the next block of K is decoded while the products of this one run: where there are registers for it.
-template <int N>
-constexpr bool DECODES_AHEAD =
-    !HOST_SPREAD && (Config::BLOCKS == 1 || (Config::BLOCKS == 2 && N <= 48) || Config::ROW_TILE == 16);
-
-// Whether products of the next block of K start before the last ones of this block are done, so that the matrix unit
-// goes on: where there are registers for the products of two pieces.
-template <int N>
-constexpr bool KEEPS_IN_FLIGHT = DECODES_AHEAD<N> && Config::SCALED && Config::BLOCKS == 1;
-
-// Products of one or two pieces, by turns.
-template <int N>
-using Parts = float[KEEPS_IN_FLIGHT<N> ? 2 : 1][PIECE<N> / 2];
+constexpr int PIECES_AT_ONCE = N > PIECE<N>&& Config::BLOCKS == 1 ? 2 : 1;
 
 // Starts the products of a piece's rows with a block of K.
 template <int ROWS>
@@ -213,35 +194,44 @@ __device__ __forceinline__ void start_piece(float (&part)[ROWS / 2], const u32 (
     commit_products();
 }
 
-// Starts all products of a block of K; the sums stay in the matrix unit.
-template <int N>
-__device__ __forceinline__ void start_sums(float (&sum)[N / 2], const u32 (&a)[Config::REGISTERS], u32 rows) {
-    constexpr int ROWS = PIECE<N>;
-    begin_products();
-#pragma unroll
-    for (int piece = 0; piece < PIECES<N>; ++piece) {
-#pragma unroll
-        for (int i = 0; i < Config::INSTRUCTIONS; ++i)
-            multiply_registers<FORMAT, ROWS>(sum + piece * (ROWS / 2), a + 4 * i,
-                                             operand(rows + piece * ROWS * ROW_BYTES + 32 * i), 1);
-    }
-    commit_products();
-}
-
-// Waits until at most LATER pieces that were started after this one still run, and adds its products, times the rows'
-// scales, to its sums. `scales` are those of its first row on.
-template <int ROWS, int LATER>
-__device__ __forceinline__ void add_piece(u32 scales, float (&part)[ROWS / 2], float* sum) {
-    const u32 mine = scales + lane_of_thread() % 4 * 8;
-    wait_for_products<LATER>();
-    fence_accumulators(part);
+// Adds a piece's products, times the rows' scales, to its sums. `scales` are those of its first row on.
+template <int ROWS>
+__device__ __forceinline__ void add_scaled(u32 scales, const float (&part)[ROWS / 2], float* sum) {
+    const int lane = lane_of_thread() % 4;
 #pragma unroll
     for (int i = 0; i < ROWS / 8; ++i) {
-        const float2 scale = load_shared_pair(mine + 8 * i * 4);
+        const float2 scale = load_shared_pair(scales + (8 * i + 2 * lane) * 4);
 #pragma unroll
-        for (int j = 4 * i; j < 4 * i + 4; ++j) sum[j] = __fmaf_rn(part[j], j % 2 == 0 ? scale.x : scale.y, sum[j]);
+        for (int j = 0; j < 4; ++j) {
+            float& total = sum[4 * i + j];
+            total = __fmaf_rn(part[4 * i + j], j % 2 == 0 ? scale.x : scale.y, total);
+        }
     }
 }
+
+// The products of the pieces that run at once.
+template <int N>
+using Parts = float[PIECES_AT_ONCE<N>][PIECE<N> / 2];
+
+// Adds the pieces of a block of K from PIECE_INDEX on, of which PIECES_AT_ONCE have been started; starts the others.
+template <int N, int PIECE_INDEX = 0>
+__device__ __forceinline__ void add_pieces(const u32 (&a)[Config::REGISTERS], u32 rows, u32 row_scales, Parts<N>& part,
+                                           float (&sum)[N / 2]) {
+    constexpr int ROWS = PIECE<N>;
+    constexpr int PIECES = N / ROWS;
+    constexpr int AT_ONCE = PIECES_AT_ONCE<N>;
+    wait_for_products<AT_ONCE == 2 && PIECE_INDEX + 1 < PIECES>();
+    fence_accumulators(part[PIECE_INDEX % AT_ONCE]);
+    add_scaled<ROWS>(row_scales + PIECE_INDEX * ROWS * 4, part[PIECE_INDEX % AT_ONCE], sum + PIECE_INDEX * (ROWS / 2));
+    if constexpr (PIECE_INDEX + AT_ONCE < PIECES)
+        start_piece<ROWS>(part[PIECE_INDEX % AT_ONCE], a, rows + (PIECE_INDEX + AT_ONCE) * ROWS * ROW_BYTES);
+    if constexpr (PIECE_INDEX + 1 < PIECES) add_pieces<N, PIECE_INDEX + 1>(a, rows, row_scales, part, sum);
+}
+
+// Whether the next block of K is decoded while the products of this one run: where there are registers for it.
+template <int N>
+constexpr bool DECODES_AHEAD =
+    !HOST_SPREAD && (Config::BLOCKS == 1 || (Config::BLOCKS == 2 && N <= 48) || Config::ROW_TILE == 16);
 
 // Waits for a block of K and decodes it; `units` are left of the slab from there on.
 __device__ __forceinline__ void decode_next(const Ring& ring, int consumer, int units, u32 (&a)[Config::REGISTERS]) {
@@ -249,191 +239,76 @@ __device__ __forceinline__ void decode_next(const Ring& ring, int consumer, int 
     decode_block(ring, consumer, units, a);
 }
 
-// A tile's blocks of K, two pieces in flight. The M operands of two blocks are there by turns: that of the next one is
-// decoded while two pieces run, if a block has several; else while the next block's piece runs. `ring` is at the first
-// block whose products are not all added; that of e4m3 rows are scaled and added outside the matrix unit.
+// Adds a block of K of e4m3 rows, whose M operand is `a`, and meanwhile decodes the next one, if there is MORE.
 template <int N>
-struct InFlight {
-    static constexpr int ROWS = PIECE<N>;
-    static constexpr int COUNT = PIECES<N>;
-    static constexpr int STARTED = COUNT == 1 ? 2 : 1;  // blocks that are under way at the end of a block
-
-    Ring& ring;
-    const int consumer;
-    int units;  // of K, from the next block on that is to be decoded
-    Parts<N> part;
-    float (&sum)[N / 2];
-
-    __device__ __forceinline__ InFlight(Ring& at, int k, int mine, float (&sums)[N / 2])
-        : ring(at), consumer(mine), units((k + UNIT_K - 1) / UNIT_K), sum(sums) {}
-
-    __device__ __forceinline__ static Ring after(Ring block) {
-        block.advance();
-        return block;
-    }
-
-    __device__ __forceinline__ void decode(const Ring& block, u32 (&a)[Config::REGISTERS]) {
-        decode_next(block, consumer, units, a);
-        units -= Config::UNITS;
-    }
-
-    // Piece INDEX of a block; FIRST is where the products of the block's first piece go.
-    template <int FIRST, int INDEX>
-    __device__ __forceinline__ void start(const Ring& block, const u32 (&a)[Config::REGISTERS]) {
-        start_piece<ROWS>(part[(FIRST + INDEX) % 2], a, block.rows() + INDEX * ROWS * ROW_BYTES);
-    }
-    template <int FIRST, int INDEX, int LATER>
-    __device__ __forceinline__ void add() {
-        add_piece<ROWS, LATER>(ring.row_scales() + INDEX * ROWS * 4, part[(FIRST + INDEX) % 2],
-                               sum + INDEX * (ROWS / 2));
-    }
-
-    // All products of the block with this M operand are added.
-    __device__ __forceinline__ void end_block(u32 (&a)[Config::REGISTERS]) {
-        fence_operands(a);
-        release_without_branch<Config>(ring.empty());
-    }
-
-    // Adds a block of K from piece INDEX on, and starts the piece after the next one each time. `more`: whether there is
-    // a block after the next one.
-    template <int FIRST, int INDEX = 0>
-    __device__ __forceinline__ void add_block(bool more, u32 (&a)[Config::REGISTERS], u32 (&next)[Config::REGISTERS]) {
-        constexpr int NEXT = (FIRST + COUNT) % 2;
-        add<FIRST, INDEX, 1>();
-        if constexpr (INDEX + 1 == COUNT) end_block(a);
-        const Ring ahead = after(ring);
-        if constexpr (COUNT == 1) {
-            decode(after(ahead), a);
-            start<FIRST, 0>(after(ahead), a);
-        } else if constexpr (INDEX + 2 < COUNT) {
-            start<FIRST, INDEX + 2>(ring, a);
-        } else {
-            start<NEXT, INDEX + 2 - COUNT>(ahead, next);
-        }
-        if constexpr (COUNT == 2 && INDEX == 1) {
-            if (more) decode(after(ahead), a);
-        }
-        if constexpr (COUNT > 2 && INDEX == COUNT - 3) decode(ahead, next);
-        if constexpr (INDEX + 1 == COUNT)
-            ring = ahead;
-        else
-            add_block<FIRST, INDEX + 1>(more, a, next);
-    }
-
-    // Adds the last block of K from piece INDEX on.
-    template <int FIRST, int INDEX = 0>
-    __device__ __forceinline__ void add_last(u32 (&a)[Config::REGISTERS]) {
-        add<FIRST, INDEX, INDEX + 1 < COUNT>();
-        if constexpr (INDEX + 2 < COUNT) start<FIRST, INDEX + 2>(ring, a);
-        if constexpr (INDEX + 1 < COUNT) {
-            add_last<FIRST, INDEX + 1>(a);
-        } else {
-            end_block(a);
-            ring.advance();
-        }
-    }
-
-    // The last block; where two are under way, the last two.
-    template <int FIRST>
-    __device__ __forceinline__ void end_tile(u32 (&a)[Config::REGISTERS], u32 (&next)[Config::REGISTERS]) {
-        if constexpr (COUNT == 1) {
-            add<FIRST, 0, 1>();
-            end_block(a);
-            ring.advance();
-            add_last<1 - FIRST>(next);
-        } else {
-            add_last<FIRST>(a);
-        }
-    }
-
-    __device__ __forceinline__ void multiply(int blocks) {
-        u32 a[2][Config::REGISTERS];
-        decode(ring, a[0]);
-        start<0, 0>(ring, a[0]);
-        if constexpr (COUNT == 1) {
-            if (blocks == 1) {
-                add_last<0>(a[0]);
-                return;
-            }
-            decode(after(ring), a[1]);
-            start<1, 0>(after(ring), a[1]);
-        } else {
-            start<0, 1>(ring, a[0]);
-            if (COUNT == 2 && blocks > 1) decode(after(ring), a[1]);
-        }
-        while (true) {
-            if (blocks <= STARTED) {
-                end_tile<0>(a[0], a[1]);
-                return;
-            }
-            add_block<0>(blocks > 2, a[0], a[1]);
-            if (--blocks <= STARTED) {
-                end_tile<COUNT % 2>(a[1], a[0]);
-                return;
-            }
-            add_block<COUNT % 2>(blocks > 2, a[1], a[0]);
-            --blocks;
-        }
-    }
-};
-
-// Adds the pieces of a block of K from PIECE_INDEX on, of which the first has been started, one after the other.
-template <int N, int PIECE_INDEX = 0>
-__device__ __forceinline__ void add_pieces(const u32 (&a)[Config::REGISTERS], u32 rows, u32 row_scales, Parts<N>& part,
-                                           float (&sum)[N / 2]) {
-    constexpr int ROWS = PIECE<N>;
-    add_piece<ROWS, 0>(row_scales + PIECE_INDEX * ROWS * 4, part[0], sum + PIECE_INDEX * (ROWS / 2));
-    if constexpr (PIECE_INDEX + 1 < PIECES<N>) {
-        start_piece<ROWS>(part[0], a, rows + (PIECE_INDEX + 1) * ROWS * ROW_BYTES);
-        add_pieces<N, PIECE_INDEX + 1>(a, rows, row_scales, part, sum);
-    }
-}
-
-// Adds a block of K whose M operand is `a`, and if there is MORE decodes the next one: meanwhile, if that has registers
-// of its own.
-template <int N>
-__device__ __forceinline__ void add_block(Ring& ring, int consumer, int& units, bool more, u32 (&a)[Config::REGISTERS],
-                                          u32 (&next)[Config::REGISTERS], float (&sum)[N / 2]) {
+__device__ __forceinline__ void add_block_scaled(Ring& ring, int consumer, int& units, bool more,
+                                                 u32 (&a)[Config::REGISTERS], u32 (&next)[Config::REGISTERS],
+                                                 float (&sum)[N / 2]) {
     const u32 rows = ring.rows();
     const u32 row_scales = ring.row_scales();
     const u32 current = ring.empty();
     Parts<N> part;
-    if constexpr (Config::SCALED)
-        start_piece<PIECE<N>>(part[0], a, rows);
-    else
-        start_sums<N>(sum, a, rows);
+    start_piece<PIECE<N>>(part[0], a, rows);
+    if constexpr (PIECES_AT_ONCE<N> > 1) start_piece<PIECE<N>>(part[1], a, rows + PIECE<N> * ROW_BYTES);
     units -= Config::UNITS;
     ring.advance();
     if (DECODES_AHEAD<N> && more) decode_next(ring, consumer, units, next);
-    if constexpr (Config::SCALED) {
-        add_pieces<N>(a, rows, row_scales, part, sum);
-    } else {
-        wait_for_products<0>();
-        fence_accumulators(sum);
-    }
+    add_pieces<N>(a, rows, row_scales, part, sum);
     fence_operands(a);
     release_without_branch<Config>(current);
     if (!DECODES_AHEAD<N> && more) decode_next(ring, consumer, units, next);
+}
+
+// The same of bf16 rows.
+template <int N>
+__device__ __forceinline__ void add_block_plain(Ring& ring, int consumer, int& units, bool more,
+                                                u32 (&a)[Config::REGISTERS], u32 (&next)[Config::REGISTERS],
+                                                float (&sum)[N / 2]) {
+    constexpr int ROWS = PIECE<N>;
+    const u32 current = ring.empty();
+    fence_accumulators(sum);
+    begin_products();
+#pragma unroll
+    for (int piece = 0; piece < N / ROWS; ++piece) {
+        const u64 b = operand(ring.rows() + piece * ROWS * ROW_BYTES);
+#pragma unroll
+        for (int i = 0; i < Config::INSTRUCTIONS; ++i)
+            multiply_registers<FORMAT, ROWS>(sum + piece * (ROWS / 2), a + 4 * i, b + 2 * i, 1);
+    }
+    commit_products();
+    units -= Config::UNITS;
+    ring.advance();
+    if (DECODES_AHEAD<N> && more) decode_next(ring, consumer, units, next);
+    wait_for_products<0>();
+    fence_accumulators(sum);
+    fence_operands(a);
+    release_without_branch<Config>(current);
+    if (!DECODES_AHEAD<N> && more) decode_next(ring, consumer, units, next);
+}
+
+template <int N>
+__device__ __forceinline__ void add_block(Ring& ring, int consumer, int& units, bool more, u32 (&a)[Config::REGISTERS],
+                                          u32 (&next)[Config::REGISTERS], float (&sum)[N / 2]) {
+    if constexpr (Config::SCALED)
+        add_block_scaled<N>(ring, consumer, units, more, a, next, sum);
+    else
+        add_block_plain<N>(ring, consumer, units, more, a, next, sum);
 }
 
 // Adds up the blocks of K. e4m3: products of 128 of K are scaled and added outside the matrix unit. bf16: sums stay in
 // the matrix unit. Two blocks at a time, which take turns with the registers of the M operand.
 template <int N>
 __device__ __forceinline__ void multiply(Ring& ring, int k, int consumer, float (&sum)[N / 2]) {
+    constexpr int OTHER = DECODES_AHEAD<N> ? 1 : 0;
+    u32 a[1 + OTHER][Config::REGISTERS];
     int blocks = blocks_of(k);
-    if constexpr (KEEPS_IN_FLIGHT<N>) {
-        InFlight<N>(ring, k, consumer, sum).multiply(blocks);
-    } else {
-        constexpr int OTHER = DECODES_AHEAD<N> ? 1 : 0;
-        u32 a[1 + OTHER][Config::REGISTERS];
-        int units = (k + UNIT_K - 1) / UNIT_K;
-        decode_next(ring, consumer, units, a[0]);
-        while (true) {
-            add_block<N>(ring, consumer, units, blocks > 1, a[0], a[OTHER], sum);
-            if (--blocks == 0) break;
-            add_block<N>(ring, consumer, units, blocks > 1, a[OTHER], a[0], sum);
-            if (--blocks == 0) break;
-        }
+    int units = (k + UNIT_K - 1) / UNIT_K;
+    decode_next(ring, consumer, units, a[0]);
+    while (true) {
+        add_block<N>(ring, consumer, units, blocks > 1, a[0], a[OTHER], sum);
+        if (--blocks == 0) break;
+        add_block<N>(ring, consumer, units, blocks > 1, a[OTHER], a[0], sum);
+        if (--blocks == 0) break;
     }
 }
 
@@ -609,20 +484,20 @@ __device__ __forceinline__ void finish_tile(const Args& a, const Tile& tile, Rin
     store_rows<Config, SharedStorage, N>(a, tile, ring.memory, consumer, sum);
 }
 
-// Takes the code for the fewest rows that hold the tile's: N of wgmma is a constant of the instruction. Where scales are
-// spread, that for the most: sums of rows that are not there are not stored.
-template <int N>
+// Takes the code for the fewest steps that the tile's rows fit: N of wgmma is a constant of the instruction. Where
+// scales are spread, that for the most: sums of rows that are not there are not stored.
+template <int STEPS>
 __device__ __forceinline__ void multiply_tile(const Args& a, const Tile& tile, Ring& ring, int consumer, bool spread) {
-    if constexpr (HOST_SPREAD && N == MULTIPLIED) {
+    if constexpr (HOST_SPREAD && STEPS == 1) {
         if (spread) {
             finish_tile<Config::ROW_TILE, true>(a, tile, ring, consumer);
             return;
         }
     }
-    if (N == Config::ROW_TILE || tile.rows <= N)
-        finish_tile<N, false>(a, tile, ring, consumer);
-    else if constexpr (N < Config::ROW_TILE)
-        multiply_tile<N + MULTIPLIED>(a, tile, ring, consumer, spread);
+    if (STEPS == Config::ROW_MAPS || tile.rows <= STEPS * Config::ROW_STEP)
+        finish_tile<STEPS * Config::ROW_STEP, false>(a, tile, ring, consumer);
+    else if constexpr (STEPS < Config::ROW_MAPS)
+        multiply_tile<STEPS + 1>(a, tile, ring, consumer, spread);
 }
 
 extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS) gemm(const __grid_constant__ Args a) {
@@ -659,7 +534,7 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS) ge
             if (tile.rows == 0) break;
             const bool spread = HOST_SPREAD && (tile.column >> consumer & 1) != 0;
             tile.column &= ~(UNIT_OUTPUTS - 1);
-            multiply_tile<MULTIPLIED>(a, tile, ring, consumer, spread);
+            multiply_tile<1>(a, tile, ring, consumer, spread);
         }
         wait_for_stores_to_read();
     }
