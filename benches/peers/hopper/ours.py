@@ -33,7 +33,7 @@ if hasattr(_lib, "expertile_mxfp4_weights"):
     _lib.expertile_mxfp4_bytes.restype = _size
     _lib.expertile_mxfp4_bytes.argtypes = [_size]
     _lib.expertile_bind_mxfp4_gemm.restype = _size
-    _lib.expertile_bind_mxfp4_gemm.argtypes = [_size] * 4 + [_word] * 6 + [_size]
+    _lib.expertile_bind_mxfp4_gemm.argtypes = [_size] * 3 + [_word] * 6 + [_size]
     _lib.expertile_mxfp4_layer.restype = _size
     _lib.expertile_mxfp4_layer.argtypes = [_size] * 5
 if hasattr(_lib, "expertile_mxfp4_layer_with"):
@@ -201,11 +201,11 @@ def bind_gemm(tile, weights, rows, scales, layout, out, out_scales=None):
     """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]), or Mxfp4; `layout` is a bound permutation whose worklist
     has the tile's rows. With `out_scales` the activation is in it: `out` is then e4m3 [M_sum, N / 2]."""
     if isinstance(weights, Mxfp4):
-        row_tile, _, _, wide, outputs = tile
+        row_tile, _, _, _, outputs = tile
         tensors = (rows, scales, out, layout.header, layout.worklist, layout.psum)
         addresses = (tensor.data_ptr() for tensor in tensors)
         return Bound(
-            _lib.expertile_bind_mxfp4_gemm(row_tile, wide, outputs, weights.handle, *addresses, rows.shape[0]),
+            _lib.expertile_bind_mxfp4_gemm(row_tile, outputs, weights.handle, *addresses, rows.shape[0]),
             (weights, rows, scales, layout, out),
         )
     values, weight_scales = weights

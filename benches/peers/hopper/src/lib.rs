@@ -406,15 +406,13 @@ pub unsafe extern "C" fn expertile_mxfp4_bytes(weights: *const Mxfp4) -> usize {
     unsafe { &*weights }.weights.bytes()
 }
 
-/// Prepares and binds the grouped GEMM of MXFP4 weights, whose tiles have that many rows and outputs; wide: tokens are the
-/// M operand.
+/// Prepares and binds the grouped GEMM of MXFP4 weights, whose tiles have that many rows and outputs.
 ///
 /// # Safety
 /// As [`expertile_mxfp4_bytes`] and [`expertile_bind_gemm`].
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn expertile_bind_mxfp4_gemm(
     row_tile: usize,
-    wide: usize,
     outputs: usize,
     weights: *const Mxfp4,
     rows: u64,
@@ -429,7 +427,7 @@ pub unsafe extern "C" fn expertile_bind_mxfp4_gemm(
     let weights = unsafe { &*weights };
     let make = || {
         let format = WeightFormat::Mxfp4;
-        let kernel = kernel_of_words(format, [row_tile, 1, 1, usize::from(wide != 0), outputs])?;
+        let kernel = kernel_of_words(format, [row_tile, 1, 1, 0, outputs])?;
         let config = GemmConfig { format, activation_format: weights.rows, kernel, activation: None };
         let step = Arc::new(Gemm::prepare(&device()?, config)?);
         let operands = GemmOperands {

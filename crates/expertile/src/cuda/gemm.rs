@@ -89,7 +89,7 @@ pub struct Gemm {
     config: GemmConfig,
     kernel: Resident,
     /// For mxfp4 weights whose scales are too far apart to be folded in.
-    spread: Option<Box<Gemm>>,
+    spread_kernel: Option<Resident>,
 }
 
 /// A kernel, and the blocks of it that the device holds.
@@ -116,19 +116,16 @@ impl Gemm {
                 expected: "compute capability 9.0 (Hopper) for the grouped GEMM".into(),
             });
         }
-        let load = |config: GemmConfig, source: &Source| -> Result<Self> {
+        let load = |source: &Source| -> Result<Resident> {
             let kernel = device.kernel(source, c"gemm")?;
             let shared_bytes = config.shared_bytes();
             kernel.allow_shared_bytes(shared_bytes)?;
             let cluster = config.cluster() as u32;
             let blocks = device.resident_clusters(&kernel, config.kernel.threads(), shared_bytes, cluster)? * cluster;
-            Ok(Self { device: device.clone(), config, kernel: Resident { kernel, blocks }, spread: None })
+            Ok(Resident { kernel, blocks })
         };
-        let spread = match config.for_spread().zip(config.spread_source()?) {
-            Some((config, source)) => Some(Box::new(load(config, &source)?)),
-            None => None,
-        };
-        Ok(Self { spread, ..load(config, &source)? })
+        let spread_kernel = config.spread_source()?.map(|source| load(&source)).transpose()?;
+        Ok(Self { device: device.clone(), config, kernel: load(&source)?, spread_kernel })
     }
 
     /// What the kernel is specialised for.
@@ -167,15 +164,14 @@ impl Gemm {
         if call.m_sum == 0 {
             return Ok(());
         }
-        let gemm = self.spread.as_deref().filter(|_| call.weights.is_spread()).unwrap_or(self);
         // SAFETY: the caller's promise.
         unsafe {
-            match gemm.config.kernel.row_maps() {
-                1 => gemm.queue::<1>(stream, call),
-                2 => gemm.queue::<2>(stream, call),
-                3 => gemm.queue::<3>(stream, call),
-                4 => gemm.queue::<4>(stream, call),
-                _ => gemm.queue::<6>(stream, call),
+            match self.config.kernel.row_maps() {
+                1 => self.queue::<1>(stream, call),
+                2 => self.queue::<2>(stream, call),
+                3 => self.queue::<3>(stream, call),
+                4 => self.queue::<4>(stream, call),
+                _ => self.queue::<6>(stream, call),
             }
         }
     }
@@ -273,8 +269,9 @@ impl Gemm {
             exponents: arranged.map_or(0, |arranged| DevicePtr::or_null(arranged.exponents)),
             spread: arranged.map_or(0, |arranged| DevicePtr::or_null(arranged.spread)),
         };
+        let resident = self.spread_kernel.as_ref().filter(|_| weights.is_spread()).unwrap_or(&self.kernel);
         let shape = Launch {
-            blocks: self.kernel.blocks,
+            blocks: resident.blocks,
             threads: kernel.threads(),
             shared_bytes: self.config.shared_bytes(),
             cooperative: false,
@@ -282,6 +279,6 @@ impl Gemm {
         };
         let pointers = [std::ptr::from_ref(&arguments).cast::<c_void>()];
         // SAFETY: the kernel takes one `GemmArgs` with as many maps; the rest is the caller's promise.
-        unsafe { self.device.launch(&self.kernel.kernel, shape, stream, &pointers) }
+        unsafe { self.device.launch(&resident.kernel, shape, stream, &pointers) }
     }
 }

@@ -1,5 +1,4 @@
-//! Which tile mxfp4 and int4 weights get. Their kernels have no costs yet: the rule goes by the rows of an expert. The wide kernel is
-//! not among the choices, as nobody has timed it on a GPU.
+//! Which tile mxfp4 and int4 weights get. Their kernels have no costs yet: the rule goes by the rows of an expert.
 
 use crate::cuda::gemm::{FewRowsCut, GemmKernel, GemmShape, ROW_TILES};
 

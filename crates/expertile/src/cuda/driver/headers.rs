@@ -4,7 +4,7 @@
 use std::ffi::CStr;
 
 /// `(name, text)` of every header.
-pub(super) const HEADERS: [(&CStr, &str); 28] = [
+pub(super) const HEADERS: [(&CStr, &str); 27] = [
     (c"common/activation.cuh", include_str!("../kernels/common/activation.cuh")),
     (c"common/quantize.cuh", include_str!("../kernels/common/quantize.cuh")),
     (c"common/scales.cuh", include_str!("../kernels/common/scales.cuh")),
@@ -16,7 +16,6 @@ pub(super) const HEADERS: [(&CStr, &str); 28] = [
     (c"few_tokens/slots.cuh", include_str!("../kernels/few_tokens/slots.cuh")),
     (c"few_tokens/storage.cuh", include_str!("../kernels/few_tokens/storage.cuh")),
     (c"gemm/config.cuh", include_str!("../kernels/gemm/config.cuh")),
-    (c"gemm/decoding.cuh", include_str!("../kernels/gemm/decoding.cuh")),
     (c"gemm/int4.cuh", include_str!("../kernels/gemm/int4.cuh")),
     (c"gemm/mxfp4.cuh", include_str!("../kernels/gemm/mxfp4.cuh")),
     (c"gemm/pipeline.cuh", include_str!("../kernels/gemm/pipeline.cuh")),

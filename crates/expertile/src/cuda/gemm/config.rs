@@ -107,12 +107,8 @@ impl GemmConfig {
         }
         match self.kernel {
             GemmKernel::FewRows { cut: FewRowsCut::Narrow | FewRowsCut::Plain, .. } => Ok(()),
-            GemmKernel::Wide { shares_rows: false } if self.format == WeightFormat::Mxfp4 => Ok(()),
             kernel => {
-                let expected = match self.format {
-                    WeightFormat::Int4 => "one block to a tile, with weights on M, for int4",
-                    _ => "one block to a tile, of at most 128 outputs, for mxfp4",
-                };
+                let expected = "one block to a tile, with weights on M, for mxfp4 and int4";
                 Err(Error::Name { argument: "kernel", actual: kernel.to_string(), expected })
             }
         }
@@ -127,25 +123,13 @@ impl GemmConfig {
         self.source_of(false)
     }
 
-    /// The source for mxfp4 weights some of whose scales are too far apart to be folded into the decoded values, which
-    /// is that of [`GemmConfig::for_spread`]; none for other weights.
+    /// The source for mxfp4 weights some of whose scales are too far apart to be folded into the decoded values; none
+    /// for other weights.
     ///
     /// # Errors
     /// As [`GemmConfig::source`].
     pub fn spread_source(&self) -> Result<Option<Source>> {
-        self.for_spread().map(|config| config.source_of(true)).transpose()
-    }
-
-    /// How such weights are multiplied: with weights on M, in tiles of as many rows; none for other weights.
-    #[must_use]
-    pub fn for_spread(&self) -> Option<Self> {
-        let kernel = match self.kernel {
-            GemmKernel::Wide { .. } | GemmKernel::Large => {
-                GemmKernel::FewRows { row_tile: self.kernel.row_tile(), cut: FewRowsCut::Plain }
-            }
-            few_rows => few_rows,
-        };
-        (self.format == WeightFormat::Mxfp4).then_some(Self { kernel, ..*self })
+        (self.format == WeightFormat::Mxfp4).then(|| self.source_of(true)).transpose()
     }
 
     fn source_of(&self, spread: bool) -> Result<Source> {
@@ -175,11 +159,7 @@ impl GemmConfig {
                 ("sm90_gemm_few_rows.cu", include_str!("../kernels/gemm/sm90_gemm_few_rows.cu"))
             }
             GemmKernel::Wide { .. } => {
-                let packed = match self.format {
-                    WeightFormat::Mxfp4 => mxfp4::packed(&self.kernel, self.activation_format),
-                    WeightFormat::E4m3 | WeightFormat::Bf16 | WeightFormat::Int4 => 0,
-                };
-                definitions.extend([activation, ("HOST_PACKED", packed as i64), ("HOST_INT4", 0)]);
+                definitions.push(activation);
                 ("sm90_gemm_192x128.cu", include_str!("../kernels/gemm/sm90_gemm_192x128.cu"))
             }
             GemmKernel::Large => {
@@ -227,12 +207,12 @@ mod tests {
         let split = GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::SplitK { parts: 3 } };
         assert!(refuse(WeightFormat::E4m3, split, None).to_string().starts_with("parts is 3"));
         let sharing = GemmKernel::FewRows { row_tile: 64, cut: FewRowsCut::SharedRows };
-        for kernel in [GemmKernel::Wide { shares_rows: true }, GemmKernel::Large, sharing] {
+        for kernel in [wide, GemmKernel::Wide { shares_rows: true }, GemmKernel::Large, sharing] {
             for format in [WeightFormat::Mxfp4, WeightFormat::Int4] {
-                assert!(refuse(format, kernel, None).to_string().starts_with("kernel is "));
+                let error = refuse(format, kernel, None).to_string();
+                assert!(error.starts_with("kernel is ") && error.contains("with weights on M"), "{error}");
             }
         }
-        assert!(refuse(WeightFormat::Int4, wide, None).to_string().contains("with weights on M, for int4"));
         for format in [WeightFormat::Mxfp4, WeightFormat::Int4] {
             assert!(matches!(refuse(format, few, with), Error::WeightFormat { .. }));
         }

@@ -39,7 +39,7 @@ pub enum GemmKernel {
         /// Outputs of a tile, and what the blocks of a cluster do.
         cut: FewRowsCut,
     },
-    /// `sm90_gemm_192x128.cu`: tokens are the M operand; tiles of 192 rows by 128 outputs.
+    /// `sm90_gemm_192x128.cu`: tokens are the M operand; tiles of 192 rows by 128 outputs. Only e4m3 and bf16.
     Wide {
         /// Whether two blocks of a cluster share a tile's rows, each with 128 outputs of its own.
         shares_rows: bool,
@@ -130,9 +130,6 @@ impl GemmKernel {
         }
         if format.has_groups() {
             kernels.retain(|kernel| kernel.check().is_ok() && kernel.shared() == 1);
-            if format == WeightFormat::Mxfp4 {
-                kernels.push(Self::Wide { shares_rows: false });
-            }
             return kernels;
         }
         kernels.extend([Self::Wide { shares_rows: false }, Self::Wide { shares_rows: true }]);

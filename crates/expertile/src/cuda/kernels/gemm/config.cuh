@@ -15,7 +15,6 @@
 //   ROW_TILES_PER_GROUP   see TileOrder
 //   SCALING_WARPS         producer warps that multiply row scales by weight scales; 0 where consumers do it
 //   SCALES_APART          whether another thread than the producer loads the scales
-//   DECODING_WARPS        where weights are decoded on their way to a stage: warps that do
 #pragma once
 #include "gemm/products.cuh"
 
@@ -28,7 +27,6 @@ struct HostConfig {
     static constexpr int MULTICAST = HOST_MULTICAST;  // blocks of a cluster that share rows: each loads a part for all
     static constexpr int K_SPLITS = HOST_K_SPLITS;    // blocks of a cluster that take a part of K of one tile each
     static constexpr int STAGES = HOST_STAGES;        // blocks of K in flight
-    static constexpr int DECODING_WARPS = 0;          // warps that write weights to a stage; 0 where they are loaded
     static constexpr int K_BLOCK = FORMAT == Format::BF16 ? ROW_BYTES / 2 : ROW_BYTES;  // values of a block of K
 };
 

@@ -95,7 +95,7 @@ struct TileLoads {
         map = (tile.rows - 1) / Config::ROW_STEP;
         const int rows = (map + 1) * Config::ROW_STEP;
         row_scales_stride = (a.m_sum + 3) & ~3;
-        operand_bytes = (Config::DECODING_WARPS > 0 ? 0 : Config::OUTPUTS * ROW_BYTES) + rows * ROW_BYTES;
+        operand_bytes = Config::OUTPUTS * ROW_BYTES + rows * ROW_BYTES;
         scaled_rows = min(rows, row_scales_stride - tile.first);
         scale_bytes = tile.first % 4 == 0 ? scaled_rows * 4 : 0;
         // There are fewer than 2^31 scales: the host has checked.
@@ -141,11 +141,9 @@ struct TileLoads {
 #pragma unroll 1
             for (int row = 0; row < scaled_rows; ++row) copy_word(ring.row_scales() + row * 4, row_scales + row);
         }
-        if constexpr (Config::DECODING_WARPS == 0) {
 #pragma unroll
-            for (int box = 0; box < Config::WEIGHT_BOXES; ++box)
-                copy_word(ring.weight_scales() + box * 4, weight_scales + box * next_scales);
-        }
+        for (int box = 0; box < Config::WEIGHT_BOXES; ++box)
+            copy_word(ring.weight_scales() + box * 4, weight_scales + box * next_scales);
         arrive_after_copies(ring.full());
         row_scales += row_scales_stride;
         ++weight_scales;
@@ -236,7 +234,7 @@ __device__ __forceinline__ void set_up(const GemmArgs<Config>& a, u32 memory) {
     constexpr int CONSUMER_WARPS = Config::CONSUMERS * (WARPGROUP / 32);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < Config::STAGES; ++stage) {
-            init_barrier(memory + OFFSET(SharedStorage, full) + stage * 8, FULL_ARRIVALS + Config::DECODING_WARPS);
+            init_barrier(memory + OFFSET(SharedStorage, full) + stage * 8, FULL_ARRIVALS);
             init_barrier(memory + OFFSET(SharedStorage, empty) + stage * 8, CONSUMER_WARPS * Config::MULTICAST);
             if constexpr (Config::SCALING_WARPS > 0)
                 init_barrier(memory + OFFSET(SharedStorage, scaled) + stage * 8, Config::SCALING_WARPS);
@@ -246,7 +244,7 @@ __device__ __forceinline__ void set_up(const GemmArgs<Config>& a, u32 memory) {
             init_barrier(memory + OFFSET(SharedStorage, partials_read), CONSUMER_WARPS * Config::K_SPLITS);
         }
         publish_barriers();
-        if constexpr (Config::DECODING_WARPS == 0) prefetch_map(a.weights);
+        prefetch_map(a.weights);
     }
     if constexpr (Config::CLUSTER > 1)
         meet_cluster();

@@ -10,15 +10,10 @@
 // had they been stored; three warps of the producer's warpgroup activate and quantize them while the next tile is
 // multiplied. The results are those of activation.cu.
 //
-// MXFP4 weights are decoded by the producer's warpgroup on their way to a stage (gemm/decoding.cuh): once for all rows of
-// a tile. An output's largest scale multiplies its sums at the end. Scales that are too far apart for that are
-// multiplied by sm90_gemm_mxfp4.cu.
-//
 // docs/kernels/gemm.md has the maps of threads, shared memory and barriers. Set by the host: see config.cuh;
 // HOST_ROW_TILE is 192, HOST_ROW_STEP 64, HOST_K_SPLITS 1; HOST_ACTIVATION (1: HOST_MULTICAST is 1, operands are e4m3,
-// and what common/activation.cuh asks for); HOST_PACKED (0, or for MXFP4 weights the blocks of K that are there before
-// they are decoded; HOST_MULTICAST is 1 then, HOST_ACTIVATION 0).
-#include "gemm/decoding.cuh"
+// and what common/activation.cuh asks for).
+#include "gemm/pipeline.cuh"
 #include "gemm/staging.cuh"
 
 struct Config : HostConfig {
@@ -27,11 +22,8 @@ struct Config : HostConfig {
     static constexpr int ROWS_OF_CONSUMER = 64;
     static constexpr int CONSUMERS = 3;
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
-    static constexpr int PACKED = HOST_PACKED;
-    static constexpr bool DECODES = PACKED > 0;
-    static constexpr int DECODING_WARPS = DECODES ? WARPGROUP / 32 : 0;
-    static constexpr int PRODUCER_REGISTERS = DECODES ? 80 : 56;
-    static constexpr int CONSUMER_REGISTERS = DECODES ? 144 : 152;
+    static constexpr int PRODUCER_REGISTERS = 56;
+    static constexpr int CONSUMER_REGISTERS = 152;
     static constexpr int WEIGHT_BOXES = ACTIVATION ? 2 : 1;
     static constexpr bool GATE_AND_UP = ACTIVATION;
     static constexpr int CLUSTER_COLUMNS = ACTIVATION ? 2 : MULTICAST;
@@ -76,14 +68,9 @@ struct SharedStorage {
     Tile tiles[Config::STAGES];
     Mbarrier full[Config::STAGES];
     Mbarrier empty[Config::STAGES];
-#if HOST_PACKED
-    alignas(16) u8 packed[Config::PACKED][Decoding<Config>::SLABS][Decoding<Config>::SLAB_BYTES];
-    Mbarrier packed_full[Config::PACKED];
-#endif
 };
 
 static_assert(AgreesWithHost<Config, SharedStorage>::value);
-static_assert(!Config::DECODES || (Config::MULTICAST == 1 && !Config::ACTIVATION), "there is no kernel for this");
 static_assert(!Config::ACTIVATION || (Config::MULTICAST == 1 && Config::SCALED), "there is no kernel for this");
 static_assert(Config::ROW_TILE == Config::CONSUMERS * Config::ROWS_OF_CONSUMER, "a consumer has 64 rows");
 static_assert(Config::ROW_STEP == Config::ROWS_OF_CONSUMER && Config::K_SPLITS == 1, "there is no kernel for this");
@@ -125,8 +112,7 @@ __device__ __forceinline__ void add_scaled_block(Ring& ring, int consumer, u32 m
     wait_unless_over(ring.full(), ring.parity(), ready);
     float weight_scale[BOXES];
 #pragma unroll
-    for (int i = 0; i < BOXES; ++i)
-        weight_scale[i] = Config::DECODES ? 1.0f : load_shared(ring.weight_scales() + i * 4);
+    for (int i = 0; i < BOXES; ++i) weight_scale[i] = load_shared(ring.weight_scales() + i * 4);
     const float upper_scale = load_shared(ring.row_scales() + my_scales);
     const float lower_scale = load_shared(ring.row_scales() + my_scales + 32);
     start_block(ring, consumer, part, false);
@@ -176,29 +162,9 @@ __device__ __forceinline__ void multiply_blocks(Ring& ring, int blocks, int cons
     }
 }
 
-// MXFP4: multiplies the sums by what is left of each output's scales. Of every four sums two are neighbouring outputs of
-// one row, the others the same of another.
-__device__ __forceinline__ void multiply_by_powers(const Args& a, const Tile& tile, float (&sum)[Config::SUMS]) {
-    const int outputs = (a.n + UNIT_OUTPUTS - 1) / UNIT_OUTPUTS * UNIT_OUTPUTS;
-    const u8* exponents = a.exponents + (i64)tile.expert * outputs;
-#pragma unroll
-    for (int i = 0; i < Config::SUMS; i += 4) {
-        // Past the last output there is any.
-        const int output = min(tile.column + 2 * i + 2 * ((int)read_lane() % 4), outputs - 2);
-        const u32 pair = *reinterpret_cast<const u16*>(exponents + output);
-        const Power even(exponent_of_sum<Config::FORMAT>(pair & 0xffu));
-        const Power odd(exponent_of_sum<Config::FORMAT>(pair >> 8));
-        sum[i] = even.times(sum[i]);
-        sum[i + 1] = odd.times(sum[i + 1]);
-        sum[i + 2] = even.times(sum[i + 2]);
-        sum[i + 3] = odd.times(sum[i + 3]);
-    }
-}
-
 // Stores the live rows by way of shared memory: a warp has 16 of its own.
 __device__ __forceinline__ void store_rows(const Args& a, const Tile& tile, u32 memory, float (&sum)[Config::SUMS]) {
     const int first = (threadIdx.x - WARPGROUP) / 32 * 16;
-    if constexpr (Config::DECODES) multiply_by_powers(a, tile, sum);
     add_bias<Config, Config::SUMS>(a, tile, tile.column, sum);
     const u32 staging = memory + OFFSET(SharedStorage, staging.rows) + first * Config::STAGING_ROW;
     __syncwarp();
@@ -345,24 +311,15 @@ extern "C" __global__ void __cluster_dims__(Config::CLUSTER, 1, 1) __launch_boun
     Ring ring(memory);
     const Handover handover{memory};
     handover.init();
-#if HOST_PACKED
-    if (threadIdx.x == 0)
-        for (int slot = 0; slot < Config::PACKED; ++slot)
-            init_barrier(memory + OFFSET(SharedStorage, packed_full) + slot * 8, 1);
-#endif
     set_up<Config, SharedStorage>(a, memory);
     wait_for_previous_launch();
     let_next_launch_start();
     if (consumer < 0) {
         give_registers<Config::PRODUCER_REGISTERS>();
-#if HOST_PACKED
-        produce_decoded<Config, SharedStorage>(a, ring, StaticScheduler<Config>(a, blockIdx.x, gridDim.x, 0));
-#else
         if (threadIdx.x < 32 && elect_thread())
             produce<Config::SCALED>(
                 a, ring, StaticScheduler<Config>(a, blockIdx.x / Config::CLUSTER, gridDim.x / Config::CLUSTER, rank),
                 rank);
-#endif
         if constexpr (Config::ACTIVATION) {
             const int warp = __shfl_sync(WARP, (int)threadIdx.x / 32, 0);
             if (warp >= (int)ProducerWarp::FIRST_ACTIVATE)
