@@ -13,7 +13,6 @@ use super::gemm::{GemmKernel, GemmShape, LARGE_ROW_TILE, WIDE_ROW_TILE, row_byte
 use crate::gemm::{ActivationFormat, WeightFormat};
 use table::COSTS;
 
-mod mxfp4;
 mod table;
 
 /// What one kernel takes. Times in microseconds, of which some depend on the rows of a tile: one for each step of
@@ -216,9 +215,6 @@ fn activation(format: ActivationFormat, rows: f64, n: usize) -> f64 {
 /// The tile that is expected to take least; with `activation_follows`, which is then counted, of tiles that have it
 /// inside and of those that do not.
 pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> (GemmKernel, bool) {
-    if shape.format.has_groups() && !COSTS.iter().any(|cost| cost.format == shape.format) {
-        return (mxfp4::choose(shape, multiprocessors), false);
-    }
     let populations = [Population::even(shape), Population::skewed(shape)];
     let fits = |cost: &&Cost| {
         (cost.format, cost.activation_format) == (shape.format, shape.activation_format)
@@ -288,10 +284,10 @@ mod tests {
 
     #[test]
     fn few_rows_get_tiles_of_few_rows_and_many_the_wide_ones() {
-        use WeightFormat::{Bf16, E4m3};
+        use WeightFormat::{Bf16, E4m3, Int4, Mxfp4};
         let chosen = |format, sizes, experts, rows| cheapest(&shape(format, sizes, experts, rows), false, H200).0;
         let inside = |format, n| cheapest(&shape(format, (n, 7168), 256, (131_072, 16384)), true, H200).1;
-        for format in [E4m3, Bf16] {
+        for format in [E4m3, Bf16, Mxfp4, Int4] {
             let kernel = chosen(format, (4096, 4096), 128, (32, 4));
             assert!(!kernel.tokens_on_m() && kernel.row_tile() <= 64, "{kernel}");
             let kernel = chosen(format, (4096, 4096), 8, (32768, 16384));

@@ -167,6 +167,15 @@ fn an_expert_map_and_a_clamped_activation_are_right_with_routing_in_the_permutes
 }
 
 #[test]
+fn one_launch_is_right_where_few_of_the_slots_are_here_and_where_more_are_than_expected() {
+    let spec = Spec { hidden: 640, intermediate: 384, experts: 4, global: 64, topk: 4, ..BASE };
+    check_model(spec, &[3, 4, 5, 7, 8], &ALL);
+    check_model(Spec { format: WeightFormat::Bf16, ..spec }, &[3, 4], &ALL);
+    let spec = Spec { hidden: 3072, intermediate: 256, experts: 2, global: 32, topk: 8, ids: Dtype::I64, ..BASE };
+    check_model(spec, &[8], &[Pattern::Even, Pattern::One]);
+}
+
+#[test]
 fn many_experts_are_right() {
     let spec = Spec { hidden: 256, intermediate: 128, experts: 256, topk: 8, ..BASE };
     check_model(spec, &[1, 2, 8, 64, 600], &[Pattern::Even, Pattern::Skewed]);

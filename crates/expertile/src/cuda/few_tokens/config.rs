@@ -11,11 +11,7 @@ use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
 use crate::layer::{LayerConfig, LayerShape};
 
 /// Most tokens of a kernel, one for each. Beyond, the consumers would be slower than memory.
-pub(in crate::cuda) const TOKENS: [usize; 3] = [1, 2, 4];
-/// Up to how many tokens one launch takes less time than several on an H200: with e4m3 the work outside the matrix unit
-/// decides earlier.
-const MOST_E4M3_TOKENS: usize = 2;
-const MOST_BF16_TOKENS: usize = 4;
+pub(in crate::cuda) const TOKENS: [usize; 4] = [1, 2, 4, 8];
 
 /// Slots of a call, whose experts have a counter each: the most tokens with the most slots.
 const COUNTED_EXPERTS: usize = 256;
@@ -82,8 +78,7 @@ impl FewTokensConfig {
             return None;
         }
         let format = config.weight_format();
-        // Experts that have tokens, if no two slots have the same.
-        let live = (slots * shape.local_experts()).div_ceil(config.global_experts).min(shape.local_experts());
+        let live = live_slots(shape, config, tokens).min(shape.local_experts());
         let whole = Self {
             hidden,
             intermediate,
@@ -122,14 +117,11 @@ impl FewTokensConfig {
         max_tokens: usize,
         multiprocessors: usize,
     ) -> Vec<Self> {
-        let most = match config.weight_format() {
-            WeightFormat::Bf16 => MOST_BF16_TOKENS,
-            _ => MOST_E4M3_TOKENS,
-        };
         if !config.one_launch || config.split_k {
             return Vec::new();
         }
-        let needed = TOKENS.iter().take_while(|&&tokens| tokens <= most && tokens < 2 * max_tokens.max(1));
+        let takes_less = |tokens| tokens < 2 * max_tokens.max(1) && takes_less_than_steps(shape, config, tokens);
+        let needed = TOKENS.iter().take_while(|&&tokens| takes_less(tokens));
         needed.map_while(|&tokens| Self::new(shape, config, tokens, multiprocessors)).collect()
     }
 
@@ -224,6 +216,36 @@ impl FewTokensConfig {
         definitions.extend(activation_definitions(&self.activation)?);
         let text = include_str!("../kernels/few_tokens/sm90_few_tokens.cu");
         Ok(Source::new("sm90_few_tokens.cu", text, definitions))
+    }
+}
+
+/// Slots that are expected on this device: experts that have tokens, if no two slots have the same.
+fn live_slots(shape: &LayerShape, config: &LayerConfig, tokens: usize) -> usize {
+    (tokens * config.topk * shape.local_experts()).div_ceil(config.global_experts.max(1))
+}
+
+/// Whether one launch for up to so many tokens takes less time than several, as measured on an H200
+/// (`benches/results/2026-11-30-h200-few-tokens.md`). Several take about the same time beyond the reading of weights,
+/// whatever the layer. One takes more the more live slots there are, and with e4m3, whose products are scaled outside the
+/// matrix unit, the more tokens each of them is multiplied with.
+fn takes_less_than_steps(shape: &LayerShape, config: &LayerConfig, tokens: usize) -> bool {
+    /// Up to so many tokens one launch was never slower, whatever the layer.
+    const ALWAYS: usize = 2;
+    const MOST_BF16_TOKENS: usize = 4;
+    /// Products of e4m3: tokens times live slots. Tiles of GEMM 2 have few rows where H is small, and then each ends
+    /// before its next weights are there.
+    const MOST_PRODUCTS: usize = 64;
+    const MOST_PRODUCTS_OF_SMALL_ROWS: usize = 16;
+    const SMALL_ROWS: usize = 3072;
+    /// From here on several launches are as fast: reading an expert's weights takes long beside what a launch takes.
+    const LARGEST_INTERMEDIATE: usize = 8192;
+    match config.weight_format() {
+        WeightFormat::Bf16 => tokens <= MOST_BF16_TOKENS,
+        _ if tokens <= ALWAYS => true,
+        _ => {
+            let most = if shape.hidden() < SMALL_ROWS { MOST_PRODUCTS_OF_SMALL_ROWS } else { MOST_PRODUCTS };
+            shape.intermediate() < LARGEST_INTERMEDIATE && tokens * live_slots(shape, config, tokens) <= most
+        }
     }
 }
 

@@ -106,8 +106,16 @@ fn gemm2_has_a_worklist_of_its_own_where_its_row_tile_is_another() {
 
 #[test]
 fn few_tokens_take_one_launch_by_the_smallest_kernel_unless_the_layer_may_not() {
-    for (name, hidden, intermediate, experts, global, topk) in SHAPES {
-        for (activations, most) in [(ActivationFormat::E4m3, 2), (ActivationFormat::Bf16, 4)] {
+    // The most tokens of one launch with e4m3: more where few of a call's slots are on this device, but where H is small.
+    let most_e4m3 = [2, 8, 2, 2, 4, 4, 2, 8];
+    let more = [
+        ("dsv3, two of 8 parts", 7168, 2048, 64, 256, 8),
+        ("qwen235, half", 4096, 1536, 64, 128, 8),
+        ("qwen30b, half", 2048, 768, 64, 128, 8),
+        ("qwen30b, a sixteenth", 2048, 768, 2, 128, 8),
+    ];
+    for ((name, hidden, intermediate, experts, global, topk), e4m3) in SHAPES.into_iter().chain(more).zip(most_e4m3) {
+        for (activations, most) in [(ActivationFormat::E4m3, e4m3), (ActivationFormat::Bf16, 4)] {
             let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
             let config = LayerConfig::new(topk, global, activations);
             let choices = Choices::new(&shape, &config, kind(&config), 40, H200).unwrap();
