@@ -50,7 +50,7 @@ def test_a_row_has_the_bits_that_the_layer_gives_it_and_a_graph_replays_it(form)
     tokens, ids = placed.rows[placed.live], placed.m_indices[placed.live][:, None]
     expected = layer(tokens, ids, torch.ones(len(tokens), 1, device="cuda"))
     out = poisoned(len(placed.rows), HIDDEN, "cuda")
-    graph = captured(lambda: layer.run_expanded(placed.rows, placed.psum, alignment=8, out=out))
+    graph, _ = captured(lambda: layer.run_expanded(placed.rows, placed.psum, alignment=8, out=out))
     for _ in range(3):
         out.fill_(123.0)
         graph.replay()

@@ -236,7 +236,7 @@ def test_int4_that_does_not_fit_is_refused():
         (ValueError, "w13_scale is None, expected scales for the uint8 blocks of w13", {"w13_scale": None}),
         (TypeError, "w2_scale has dtype torch.float32, expected uint8", {"w2_scale": parts["w2_scale"].float()}),
         (ValueError, r"w13_scale has shape \[4, 256, 7\]", {"w13_scale": parts["w13_scale"][:, :, :7]}),
-        (ValueError, "scales is 32640, expected the bits of a finite bf16: one of row 3 of", {"w2_scale": bad}),
+        (ValueError, "scales is 31744, expected the bits of a finite f16: one of row 3 of", {"w2_scale": bad}),
         (ValueError, "w2 is packed as mxfp4, expected int4", {name: mxfp4[name] for name in ("w2", "w2_scale")}),
     ]:
         with warnings.catch_warnings():

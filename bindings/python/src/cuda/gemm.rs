@@ -78,7 +78,7 @@ impl CudaGemm {
         lock(&self.prepared).iter().map(|gemm| gemm.max_rows()).max().unwrap_or(0)
     }
 
-    /// How many rows are likely to be an expert's, in a buffer for whatever routing, with segments that are aligned.
+    /// How many rows, of all experts together, are likely in a buffer for whatever routing, with aligned segments.
     #[staticmethod]
     fn expected_rows(m_sum: usize, experts: usize, alignment: usize) -> usize {
         expertile::cuda::expected_rows(m_sum, experts, alignment)

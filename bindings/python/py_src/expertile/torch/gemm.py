@@ -140,8 +140,8 @@ class Gemm:
         - m_indices: int32 ``[M_sum]``, the expert of each row, negative on padding, in any order.
 
         A row's result has the same bits in every place, with either list and beside any other rows. expected_rows: how
-        many rows are likely to be an expert's, if that is known better than from the size of `rows`: on a GPU the
-        kernel is chosen for it.
+        many rows all experts together are likely to have, if that is known better than from the size of `rows`: on a
+        GPU the kernel is chosen for it.
 
         On a GPU the call is queued on torch's current stream. Raises ValueError or TypeError for what does not fit.
         """

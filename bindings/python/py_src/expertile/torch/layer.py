@@ -284,8 +284,8 @@ class Layer:
         rows: ``[M_sum, H]``, contiguous: bfloat16, which e4m3 activations quantize first; or, for e4m3 activations,
         float8_e4m3fn with scale float32 ``[M_sum, ceil(H / 128)]`` of any strides. psum: int32 ``[E]``, the end of each
         expert's rows; they start where the end before, rounded up to `alignment`, is, and an expert without rows
-        stores its start. `alignment` divides ``M_sum``. expected_rows: how many rows are likely to be an expert's, if
-        that is known better than from the size of `rows`: on a GPU kernels are chosen for it.
+        stores its start. `alignment` divides ``M_sum``. expected_rows: how many rows all experts together are
+        likely to have, if that is known better than from the size of `rows`: on a GPU kernels are chosen for it.
 
         Returns bfloat16 ``[M_sum, H]``, of which only rows of experts are written: with the bits that a call gives them
         before it weighs and adds them. Router weights belong to tokens and have no part in it.

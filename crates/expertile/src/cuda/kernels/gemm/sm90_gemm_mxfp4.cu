@@ -187,10 +187,10 @@ constexpr int PIECES_AT_ONCE = N > PIECE<N>&& Config::BLOCKS == 1 ? 2 : 1;
 // Starts the products of a piece's rows with a block of K.
 template <int ROWS>
 __device__ __forceinline__ void start_piece(float (&part)[ROWS / 2], const u32 (&a)[Config::REGISTERS], u32 rows) {
+    const u64 b = operand(rows);
     begin_products();
 #pragma unroll
-    for (int i = 0; i < Config::INSTRUCTIONS; ++i)
-        multiply_registers<FORMAT, ROWS>(part, a + 4 * i, operand(rows + 32 * i), i > 0);
+    for (int i = 0; i < Config::INSTRUCTIONS; ++i) multiply_registers<FORMAT, ROWS>(part, a + 4 * i, b + 2 * i, i > 0);
     commit_products();
 }
 
