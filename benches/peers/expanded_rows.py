@@ -2,17 +2,17 @@
 
     python expanded_rows.py --tokens 1,64,1024,4096 --json expanded.json
 
-Needs the package expertile and torch. Microseconds inside a graph, of `Layer.run_expanded` on bf16 rows and on e4m3 rows
-with scales, at DeepEP's alignment of 128, and of the layer from tokens to tokens; weights are e4m3 with block scales.
+Needs the package expertile and torch. Microseconds inside a graph, of `Layer.run_expanded` on bf16 rows and on e4m3
+rows with scales, at DeepEP's alignment of 128, and of the layer from tokens to tokens; weights are e4m3 with block
+scales.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-import torch
-
 import expertile.torch as et
+import torch
 
 SHAPES = {
     "dsv3_ep8": (7168, 2048, 32),
@@ -67,6 +67,31 @@ def quantized(rows):
     return (groups / scale[:, :, None]).flatten(1).to(torch.float8_e4m3fn), scale
 
 
+def layer_of(hidden, intermediate, experts):
+    w13, s13 = e4m3_weights(experts, 2 * intermediate, hidden)
+    w2, s2 = e4m3_weights(experts, hidden, intermediate)
+    return et.Layer(w13, w2, w13_scale=s13, w2_scale=s2)
+
+
+def measure(layer, tokens):
+    """-> microseconds by what was called."""
+    x = torch.randn(tokens, layer.hidden, device="cuda", dtype=torch.bfloat16)
+    ids = torch.rand(tokens, layer.local_experts, device="cuda").topk(TOPK).indices
+    weights = torch.full((tokens, TOPK), 1 / TOPK, device="cuda")
+    rows, psum = rows_of(x, ids, layer.local_experts)
+    values, scale = quantized(rows)
+    layer.prepare(tokens, TOPK)
+    layer.prepare_expanded(len(rows))
+    options = {"alignment": ALIGNMENT, "expected_rows": tokens * TOPK, "out": torch.empty_like(rows)}
+    found = {
+        "layer_us": graph_us(lambda: layer(x, ids, weights)),
+        "bf16_rows_us": graph_us(lambda: layer.run_expanded(rows, psum, **options)),
+        "e4m3_rows_us": graph_us(lambda: layer.run_expanded(values, psum, scale=scale, **options)),
+    }
+    layer.check()
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="1,8,64,1024,4096")
@@ -74,37 +99,14 @@ def main():
     options = parser.parse_args()
     found = []
     print(f"{'layer':<10} {'tokens':>6} {'layer us':>9} {'rows, bf16':>11} {'rows, e4m3':>11}")
-    for name, (hidden, intermediate, experts) in SHAPES.items():
-        (w13, s13), (w2, s2) = (
-            e4m3_weights(experts, 2 * intermediate, hidden),
-            e4m3_weights(experts, hidden, intermediate),
-        )
-        layer = et.Layer(w13, w2, w13_scale=s13, w2_scale=s2)
+    for name, sizes in SHAPES.items():
+        layer = layer_of(*sizes)
         for tokens in map(int, options.tokens.split(",")):
-            x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
-            ids = torch.rand(tokens, experts, device="cuda").topk(TOPK).indices
-            weights = torch.full((tokens, TOPK), 1 / TOPK, device="cuda")
-            rows, psum = rows_of(x, ids, experts)
-            layer.prepare(tokens, TOPK)
-            layer.prepare_expanded(len(rows))
-            out = torch.empty_like(rows)
-            values, scale = quantized(rows)
-            expanded = {"alignment": ALIGNMENT, "expected_rows": tokens * TOPK, "out": out}
-            row = {
-                "layer": name,
-                "tokens": tokens,
-                "layer_us": graph_us(lambda: layer(x, ids, weights)),
-                "bf16_rows_us": graph_us(lambda: layer.run_expanded(rows, psum, **expanded)),
-                "e4m3_rows_us": graph_us(lambda: layer.run_expanded(values, psum, scale=scale, **expanded)),
-            }
-            layer.check()
+            row = {"layer": name, "tokens": tokens} | measure(layer, tokens)
             found.append(row)
-            print(
-                f"{name:<10} {tokens:>6} {row['layer_us']:>9.1f} {row['bf16_rows_us']:>11.1f}"
-                f" {row['e4m3_rows_us']:>11.1f}",
-                flush=True,
-            )
-        del layer, w13, w2
+            times = f"{row['layer_us']:>9.1f} {row['bf16_rows_us']:>11.1f} {row['e4m3_rows_us']:>11.1f}"
+            print(f"{name:<10} {tokens:>6} {times}", flush=True)
+        del layer
         torch.cuda.empty_cache()
     if options.json:
         options.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": found}, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """Two builds of this library in one process: the same bits, and the time of a layer's call in a graph and on the host.
 
-    compare_builds.py BEFORE.so AFTER.so [--shapes dsv3,mixtral] [--shape H,I,E,topk,G] [--tokens 1,64,4096] [--format bf16] [--json FILE]
+    compare_builds.py BEFORE.so AFTER.so [--shapes dsv3,mixtral] [--shape H,I,E,topk,G] [--tokens 1,64,4096]
+                      [--format bf16] [--json FILE]
 
 Graphs take turns, so that both builds have the same clock. Host time is that of queueing a call, launches included.
 """

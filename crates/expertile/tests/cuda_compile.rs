@@ -112,7 +112,8 @@ fn few_tokens_sources() -> Vec<Source> {
         {
             let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
             let config = LayerConfig::new(topk, experts, activations);
-            sources.extend([1, 2, 4, 8].iter().filter_map(|&tokens| FewTokensConfig::new(&shape, &config, tokens, H200)));
+            sources
+                .extend([1, 2, 4, 8].iter().filter_map(|&tokens| FewTokensConfig::new(&shape, &config, tokens, H200)));
         }
     }
     let shape = LayerShape::new(1008, 336, 7).unwrap();
