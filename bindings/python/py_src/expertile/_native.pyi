@@ -353,7 +353,7 @@ class CudaGemm:
     def max_rows(self) -> int: ...
     @staticmethod
     def expected_rows(m_sum: int, experts: int, alignment: int) -> int:
-        """How many rows all experts together are likely to have in a buffer for whatever routing, with aligned segments."""
+        """How many rows all experts are likely to have in a buffer for whatever routing, with aligned segments."""
 
     def prepare(self, max_rows: int) -> None: ...
     def run(
