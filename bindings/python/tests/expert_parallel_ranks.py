@@ -14,12 +14,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import expertile.torch as et
+from four_bits import blocks, has_4_bits, words
 from on_gpu import captured
 
 
 def weights(experts, hidden, intermediate, form):
     """w13 and w2 with their scales, the same on every rank."""
     generator = torch.Generator().manual_seed(3)
+    if has_4_bits(form):
+        make = words if form.startswith("int4") else blocks
+        (w13, s13), (w2, s2) = (
+            make(experts, rows, columns, generator)
+            for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate))
+        )
+        return {"w13": w13, "w2": w2, "w13_scale": s13, "w2_scale": s2}
     w13 = torch.randn(experts, 2 * intermediate, hidden, generator=generator) / hidden**0.5
     w2 = torch.randn(experts, hidden, intermediate, generator=generator) / intermediate**0.5
     if form == "bf16":
@@ -35,7 +43,7 @@ def compare(rank, ranks, device, form, options):
     experts, topk, hidden, intermediate, capacity = 4 * ranks, 2, 512, 256, 40
     parts = {name: x.to(device) for name, x in weights(experts, hidden, intermediate, form).items()}
     mine = slice(rank * 4, rank * 4 + 4)
-    activations = {} if on_gpu else {"activations": form}
+    activations = {"activations": "e4m3" if form.endswith("e4m3") else "bf16"}
     share = {name: x[mine] for name, x in parts.items()}
     layer = et.ExpertParallelLayer(**share, capacity=capacity, topk=topk, time_limit=20, **activations, **options)
     whole = et.Layer(**parts, **activations)
@@ -82,7 +90,9 @@ def run(rank, ranks, device, port):
         torch.cuda.set_device(rank)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    for form in ("e4m3", "bf16"):
+    # A GPU says that it holds a copy of these.
+    warnings.filterwarnings("ignore", "w13 and w2 are ", UserWarning)
+    for form in ("e4m3", "bf16", "mxfp4", "mxfp4 x e4m3", "int4"):
         for combine in ("rows", "sums"):
             for dispatch in ("gather", "routed"):
                 options = {"dispatch": dispatch, "combine": combine}

@@ -3,7 +3,6 @@
 Skips without a Hopper GPU. ``pytest -s`` prints the figures.
 """
 
-import math
 import warnings
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import expertile.torch as et  # noqa: E402
+from four_bits import blocks, has_4_bits, words  # noqa: E402
 from on_gpu import captured, host_us, no_hopper  # noqa: E402
 
 pytestmark = pytest.mark.skipif(no_hopper() is not None, reason=str(no_hopper()))
@@ -36,25 +36,6 @@ def weights(experts, hidden, intermediate, form, seed=0):
     ]
     w13, w2 = ((x * 40).clamp(-448, 448).to(torch.float8_e4m3fn) for x in (w13, w2))
     return {"w13": w13, "w2": w2, "w13_scale": scales[0], "w2_scale": scales[1]}
-
-
-def blocks(experts, rows, columns, generator):
-    """Random nibbles, and scales that keep sums of their products near 1; some groups are zeros."""
-    values = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
-    values[torch.rand(values.shape[:3], generator=generator) < 0.02] = 0
-    near = 125 - int(math.log2(columns) / 2)
-    return values, torch.randint(near - 2, near + 1, values.shape[:3], generator=generator, dtype=torch.uint8)
-
-
-def words(experts, rows, columns, generator):
-    """Random words of int4, and scales that keep sums of their products near 1: f16 ones of gate and up, else bf16."""
-    values = torch.randint(-(2**31), 2**31, (experts, rows, columns // 8), generator=generator).to(torch.int32)
-    scales = (torch.rand(experts, rows, columns // 32, generator=generator) + 0.5) / (4.6 * columns**0.5)
-    return values, scales.to(torch.float16 if rows > columns else torch.bfloat16)
-
-
-def has_4_bits(form):
-    return form.startswith(("mxfp4", "int4"))
 
 
 def biases(experts, hidden, intermediate, dtype=torch.float32):

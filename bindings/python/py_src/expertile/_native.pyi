@@ -225,6 +225,7 @@ class CudaExpertParallelLayer:
         w2: Any,
         w13_scale: Any | None,
         w2_scale: Any | None,
+        activations: str,
         placement: list[list[int]],
         capacity: int,
         topk: int,

@@ -7,6 +7,7 @@ use crate::array::{Apart, Array, Element};
 use crate::autograd::written;
 use crate::error::{Wrong, exception, size};
 use crate::expert_parallel::{PyExchange, parallel};
+use crate::layer::named_activations;
 use crate::tensor::{self, Form};
 use expertile::cuda::{
     DeviceBuffer, DeviceMatrix, DevicePtr, ExpertParallelCall, ExpertParallelLayer, Link, Nccl, STATE_BYTES,
@@ -31,7 +32,7 @@ pub(crate) struct CudaExpertParallelLayer {
 impl CudaExpertParallelLayer {
     #[new]
     #[pyo3(signature = (
-        w13, w2, w13_scale, w2_scale, placement, capacity, topk, ids, input, output, exchange, rank, *,
+        w13, w2, w13_scale, w2_scale, activations, placement, capacity, topk, ids, input, output, exchange, rank, *,
         link, dispatch, combine, alpha, beta, limit, weight_on_input, time_limit
     ))]
     fn new(
@@ -40,6 +41,7 @@ impl CudaExpertParallelLayer {
         w2: &Bound<'_, PyAny>,
         w13_scale: Option<&Bound<'_, PyAny>>,
         w2_scale: Option<&Bound<'_, PyAny>>,
+        activations: &str,
         placement: Vec<Vec<usize>>,
         capacity: &Bound<'_, PyAny>,
         topk: &Bound<'_, PyAny>,
@@ -65,10 +67,7 @@ impl CudaExpertParallelLayer {
             return Err(Wrong::new("w13", "is on the CPU", "the CPU", "a CUDA device").value());
         };
         let Pair { sizes13, sizes2, format, .. } = Pair::new((w13, w13_scale.as_ref()), (w2, w2_scale.as_ref()), true)?;
-        if format.has_groups() {
-            return Err(w13.dtype_error("bfloat16 or float8_e4m3fn over several GPUs"));
-        }
-        let activation_format = format.usual_activations();
+        let activation_format = named_activations(activations)?;
         let ranks = placement.len();
         let parallel = parallel(placement, dispatch, combine)?;
         let experts = parallel.placement.global_experts();
@@ -87,9 +86,18 @@ impl CudaExpertParallelLayer {
         let w13_in_place = in_place(w13, sizes13, ("w13_scale", w13_scale.as_ref()), format)?;
         let w2_in_place = in_place(w2, sizes2, ("w2_scale", w2_scale.as_ref()), format)?;
         let gpu = gpu::gpu(py, ordinal)?;
+        let stream = current_stream(py, ordinal)?;
         let exchange: Arc<dyn Exchange> = Arc::new(PyExchange { exchange, rank, ranks });
         let device = &gpu.device;
         let layer = py.detach(|| {
+            // Weights of 4 bits are arranged on the default stream; what torch has queued comes before.
+            if format.has_groups() {
+                #[allow(unsafe_code)]
+                // SAFETY: torch's current stream is a live stream of the device.
+                unsafe {
+                    device.synchronize(stream)?;
+                }
+            }
             let link = match link {
                 "nccl" => Link::Nccl(Arc::new(Nccl::join(device, &*exchange, time_limit)?)),
                 "nccl-windows" => Link::Nccl(Arc::new(Nccl::join(device, &*exchange, time_limit)?.with_windows())),
@@ -105,7 +113,9 @@ impl CudaExpertParallelLayer {
         });
         let layer = layer.map_err(exception)?;
         let state = gpu.device.upload(&[0u8; STATE_BYTES]).map_err(exception)?;
-        let tensors = arrays.iter().flatten().map(|array| array.object().clone().unbind()).collect();
+        // Of weights of 4 bits the layer has a copy.
+        let held = arrays.iter().flatten().filter(|_| !format.has_groups());
+        let tensors = held.map(|array| array.object().clone().unbind()).collect();
         Ok(Self { gpu, layer, state, _tensors: tensors })
     }
 

@@ -12,7 +12,7 @@ mod nccl;
 mod on_device;
 
 use expertile::cuda::{Device, ExpertParallelCall, ExpertParallelLayer, Graph, Stream};
-use expertile::{ActivationFormat, Combine, Dispatch, Dtype, Error, ParallelConfig, Placement};
+use expertile::{ActivationFormat, Combine, Dispatch, Dtype, Error, ParallelConfig, Placement, WeightFormat};
 use expertile_testkit::{Pattern, Random};
 use half::{bf16, f16};
 use model::{BASE, Model, Operands, Spec, Tokens, launch, nowhere, on_one_rank, prepare};
@@ -169,8 +169,21 @@ fn e4m3_rows_have_the_bits_of_one_rank() {
 
 #[test]
 fn bf16_rows_have_the_bits_of_one_rank() {
-    let spec = Spec { hidden: 272, intermediate: 144, format: ActivationFormat::Bf16, ..BASE };
+    let spec =
+        Spec { hidden: 272, intermediate: 144, weights: WeightFormat::Bf16, format: ActivationFormat::Bf16, ..BASE };
     check_spec(spec, &[2, 4], 5, &ALL);
+}
+
+#[test]
+fn rows_of_4_bit_weights_have_the_bits_of_one_rank() {
+    for (weights, format) in [
+        (WeightFormat::Mxfp4, ActivationFormat::E4m3),
+        (WeightFormat::Mxfp4, ActivationFormat::Bf16),
+        (WeightFormat::Int4, ActivationFormat::Bf16),
+    ] {
+        let spec = Spec { hidden: 256, intermediate: 128, weights, format, ..BASE };
+        check_spec(spec, &[2], 5, &[Pattern::Even, Pattern::Skewed]);
+    }
 }
 
 #[test]

@@ -7,7 +7,8 @@ use expertile::cuda::{
     RoutingPtrs, STATE_BYTES, Stream, Weights,
 };
 use expertile::exchange::{Exchange, Threads};
-use expertile::{ActivationFormat, Dtype, E4m3, LayerConfig, ParallelConfig, Result};
+use expertile::int4::{self, Int4Scales};
+use expertile::{ActivationFormat, Dtype, E4m3, LayerConfig, MatrixRef, ParallelConfig, Result, WeightFormat, mxfp4};
 use expertile_testkit::{NAN_POISON, Random, block_scaled_weights, unit_rows, unit_weights};
 use half::{bf16, f16};
 use std::sync::Arc;
@@ -20,6 +21,8 @@ pub(crate) struct Spec {
     pub(crate) intermediate: usize,
     pub(crate) experts: usize,
     pub(crate) topk: usize,
+    pub(crate) weights: WeightFormat,
+    /// Of rows.
     pub(crate) format: ActivationFormat,
     pub(crate) input: Dtype,
     pub(crate) output: Dtype,
@@ -32,6 +35,7 @@ pub(crate) const BASE: Spec = Spec {
     intermediate: 256,
     experts: 12,
     topk: 4,
+    weights: WeightFormat::E4m3,
     format: ActivationFormat::E4m3,
     input: Dtype::Bf16,
     output: Dtype::Bf16,
@@ -55,6 +59,9 @@ impl Spec {
 enum Matrices {
     Bf16(Vec<bf16>),
     E4m3(Vec<E4m3>, Vec<f32>),
+    /// Blocks and scales.
+    Mxfp4(Vec<u8>, Vec<u8>),
+    Int4(Vec<u8>, Vec<bf16>),
 }
 
 /// The weights of all experts, on the host.
@@ -67,9 +74,22 @@ pub(crate) struct Model {
 impl Model {
     pub(crate) fn new(spec: Spec) -> Self {
         let mut random = Random::new(7 + spec.hidden as u64);
-        let mut make = |extents: [usize; 3]| match spec.format {
-            ActivationFormat::Bf16 => Matrices::Bf16(unit_weights(&mut random, extents, bf16::from_f32)),
-            ActivationFormat::E4m3 => {
+        let mut make = |extents: [usize; 3]| match spec.weights {
+            WeightFormat::Bf16 => Matrices::Bf16(unit_weights(&mut random, extents, bf16::from_f32)),
+            WeightFormat::Mxfp4 => {
+                let values: Vec<f32> = unit_weights(&mut random, extents, |value| value);
+                let (mut blocks, mut scales) = (vec![0; values.len() / 2], vec![0; values.len() / mxfp4::GROUP]);
+                mxfp4::quantize_rows(&values, extents[2], &mut blocks, &mut scales).unwrap();
+                Matrices::Mxfp4(blocks, scales)
+            }
+            WeightFormat::Int4 => {
+                let values: Vec<f32> = unit_weights(&mut random, extents, |value| value);
+                let mut blocks = vec![0; values.len() / 2];
+                let mut scales = vec![bf16::ZERO; values.len() / int4::GROUP];
+                int4::quantize_rows(&values, extents[2], &mut blocks, &mut scales).unwrap();
+                Matrices::Int4(blocks, scales)
+            }
+            WeightFormat::E4m3 => {
                 let (values, scales) = block_scaled_weights(&mut random, extents, E4m3::MAX, E4m3::from_f32);
                 Matrices::E4m3(values, scales)
             }
@@ -89,6 +109,15 @@ impl Model {
                 Matrices::E4m3(values, scales) => {
                     let (values, scales) = (pick(values, experts, all), pick(scales, experts, all));
                     Weights::upload_e4m3(device, &values, &scales, sizes)
+                }
+                Matrices::Mxfp4(blocks, scales) => {
+                    let (blocks, scales) = (pick(blocks, experts, all), pick(scales, experts, all));
+                    Weights::upload_mxfp4(device, &blocks, &scales, sizes)
+                }
+                Matrices::Int4(blocks, scales) => {
+                    let (blocks, scales) = (pick(blocks, experts, all), pick(scales, experts, all));
+                    let rows = MatrixRef::new(&scales[..], experts.len() * n, k / int4::GROUP).unwrap();
+                    Weights::upload_int4(device, &blocks, Int4Scales::Bf16(rows), sizes)
                 }
             }
             .unwrap()

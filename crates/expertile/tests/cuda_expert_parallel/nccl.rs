@@ -6,7 +6,7 @@ use super::on_device::hopper;
 use super::{LIMIT, as_f64, check_output, counts, placements};
 use expertile::cuda::{Device, Graph, Link, Nccl, Stream};
 use expertile::exchange::Exchange;
-use expertile::{ActivationFormat, Combine, Dispatch, Dtype, Error, ParallelConfig, Placement, Result};
+use expertile::{ActivationFormat, Combine, Dispatch, Dtype, Error, ParallelConfig, Placement, Result, WeightFormat};
 use expertile_testkit::{Pattern, Random};
 use std::sync::Arc;
 
@@ -89,7 +89,14 @@ fn over_nccl_e4m3_rows_have_the_bits_of_one_rank() {
 
 #[test]
 fn over_nccl_bf16_rows_and_an_f32_result_have_the_bits_of_one_rank() {
-    let spec = Spec { hidden: 272, intermediate: 144, format: ActivationFormat::Bf16, output: Dtype::F32, ..BASE };
+    let spec = Spec {
+        hidden: 272,
+        intermediate: 144,
+        weights: WeightFormat::Bf16,
+        format: ActivationFormat::Bf16,
+        output: Dtype::F32,
+        ..BASE
+    };
     check_spec(spec, &[2], 6, &[Pattern::Skewed, Pattern::Even]);
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _native
 from .._errors import ArgumentValueError
-from .layer import Layer, gate_up_order, in_halves, in_place, on_a_gpu, scales_in_place
+from .layer import Layer, gate_up_order, on_a_gpu, weights_on_a_gpu
 from .layout import empty, require_tensor
 
 
@@ -19,10 +19,10 @@ class ExpertParallelLayer:
     """One rank's experts of a layer, and the way to the others'. Every rank makes the same calls, with 0 tokens too.
 
     w13, w2, w13_scale, w2_scale, gate_up, activations, alpha, beta, limit, weight_on_input: as for ``Layer``, of the
-    experts that are on this rank: on the CPU, or on its own Hopper GPU, which takes no MXFP4 here. placement: the
-    global ids of each rank's experts, in the order of their weights; an expert may stand on several ranks. Without it,
-    ranks hold as many as each other, neighbouring ids together. capacity: the most tokens that a rank brings to a call,
-    the same on all ranks; topk: experts of a token. dtype, out_dtype: of hidden_states and the result; ids_dtype: of
+    experts that are on this rank: on the CPU, or on its own Hopper GPU; there are no biases. placement: the global
+    ids of each rank's experts, in the order of their weights; an expert may stand on several ranks. Without it, ranks
+    hold as many as each other, neighbouring ids together. capacity: the most tokens that a rank brings to a call, the
+    same on all ranks; topk: experts of a token. dtype, out_dtype: of hidden_states and the result; ids_dtype: of
     topk_ids, on a GPU.
 
     group: the ranks, by default all of them. On the CPU every call goes over it, pickled: it is for tests and for what
@@ -104,13 +104,11 @@ class ExpertParallelLayer:
                 combine=combine,
             )
             return
-        if w13.dtype != torch.uint8:
-            on_a_gpu(w13, activations)
+        require_tensor("w2", w2)
+        activations = on_a_gpu(w13, activations)
         self._on_gpu = _native.CudaExpertParallelLayer(
-            in_place("w13", in_halves("w13", w13, gate_up)),
-            in_place("w2", w2),
-            scales_in_place("w13_scale", w13_scale),
-            scales_in_place("w2_scale", w2_scale),
+            *weights_on_a_gpu((w13, w13_scale), (w2, w2_scale), gate_up, activations),
+            activations,
             lists,
             capacity,
             topk,

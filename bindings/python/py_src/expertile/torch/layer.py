@@ -81,16 +81,7 @@ class Layer:
         if self._on_gpu:
             self._dtype = w13.dtype
             activations = on_a_gpu(w13, activations)
-            if w13.dtype in FOUR_BITS:
-                what = f"w13 and w2 are {name_of_blocks(w13_scale)}"
-                message = f"{what}: the layer holds a copy of them, arranged for {activations} rows"
-                warnings.warn(message, stacklevel=2)
-                w13, w13_scale = blocks_in_halves(("w13", w13), ("w13_scale", w13_scale), gate_up)
-                w2, w2_scale = blocks_in_halves(("w2", w2), ("w2_scale", w2_scale), "halves")
-            else:
-                w13, w2 = in_place("w13", in_halves("w13", w13, gate_up)), in_place("w2", w2)
-                w13_scale = scales_in_place("w13_scale", w13_scale)
-                w2_scale = scales_in_place("w2_scale", w2_scale)
+            w13, w2, w13_scale, w2_scale = weights_on_a_gpu((w13, w13_scale), (w2, w2_scale), gate_up, activations)
             w13_bias = bias_on_cpu("w13_bias", w13_bias, w13.device)
             w2_bias = bias_on_cpu("w2_bias", w2_bias, w13.device)
         else:
@@ -314,6 +305,22 @@ def on_a_gpu(w13: Tensor, activations: str | None) -> str:
         found = f' is "{activations}"'
         raise ArgumentValueError("activations", found, activations, f'"{own}", which the weights are, on a GPU')
     return own
+
+
+def weights_on_a_gpu(
+    w13: tuple[Tensor, Tensor | None], w2: tuple[Tensor, Tensor | None], gate_up: str, activations: str
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """w13, w2 and their scales as the native layer takes them: where they are, or for as long as they are arranged."""
+    (values13, scale13), (values2, scale2) = w13, w2
+    if values13.dtype in FOUR_BITS:
+        what = f"w13 and w2 are {name_of_blocks(scale13)}"
+        message = f"{what}: the layer holds a copy of them, arranged for {activations} rows"
+        warnings.warn(message, stacklevel=3)
+        values13, scale13 = blocks_in_halves(("w13", values13), ("w13_scale", scale13), gate_up)
+        values2, scale2 = blocks_in_halves(("w2", values2), ("w2_scale", scale2), "halves")
+        return values13, values2, scale13, scale2
+    values13, values2 = in_place("w13", in_halves("w13", values13, gate_up)), in_place("w2", values2)
+    return values13, values2, scales_in_place("w13_scale", scale13), scales_in_place("w2_scale", scale2)
 
 
 def flat_blocks(name: str, x: Tensor) -> Tensor:
