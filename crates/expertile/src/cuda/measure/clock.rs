@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::layer::Stage;
 use cudarc::driver::sys;
 use std::ptr::null_mut;
+use std::time::{Duration, Instant};
 
 /// Calls captured into one graph, fewer if that many take longer than [`LONG_ENOUGH`].
 const CALLS: usize = 20;
@@ -68,16 +69,23 @@ impl<'a> Clock<'a> {
     }
 
     /// Median seconds of one call of each of `works` inside a graph of several; all of them by turns, so that they
-    /// meet the same clock.
+    /// meet the same clock, and after as much load as brings the clock down to what a busy device has.
     pub(super) fn in_turns(&self, works: &[impl Fn(Stream) -> Result<()>]) -> Result<Vec<f64>> {
         const ROUNDS: usize = 5;
         /// Seconds of a replay; there are many.
         const SHORT: f64 = 0.002;
+        const LOAD: Duration = Duration::from_millis(150);
         let mut graphs = Vec::with_capacity(works.len());
         for work in works {
             self.elapsed(work)?;
             let calls = ((SHORT / self.elapsed(work)?.max(1e-9)) as usize).clamp(1, CALLS);
             graphs.push((Graph::capture(self.device, |stream| (0..calls).try_for_each(|_| work(stream)))?, calls));
+        }
+        let start = Instant::now();
+        while start.elapsed() < LOAD {
+            for (graph, _) in &graphs {
+                self.elapsed(|_| self.replay(graph))?;
+            }
         }
         let mut seconds = vec![Vec::with_capacity(ROUNDS); works.len()];
         for _ in 0..ROUNDS {
