@@ -68,7 +68,7 @@ pub struct FewTokensConfig {
 }
 
 impl FewTokensConfig {
-    /// The kernel for up to `tokens` tokens (1, 2 or 4) of a layer on a device of that many multiprocessors; none if its
+    /// The kernel for up to `tokens` tokens (1, 2, 4 or 8) of a layer on a device of that many multiprocessors; none if its
     /// rows leave too little shared memory for weights.
     #[must_use]
     pub fn new(shape: &LayerShape, config: &LayerConfig, tokens: usize, multiprocessors: usize) -> Option<Self> {
