@@ -44,6 +44,12 @@ def compare(rank, ranks, device, form, options):
     parts = {name: x.to(device) for name, x in weights(experts, hidden, intermediate, form).items()}
     mine = slice(rank * 4, rank * 4 + 4)
     activations = {"activations": "e4m3" if form.endswith("e4m3") else "bf16"}
+    if form == "mxfp4":
+        generator = torch.Generator().manual_seed(4)
+        parts |= {
+            name: torch.randn(experts, width, generator=generator).to(device)
+            for name, width in (("w13_bias", 2 * intermediate), ("w2_bias", hidden))
+        }
     share = {name: x[mine] for name, x in parts.items()}
     layer = et.ExpertParallelLayer(**share, capacity=capacity, topk=topk, time_limit=20, **activations, **options)
     whole = et.Layer(**parts, **activations)

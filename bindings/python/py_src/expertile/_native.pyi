@@ -243,6 +243,9 @@ class CudaExpertParallelLayer:
         limit: float | None,
         weight_on_input: bool,
         time_limit: float,
+        w13_bias: Any | None = None,
+        w2_bias: Any | None = None,
+        gate_up: str = "halves",
     ) -> CudaExpertParallelLayer: ...
     def workspace_bytes(self, capacity: int) -> int: ...
     def run(

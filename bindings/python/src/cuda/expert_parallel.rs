@@ -7,7 +7,7 @@ use crate::array::{Apart, Array, Element};
 use crate::autograd::written;
 use crate::error::{Wrong, exception, size};
 use crate::expert_parallel::{PyExchange, parallel};
-use crate::layer::named_activations;
+use crate::layer::{biases, gate_up_order, named_activations};
 use crate::tensor::{self, Form};
 use expertile::cuda::{
     DeviceBuffer, DeviceMatrix, DevicePtr, ExpertParallelCall, ExpertParallelLayer, Link, Nccl, STATE_BYTES,
@@ -33,7 +33,8 @@ impl CudaExpertParallelLayer {
     #[new]
     #[pyo3(signature = (
         w13, w2, w13_scale, w2_scale, activations, placement, capacity, topk, ids, input, output, exchange, rank, *,
-        link, dispatch, combine, alpha, beta, limit, weight_on_input, time_limit
+        link, dispatch, combine, alpha, beta, limit, weight_on_input, time_limit, w13_bias=None, w2_bias=None,
+        gate_up="halves"
     ))]
     fn new(
         py: Python<'_>,
@@ -58,6 +59,9 @@ impl CudaExpertParallelLayer {
         limit: Option<f32>,
         weight_on_input: bool,
         time_limit: f64,
+        w13_bias: Option<&Bound<'_, PyAny>>,
+        w2_bias: Option<&Bound<'_, PyAny>>,
+        gate_up: &str,
     ) -> PyResult<Self> {
         let arrays = [Some(w13), Some(w2), w13_scale, w2_scale].into_iter().zip(["w13", "w2", "w13_scale", "w2_scale"]);
         let arrays: Vec<_> = arrays.map(|(array, name)| Array::optional(name, array)).collect::<PyResult<_>>()?;
@@ -66,7 +70,8 @@ impl CudaExpertParallelLayer {
         let Some(ordinal) = device else {
             return Err(Wrong::new("w13", "is on the CPU", "the CPU", "a CUDA device").value());
         };
-        let Pair { sizes13, sizes2, format, .. } = Pair::new((w13, w13_scale.as_ref()), (w2, w2_scale.as_ref()), true)?;
+        let Pair { sizes13, sizes2, shape, format } =
+            Pair::new((w13, w13_scale.as_ref()), (w2, w2_scale.as_ref()), true)?;
         let activation_format = named_activations(activations)?;
         let ranks = placement.len();
         let parallel = parallel(placement, dispatch, combine)?;
@@ -85,6 +90,7 @@ impl CudaExpertParallelLayer {
         })?;
         let w13_in_place = in_place(w13, sizes13, ("w13_scale", w13_scale.as_ref()), format)?;
         let w2_in_place = in_place(w2, sizes2, ("w2_scale", w2_scale.as_ref()), format)?;
+        let (b13, b2) = biases(&shape, gate_up_order(gate_up)?, w13_bias, w2_bias)?;
         let gpu = gpu::gpu(py, ordinal)?;
         let stream = current_stream(py, ordinal)?;
         let exchange: Arc<dyn Exchange> = Arc::new(PyExchange { exchange, rank, ranks });
@@ -109,7 +115,7 @@ impl CudaExpertParallelLayer {
             };
             let weights = (w13_in_place, w2_in_place);
             let layer = ExpertParallelLayer::prepare(device, weights, config, parallel, capacity, exchange, link)?;
-            Ok(layer.with_time_limit(time_limit))
+            Ok(layer.with_biases(b13, b2)?.with_time_limit(time_limit))
         });
         let layer = layer.map_err(exception)?;
         let state = gpu.device.upload(&[0u8; STATE_BYTES]).map_err(exception)?;

@@ -273,6 +273,23 @@ impl ExpertParallelLayer {
         self.window.clear(self.device(), self.parts.bytes)
     }
 
+    /// The same with biases of this rank's experts: as [`Layer::with_biases`]. Every rank calls, before any call of the
+    /// layer; where one has a bias of a GEMM all have.
+    ///
+    /// # Errors
+    /// As [`Layer::with_biases`], on all ranks, by [`Error::OnRank`]; [`Error::Disagreement`] where ranks do not have the
+    /// same; [`Error::Absent`].
+    pub fn with_biases(self, b13: Option<Vec<f32>>, b2: Option<Vec<f32>>) -> Result<Self> {
+        let given = |bias: &Option<Vec<f32>>| if bias.is_some() { "given" } else { "none" }.to_owned();
+        agree(&*self.exchange, &vec![("w13_bias", given(&b13)), ("w2_bias", given(&b2))], 0)?;
+        let (exchange, device) = (self.exchange.clone(), self.layer.device().clone());
+        let Self { layer, .. } = self;
+        let with = layer.with_biases(b13, b2).and_then(|layer| Ok((ReceivedEntry::prepare(&device, &layer)?, layer)));
+        all_are_well(&*exchange, with.as_ref().err())?;
+        let (entry, layer) = with?;
+        Ok(Self { entry, layer, ..self })
+    }
+
     /// Waits of calls from now on end after that long. The same on all ranks, or the first to give up is named.
     #[must_use]
     pub fn with_time_limit(self, limit: Duration) -> Self {

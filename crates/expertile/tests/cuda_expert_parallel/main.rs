@@ -11,11 +11,11 @@ mod nccl;
 #[path = "../on_device/mod.rs"]
 mod on_device;
 
-use expertile::cuda::{Device, ExpertParallelCall, ExpertParallelLayer, Graph, Stream};
+use expertile::cuda::{Device, ExpertParallelCall, ExpertParallelLayer, Graph, Link, Stream};
 use expertile::{ActivationFormat, Combine, Dispatch, Dtype, Error, ParallelConfig, Placement, WeightFormat};
 use expertile_testkit::{Pattern, Random};
 use half::{bf16, f16};
-use model::{BASE, Model, Operands, Spec, Tokens, launch, nowhere, on_one_rank, prepare};
+use model::{BASE, Model, Operands, Spec, Tokens, launch, nowhere, on_one_rank, on_ranks, prepare, prepare_rank};
 use on_device::hopper;
 use std::time::Duration;
 
@@ -183,6 +183,34 @@ fn rows_of_4_bit_weights_have_the_bits_of_one_rank() {
     ] {
         let spec = Spec { hidden: 256, intermediate: 128, weights, format, ..BASE };
         check_spec(spec, &[2], 5, &[Pattern::Even, Pattern::Skewed]);
+    }
+}
+
+#[test]
+fn biases_are_those_of_the_ranks_experts() {
+    check_spec(Spec { hidden: 256, biased: true, ..BASE }, &[1, 3], 5, &[Pattern::Even, Pattern::Skewed]);
+    let (weights, format) = (WeightFormat::Mxfp4, ActivationFormat::Bf16);
+    let spec = Spec { hidden: 192, intermediate: 160, weights, format, biased: true, ..BASE };
+    check_spec(spec, &[2], 5, &[Pattern::Skewed]);
+}
+
+#[test]
+fn biases_that_only_some_ranks_have_or_that_are_too_short_are_told_on_all() {
+    let Some(device) = hopper() else { return };
+    let model = Model::new(BASE);
+    let parallel = ParallelConfig::new(Placement::linear(BASE.experts, 2).unwrap());
+    let with = |biases: fn(usize) -> Option<Vec<f32>>| {
+        on_ranks(2, |exchange| {
+            let rank = exchange.rank();
+            let layer = prepare_rank(device, &model, &parallel, 4, exchange, Link::Mapped).unwrap();
+            layer.with_biases(biases(rank), None).unwrap_err()
+        })
+    };
+    for error in with(|rank| (rank == 1).then(|| vec![0.0; 6 * 2 * 256])) {
+        assert!(matches!(error, Error::Disagreement { argument: "w13_bias", .. }), "{error}");
+    }
+    for error in with(|rank| Some(vec![0.0; 6 * 2 * 256 - rank])) {
+        assert!(matches!(&error, Error::OnRank { rank: 1, message } if message.contains("3071")), "{error}");
     }
 }
 

@@ -28,6 +28,7 @@ pub(crate) struct Spec {
     pub(crate) output: Dtype,
     pub(crate) ids: Dtype,
     pub(crate) weight_on_input: bool,
+    pub(crate) biased: bool,
 }
 
 pub(crate) const BASE: Spec = Spec {
@@ -41,6 +42,7 @@ pub(crate) const BASE: Spec = Spec {
     output: Dtype::Bf16,
     ids: Dtype::I32,
     weight_on_input: false,
+    biased: false,
 };
 
 impl Spec {
@@ -97,6 +99,17 @@ impl Model {
         let Spec { hidden, intermediate, experts, .. } = spec;
         let w13 = make([experts, 2 * intermediate, hidden]);
         Self { spec, w13, w2: make([experts, hidden, intermediate]) }
+    }
+
+    /// The biases of some experts, in that order; none if there are none.
+    pub(crate) fn biases(&self, experts: &[usize]) -> (Option<Vec<f32>>, Option<Vec<f32>>) {
+        let Spec { hidden, intermediate, experts: all, biased, .. } = self.spec;
+        let mut random = Random::new(55);
+        let mut make = |width: usize| {
+            let values: Vec<f32> = (0..all * width).map(|_| random.uniform()).collect();
+            biased.then(|| pick(&values, experts, all))
+        };
+        (make(2 * intermediate), make(hidden))
     }
 
     /// The weights of some experts, in that order.
@@ -216,7 +229,8 @@ pub(crate) fn on_one_rank(device: &Device, model: &Model, tokens: &Tokens) -> Ve
     let count = tokens.ids.len() / spec.topk;
     let all: Vec<usize> = (0..spec.experts).collect();
     let (w13, w2) = model.weights(device, &all);
-    let layer = Layer::prepare(device, w13, w2, spec.config(), count.max(1)).unwrap();
+    let (b13, b2) = model.biases(&all);
+    let layer = Layer::prepare(device, w13, w2, spec.config(), count.max(1)).unwrap().with_biases(b13, b2).unwrap();
     let operands = Operands::new(device, spec, tokens, (0, count, count), layer.workspace_bytes(count).unwrap());
     let ExpertParallelCall { hidden_states, topk_ids, topk_weights, output, state, workspace, .. } = operands.call;
     let routing = RoutingPtrs { ids: topk_ids, expert_map: None, global_experts: spec.experts };
@@ -248,8 +262,11 @@ pub(crate) fn prepare_rank(
     exchange: Arc<dyn Exchange>,
     link: Link,
 ) -> Result<ExpertParallelLayer> {
-    let weights = model.weights(device, parallel.placement.experts(exchange.rank()));
-    ExpertParallelLayer::prepare(device, weights, model.spec.config(), parallel.clone(), capacity, exchange, link)
+    let experts = parallel.placement.experts(exchange.rank());
+    let (weights, (b13, b2)) = (model.weights(device, experts), model.biases(experts));
+    let (config, parallel) = (model.spec.config(), parallel.clone());
+    let layer = ExpertParallelLayer::prepare(device, weights, config, parallel, capacity, exchange, link)?;
+    if model.spec.biased { layer.with_biases(b13, b2) } else { Ok(layer) }
 }
 
 /// What each of the ranks does, in a thread of its own.

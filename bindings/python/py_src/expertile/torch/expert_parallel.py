@@ -11,19 +11,19 @@ from torch import Tensor
 
 from .. import _native
 from .._errors import ArgumentValueError
-from .layer import Layer, gate_up_order, on_a_gpu, weights_on_a_gpu
+from .layer import Layer, bias_on_cpu, gate_up_order, on_a_gpu, weights_on_a_gpu
 from .layout import empty, require_tensor
 
 
 class ExpertParallelLayer:
     """One rank's experts of a layer, and the way to the others'. Every rank makes the same calls, with 0 tokens too.
 
-    w13, w2, w13_scale, w2_scale, gate_up, activations, alpha, beta, limit, weight_on_input: as for ``Layer``, of the
-    experts that are on this rank: on the CPU, or on its own Hopper GPU; there are no biases. placement: the global
-    ids of each rank's experts, in the order of their weights; an expert may stand on several ranks. Without it, ranks
-    hold as many as each other, neighbouring ids together. capacity: the most tokens that a rank brings to a call, the
-    same on all ranks; topk: experts of a token. dtype, out_dtype: of hidden_states and the result; ids_dtype: of
-    topk_ids, on a GPU.
+    w13, w2, their scales and biases, gate_up, activations, alpha, beta, limit, weight_on_input: as for ``Layer``, of
+    the experts that are on this rank: on the CPU, or on its own Hopper GPU. placement: the global ids of each rank's
+    experts, in the order of their weights; an expert may stand on several ranks. Without it, ranks hold as many as
+    each other, neighbouring ids together. capacity: the most tokens that a rank brings to a call, the same on all
+    ranks; topk: experts of a token. dtype, out_dtype: of hidden_states and the result; ids_dtype: of topk_ids, on a
+    GPU.
 
     group: the ranks, by default all of them. On the CPU every call goes over it, pickled: it is for tests and for what
     is not urgent. On GPUs it is used here, and not in calls. link, between GPUs: ``"mapped"``, GPUs of one host store
@@ -45,6 +45,8 @@ class ExpertParallelLayer:
         topk: int,
         w13_scale: Tensor | None = None,
         w2_scale: Tensor | None = None,
+        w13_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
         placement: Sequence[Sequence[int]] | None = None,
         group: dist.ProcessGroup | None = None,
         link: str = "mapped",
@@ -87,6 +89,8 @@ class ExpertParallelLayer:
                 w2,
                 w13_scale=w13_scale,
                 w2_scale=w2_scale,
+                w13_bias=w13_bias,
+                w2_bias=w2_bias,
                 activations=activations,
                 gate_up=gate_up,
                 **parameters,  # type: ignore[arg-type]
@@ -121,6 +125,9 @@ class ExpertParallelLayer:
             dispatch=dispatch,
             combine=combine,
             time_limit=time_limit,
+            w13_bias=bias_on_cpu("w13_bias", w13_bias, w13.device),
+            w2_bias=bias_on_cpu("w2_bias", w2_bias, w13.device),
+            gate_up=gate_up,
             **parameters,  # type: ignore[arg-type]
         )
 
