@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import expertile.torch as et
-from four_bits import blocks, has_4_bits, words
+from four_bits import has_4_bits, weights_of_4_bits
 from on_gpu import captured
 
 
@@ -22,12 +22,7 @@ def weights(experts, hidden, intermediate, form):
     """w13 and w2 with their scales, the same on every rank."""
     generator = torch.Generator().manual_seed(3)
     if has_4_bits(form):
-        make = words if form.startswith("int4") else blocks
-        (w13, s13), (w2, s2) = (
-            make(experts, rows, columns, generator)
-            for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate))
-        )
-        return {"w13": w13, "w2": w2, "w13_scale": s13, "w2_scale": s2}
+        return weights_of_4_bits(experts, hidden, intermediate, form, generator)
     w13 = torch.randn(experts, 2 * intermediate, hidden, generator=generator) / hidden**0.5
     w2 = torch.randn(experts, hidden, intermediate, generator=generator) / intermediate**0.5
     if form == "bf16":

@@ -20,5 +20,15 @@ def words(experts, rows, columns, generator):
     return values, scales.to(torch.float16 if rows > columns else torch.bfloat16)
 
 
+def weights_of_4_bits(experts, hidden, intermediate, form, generator):
+    """w13 and w2 with their scales, on the CPU."""
+    make = words if form.startswith("int4") else blocks
+    (w13, s13), (w2, s2) = (
+        make(experts, rows, columns, generator)
+        for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate))
+    )
+    return {"w13": w13, "w2": w2, "w13_scale": s13, "w2_scale": s2}
+
+
 def has_4_bits(form):
     return form.startswith(("mxfp4", "int4"))

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import expertile.torch as et  # noqa: E402
-from four_bits import blocks, has_4_bits, words  # noqa: E402
+from four_bits import has_4_bits, weights_of_4_bits  # noqa: E402
 from on_gpu import captured, host_us, no_hopper  # noqa: E402
 
 pytestmark = pytest.mark.skipif(no_hopper() is not None, reason=str(no_hopper()))
@@ -20,12 +20,7 @@ def weights(experts, hidden, intermediate, form, seed=0):
     """w13 and w2 with their scales, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     if has_4_bits(form):
-        make = words if form.startswith("int4") else blocks
-        (w13, s13), (w2, s2) = (
-            make(experts, rows, columns, generator)
-            for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate))
-        )
-        return {"w13": w13, "w2": w2, "w13_scale": s13, "w2_scale": s2}
+        return weights_of_4_bits(experts, hidden, intermediate, form, generator)
     w13 = torch.randn(experts, 2 * intermediate, hidden, generator=generator) / hidden**0.5
     w2 = torch.randn(experts, hidden, intermediate, generator=generator) / intermediate**0.5
     if form == "bf16":

@@ -10,6 +10,8 @@
 //! and are judged by layers of another seed.
 
 use super::gemm::{GemmKernel, GemmShape, LARGE_ROW_TILE, WIDE_ROW_TILE, row_bytes, values_of_block};
+use super::weights::mxfp4::{UNIT_K, UNIT_OUTPUTS, unit_bytes};
+use super::weights::weight_bytes;
 use crate::gemm::{ActivationFormat, WeightFormat};
 use table::COSTS;
 
@@ -184,11 +186,10 @@ impl Cost {
         let spread = (1.0 - self.whole) * (rounds + self.tail * rounds.min(1.0)) + self.whole * rounds.ceil();
         let work = (work / tiles * spread).max(longest);
         // Scales of groups come with the weights.
-        let weight_bytes = match shape.format {
-            WeightFormat::Mxfp4 => 4.25,
-            WeightFormat::Int4 => 4.5,
-            WeightFormat::E4m3 | WeightFormat::Bf16 => shape.format.bits() as f64,
-        } / 8.0;
+        let weight_bytes = match shape.format.has_groups() {
+            true => unit_bytes(shape.format) as f64 / (UNIT_OUTPUTS * UNIT_K) as f64,
+            false => weight_bytes(shape.format) as f64,
+        };
         let result = if self.activated { 0.5 } else { 2.0 };
         // A large tile and the small one that holds the rest of an expert's rows go at different paces and read its
         // weights twice. Past the wide tile's rows that is so of the wide one too, and decides nothing between them.
@@ -279,6 +280,30 @@ mod tests {
             ] {
                 assert!(small < larger, "{small}, {larger}: {cost:?}");
             }
+        }
+    }
+
+    #[test]
+    fn every_pair_of_formats_that_a_gpu_multiplies_has_costs_and_more_rows_get_larger_tiles() {
+        use WeightFormat::{Bf16, E4m3, Int4, Mxfp4};
+        for (format, activation_format) in [
+            (E4m3, ActivationFormat::E4m3),
+            (Bf16, ActivationFormat::Bf16),
+            (Mxfp4, ActivationFormat::E4m3),
+            (Mxfp4, ActivationFormat::Bf16),
+            (Int4, ActivationFormat::E4m3),
+            (Int4, ActivationFormat::Bf16),
+        ] {
+            let of = |cost: &&Cost| (cost.format, cost.activation_format) == (format, activation_format);
+            let kernels: Vec<_> = COSTS.iter().filter(of).map(|cost| cost.kernel).collect();
+            assert!(kernels.iter().all(|kernel| GemmKernel::all(format).contains(kernel)), "{format:?}: {kernels:?}");
+            let chosen = [(64, 2), (65536, 4096)].map(|(rows, most_rows)| {
+                let (n, k, experts) = (4096, 4096, 128);
+                let shape = GemmShape { n, k, format, activation_format, experts, rows, most_rows };
+                cheapest(&shape, false, H200).0
+            });
+            assert!(chosen.iter().all(|kernel| kernels.contains(kernel)), "{format:?}: {chosen:?}");
+            assert!(chosen[0].row_tile() <= 64 && chosen[1].row_tile() >= 128, "{format:?}: {chosen:?}");
         }
     }
 

@@ -282,6 +282,9 @@ impl ExpertParallelLayer {
     pub fn with_biases(self, b13: Option<Vec<f32>>, b2: Option<Vec<f32>>) -> Result<Self> {
         let given = |bias: &Option<Vec<f32>>| if bias.is_some() { "given" } else { "none" }.to_owned();
         agree(&*self.exchange, &vec![("w13_bias", given(&b13)), ("w2_bias", given(&b2))], 0)?;
+        if b13.is_none() && b2.is_none() {
+            return Ok(self);
+        }
         let (exchange, device) = (self.exchange.clone(), self.layer.device().clone());
         let Self { layer, .. } = self;
         let with = layer.with_biases(b13, b2).and_then(|layer| Ok((ReceivedEntry::prepare(&device, &layer)?, layer)));

@@ -19,11 +19,11 @@ class ExpertParallelLayer:
     """One rank's experts of a layer, and the way to the others'. Every rank makes the same calls, with 0 tokens too.
 
     w13, w2, their scales and biases, gate_up, activations, alpha, beta, limit, weight_on_input: as for ``Layer``, of
-    the experts that are on this rank: on the CPU, or on its own Hopper GPU. placement: the global ids of each rank's
-    experts, in the order of their weights; an expert may stand on several ranks. Without it, ranks hold as many as
-    each other, neighbouring ids together. capacity: the most tokens that a rank brings to a call, the same on all
-    ranks; topk: experts of a token. dtype, out_dtype: of hidden_states and the result; ids_dtype: of topk_ids, on a
-    GPU.
+    the experts that are on this rank: on the CPU, or on its own Hopper GPU, where weights of 4 bits are arranged in
+    memory of the layer's own, not torch's. placement: the global ids of each rank's experts, in the order of their
+    weights; an expert may stand on several ranks. Without it, ranks hold as many as each other, neighbouring ids
+    together. capacity: the most tokens that a rank brings to a call, the same on all ranks; topk: experts of a token.
+    dtype, out_dtype: of hidden_states and the result; ids_dtype: of topk_ids, on a GPU.
 
     group: the ranks, by default all of them. On the CPU every call goes over it, pickled: it is for tests and for what
     is not urgent. On GPUs it is used here, and not in calls. link, between GPUs: ``"mapped"``, GPUs of one host store

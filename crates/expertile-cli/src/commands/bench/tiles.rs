@@ -124,7 +124,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     output::prepare(&[("--json", args.report.file())], &[])?;
     let ordinal =
         args.device.ok_or_else(|| Error::usage("--device is cpu, expected cuda:N: a CPU chooses no tiles"))?;
-    let formats = args.formats()?;
+    let formats = formats(args.weights, args.activations)?;
     if let Some(experts) = args.experts.filter(|experts| !(1..=512).contains(experts)) {
         return Err(Error::usage(format!("--experts is {experts}, expected 1 to 512")));
     }
@@ -132,22 +132,26 @@ pub(super) fn run(args: &Args) -> Result<()> {
     args.report.tell(&report, Report::text)
 }
 
-impl Args {
-    /// The formats asked for; none where they are drawn.
-    fn formats(&self) -> Result<Option<(WeightFormat, ActivationFormat)>> {
-        let Some(weights) = self.weights else {
-            return match self.activations {
-                None => Ok(None),
-                Some(_) => Err(Error::usage("--activations is given, expected none without --weights")),
-            };
+/// The formats asked for; none where they are drawn.
+fn formats(
+    weights: Option<WeightFormat>,
+    activations: Option<ActivationFormat>,
+) -> Result<Option<(WeightFormat, ActivationFormat)>> {
+    let Some(weights) = weights else {
+        return match activations {
+            None => Ok(None),
+            Some(rows) => {
+                let rows = rows.name();
+                Err(Error::usage(format!("--activations is {rows}, expected none without --weights")))
+            }
         };
-        let rows = self.activations.unwrap_or(weights.usual_activations());
-        if !weights.has_groups() && rows != weights.usual_activations() {
-            let (rows, weights) = (rows.name(), weights.name());
-            return Err(Error::usage(format!("--activations is {rows}, expected {weights} as the weights")));
-        }
-        Ok(Some((weights, rows)))
+    };
+    let rows = activations.unwrap_or(weights.usual_activations());
+    if !weights.has_groups() && rows != weights.usual_activations() {
+        let (rows, weights) = (rows.name(), weights.name());
+        return Err(Error::usage(format!("--activations is {rows}, expected {weights} as the weights")));
     }
+    Ok(Some((weights, rows)))
 }
 
 /// Random numbers, the same for the same seed (splitmix64).
@@ -399,6 +403,28 @@ mod tests {
         }
         for is in [|draw: &Draw| draw.formats.0 == WeightFormat::E4m3, |draw: &Draw| draw.zipf] {
             assert!((60..140).contains(&first.iter().filter(|draw| is(draw)).count()));
+        }
+    }
+
+    #[test]
+    fn rows_are_those_that_a_gpu_multiplies_the_weights_by() {
+        use {ActivationFormat as Rows, WeightFormat as Weights};
+        assert_eq!(formats(None, None).unwrap(), None);
+        for (weights, asked, rows) in [
+            (Weights::E4m3, None, Rows::E4m3),
+            (Weights::Bf16, Some(Rows::Bf16), Rows::Bf16),
+            (Weights::Mxfp4, None, Rows::E4m3),
+            (Weights::Mxfp4, Some(Rows::Bf16), Rows::Bf16),
+            (Weights::Int4, None, Rows::Bf16),
+        ] {
+            assert_eq!(formats(Some(weights), asked).unwrap(), Some((weights, rows)));
+        }
+        for (weights, rows, message) in [
+            (None, Rows::E4m3, "--activations is e4m3, expected none without --weights"),
+            (Some(Weights::E4m3), Rows::Bf16, "--activations is bf16, expected e4m3 as the weights"),
+            (Some(Weights::Bf16), Rows::E4m3, "--activations is e4m3, expected bf16 as the weights"),
+        ] {
+            assert_eq!(formats(weights, Some(rows)).unwrap_err().to_string(), message);
         }
     }
 

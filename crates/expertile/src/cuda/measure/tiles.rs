@@ -394,18 +394,18 @@ fn random(device: &Device, format: WeightFormat, count: usize) -> Result<DeviceB
 
 /// So many powers of two, as mxfp4's scales, near enough to each other to be folded into the values.
 fn exponents(device: &Device, count: usize) -> Result<DeviceBuffer> {
-    let bytes: Vec<u8> = (0..count.clamp(1, 1 << 20)).map(|i| 116 + (i * 37 % 101 % 8) as u8).collect();
-    let period = device.upload(&bytes)?;
-    let buffer: DeviceBuffer = device.allocate(count.max(1))?;
-    repeat(device, period.ptr().cast(), period.bytes(), buffer.ptr(), buffer.bytes())?;
-    Ok(buffer)
+    repeated(device, count, |i| 116 + (i * 37 % 101 % 8) as u8)
 }
 
 /// So many scales, all different from their neighbours.
 fn scales(device: &Device, count: usize) -> Result<DeviceBuffer> {
-    let values: Vec<f32> = (0..count.clamp(1, 1 << 20)).map(|i| 0.5 + (i * 37 % 101) as f32 / 101.0).collect();
-    let period = device.upload(&values)?;
-    let buffer: DeviceBuffer = device.allocate(4 * count.max(1))?;
+    repeated(device, count, |i| 0.5 + (i * 37 % 101) as f32 / 101.0)
+}
+
+/// So many values, of which the first few are made and the others repeat them.
+fn repeated<T: bytemuck::Pod>(device: &Device, count: usize, value: impl Fn(usize) -> T) -> Result<DeviceBuffer> {
+    let period = device.upload(&(0..count.clamp(1, 1 << 20)).map(value).collect::<Vec<_>>())?;
+    let buffer: DeviceBuffer = device.allocate(size_of::<T>() * count.max(1))?;
     repeat(device, period.ptr().cast(), period.bytes(), buffer.ptr(), buffer.bytes())?;
     Ok(buffer)
 }
