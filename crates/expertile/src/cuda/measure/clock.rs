@@ -15,6 +15,8 @@ const CALLS: usize = 20;
 const LONG_ENOUGH: f64 = 0.02;
 /// Replays (and eager calls) of which the median counts.
 const REPEATS: usize = 9;
+/// Load before graphs are timed: an idle device runs at another clock than a busy one.
+const LOAD: Duration = Duration::from_millis(150);
 
 /// A stream of its own and two events on it.
 pub(super) struct Clock<'a> {
@@ -60,33 +62,39 @@ impl<'a> Clock<'a> {
         Ok(StageTime { stage, graph_seconds, eager_seconds })
     }
 
-    /// Seconds of one call inside a graph, and launched from the host.
+    /// Seconds of one call inside a graph, under load, and launched from the host.
     pub(super) fn graph_and_eager(&self, launch: impl Fn(Stream) -> Result<()>) -> Result<(f64, f64)> {
         let eager_seconds = self.median(1, &launch)?;
         let calls = ((LONG_ENOUGH / eager_seconds.max(1e-9)) as usize).clamp(1, CALLS);
         let graph = Graph::capture(self.device, |stream| (0..calls).try_for_each(|_| launch(stream)))?;
+        self.load(&[&graph])?;
         Ok((self.median(calls, |_| self.replay(&graph))?, eager_seconds))
     }
 
+    /// Replays graphs by turns for as long as [`LOAD`].
+    fn load(&self, graphs: &[&Graph]) -> Result<()> {
+        let start = Instant::now();
+        while start.elapsed() < LOAD {
+            for graph in graphs {
+                self.elapsed(|_| self.replay(graph))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Median seconds of one call of each of `works` inside a graph of several; all of them by turns, so that they
-    /// meet the same clock, and after as much load as brings the clock down to what a busy device has.
+    /// meet the same clock, and under load.
     pub(super) fn in_turns(&self, works: &[impl Fn(Stream) -> Result<()>]) -> Result<Vec<f64>> {
         const ROUNDS: usize = 5;
         /// Seconds of a replay; there are many.
         const SHORT: f64 = 0.002;
-        const LOAD: Duration = Duration::from_millis(150);
         let mut graphs = Vec::with_capacity(works.len());
         for work in works {
             self.elapsed(work)?;
             let calls = ((SHORT / self.elapsed(work)?.max(1e-9)) as usize).clamp(1, CALLS);
             graphs.push((Graph::capture(self.device, |stream| (0..calls).try_for_each(|_| work(stream)))?, calls));
         }
-        let start = Instant::now();
-        while start.elapsed() < LOAD {
-            for (graph, _) in &graphs {
-                self.elapsed(|_| self.replay(graph))?;
-            }
-        }
+        self.load(&graphs.iter().map(|(graph, _)| graph).collect::<Vec<_>>())?;
         let mut seconds = vec![Vec::with_capacity(ROUNDS); works.len()];
         for _ in 0..ROUNDS {
             for ((graph, calls), seconds) in graphs.iter().zip(&mut seconds) {
