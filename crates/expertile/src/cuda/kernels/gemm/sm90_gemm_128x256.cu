@@ -397,7 +397,6 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, 1) gemm(const __gr
     }
     set_up<Config, SharedStorage>(a, memory);
     wait_for_previous_launch();
-    let_next_launch_start();
     if (consumer < 0) {
         give_registers<Config::PRODUCER_REGISTERS>();
         const int warp = threadIdx.x / 32;

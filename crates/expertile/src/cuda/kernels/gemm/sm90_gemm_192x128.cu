@@ -313,7 +313,6 @@ extern "C" __global__ void __cluster_dims__(Config::CLUSTER, 1, 1) __launch_boun
     handover.init();
     set_up<Config, SharedStorage>(a, memory);
     wait_for_previous_launch();
-    let_next_launch_start();
     if (consumer < 0) {
         give_registers<Config::PRODUCER_REGISTERS>();
         if (threadIdx.x < 32 && elect_thread())

@@ -302,7 +302,6 @@ extern "C" __global__ void __cluster_dims__(Config::CLUSTER, 1, 1) __launch_boun
     Ring ring(memory);
     set_up<Config, SharedStorage>(a, memory);
     wait_for_previous_launch();
-    let_next_launch_start();
     // With one consumer warpgroup every thread has as many registers as it may have from the start.
     constexpr bool MOVE_REGISTERS = Config::CONSUMERS > 1;
     if (consumer < 0) {

@@ -514,7 +514,6 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS) ge
     }
     __syncthreads();
     wait_for_previous_launch();
-    let_next_launch_start();
     // With one consumer warpgroup every thread has as many registers as it may have from the start.
     constexpr bool MOVE_REGISTERS = Config::CONSUMERS > 1;
     if (consumer < 0) {

@@ -11,7 +11,9 @@ __device__ __forceinline__ void wait_for_previous_launch() {
 #endif
 }
 
-// Lets the next launch occupy multiprocessors as they become free; it still waits for this one's writes.
+// Lets the next launch occupy multiprocessors as they become free; it still waits for this one's writes. Without the
+// call it may begin when the last block of this one ends, which is better before a grouped GEMM: blocks that come one
+// by one crowd on the multiprocessors that are free first, and the first blocks have the most work.
 // PTX: griddepcontrol.launch_dependents
 __device__ __forceinline__ void let_next_launch_start() {
 #if __CUDA_ARCH__ >= 900

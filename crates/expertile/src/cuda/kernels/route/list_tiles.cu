@@ -205,7 +205,6 @@ __device__ __forceinline__ void copy_scales(const ListTilesArgs& a, int thread, 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) list_tiles(const __grid_constant__ ListTilesArgs a) {
     __shared__ Shared s;
     wait_for_previous_launch();
-    let_next_launch_start();
     if (blockIdx.x > 0) {
         copy_scales(a, (blockIdx.x - 1) * THREADS + threadIdx.x, (gridDim.x - 1) * THREADS);
         return;

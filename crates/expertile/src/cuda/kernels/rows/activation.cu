@@ -210,7 +210,6 @@ __device__ __forceinline__ void activate_rows(const ActivationArgs& a, const Liv
 extern "C" __global__ void __launch_bounds__(THREADS, 1) activation(const __grid_constant__ ActivationArgs a) {
     __shared__ LiveRows s;
     wait_for_previous_launch();
-    let_next_launch_start();
     find_live_rows(a, s);
     const int warp = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
     const int warps = gridDim.x * WARPS;

@@ -55,7 +55,6 @@ __device__ __forceinline__ u32 word_of_token(const RowsArgs& a, int token, int w
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) permute(const __grid_constant__ RowsArgs a) {
     wait_for_previous_launch();
-    let_next_launch_start();
     const int lane = lane_of_thread();
     const int warp = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
     const int warps = gridDim.x * (THREADS / 32);

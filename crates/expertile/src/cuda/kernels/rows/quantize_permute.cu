@@ -183,7 +183,6 @@ extern "C" __global__ void __launch_bounds__(ROWS_THREADS, MANY_BLOCKS)
     // has waited for it.
     if (threadIdx.x % (TEAM_WARPS * 32) == 0) teams[number].next[1] = atomicAdd(&a.queue->claimed, 1u);
     wait_for_previous_launch();
-    let_next_launch_start();
     __syncthreads();
     permute_pieces(a, teams[number], number);
     const int warp = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;

@@ -154,7 +154,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x * IDS_TO_A_LINE < slots) prefetch_line(id_of_slot(r, threadIdx.x * IDS_TO_A_LINE));
     __syncthreads();
     wait_for_previous_launch();
-    let_next_launch_start();
 
     count_slots(r, share, slots, planner_thread, s, c);
     // The warp's first unit: its row is in flight while the plan is computed. Not before, where ids would queue behind
