@@ -451,6 +451,10 @@ fn narrow(row_tile: usize) -> GemmKernel {
     few_rows(row_tile, FewRowsCut::Narrow)
 }
 
+fn broad(row_tile: usize) -> GemmKernel {
+    few_rows(row_tile, FewRowsCut::Broad)
+}
+
 fn sharing(row_tile: usize) -> GemmKernel {
     few_rows(row_tile, FewRowsCut::SharedRows)
 }
@@ -499,8 +503,8 @@ fn every_alignment_runs_with_every_row_tile() {
     // What 4 does not divide: scales of segments that do not start on 16 bytes.
     for alignment in [1, 2, 3, 4, 6, 8, 16, 32, 64, 128] {
         let whole = [plain(32), sharing(64), sharing(192), WIDE_SHARING, LARGE].map(|kernel| (E4M3, kernel));
-        let packed = [(W4A8, narrow(32)), (W4A8, plain(128)), (INT4_A8, narrow(32)), (INT4_A8, plain(128))];
-        for (format, kernel) in whole.into_iter().chain(packed) {
+        let packed = [W4A8, INT4_A8].map(|format| [narrow(32), broad(32), plain(128)].map(|kernel| (format, kernel)));
+        for (format, kernel) in whole.into_iter().chain(packed.into_iter().flatten()) {
             let counts = vec![alignment - 1, 1, alignment, 0, alignment + 1, 200, 3];
             let case = Case { counts, alignment, n: 128, k: 256, format, kernel, seed: 2 };
             check(device, &case);
@@ -512,9 +516,9 @@ fn every_alignment_runs_with_every_row_tile() {
 fn partial_n_and_k_are_right_to_the_last_column() {
     let Some(device) = hopper() else { return };
     for format in FORMATS {
-        for (n, k) in [(8, 16), (136, 144), (264, 2880), (120, 400), (384, 3584)] {
-            let few = [plain(16), narrow(64), sharing(64), sharing(192)].into_iter().filter(|few| runs(few, format));
-            for kernel in few.chain(wide_kernels(format)) {
+        for (n, k) in [(8, 16), (136, 144), (264, 2880), (120, 400), (384, 3584), (776, 96)] {
+            let few = [plain(16), narrow(64), broad(16), broad(32), sharing(64), sharing(192)];
+            for kernel in few.into_iter().filter(|few| runs(few, format)).chain(wide_kernels(format)) {
                 let k = format.k(k);
                 check(device, &Case { counts: vec![3, 0, 33, 70], alignment: 8, n, k, format, kernel, seed: 3 });
             }
@@ -582,7 +586,7 @@ fn all_rows_on_one_expert_and_none_at_all() {
 fn many_tiles_go_round_the_ring_and_fifty_runs_give_the_same_bits() {
     let Some(device) = hopper() else { return };
     for format in FORMATS {
-        let few = [(sharing(128), 400), (plain(64), 100), (narrow(32), 40), (split(16, 4), 20)];
+        let few = [(sharing(128), 400), (plain(64), 100), (narrow(32), 40), (broad(16), 20), (split(16, 4), 20)];
         let few = few.into_iter().filter(|(kernel, _)| runs(kernel, format));
         for (kernel, most) in wide_kernels(format).into_iter().map(|kernel| (kernel, 400)).chain(few) {
             let mut random = Random::new(77);
@@ -630,7 +634,7 @@ fn every_weight_of_mxfp4_is_decoded_exactly() {
     let Some(device) = hopper() else { return };
     let (experts, n, k) = (4, 64, 256);
     for format in [W4A8, W4A16] {
-        for kernel in [plain(16), narrow(32), plain(64), plain(128), plain(192)] {
+        for kernel in [plain(16), narrow(32), broad(16), broad(32), plain(64), plain(128), plain(192)] {
             let case = Case { counts: vec![k; experts], alignment: 8, n, k, format, kernel, seed: 11 };
             let mut operands = Operands::new(&case);
             operands.rows.clear();
@@ -681,7 +685,7 @@ fn every_weight_of_int4_is_decoded_exactly() {
     let Some(device) = hopper() else { return };
     let (experts, n, k) = (4, 64, 256);
     for (format, are_f16) in [(INT4_A8, false), (INT4_A8, true), (INT4_A16, false), (INT4_A16, true)] {
-        for kernel in [plain(16), narrow(32), plain(64), plain(192)] {
+        for kernel in [plain(16), narrow(32), broad(16), broad(32), plain(64), plain(192)] {
             let case = Case { counts: vec![k; experts], alignment: 8, n, k, format, kernel, seed: 11 };
             let mut operands = Operands::new(&case);
             operands.rows.clear();
@@ -990,7 +994,7 @@ fn an_activation_in_the_gemm_gives_the_bits_of_one_after_it() {
 fn sanitizer_runs_the_grouped_gemm() {
     let Some(device) = hopper() else { return };
     for format in FORMATS {
-        let few = [plain(16), narrow(32), split(32, 2), split(16, 8), sharing(64), sharing(192)];
+        let few = [plain(16), narrow(32), broad(32), split(32, 2), split(16, 8), sharing(64), sharing(192)];
         for kernel in few.into_iter().filter(|kernel| runs(kernel, format)).chain(wide_kernels(format)) {
             let k = format.k(1040);
             check(device, &Case { counts: vec![3, 0, 41, 100], alignment: 8, n: 200, k, format, kernel, seed: 8 });

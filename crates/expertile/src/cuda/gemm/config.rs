@@ -86,6 +86,10 @@ impl GemmConfig {
         }
         let expected = match (self.activation.is_some(), self.kernel) {
             (true, _) => "e4m3, for a GEMM with an activation",
+            (false, kernel) if kernel.is_broad() => {
+                let expected = "mxfp4 or int4, for a tile of 384 outputs";
+                return Err(Error::WeightFormat { argument: "weights", actual: self.format.name(), expected });
+            }
             (false, GemmKernel::Large) => "e4m3, for a tile of 256 outputs",
             (false, GemmKernel::FewRows { .. } | GemmKernel::Wide { .. }) => return Ok(()),
         };
@@ -106,7 +110,7 @@ impl GemmConfig {
             return Err(Error::WeightFormat { argument: "weights", actual, expected });
         }
         match self.kernel {
-            GemmKernel::FewRows { cut: FewRowsCut::Narrow | FewRowsCut::Plain, .. } => Ok(()),
+            GemmKernel::FewRows { cut: FewRowsCut::Narrow | FewRowsCut::Plain | FewRowsCut::Broad, .. } => Ok(()),
             kernel => {
                 let expected = "one block to a tile, with weights on M, for mxfp4 and int4";
                 Err(Error::Name { argument: "kernel", actual: kernel.to_string(), expected })
@@ -118,7 +122,8 @@ impl GemmConfig {
     ///
     /// # Errors
     /// [`Error::Value`] for a cut that there is no kernel for, [`Error::WeightFormat`] for bf16 with an activation or
-    /// in [`GemmKernel::Large`], [`Error::Name`] for a kernel that takes no activation.
+    /// in [`GemmKernel::Large`] and for e4m3 and bf16 with [`FewRowsCut::Broad`], [`Error::Name`] for a kernel that takes
+    /// no activation.
     pub fn source(&self) -> Result<Source> {
         self.source_of(false)
     }
@@ -203,6 +208,11 @@ mod tests {
         for (kernel, activation) in [(GemmKernel::Large, None), (GemmKernel::Large, with), (wide, with)] {
             let error = refuse(WeightFormat::Bf16, kernel, activation);
             assert!(matches!(error, Error::WeightFormat { argument: "weights", actual: "bf16", .. }), "{error}");
+        }
+        for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+            let broad = GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::Broad };
+            let error = refuse(format, broad, None).to_string();
+            assert!(error.starts_with("weights ") && error.contains("mxfp4 or int4"), "{error}");
         }
         let split = GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::SplitK { parts: 3 } };
         assert!(refuse(WeightFormat::E4m3, split, None).to_string().starts_with("parts is 3"));

@@ -14,6 +14,9 @@ const NARROW_OUTPUTS: usize = 64;
 const FEW_ROWS_OUTPUTS: usize = 128;
 /// Most rows of a narrow tile.
 const NARROW_ROWS: usize = 64;
+/// Outputs of a broad tile, and its most rows: six consumer warpgroups leave few registers to each.
+const BROAD_OUTPUTS: usize = 384;
+const BROAD_ROWS: usize = 32;
 /// Row tiles that K is split for.
 const SPLIT_ROW_TILES: [usize; 3] = [16, 32, 64];
 /// Parts in which K may be split, most first.
@@ -56,6 +59,9 @@ pub enum FewRowsCut {
     Narrow,
     /// 128 outputs to a tile.
     Plain,
+    /// 384 outputs to a tile, a block to a multiprocessor: more warps decode at once. For mxfp4 and int4 weights and row
+    /// tiles up to 32.
+    Broad,
     /// 128 outputs to a tile; two blocks of a cluster share a tile's rows.
     SharedRows,
     /// 128 outputs to a tile; the blocks of a cluster each take a part of K of one tile.
@@ -124,7 +130,7 @@ impl GemmKernel {
     pub fn all(format: WeightFormat) -> Vec<Self> {
         let mut kernels = Vec::new();
         for row_tile in ROW_TILES {
-            for cut in [FewRowsCut::Narrow, FewRowsCut::Plain, FewRowsCut::SharedRows] {
+            for cut in [FewRowsCut::Narrow, FewRowsCut::Plain, FewRowsCut::Broad, FewRowsCut::SharedRows] {
                 kernels.push(Self::FewRows { row_tile, cut });
             }
         }
@@ -136,8 +142,13 @@ impl GemmKernel {
         if format == WeightFormat::E4m3 {
             kernels.push(Self::Large);
         }
-        kernels.retain(|kernel| kernel.check().is_ok());
+        kernels.retain(|kernel| kernel.check().is_ok() && !kernel.is_broad());
         kernels
+    }
+
+    /// Whether there is a kernel only for weights with groups.
+    pub(super) fn is_broad(&self) -> bool {
+        matches!(self, Self::FewRows { cut: FewRowsCut::Broad, .. })
     }
 
     /// Every kernel that splits K. No two have the same bits.
@@ -163,6 +174,7 @@ impl GemmKernel {
     pub fn outputs(&self) -> usize {
         match self {
             Self::FewRows { cut: FewRowsCut::Narrow, .. } => NARROW_OUTPUTS,
+            Self::FewRows { cut: FewRowsCut::Broad, .. } => BROAD_OUTPUTS,
             Self::FewRows { .. } => FEW_ROWS_OUTPUTS,
             Self::Wide { .. } => WIDE_OUTPUTS,
             Self::Large => LARGE_OUTPUTS,
@@ -250,6 +262,10 @@ impl GemmKernel {
                 let expected = format!("at most {NARROW_ROWS}, for a tile of {NARROW_OUTPUTS} outputs");
                 Err(Error::value("row_tile", row_tile, expected))
             }
+            FewRowsCut::Broad if row_tile > BROAD_ROWS => {
+                let expected = format!("at most {BROAD_ROWS}, for a tile of {BROAD_OUTPUTS} outputs");
+                Err(Error::value("row_tile", row_tile, expected))
+            }
             FewRowsCut::SplitK { parts } if !K_PARTS.contains(&parts) => {
                 Err(Error::value("parts", parts, "2, 4 or 8 parts of K"))
             }
@@ -257,7 +273,11 @@ impl GemmKernel {
                 let expected = format!("one of {SPLIT_ROW_TILES:?}, for a split K");
                 Err(Error::value("row_tile", row_tile, expected))
             }
-            FewRowsCut::Narrow | FewRowsCut::Plain | FewRowsCut::SharedRows | FewRowsCut::SplitK { .. } => Ok(()),
+            FewRowsCut::Narrow
+            | FewRowsCut::Plain
+            | FewRowsCut::Broad
+            | FewRowsCut::SharedRows
+            | FewRowsCut::SplitK { .. } => Ok(()),
         }
     }
 }
@@ -284,6 +304,8 @@ mod tests {
     fn a_kernel_says_what_it_is() {
         let kernel = GemmKernel::FewRows { row_tile: 32, cut: FewRowsCut::SplitK { parts: 2 } };
         assert_eq!(kernel.to_string(), "128 outputs x 32 rows (weights on M), K in 2 parts");
+        let kernel = GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::Broad };
+        assert_eq!(kernel.to_string(), "384 outputs x 16 rows (weights on M)");
         let kernel = GemmKernel::Wide { shares_rows: true };
         assert_eq!(kernel.to_string(), "128 outputs x 192 rows (tokens on M), 2 blocks share rows");
         assert_eq!(GemmKernel::Large.to_string(), "256 outputs x 128 rows (tokens on M)");
@@ -293,7 +315,7 @@ mod tests {
     fn every_kernel_has_as_many_row_maps_as_a_launch() {
         // The cases of `Gemm::launch`.
         const LAUNCHED: [usize; 5] = [1, 2, 3, 4, 6];
-        for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+        for format in [WeightFormat::E4m3, WeightFormat::Bf16, WeightFormat::Mxfp4, WeightFormat::Int4] {
             for kernel in GemmKernel::all(format).into_iter().chain(GemmKernel::all_split()) {
                 assert!(LAUNCHED.contains(&kernel.row_maps()), "{kernel} has {} row maps", kernel.row_maps());
                 assert_eq!(kernel.row_maps() * kernel.row_step(), kernel.row_tile(), "{kernel}");
@@ -302,10 +324,24 @@ mod tests {
     }
 
     #[test]
+    fn only_weights_with_groups_have_broad_tiles() {
+        for (format, row_tiles) in [
+            (WeightFormat::E4m3, &[][..]),
+            (WeightFormat::Bf16, &[]),
+            (WeightFormat::Mxfp4, &[16, 32]),
+            (WeightFormat::Int4, &[16, 32]),
+        ] {
+            let broad = GemmKernel::all(format).into_iter().filter(GemmKernel::is_broad);
+            assert_eq!(broad.map(|kernel| kernel.row_tile()).collect::<Vec<_>>(), row_tiles, "{format}");
+        }
+    }
+
+    #[test]
     fn cuts_without_a_kernel_are_refused() {
         let refused = |row_tile, cut| GemmKernel::FewRows { row_tile, cut }.check().unwrap_err().to_string();
         assert!(refused(48, FewRowsCut::Plain).starts_with("row_tile is 48"));
         assert!(refused(128, FewRowsCut::Narrow).starts_with("row_tile is 128"));
+        assert!(refused(64, FewRowsCut::Broad).starts_with("row_tile is 64, expected at most 32"));
         assert!(refused(64, FewRowsCut::SplitK { parts: 3 }).starts_with("parts is 3"));
         assert!(refused(64, FewRowsCut::SplitK { parts: 1 }).starts_with("parts is 1"));
         assert!(refused(192, FewRowsCut::SplitK { parts: 2 }).starts_with("row_tile is 192"));

@@ -17,7 +17,7 @@ pub(in crate::cuda::gemm) fn blocks(kernel: &GemmKernel) -> usize {
     let consumers = kernel.outputs() / UNIT_OUTPUTS;
     match (kernel.row_tile(), consumers) {
         (..=32, 1) => 3,
-        (..=64, _) => 2,
+        (..=64, ..=2) => 2,
         _ => 1,
     }
 }

@@ -1,18 +1,18 @@
 // The grouped GEMM on Hopper over MXFP4 weights: out[r, :] = weights[expert of r] * rows[r, :], live rows only, f32
 // sums, bf16 out; rows are e4m3 with scales, or bf16.
 //
-// As in sm90_gemm_few_rows.cu weights are the M operand of wgmma, a tile is 128 (or 64) outputs of up to ROW_TILE rows
-// of one expert, and a warpgroup multiplies 64 outputs. Weights are decoded in registers, from which wgmma takes its M
-// operand: gemm/mxfp4.cuh says how they stand in memory. An output's largest scale multiplies its sum at the end; what
-// the others are below it is folded into the decoded values. A slab whose scales are too far apart for that takes
+// As in sm90_gemm_few_rows.cu weights are the M operand of wgmma, a tile is 64, 128 or 384 outputs of up to ROW_TILE
+// rows of one expert, and a warpgroup multiplies 64 outputs. Weights are decoded in registers, from which wgmma takes
+// its M operand: gemm/mxfp4.cuh says how they stand in memory. An output's largest scale multiplies its sum at the end;
+// what the others are below it is folded into the decoded values. A slab whose scales are too far apart for that takes
 // another way, group by group of 32; weights that have such slabs are multiplied by a kernel that has both.
 //
-// Where a tile has few rows several blocks share a multiprocessor: while one decodes, another's products run. All tiles
-// add up the blocks of K in the same order, in pieces of the same rows, so a row has the same bits in all of them.
+// Where a tile has few rows several blocks share a multiprocessor, or one has many warps: while one decodes, another's
+// products run. All tiles add up the blocks of K in the same order, so a row has the same bits in all of them.
 //
 // int4 weights, whose scales are no powers of two, are all multiplied group by group: gemm/int4.cuh has their units.
 //
-// Set by the host: see config.cuh; HOST_MULTICAST and HOST_K_SPLITS are 1; HOST_OUTPUTS is 128 or 64;
+// Set by the host: see config.cuh; HOST_MULTICAST and HOST_K_SPLITS are 1; HOST_OUTPUTS is 64, 128 or 384;
 // HOST_BLOCKS is the number of blocks that a multiprocessor is to hold; HOST_SPREAD says whether slabs may be spread;
 // HOST_INT4 whether weights are int4, of which none is.
 #include "gemm/int4.cuh"
@@ -25,15 +25,16 @@ struct Config : HostConfig {
     static constexpr int CONSUMERS = OUTPUTS / OUTPUTS_OF_CONSUMER;
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
     static constexpr int BLOCKS = HOST_BLOCKS;
-    static constexpr int PRODUCER_REGISTERS = BLOCKS > 1 ? 32 : 40;
-    static constexpr int CONSUMER_REGISTERS = BLOCKS > 1 ? 104 : 232;
+    static constexpr bool BROAD = CONSUMERS > 2;  // one block fills a multiprocessor with warps
+    static constexpr int PRODUCER_REGISTERS = BROAD ? 24 : BLOCKS > 1 ? 32 : 40;
+    static constexpr int CONSUMER_REGISTERS = BROAD ? 80 : BLOCKS > 1 ? 104 : 232;
     static constexpr bool GATE_AND_UP = false;
     static constexpr int WEIGHT_BOXES = 1;
     static constexpr int CLUSTER_COLUMNS = 1;
     static constexpr int CLUSTER = 1;
     static constexpr int ROW_TILES_PER_GROUP = 8;
     static constexpr int SCALING_WARPS = 0;
-    static constexpr bool SCALES_APART = false;
+    static constexpr bool SCALES_APART = BROAD && SCALED;
 
     static constexpr int UNITS = K_BLOCK / UNIT_K;  // of a slab in a block of K
     static constexpr int GROUPS = K_BLOCK / 32;
@@ -64,6 +65,8 @@ static_assert(Config::CONSUMERS == 1 ||
                       (1 + Config::CONSUMERS) * (65536 / (Config::BLOCKS * Config::THREADS) / 8 * 8),
               "consumers would wait for registers that nobody gives back");
 static_assert(Config::MULTICAST == 1 && Config::K_SPLITS == 1, "there is no kernel for this");
+static_assert(1 << Config::CONSUMERS <= UNIT_OUTPUTS,
+              "a tile's first output leaves a bit for each slab that is spread");
 static_assert(sizeof(SharedStorage::rows[0]) % 1024 == 0, "every stage starts on a pattern of the swizzle");
 
 using Args = GemmArgs<Config>;
@@ -84,38 +87,48 @@ struct Ring : StageRing<Config, SharedStorage> {
 // Warps of the first warpgroup, by number; the other warpgroups are consumers.
 enum class ProducerWarp : int {
     WEIGHTS = 0,  // one thread of it loads weights
-    ROWS = 1,     // one thread of it loads rows and their scales
+    ROWS = 1,     // one thread of it loads rows and, unless SCALES_APART, their scales
+    SCALES = 2,   // loads scales, if SCALES_APART: one thread has too few registers for both
 };
 
-// Arrivals at `full`: of both loading threads, and once more when the second one's cp.async of scales is done.
-constexpr int FULL_ARRIVALS = Config::SCALED ? 3 : 2;
+// Arrivals at `full`: of both loading threads, and of each thread that loads scales once more when its cp.async is done.
+constexpr int FULL_ARRIVALS = Config::SCALES_APART ? 2 + 32 : Config::SCALED ? 3 : 2;
 
 __device__ __forceinline__ int blocks_of(int k) { return (k + Config::K_BLOCK - 1) / Config::K_BLOCK; }
+
+// A value that BROAD loads anew: what follows from it is not kept in registers all the time, of which there are few.
+__device__ __forceinline__ int here(int value) { return Config::BROAD ? (int)further(value, 0) : value; }
 
 // The thread that loads weights, and says which tile they are of: in the lowest bits of `column`, which is a multiple
 // of 64, which of the tile's slabs have scales that are not folded in.
 __device__ __forceinline__ void produce_weights(const Args& a, Ring ring, StaticScheduler<Config> scheduler) {
-    const int units = (a.k + UNIT_K - 1) / UNIT_K;
-    const int slabs = (a.n + UNIT_OUTPUTS - 1) / UNIT_OUTPUTS;
-    const i64 slab_bytes = (i64)units * UNIT_BYTES;
-    const int blocks = blocks_of(a.k);
     Tile tile;
     while (scheduler.next(tile)) {
         const u64 keep = (tile.expert & READ_ONCE) != 0 ? KEEP_BRIEFLY : KEEP_NORMALLY;
         tile.expert &= ~READ_ONCE;
         const int first = tile.column / UNIT_OUTPUTS;
+        if (HOST_SPREAD) {
+            const int slabs = (here(a.n) + UNIT_OUTPUTS - 1) / UNIT_OUTPUTS;
+            const u8* spread = a.spread + ((i64)tile.expert * slabs + first);
+#pragma unroll 1
+            for (int i = 0; i < min(Config::CONSUMERS, slabs - first); ++i) tile.column |= spread[i] << i;
+        }
+        // Before the loop, where the tile is still in registers.
+        wait_for_phase(ring.empty(), ring.parity() ^ 1);
+        store_tile(ring.tile(), tile);
+        const int slabs = (here(a.n) + UNIT_OUTPUTS - 1) / UNIT_OUTPUTS;
         const int present = min(Config::CONSUMERS, slabs - first);
-        const i64 slab = (i64)tile.expert * slabs + first;
-        const u8* from = a.packed + slab * slab_bytes;
-        if (HOST_SPREAD)
-            for (int i = 0; i < present; ++i) tile.column |= a.spread[slab + i] << i;
-        for (int block = 0; block < blocks; ++block) {
-            const u32 bytes = min(Config::UNITS, units - block * Config::UNITS) * UNIT_BYTES;
+        int units = (here(a.k) + UNIT_K - 1) / UNIT_K;
+        const i64 slab_bytes = (i64)units * UNIT_BYTES;
+        const u8* from = a.packed + ((i64)tile.expert * slabs + first) * slab_bytes;
+        for (; units > 0; units -= Config::UNITS) {
+            const u32 bytes = min(Config::UNITS, units) * UNIT_BYTES;
             wait_for_phase(ring.empty(), ring.parity() ^ 1);
-            if (block == 0) store_tile(ring.tile(), tile);
             arrive_expecting(ring.full(), present * bytes);
-            copy_bytes(ring.weights(0), from, bytes, ring.full(), keep);
-            if (present > 1) copy_bytes(ring.weights(1), from + slab_bytes, bytes, ring.full(), keep);
+            const u8* next = from;
+#pragma unroll 1
+            for (int i = 0; i < present; ++i, next += slab_bytes)
+                copy_bytes(ring.weights(i), next, bytes, ring.full(), keep);
             from += bytes;
             ring.advance();
         }
@@ -126,7 +139,8 @@ __device__ __forceinline__ void produce_weights(const Args& a, Ring ring, Static
     arrive(ring.full());
 }
 
-// The thread that loads rows and their scales.
+// The thread that loads rows; SCALES: and their scales.
+template <bool SCALES>
 __device__ __forceinline__ void produce_rows(const Args& a, Ring ring, StaticScheduler<Config> scheduler) {
     const int stride = (a.m_sum + 3) & ~3;
     const int blocks = blocks_of(a.k);
@@ -136,13 +150,13 @@ __device__ __forceinline__ void produce_rows(const Args& a, Ring ring, StaticSch
         const int rows = (map + 1) * Config::ROW_STEP;
         const int scaled = min(rows, stride - tile.first);
         // A bulk copy starts on 16 bytes; else scales are copied one by one.
-        const u32 scale_bytes = Config::SCALED && tile.first % 4 == 0 ? scaled * 4 : 0;
+        const u32 scale_bytes = SCALES && tile.first % 4 == 0 ? scaled * 4 : 0;
         const float* scales = a.row_scales + tile.first;
         for (int block = 0; block < blocks; ++block) {
             wait_for_phase(ring.empty(), ring.parity() ^ 1);
             arrive_expecting(ring.full(), rows * ROW_BYTES + scale_bytes);
             copy_box(ring.rows(), a.rows[map], block * Config::K_BLOCK, tile.first, ring.full());
-            if constexpr (Config::SCALED) {
+            if constexpr (SCALES) {
                 if (scale_bytes > 0) {
                     copy_bytes(ring.row_scales(), scales, scale_bytes, ring.full());
                 } else {
@@ -156,7 +170,27 @@ __device__ __forceinline__ void produce_rows(const Args& a, Ring ring, StaticSch
         }
     }
     wait_for_phase(ring.empty(), ring.parity() ^ 1);
-    for (int i = 0; i < FULL_ARRIVALS - 1; ++i) arrive(ring.full());
+    arrive(ring.full());
+    if (SCALES) arrive(ring.full());
+}
+
+// A warp that loads scales of rows, a lane those of one row.
+__device__ __forceinline__ void produce_scales(const Args& a, Ring ring, StaticScheduler<Config> scheduler) {
+    static_assert(!Config::SCALES_APART || Config::ROW_TILE <= 32, "a lane for each row");
+    const int lane = lane_of_thread();
+    Tile tile;
+    while (scheduler.next(tile)) {
+        const float* scales = a.row_scales + (tile.first + lane);
+        for (int k = 0; k < a.k; k += Config::K_BLOCK) {
+            wait_for_phase(ring.empty(), ring.parity() ^ 1);
+            if (lane < tile.rows) copy_word(ring.row_scales() + lane * 4, scales);
+            arrive_after_copies(ring.full());
+            scales += (here(a.m_sum) + 3) & ~3;
+            ring.advance();
+        }
+    }
+    wait_for_phase(ring.empty(), ring.parity() ^ 1);
+    arrive(ring.full());
 }
 
 // The M operand of a block of K, of which `units` are there; past the last unit of K it is zero.
@@ -175,14 +209,16 @@ __device__ __forceinline__ void decode_block(const Ring& ring, int consumer, int
 }
 
 // Rows of a tile are multiplied in pieces of at most 64: the products of one run while those of another are added, but
-// where several blocks share the registers.
+// where there are few registers to a thread.
+constexpr bool SMALL_PIECES = Config::BROAD && (Config::SCALED || HOST_INT4);
 template <int N>
-constexpr int PIECE = N < 64               ? N
+constexpr int PIECE = SMALL_PIECES         ? 16
+                      : N < 64             ? N
                       : Config::BLOCKS > 1 ? 32
                       : N % 64 == 0        ? 64
                                            : N / 2;
 template <int N>
-constexpr int PIECES_AT_ONCE = N > PIECE<N>&& Config::BLOCKS == 1 ? 2 : 1;
+constexpr int PIECES_AT_ONCE = N > PIECE<N>&& Config::BLOCKS == 1 && !Config::BROAD ? 2 : 1;
 
 // Starts the products of a piece's rows with a block of K.
 template <int ROWS>
@@ -231,7 +267,8 @@ __device__ __forceinline__ void add_pieces(const u32 (&a)[Config::REGISTERS], u3
 // Whether the next block of K is decoded while the products of this one run: where there are registers for it.
 template <int N>
 constexpr bool DECODES_AHEAD =
-    !HOST_SPREAD && (Config::BLOCKS == 1 || (Config::BLOCKS == 2 && N <= 48) || Config::ROW_TILE == 16);
+    !HOST_SPREAD && (Config::BROAD ? N == 16 || !Config::SCALED
+                                   : Config::BLOCKS == 1 || (Config::BLOCKS == 2 && N <= 48) || Config::ROW_TILE == 16);
 
 // Waits for a block of K and decodes it; `units` are left of the slab from there on.
 __device__ __forceinline__ void decode_next(const Ring& ring, int consumer, int units, u32 (&a)[Config::REGISTERS]) {
@@ -331,8 +368,7 @@ struct SpreadUnit {
 
 // Adds the products of a few rows with a unit, group by group: times the rows' scales, times the powers.
 template <int ROWS, int GROUP = 0>
-__device__ __forceinline__ void add_groups(const SpreadUnit& unit, u64 rows, const float2 (&scales)[ROWS / 8],
-                                           float* sum) {
+__device__ __forceinline__ void add_groups(const SpreadUnit& unit, u64 rows, u32 row_scales, float* sum) {
     constexpr int INSTRUCTIONS = SpreadUnit::GROUP_INSTRUCTIONS;
     float part[ROWS / 2];
     begin_products();
@@ -344,11 +380,15 @@ __device__ __forceinline__ void add_groups(const SpreadUnit& unit, u64 rows, con
     wait_for_products<0>();
     fence_accumulators(part);
 #pragma unroll
-    for (int i = 0; i < ROWS / 2; ++i) {
-        const float scale = i % 2 == 0 ? scales[i / 4].x : scales[i / 4].y;
-        sum[i] = __fmaf_rn(__fmul_rn(part[i], scale), unit.powers[GROUP][i / 2 % 2], sum[i]);
+    for (int i = 0; i < ROWS / 2; i += 4) {
+        float2 scale = make_float2(1.0f, 1.0f);
+        if constexpr (Config::SCALED) scale = load_shared_pair(row_scales + (2 * i + lane_of_thread() % 4 * 2) * 4);
+#pragma unroll
+        for (int j = i; j < i + 4; ++j)
+            sum[j] =
+                __fmaf_rn(__fmul_rn(part[j], j % 2 == 0 ? scale.x : scale.y), unit.powers[GROUP][j / 2 % 2], sum[j]);
     }
-    if constexpr (GROUP == 0) add_groups<ROWS, 1>(unit, rows, scales, sum);
+    if constexpr (GROUP == 0) add_groups<ROWS, 1>(unit, rows, row_scales, sum);
 }
 
 // Adds up the blocks of K of a slab whose scales are too far apart. `largest`: the outputs' largest scales.
@@ -364,17 +404,11 @@ __device__ __forceinline__ void multiply_spread(Ring& ring, int k, int consumer,
 #pragma unroll 1
         for (int i = 0; i < min(units, Config::UNITS); ++i) {
             SpreadUnit unit(Unit(ring.weights(consumer) + i * UNIT_BYTES), largest);
-            const u32 row_scales = ring.row_scales() + lane_of_thread() % 4 * 8;
 #pragma unroll
             for (int piece = 0; piece < N / ROWS; ++piece) {
-                float2 scales[ROWS / 8];
-#pragma unroll
-                for (int j = 0; j < ROWS / 8; ++j)
-                    scales[j] = Config::SCALED ? load_shared_pair(row_scales + (piece * ROWS + 8 * j) * 4)
-                                               : make_float2(1.0f, 1.0f);
                 // A unit of e4m3 is 64 of the row's 128 bytes.
                 const u64 rows = operand(ring.rows() + piece * ROWS * ROW_BYTES) + i * 4;
-                add_groups<ROWS>(unit, rows, scales, sum + piece * (ROWS / 2));
+                add_groups<ROWS>(unit, rows, ring.row_scales() + piece * ROWS * 4, sum + piece * (ROWS / 2));
             }
             fence_operands(unit.a);
         }
@@ -519,11 +553,13 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS) ge
     if (consumer < 0) {
         if constexpr (MOVE_REGISTERS) give_registers<Config::PRODUCER_REGISTERS>();
         const int warp = threadIdx.x / 32;
-        const StaticScheduler<Config> scheduler(a, blockIdx.x, gridDim.x, 0);
         if (warp == (int)ProducerWarp::WEIGHTS) {
-            if (elect_thread()) produce_weights(a, ring, scheduler);
+            if (elect_thread()) produce_weights(a, ring, StaticScheduler<Config>(a, blockIdx.x, gridDim.x, 0));
         } else if (warp == (int)ProducerWarp::ROWS) {
-            if (elect_thread()) produce_rows(a, ring, scheduler);
+            constexpr bool SCALES = Config::SCALED && !Config::SCALES_APART;
+            if (elect_thread()) produce_rows<SCALES>(a, ring, StaticScheduler<Config>(a, blockIdx.x, gridDim.x, 0));
+        } else if (Config::SCALES_APART && warp == (int)ProducerWarp::SCALES) {
+            produce_scales(a, ring, StaticScheduler<Config>(a, blockIdx.x, gridDim.x, 0));
         }
     } else {
         if constexpr (MOVE_REGISTERS) take_registers<Config::CONSUMER_REGISTERS>();
@@ -533,6 +569,12 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS) ge
             if (tile.rows == 0) break;
             const bool spread = HOST_SPREAD && (tile.column >> consumer & 1) != 0;
             tile.column &= ~(UNIT_OUTPUTS - 1);
+            // Past the last output there is nothing to decode: the others have this warpgroup's turns. A vote, so that
+            // the compiler knows the ring to be the same in all of a warp.
+            if (Config::BROAD && __any_sync(WARP, tile.column + consumer * UNIT_OUTPUTS >= a.n)) {
+                skip_blocks(ring, blocks_of(a.k));
+                continue;
+            }
             multiply_tile<1>(a, tile, ring, consumer, spread);
         }
         wait_for_stores_to_read();

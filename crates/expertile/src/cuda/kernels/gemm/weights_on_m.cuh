@@ -3,12 +3,16 @@
 #pragma once
 #include "gemm/pipeline.cuh"
 
-// Ids of bar.sync; 0 is that of __syncthreads.
+// Ids of bar.sync; 0 is that of __syncthreads. Further consumers' follow.
 enum class NamedBarrier : int { CONSUMER_0 = 1, CONSUMER_1 = 2 };
 
 // The threads of a consumer warpgroup meet.
+template <int CONSUMERS>
 __device__ __forceinline__ void meet_consumer(int consumer) {
-    if (consumer == 0)
+    static_assert((int)NamedBarrier::CONSUMER_0 + CONSUMERS <= 16, "a block has 16 barriers");
+    if constexpr (CONSUMERS > 2)
+        meet_threads<WARPGROUP>((int)NamedBarrier::CONSUMER_0 + consumer);
+    else if (consumer == 0)
         meet_at<(int)NamedBarrier::CONSUMER_0, WARPGROUP>();
     else
         meet_at<(int)NamedBarrier::CONSUMER_1, WARPGROUP>();
@@ -47,7 +51,7 @@ __device__ __forceinline__ void store_rows(const GemmArgs<Config>& a, const Tile
     const int lane = lane_of_thread();
     const int thread = threadIdx.x % WARPGROUP;
     wait_for_stores_to_read();
-    meet_consumer(consumer);
+    meet_consumer<Config::CONSUMERS>(consumer);
     const u32 mine = staging + (lane / 16 * 8 + lane % 8) * STAGING_ROW + (thread / 32 * 16 + lane / 8 % 2 * 8) * 2;
 #pragma unroll
     for (int i = 0; i < N / 16; ++i)
@@ -55,7 +59,7 @@ __device__ __forceinline__ void store_rows(const GemmArgs<Config>& a, const Tile
                          pack_bf16(sum[8 * i + 2], sum[8 * i + 3]), pack_bf16(sum[8 * i + 4], sum[8 * i + 5]),
                          pack_bf16(sum[8 * i + 6], sum[8 * i + 7]));
     publish_shared_writes();
-    meet_consumer(consumer);
+    meet_consumer<Config::CONSUMERS>(consumer);
     const int column = tile.column + consumer * Config::OUTPUTS_OF_CONSUMER;
     const int outputs = min(a.n - column, Config::OUTPUTS_OF_CONSUMER);
     if (outputs > 0)
