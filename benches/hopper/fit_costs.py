@@ -75,7 +75,7 @@ class Kernel:
         """The library's `GemmKernel`."""
         if self.wide:
             return "GemmKernel::Large" if self.row_tile == 128 else f"GemmKernel::Wide {{ shares_rows: {str(self.shared == 2).lower()} }}"
-        cut = "Narrow" if self.outputs == 64 else "SharedRows" if self.shared == 2 else "Plain"
+        cut = {64: "Narrow", 384: "Broad"}.get(self.outputs, "SharedRows" if self.shared == 2 else "Plain")
         return f"GemmKernel::FewRows {{ row_tile: {self.row_tile}, cut: FewRowsCut::{cut} }}"
 
 
