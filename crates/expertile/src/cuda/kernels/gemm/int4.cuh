@@ -44,25 +44,31 @@ __device__ __forceinline__ u32 int4_bytes(u32 selectors, u32 negative) {
     return (from_minus_8 & negative) | (from_0 & ~negative);
 }
 
-// A thread's part of a unit: the M operand, and for each of its two groups of 32 the scales of this thread's outputs.
+// A thread's part of a unit: the M operand, and for each of its two groups of 32 the scales of this thread's outputs, as
+// they came.
 template <Format FORMAT>
 struct Int4Unit {
     u32 a[2 * GROUP_REGISTERS<FORMAT>];
-    float scales[2][2];
+    u32 pairs[2];
 
-    __device__ __forceinline__ Int4Unit(u32 from, bool f16_scales) {
+    __device__ __forceinline__ void decode(u32 from) {
         const int thread = threadIdx.x % (2 * UNIT_OUTPUTS);
         const uint4 words = load_shared_words(from + thread * 16);
         decode_word(words.x, a);
         decode_word(words.y, a + 1);
         decode_word(words.z, a + GROUP_REGISTERS<FORMAT>);
         decode_word(words.w, a + GROUP_REGISTERS<FORMAT> + 1);
-        const u32 pairs = from + UNIT_VALUE_BYTES + thread / 4 * 8;
+#pragma unroll
+        for (int group = 0; group < 2; ++group)
+            pairs[group] = load_shared_word(from + UNIT_VALUE_BYTES + thread / 4 * 8 + group * 4);
+    }
+
+    // Of each group those of the thread's upper and lower output.
+    __device__ __forceinline__ void scales(bool f16_scales, float (&to)[2][2]) const {
 #pragma unroll
         for (int group = 0; group < 2; ++group) {
-            const u32 pair = load_shared_word(pairs + group * 4);
-            scales[group][0] = f16_scales ? low_half<1>(pair) : low_half<0>(pair);
-            scales[group][1] = f16_scales ? high_half<1>(pair) : high_half<0>(pair);
+            to[group][0] = f16_scales ? low_half<1>(pairs[group]) : low_half<0>(pairs[group]);
+            to[group][1] = f16_scales ? high_half<1>(pairs[group]) : high_half<0>(pairs[group]);
         }
     }
 
