@@ -603,7 +603,8 @@ __device__ __forceinline__ void multiply_tile(const Args& a, const Tile& tile, R
 extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS) gemm(const __grid_constant__ Args a) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 memory = shared_address(shared);
-    const int consumer = (int)threadIdx.x / WARPGROUP - 1;
+    // A shuffle, for the compiler to see that a warp has one: the ring is then kept in uniform registers.
+    const int consumer = __shfl_sync(WARP, (int)threadIdx.x / WARPGROUP, 0) - 1;
     Ring ring(memory);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < Config::STAGES; ++stage) {
