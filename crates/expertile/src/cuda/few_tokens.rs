@@ -28,6 +28,8 @@ pub(super) struct FewTokensCall<'a> {
     pub(super) topk_weights: DeviceMatrix<f32>,
     pub(super) w13: &'a Weights,
     pub(super) w2: &'a Weights,
+    /// `[E, 2 I]` and `[E, H]`
+    pub(super) biases: [Option<DevicePtr<f32>>; 2],
     /// `[M * topk, 2 I]`
     pub(super) gate_up: DevicePtr<bf16>,
     /// `[M, H]`
@@ -45,6 +47,7 @@ struct Arguments {
     weights_row_stride: i64,
     w13_scales: u64,
     w2_scales: u64,
+    biases: [u64; 2],
     gate_up: u64,
     out: u64,
     counters: u64,
@@ -90,6 +93,7 @@ impl FewTokens {
             weights_row_stride: call.topk_weights.row_stride as i64,
             w13_scales: DevicePtr::or_null(call.w13.scales()),
             w2_scales: DevicePtr::or_null(call.w2.scales()),
+            biases: call.biases.map(DevicePtr::or_null),
             gate_up: call.gate_up.address(),
             out: call.output.address(),
             counters: call.route.state.byte_add(COUNTERS_OFFSET).address(),

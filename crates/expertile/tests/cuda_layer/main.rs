@@ -251,8 +251,8 @@ fn check_partial_groups_with_biases(format: WeightFormat) {
     let spec = Spec { hidden: 320, intermediate: 192, experts: 6, topk: 2, activation: GPT_OSS, biased: true, ..BASE };
     for activation_format in ActivationFormat::ALL {
         let spec = Spec { format, activation_format, ..spec };
-        check_model(spec, &[1, 31, 64, 300], &[Pattern::Even, Pattern::Skewed]);
-        check_model(spec, &[3, 40], &[Pattern::One, Pattern::Empty]);
+        check_model(spec, &[1, 2, 31, 64, 300], &[Pattern::Even, Pattern::Skewed]);
+        check_model(spec, &[1, 2, 3, 40], &[Pattern::One, Pattern::Empty]);
     }
     // Half a unit of K, which e4m3 rows have not.
     let activation_format = ActivationFormat::Bf16;

@@ -9,7 +9,7 @@ use crate::cuda::gemm::{GemmKernel, GemmShape, row_bytes};
 use crate::cuda::prepare::alike;
 use crate::cuda::{route, route_permute};
 use crate::error::{Error, Result, checked_add, checked_mul};
-use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
+use crate::gemm::{ActivationFormat, WeightFormat};
 use crate::layer::{LayerConfig, LayerShape};
 use crate::plan::{Plan, TokenExperts};
 use crate::quantize::ScaleFormat;
@@ -161,7 +161,7 @@ fn launches(slots: usize, activation_inside: bool) -> usize {
     if slots == 0 { 0 } else { route_permute::launches(slots) + 4 - usize::from(activation_inside) }
 }
 
-/// The kernels that do calls of up to so many tokens in one launch, if they take the weights and whole groups of e4m3.
+/// The kernels that do calls of up to so many tokens in one launch, if they take the weights.
 fn few_tokens_kernels(
     shape: &LayerShape,
     config: &LayerConfig,
@@ -169,8 +169,7 @@ fn few_tokens_kernels(
     tokens: usize,
     multiprocessors: usize,
 ) -> Vec<FewTokensConfig> {
-    let whole_groups = [shape.hidden(), shape.intermediate()].iter().all(|width| width.is_multiple_of(WEIGHT_BLOCK));
-    if weights.fits_one_launch() && (whole_groups || config.activation_format == ActivationFormat::Bf16) {
+    if weights.fits_one_launch([shape.hidden(), shape.intermediate()]) {
         FewTokensConfig::all(shape, config, tokens, multiprocessors)
     } else {
         Vec::new()

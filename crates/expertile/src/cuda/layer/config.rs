@@ -29,9 +29,13 @@ impl WeightKind {
         Self { format, biased: [false; 2] }
     }
 
-    /// Whether the kernel that does a call in one launch takes them.
-    pub(super) fn fits_one_launch(self) -> bool {
-        !self.format.has_groups() && self.biased == [false; 2]
+    /// Whether the kernel that does a call in one launch takes them, of those widths: groups of e4m3 are whole.
+    pub(super) fn fits_one_launch(self, widths: [usize; 2]) -> bool {
+        match self.format {
+            WeightFormat::E4m3 => widths.iter().all(|width| width.is_multiple_of(WEIGHT_BLOCK)),
+            WeightFormat::Bf16 => true,
+            WeightFormat::Mxfp4 | WeightFormat::Int4 => false,
+        }
     }
 }
 

@@ -126,6 +126,8 @@ impl Layer {
             topk_weights,
             w13: &self.weights.w13,
             w2: &self.weights.w2,
+            biases: [&self.weights.biases.b13, &self.weights.biases.b2]
+                .map(|bias| bias.as_deref().map(DeviceBuffer::ptr)),
             gate_up,
             output,
         };

@@ -14,6 +14,7 @@ struct FewTokensArgs {
     i64 weights_row_stride;
     const float* w13_scales;  // [experts, 2 I / 128, H / 128], rounded up; null for bf16
     const float* w2_scales;   // [experts, H / 128, I / 128], likewise
+    const float* biases[2];   // of w13 [experts, 2 I] and of w2 [experts, H]; null for none
     u16* gate_up;             // [tokens * TOPK, 2 I] bf16
     void* out;                // [tokens, H]
     Counters* counters;
@@ -160,6 +161,36 @@ __device__ __forceinline__ void multiply_tile(u32 memory, Rings& rings, const Ro
     }
 }
 
+// The biases of a thread's two weight rows in a tile, the second eight further.
+template <bool SECOND>
+struct TileBiases {
+    float of[2] = {0.0f, 0.0f};
+    bool are_there;
+
+    __device__ __forceinline__ TileBiases(const FewTokensArgs& a, const SharedStorage& s, const LayerTile& tile) {
+        using H = Half<SECOND>;
+        const float* biases = a.biases[SECOND ? 1 : 0];
+        are_there = biases != nullptr;
+        if (!are_there) return;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int in_tile = threadIdx.x % WARPGROUP / 32 * 16 + lane_of_thread() / 4 + half * 8;
+            const int in_group = in_tile / H::ROWS;
+            const int output = tile.output + in_tile % H::ROWS;
+            if (in_group >= H::GROUP || tile.live + in_group >= s.live || output >= H::N) continue;
+            // Volatile: loaded here, long before it is needed.
+            of[half] = *static_cast<const volatile float*>(
+                biases + (i64)s.live_experts[tile.live + in_group] * H::N + output);
+        }
+    }
+
+    __device__ __forceinline__ void add_to(float (&sum)[SUMS<SECOND>]) const {
+        if (!are_there) return;
+#pragma unroll
+        for (int i = 0; i < SUMS<SECOND>; ++i) sum[i] = __fadd_rn(sum[i], of[i / 2 % 2]);
+    }
+};
+
 // The threads of a consumer warpgroup meet.
 __device__ __forceinline__ void meet_consumer(int consumer) {
     if (consumer == 0)
@@ -288,15 +319,19 @@ __device__ __forceinline__ void consume(const FewTokensArgs& a, SharedStorage& s
             reader.release();
         } else if (tile.work == Work::SECOND) {
             float sum[SUMS<true>];
+            const TileBiases<true> biases(a, s, tile);
             multiply_tile<true>(memory, rings, row_scales_of<true>(weight_scales, tile.output), sum);
             arrive_if(ELEMENT(memory, multiplied, consumer), lane_of_thread() == 0);
             reader.release();
+            biases.add_to(sum);
             finish_second(s, tile, sum);
         } else {
             float sum[SUMS<false>];
+            const TileBiases<false> biases(a, s, tile);
             multiply_tile<false>(memory, rings, row_scales_of<false>(weight_scales, tile.output), sum);
             arrive_if(ELEMENT(memory, multiplied, consumer), lane_of_thread() == 0);
             reader.release();
+            biases.add_to(sum);
             finish_first(a, s, tile, s.live_experts[tile.live], consumer, sum);
         }
     }
