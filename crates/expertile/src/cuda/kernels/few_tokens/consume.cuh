@@ -179,8 +179,8 @@ struct TileBiases {
             const int output = tile.output + in_tile % H::ROWS;
             if (in_group >= H::GROUP || tile.live + in_group >= s.live || output >= H::N) continue;
             // Volatile: loaded here, long before it is needed.
-            of[half] = *static_cast<const volatile float*>(
-                biases + (i64)s.live_experts[tile.live + in_group] * H::N + output);
+            of[half] =
+                *static_cast<const volatile float*>(biases + (i64)s.live_experts[tile.live + in_group] * H::N + output);
         }
     }
 
