@@ -15,6 +15,8 @@ use super::weights::weight_bytes;
 use crate::gemm::{ActivationFormat, WeightFormat};
 use table::COSTS;
 
+// A measured number may be close to a constant of mathematics.
+#[allow(clippy::approx_constant)]
 mod table;
 
 /// What one kernel takes. Times in microseconds, of which some depend on the rows of a tile: one for each step of
