@@ -16,7 +16,7 @@ pub(in crate::cuda) struct Launch {
     pub(in crate::cuda) shared_bytes: u32,
     /// All blocks are resident at once, or the launch fails.
     pub(in crate::cuda) cooperative: bool,
-    /// May be set up while the launch before it still runs; the kernel itself waits for that one's writes.
+    /// May begin before the launch before it has ended, where that one lets it; the kernel itself waits for its writes.
     pub(in crate::cuda) overlap: bool,
 }
 

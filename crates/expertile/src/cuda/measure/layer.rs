@@ -34,8 +34,8 @@ pub struct LayerTimes {
     pub graph_seconds: f64,
     /// Seconds when launched from the host.
     pub eager_seconds: f64,
-    /// Every stage that has launches of its own, by itself; none where one launch does it all. Inside the layer each is
-    /// set up while the one before it runs, so the whole takes less than their sum.
+    /// Every stage that has launches of its own, by itself; none where one launch does it all. By itself a stage may find
+    /// in the cache what inside the layer comes from memory.
     pub stages: Vec<StageTime>,
 }
 

@@ -178,7 +178,7 @@ impl Report {
         let layers = self.sizes.iter().flat_map(|size| size.stages.iter().chain([&size.layer]));
         text.push_str(explain_shares(layers.map(|row| row.report.share)));
         text.push_str(
-            "times are inside a graph; the layer's is less than its stages', as each is set up while the one before runs\n",
+            "times are inside a graph; a stage by itself may find in the cache what inside the layer comes from memory\n",
         );
         if self.activations == ActivationFormat::E4m3.name() {
             text.push_str("permute includes routing and plan: one call\n");

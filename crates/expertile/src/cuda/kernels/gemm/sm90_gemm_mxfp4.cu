@@ -2,10 +2,11 @@
 // sums, bf16 out; rows are e4m3 with scales, or bf16.
 //
 // As in sm90_gemm_few_rows.cu weights are the M operand of wgmma, a tile is 64, 128 or 384 outputs of up to ROW_TILE
-// rows of one expert, and a warpgroup multiplies 64 outputs. Weights are decoded in registers, from which wgmma takes
-// its M operand: gemm/mxfp4.cuh says how they stand in memory. An output's largest scale multiplies its sum at the end;
-// what the others are below it is folded into the decoded values. A slab whose scales are too far apart for that takes
-// another way, group by group of 32; weights that have such slabs are multiplied by a kernel that has both.
+// rows of one expert, and a warpgroup multiplies 64 outputs. Consumers decode weights into registers, from which wgmma
+// takes its M operand: gemm/mxfp4.cuh has their layout in memory. Decoding multiplies each value by the power of two
+// that its group's scale is below the largest of the output; the consumer multiplies the sum by that largest scale at
+// the end. Where the scales of a slab are too far apart for that, products are scaled by group of 32; weights that have
+// such slabs are multiplied by a kernel that has both.
 //
 // Where a tile has few rows several blocks share a multiprocessor, or one has many warps: while one decodes, another's
 // products run. All tiles add up the blocks of K in the same order, so a row has the same bits in all of them.
@@ -636,8 +637,8 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS) ge
             if (tile.rows == 0) break;
             const bool spread = HOST_SPREAD && (tile.column >> consumer & 1) != 0;
             tile.column &= ~(UNIT_OUTPUTS - 1);
-            // Past the last output there is nothing to decode: the others have this warpgroup's turns. A vote, so that
-            // the compiler knows the ring to be the same in all of a warp.
+            // Past the last output there is nothing to decode, and the other warpgroups issue instructions instead. A
+            // vote, so that the compiler knows the ring to be the same in all of a warp.
             if (Config::BROAD && __any_sync(WARP, tile.column + consumer * UNIT_OUTPUTS >= a.n)) {
                 skip_blocks(ring, blocks_of(a.k));
                 continue;
