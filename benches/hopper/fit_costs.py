@@ -35,6 +35,8 @@ LEFT_OUT: dict[Formats, set[tuple[int, int, int, bool]]] = {
     ("bf16", "bf16"): {(16, 128, 2, False), (32, 128, 2, False), (64, 128, 2, False), (192, 128, 1, False), (192, 128, 2, False)},
     ("mxfp4", "e4m3"): {(16, 384, 1, False)},
     ("mxfp4", "bf16"): {(16, 384, 1, False)},
+    ("int4", "e4m3"): {(16, 384, 1, False)},
+    ("int4", "bf16"): {(16, 384, 1, False)},
 }
 
 
@@ -77,7 +79,7 @@ class Kernel:
         """The library's `GemmKernel`."""
         if self.wide:
             return "GemmKernel::Large" if self.row_tile == 128 else f"GemmKernel::Wide {{ shares_rows: {str(self.shared == 2).lower()} }}"
-        cut = {64: "Narrow", 384: "Broad"}.get(self.outputs, "SharedRows" if self.shared == 2 else "Plain")
+        cut = {64: "Narrow", 128: "SharedRows" if self.shared == 2 else "Plain"}.get(self.outputs, "Broad")
         return f"GemmKernel::FewRows {{ row_tile: {self.row_tile}, cut: FewRowsCut::{cut} }}"
 
 

@@ -87,7 +87,7 @@ impl GemmConfig {
         let expected = match (self.activation.is_some(), self.kernel) {
             (true, _) => "e4m3, for a GEMM with an activation",
             (false, kernel) if kernel.is_broad() => {
-                let expected = "mxfp4 or int4, for a tile of 384 outputs";
+                let expected = "mxfp4 or int4, for a broad tile";
                 return Err(Error::WeightFormat { argument: "weights", actual: self.format.name(), expected });
             }
             (false, GemmKernel::Large) => "e4m3, for a tile of 256 outputs",

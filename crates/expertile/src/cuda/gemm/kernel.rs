@@ -14,9 +14,8 @@ const NARROW_OUTPUTS: usize = 64;
 const FEW_ROWS_OUTPUTS: usize = 128;
 /// Most rows of a narrow tile.
 const NARROW_ROWS: usize = 64;
-/// Outputs of a broad tile, and its most rows: six consumer warpgroups leave few registers to each.
-const BROAD_OUTPUTS: usize = 384;
-const BROAD_ROWS: usize = 32;
+/// Outputs of a broad tile of at most so many rows: more rows leave registers for fewer consumer warpgroups.
+const BROAD_OUTPUTS: [(usize, usize); 3] = [(32, 384), (64, 256), (128, 192)];
 /// Row tiles that K is split for.
 const SPLIT_ROW_TILES: [usize; 3] = [16, 32, 64];
 /// Parts in which K may be split, most first.
@@ -27,6 +26,11 @@ const WIDE_OUTPUTS: usize = 128;
 /// Rows and outputs of the large kernel's tiles.
 pub(in crate::cuda) const LARGE_ROW_TILE: usize = 128;
 const LARGE_OUTPUTS: usize = 256;
+
+/// Outputs of a broad tile of that many rows, where there is one.
+fn broad_outputs(row_tile: usize) -> Option<usize> {
+    BROAD_OUTPUTS.iter().find(|&&(most, _)| row_tile <= most).map(|&(_, outputs)| outputs)
+}
 
 /// One of the grouped GEMM's kernels, and how it cuts its work. Plain data: choosing one is a pure function of the
 /// shape and the device.
@@ -59,8 +63,8 @@ pub enum FewRowsCut {
     Narrow,
     /// 128 outputs to a tile.
     Plain,
-    /// 384 outputs to a tile, a block to a multiprocessor: more warps decode at once. For mxfp4 and int4 weights and row
-    /// tiles up to 32.
+    /// 384 outputs to a tile of up to 32 rows, 256 to one of 64, 192 to one of 128; a block to a multiprocessor: as many
+    /// warps decode as there are registers for. For mxfp4 and int4 weights.
     Broad,
     /// 128 outputs to a tile; two blocks of a cluster share a tile's rows.
     SharedRows,
@@ -174,7 +178,7 @@ impl GemmKernel {
     pub fn outputs(&self) -> usize {
         match self {
             Self::FewRows { cut: FewRowsCut::Narrow, .. } => NARROW_OUTPUTS,
-            Self::FewRows { cut: FewRowsCut::Broad, .. } => BROAD_OUTPUTS,
+            Self::FewRows { cut: FewRowsCut::Broad, row_tile } => broad_outputs(*row_tile).unwrap_or(FEW_ROWS_OUTPUTS),
             Self::FewRows { .. } => FEW_ROWS_OUTPUTS,
             Self::Wide { .. } => WIDE_OUTPUTS,
             Self::Large => LARGE_OUTPUTS,
@@ -262,9 +266,8 @@ impl GemmKernel {
                 let expected = format!("at most {NARROW_ROWS}, for a tile of {NARROW_OUTPUTS} outputs");
                 Err(Error::value("row_tile", row_tile, expected))
             }
-            FewRowsCut::Broad if row_tile > BROAD_ROWS => {
-                let expected = format!("at most {BROAD_ROWS}, for a tile of {BROAD_OUTPUTS} outputs");
-                Err(Error::value("row_tile", row_tile, expected))
+            FewRowsCut::Broad if broad_outputs(row_tile).is_none() => {
+                Err(Error::value("row_tile", row_tile, "at most 128, for a broad tile"))
             }
             FewRowsCut::SplitK { parts } if !K_PARTS.contains(&parts) => {
                 Err(Error::value("parts", parts, "2, 4 or 8 parts of K"))
@@ -306,6 +309,8 @@ mod tests {
         assert_eq!(kernel.to_string(), "128 outputs x 32 rows (weights on M), K in 2 parts");
         let kernel = GemmKernel::FewRows { row_tile: 16, cut: FewRowsCut::Broad };
         assert_eq!(kernel.to_string(), "384 outputs x 16 rows (weights on M)");
+        let kernel = GemmKernel::FewRows { row_tile: 128, cut: FewRowsCut::Broad };
+        assert_eq!(kernel.to_string(), "192 outputs x 128 rows (weights on M)");
         let kernel = GemmKernel::Wide { shares_rows: true };
         assert_eq!(kernel.to_string(), "128 outputs x 192 rows (tokens on M), 2 blocks share rows");
         assert_eq!(GemmKernel::Large.to_string(), "256 outputs x 128 rows (tokens on M)");
@@ -328,8 +333,8 @@ mod tests {
         for (format, row_tiles) in [
             (WeightFormat::E4m3, &[][..]),
             (WeightFormat::Bf16, &[]),
-            (WeightFormat::Mxfp4, &[16, 32]),
-            (WeightFormat::Int4, &[16, 32]),
+            (WeightFormat::Mxfp4, &[16, 32, 64, 128]),
+            (WeightFormat::Int4, &[16, 32, 64, 128]),
         ] {
             let broad = GemmKernel::all(format).into_iter().filter(GemmKernel::is_broad);
             assert_eq!(broad.map(|kernel| kernel.row_tile()).collect::<Vec<_>>(), row_tiles, "{format}");
@@ -341,7 +346,7 @@ mod tests {
         let refused = |row_tile, cut| GemmKernel::FewRows { row_tile, cut }.check().unwrap_err().to_string();
         assert!(refused(48, FewRowsCut::Plain).starts_with("row_tile is 48"));
         assert!(refused(128, FewRowsCut::Narrow).starts_with("row_tile is 128"));
-        assert!(refused(64, FewRowsCut::Broad).starts_with("row_tile is 64, expected at most 32"));
+        assert!(refused(192, FewRowsCut::Broad).starts_with("row_tile is 192, expected at most 128"));
         assert!(refused(64, FewRowsCut::SplitK { parts: 3 }).starts_with("parts is 3"));
         assert!(refused(64, FewRowsCut::SplitK { parts: 1 }).starts_with("parts is 1"));
         assert!(refused(192, FewRowsCut::SplitK { parts: 2 }).starts_with("row_tile is 192"));

@@ -1,19 +1,19 @@
 // The grouped GEMM on Hopper over MXFP4 weights: out[r, :] = weights[expert of r] * rows[r, :], live rows only, f32
 // sums, bf16 out; rows are e4m3 with scales, or bf16.
 //
-// As in sm90_gemm_few_rows.cu weights are the M operand of wgmma, a tile is 64, 128 or 384 outputs of up to ROW_TILE
-// rows of one expert, and a warpgroup multiplies 64 outputs. Consumers decode weights into registers, from which wgmma
-// takes its M operand: gemm/mxfp4.cuh has their layout in memory. Decoding multiplies each value by the power of two
-// that its group's scale is below the largest of the output; the consumer multiplies the sum by that largest scale at
-// the end. Where the scales of a slab are too far apart for that, products are scaled by group of 32; weights that have
-// such slabs are multiplied by a kernel that has both.
+// As in sm90_gemm_few_rows.cu weights are the M operand of wgmma, a tile is some outputs of up to ROW_TILE rows of one
+// expert, and a warpgroup multiplies 64 outputs. Consumers decode weights into registers, from which wgmma takes its M
+// operand: gemm/mxfp4.cuh has their layout in memory. Decoding multiplies each value by the power of two that its
+// group's scale is below the largest of the output; the consumer multiplies the sum by that largest scale at the end.
+// Where the scales of a slab are too far apart for that, products are scaled by group of 32; weights that have such
+// slabs are multiplied by a kernel that has both.
 //
 // Where a tile has few rows several blocks share a multiprocessor, or one has many warps: while one decodes, another's
 // products run. All tiles add up the blocks of K in the same order, so a row has the same bits in all of them.
 //
 // int4 weights, whose scales are no powers of two, are all multiplied group by group: gemm/int4.cuh has their units.
 //
-// Set by the host: see config.cuh; HOST_MULTICAST and HOST_K_SPLITS are 1; HOST_OUTPUTS is 64, 128 or 384;
+// Set by the host: see config.cuh; HOST_MULTICAST and HOST_K_SPLITS are 1; HOST_OUTPUTS is a multiple of 64;
 // HOST_BLOCKS is the number of blocks that a multiprocessor is to hold; HOST_SPREAD says whether slabs may be spread;
 // HOST_INT4 whether weights are int4, of which none is.
 #include "gemm/int4.cuh"
@@ -27,15 +27,19 @@ struct Config : HostConfig {
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
     static constexpr int BLOCKS = HOST_BLOCKS;
     static constexpr bool BROAD = CONSUMERS > 2;  // one block fills a multiprocessor with warps
-    static constexpr int PRODUCER_REGISTERS = BROAD ? 24 : BLOCKS > 1 ? 32 : 40;
-    static constexpr int CONSUMER_REGISTERS = BROAD ? 80 : BLOCKS > 1 ? 104 : 232;
+    static constexpr int PRODUCER_REGISTERS = CONSUMERS == 6 ? 24 : BROAD || BLOCKS > 1 ? 32 : 40;
+    static constexpr int CONSUMER_REGISTERS = CONSUMERS == 6   ? 80
+                                              : CONSUMERS == 4 ? 112
+                                              : CONSUMERS == 3 ? 160
+                                              : BLOCKS > 1     ? 104
+                                                               : 232;
     static constexpr bool GATE_AND_UP = false;
     static constexpr int WEIGHT_BOXES = 1;
     static constexpr int CLUSTER_COLUMNS = 1;
     static constexpr int CLUSTER = 1;
     static constexpr int ROW_TILES_PER_GROUP = 8;
     static constexpr int SCALING_WARPS = 0;
-    static constexpr bool SCALES_APART = BROAD && SCALED;
+    static constexpr bool SCALES_APART = PRODUCER_REGISTERS < 32 && SCALED;
 
     static constexpr int UNITS = K_BLOCK / UNIT_K;  // of a slab in a block of K
     static constexpr int GROUPS = K_BLOCK / 32;
@@ -211,13 +215,15 @@ __device__ __forceinline__ void decode_block(const Ring& ring, int consumer, int
 
 // Rows of a tile are multiplied in pieces of at most 64: the products of one run while those of another are added, but
 // where there are few registers to a thread.
-constexpr bool SMALL_PIECES = Config::BROAD && (Config::SCALED || HOST_INT4);
 template <int N>
-constexpr int PIECE = SMALL_PIECES         ? 16
-                      : N < 64             ? N
-                      : Config::BLOCKS > 1 ? 32
-                      : N % 64 == 0        ? 64
-                                           : N / 2;
+__device__ constexpr int rows_of_piece() {
+    if (Config::CONSUMERS == 6 && (Config::SCALED || HOST_INT4)) return 16;
+    if (N < 64) return N;
+    if (Config::BLOCKS > 1 || Config::CONSUMERS == 4 || (HOST_INT4 && Config::CONSUMERS == 3)) return 32;
+    return N % 64 == 0 ? 64 : N / 2;
+}
+template <int N>
+constexpr int PIECE = rows_of_piece<N>();
 template <int N>
 constexpr int PIECES_AT_ONCE = N > PIECE<N>&& Config::BLOCKS == 1 && !Config::BROAD ? 2 : 1;
 
@@ -267,14 +273,18 @@ __device__ __forceinline__ void add_pieces(const u32 (&a)[Config::REGISTERS], u3
 
 // Whether the next block of K (int4: unit) is decoded while the products of this one run: where there are registers for
 // it.
-constexpr int ROWS_AHEAD_OF_TWO_BLOCKS = !HOST_INT4 || Config::SCALED                       ? 48
-                                         : Config::CONSUMERS == 1 || Config::ROW_TILE <= 32 ? 32
-                                                                                            : 0;
 template <int N>
-constexpr bool DECODES_AHEAD =
-    !HOST_SPREAD && (Config::BROAD ? N == 16 || !Config::SCALED || HOST_INT4
-                                   : Config::BLOCKS == 1 || (Config::BLOCKS == 2 && N <= ROWS_AHEAD_OF_TWO_BLOCKS) ||
-                                         Config::ROW_TILE == 16);
+__device__ constexpr bool decodes_ahead() {
+    if (HOST_SPREAD) return false;
+    constexpr bool INT4_OF_BF16 = HOST_INT4 && !Config::SCALED;
+    if (Config::CONSUMERS == 6) return N == 16 || !Config::SCALED || HOST_INT4;
+    if (Config::CONSUMERS == 4) return !INT4_OF_BF16;
+    if (Config::BLOCKS == 1 || Config::ROW_TILE == 16) return true;
+    constexpr int MOST = !INT4_OF_BF16 ? 48 : Config::CONSUMERS == 1 || Config::ROW_TILE <= 32 ? 32 : 0;
+    return Config::BLOCKS == 2 && N <= MOST;
+}
+template <int N>
+constexpr bool DECODES_AHEAD = decodes_ahead<N>();
 
 // Waits for a block of K and decodes it; `units` are left of the slab from there on.
 __device__ __forceinline__ void decode_next(const Ring& ring, int consumer, int units, u32 (&a)[Config::REGISTERS]) {
