@@ -630,7 +630,8 @@ fn a_ring_that_runs_empty_gives_the_same_bits() {
             let call = Call::new(device, &case(kernel), &operands);
             for run in 0..runs_of_each {
                 let out = call.run(operands.plan.m_sum(), n);
-                let differing = first.as_ref().map_or(0, |first| first.iter().zip(&out).filter(|(a, b)| a != b).count());
+                let differing =
+                    first.as_ref().map_or(0, |first| first.iter().zip(&out).filter(|(a, b)| a != b).count());
                 assert_eq!(differing, 0, "{format:?}, {kernel}: results that differ in run {run}");
                 first.get_or_insert(out);
             }

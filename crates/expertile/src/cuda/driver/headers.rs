@@ -4,7 +4,7 @@
 use std::ffi::CStr;
 
 /// `(name, text)` of every header.
-pub(super) const HEADERS: [(&CStr, &str); 27] = [
+pub(super) const HEADERS: [(&CStr, &str); 32] = [
     (c"common/activation.cuh", include_str!("../kernels/common/activation.cuh")),
     (c"common/quantize.cuh", include_str!("../kernels/common/quantize.cuh")),
     (c"common/scales.cuh", include_str!("../kernels/common/scales.cuh")),
@@ -16,13 +16,18 @@ pub(super) const HEADERS: [(&CStr, &str); 27] = [
     (c"few_tokens/slots.cuh", include_str!("../kernels/few_tokens/slots.cuh")),
     (c"few_tokens/storage.cuh", include_str!("../kernels/few_tokens/storage.cuh")),
     (c"gemm/config.cuh", include_str!("../kernels/gemm/config.cuh")),
-    (c"gemm/int4.cuh", include_str!("../kernels/gemm/int4.cuh")),
-    (c"gemm/mxfp4.cuh", include_str!("../kernels/gemm/mxfp4.cuh")),
     (c"gemm/pipeline.cuh", include_str!("../kernels/gemm/pipeline.cuh")),
     (c"gemm/products.cuh", include_str!("../kernels/gemm/products.cuh")),
     (c"gemm/staging.cuh", include_str!("../kernels/gemm/staging.cuh")),
     (c"gemm/tiles.cuh", include_str!("../kernels/gemm/tiles.cuh")),
     (c"gemm/weights_on_m.cuh", include_str!("../kernels/gemm/weights_on_m.cuh")),
+    (c"groups/int4.cuh", include_str!("../kernels/groups/int4.cuh")),
+    (c"groups/multiply_folded.cuh", include_str!("../kernels/groups/multiply_folded.cuh")),
+    (c"groups/multiply_int4.cuh", include_str!("../kernels/groups/multiply_int4.cuh")),
+    (c"groups/multiply_spread.cuh", include_str!("../kernels/groups/multiply_spread.cuh")),
+    (c"groups/mxfp4.cuh", include_str!("../kernels/groups/mxfp4.cuh")),
+    (c"groups/produce.cuh", include_str!("../kernels/groups/produce.cuh")),
+    (c"groups/storage.cuh", include_str!("../kernels/groups/storage.cuh")),
     (c"ptx/access.cuh", include_str!("../kernels/ptx/access.cuh")),
     (c"ptx/convert.cuh", include_str!("../kernels/ptx/convert.cuh")),
     (c"ptx/flags.cuh", include_str!("../kernels/ptx/flags.cuh")),

@@ -1,6 +1,6 @@
 //! What a grouped GEMM is specialised for, and the source that this makes.
 
-use super::shared_memory::{self, mxfp4, stages};
+use super::shared_memory::{self, groups, stages};
 use super::{FewRowsCut, GemmKernel};
 use crate::activation::Activation;
 use crate::cuda::definitions::activation_definitions;
@@ -42,7 +42,7 @@ impl GemmConfig {
     pub fn stages(&self) -> usize {
         match self.format {
             WeightFormat::Mxfp4 | WeightFormat::Int4 => {
-                mxfp4::stages(&self.kernel, self.format, self.activation_format)
+                groups::stages(&self.kernel, self.format, self.activation_format)
             }
             WeightFormat::E4m3 | WeightFormat::Bf16 => stages(&self.kernel, self.activation.is_some()),
         }
@@ -65,7 +65,7 @@ impl GemmConfig {
     pub(super) fn shared_bytes(&self) -> u32 {
         let bytes = match self.format {
             format @ (WeightFormat::Mxfp4 | WeightFormat::Int4) => {
-                mxfp4::bytes(&self.kernel, format, self.activation_format, self.stages())
+                groups::bytes(&self.kernel, format, self.activation_format, self.stages())
             }
             format => shared_memory::bytes(&self.kernel, format, self.activation.is_some(), self.stages()),
         };
@@ -153,11 +153,11 @@ impl GemmConfig {
         let (file, text) = match self.kernel {
             GemmKernel::FewRows { .. } if self.format.has_groups() => {
                 definitions.push(("HOST_OUTPUTS", self.kernel.outputs() as i64));
-                let blocks = if spread { 1 } else { mxfp4::blocks(&self.kernel) };
+                let blocks = if spread { 1 } else { groups::blocks(&self.kernel) };
                 let int4 = self.format == WeightFormat::Int4;
                 definitions.extend([("HOST_BLOCKS", blocks as i64), ("HOST_SPREAD", i64::from(spread))]);
                 definitions.push(("HOST_INT4", i64::from(int4)));
-                ("sm90_gemm_mxfp4.cu", include_str!("../kernels/gemm/sm90_gemm_mxfp4.cu"))
+                ("sm90_gemm_groups.cu", include_str!("../kernels/gemm/sm90_gemm_groups.cu"))
             }
             GemmKernel::FewRows { .. } => {
                 definitions.push(("HOST_OUTPUTS", self.kernel.outputs() as i64));

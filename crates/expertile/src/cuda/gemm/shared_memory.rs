@@ -5,7 +5,7 @@
 
 use super::{FewRowsCut, GemmKernel};
 
-pub(super) mod mxfp4;
+pub(super) mod groups;
 
 use crate::gemm::WeightFormat;
 

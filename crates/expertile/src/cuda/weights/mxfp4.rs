@@ -9,7 +9,7 @@ use crate::matrix::MatrixRef;
 use crate::mxfp4::{NAN_SCALE, groups};
 use std::sync::Arc;
 
-/// A unit: what a warpgroup multiplies at once. The kernels' own are in kernels/gemm/mxfp4.cuh.
+/// A unit: what a warpgroup multiplies at once. The kernels' own are in kernels/groups/mxfp4.cuh.
 pub(in crate::cuda) const UNIT_OUTPUTS: usize = 64;
 pub(in crate::cuda) const UNIT_K: usize = 64;
 

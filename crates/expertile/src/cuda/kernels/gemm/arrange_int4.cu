@@ -1,11 +1,11 @@
-// Arranges int4 weights, blocks [experts, n, k / 2] with bf16 or f16 scales [experts, n, k / 32], as gemm/int4.cuh has
+// Arranges int4 weights, blocks [experts, n, k / 2] with bf16 or f16 scales [experts, n, k / 32], as groups/int4.cuh has
 // them: once, before the first GEMM. Says in `report` which outputs' scales are no numbers. `unpack` writes both again,
 // where the caller has kept none.
 //
 // A thread takes a group of an output at a time.
 //
 // Set by the host: HOST_BF16 (rows are bf16, else e4m3), HOST_THREADS (of a block), HOST_INT4 (1).
-#include "gemm/int4.cuh"
+#include "groups/int4.cuh"
 
 constexpr Format FORMAT = HOST_BF16 ? Format::BF16 : Format::E4M3;
 constexpr int THREADS = HOST_THREADS;

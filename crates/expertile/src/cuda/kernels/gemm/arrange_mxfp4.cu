@@ -1,4 +1,4 @@
-// Arranges MXFP4 weights, blocks [experts, n, k / 2] with scales [experts, n, k / 32], as gemm/mxfp4.cuh has them: once,
+// Arranges MXFP4 weights, blocks [experts, n, k / 2] with scales [experts, n, k / 32], as groups/mxfp4.cuh has them: once,
 // before the first GEMM. Says in `report` which outputs' scales are NaN, and whether any slab's are too far apart.
 // `unpack` writes the blocks again, where the caller has kept none.
 //
@@ -6,7 +6,7 @@
 // A group of zeros counts for none of that: whatever its scale is, its products are zero.
 //
 // Set by the host: HOST_BF16 (rows are bf16, else e4m3), HOST_THREADS (of a block).
-#include "gemm/mxfp4.cuh"
+#include "groups/mxfp4.cuh"
 
 constexpr Format FORMAT = HOST_BF16 ? Format::BF16 : Format::E4M3;
 constexpr int THREADS = HOST_THREADS;

@@ -23,7 +23,7 @@ struct GemmArgs {
     int m_sum;
     int f16_scales;       // int4: 1 where its scales are f16, 0 where they are bf16
     const float* bias;    // [experts, n], added to the sums, or null
-    const u8* packed;     // mxfp4, int4: the weights as gemm/mxfp4.cuh and gemm/int4.cuh have them; else null
+    const u8* packed;     // mxfp4, int4: the weights as groups/mxfp4.cuh and groups/int4.cuh have them; else null
     const u8* exponents;  // mxfp4: of a row's largest scale: [experts, n rounded up to 64]; else null, as the next
     const u8* spread;     // [experts, n / 64, rounded up]: 1 where scales are too far apart; null: nowhere
 };

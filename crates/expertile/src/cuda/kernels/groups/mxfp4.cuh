@@ -26,7 +26,7 @@
 constexpr int UNIT_OUTPUTS = 64;
 constexpr int UNIT_K = 64;
 constexpr int UNIT_VALUE_BYTES = UNIT_OUTPUTS * UNIT_K / 2;
-// int4's scales, of which gemm/int4.cuh speaks, have two bytes.
+// int4's scales, of which groups/int4.cuh speaks, have two bytes.
 constexpr int UNIT_BYTES = UNIT_VALUE_BYTES + UNIT_OUTPUTS * UNIT_K / 32 * (HOST_INT4 ? 2 : 1);
 
 // Normal numbers of the format hold e2m1's values so many powers of two apart, TOP above e2m1's own: e4m3 has

@@ -1,6 +1,6 @@
 // int4 weights as the GEMM reads them, and how a thread decodes its part of them. `arrange_int4.cu` writes them once.
 //
-// Units are those of gemm/mxfp4.cuh, but that their scales are bf16 or f16, as they came, and that nothing is folded
+// Units are those of groups/mxfp4.cuh, but that their scales are bf16 or f16, as they came, and that nothing is folded
 // into values, which are -8 to 7: those of a group are multiplied apart, and its scale multiplies the sum.
 //
 //   thread's word 2 * group + half    of output 16 * warp + 8 * half + lane / 4
@@ -11,7 +11,7 @@
 //                                     is, from bit 4 * (i / 2) + 16 * (i % 2)
 //   scales                            [warp][lane / 4][group][half]
 #pragma once
-#include "gemm/mxfp4.cuh"
+#include "groups/mxfp4.cuh"
 
 // Which value of its group is value i of lane % 4 = `lane`.
 template <Format FORMAT>
