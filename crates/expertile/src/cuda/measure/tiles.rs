@@ -367,7 +367,10 @@ impl Call {
             let expected = first.entry(*activated).or_insert_with(|| found.clone());
             if *expected != found {
                 let differing = expected.iter().zip(&found).filter(|(a, b)| a != b).count();
-                let expected = format!("the bits of the first one, at {kernel}, activated {activated}");
+                let (k, experts) = (weights.k(), weights.experts());
+                let expected = format!(
+                    "the bits of the first tile, in {kernel}, activated {activated}, N {n}, K {k}, {experts} experts"
+                );
                 return Err(Error::value("differing bytes", differing, expected));
             }
         }
