@@ -104,5 +104,6 @@ fn bad_input_is_one_line_and_exit_code_2() {
     refuse(&["steps", "--weights", "bf16"], "unexpected argument '--weights'");
     refuse(&["tiles", "--device", "cpu"], "--device is cpu, expected cuda:N");
     refuse(&["tiles", "--experts", "0"], "--experts is 0, expected 1 to 512");
+    refuse(&["tiles", "--same", "0"], "--same is 0, expected at least 1");
     refuse(&["tiles", "--device", "cuda:99"], "cuda is");
 }

@@ -26,7 +26,8 @@ const MOST_FLOPS: f64 = 3e13;
 #[command(after_help = "\
 Examples:
   expertile bench tiles --draws 20
-  expertile bench tiles --device cuda:0 --seed 7 --json tiles.json")]
+  expertile bench tiles --device cuda:0 --seed 7 --json tiles.json
+  expertile bench tiles --weights mxfp4 --same 10")]
 pub(crate) struct Args {
     /// Device: cuda:N.
     #[arg(long, value_name = "NAME", default_value = "cuda:0", value_parser = device::parse)]
@@ -46,6 +47,9 @@ pub(crate) struct Args {
     /// Seed of the draws.
     #[arg(long, value_name = "S", default_value_t = 1)]
     seed: u64,
+    /// Runs of each tile whose bits are compared with the first tile's, before any is timed.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    same: usize,
     #[command(flatten)]
     report: ReportOptions,
 }
@@ -127,6 +131,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let formats = formats(args.weights, args.activations)?;
     if let Some(experts) = args.experts.filter(|experts| !(1..=512).contains(experts)) {
         return Err(Error::usage(format!("--experts is {experts}, expected 1 to 512")));
+    }
+    if args.same == 0 {
+        return Err(Error::usage("--same is 0, expected at least 1"));
     }
     let report = measure(args, formats, &Device::open(ordinal)?)?;
     args.report.tell(&report, Report::text)
@@ -250,7 +257,7 @@ fn measure(args: &Args, formats: Option<(WeightFormat, ActivationFormat)>, devic
     let progress = Progress::new("timing layers", draws.len());
     let mut layers = Vec::new();
     for draw in draws {
-        layers.push(Layer::measure(&bench, draw, &mut random, multiprocessors as usize)?);
+        layers.push(Layer::measure(&bench, draw, &mut random, multiprocessors as usize, args.same)?);
         progress.set(layers.len());
     }
     let (misses, splits) = (layers.iter().map(|layer| layer.miss), layers.iter().map(|layer| layer.saved_by_splits));
@@ -272,13 +279,19 @@ fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
 }
 
 impl Layer {
-    fn measure(bench: &TileBench<'_>, draw: Draw, random: &mut Random, multiprocessors: usize) -> Result<Self> {
+    fn measure(
+        bench: &TileBench<'_>,
+        draw: Draw,
+        random: &mut Random,
+        multiprocessors: usize,
+        same: usize,
+    ) -> Result<Self> {
         let routing = draw.routing(random);
         let mut counts = vec![0; draw.experts];
         routing.iter().for_each(|&expert| counts[expert as usize] += 1);
         let shape = LayerShape::new(draw.hidden, draw.intermediate, draw.experts)?;
         let (format, activation_format) = draw.formats;
-        let times = bench.time(&TileInputs { shape, format, activation_format, experts: &routing })?;
+        let times = bench.time(&TileInputs { shape, format, activation_format, experts: &routing, same })?;
         // GEMM 1 with what its activation takes.
         let cost = |time: &TileTime| match (time.gemm, time.activated) {
             (Stage::Gemm1, false) => time.seconds + times.activation_seconds,

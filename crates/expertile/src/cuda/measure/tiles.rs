@@ -43,6 +43,8 @@ pub struct TileInputs<'a> {
     pub activation_format: ActivationFormat,
     /// The local expert of every slot that has one, in the order of the slots.
     pub experts: &'a [i32],
+    /// Runs of each tile whose bits are compared, at least 1.
+    pub same: usize,
 }
 
 /// How long a GEMM takes, cut in one way.
@@ -116,14 +118,14 @@ impl<'a> TileBench<'a> {
         Ok(Self { device, routes: routes.into_iter().collect::<Result<_>>()?, gemms, activations })
     }
 
-    /// Times every tile, after its results were found to be those of the first one, bit for bit; and where there are
-    /// few tiles, what it takes to split K, whose results are not.
+    /// Times every tile, after its results, in as many runs as [`TileInputs::same`] says, were found to be those of the
+    /// first one, bit for bit; and where there are few tiles, what it takes to split K, whose results are not.
     ///
     /// # Errors
     /// [`Error::Value`] for no slots or results that differ; whatever preparing and launching the steps may refuse.
     #[allow(unsafe_code)]
     pub fn time(&self, inputs: &TileInputs<'_>) -> Result<TileTimes> {
-        let TileInputs { shape, format, activation_format, experts } = *inputs;
+        let TileInputs { shape, format, activation_format, experts, same } = *inputs;
         let Some(activate) = self.activations.get(&(activation_format, shape.intermediate())) else {
             return Err(Error::value("intermediate", shape.intermediate(), "one that was prepared"));
         };
@@ -154,7 +156,10 @@ impl<'a> TileBench<'a> {
                 .collect();
             ways.sort_by_key(|((_, kernel, activated), _)| (*activated, kernel.splits(), *kernel));
             let sets = call.weights(self.device, inputs, (n, k))?;
-            call.compare(self.device, &ways, &sets[0], n)?;
+            let mut first = HashMap::new();
+            for _ in 0..same.max(1) {
+                call.compare(self.device, &ways, &sets[0], n, &mut first)?;
+            }
             let next = Cell::new(0);
             let works: Vec<_> = ways
                 .iter()
@@ -207,7 +212,7 @@ struct Call {
 impl Call {
     #[allow(unsafe_code)]
     fn new(bench: &TileBench<'_>, inputs: &TileInputs<'_>) -> Result<Self> {
-        let TileInputs { shape, format, activation_format, experts } = *inputs;
+        let TileInputs { shape, format, activation_format, experts, .. } = *inputs;
         let device = bench.device;
         let (hidden, intermediate, local) = (shape.hidden(), shape.intermediate(), shape.local_experts());
         if experts.is_empty() {
@@ -313,7 +318,7 @@ impl Call {
     /// The weights of a GEMM, in several places.
     #[allow(unsafe_code)]
     fn weights(&self, device: &Device, inputs: &TileInputs<'_>, (n, k): (usize, usize)) -> Result<Vec<Weights>> {
-        let TileInputs { shape, format, activation_format, experts: ids } = *inputs;
+        let TileInputs { shape, format, activation_format, experts: ids, .. } = *inputs;
         let active = ids.iter().collect::<BTreeSet<_>>().len();
         let experts = shape.local_experts();
         let (places, step) = places(n * k * format.bits() / 8, experts, active);
@@ -348,10 +353,17 @@ impl Call {
         }
     }
 
-    /// Fails unless every way gives the first one's results, with the activation inside and without.
+    /// Fails unless every way gives the first one's results, with the activation inside and without. `first` has them,
+    /// by whether the activation is inside.
     #[allow(unsafe_code)]
-    fn compare(&self, device: &Device, ways: &[(&Way, &Gemm)], weights: &Weights, n: usize) -> Result<()> {
-        let mut first: HashMap<bool, Vec<u8>> = HashMap::new();
+    fn compare(
+        &self,
+        device: &Device,
+        ways: &[(&Way, &Gemm)],
+        weights: &Weights,
+        n: usize,
+        first: &mut HashMap<bool, Vec<u8>>,
+    ) -> Result<()> {
         for ((_, kernel, activated), gemm) in ways.iter().filter(|((_, kernel, _), _)| kernel.splits() == 1) {
             let row_bytes = if *activated { n / 2 } else { 2 * n };
             self.out.fill(POISON)?;
