@@ -1,6 +1,6 @@
-// Arranges int4 weights, blocks [experts, n, k / 2] with bf16 or f16 scales [experts, n, k / 32], as groups/int4.cuh has
-// them: once, before the first GEMM. Says in `report` which outputs' scales are no numbers. `unpack` writes both again,
-// where the caller has kept none.
+// Arranges int4 weights, blocks [experts, n, k / 2] with bf16 or f16 scales [experts, n, k / 32], as groups/int4.cuh
+// has them: once, before the first GEMM. Says in `report` which outputs' scales are no numbers. `unpack` writes both
+// again, where the caller has kept none.
 //
 // A thread takes a group of an output at a time.
 //

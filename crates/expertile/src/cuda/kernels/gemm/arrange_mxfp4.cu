@@ -1,5 +1,5 @@
-// Arranges MXFP4 weights, blocks [experts, n, k / 2] with scales [experts, n, k / 32], as groups/mxfp4.cuh has them: once,
-// before the first GEMM. Says in `report` which outputs' scales are NaN, and whether any slab's are too far apart.
+// Arranges MXFP4 weights, blocks [experts, n, k / 2] with scales [experts, n, k / 32], as groups/mxfp4.cuh has them:
+// once, before the first GEMM. Says in `report` which outputs' scales are NaN, and whether any slab's are too far apart.
 // `unpack` writes the blocks again, where the caller has kept none.
 //
 // A block takes a slab at a time: first its outputs' largest scales and how far the others are below, then its values.
