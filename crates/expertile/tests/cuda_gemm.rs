@@ -475,7 +475,7 @@ fn runs(kernel: &GemmKernel, format: Format) -> bool {
 /// Those for many rows.
 fn wide_kernels(format: Format) -> Vec<GemmKernel> {
     if format.weights.has_groups() {
-        return vec![plain(128), broad(128), plain(192)];
+        return vec![plain(128), plain(192)];
     }
     let mut kernels = vec![WIDE, WIDE_SHARING];
     if format == E4M3 {
@@ -504,7 +504,7 @@ fn every_alignment_runs_with_every_row_tile() {
     for alignment in [1, 2, 3, 4, 6, 8, 16, 32, 64, 128] {
         let whole = [plain(32), sharing(64), sharing(192), WIDE_SHARING, LARGE].map(|kernel| (E4M3, kernel));
         let packed = [W4A8, INT4_A8]
-            .map(|format| [narrow(32), broad(32), broad(64), broad(128), plain(128)].map(|kernel| (format, kernel)));
+            .map(|format| [narrow(32), broad(32), broad(128), plain(128)].map(|kernel| (format, kernel)));
         for (format, kernel) in whole.into_iter().chain(packed.into_iter().flatten()) {
             let counts = vec![alignment - 1, 1, alignment, 0, alignment + 1, 200, 3];
             let case = Case { counts, alignment, n: 128, k: 256, format, kernel, seed: 2 };
@@ -518,7 +518,7 @@ fn partial_n_and_k_are_right_to_the_last_column() {
     let Some(device) = hopper() else { return };
     for format in FORMATS {
         for (n, k) in [(8, 16), (136, 144), (264, 2880), (120, 400), (384, 3584), (776, 96)] {
-            let few = [plain(16), narrow(64), broad(16), broad(32), sharing(64), sharing(192)];
+            let few = [plain(16), narrow(64), broad(16), broad(32), broad(128), sharing(64), sharing(192)];
             for kernel in few.into_iter().filter(|few| runs(few, format)).chain(wide_kernels(format)) {
                 let k = format.k(k);
                 check(device, &Case { counts: vec![3, 0, 33, 70], alignment: 8, n, k, format, kernel, seed: 3 });
@@ -587,7 +587,15 @@ fn all_rows_on_one_expert_and_none_at_all() {
 fn many_tiles_go_round_the_ring_and_fifty_runs_give_the_same_bits() {
     let Some(device) = hopper() else { return };
     for format in FORMATS {
-        let few = [(sharing(128), 400), (plain(64), 100), (narrow(32), 40), (broad(16), 20), (split(16, 4), 20)];
+        let few = [
+            (sharing(128), 400),
+            (broad(128), 400),
+            (plain(64), 100),
+            (broad(64), 100),
+            (narrow(32), 40),
+            (broad(16), 20),
+            (split(16, 4), 20),
+        ];
         let few = few.into_iter().filter(|(kernel, _)| runs(kernel, format));
         for (kernel, most) in wide_kernels(format).into_iter().map(|kernel| (kernel, 400)).chain(few) {
             let mut random = Random::new(77);
