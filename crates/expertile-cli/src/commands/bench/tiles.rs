@@ -25,9 +25,8 @@ const MOST_FLOPS: f64 = 3e13;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  expertile bench tiles --draws 20
-  expertile bench tiles --device cuda:0 --seed 7 --json tiles.json
-  expertile bench tiles --weights mxfp4 --same 10")]
+  expertile bench tiles --draws 20 --weights mxfp4 --same 10
+  expertile bench tiles --device cuda:0 --seed 7 --json tiles.json")]
 pub(crate) struct Args {
     /// Device: cuda:N.
     #[arg(long, value_name = "NAME", default_value = "cuda:0", value_parser = device::parse)]
