@@ -2,17 +2,13 @@
 //! so that a GPU by itself runs one rank.
 
 use super::model::{BASE, Model, Operands, Spec, Tokens, on_one_rank, on_ranks, prepare_rank};
-use super::on_device::hopper;
+use super::on_device::{emulator, hopper, is_emulated};
 use super::{LIMIT, as_f64, check_output, counts, placements};
 use expertile::cuda::{Device, Graph, Link, Nccl, Stream};
 use expertile::exchange::Exchange;
 use expertile::{ActivationFormat, Combine, Dispatch, Dtype, Error, ParallelConfig, Placement, Result, WeightFormat};
 use expertile_testkit::{Pattern, Random};
 use std::sync::Arc;
-
-fn is_emulated(device: &Device) -> bool {
-    !device.info().name.starts_with("NVIDIA")
-}
 
 /// NCCL between the ranks, with windows or without; none where there is no library.
 fn join(device: &Device, exchange: &dyn Exchange, windows: bool) -> Option<Link> {
@@ -102,7 +98,7 @@ fn over_nccl_bf16_rows_and_an_f32_result_have_the_bits_of_one_rank() {
 
 #[test]
 fn over_nccl_more_tokens_than_a_block_counts_at_once_have_the_bits_of_one_rank() {
-    let Some(device) = hopper().filter(|device| is_emulated(device)) else { return };
+    let Some(device) = emulator() else { return };
     // Quantized at home, too: more than 8192 slots of all ranks.
     let (spec, counts) = (Spec { hidden: 128, intermediate: 128, topk: 8, ..BASE }, [1030, 1100]);
     let model = Model::new(spec);
@@ -121,7 +117,7 @@ fn over_nccl_more_tokens_than_a_block_counts_at_once_have_the_bits_of_one_rank()
 
 #[test]
 fn over_nccl_faults_are_the_same_on_every_rank_and_the_next_call_works() {
-    let Some(device) = hopper().filter(|device| is_emulated(device)) else { return };
+    let Some(device) = emulator() else { return };
     let model = Model::new(BASE);
     for dispatch in Dispatch::ALL {
         let placement = Placement::linear(BASE.experts, 2).unwrap();

@@ -33,6 +33,21 @@ pub(crate) fn hopper() -> Option<&'static Device> {
     Some(device)
 }
 
+/// Whether the device is the emulator, where a size that a GPU takes at once takes minutes.
+pub(crate) fn is_emulated(device: &Device) -> bool {
+    !device.info().name.starts_with("NVIDIA")
+}
+
+/// The emulator; elsewhere a line says that a test needs it.
+pub(crate) fn emulator() -> Option<&'static Device> {
+    let device = hopper()?;
+    if !is_emulated(device) {
+        skipped(format_args!("{} is not the emulator", device.info().name));
+        return None;
+    }
+    Some(device)
+}
+
 /// Device memory with its contents.
 pub(crate) fn upload<T: bytemuck::NoUninit>(device: &Device, values: &[T]) -> DeviceBuffer {
     let buffer = device.allocate(size_of_val(values).max(16)).unwrap();

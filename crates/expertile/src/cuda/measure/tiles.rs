@@ -122,10 +122,14 @@ impl<'a> TileBench<'a> {
     /// first one, bit for bit; and where there are few tiles, what it takes to split K, whose results are not.
     ///
     /// # Errors
-    /// [`Error::Value`] for no slots or results that differ; whatever preparing and launching the steps may refuse.
+    /// [`Error::Value`] for no slots, no run to compare or results that differ; whatever preparing and launching the
+    /// steps may refuse.
     #[allow(unsafe_code)]
     pub fn time(&self, inputs: &TileInputs<'_>) -> Result<TileTimes> {
         let TileInputs { shape, format, activation_format, experts, same } = *inputs;
+        if same == 0 {
+            return Err(Error::value("same", 0, "at least 1 run of each tile"));
+        }
         let Some(activate) = self.activations.get(&(activation_format, shape.intermediate())) else {
             return Err(Error::value("intermediate", shape.intermediate(), "one that was prepared"));
         };
@@ -157,7 +161,7 @@ impl<'a> TileBench<'a> {
             ways.sort_by_key(|((_, kernel, activated), _)| (*activated, kernel.splits(), *kernel));
             let sets = call.weights(self.device, inputs, (n, k))?;
             let mut first = HashMap::new();
-            for _ in 0..same.max(1) {
+            for _ in 0..same {
                 call.compare(self.device, &ways, &sets[0], n, &mut first)?;
             }
             let next = Cell::new(0);
