@@ -20,3 +20,4 @@ inline u32 load_now(const u32* address) {
 }
 
 inline int read_lane() { return lane_of_thread(); }
+inline int read_thread() { return (int)threadIdx.x; }

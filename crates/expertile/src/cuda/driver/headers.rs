@@ -4,7 +4,7 @@
 use std::ffi::CStr;
 
 /// `(name, text)` of every header.
-pub(super) const HEADERS: [(&CStr, &str); 32] = [
+pub(super) const HEADERS: [(&CStr, &str); 33] = [
     (c"common/activation.cuh", include_str!("../kernels/common/activation.cuh")),
     (c"common/quantize.cuh", include_str!("../kernels/common/quantize.cuh")),
     (c"common/scales.cuh", include_str!("../kernels/common/scales.cuh")),
@@ -18,6 +18,7 @@ pub(super) const HEADERS: [(&CStr, &str); 32] = [
     (c"gemm/config.cuh", include_str!("../kernels/gemm/config.cuh")),
     (c"gemm/pipeline.cuh", include_str!("../kernels/gemm/pipeline.cuh")),
     (c"gemm/products.cuh", include_str!("../kernels/gemm/products.cuh")),
+    (c"gemm/stage_loads.cuh", include_str!("../kernels/gemm/stage_loads.cuh")),
     (c"gemm/staging.cuh", include_str!("../kernels/gemm/staging.cuh")),
     (c"gemm/tiles.cuh", include_str!("../kernels/gemm/tiles.cuh")),
     (c"gemm/weights_on_m.cuh", include_str!("../kernels/gemm/weights_on_m.cuh")),

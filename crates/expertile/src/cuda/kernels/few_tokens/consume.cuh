@@ -40,11 +40,11 @@ struct Rings {
 
 // A stage's weights, and activated rows where they are used, are needed no more. Every lane of the warp calls.
 template <bool SECOND>
-__device__ __forceinline__ void release_block(u32 memory, const Rings& rings) {
+__device__ __forceinline__ void release_block(u32 memory, const Rings& rings, const StageLoads& loads) {
     __syncwarp();
     const bool first = lane_of_thread() == 0;
     arrive_if(ELEMENT(memory, empty, rings.weights.place), first);
-    if (SECOND) arrive_if(ELEMENT(memory, activated_empty, rings.activated.place), first);
+    if (SECOND) arrive_if(loads.then(ELEMENT(memory, activated_empty, rings.activated.place)), first);
 }
 
 // Registers of a tile's sums.
@@ -93,15 +93,17 @@ __device__ __forceinline__ void finish_block(u32 memory, Rings& rings, int block
         SECOND ? ELEMENT(memory, activated_scales, rings.activated.place) : ELEMENT(memory, row_scales, block);
     wait_for_products<LATER>();
     fence_accumulators(part);
+    StageLoads loads;
 #pragma unroll
     for (int i = 0; i < SUMS<SECOND> / 4; ++i) {
         const float2 column = load_shared_pair(of_columns + (8 * i + lane_of_thread() % 4 * 2) * 4);
+        loads.add(column.x);
         sum[4 * i] = __fmaf_rn(part[4 * i], __fmul_rn(column.x, upper), sum[4 * i]);
         sum[4 * i + 1] = __fmaf_rn(part[4 * i + 1], __fmul_rn(column.y, upper), sum[4 * i + 1]);
         sum[4 * i + 2] = __fmaf_rn(part[4 * i + 2], __fmul_rn(column.x, lower), sum[4 * i + 2]);
         sum[4 * i + 3] = __fmaf_rn(part[4 * i + 3], __fmul_rn(column.y, lower), sum[4 * i + 3]);
     }
-    release_block<SECOND>(memory, rings);
+    release_block<SECOND>(memory, rings, loads);
     rings.advance<SECOND>();
 }
 
@@ -151,12 +153,12 @@ __device__ __forceinline__ void multiply_tile(u32 memory, Rings& rings, const Ro
             // The products before these are done: release their operands.
             wait_for_products<1>();
             if (block == 0) continue;
-            release_block<SECOND>(memory, rings);
+            release_block<SECOND>(memory, rings, StageLoads());
             rings.advance<SECOND>();
         }
         wait_for_products<0>();
         fence_accumulators(sum);
-        release_block<SECOND>(memory, rings);
+        release_block<SECOND>(memory, rings, StageLoads());
         rings.advance<SECOND>();
     }
 }
@@ -284,6 +286,15 @@ __device__ __forceinline__ void reduce(const FewTokensArgs& a, const SharedStora
     meet_at<(int)NamedBarrier::CONSUMERS, CONSUMERS * WARPGROUP>();
 }
 
+// The loads of a tile's scales, of which all of its sums come.
+template <int N>
+__device__ __forceinline__ StageLoads loads_of(const float (&sum)[N]) {
+    StageLoads loads;
+    loads.add(sum[0]);  // of the thread's upper row
+    loads.add(sum[2]);  // of its lower row
+    return loads;
+}
+
 // What a consumer warpgroup does: every other tile, and its part of the sums.
 __device__ __forceinline__ void consume(const FewTokensArgs& a, SharedStorage& s, u32 memory, int tokens,
                                         int consumer) {
@@ -322,7 +333,7 @@ __device__ __forceinline__ void consume(const FewTokensArgs& a, SharedStorage& s
             const TileBiases<true> biases(a, s, tile);
             multiply_tile<true>(memory, rings, row_scales_of<true>(weight_scales, tile.output), sum);
             arrive_if(ELEMENT(memory, multiplied, consumer), lane_of_thread() == 0);
-            reader.release();
+            reader.release(loads_of(sum));
             biases.add_to(sum);
             finish_second(s, tile, sum);
         } else {
@@ -330,7 +341,7 @@ __device__ __forceinline__ void consume(const FewTokensArgs& a, SharedStorage& s
             const TileBiases<false> biases(a, s, tile);
             multiply_tile<false>(memory, rings, row_scales_of<false>(weight_scales, tile.output), sum);
             arrive_if(ELEMENT(memory, multiplied, consumer), lane_of_thread() == 0);
-            reader.release();
+            reader.release(loads_of(sum));
             biases.add_to(sum);
             finish_first(a, s, tile, s.live_experts[tile.live], consumer, sum);
         }

@@ -7,6 +7,7 @@
 #pragma once
 #include "common/quantize.cuh"
 #include "gemm/products.cuh"
+#include "gemm/stage_loads.cuh"
 
 constexpr Format FORMAT = HOST_BF16 ? Format::BF16 : Format::E4M3;  // of weights and rows
 constexpr bool SCALED = FORMAT == Format::E4M3;
@@ -166,9 +167,9 @@ struct TileReader {
     }
 
     // Every lane of the warp calls, once it needs the tile no more.
-    __device__ __forceinline__ void release() {
+    __device__ __forceinline__ void release(const StageLoads& loads = StageLoads()) {
         __syncwarp();
-        arrive_if(ELEMENT(memory, tile_empty, at.place), lane_of_thread() == 0);
+        arrive_if(loads.then(ELEMENT(memory, tile_empty, at.place)), lane_of_thread() == 0);
         at.advance();
     }
 };

@@ -11,6 +11,7 @@
 #pragma once
 #include "common/quantize.cuh"
 #include "gemm/config.cuh"
+#include "gemm/stage_loads.cuh"
 #include "gemm/tiles.cuh"
 
 // A position in the ring of stages. The producer and every consumer warp have one each, and go round on their own.

@@ -155,7 +155,9 @@ struct PlannedTiles {
     __device__ __forceinline__ bool next(Tile& tile) {
         wait_for_phase(next_tile_ready(memory), parity);
         tile = load_tile(next_tile(memory));
-        arrive(next_tile_taken(memory));
+        StageLoads loads;
+        loads.add(tile.rows);
+        arrive(loads.then(next_tile_taken(memory)));
         parity ^= 1;
         return tile.rows > 0;
     }

@@ -118,7 +118,12 @@ __device__ __forceinline__ void add_scaled_block(Ring& ring, int consumer, u32 m
     start_block(ring, consumer, part, false);
     wait_for_products<0>();
     fence_accumulators(part);
-    release_without_branch<Config>(ring.empty());
+    StageLoads loads;
+    loads.add(upper_scale);
+    loads.add(lower_scale);
+#pragma unroll
+    for (int i = 0; i < BOXES; ++i) loads.add(weight_scale[i]);
+    release_without_branch<Config>(loads.then(ring.empty()));
     ring.advance();
     ready = is_phase_over(ring.full(), ring.parity());
 #pragma unroll

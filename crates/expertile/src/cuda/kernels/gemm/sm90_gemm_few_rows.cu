@@ -136,14 +136,16 @@ __device__ __forceinline__ float4 scales_of_rows(const Ring& ring, float weight_
 // Adds a block's products, scaled, to the sums; from the I-th 16 rows on.
 template <int N, int I = 0>
 __device__ __forceinline__ void add_scaled(const Ring& ring, float weight_scale, const float (&part)[N / 2],
-                                           float (&sum)[N / 2]) {
+                                           float (&sum)[N / 2], StageLoads& loads) {
     const float4 scale = scales_of_rows<I>(ring, weight_scale);
+    loads.add(scale.x);
+    if constexpr (Config::SCALING_WARPS == 0) loads.add(scale.z);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
         const float mine = j % 2 == 0 ? (j < 4 ? scale.x : scale.z) : (j < 4 ? scale.y : scale.w);
         sum[8 * I + j] = __fmaf_rn(part[8 * I + j], mine, sum[8 * I + j]);
     }
-    if constexpr (16 * (I + 1) < N) add_scaled<N, I + 1>(ring, weight_scale, part, sum);
+    if constexpr (16 * (I + 1) < N) add_scaled<N, I + 1>(ring, weight_scale, part, sum, loads);
 }
 
 // Ends the block that has been in the matrix unit for longest, after which LATER are still there: adds its products to
@@ -157,8 +159,9 @@ __device__ __forceinline__ void finish_block(Ring& ring, float (&part)[N / 2], f
         weight_scale = load_shared(ring.weight_scales());
     wait_for_products<LATER>();
     fence_accumulators(part);
-    add_scaled<N>(ring, weight_scale, part, sum);
-    release_without_branch<Config>(ring.empty());
+    StageLoads loads;
+    add_scaled<N>(ring, weight_scale, part, sum, loads);
+    release_without_branch<Config>(loads.then(ring.empty()));
     ring.advance();
 }
 
@@ -329,7 +332,6 @@ extern "C" __global__ void __cluster_dims__(Config::CLUSTER, 1, 1) __launch_boun
             multiply_tile<1>(a, tile, ring, blocks, consumer, rank, parity);
             parity ^= 1;
         }
-        wait_for_stores_to_read();
     }
     // Blocks of a cluster write to each other's memory: none may end before the others are done.
     if constexpr (Config::CLUSTER > 1) meet_cluster();

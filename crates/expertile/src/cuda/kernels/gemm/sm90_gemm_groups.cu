@@ -113,6 +113,5 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS) ge
             }
             multiply_tile<1>(a, tile, ring, consumer, spread);
         }
-        wait_for_stores_to_read();
     }
 }

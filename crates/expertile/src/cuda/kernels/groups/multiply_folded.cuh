@@ -31,11 +31,12 @@ __device__ __forceinline__ void start_piece(float (&part)[ROWS / 2], const u32 (
 
 // Adds a piece's products, times the rows' scales, to its sums. `scales` are those of its first row on.
 template <int ROWS>
-__device__ __forceinline__ void add_scaled(u32 scales, const float (&part)[ROWS / 2], float* sum) {
+__device__ __forceinline__ void add_scaled(u32 scales, const float (&part)[ROWS / 2], float* sum, StageLoads& loads) {
     const int lane = lane_of_thread() % 4;
 #pragma unroll
     for (int i = 0; i < ROWS / 8; ++i) {
         const float2 scale = load_shared_pair(scales + (8 * i + 2 * lane) * 4);
+        loads.add(scale.x);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             float& total = sum[4 * i + j];
@@ -51,16 +52,19 @@ using Parts = float[PIECES_AT_ONCE<N>][PIECE<N> / 2];
 // Adds the pieces of a block of K from PIECE_INDEX on, of which PIECES_AT_ONCE have been started; starts the others.
 template <int N, int PIECE_INDEX = 0>
 __device__ __forceinline__ void add_pieces(const u32 (&a)[Config::REGISTERS], u32 rows, u32 row_scales, Parts<N>& part,
-                                           float (&sum)[N / 2]) {
+                                           float (&sum)[N / 2], StageLoads& loads) {
     constexpr int ROWS = PIECE<N>;
     constexpr int PIECES = N / ROWS;
     constexpr int AT_ONCE = PIECES_AT_ONCE<N>;
     wait_for_products<AT_ONCE == 2 && PIECE_INDEX + 1 < PIECES>();
     fence_accumulators(part[PIECE_INDEX % AT_ONCE]);
-    add_scaled<ROWS>(row_scales + PIECE_INDEX * ROWS * 4, part[PIECE_INDEX % AT_ONCE], sum + PIECE_INDEX * (ROWS / 2));
+    // Earlier pieces' scales have come: later products are in the registers that those were multiplied from.
+    if constexpr (PIECE_INDEX + AT_ONCE == PIECES) loads = StageLoads();
+    add_scaled<ROWS>(row_scales + PIECE_INDEX * ROWS * 4, part[PIECE_INDEX % AT_ONCE], sum + PIECE_INDEX * (ROWS / 2),
+                     loads);
     if constexpr (PIECE_INDEX + AT_ONCE < PIECES)
         start_piece<ROWS>(part[PIECE_INDEX % AT_ONCE], a, rows + (PIECE_INDEX + AT_ONCE) * ROWS * ROW_BYTES);
-    if constexpr (PIECE_INDEX + 1 < PIECES) add_pieces<N, PIECE_INDEX + 1>(a, rows, row_scales, part, sum);
+    if constexpr (PIECE_INDEX + 1 < PIECES) add_pieces<N, PIECE_INDEX + 1>(a, rows, row_scales, part, sum, loads);
 }
 
 // Waits for a block of K and decodes it; `units` are left of the slab from there on.
@@ -83,9 +87,10 @@ __device__ __forceinline__ void add_block_scaled(Ring& ring, int consumer, int& 
     units -= Config::UNITS;
     ring.advance();
     if (DECODES_AHEAD<N> && more) decode_next(ring, consumer, units, next);
-    add_pieces<N>(a, rows, row_scales, part, sum);
+    StageLoads loads;
+    add_pieces<N>(a, rows, row_scales, part, sum, loads);
     fence_operands(a);
-    release_without_branch<Config>(current);
+    release_without_branch<Config>(loads.then(current));
     if (!DECODES_AHEAD<N> && more) decode_next(ring, consumer, units, next);
 }
 

@@ -16,11 +16,14 @@ __device__ __forceinline__ void start_int4_piece(float (&parts)[2][ROWS / 2], co
 // Adds a piece's products to its sums: each group's times its scales, both groups' times the rows'.
 template <int ROWS>
 __device__ __forceinline__ void add_int4_piece(const float (&parts)[2][ROWS / 2], const float (&scales)[2][2],
-                                               u32 row_scales, float* sum) {
+                                               u32 row_scales, float* sum, StageLoads& loads) {
 #pragma unroll
     for (int i = 0; i < ROWS / 2; i += 4) {
         float2 scale = make_float2(1.0f, 1.0f);
-        if constexpr (Config::SCALED) scale = load_shared_pair(row_scales + (2 * i + lane_of_thread() % 4 * 2) * 4);
+        if constexpr (Config::SCALED) {
+            scale = load_shared_pair(row_scales + (2 * i + lane_of_thread() % 4 * 2) * 4);
+            loads.add(scale.x);
+        }
 #pragma unroll
         for (int j = i; j < i + 4; ++j) {
             const float first = scales[0][j / 2 % 2];
@@ -41,7 +44,7 @@ __device__ __forceinline__ u64 int4_rows(u32 rows, int index) { return operand(r
 template <int N>
 __device__ __forceinline__ void add_int4_pieces(float (&parts)[2][PIECE<N> / 2], const Int4Unit<FORMAT>& unit, u32 rows,
                                                 int index, const float (&scales)[2][2], u32 row_scales,
-                                                float (&sum)[N / 2]) {
+                                                float (&sum)[N / 2], StageLoads& loads) {
     constexpr int ROWS = PIECE<N>;
 #pragma unroll
     for (int piece = 0; piece < N / ROWS; ++piece) {
@@ -49,7 +52,7 @@ __device__ __forceinline__ void add_int4_pieces(float (&parts)[2][PIECE<N> / 2],
         wait_for_products<0>();
         fence_accumulators(parts[0]);
         fence_accumulators(parts[1]);
-        add_int4_piece<ROWS>(parts, scales, row_scales + piece * ROWS * 4, sum + piece * (ROWS / 2));
+        add_int4_piece<ROWS>(parts, scales, row_scales + piece * ROWS * 4, sum + piece * (ROWS / 2), loads);
     }
 }
 
@@ -70,9 +73,10 @@ __device__ __forceinline__ void add_int4_unit(Ring& ring, int consumer, bool mor
     }
     float scales[2][2];
     unit.scales(f16_scales, scales);
-    add_int4_pieces<N>(parts, unit, rows, INDEX, scales, row_scales, sum);
+    StageLoads loads;
+    add_int4_pieces<N>(parts, unit, rows, INDEX, scales, row_scales, sum, loads);
     fence_operands(unit.a);
-    if (LAST || !more) release_without_branch<Config>(current);
+    if (LAST || !more) release_without_branch<Config>(loads.then(current));
 }
 
 // Adds up the units of K of int4 weights: two at a time, which take turns with the registers of the M operand.
@@ -98,6 +102,7 @@ __device__ __forceinline__ void multiply_int4(Ring& ring, int k, int consumer, b
     int units = (k + UNIT_K - 1) / UNIT_K;
     for (int block = 0; block < blocks; ++block) {
         wait_for_phase(ring.full(), ring.parity());
+        StageLoads loads;
 #pragma unroll 1
         for (int i = 0; i < min(units, Config::UNITS); ++i) {
             Int4Unit<FORMAT> unit;
@@ -106,11 +111,11 @@ __device__ __forceinline__ void multiply_int4(Ring& ring, int k, int consumer, b
             unit.scales(f16_scales, scales);
             float parts[2][PIECE<N> / 2];
             start_int4_piece<PIECE<N>>(parts, unit, int4_rows(ring.rows(), i));
-            add_int4_pieces<N>(parts, unit, ring.rows(), i, scales, ring.row_scales(), sum);
+            add_int4_pieces<N>(parts, unit, ring.rows(), i, scales, ring.row_scales(), sum, loads);
             fence_operands(unit.a);
         }
         units -= Config::UNITS;
-        release<Config>(ring.empty());
+        release<Config>(loads.then(ring.empty()));
         ring.advance();
     }
 }

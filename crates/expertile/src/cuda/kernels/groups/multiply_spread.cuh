@@ -67,7 +67,13 @@ __device__ __forceinline__ void multiply_spread(Ring& ring, int k, int consumer,
             fence_operands(unit.a);
         }
         units -= Config::UNITS;
-        release<Config>(ring.empty());
+        StageLoads loads;
+        if constexpr (Config::SCALED) {
+            // The sums come of the scales.
+#pragma unroll
+            for (int i = 0; i < N / 2; i += 4) loads.add(sum[i]);
+        }
+        release<Config>(loads.then(ring.empty()));
         ring.advance();
     }
 }

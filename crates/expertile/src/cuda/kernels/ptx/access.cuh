@@ -69,3 +69,10 @@ __device__ __forceinline__ int read_lane() {
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
     return lane;
 }
+
+// The thread's number in its block, read likewise. PTX: %tid.x
+__device__ __forceinline__ int read_thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
