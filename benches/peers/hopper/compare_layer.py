@@ -80,7 +80,7 @@ class Setup:
     def rows(self, part, shape, tokens):
         weights = self.weights[shape]
         if part in ("gemm", "sweep"):
-            *_, up, down = self.layers[shape].choice(tokens)
+            *_, up, down, _ = self.layers[shape].choice(tokens)
             return gemm_part.measure(self.peer, shape, tokens, weights, [up, down], self.options, sweep=part == "sweep")
         case = layer_part.Case(self.peer, shape, tokens, weights, self.layers[shape])
         return [getattr(case, "graph" if part == "layer" else part)(self.options)]

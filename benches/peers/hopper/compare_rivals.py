@@ -61,7 +61,7 @@ GPT_OSS = Group(
     format="mxfp4",
 )
 # At 4 bits, with our own e4m3 GEMMs at the same sizes.
-MXFP4_TOKENS, MXFP4_RIVALS = (8, 64, 256, 1024, 4096), ("ours", "ours_w4a16", "humming_mxfp4")
+MXFP4_TOKENS, MXFP4_RIVALS = (8, 64, 256, 1024, 4096), ("ours", "ours_w4a16", "ours_copy", "humming_mxfp4")
 # Without options: sizes at which the bytes of weights decide, sizes at which DeepGEMM is of use, and special cases.
 WHOLE = (
     Group("layer", EACH, (1, 2, 4, 8, 16, 64, 256), ("ours", "triton", "humming")),

@@ -20,7 +20,8 @@ class Ours:
 
     def __init__(self, layer, calls, weights):
         self.layer, self.calls, self.weights = layer, calls, weights
-        self.workspace_bytes, self.alignment, self.launches, self.inside, *self.tiles = layer.choice(calls[0].tokens)
+        choice = layer.choice(calls[0].tokens)
+        self.workspace_bytes, self.alignment, self.launches, self.inside, *self.tiles, self.from_copy = choice
         self.outs = [torch.full_like(call.x, float("nan")) for call in calls]
         workspace = torch.full((self.workspace_bytes,), 0xFF, device="cuda", dtype=torch.uint8)
         self.bounds = [
@@ -41,12 +42,13 @@ class Ours:
         permutes, seconds = ([step.bind(c.x, c.ids, c.expert_map) for c in self.calls] for step in steps)
         up, down = self.weights
         _, intermediate, *_ = SHAPES[self.calls[0].shape]
+        first, second = ({"from_copy": from_copy} for from_copy in self.from_copy)
         wide = lambda n: torch.empty((step.m_sum, n), device="cuda", dtype=torch.bfloat16).normal_()
         mid, rows = wide(2 * intermediate), wide(hidden)
-        gemm1 = [ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, mid) for p in permutes]
+        gemm1 = [ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, mid, **first) for p in permutes]
         activation = [ours.bind_activation(mid, p.psum, self.alignment) for p in permutes]
         gemm2 = [
-            ours.bind_gemm(self.tiles[1], down, a.rows, a.scales, p, rows)
+            ours.bind_gemm(self.tiles[1], down, a.rows, a.scales, p, rows, **second)
             for a, p in zip(activation, seconds, strict=True)
         ]
         unpermute = [
@@ -56,7 +58,7 @@ class Ours:
         found = dict(permute=permutes, gemm1=gemm1, activation=activation, gemm2=gemm2, unpermute=unpermute)
         if self.inside:
             found["gemm1 + activation"] = [
-                ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, a.rows, a.scales)
+                ours.bind_gemm(self.tiles[0], up, p.rows, p.scales, p, a.rows, a.scales, **first)
                 for p, a in zip(permutes, activation, strict=True)
             ]
         for step in [*permutes, *seconds, *gemm1, *activation]:
@@ -163,7 +165,7 @@ def compile_steps(peer, shape, tokens):
     empty = lambda *size, dtype=torch.float8_e4m3fn: torch.empty(size, device="cuda", dtype=dtype)
     pair = lambda n, k: (empty(experts, n, k), empty(experts, n // 128, k // 128, dtype=torch.float32))
     layer = ours.Layer(pair(2 * intermediate, hidden), pair(hidden, intermediate), topk, global_experts, max(tokens))
-    compile_ours({tile for count in tokens for tile in layer.choice(count)[4:]})
+    compile_ours({tile for count in tokens for tile in layer.choice(count)[4:6]})
     for count in tokens:
         call = Call(shape, count, seed=count)
         a, s, layout, inverse, alignment = peer.permute(*peer.quantize(call.x), call.ids, experts, call.expert_map)

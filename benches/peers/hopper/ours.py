@@ -36,6 +36,8 @@ if hasattr(_lib, "expertile_mxfp4_weights"):
     _lib.expertile_bind_mxfp4_gemm.argtypes = [_size] * 3 + [_word] * 6 + [_size]
     _lib.expertile_mxfp4_layer.restype = _size
     _lib.expertile_mxfp4_layer.argtypes = [_size] * 5
+if hasattr(_lib, "expertile_mxfp4_copy"):
+    _lib.expertile_mxfp4_copy.argtypes = [_size, ctypes.POINTER(_word)]
 if hasattr(_lib, "expertile_mxfp4_layer_with"):
     _lib.expertile_mxfp4_layer_with.restype = _size
     _lib.expertile_mxfp4_layer_with.argtypes = [_size] * 5 + [_word] * 2 + [ctypes.c_float] * 3
@@ -187,20 +189,25 @@ class Mxfp4:
     """MXFP4 weights [E, N, K] as the GEMM reads them, for e4m3 or bf16 rows, of blocks [E, N, K / 2] and scales
     [E, N, K / 32]. A layer's memory is never given back, nor is theirs."""
 
-    def __init__(self, blocks, scales, bf16_rows=False):
+    def __init__(self, blocks, scales, bf16_rows=False, e4m3_copy=False):
         experts, n, half = blocks.shape
         self.shape = (experts, n, 2 * half)
         torch.cuda.synchronize()
         self.handle = _checked(
             _lib.expertile_mxfp4_weights(*self.shape, blocks.data_ptr(), scales.data_ptr(), bf16_rows)
         )
+        addresses = (_word * 2)()
+        if e4m3_copy:
+            _checked(_lib.expertile_mxfp4_copy(self.handle, addresses))
+        self.copy = tuple(addresses) if e4m3_copy else None
         self.bytes = _lib.expertile_mxfp4_bytes(self.handle)
 
 
-def bind_gemm(tile, weights, rows, scales, layout, out, out_scales=None):
-    """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]), or Mxfp4; `layout` is a bound permutation whose worklist
-    has the tile's rows. With `out_scales` the activation is in it: `out` is then e4m3 [M_sum, N / 2]."""
-    if isinstance(weights, Mxfp4):
+def bind_gemm(tile, weights, rows, scales, layout, out, out_scales=None, from_copy=False):
+    """weights = (e4m3 [E, N, K], f32 [E, N / 128, K / 128]), or Mxfp4, of which `from_copy` multiplies by the copy in
+    e4m3; `layout` is a bound permutation whose worklist has the tile's rows. With `out_scales` the activation is in it:
+    `out` is then e4m3 [M_sum, N / 2]."""
+    if isinstance(weights, Mxfp4) and not from_copy:
         row_tile, _, _, _, outputs = tile
         tensors = (rows, scales, out, layout.header, layout.worklist, layout.psum)
         addresses = (tensor.data_ptr() for tensor in tensors)
@@ -208,13 +215,15 @@ def bind_gemm(tile, weights, rows, scales, layout, out, out_scales=None):
             _lib.expertile_bind_mxfp4_gemm(row_tile, outputs, weights.handle, *addresses, rows.shape[0]),
             (weights, rows, scales, layout, out),
         )
-    values, weight_scales = weights
+    if isinstance(weights, Mxfp4):
+        sizes, addresses = weights.shape, weights.copy
+    else:
+        sizes, addresses = weights[0].shape, [part.data_ptr() for part in weights]
     return Bound(
         _lib.expertile_bind_gemm(
             *tile,
-            *values.shape,
-            values.data_ptr(),
-            weight_scales.data_ptr(),
+            *sizes,
+            *addresses,
             rows.data_ptr(),
             scales.data_ptr(),
             out.data_ptr(),
@@ -224,7 +233,7 @@ def bind_gemm(tile, weights, rows, scales, layout, out, out_scales=None):
             layout.psum.data_ptr(),
             rows.shape[0],
         ),
-        (values, weight_scales, rows, scales, layout, out, out_scales),
+        (weights, rows, scales, layout, out, out_scales),
     )
 
 
@@ -260,10 +269,10 @@ class Layer:
 
     def choice(self, tokens):
         """-> workspace bytes, alignment, launches, whether GEMM 1 has the activation inside, the tile of each GEMM: row
-        tile, blocks that share rows, parts of K, 1 for the wide kernel, outputs."""
-        found = (_size * 14)()
+        tile, blocks that share rows, parts of K, 1 for the wide kernel, outputs; whether each reads the e4m3 copy."""
+        found = (_size * 16)()
         _checked(_lib.expertile_layer_choice(self._handle, tokens, found))
-        return *found[:3], bool(found[3]), tuple(found[4:9]), tuple(found[9:])
+        return *found[:3], bool(found[3]), tuple(found[4:9]), tuple(found[9:14]), [bool(copy) for copy in found[14:]]
 
     def bind(self, x, ids, weights, out, workspace, expert_map=None):
         addresses = [0 if t is None else t.data_ptr() for t in (x, ids, expert_map, weights, out, workspace)]

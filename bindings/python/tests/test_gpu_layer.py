@@ -129,6 +129,29 @@ def test_layers_as_gpt_oss_has_them(experts, topk, hidden, intermediate, form, g
             assert found.is_cuda and torch.equal(found.cpu().view(torch.uint8), kept.view(torch.uint8))
 
 
+@pytest.mark.parametrize(("hidden", "intermediate"), [(512, 384), (320, 192)])
+def test_a_copy_in_e4m3_gives_the_same_bits(hidden, intermediate):
+    parts = {**weights(6, hidden, intermediate, "mxfp4"), **biases(6, hidden, intermediate)}
+    alone, copied = (layer_of(parts, "mxfp4 x e4m3", e4m3_copy=copy, **GPT_OSS) for copy in (False, True))
+    values = 6 * 3 * hidden * intermediate
+    assert values <= copied.weight_bytes - alone.weight_bytes < 1.02 * values
+    for layer in (alone, copied):
+        layer.prepare(3000, 2)
+    for tokens in (1, 40, 600, 3000):
+        arguments = inputs(tokens, 2, 6, hidden, tokens)
+        assert torch.equal(alone(*arguments), copied(*arguments))
+
+
+def test_a_copy_in_e4m3_that_cannot_be_is_refused():
+    for form in ("bf16", "e4m3", "mxfp4", "int4", "int4 x e4m3"):
+        with pytest.raises(ValueError, match="e4m3_copy is True for .*, expected it for mxfp4 weights and e4m3"):
+            layer_of(weights(4, 256, 128, form), form, e4m3_copy=True)
+    parts = weights(4, 256, 128, "mxfp4")
+    parts["w13_scale"].view(torch.uint8)[3, 140] -= 12
+    with pytest.raises(ValueError, match=r"expert is 3, .* at most 11 powers of two .* outputs 128 and inputs 0 on"):
+        layer_of(parts, "mxfp4 x e4m3", e4m3_copy=True)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_biases_of_every_type_are_added(form):
     parts = weights(4, 256, 128, form)
@@ -496,14 +519,9 @@ def test_a_state_dict_of_gpt_oss():
     assert torch.equal(some(x, mine, router), whole(x, theirs, router))
 
 
-def test_a_layer_over_several_gpus_takes_no_mxfp4_and_other_rows_for_no_weights(tmp_path):
+def test_a_layer_over_several_gpus_takes_no_other_rows_for_e4m3_weights(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        parts = on_gpu(weights(4, 256, 128, "mxfp4"))
-        blocks = {name: parts[name].flatten(2) for name in ("w13", "w2")}
-        expected = "w13 has dtype torch.uint8, expected bfloat16 or float8_e4m3fn over several GPUs"
-        with pytest.raises(TypeError, match=expected):
-            et.ExpertParallelLayer(**{**parts, **blocks}, capacity=4, topk=1)
         with pytest.raises(ValueError, match='activations is "bf16", expected "e4m3"'):
             et.ExpertParallelLayer(**on_gpu(weights(4, 256, 128, "e4m3")), capacity=4, topk=1, activations="bf16")
     finally:

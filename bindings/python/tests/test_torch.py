@@ -406,6 +406,8 @@ def test_an_order_that_is_none_is_an_error():
     w13, w2 = torch.zeros(3, 80, 72).bfloat16(), torch.zeros(3, 72, 40).bfloat16()
     with pytest.raises(ValueError, match='gate_up is "rows", expected one of halves, interleaved'):
         et.Layer(w13, w2, gate_up="rows")
+    with pytest.raises(ValueError, match="e4m3_copy is True, expected False on the CPU"):
+        et.Layer(w13, w2, e4m3_copy=True)
     with pytest.raises(ValueError, match='gate_up is "rows", expected one of halves, interleaved'):
         et.Layer(w13, w2).unpack(gate_up="rows")
     with pytest.raises(ValueError, match='gate_up is "interleaved", expected halves for an activation without a gate'):

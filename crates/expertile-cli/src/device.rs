@@ -8,7 +8,7 @@ use crate::report::progress::Progress;
 use crate::report::stages::StageTime;
 use crate::weights::{self, ExpertWeights};
 use expertile::cuda::measure::{LayerTimes, copy_bytes_per_second, matrix_flops_per_second};
-use expertile::cuda::{Biases, Device, Info, Layer, LayerChoice};
+use expertile::cuda::{Biases, Device, Info, Layer, LayerChoice, Weights};
 use expertile::layer::stage_cost;
 use expertile::{Dtype, LayerConfig, Layout, Routing, Stage, StageCost, WeightFormat};
 use expertile_checkpoint::HiddenStates;
@@ -42,15 +42,21 @@ pub(crate) fn half_bits(states: &HiddenStates) -> Result<(Dtype, &[u16])> {
     }
 }
 
-/// The layer on the device, with a bar on a terminal while its weights are uploaded.
+/// The layer on the device, with a bar on a terminal while its weights are uploaded, and a copy of them in e4m3.
 pub(crate) fn prepare(
     device: &Device,
     weights: &dyn ExpertWeights,
     config: LayerConfig,
     max_tokens: usize,
+    e4m3_copy: bool,
 ) -> Result<Layer> {
     let progress = Progress::new("uploading experts", weights.shape().local_experts());
     let (w13, w2) = weights::load(weights, device, &mut |done| progress.set(done))?;
+    let copied = |weights: Weights| match e4m3_copy {
+        true => weights.arrange(device, config.activation_format)?.with_e4m3_copy(device),
+        false => Ok(weights),
+    };
+    let (w13, w2) = (copied(w13)?, copied(w2)?);
     let biases = match weights.biases() {
         Some(biases) => Biases::upload(device, &weights.shape(), Some(&biases.w13), Some(&biases.w2))?,
         None => Biases::default(),
@@ -125,6 +131,8 @@ pub(crate) struct Choice {
     pub(crate) gemm1: String,
     pub(crate) gemm2: String,
     pub(crate) activation_inside_gemm1: bool,
+    /// Whether gemm1, and whether gemm2, reads the copy in e4m3.
+    pub(crate) e4m3_copy: [bool; 2],
     /// Whether one launch does it all: the fields above are then those of a call in steps.
     pub(crate) one_launch: bool,
     pub(crate) launches: usize,
@@ -133,7 +141,7 @@ pub(crate) struct Choice {
 
 impl From<LayerChoice> for Choice {
     fn from(choice: LayerChoice) -> Self {
-        let LayerChoice { plan, row_tile, activation_inside_gemm1, launches, workspace_bytes, .. } = choice;
+        let LayerChoice { plan, row_tile, activation_inside_gemm1, e4m3_copy, launches, workspace_bytes, .. } = choice;
         let (m_sum, alignment) = (plan.m_sum(), plan.alignment());
         let [gemm1, gemm2] = [choice.gemm1, choice.gemm2].map(|tile| tile.to_string());
         let one_launch = choice.one_launch.is_some();
@@ -144,6 +152,7 @@ impl From<LayerChoice> for Choice {
             gemm1,
             gemm2,
             activation_inside_gemm1,
+            e4m3_copy,
             one_launch,
             launches,
             workspace_bytes,
@@ -159,8 +168,11 @@ impl Choice {
         if self.one_launch {
             return format!("one launch for all, workspace {workspace}");
         }
-        let gemms =
-            if gemm1 == gemm2 { format!("both gemms {gemm1}") } else { format!("gemm1 {gemm1}; gemm2 {gemm2}") };
+        let [first, second] = self.e4m3_copy.map(|reads| if reads { " over the e4m3 copy" } else { "" });
+        let gemms = match gemm1 == gemm2 && first == second {
+            true => format!("both gemms {gemm1}{first}"),
+            false => format!("gemm1 {gemm1}{first}; gemm2 {gemm2}{second}"),
+        };
         let inside = if self.activation_inside_gemm1 { "; activation inside gemm1" } else { "" };
         format!("{launches} launches, {m_sum} rows aligned to {alignment}, workspace {workspace}; {gemms}{inside}")
     }

@@ -94,6 +94,7 @@ fn bad_input_is_one_line_and_exit_code_2() {
     refuse(&["--device", "cuda:0", "--repeat", "9"], "--repeat goes with --device cpu only");
     refuse(&["--device", "cuda:0", "--isa", "avx2"], "--isa goes with --device cpu only");
     refuse(&["--device", "cuda:99"], "cuda is");
+    refuse(&["--experts", "8", "--e4m3-copy"], "--device is cpu, expected cuda:N for --e4m3-copy");
     refuse(&["--experts", "2"], "--experts is 2, expected at least 8");
     refuse(&["--intermediate", "100", "--weights", "e4m3", "--activations", "e4m3"], "intermediate is 100, expected a");
     let refuse = |arguments: &[&str], part: &str| {

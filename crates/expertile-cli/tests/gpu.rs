@@ -66,11 +66,19 @@ fn int4_weights_are_computed_on_a_gpu_as_on_the_cpu() {
     check(folder.path(), &call, "int4", 3 * 8 * 2048 * 768, 4.5);
 }
 
-/// Runs a layer of so many weights, of so many bits each, on both devices with both kinds of rows.
+/// Runs a layer of so many weights, of so many bits each, on both devices with both kinds of rows; mxfp4 also with a copy
+/// in e4m3.
 fn check(folder: &Path, call: &[&str], format: &str, weights: usize, bits: f64) {
-    for (device, activations) in [("cpu", "bf16"), ("cpu", "e4m3"), ("cuda:0", "bf16"), ("cuda:0", "e4m3")] {
+    let copies: &[&str] = if format == "mxfp4" { &["--e4m3-copy"] } else { &[] };
+    for (device, activations, copy) in [
+        ("cpu", "bf16", &[][..]),
+        ("cpu", "e4m3", &[]),
+        ("cuda:0", "bf16", &[]),
+        ("cuda:0", "e4m3", &[]),
+        ("cuda:0", "e4m3", copies),
+    ] {
         let options = ["--check", "--json", "--device", device, "--activations", activations];
-        let output = expertile(folder, &[&["layer"], call, &options].concat());
+        let output = expertile(folder, &[&["layer"], call, &options, copy].concat());
         let stderr = String::from_utf8(output.stderr).unwrap();
         if device != "cpu"
             && stderr.starts_with("error: cuda is")
@@ -85,6 +93,7 @@ fn check(folder: &Path, call: &[&str], format: &str, weights: usize, bits: f64) 
         assert_eq!([&report["weights"], &report["activations"]], [format, activations], "{report:#}");
         // What is beyond are whole panels or slabs of outputs.
         let found = 8.0 * report["weight_bytes"].as_f64().unwrap() / weights as f64;
+        let bits = bits + 8.0 * copy.len() as f64;
         assert!((bits..bits + 0.35).contains(&found), "{device}: {found} bits");
     }
 }

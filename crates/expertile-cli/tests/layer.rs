@@ -408,6 +408,7 @@ fn bad_input_is_one_line_and_exit_code_2() {
     refuse("--preset qwen3-30b-a3b --device gpu", "expected cpu or cuda:N");
     refuse("--preset qwen3-30b-a3b --device cuda:99", "cuda is");
     refuse("--preset qwen3-30b-a3b --device cuda:0 --isa avx2", "--isa goes with --device cpu only");
+    refuse("--preset gpt-oss-20b --experts 4 --e4m3-copy", "--device is cpu, expected cuda:N for --e4m3-copy");
     refuse("--model nowhere --layer 1 --input in.safetensors", "nowhere/config.json cannot be read");
     refuse("--model . --layer 0 --input in.safetensors", "layer 0 is dense (first_k_dense_replace is 1)");
     refuse("--model . --layer 7 --input in.safetensors", "layer is 7, expected below 2");

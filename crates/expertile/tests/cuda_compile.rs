@@ -6,7 +6,7 @@ mod on_device;
 
 use expertile::cuda::{
     ActivateConfig, Compiler, ExpertParallelLayer, FewTokensConfig, GemmConfig, GemmKernel, Grouping, PermuteConfig,
-    QuantizePermuteConfig, QuantizeRowsConfig, RouteConfig, RoutePermuteConfig, Source, UnpermuteConfig,
+    QuantizePermuteConfig, QuantizeRowsConfig, RouteConfig, RoutePermuteConfig, Source, UnpermuteConfig, Weights,
 };
 use expertile::{
     Activation, ActivationFormat, Combine, Dispatch, Dtype, Error, Group, LayerConfig, LayerShape, Padding,
@@ -177,7 +177,7 @@ fn gemm_sources() -> Vec<Source> {
     sources.into_iter().map(|source| source.unwrap()).collect()
 }
 
-/// Every tile of the grouped GEMM over mxfp4 weights.
+/// What arranges mxfp4 weights, and every tile of the grouped GEMM over them.
 fn mxfp4_sources() -> Vec<Source> {
     let format = WeightFormat::Mxfp4;
     let of_rows = |activation_format| {
@@ -187,7 +187,8 @@ fn mxfp4_sources() -> Vec<Source> {
             [config.source().unwrap(), config.spread_source().unwrap().unwrap()]
         })
     };
-    ActivationFormat::ALL.into_iter().flat_map(of_rows).collect()
+    let arrange = ActivationFormat::ALL.into_iter().flat_map(Weights::sources);
+    arrange.chain(ActivationFormat::ALL.into_iter().flat_map(of_rows)).collect()
 }
 
 /// Every tile of the grouped GEMM over int4 weights.

@@ -1,6 +1,6 @@
 """The expert layers that are compared, by key. One more is a class of `base.Rival` in a module of its own."""
 
-from rivals.expertile import Expertile, ExpertileW4A16
+from rivals.expertile import Expertile, ExpertileCopy, ExpertileW4A16
 from rivals.humming import Humming, HummingBatchInvariant, HummingMxfp4
 from rivals.marlin import Marlin
 from rivals.triton_kernels import TritonKernels
@@ -19,6 +19,7 @@ RIVALS = {
         HummingBatchInvariant(),
         HummingMxfp4(),
         ExpertileW4A16(),
+        ExpertileCopy(),
         TritonKernels(),
         Marlin(),
     )

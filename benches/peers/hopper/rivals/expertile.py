@@ -41,13 +41,23 @@ class ExpertileW4A16(Expertile):
         return Loaded(shape, format, weights, tokens, bf16_rows=True)
 
 
+class ExpertileCopy(Expertile):
+    """The same on e4m3 rows, with a copy of the weights in e4m3 for many tokens."""
+
+    key, label = "ours_copy", "Expertile, with an e4m3 copy"
+    formats = ("mxfp4",)
+
+    def load(self, shape, format, weights, tokens):
+        return Loaded(shape, format, weights, tokens, e4m3_copy=True)
+
+
 def in_halves(rows):
     """[E, 2 I, ..] whose rows of gate and up take turns: gate's first, then up's, as a checkpoint is loaded."""
     return rows.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2).contiguous()
 
 
 class Loaded:
-    def __init__(self, shape, format, weights, tokens, bf16_rows=False):
+    def __init__(self, shape, format, weights, tokens, bf16_rows=False, e4m3_copy=False):
         # The library is loaded where it is used, so that the rest works without it.
         import ours
 
@@ -56,7 +66,7 @@ class Loaded:
         pairs, biases = [w.pair for w in weights], [w.bias for w in weights]
         if swiglu.interleaved:
             pairs[0], biases[0] = [in_halves(part) for part in pairs[0]], in_halves(biases[0])
-        self.weights = [ours.Mxfp4(*pair, bf16_rows) for pair in pairs] if format == "mxfp4" else pairs
+        self.weights = [ours.Mxfp4(*pair, bf16_rows, e4m3_copy) for pair in pairs] if format == "mxfp4" else pairs
         if swiglu.biased:
             self.layer = ours.Layer(*self.weights, *sizes, biases, (swiglu.alpha, swiglu.beta, swiglu.limit))
         else:
@@ -69,7 +79,8 @@ class Loaded:
 
         mine = layer_part.Ours(self.layer, calls, self.weights)
         tiles = [layer_part.name_of_tile(tile) for tile in mine.tiles] if mine.launches > 1 else []
-        facts = dict(tiles=tiles, alignment=mine.alignment, launches=mine.launches, inside=mine.inside)
+        facts = dict(tiles=tiles, alignment=mine.alignment, launches=mine.launches)
+        facts |= dict(inside=mine.inside, copy=mine.from_copy)
 
         def gemms():
             stages = mine.stages()

@@ -406,6 +406,30 @@ pub unsafe extern "C" fn expertile_mxfp4_bytes(weights: *const Mxfp4) -> usize {
     unsafe { &*weights }.weights.bytes()
 }
 
+/// Gives MXFP4 weights, arranged for e4m3 rows, their copy in e4m3: writes the addresses of its values and of its scales;
+/// 1, or 0 on failure.
+///
+/// # Safety
+/// As [`expertile_mxfp4_bytes`], nobody else uses the weights meanwhile, and `addresses` holds two.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn expertile_mxfp4_copy(weights: *mut Mxfp4, addresses: *mut u64) -> i32 {
+    // SAFETY: the caller's promise.
+    let (weights, addresses) = unsafe { (&mut *weights, std::slice::from_raw_parts_mut(addresses, 2)) };
+    match device().and_then(|device| weights.weights.clone().with_e4m3_copy(&device)) {
+        Ok(copied) => {
+            weights.weights = copied;
+            let copy = weights.weights.e4m3_copy().expect("it has been made");
+            let scales = copy.scales().map_or(0, DevicePtr::address);
+            addresses.copy_from_slice(&[copy.values().address(), scales]);
+            1
+        }
+        Err(error) => {
+            report(&error);
+            0
+        }
+    }
+}
+
 /// Prepares and binds the grouped GEMM of MXFP4 weights, whose tiles have that many rows and outputs.
 ///
 /// # Safety
@@ -550,20 +574,21 @@ pub unsafe extern "C" fn expertile_layer(
 }
 
 /// Writes what a call of the layer does: bytes of workspace, alignment, launches, 1 if GEMM 1 has the activation
-/// inside, and each GEMM's kernel as [`words_of_kernel`]; 1, or 0 on failure.
+/// inside, each GEMM's kernel as [`words_of_kernel`], and 1 for each GEMM that reads the copy in e4m3; 1, or 0 on failure.
 ///
 /// # Safety
-/// `layer` came from [`expertile_layer`], `choice` holds fourteen.
+/// `layer` came from [`expertile_layer`], `choice` holds sixteen.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn expertile_layer_choice(layer: *const Arc<Layer>, tokens: usize, choice: *mut usize) -> i32 {
     // SAFETY: the caller's promise.
-    let (layer, choice) = unsafe { (&*layer, std::slice::from_raw_parts_mut(choice, 14)) };
+    let (layer, choice) = unsafe { (&*layer, std::slice::from_raw_parts_mut(choice, 16)) };
     match layer.workspace_bytes(tokens).and_then(|bytes| Ok((bytes, layer.choice(tokens)?))) {
         Ok((bytes, found)) => {
             let inside = usize::from(found.activation_inside_gemm1);
             choice[..4].copy_from_slice(&[bytes, found.plan.alignment(), found.launches, inside]);
             choice[4..9].copy_from_slice(&words_of_kernel(found.gemm1));
-            choice[9..].copy_from_slice(&words_of_kernel(found.gemm2));
+            choice[9..14].copy_from_slice(&words_of_kernel(found.gemm2));
+            choice[14..].copy_from_slice(&found.e4m3_copy.map(usize::from));
             1
         }
         Err(error) => {

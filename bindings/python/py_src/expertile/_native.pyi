@@ -280,6 +280,7 @@ class CudaLayer:
         w13_bias: Any | None = None,
         w2_bias: Any | None = None,
         gate_up: str = "halves",
+        e4m3_copy: bool = False,
     ) -> CudaLayer:
         """Weights are in halves; biases are on the CPU, and `gate_up` is their order."""
 

@@ -64,7 +64,7 @@ impl CudaLayer {
     #[new]
     #[pyo3(signature = (
         w13, w2, w13_scale, w2_scale, activations, alignment, alpha, beta, limit, weight_on_input, *,
-        activation="swiglu", w13_bias=None, w2_bias=None, gate_up="halves"
+        activation="swiglu", w13_bias=None, w2_bias=None, gate_up="halves", e4m3_copy=false
     ))]
     fn new(
         py: Python<'_>,
@@ -82,6 +82,7 @@ impl CudaLayer {
         w13_bias: Option<&Bound<'_, PyAny>>,
         w2_bias: Option<&Bound<'_, PyAny>>,
         gate_up: &str,
+        e4m3_copy: bool,
     ) -> PyResult<Self> {
         let arrays = [Some(w13), Some(w2), w13_scale, w2_scale].into_iter().zip(["w13", "w2", "w13_scale", "w2_scale"]);
         let arrays: Vec<_> = arrays.map(|(array, name)| Array::optional(name, array)).collect::<PyResult<_>>()?;
@@ -101,6 +102,10 @@ impl CudaLayer {
             ..LayerConfig::new(1, shape.local_experts(), activation_format)
         };
         Layer::check_config(&shape, &config, format).map_err(exception)?;
+        if e4m3_copy && (format, activation_format) != (WeightFormat::Mxfp4, ActivationFormat::E4m3) {
+            let found = format!("is True for {format} weights and {activation_format} activations");
+            return Err(Wrong::new("e4m3_copy", found, 1, "it for mxfp4 weights and e4m3 activations").value());
+        }
         let w13_in_place = in_place(w13, sizes13, ("w13_scale", w13_scale.as_ref()), format)?;
         let w2_in_place = in_place(w2, sizes2, ("w2_scale", w2_scale.as_ref()), format)?;
         let (b13, b2) = biases(&shape, gate_up_order(gate_up)?, w13_bias, w2_bias)?;
@@ -109,7 +114,9 @@ impl CudaLayer {
         let biases = Biases::upload(&gpu.device, &shape, b13.as_deref(), b2.as_deref()).map_err(exception)?;
         let (w13_ready, w13_memory) = arranged(py, &gpu, w13_in_place, sizes13, activation_format)?;
         let (w2_ready, w2_memory) = arranged(py, &gpu, w2_in_place, sizes2, activation_format)?;
-        let of_arranged = [w13_memory, w2_memory].into_iter().flatten().collect::<Vec<_>>();
+        let (w13_ready, w13_copy) = copied(py, &gpu, w13_ready, sizes13, e4m3_copy)?;
+        let (w2_ready, w2_copy) = copied(py, &gpu, w2_ready, sizes2, e4m3_copy)?;
+        let of_arranged = [w13_memory, w2_memory, w13_copy, w2_copy].into_iter().flatten().collect::<Vec<_>>();
         // Of what was arranged, the layer reads nothing any more.
         let tensors: Vec<&Array<'_>> =
             if of_arranged.is_empty() { arrays.iter().flatten().collect() } else { of_arranged.iter().collect() };
@@ -147,7 +154,7 @@ impl CudaLayer {
         self.shape.intermediate()
     }
 
-    /// Bytes of the weights, scales included.
+    /// Bytes of the weights, scales and a copy in e4m3 included.
     #[getter]
     fn weight_bytes(&self) -> usize {
         self.w13.bytes() + self.w2.bytes()
@@ -536,6 +543,27 @@ pub(super) fn arranged<'py>(
     // layer keeps it. Of the weights' own memory the caller holds the tensors during the call, which waits.
     let arranged = py.detach(|| unsafe { weights.arrange_in(&gpu.device, stream, activation_format, address) });
     Ok((arranged.map_err(exception)?, Some(memory)))
+}
+
+/// Arranged MXFP4 weights, if they are to have one with a copy in e4m3, in memory of torch's, which comes with it.
+fn copied<'py>(
+    py: Python<'py>,
+    gpu: &Gpu,
+    weights: Weights,
+    [experts, n, k]: [usize; 3],
+    wanted: bool,
+) -> PyResult<(Weights, Option<Array<'py>>)> {
+    if !wanted {
+        return Ok((weights, None));
+    }
+    let bytes = Weights::e4m3_copy_bytes((experts, n, k)).map_err(exception)?;
+    let memory = tensor::empty(py, gpu.ordinal, Form::list(Element::U8, bytes))?;
+    let address = DevicePtr::new(memory.require_device_memory::<u8>(bytes, 128)?);
+    let stream = current_stream(py, gpu.ordinal)?;
+    #[allow(unsafe_code)]
+    // SAFETY: as in `arranged`.
+    let copied = py.detach(|| unsafe { weights.with_e4m3_copy_in(&gpu.device, stream, address) });
+    Ok((copied.map_err(exception)?, Some(memory)))
 }
 
 /// Weights `[E, N, K]` and their scales where they are.

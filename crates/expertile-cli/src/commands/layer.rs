@@ -8,7 +8,7 @@ mod tokens;
 
 use self::report::{Computed, Report};
 use self::tokens::Tokens;
-use super::options::{ComputeOptions, FormatOptions, MadeUpOptions, ReportOptions, Runner};
+use super::options::{ComputeOptions, CopyOptions, FormatOptions, MadeUpOptions, ReportOptions, Runner};
 use crate::call::Inputs;
 use crate::error::{Error, Result};
 use crate::memory::{self, LayerMemory, WeightPlace};
@@ -69,6 +69,8 @@ pub(crate) struct Args {
     made_up: MadeUpOptions,
     #[command(flatten)]
     formats: FormatOptions,
+    #[command(flatten)]
+    copy: CopyOptions,
     /// What the output holds: routed, shared, or routed,shared [default: all that the block has].
     #[arg(long, value_name = "PARTS")]
     parts: Option<Parts>,
@@ -169,6 +171,7 @@ fn run_weights(
     source: &str,
 ) -> Result<()> {
     let activations = args.formats.activations(weights.format(), weights.shape())?;
+    let e4m3_copy = args.copy.e4m3_copy(runner, weights.format(), activations)?;
     let parts = Parts::choose(args.parts, weights)?;
     let place = match runner {
         Runner::Cpu(_) => WeightPlace::Host,
@@ -201,7 +204,7 @@ fn run_weights(
     }
     let outcome = match runner {
         Runner::Cpu(cpu) => cpu::run(cpu, weights, inputs, computed, tokens.router_time(), args.check)?,
-        Runner::Gpu(device) => gpu::run(device, weights, inputs, computed, args.check)?,
+        Runner::Gpu(device) => gpu::run(device, weights, inputs, computed, e4m3_copy, args.check)?,
     };
     if let Some(file) = &args.output {
         tokens.write(file, &outcome.output)?;

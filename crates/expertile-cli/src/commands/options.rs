@@ -107,6 +107,34 @@ impl FormatOptions {
     }
 }
 
+/// What a GPU keeps beside the weights.
+#[derive(Debug, clap::Args)]
+pub(crate) struct CopyOptions {
+    /// Keep a copy of mxfp4 weights in e4m3, which calls of many tokens multiply by: 8 bits a weight beside 4.25. On a
+    /// GPU, with e4m3 activations.
+    #[arg(long)]
+    e4m3_copy: bool,
+}
+
+impl CopyOptions {
+    /// Whether there is to be a copy; fails where there is none.
+    pub(crate) fn e4m3_copy(
+        &self,
+        runner: &Runner,
+        weights: WeightFormat,
+        activations: ActivationFormat,
+    ) -> Result<bool> {
+        let wrong = match (runner, weights, activations) {
+            _ if !self.e4m3_copy => return Ok(false),
+            (Runner::Cpu(_), ..) => "--device is cpu, expected cuda:N".into(),
+            (_, WeightFormat::Mxfp4, ActivationFormat::E4m3) => return Ok(true),
+            (_, WeightFormat::Mxfp4, _) => "the activations are bf16, expected e4m3".into(),
+            _ => format!("the weights are {weights}, expected mxfp4"),
+        };
+        Err(Error::usage(format!("{wrong} for --e4m3-copy")))
+    }
+}
+
 /// The model and the sizes that a benchmark goes through.
 #[derive(Debug, clap::Args)]
 pub(crate) struct SizeOptions {

@@ -218,6 +218,25 @@ fn activation(format: ActivationFormat, rows: f64, n: usize) -> f64 {
 /// The tile that is expected to take least; with `activation_follows`, which is then counted, of tiles that have it
 /// inside and of those that do not.
 pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> (GemmKernel, bool) {
+    let (_, cost) = least(shape, activation_follows, multiprocessors);
+    (cost.kernel, cost.activated)
+}
+
+/// The same where the weights are there in another format, too; last, whether that one is expected to take less.
+pub(super) fn cheapest_of_two(
+    shape: &GemmShape,
+    other: WeightFormat,
+    activation_follows: bool,
+    multiprocessors: usize,
+) -> (GemmKernel, bool, bool) {
+    let of = |shape| least(shape, activation_follows, multiprocessors);
+    let (own, found) = (of(shape), of(&GemmShape { format: other, ..*shape }));
+    let cost = if found.0 < own.0 { found.1 } else { own.1 };
+    (cost.kernel, cost.activated, found.0 < own.0)
+}
+
+/// What is expected to take least, and what it takes: a product of times, to be compared with others of as many rows.
+fn least(shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> (f64, &'static Cost) {
     let populations = [Population::even(shape), Population::skewed(shape)];
     let fits = |cost: &&Cost| {
         (cost.format, cost.activation_format) == (shape.format, shape.activation_format)
@@ -233,8 +252,7 @@ pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, multiprocess
         populations.iter().map(one).product::<f64>()
     };
     let costs = COSTS.iter().filter(fits).map(|cost| (expected(cost), cost));
-    let least = costs.min_by(|a, b| a.0.total_cmp(&b.0)).map_or(&COSTS[0], |(_, cost)| cost);
-    (least.kernel, least.activated)
+    costs.min_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or((f64::INFINITY, &COSTS[0]))
 }
 
 #[cfg(test)]

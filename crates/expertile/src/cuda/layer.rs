@@ -20,7 +20,7 @@ use super::call::{DeviceMatrix, RoutingPtrs};
 use super::definitions::activation_definitions;
 use super::driver::{Device, DeviceBuffer, DevicePtr, Stream};
 use super::few_tokens::FewTokens;
-use super::gemm::{Gemm, GemmConfig, GemmKernel};
+use super::gemm::{Gemm, GemmConfig};
 use super::prepare::{each_at_once, each_of};
 use super::route;
 use super::unpermute::Unpermute;
@@ -32,7 +32,7 @@ use crate::error::Error;
 use crate::error::{Result, require_exact};
 use crate::gemm::WeightFormat;
 use crate::layer::{LayerConfig, LayerShape, Stage};
-use choice::{Choices, Offsets};
+use choice::{Choices, GemmKey, Offsets};
 use config::WeightKind;
 use expanded::Expanded;
 use launch::Entry;
@@ -167,8 +167,7 @@ pub struct Layer {
     max_tokens: usize,
     weights: LayerWeights,
     entry: Entry,
-    /// By how the work is cut, and whether the activation is inside.
-    gemms: HashMap<(GemmKernel, bool), Gemm>,
+    gemms: HashMap<GemmKey, Gemm>,
     /// By the most tokens of a call.
     few_tokens: HashMap<usize, FewTokens>,
     choices: Choices,
@@ -218,9 +217,9 @@ impl Layer {
         max_tokens: usize,
     ) -> Result<Self> {
         let biased = [weights.biases.b13.is_some(), weights.biases.b2.is_some()];
-        let kind = WeightKind { format: weights.w13.format(), biased };
+        let e4m3_copy = [&weights.w13, &weights.w2].map(|weights| weights.e4m3_copy().is_some());
+        let kind = WeightKind { format: weights.w13.format(), biased, e4m3_copy };
         let choices = Choices::new(&shape, &config, kind, max_tokens, device.info().multiprocessors as usize)?;
-        let format = kind.format;
         Ok(Self {
             device: device.clone(),
             shape,
@@ -230,8 +229,9 @@ impl Layer {
             entry: Entry::prepare(device, &shape, &config, &choices.row_tiles)?,
             activate: Activate::prepare(device, config.activate(&shape))?,
             unpermute: Unpermute::prepare(device, config.unpermute(&shape))?,
-            gemms: each_at_once(&choices.gemms, |(kernel, activated)| {
+            gemms: each_at_once(&choices.gemms, |GemmKey { kernel, activated, e4m3_copy }| {
                 let activation = activated.then_some(config.activation);
+                let format = if e4m3_copy { WeightFormat::E4m3 } else { kind.format };
                 Gemm::prepare(
                     device,
                     GemmConfig { format, activation_format: config.activation_format, kernel, activation },

@@ -1,9 +1,9 @@
 //! An expert layer's weights in device memory, knowing what they are.
 
-use super::driver::{Device, DeviceBuffer, DevicePtr};
+use super::driver::{Device, DeviceBuffer, DevicePtr, Source};
 use crate::dtype::{Dtype, E4m3, Float};
 use crate::error::{Error, Result, checked_mul, require_exact, require_len};
-use crate::gemm::{WEIGHT_BLOCK, WeightFormat};
+use crate::gemm::{ActivationFormat, WEIGHT_BLOCK, WeightFormat};
 use crate::matrix::MatrixRef;
 use crate::mxfp4::{GROUP, require_numbers};
 use crate::routing::require_experts;
@@ -12,6 +12,7 @@ use half::bf16;
 use std::ops::Range;
 use std::sync::Arc;
 
+mod decode;
 pub(super) mod int4;
 pub(super) mod mxfp4;
 
@@ -32,6 +33,8 @@ pub struct Weights {
     f16_scales: bool,
     /// mxfp4 or int4 as the GEMM reads it: `values` is the address of all, and `scales` is none.
     arranged: Option<Arranged>,
+    /// The same weights in e4m3, beside mxfp4.
+    e4m3_copy: Option<Arc<Weights>>,
     /// What the addresses point into, where this value owns it.
     _memory: Arc<[DeviceBuffer]>,
 }
@@ -99,7 +102,18 @@ impl Weights {
         scales: Option<DevicePtr>,
         memory: Arc<[DeviceBuffer]>,
     ) -> Self {
-        Self { format, experts, n, k, values, scales, f16_scales: false, arranged: None, _memory: memory }
+        Self {
+            format,
+            experts,
+            n,
+            k,
+            values,
+            scales,
+            f16_scales: false,
+            arranged: None,
+            e4m3_copy: None,
+            _memory: memory,
+        }
     }
 
     fn of_buffers(
@@ -147,11 +161,18 @@ impl Weights {
         builder.finish()
     }
 
+    /// The sources of the kernels that arrange weights of 4 bits for rows of that format, give them back, and copy them.
+    #[must_use]
+    pub fn sources(activation_format: ActivationFormat) -> Vec<Source> {
+        vec![mxfp4::source(activation_format), int4::source(activation_format), decode::source()]
+    }
+
     /// The weights of some experts, in the same memory.
     pub(super) fn of_experts(&self, experts: Range<usize>) -> Self {
         let (n, k, first) = (self.n, self.k, experts.start);
         let (value_bytes, scale_bytes) = part_bytes(self.format, (first, n, k));
         let mut part = self.clone();
+        part.e4m3_copy = self.e4m3_copy.as_ref().map(|copy| Arc::new(copy.of_experts(experts.clone())));
         part.experts = experts.len();
         part.values =
             self.values.byte_add(self.arranged.map_or(value_bytes, |_| mxfp4::units_bytes(self.format, (first, n, k))));
@@ -196,10 +217,11 @@ impl Weights {
         self.scales.filter(|_| self.format == WeightFormat::E4m3).map(DevicePtr::cast)
     }
 
-    /// Bytes of device memory, scales included.
+    /// Bytes of device memory, scales and a copy in e4m3 included.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        match &self.arranged {
+        let copy = self.e4m3_copy.as_ref().map_or(0, |copy| copy.bytes());
+        copy + match &self.arranged {
             Some(_) => mxfp4::bytes(self.format, (self.experts, self.n, self.k)),
             None => {
                 let (values, scales) = part_bytes(self.format, (self.experts, self.n, self.k));

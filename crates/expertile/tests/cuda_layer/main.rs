@@ -8,6 +8,7 @@
 // lines above.
 #![allow(clippy::undocumented_unsafe_blocks)]
 
+mod e4m3_copy;
 mod expanded;
 mod model;
 #[path = "../on_device/mod.rs"]

@@ -225,7 +225,12 @@ impl Model {
         Self::with_weights(device, spec, weights, Some((0..all).map(local).collect()))
     }
 
-    fn with_weights(device: &Device, spec: Spec, (w13, w2): (Matrices, Matrices), map: Option<Vec<i32>>) -> Self {
+    pub(crate) fn with_weights(
+        device: &Device,
+        spec: Spec,
+        (w13, w2): (Matrices, Matrices),
+        map: Option<Vec<i32>>,
+    ) -> Self {
         let Spec { hidden, intermediate, experts, .. } = spec;
         let sizes = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate));
         let cpu = Cpu::new();
@@ -247,6 +252,11 @@ impl Model {
         let [on_device, in_steps] = [on_device, in_steps].map(with_biases);
         assert_eq!(on_device.shape(), &LayerShape::new(hidden, intermediate, experts).unwrap());
         Self { spec, w13, w2, map, on_cpu, packed_w2, b13, b2, on_device, in_steps, cpu }
+    }
+
+    /// Of `w13` and `w2`.
+    pub(crate) fn biases(&self) -> [Option<Vec<f32>>; 2] {
+        [self.b13.clone(), self.b2.clone()]
     }
 
     /// The CPU backend's output.

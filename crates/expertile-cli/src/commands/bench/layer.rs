@@ -4,7 +4,7 @@ mod gpu;
 
 use super::on_cpu::{Report, Size, Subject};
 use crate::call::{Call, Inputs};
-use crate::commands::options::{ComputeOptions, FormatOptions, ReportOptions, Runner, SizeOptions};
+use crate::commands::options::{ComputeOptions, CopyOptions, FormatOptions, ReportOptions, Runner, SizeOptions};
 use crate::error::Result;
 use crate::machine::Limits;
 use crate::memory::{LayerMemory, WeightPlace};
@@ -34,6 +34,8 @@ pub(crate) struct Args {
     pub(super) sizes: SizeOptions,
     #[command(flatten)]
     formats: FormatOptions,
+    #[command(flatten)]
+    copy: CopyOptions,
     #[command(flatten)]
     compute: ComputeOptions,
     #[command(flatten)]
@@ -72,6 +74,7 @@ fn made_up(args: &Args, runner: &Runner) -> Result<(MadeUp, usize, ActivationFor
 fn measure(args: &Args, runner: &Runner, cpu: &Cpu) -> Result<Report> {
     let (weights, global_experts, activations) = made_up(args, runner)?;
     let config = LayerConfig::new(weights.router().topk, global_experts, activations);
+    args.copy.e4m3_copy(runner, weights.format(), activations)?;
     let packed = Packed::new(cpu, &weights, config, Parts::ROUTED)?;
     let limits = Limits::measure(cpu, weights.format(), activations)?;
     let (tokens, repeat) = (&args.sizes.tokens, args.sizes.repeat());

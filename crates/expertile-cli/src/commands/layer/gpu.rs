@@ -17,6 +17,7 @@ pub(super) fn run(
     weights: &dyn ExpertWeights,
     inputs: Inputs<'_>,
     computed: Computed,
+    e4m3_copy: bool,
     check: bool,
 ) -> Result<Outcome> {
     let Computed { activations, parts, .. } = computed;
@@ -34,7 +35,7 @@ pub(super) fn run(
         ..LayerConfig::new(routing.topk(), routing.local_experts(), activations)
     };
     let started = Instant::now();
-    let layer = device::prepare(device, weights, config, routing.tokens())?;
+    let layer = device::prepare(device, weights, config, routing.tokens(), e4m3_copy)?;
     let pack_seconds = started.elapsed().as_secs_f64();
     let limits = device::limits(device, weights.format())?;
     let ids: Vec<i32> = routing.slots().map(|expert| expert.map_or(-1, |expert| expert as i32)).collect();

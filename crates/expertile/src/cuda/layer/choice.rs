@@ -3,6 +3,7 @@
 use super::config::WeightKind;
 use crate::cuda::arguments::SecondWorklist;
 use crate::cuda::call::LayoutPtrs;
+use crate::cuda::cost;
 use crate::cuda::driver::DevicePtr;
 use crate::cuda::few_tokens::{FewTokensConfig, gate_up_bytes_of_slot};
 use crate::cuda::gemm::{GemmKernel, GemmShape, row_bytes};
@@ -31,6 +32,8 @@ pub struct LayerChoice {
     pub gemm1: GemmKernel,
     /// How `[rows, I]` times `[H, I]` is cut.
     pub gemm2: GemmKernel,
+    /// Whether GEMM 1, and whether GEMM 2, reads the weights' [copy in e4m3](crate::cuda::Weights::with_e4m3_copy).
+    pub e4m3_copy: [bool; 2],
     /// Whether GEMM 1 stores activated, quantized rows, so that `gate | up` never reaches memory.
     pub activation_inside_gemm1: bool,
     /// In one launch, by a kernel for up to so many tokens, none of the above are used, and no layout is made.
@@ -80,7 +83,7 @@ impl LayerChoice {
             config.layout_alignment(),
             TokenExperts::MayRepeat,
         )?;
-        let Tiles { gemm1, gemm2, activation_inside_gemm1 } = *tiles;
+        let Tiles { gemm1, gemm2, e4m3_copy, activation_inside_gemm1 } = *tiles;
         let slots = tokens * config.topk;
         let row_tiles = (gemm1.row_tile(), second_row_tile(&gemm1, &gemm2));
         let offsets = match one_launch {
@@ -92,6 +95,7 @@ impl LayerChoice {
             row_tile: gemm1.row_tile(),
             gemm1,
             gemm2,
+            e4m3_copy,
             activation_inside_gemm1,
             one_launch,
             launches: match one_launch {
@@ -103,10 +107,31 @@ impl LayerChoice {
         Ok((choice, offsets))
     }
 
+    /// Which prepared kernel GEMM 1 is.
+    pub(super) fn first(&self) -> GemmKey {
+        GemmKey { kernel: self.gemm1, activated: self.activation_inside_gemm1, e4m3_copy: self.e4m3_copy[0] }
+    }
+
+    /// Which prepared kernel GEMM 2 is.
+    pub(super) fn second(&self) -> GemmKey {
+        GemmKey { kernel: self.gemm2, activated: false, e4m3_copy: self.e4m3_copy[1] }
+    }
+
     /// The row tile of GEMM 2's own worklist, if it has one.
     pub(super) fn second_row_tile(&self) -> Option<usize> {
         second_row_tile(&self.gemm1, &self.gemm2).filter(|_| self.one_launch.is_none())
     }
+}
+
+/// What a layer prepares a GEMM's kernel by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct GemmKey {
+    /// How the work is cut.
+    pub(super) kernel: GemmKernel,
+    /// Whether the activation is inside.
+    pub(super) activated: bool,
+    /// Whether the weights are the copy in e4m3.
+    pub(super) e4m3_copy: bool,
 }
 
 fn second_row_tile(gemm1: &GemmKernel, gemm2: &GemmKernel) -> Option<usize> {
@@ -118,6 +143,8 @@ fn second_row_tile(gemm1: &GemmKernel, gemm2: &GemmKernel) -> Option<usize> {
 pub(super) struct Tiles {
     pub(super) gemm1: GemmKernel,
     pub(super) gemm2: GemmKernel,
+    /// Whether each reads the copy in e4m3.
+    pub(super) e4m3_copy: [bool; 2],
     pub(super) activation_inside_gemm1: bool,
 }
 
@@ -147,12 +174,20 @@ impl Tiles {
             most_rows: tokens,
         };
         let split = |shape: &GemmShape| GemmKernel::choose_split(shape, multiprocessors).filter(|_| config.split_k);
-        let (up, down) = (of(2 * intermediate, hidden), of(hidden, intermediate));
-        let (gemm1, activation_inside_gemm1) = split(&up)
-            .or_else(|| weights.biased[0].then(|| GemmKernel::choose(&up, multiprocessors)))
-            .map_or_else(|| GemmKernel::choose_before_activation(&up, multiprocessors), |kernel| (kernel, false));
-        let gemm2 = split(&down).unwrap_or_else(|| GemmKernel::choose(&down, multiprocessors));
-        Ok(Self { gemm1, gemm2, activation_inside_gemm1 })
+        // Which kernel, whether it activates, and whether it reads the copy.
+        let choose = |shape: &GemmShape, activation_follows, has_copy| match split(shape) {
+            Some(kernel) => (kernel, false, false),
+            None if has_copy => cost::cheapest_of_two(shape, WeightFormat::E4m3, activation_follows, multiprocessors),
+            None => {
+                let (kernel, activated) = cost::cheapest(shape, activation_follows, multiprocessors);
+                (kernel, activated, false)
+            }
+        };
+        // A bias comes before the activation.
+        let (gemm1, activation_inside_gemm1, first_copy) =
+            choose(&of(2 * intermediate, hidden), !weights.biased[0], weights.e4m3_copy[0]);
+        let (gemm2, _, second_copy) = choose(&of(hidden, intermediate), false, weights.e4m3_copy[1]);
+        Ok(Self { gemm1, gemm2, e4m3_copy: [first_copy, second_copy], activation_inside_gemm1 })
     }
 }
 
@@ -186,11 +221,13 @@ impl fmt::Display for LayerChoice {
         if let Some(most) = self.one_launch {
             return write!(f, "one launch, for up to {most} tokens, {} bytes of workspace", self.workspace_bytes);
         }
-        write!(f, "{} rows aligned to {}, gemm1 {}", self.plan.m_sum(), self.plan.alignment(), self.gemm1)?;
+        let [first, second] = self.e4m3_copy.map(|reads| if reads { " over the e4m3 copy" } else { "" });
+        write!(f, "{} rows aligned to {}, gemm1 {}{first}", self.plan.m_sum(), self.plan.alignment(), self.gemm1)?;
         if self.activation_inside_gemm1 {
             write!(f, ", activation inside gemm1")?;
         }
-        write!(f, ", gemm2 {}, {} launches, {} bytes of workspace", self.gemm2, self.launches, self.workspace_bytes)
+        let Self { gemm2, launches, workspace_bytes, .. } = self;
+        write!(f, ", gemm2 {gemm2}{second}, {launches} launches, {workspace_bytes} bytes of workspace")
     }
 }
 
@@ -198,8 +235,8 @@ impl fmt::Display for LayerChoice {
 #[derive(Debug, Default)]
 pub(super) struct Choices {
     pub(super) row_tiles: Vec<usize>,
-    /// How GEMMs are cut, and whether the activation is inside.
-    pub(super) gemms: Vec<(GemmKernel, bool)>,
+    /// Both GEMMs' of any call.
+    pub(super) gemms: Vec<GemmKey>,
     /// Kernels for few tokens.
     pub(super) few_tokens: Vec<FewTokensConfig>,
     /// From how many tokens on which tiles are chosen, ascending.
@@ -236,7 +273,7 @@ impl Choices {
                 if !all.row_tiles.contains(&choice.row_tile) {
                     all.row_tiles.push(choice.row_tile);
                 }
-                for gemm in [(choice.gemm1, choice.activation_inside_gemm1), (choice.gemm2, false)] {
+                for gemm in [choice.first(), choice.second()] {
                     if !all.gemms.contains(&gemm) {
                         all.gemms.push(gemm);
                     }

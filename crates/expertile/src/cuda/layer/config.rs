@@ -22,11 +22,13 @@ pub(in crate::cuda) struct WeightKind {
     pub(in crate::cuda) format: WeightFormat,
     /// Whether GEMM 1 has biases, and whether GEMM 2 has.
     pub(in crate::cuda) biased: [bool; 2],
+    /// Whether GEMM 1's are there in e4m3, too, and whether GEMM 2's are.
+    pub(in crate::cuda) e4m3_copy: [bool; 2],
 }
 
 impl WeightKind {
     pub(in crate::cuda) fn unbiased(format: WeightFormat) -> Self {
-        Self { format, biased: [false; 2] }
+        Self { format, biased: [false; 2], e4m3_copy: [false; 2] }
     }
 
     /// Whether the kernel that does a call in one launch takes them, of those widths: groups of e4m3 are whole.

@@ -261,7 +261,7 @@ impl ExpandedLayer {
             None => (rows, scales),
         };
         let activated_scales = self.quantize.is_some().then(|| own_scales(parts.activated_scales, intermediate));
-        let LayerWeights { w13, w2, biases: Biases { b13, b2 } } = &self.weights;
+        let LayerWeights { w13, w2, biases: Biases { b13, b2 }, .. } = &self.weights;
         let gemm = |weights, bias: &Option<Arc<DeviceBuffer<f32>>>, rows, scales, out| GroupedGemmCall {
             weights,
             rows,

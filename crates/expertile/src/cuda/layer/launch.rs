@@ -143,9 +143,10 @@ impl Layer {
         let inside = call.choice.activation_inside_gemm1;
         let (out, out_scales) = if inside { (activated, activated_scales) } else { (back.cast(), None) };
         let LayerWeights { w13, biases: Biases { b13, .. }, .. } = &self.weights;
+        let w13 = w13.read_by(call.choice.e4m3_copy[0]);
         let gemm = call.gemm((w13, b13.as_deref()), (front, front_scales), (out, out_scales));
         // SAFETY: the caller's promise.
-        unsafe { prepared(&self.gemms, &(call.choice.gemm1, inside)).launch(stream, &gemm) }
+        unsafe { prepared(&self.gemms, &call.choice.first()).launch(stream, &gemm) }
     }
 
     /// # Safety
@@ -154,12 +155,13 @@ impl Layer {
     unsafe fn gemm2(&self, stream: Stream, call: &CheckedCall<'_>) -> Result<()> {
         let LayerParts { activated, activated_scales, back, second_worklist, .. } = call.parts;
         let LayerWeights { w2, biases: Biases { b2, .. }, .. } = &self.weights;
+        let w2 = w2.read_by(call.choice.e4m3_copy[1]);
         let mut gemm = call.gemm((w2, b2.as_deref()), (activated, activated_scales), (back.cast(), None));
         if let Some(second) = second_worklist {
             (gemm.header, gemm.worklist) = (second.header, second.worklist);
         }
         // SAFETY: the caller's promise.
-        unsafe { prepared(&self.gemms, &(call.choice.gemm2, false)).launch(stream, &gemm) }
+        unsafe { prepared(&self.gemms, &call.choice.second()).launch(stream, &gemm) }
     }
 }
 

@@ -231,7 +231,7 @@ impl<'a> Rank<'a> {
         let most = capacity * self.exchange.ranks();
         let local = Layer::prepare(&self.device, self.weights.0.clone(), self.weights.1.clone(), self.config, most)?;
         let whole = match self.args.gpus.same {
-            Some(_) => Some(device::prepare(&self.device, &self.made_up, self.config, most)?),
+            Some(_) => Some(device::prepare(&self.device, &self.made_up, self.config, most, false)?),
             None => None,
         };
         let (mut sizes, routings) = (Vec::new(), self.args.gpus.routings());

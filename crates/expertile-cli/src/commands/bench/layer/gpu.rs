@@ -73,7 +73,8 @@ fn measure(args: &Args, runner: &Runner, device: &Device) -> Result<Report> {
     let config = LayerConfig { activation: weights.activation(), ..usual };
     let started = Instant::now();
     let most = tokens.iter().copied().max().unwrap_or(1);
-    let layer = device::prepare(device, &weights, config, most)?;
+    let e4m3_copy = args.copy.e4m3_copy(runner, format, activations)?;
+    let layer = device::prepare(device, &weights, config, most, e4m3_copy)?;
     let prepare_seconds = started.elapsed().as_secs_f64();
     let limits = device::limits(device, format)?;
     let progress = Progress::new("timing sizes", tokens.len());

@@ -52,7 +52,7 @@ fn numbers_of_tokens_within_an_eighth_have_the_same_tiles_and_all_have_those_of_
             let choices = Choices::new(&shape, &config, kind(&config), 3000, H200).unwrap();
             for tokens in (0..100).chain((100..=3000).step_by(37)) {
                 let choice = choose(&shape, &config, tokens).unwrap();
-                let Tiles { gemm1, gemm2, activation_inside_gemm1 } = *choices.tiles(tokens);
+                let Tiles { gemm1, gemm2, activation_inside_gemm1, .. } = *choices.tiles(tokens);
                 let tiles = (gemm1, gemm2, activation_inside_gemm1);
                 assert_eq!(tiles, (choice.gemm1, choice.gemm2, choice.activation_inside_gemm1), "{tokens} tokens");
             }
@@ -220,8 +220,8 @@ fn a_workspace_serves_every_call_of_fewer_tokens() {
                 most = most.max(choice.workspace_bytes);
                 assert_eq!(choices.workspace_bytes(&choice), most, "{tokens} tokens");
                 assert!(choices.row_tiles.contains(&choice.row_tile));
-                assert!(choices.gemms.contains(&(choice.gemm1, choice.activation_inside_gemm1)));
-                assert!(choices.gemms.contains(&(choice.gemm2, false)));
+                assert!(choices.gemms.contains(&choice.first()));
+                assert!(choices.gemms.contains(&choice.second()));
             }
         }
     }
@@ -256,9 +256,35 @@ fn with_weights_of_4_bits_and_with_biases_the_activation_stays_outside() {
     let config = LayerConfig::new(8, 128, ActivationFormat::E4m3);
     let shape = LayerShape::new(4096, 1536, 128).unwrap();
     for biased in [[true, false], [false, true], [true, true]] {
-        let weights = WeightKind { format: WeightFormat::E4m3, biased };
+        let weights = WeightKind { biased, ..WeightKind::unbiased(WeightFormat::E4m3) };
         let choices = Choices::new(&shape, &config, weights, 600, H200).unwrap();
         assert_eq!(choices.of_tokens(1).1, Some(1), "{biased:?}");
-        assert!(!biased[0] || choices.gemms.iter().all(|&(_, inside)| !inside), "{biased:?}");
+        assert!(!biased[0] || choices.gemms.iter().all(|gemm| !gemm.activated), "{biased:?}");
+    }
+}
+
+#[test]
+fn a_copy_in_e4m3_is_read_by_calls_of_many_tokens_and_only_where_there_is_one() {
+    for (name, hidden, intermediate, experts, topk) in
+        [("qwen3-235b-a22b", 4096, 1536, 128, 8), ("gpt-oss-120b", 2880, 2880, 128, 4)]
+    {
+        let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
+        let config = LayerConfig::new(topk, experts, ActivationFormat::E4m3);
+        let unbiased = WeightKind::unbiased(WeightFormat::Mxfp4);
+        let copied = |e4m3_copy, biased, tokens| {
+            let kind = WeightKind { e4m3_copy, biased, ..unbiased };
+            let choices = Choices::new(&shape, &config, kind, tokens, H200).unwrap();
+            let choice = LayerChoice::with_offsets(&shape, &config, tokens, choices.of_tokens(tokens), H200).unwrap().0;
+            assert!(choices.gemms.contains(&choice.first()) && choices.gemms.contains(&choice.second()), "{name}");
+            assert!(!biased[0] || !choice.activation_inside_gemm1, "{name}: {choice}");
+            choice.e4m3_copy
+        };
+        for biased in [[false; 2], [true; 2]] {
+            assert_eq!([8, 64, 8192].map(|tokens| copied([false; 2], biased, tokens)), [[false; 2]; 3], "{name}");
+            assert_eq!([8, 64].map(|tokens| copied([true; 2], biased, tokens)), [[false; 2]; 2], "{name}");
+            for copy in [[true; 2], [true, false], [false, true]] {
+                assert_eq!(copied(copy, biased, 8192), copy, "{name}");
+            }
+        }
     }
 }
