@@ -48,7 +48,7 @@ impl CudaGemm {
             return Err(Wrong::new("weights", "is on the CPU", "the CPU", "a CUDA device").value());
         };
         let &[experts, n, width] = weights.shape() else { return Err(weights.shape_error("[E, N, K]")) };
-        let format = weights_format(&weights, weight_scale.as_ref())?;
+        let format = weights_format(&weights, ("weight_scale", weight_scale.as_ref()))?;
         let k = if format.has_groups() { 2 * width } else { width };
         let activation_format = match activations {
             Some(name) => named_activations(name)?,

@@ -498,26 +498,36 @@ impl Pair {
         w2: (&Array<'_>, Option<&Array<'_>>),
         gated: bool,
     ) -> PyResult<Self> {
-        let what = |(array, scale): (&Array<'_>, Option<&Array<'_>>), expected| {
+        let what = |(array, scale): (&Array<'_>, Option<&Array<'_>>), scale_name, expected| {
             let &[experts, n, width] = array.shape() else { return Err(array.shape_error(expected)) };
-            let format = weights_format(array, scale)?;
+            let format = weights_format(array, (scale_name, scale))?;
             // Two values to a byte.
             let k = if format.has_groups() { 2 * width } else { width };
             Ok(([experts, n, k], format))
         };
-        let (of13, of2) = (what(w13, "[E, 2 I, H]")?, what(w2, "[E, H, I]")?);
+        let (of13, of2) = (what(w13, "w13_scale", "[E, 2 I, H]")?, what(w2, "w2_scale", "[E, H, I]")?);
         let shape = LayerShape::of_weights(of13, of2, gated).map_err(exception)?;
         Ok(Self { sizes13: of13.0, sizes2: of2.0, shape, format: of13.1 })
     }
 }
 
-/// What weights are made of: of bytes their scales say it.
-pub(super) fn weights_format(array: &Array<'_>, scale: Option<&Array<'_>>) -> PyResult<WeightFormat> {
+/// What weights are made of: of bytes their scales say it, which have to be there.
+pub(super) fn weights_format(
+    array: &Array<'_>,
+    (scale_name, scale): (&'static str, Option<&Array<'_>>),
+) -> PyResult<WeightFormat> {
     match array.element() {
-        Element::U8 => match scale.map(Array::element) {
-            Some(Element::Bf16 | Element::F16) => Ok(WeightFormat::Int4),
-            _ => Ok(WeightFormat::Mxfp4),
-        },
+        Element::U8 => {
+            let Some(scale) = scale else {
+                let expected = format!("scales for the uint8 blocks of {}", array.argument());
+                return Err(Wrong::new(scale_name, "is None", Actual::Nothing, expected).value());
+            };
+            match scale.element() {
+                Element::Bf16 | Element::F16 => Ok(WeightFormat::Int4),
+                Element::U8 | Element::E8m0 => Ok(WeightFormat::Mxfp4),
+                _ => Err(scale.dtype_error("uint8 or float8_e8m0fnu (MXFP4), bfloat16 or float16 (int4)")),
+            }
+        }
         Element::Bf16 | Element::E4m3 => format(array),
         _ => Err(array.dtype_error("bfloat16, float8_e4m3fn or uint8")),
     }
@@ -589,18 +599,11 @@ pub(super) fn in_place(
         (WeightFormat::Mxfp4, Some(scale)) => {
             let groups = mxfp4::groups(k).map_err(exception)?;
             scale.require_shape(&[experts, n, groups])?;
-            if !matches!(scale.element(), Element::U8 | Element::E8m0) {
-                return Err(scale.dtype_error("uint8 or float8_e8m0fnu (MXFP4), bfloat16 or float16 (int4)"));
-            }
             let blocks = DevicePtr::new(weights.require_device_memory::<u8>(len / 2, 16)?);
             let scales = DevicePtr::new(scale.require_device_memory::<u8>(experts * n * groups, 1)?);
             #[allow(unsafe_code)]
             // SAFETY: tensors of that many bytes, as was checked, which the caller holds until they are arranged.
             return unsafe { Weights::from_device_mxfp4((experts, n, k), blocks, scales) }.map_err(exception);
-        }
-        (WeightFormat::Mxfp4, None) => {
-            let expected = format!("scales for the uint8 blocks of {}", weights.argument());
-            return Err(Wrong::new(scale_name, "is None", Actual::Nothing, expected).value());
         }
         (WeightFormat::Int4, Some(scale)) => {
             let groups = int4::groups(k).map_err(exception)?;
@@ -617,7 +620,7 @@ pub(super) fn in_place(
             // SAFETY: tensors of that many bytes, as was checked, which the caller holds until they are arranged.
             return unsafe { Weights::from_device_int4((experts, n, k), blocks, scales) }.map_err(exception);
         }
-        (WeightFormat::Int4, None) => unreachable!("scales say that weights are int4"),
+        (WeightFormat::Mxfp4 | WeightFormat::Int4, None) => unreachable!("scales say what weights of 4 bits are"),
         (WeightFormat::E4m3, None) => {
             let expected = format!("block scales for float8_e4m3fn {}", weights.argument());
             return Err(Wrong::new(scale_name, "is None", Actual::Nothing, expected).value());
