@@ -9,7 +9,7 @@
 //! The constants were fitted to what an H200 took for layers drawn at random (`expertile bench tiles --device cuda:0`),
 //! and are judged by layers of another seed.
 
-use super::gemm::{GemmKernel, GemmShape, LARGE_ROW_TILE, WIDE_ROW_TILE, row_bytes, values_of_block};
+use super::gemm::{GemmKernel, GemmKey, GemmShape, LARGE_ROW_TILE, WIDE_ROW_TILE, row_bytes, values_of_block};
 use super::weights::mxfp4::{UNIT_K, UNIT_OUTPUTS, unit_bytes};
 use super::weights::weight_bytes;
 use crate::gemm::{ActivationFormat, WeightFormat};
@@ -215,24 +215,14 @@ fn activation(format: ActivationFormat, rows: f64, n: usize) -> f64 {
     START + rows * (n / 2 * (4 + row_bytes(format))) as f64 / BYTES
 }
 
-/// The tile that is expected to take least; with `activation_follows`, which is then counted, of tiles that have it
-/// inside and of those that do not.
-pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> (GemmKernel, bool) {
-    let (_, cost) = least(shape, activation_follows, multiprocessors);
-    (cost.kernel, cost.activated)
-}
-
-/// The same where the weights are there in another format, too; last, whether that one is expected to take less.
-pub(super) fn cheapest_of_two(
-    shape: &GemmShape,
-    other: WeightFormat,
-    activation_follows: bool,
-    multiprocessors: usize,
-) -> (GemmKernel, bool, bool) {
-    let of = |shape| least(shape, activation_follows, multiprocessors);
-    let (own, found) = (of(shape), of(&GemmShape { format: other, ..*shape }));
-    let cost = if found.0 < own.0 { found.1 } else { own.1 };
-    (cost.kernel, cost.activated, found.0 < own.0)
+/// What is expected to take least. With `activation_follows`, which is then counted, of tiles that have it inside and of
+/// those that do not; with `has_copy`, of the weights' own format and of their copy in e4m3.
+pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, has_copy: bool, multiprocessors: usize) -> GemmKey {
+    let of = |format| least(&GemmShape { format, ..*shape }, activation_follows, multiprocessors);
+    let own = of(shape.format);
+    let copy = has_copy.then(|| of(WeightFormat::E4m3)).filter(|copy| copy.0 < own.0);
+    let (_, cost) = copy.unwrap_or(own);
+    GemmKey { kernel: cost.kernel, activated: cost.activated, e4m3_copy: copy.is_some() }
 }
 
 /// What is expected to take least, and what it takes: a product of times, to be compared with others of as many rows.
@@ -320,7 +310,7 @@ mod tests {
             let chosen = [(64, 2), (65536, 4096)].map(|(rows, most_rows)| {
                 let (n, k, experts) = (4096, 4096, 128);
                 let shape = GemmShape { n, k, format, activation_format, experts, rows, most_rows };
-                cheapest(&shape, false, H200).0
+                cheapest(&shape, false, false, H200).kernel
             });
             assert!(chosen.iter().all(|kernel| kernels.contains(kernel)), "{format:?}: {chosen:?}");
             assert!(chosen[0].row_tile() <= 64 && chosen[1].row_tile() >= 128, "{format:?}: {chosen:?}");
@@ -330,8 +320,10 @@ mod tests {
     #[test]
     fn few_rows_get_tiles_of_few_rows_and_many_the_wide_ones() {
         use WeightFormat::{Bf16, E4m3, Int4, Mxfp4};
-        let chosen = |format, sizes, experts, rows| cheapest(&shape(format, sizes, experts, rows), false, H200).0;
-        let inside = |format, n| cheapest(&shape(format, (n, 7168), 256, (131_072, 16384)), true, H200).1;
+        let chosen =
+            |format, sizes, experts, rows| cheapest(&shape(format, sizes, experts, rows), false, false, H200).kernel;
+        let inside =
+            |format, n| cheapest(&shape(format, (n, 7168), 256, (131_072, 16384)), true, false, H200).activated;
         for format in [E4m3, Bf16, Mxfp4, Int4] {
             let kernel = chosen(format, (4096, 4096), 128, (32, 4));
             assert!(!kernel.tokens_on_m() && kernel.row_tile() <= 64, "{kernel}");

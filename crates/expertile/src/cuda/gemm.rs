@@ -20,7 +20,7 @@ mod shared_memory;
 pub use config::GemmConfig;
 pub(super) use config::{row_bytes, values_of_block};
 pub use kernel::{FewRowsCut, GemmKernel, GemmShape, ROW_TILES};
-pub(super) use kernel::{LARGE_ROW_TILE, WIDE_ROW_TILE};
+pub(super) use kernel::{GemmKey, LARGE_ROW_TILE, WIDE_ROW_TILE};
 
 /// Where an expert's rows end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,8 +4,9 @@
 //! compiled when it is prepared; a row has the same bits in all of them, and in a [`super::Layer`].
 
 use super::call::DeviceMatrix;
+use super::cost;
 use super::driver::{Device, DevicePtr, Stream};
-use super::gemm::{Gemm, GemmCall, GemmConfig, GemmKernel, GemmShape, RowEnds};
+use super::gemm::{Gemm, GemmCall, GemmConfig, GemmKernel, GemmKey, GemmShape, RowEnds};
 use super::list_tiles::{self, Grouping, ListTiles, ListTilesCall, TileLists};
 use super::prepare::{alike, each_at_once};
 use super::route;
@@ -67,14 +68,10 @@ pub struct GroupedGemm {
     max_rows: usize,
     of_psum: ListTiles,
     of_m_indices: ListTiles,
-    /// By kernel, and whether an activation is inside.
-    gemms: HashMap<Choice, Gemm>,
+    gemms: HashMap<GemmKey, Gemm>,
     /// From how many expected rows on what is chosen, ascending.
-    choices: Vec<(usize, Choice)>,
+    choices: Vec<(usize, GemmKey)>,
 }
-
-/// A kernel, and whether an activation is inside.
-type Choice = (GemmKernel, bool);
 
 impl GroupedGemm {
     /// For calls of up to `max_rows` rows. This is the warm-up: what such calls can choose is compiled (or loaded) here,
@@ -84,25 +81,27 @@ impl GroupedGemm {
     /// [`Error::Value`] for sizes that the kernels do not take, [`Error::Device`] unless the device is a Hopper,
     /// [`Error::Kernel`] if a kernel does not compile, [`Error::Cuda`].
     pub fn prepare(device: &Device, shape: GroupedGemmShape, max_rows: usize) -> Result<Self> {
-        Self::prepare_with(device, shape, None, max_rows)
+        Self::prepare_with(device, shape, (None, false), max_rows)
     }
 
-    /// The same of a GEMM whose `[gate | up]` this activation follows: inside it, where that is expected to take least.
+    /// The same of a GEMM whose `[gate | up]` an activation follows: inside it, where that is expected to take least; and
+    /// of weights with a copy in e4m3: by the copy, where that is.
     ///
     /// # Errors
     /// As [`GroupedGemm::prepare`].
     pub(super) fn prepare_with(
         device: &Device,
         shape: GroupedGemmShape,
-        before: Option<Activation>,
+        (before, has_copy): (Option<Activation>, bool),
         max_rows: usize,
     ) -> Result<Self> {
         check_sizes(shape.experts, shape.n, shape.k)?;
         if max_rows == 0 {
             return Err(Error::value("max_rows", 0, "at least 1"));
         }
-        let choices = shape.choices(before.is_some(), max_rows, device.info().multiprocessors as usize);
-        let mut all: Vec<Choice> = choices.iter().map(|&(_, choice)| choice).collect();
+        let with = (before.is_some(), has_copy);
+        let choices = shape.choices(with, max_rows, device.info().multiprocessors as usize);
+        let mut all: Vec<GemmKey> = choices.iter().map(|&(_, choice)| choice).collect();
         all.sort_unstable();
         all.dedup();
         let GroupedGemmShape { format, activation_format, .. } = shape;
@@ -112,9 +111,9 @@ impl GroupedGemm {
             max_rows,
             of_psum: ListTiles::prepare(device, Grouping::Psum { alignment: 1 })?,
             of_m_indices: ListTiles::prepare(device, Grouping::MIndices)?,
-            gemms: each_at_once(&all, |(kernel, inside)| {
-                let activation = before.filter(|_| inside);
-                Gemm::prepare(device, GemmConfig { format, activation_format, kernel, activation })
+            gemms: each_at_once(&all, |key: GemmKey| {
+                let (format, activation) = (key.format(format), before.filter(|_| key.activated));
+                Gemm::prepare(device, GemmConfig { format, activation_format, kernel: key.kernel, activation })
             })?,
             choices,
         })
@@ -135,16 +134,21 @@ impl GroupedGemm {
     /// The kernel of a call in which so many rows are expected.
     #[must_use]
     pub fn choice(&self, expected_rows: usize) -> GemmKernel {
-        self.choose(expected_rows).0
+        self.choose(expected_rows).kernel
     }
 
-    fn choose(&self, expected_rows: usize) -> Choice {
+    fn choose(&self, expected_rows: usize) -> GemmKey {
         self.choices[self.choices.partition_point(|&(first, _)| first <= expected_rows.max(1)) - 1].1
     }
 
     /// Whether the activation is inside, in a call in which so many rows are expected.
     pub(super) fn activates(&self, expected_rows: usize) -> bool {
-        self.choose(expected_rows).1
+        self.choose(expected_rows).activated
+    }
+
+    /// Whether it reads the weights' copy in e4m3.
+    pub(super) fn reads_copy(&self, expected_rows: usize) -> bool {
+        self.choose(expected_rows).e4m3_copy
     }
 
     /// Bytes of workspace that any call of `m_sum` rows needs, a multiple of 16. `copies_scales`: unless the rows'
@@ -155,9 +159,8 @@ impl GroupedGemm {
     pub fn workspace_bytes(&self, m_sum: usize, grouping: &Grouping, copies_scales: bool) -> Result<usize> {
         self.require_rows(m_sum)?;
         let width = copies_scales.then_some(self.shape.k);
-        let bytes = |(kernel, _): &Choice| {
-            TileLists::space_bytes(grouping, (m_sum, self.shape.experts), kernel.row_tile(), width)
-        };
+        let bytes =
+            |key: &GemmKey| TileLists::space_bytes(grouping, (m_sum, self.shape.experts), key.kernel.row_tile(), width);
         self.gemms.keys().try_fold(0, |most, choice| Ok(most.max(bytes(choice)?)))
     }
 
@@ -224,7 +227,7 @@ impl GroupedGemm {
         }
         let experts = self.shape.experts;
         let choice = self.choose(expected_rows);
-        let row_tile = choice.0.row_tile();
+        let row_tile = choice.kernel.row_tile();
         let copied = scales.filter(|scales| !self.reads_in_place(scales, m_sum));
         let width = copied.map(|_| self.shape.k);
         let lists = TileLists::carve(workspace, &grouping, (m_sum, experts), row_tile, width)?;
@@ -235,7 +238,7 @@ impl GroupedGemm {
         let copies = copied.map(|scales| (scales, self.shape.k.div_ceil(WEIGHT_BLOCK)));
         let tiles = ListTilesCall { grouping, list, experts, m_sum, row_tile, scales: copies, lists, state };
         let gemm = GemmCall {
-            weights,
+            weights: weights.read_by(choice.e4m3_copy),
             rows,
             scales: lists.scales.or(scales.map(|scales| scales.ptr)),
             out,
@@ -319,16 +322,18 @@ impl GroupedGemm {
 
 impl GroupedGemmShape {
     /// From how many expected rows on what is expected to take least.
-    fn choices(&self, before_activation: bool, max_rows: usize, multiprocessors: usize) -> Vec<(usize, Choice)> {
+    fn choices(
+        &self,
+        (before_activation, has_copy): (bool, bool),
+        max_rows: usize,
+        multiprocessors: usize,
+    ) -> Vec<(usize, GemmKey)> {
         let Self { format, activation_format, experts, n, k } = *self;
-        let mut choices: Vec<(usize, Choice)> = Vec::new();
+        let mut choices: Vec<(usize, GemmKey)> = Vec::new();
         let mut rows = 1;
         while rows <= max_rows {
             let shape = GemmShape { n, k, format, activation_format, experts, rows, most_rows: rows };
-            let choice = match before_activation {
-                true => GemmKernel::choose_before_activation(&shape, multiprocessors),
-                false => (GemmKernel::choose(&shape, multiprocessors), false),
-            };
+            let choice = cost::cheapest(&shape, before_activation, has_copy, multiprocessors);
             if choices.last().is_none_or(|&(_, last)| last != choice) {
                 choices.push((rows, choice));
             }
@@ -371,7 +376,7 @@ mod tests {
             k: 2048,
         };
         let kernels: Vec<(usize, GemmKernel)> =
-            shape.choices(false, 1 << 20, 132).into_iter().map(|(first, (kernel, _))| (first, kernel)).collect();
+            shape.choices((false, false), 1 << 20, 132).into_iter().map(|(first, key)| (first, key.kernel)).collect();
         assert_eq!(kernels[0].0, 1);
         assert!(kernels.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 != pair[1].1), "{kernels:?}");
         let (few, many) = (kernels[0].1, kernels[kernels.len() - 1].1);

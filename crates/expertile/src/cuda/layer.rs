@@ -20,7 +20,7 @@ use super::call::{DeviceMatrix, RoutingPtrs};
 use super::definitions::activation_definitions;
 use super::driver::{Device, DeviceBuffer, DevicePtr, Stream};
 use super::few_tokens::FewTokens;
-use super::gemm::{Gemm, GemmConfig};
+use super::gemm::{Gemm, GemmConfig, GemmKey};
 use super::prepare::{each_at_once, each_of};
 use super::route;
 use super::unpermute::Unpermute;
@@ -32,7 +32,7 @@ use crate::error::Error;
 use crate::error::{Result, require_exact};
 use crate::gemm::WeightFormat;
 use crate::layer::{LayerConfig, LayerShape, Stage};
-use choice::{Choices, GemmKey, Offsets};
+use choice::{Choices, Offsets};
 use config::WeightKind;
 use expanded::Expanded;
 use launch::Entry;
@@ -229,13 +229,10 @@ impl Layer {
             entry: Entry::prepare(device, &shape, &config, &choices.row_tiles)?,
             activate: Activate::prepare(device, config.activate(&shape))?,
             unpermute: Unpermute::prepare(device, config.unpermute(&shape))?,
-            gemms: each_at_once(&choices.gemms, |GemmKey { kernel, activated, e4m3_copy }| {
-                let activation = activated.then_some(config.activation);
-                let format = if e4m3_copy { WeightFormat::E4m3 } else { kind.format };
-                Gemm::prepare(
-                    device,
-                    GemmConfig { format, activation_format: config.activation_format, kernel, activation },
-                )
+            gemms: each_at_once(&choices.gemms, |key: GemmKey| {
+                let (format, activation_format) = (key.format(kind.format), config.activation_format);
+                let activation = key.activated.then_some(config.activation);
+                Gemm::prepare(device, GemmConfig { format, activation_format, kernel: key.kernel, activation })
             })?,
             few_tokens: each_of(&choices.few_tokens, |kernel| {
                 Ok((kernel.tokens(), FewTokens::prepare(device, kernel)?))

@@ -34,7 +34,7 @@ fn model(device: &Device, spec: Spec) -> Model {
 }
 
 /// The model's layer over the same weights with their copies.
-fn with_copy(device: &Device, model: &Model) -> expertile::Result<Layer> {
+pub(crate) fn with_e4m3_copy(device: &Device, model: &Model) -> expertile::Result<Layer> {
     let layer = &model.on_device;
     let [w13, w2] = layer.weights().map(|weights| weights.clone().with_e4m3_copy(device));
     let config = *layer.config();
@@ -63,7 +63,7 @@ fn a_copy_in_e4m3_gives_the_same_bits() {
     let partial = Spec { hidden: 320, intermediate: 192, activation: GPT_OSS, biased: true, ..SPEC };
     for spec in [SPEC, partial] {
         let model = model(device, spec);
-        let with_copy = with_copy(device, &model).unwrap();
+        let with_copy = with_e4m3_copy(device, &model).unwrap();
         let mut copied = [0; 2];
         for tokens in TOKENS {
             let choice = with_copy.choice(tokens).unwrap();
@@ -110,7 +110,7 @@ fn what_has_no_exact_copy_in_e4m3_is_refused_and_said_where() {
     }
     let upload = |format, rows| {
         let spec = Spec { format, activation_format: rows, max_tokens: 4, ..BASE };
-        with_copy(device, &Model::new(device, spec)).unwrap_err().to_string()
+        with_e4m3_copy(device, &Model::new(device, spec)).unwrap_err().to_string()
     };
     assert!(upload(WeightFormat::Mxfp4, ActivationFormat::Bf16).contains("mxfp4 arranged for rows of another format"));
     for format in [WeightFormat::E4m3, WeightFormat::Int4] {

@@ -1,6 +1,7 @@
 //! Rows that came in their places: the bits that the layer gives the same rows when it routes them itself, wherever
 //! they stand, and the oracle's numbers. Padding rows hold NaN, and so does all that is written.
 
+use crate::e4m3_copy::with_e4m3_copy;
 use crate::model::{BASE, Inputs, Model, Spec};
 use crate::on_device::{hopper, upload};
 use crate::{FORMATS, GPT_OSS, tolerances};
@@ -106,12 +107,18 @@ fn once_each(tokens: usize) -> Vec<f32> {
 
 fn check(spec: Spec, tokens: &[usize], alignments: &[usize]) {
     let Some(device) = hopper() else { return };
-    let (model, hidden) = (Model::new(device, spec), spec.hidden);
+    let model = Model::new(device, spec);
     let expanded = model.on_device.expanded(4000).unwrap();
+    check_with(device, &model, &expanded, tokens, alignments);
+}
+
+/// Rows of a model's tokens have the bits that its layer gives them.
+fn check_with(device: &Device, model: &Model, expanded: &ExpandedLayer, tokens: &[usize], alignments: &[usize]) {
+    let (spec, hidden) = (model.spec, model.spec.hidden);
     for (&tokens, pattern) in tokens.iter().flat_map(|n| [Pattern::Even, Pattern::Skewed].map(|p| (n, p))) {
-        let inputs = Inputs::new(&model, tokens, pattern, 3);
+        let inputs = Inputs::new(model, tokens, pattern, 3);
         let inputs = Inputs { weights: once_each(tokens), ..inputs };
-        let expected = by_token(device, &model, &inputs);
+        let expected = by_token(device, model, &inputs);
         let sample: Vec<usize> = (0..tokens).step_by(tokens.div_ceil(12)).collect();
         let of_sample = |token: &usize| expected[token * hidden..][..hidden].to_vec();
         let value = |bits: u16| match spec.output {
@@ -137,7 +144,7 @@ fn check(spec: Spec, tokens: &[usize], alignments: &[usize]) {
                 expected_rows: [1, 40, 4000][index % 3],
                 ..ExpandedCall::default()
             };
-            let found = launch(device, &expanded, call);
+            let found = launch(device, expanded, call);
             let what = format!("{tokens} tokens, {pattern:?}, alignment {alignment}, {spec:?}");
             compare_rows(&found, &sorted, &expected, hidden, &what);
         }
@@ -148,6 +155,21 @@ fn check(spec: Spec, tokens: &[usize], alignments: &[usize]) {
 fn expanded_rows_have_the_bits_that_the_layer_gives_them() {
     for (format, activation_format) in FORMATS {
         check(Spec { format, activation_format, ..SPEC }, &[1, 33, 300], &[1, 8, 128]);
+    }
+}
+
+#[test]
+fn expanded_rows_have_the_same_bits_over_a_copy_in_e4m3() {
+    let Some(device) = hopper() else { return };
+    for (intermediate, biased) in [(256, false), (192, true)] {
+        let spec = Spec { format: WeightFormat::Mxfp4, intermediate, biased, ..SPEC };
+        let model = Model::new(device, spec);
+        let copied = with_e4m3_copy(device, &model).unwrap();
+        let expanded = copied.expanded(4000).unwrap();
+        let choices = [1, 40, 4000].map(|rows| expanded.choice(rows));
+        assert_eq!(choices[2].e4m3_copy, [true; 2], "{choices:?}");
+        assert_eq!(model.on_device.expanded(4000).unwrap().choice(4000).e4m3_copy, [false; 2]);
+        check_with(device, &model, &expanded, &[1, 300], &[1, 8, 128]);
     }
 }
 

@@ -94,18 +94,37 @@ pub struct GemmShape {
     pub most_rows: usize,
 }
 
+/// What a kernel is prepared by, for weights and rows of one format each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(in crate::cuda) struct GemmKey {
+    /// How the work is cut.
+    pub(in crate::cuda) kernel: GemmKernel,
+    /// Whether the activation is inside.
+    pub(in crate::cuda) activated: bool,
+    /// Whether it reads the weights' copy in e4m3.
+    pub(in crate::cuda) e4m3_copy: bool,
+}
+
+impl GemmKey {
+    /// What it reads, of weights of a format.
+    pub(in crate::cuda) fn format(&self, own: WeightFormat) -> WeightFormat {
+        if self.e4m3_copy { WeightFormat::E4m3 } else { own }
+    }
+}
+
 impl GemmKernel {
     /// The kernel that is expected to take least on a device of that many multiprocessors.
     #[must_use]
     pub fn choose(shape: &GemmShape, multiprocessors: usize) -> Self {
-        cost::cheapest(shape, false, multiprocessors).0
+        cost::cheapest(shape, false, false, multiprocessors).kernel
     }
 
     /// The same for a GEMM whose `[gate | up]` an activation follows, and whether that should be inside the GEMM. For
     /// bf16, and where 256 does not divide N, it never is.
     #[must_use]
     pub fn choose_before_activation(shape: &GemmShape, multiprocessors: usize) -> (Self, bool) {
-        cost::cheapest(shape, true, multiprocessors)
+        let found = cost::cheapest(shape, true, false, multiprocessors);
+        (found.kernel, found.activated)
     }
 
     /// The kernel whose K is split, where so few tiles of few rows are expected that most multiprocessors would have

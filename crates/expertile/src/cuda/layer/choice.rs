@@ -6,7 +6,7 @@ use crate::cuda::call::LayoutPtrs;
 use crate::cuda::cost;
 use crate::cuda::driver::DevicePtr;
 use crate::cuda::few_tokens::{FewTokensConfig, gate_up_bytes_of_slot};
-use crate::cuda::gemm::{GemmKernel, GemmShape, row_bytes};
+use crate::cuda::gemm::{GemmKernel, GemmKey, GemmShape, row_bytes};
 use crate::cuda::prepare::alike;
 use crate::cuda::{route, route_permute};
 use crate::error::{Error, Result, checked_add, checked_mul};
@@ -123,17 +123,6 @@ impl LayerChoice {
     }
 }
 
-/// What a layer prepares a GEMM's kernel by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct GemmKey {
-    /// How the work is cut.
-    pub(super) kernel: GemmKernel,
-    /// Whether the activation is inside.
-    pub(super) activated: bool,
-    /// Whether the weights are the copy in e4m3.
-    pub(super) e4m3_copy: bool,
-}
-
 fn second_row_tile(gemm1: &GemmKernel, gemm2: &GemmKernel) -> Option<usize> {
     (gemm1.row_tile() != gemm2.row_tile()).then_some(gemm2.row_tile())
 }
@@ -174,20 +163,19 @@ impl Tiles {
             most_rows: tokens,
         };
         let split = |shape: &GemmShape| GemmKernel::choose_split(shape, multiprocessors).filter(|_| config.split_k);
-        // Which kernel, whether it activates, and whether it reads the copy.
         let choose = |shape: &GemmShape, activation_follows, has_copy| match split(shape) {
-            Some(kernel) => (kernel, false, false),
-            None if has_copy => cost::cheapest_of_two(shape, WeightFormat::E4m3, activation_follows, multiprocessors),
-            None => {
-                let (kernel, activated) = cost::cheapest(shape, activation_follows, multiprocessors);
-                (kernel, activated, false)
-            }
+            Some(kernel) => GemmKey { kernel, activated: false, e4m3_copy: false },
+            None => cost::cheapest(shape, activation_follows, has_copy, multiprocessors),
         };
         // A bias comes before the activation.
-        let (gemm1, activation_inside_gemm1, first_copy) =
-            choose(&of(2 * intermediate, hidden), !weights.biased[0], weights.e4m3_copy[0]);
-        let (gemm2, _, second_copy) = choose(&of(hidden, intermediate), false, weights.e4m3_copy[1]);
-        Ok(Self { gemm1, gemm2, e4m3_copy: [first_copy, second_copy], activation_inside_gemm1 })
+        let first = choose(&of(2 * intermediate, hidden), !weights.biased[0], weights.e4m3_copy[0]);
+        let second = choose(&of(hidden, intermediate), false, weights.e4m3_copy[1]);
+        Ok(Self {
+            gemm1: first.kernel,
+            gemm2: second.kernel,
+            e4m3_copy: [first.e4m3_copy, second.e4m3_copy],
+            activation_inside_gemm1: first.activated,
+        })
     }
 }
 

@@ -70,6 +70,8 @@ pub struct ExpandedChoice {
     pub gemm1: GemmKernel,
     /// How `[rows, I]` times `[H, I]` is cut.
     pub gemm2: GemmKernel,
+    /// Whether GEMM 1, and whether GEMM 2, reads the weights' [copy in e4m3](Weights::with_e4m3_copy).
+    pub e4m3_copy: [bool; 2],
     /// Whether GEMM 1 stores activated, quantized rows, so that `gate | up` never reaches memory.
     pub activation_inside_gemm1: bool,
     /// Kernels that one call launches; of a layer of e4m3 activations one fewer, where rows come with scales.
@@ -78,9 +80,10 @@ pub struct ExpandedChoice {
 
 impl fmt::Display for ExpandedChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { gemm1, gemm2, activation_inside_gemm1, launches } = self;
+        let Self { gemm1, gemm2, e4m3_copy, activation_inside_gemm1, launches } = self;
+        let [first, second] = e4m3_copy.map(|reads| if reads { " over the e4m3 copy" } else { "" });
         let inside = if *activation_inside_gemm1 { ", activation inside gemm1" } else { "" };
-        write!(f, "gemm1 {gemm1}{inside}, gemm2 {gemm2}, {launches} launches")
+        write!(f, "gemm1 {gemm1}{first}{inside}, gemm2 {gemm2}{second}, {launches} launches")
     }
 }
 
@@ -125,7 +128,7 @@ impl ExpandedLayer {
         let gemm = |weights: &Weights, before| {
             let (format, experts, n, k) = (weights.format(), weights.experts(), weights.n(), weights.k());
             let shape = GroupedGemmShape { format, activation_format, experts, n, k };
-            GroupedGemm::prepare_with(device, shape, before, max_rows)
+            GroupedGemm::prepare_with(device, shape, (before, weights.e4m3_copy().is_some()), max_rows)
         };
         // A bias comes before the activation.
         let before = weights.biases.b13.is_none().then_some(config.activation);
@@ -174,6 +177,7 @@ impl ExpandedLayer {
         ExpandedChoice {
             gemm1: self.gemm1.choice(expected_rows),
             gemm2: self.gemm2.choice(expected_rows),
+            e4m3_copy: [&self.gemm1, &self.gemm2].map(|gemm| gemm.reads_copy(expected_rows)),
             activation_inside_gemm1,
             launches: 5 - usize::from(activation_inside_gemm1) + usize::from(self.quantize.is_some()),
         }
