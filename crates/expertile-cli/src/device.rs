@@ -42,7 +42,8 @@ pub(crate) fn half_bits(states: &HiddenStates) -> Result<(Dtype, &[u16])> {
     }
 }
 
-/// The layer on the device, with a bar on a terminal while its weights are uploaded, and a copy of them in e4m3.
+/// The layer on the device, with a bar on a terminal while its weights are uploaded; `e4m3_copy`: with their copy in
+/// e4m3.
 pub(crate) fn prepare(
     device: &Device,
     weights: &dyn ExpertWeights,

@@ -533,6 +533,13 @@ pub(super) fn weights_format(
     }
 }
 
+/// Memory of torch's for weights, and its address.
+fn weight_memory<'py>(py: Python<'py>, gpu: &Gpu, bytes: usize) -> PyResult<(Array<'py>, DevicePtr)> {
+    let memory = tensor::empty(py, gpu.ordinal, Form::list(Element::U8, bytes))?;
+    let address = DevicePtr::new(memory.require_device_memory::<u8>(bytes, 128)?);
+    Ok((memory, address))
+}
+
 /// Weights as calls read them: MXFP4 and int4 arranged in memory of torch's, which comes with it.
 pub(super) fn arranged<'py>(
     py: Python<'py>,
@@ -545,8 +552,7 @@ pub(super) fn arranged<'py>(
         return Ok((weights, None));
     }
     let bytes = Weights::arranged_bytes(weights.format(), (experts, n, k)).map_err(exception)?;
-    let memory = tensor::empty(py, gpu.ordinal, Form::list(Element::U8, bytes))?;
-    let address = DevicePtr::new(memory.require_device_memory::<u8>(bytes, 128)?);
+    let (memory, address) = weight_memory(py, gpu, bytes)?;
     let stream = current_stream(py, gpu.ordinal)?;
     #[allow(unsafe_code)]
     // SAFETY: a live tensor of as many bytes, on torch's current stream, which torch hands memory on in the order of; the
@@ -567,11 +573,11 @@ fn copied<'py>(
         return Ok((weights, None));
     }
     let bytes = Weights::e4m3_copy_bytes((experts, n, k)).map_err(exception)?;
-    let memory = tensor::empty(py, gpu.ordinal, Form::list(Element::U8, bytes))?;
-    let address = DevicePtr::new(memory.require_device_memory::<u8>(bytes, 128)?);
+    let (memory, address) = weight_memory(py, gpu, bytes)?;
     let stream = current_stream(py, gpu.ordinal)?;
     #[allow(unsafe_code)]
-    // SAFETY: as in `arranged`.
+    // SAFETY: a live tensor of as many bytes, on torch's current stream, which torch hands memory on in the order of; the
+    // layer keeps it. The call waits for the copy, and of the arranged weights the layer keeps the memory likewise.
     let copied = py.detach(|| unsafe { weights.with_e4m3_copy_in(&gpu.device, stream, address) });
     Ok((copied.map_err(exception)?, Some(memory)))
 }

@@ -54,7 +54,7 @@ pub(crate) struct Case {
     pub(crate) seed: u64,
 }
 
-/// A case's operands, as they stand in memory; bf16 as its bits.
+/// A case's operands in the layout that the kernels read; a bf16 value is stored as its bits.
 pub(crate) struct Operands {
     pub(crate) plan: Plan,
     pub(crate) starts: Vec<usize>,

@@ -204,12 +204,17 @@ fn one_launch(kernels: &[FewTokensConfig], tokens: usize) -> Option<usize> {
     kernels.iter().map(FewTokensConfig::tokens).find(|&most| tokens <= most)
 }
 
+/// What a GEMM's line says of the weights it reads.
+pub(super) fn over_copy(reads: bool) -> &'static str {
+    if reads { " over the e4m3 copy" } else { "" }
+}
+
 impl fmt::Display for LayerChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(most) = self.one_launch {
             return write!(f, "one launch, for up to {most} tokens, {} bytes of workspace", self.workspace_bytes);
         }
-        let [first, second] = self.e4m3_copy.map(|reads| if reads { " over the e4m3 copy" } else { "" });
+        let [first, second] = self.e4m3_copy.map(over_copy);
         write!(f, "{} rows aligned to {}, gemm1 {}{first}", self.plan.m_sum(), self.plan.alignment(), self.gemm1)?;
         if self.activation_inside_gemm1 {
             write!(f, ", activation inside gemm1")?;

@@ -2,7 +2,7 @@
 //!
 //! Rows are read where they are. Each GEMM lists the tiles of `psum` itself.
 
-use super::choice::{Carver, PART_BYTES};
+use super::choice::{Carver, PART_BYTES, over_copy};
 use super::{Biases, Layer, LayerWeights, Workspace};
 use crate::backend::ExpandedRows;
 use crate::cuda::activation::{Activate, ActivateCall};
@@ -81,7 +81,7 @@ pub struct ExpandedChoice {
 impl fmt::Display for ExpandedChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { gemm1, gemm2, e4m3_copy, activation_inside_gemm1, launches } = self;
-        let [first, second] = e4m3_copy.map(|reads| if reads { " over the e4m3 copy" } else { "" });
+        let [first, second] = e4m3_copy.map(over_copy);
         let inside = if *activation_inside_gemm1 { ", activation inside gemm1" } else { "" };
         write!(f, "gemm1 {gemm1}{first}{inside}, gemm2 {gemm2}{second}, {launches} launches")
     }

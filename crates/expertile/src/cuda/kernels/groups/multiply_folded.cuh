@@ -58,7 +58,8 @@ __device__ __forceinline__ void add_pieces(const u32 (&a)[Config::REGISTERS], u3
     constexpr int AT_ONCE = PIECES_AT_ONCE<N>;
     wait_for_products<AT_ONCE == 2 && PIECE_INDEX + 1 < PIECES>();
     fence_accumulators(part[PIECE_INDEX % AT_ONCE]);
-    // Earlier pieces' scales have come: the products after theirs have been waited for.
+    // Earlier pieces' scales have come: with one piece at a time later products need the registers that those were
+    // multiplied from; with two the machine code says so, which benches/hopper/loads_at_arrival.py reads.
     if constexpr (PIECE_INDEX + 1 == PIECES) loads = StageLoads();
     add_scaled<ROWS>(row_scales + PIECE_INDEX * ROWS * 4, part[PIECE_INDEX % AT_ONCE], sum + PIECE_INDEX * (ROWS / 2),
                      loads);
