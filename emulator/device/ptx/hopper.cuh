@@ -29,6 +29,7 @@ inline void store_shared_quad(u32 to, float a, float b, float c, float d) {
     emulated_shared<float4>(to) = make_float4(a, b, c, d);
 }
 inline void store_shared_words(u32 to, uint4 v) { emulated_shared<uint4>(to) = v; }
+inline void store_shared_word(u32 to, u32 v) { emulated_shared<u32>(to) = v; }
 inline void store_shared_half_word(u32 to, u16 v) { emulated_shared<u16>(to) = v; }
 
 inline void init_barrier(u32 barrier, u32 arrivals) { emulated_machine->init_barrier(barrier, arrivals); }

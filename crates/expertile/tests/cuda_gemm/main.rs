@@ -185,6 +185,29 @@ fn a_ring_that_runs_empty_gives_the_same_bits() {
     }
 }
 
+/// More large tiles than the first two rounds have, so that blocks claim the others. Each case runs twice: the counter
+/// has to be 0 again.
+#[test]
+fn large_tiles_of_few_rows_are_claimed() {
+    /// Weights of a tile from which on it is claimed: `CLAIMED_BYTES` of the kernels.
+    const CLAIMED_BYTES: usize = 192 * 1024;
+    let Some(device) = hopper() else { return };
+    // One block to each multiprocessor, as these tiles have.
+    let blocks = device.info().multiprocessors as usize;
+    for format in FORMATS {
+        let kernels = if format.weights.has_groups() {
+            vec![broad(16), broad(64)]
+        } else {
+            vec![plain(16), narrow(32), plain(128)]
+        };
+        for kernel in kernels {
+            let k = (CLAIMED_BYTES * 8 / format.weights.bits() / kernel.outputs()).next_multiple_of(64) + 32;
+            let counts = (0..blocks.div_ceil(2) + 3).map(|expert| [3, 1, 2, 0, 1][expert % 5]).collect();
+            check(device, &Case { counts, alignment: 8, n: 6 * kernel.outputs() - 56, k, format, kernel, seed: 12 });
+        }
+    }
+}
+
 #[test]
 fn what_does_not_fit_is_an_error_and_writes_nothing() {
     let Some(device) = hopper() else { return };

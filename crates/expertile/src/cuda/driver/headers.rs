@@ -4,7 +4,7 @@
 use std::ffi::CStr;
 
 /// `(name, text)` of every header.
-pub(super) const HEADERS: [(&CStr, &str); 33] = [
+pub(super) const HEADERS: [(&CStr, &str); 34] = [
     (c"common/activation.cuh", include_str!("../kernels/common/activation.cuh")),
     (c"common/quantize.cuh", include_str!("../kernels/common/quantize.cuh")),
     (c"common/scales.cuh", include_str!("../kernels/common/scales.cuh")),
@@ -15,6 +15,7 @@ pub(super) const HEADERS: [(&CStr, &str); 33] = [
     (c"few_tokens/rows.cuh", include_str!("../kernels/few_tokens/rows.cuh")),
     (c"few_tokens/slots.cuh", include_str!("../kernels/few_tokens/slots.cuh")),
     (c"few_tokens/storage.cuh", include_str!("../kernels/few_tokens/storage.cuh")),
+    (c"gemm/claims.cuh", include_str!("../kernels/gemm/claims.cuh")),
     (c"gemm/config.cuh", include_str!("../kernels/gemm/config.cuh")),
     (c"gemm/pipeline.cuh", include_str!("../kernels/gemm/pipeline.cuh")),
     (c"gemm/products.cuh", include_str!("../kernels/gemm/products.cuh")),

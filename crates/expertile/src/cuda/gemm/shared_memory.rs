@@ -23,6 +23,8 @@ const F32: usize = 4;
 const BF16: usize = 2;
 const TILE: usize = 16;
 const BARRIER: usize = 8;
+/// `ClaimQueue`: two barriers and a word for each of four claims.
+const CLAIM_QUEUE: usize = 4 * (2 * BARRIER + 4);
 /// Bytes between staged rows, so that eight of them start on different banks.
 const STAGING_GAP: usize = 16;
 /// Most rows of a tile of the few-row kernel that has no scaling warps.
@@ -66,8 +68,9 @@ pub(super) fn bytes(kernel: &GemmKernel, format: WeightFormat, activated: bool, 
                 sum.add(F32, stages * 4 * (rows / 4 + 4) * F32);
                 sum.add(BARRIER, stages * BARRIER);
             }
-            // `full`, `empty`; `partials_ready`, `partials_read`.
+            // `full`, `empty`; `partials_ready`, `partials_read`; `claims`.
             sum.add(BARRIER, (2 * stages + 2) * BARRIER);
+            sum.add(BARRIER, CLAIM_QUEUE);
         }
         // `full`, `empty`.
         GemmKernel::Wide { .. } => sum.add(BARRIER, 2 * stages * BARRIER),

@@ -1,7 +1,7 @@
 //! Shared memory of the kernel for mxfp4 and int4 weights, of which a multiprocessor holds several blocks where tiles
 //! have few rows.
 
-use super::{ALIGNMENT, BARRIER, F32, MOST_BYTES, ROW_BYTES, STAGING_GAP, Sum, TILE};
+use super::{ALIGNMENT, BARRIER, CLAIM_QUEUE, F32, MOST_BYTES, ROW_BYTES, STAGING_GAP, Sum, TILE};
 use crate::cuda::gemm::GemmKernel;
 use crate::cuda::gemm::config::values_of_block;
 use crate::cuda::weights::mxfp4::{UNIT_K, UNIT_OUTPUTS, unit_bytes};
@@ -36,13 +36,14 @@ pub(in crate::cuda::gemm) fn bytes(
     stages: usize,
 ) -> usize {
     let (row_tile, consumers) = (kernel.row_tile(), kernel.outputs() / UNIT_OUTPUTS);
-    // `rows`, `weights`, `staging`, `row_scales`, `tiles`, `full`, `empty`.
+    // `rows`, `weights`, `staging`, `row_scales`, `tiles`, `full`, `empty`, `claims`.
     let mut sum = Sum(stages * row_tile * ROW_BYTES);
     sum.add(ALIGNMENT, stages * consumers * values_of_block(rows) / UNIT_K * unit_bytes(weights));
     sum.add(ALIGNMENT, row_tile * consumers * (UNIT_OUTPUTS * 2 + STAGING_GAP));
     sum.add(ALIGNMENT, stages * row_tile * F32);
     sum.add(TILE, stages * TILE);
     sum.add(BARRIER, 2 * stages * BARRIER);
+    sum.add(BARRIER, CLAIM_QUEUE);
     sum.0.next_multiple_of(ALIGNMENT)
 }
 

@@ -15,6 +15,9 @@
 //   ROW_TILES_PER_GROUP   see TileOrder
 //   SCALING_WARPS         producer warps that multiply row scales by weight scales; 0 where consumers do it
 //   SCALES_APART          whether another thread than the producer loads the scales
+//   CLAIMS                whether blocks claim tiles: claims.cuh; then
+//   CLAIM_FOLLOWERS       threads or warps that load something of the tiles that the producer claims
+//   WEIGHT_BYTES          bytes of a block of K of a tile's weights
 #pragma once
 #include "gemm/products.cuh"
 

@@ -10,6 +10,7 @@
 //   Mbarrier full[STAGES], empty[STAGES];
 #pragma once
 #include "common/quantize.cuh"
+#include "gemm/claims.cuh"
 #include "gemm/config.cuh"
 #include "gemm/stage_loads.cuh"
 #include "gemm/tiles.cuh"
@@ -244,6 +245,7 @@ __device__ __forceinline__ void set_up(const GemmArgs<Config>& a, u32 memory) {
             init_barrier(memory + OFFSET(SharedStorage, partials_ready), CONSUMER_WARPS * Config::K_SPLITS);
             init_barrier(memory + OFFSET(SharedStorage, partials_read), CONSUMER_WARPS * Config::K_SPLITS);
         }
+        if constexpr (Config::CLAIMS) init_claims<Config>(memory + OFFSET(SharedStorage, claims));
         publish_barriers();
         prefetch_map(a.weights);
     }

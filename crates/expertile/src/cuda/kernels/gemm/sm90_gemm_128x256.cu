@@ -36,6 +36,7 @@ struct Config : HostConfig {
     static constexpr int CLUSTER = 1;
     // Tiles that run together then have about as many rows as outputs.
     static constexpr int ROW_TILES_PER_GROUP = 16;
+    static constexpr bool CLAIMS = false;
     static constexpr int SCALING_WARPS = 0;
     static constexpr bool SCALES_APART = false;
 

@@ -36,6 +36,10 @@ struct Config : HostConfig {
     // Whether a thread of its own loads the scales: the producer's time for a block is what bounds small tiles.
     static constexpr bool SCALES_APART = SCALED && SCALING_WARPS < 3;
 
+    static constexpr bool CLAIMS = CLUSTER == 1;
+    static constexpr int CLAIM_FOLLOWERS = SCALES_APART ? 1 : 0;
+    static constexpr int WEIGHT_BYTES = OUTPUTS * ROW_BYTES;
+
     // Bytes from a staged row to the next: 16 more than its results, so that eight rows start on different banks.
     static constexpr int STAGING_ROW = OUTPUTS_OF_CONSUMER * 2 + 16;
     static constexpr int PARTIAL_ROW = OUTPUTS * 4 + 16;
@@ -64,6 +68,7 @@ struct SharedStorage {
     Mbarrier empty[Config::STAGES];
     Mbarrier partials_ready;
     Mbarrier partials_read;
+    ClaimQueue claims;
 };
 
 static_assert(AgreesWithHost<Config, SharedStorage>::value);
@@ -310,12 +315,22 @@ extern "C" __global__ void __cluster_dims__(Config::CLUSTER, 1, 1) __launch_boun
     if (consumer < 0) {
         if constexpr (MOVE_REGISTERS) give_registers<Config::PRODUCER_REGISTERS>();
         const int warp = threadIdx.x / 32;
+        const u32 claims = memory + OFFSET(SharedStorage, claims);
         if (warp == (int)ProducerWarp::LOAD) {
-            if (elect_thread())
-                produce<Config::SCALED && !Config::SCALES_APART>(
-                    a, ring, StaticScheduler<Config>(a, cluster, clusters, rank), rank);
+            constexpr bool SCALES = Config::SCALED && !Config::SCALES_APART;
+            if (elect_thread()) {
+                if constexpr (Config::CLAIMS)
+                    produce<SCALES>(a, ring, ClaimingScheduler<Config>(a, claims), rank);
+                else
+                    produce<SCALES>(a, ring, StaticScheduler<Config>(a, cluster, clusters, rank), rank);
+            }
         } else if (Config::SCALES_APART && warp == (int)ProducerWarp::LOAD_SCALES) {
-            if (elect_thread()) produce_scales(a, ring, StaticScheduler<Config>(a, cluster, clusters, rank), rank);
+            if (elect_thread()) {
+                if constexpr (Config::CLAIMS)
+                    produce_scales(a, ring, FollowingScheduler<Config>(a, claims), rank);
+                else
+                    produce_scales(a, ring, StaticScheduler<Config>(a, cluster, clusters, rank), rank);
+            }
         } else if (warp >= (int)ProducerWarp::FIRST_SCALE) {
             if constexpr (Config::SCALING_WARPS > 0)
                 multiply_scales(ring, KRange<Config>(a.k, rank).blocks(),

@@ -80,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS) ge
             init_barrier(memory + OFFSET(SharedStorage, full) + stage * 8, FULL_ARRIVALS);
             init_barrier(memory + OFFSET(SharedStorage, empty) + stage * 8, Config::CONSUMERS * (WARPGROUP / 32));
         }
+        init_claims<Config>(memory + OFFSET(SharedStorage, claims));
         publish_barriers();
     }
     __syncthreads();
@@ -89,13 +90,14 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS) ge
     if (consumer < 0) {
         if constexpr (MOVE_REGISTERS) give_registers<Config::PRODUCER_REGISTERS>();
         const int warp = threadIdx.x / 32;
+        const u32 claims = memory + OFFSET(SharedStorage, claims);
         if (warp == (int)ProducerWarp::WEIGHTS) {
-            if (elect_thread()) produce_weights(a, ring, StaticScheduler<Config>(a, blockIdx.x, gridDim.x, 0));
+            if (elect_thread()) produce_weights(a, ring, ClaimingScheduler<Config>(a, claims));
         } else if (warp == (int)ProducerWarp::ROWS) {
             constexpr bool SCALES = Config::SCALED && !Config::SCALES_APART;
-            if (elect_thread()) produce_rows<SCALES>(a, ring, StaticScheduler<Config>(a, blockIdx.x, gridDim.x, 0));
+            if (elect_thread()) produce_rows<SCALES>(a, ring, FollowingScheduler<Config>(a, claims));
         } else if (Config::SCALES_APART && warp == (int)ProducerWarp::SCALES) {
-            produce_scales(a, ring, StaticScheduler<Config>(a, blockIdx.x, gridDim.x, 0));
+            produce_scales(a, ring, FollowingScheduler<Config, true>(a, claims));
         }
     } else {
         if constexpr (MOVE_REGISTERS) take_registers<Config::CONSUMER_REGISTERS>();

@@ -4,7 +4,7 @@
 
 // The thread that loads weights, and says which tile they are of: in the lowest bits of `column`, which is a multiple
 // of 64, which of the tile's slabs have scales that are not folded in.
-__device__ __forceinline__ void produce_weights(const Args& a, Ring ring, StaticScheduler<Config> scheduler) {
+__device__ __forceinline__ void produce_weights(const Args& a, Ring ring, ClaimingScheduler<Config> scheduler) {
     Tile tile;
     while (scheduler.next(tile)) {
         const u64 keep = (tile.expert & READ_ONCE) != 0 ? KEEP_BRIEFLY : KEEP_NORMALLY;
@@ -44,7 +44,7 @@ __device__ __forceinline__ void produce_weights(const Args& a, Ring ring, Static
 
 // The thread that loads rows; SCALES: and their scales.
 template <bool SCALES>
-__device__ __forceinline__ void produce_rows(const Args& a, Ring ring, StaticScheduler<Config> scheduler) {
+__device__ __forceinline__ void produce_rows(const Args& a, Ring ring, FollowingScheduler<Config> scheduler) {
     const int stride = (a.m_sum + 3) & ~3;
     const int blocks = blocks_of(a.k);
     Tile tile;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void produce_rows(const Args& a, Ring ring, StaticSch
 }
 
 // A warp that loads scales of rows, a lane those of one row.
-__device__ __forceinline__ void produce_scales(const Args& a, Ring ring, StaticScheduler<Config> scheduler) {
+__device__ __forceinline__ void produce_scales(const Args& a, Ring ring, FollowingScheduler<Config, true> scheduler) {
     static_assert(!Config::SCALES_APART || Config::ROW_TILE <= 32, "a lane for each row");
     const int lane = lane_of_thread();
     Tile tile;

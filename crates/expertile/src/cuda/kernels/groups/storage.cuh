@@ -33,6 +33,9 @@ struct Config : HostConfig {
     static constexpr int INSTRUCTIONS = ROW_BYTES / 32;  // for a block of K
     static constexpr int REGISTERS = 4 * INSTRUCTIONS;   // of the M operand of a block of K
 
+    static constexpr int CLAIM_FOLLOWERS = SCALES_APART ? 2 : 1;
+    static constexpr int WEIGHT_BYTES = CONSUMERS * UNITS * UNIT_BYTES;
+
     // Bytes from a staged row to the next: 16 more than its results, so that eight rows start on different banks.
     static constexpr int STAGING_ROW = OUTPUTS_OF_CONSUMER * 2 + 16;
     static constexpr int STAGING_BYTES = ROW_TILE * CONSUMERS * STAGING_ROW;
@@ -48,6 +51,7 @@ struct SharedStorage {
     Tile tiles[Config::STAGES];
     Mbarrier full[Config::STAGES];
     Mbarrier empty[Config::STAGES];
+    ClaimQueue claims;
 };
 
 static_assert(AgreesWithHost<Config, SharedStorage>::value);

@@ -96,6 +96,10 @@ __device__ __forceinline__ void store_shared_words(u32 to, uint4 v) {
                  : "memory");
 }
 
+__device__ __forceinline__ void store_shared_word(u32 to, u32 v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+}
+
 __device__ __forceinline__ void store_shared_half_word(u32 to, u16 v) {
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(v) : "memory");
 }
