@@ -63,7 +63,8 @@ def stand_in_vllm(monkeypatch):
     import expertile.vllm
 
     def of_vllm():
-        return [name for name in sys.modules if name.split(".")[0] == "vllm" or name == "expertile.vllm.experts"]
+        ours = ("expertile.vllm.experts", "expertile.vllm.mxfp4")
+        return [name for name in sys.modules if name.split(".")[0] == "vllm" or name in ours]
 
     hidden = {name: sys.modules.pop(name) for name in of_vllm()}
     monkeypatch.syspath_prepend(Path(__file__).parent / "stand_in")

@@ -162,7 +162,30 @@ def weights(case, device, seed=0):
 
     w1, w1_scale = matrices(2 * case.intermediate, case.hidden)
     w2, w2_scale = matrices(case.hidden, case.intermediate)
-    return SimpleNamespace(w1=w1, w2=w2, w1_scale=w1_scale, w2_scale=w2_scale)
+    return SimpleNamespace(w1=w1, w2=w2, w1_scale=w1_scale, w2_scale=w2_scale, b1=None, b2=None)
+
+
+def fill_mxfp4(layer, seed=0):
+    """Puts numbers into the parameters that vLLM has made for gpt-oss's experts; -> the same in float64 as `reference`
+    takes them: gate's rows, then up's, in the place of rows that take turns."""
+    generator = torch.Generator().manual_seed(seed)
+    e2m1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]).double()
+    found = {}
+    for name, short in (("w13", "1"), ("w2", "2")):
+        weight, scale, bias = (getattr(layer, f"{name}_{kind}") for kind in ("weight", "weight_scale", "bias"))
+        blocks = torch.randint(0, 256, weight.shape, generator=generator, dtype=torch.uint8)
+        powers = torch.randint(118, 123, scale.shape, generator=generator, dtype=torch.uint8)
+        biases = torch.randn(bias.shape, generator=generator).bfloat16()
+        for parameter, values in ((weight, blocks), (scale, powers), (bias, biases)):
+            parameter.data.copy_(values)
+        nibbles = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).long()
+        values = e2m1[nibbles & 7] * torch.where(nibbles < 8, 1.0, -1.0).double()
+        values = values * torch.exp2(powers.double() - 127).repeat_interleave(32, -1)
+        biases = biases.double()
+        if name == "w13":
+            values, biases = (torch.cat((x[:, ::2], x[:, 1::2]), 1) for x in (values, biases))
+        found |= {f"w{short}": values.to(weight.device), f"b{short}": biases.to(weight.device), f"w{short}_scale": None}
+    return SimpleNamespace(**found)
 
 
 def expert_map(case, device):
@@ -223,7 +246,7 @@ def reference(case, parts, x, ids, router, experts=None):
     """The layer in float64 on the stored weights, one expert at a time; rounded where the format says so."""
 
     def widened(values, scale):
-        if scale is None:
+        if scale is None or values.dtype == torch.float64:
             return values.double()
         return values.double() * scale.double().repeat_interleave(128, 0).repeat_interleave(128, 1)
 
@@ -237,11 +260,13 @@ def reference(case, parts, x, ids, router, experts=None):
         w1 = widened(parts.w1[expert], None if parts.w1_scale is None else parts.w1_scale[expert])
         w2 = widened(parts.w2[expert], None if parts.w2_scale is None else parts.w2_scale[expert])
         tokens, slots = (local == expert).nonzero(as_tuple=True)
-        gate, up = (x[tokens] @ w1.T).bfloat16().double().chunk(2, -1)
+        sums = x[tokens] @ w1.T + (0 if parts.b1 is None else parts.b1[expert])
+        gate, up = sums.bfloat16().double().chunk(2, -1)
         if case.limit is not None:
             gate, up = gate.clamp(max=case.limit), up.clamp(-case.limit, case.limit)
         rows = rounded((up + (case.beta or 0.0)) * gate * torch.sigmoid((case.alpha or 1.0) * gate))
-        out.index_add_(0, tokens, rows @ w2.T * router[tokens, slots, None].double())
+        rows = rows @ w2.T + (0 if parts.b2 is None else parts.b2[expert])
+        out.index_add_(0, tokens, rows * router[tokens, slots, None].double())
     return out
 
 

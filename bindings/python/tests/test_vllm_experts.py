@@ -71,6 +71,18 @@ def unquantized(moe):
     return oracle("unquantized").select_unquantized_moe_backend(moe_config=moe)
 
 
+GPT_OSS = {
+    "activation": SimpleNamespace(value="swigluoai"),
+    "has_bias": True,
+    "hidden_dim": 2880,
+    "intermediate_size_per_partition": 2880,
+}
+
+
+def mxfp4(moe, activation_key=None):
+    return oracle("mxfp4").select_mxfp4_moe_backend(moe, activation_key)
+
+
 def test_importing_the_package_imports_no_vllm():
     assert not any(name.split(".")[0] == "vllm" for name in sys.modules)
     with pytest.raises(AttributeError, match="has no attribute 'Experts'"):
@@ -143,6 +155,45 @@ def test_what_is_not_taken_is_vllms_with_one_line_that_says_why(name):
         assert theirs == ("vllm", moe if keys == BF16 else (moe, *keys, False))
     ((level, line),) = log()
     assert level == "warning" and line.startswith("Expertile does not compute these experts") and reason in line
+
+
+def test_gpt_oss_is_taken_with_its_weights_as_they_are(monkeypatch):
+    expertile.vllm.select_experts()
+    chosen = oracle("mxfp4").Mxfp4MoeBackend.EMULATION, expertile.vllm.ExpertileMxfp4Experts
+    assert mxfp4(config(**GPT_OSS)) == chosen
+    assert log() == [("info", "Expertile computes experts (MXFP4, H 2880, I 2880, 8 of 8 experts)")]
+    assert mxfp4(config(**{**GPT_OSS, "intermediate_size_per_partition": 1440})) == chosen
+    monkeypatch.setenv("EXPERTILE_VLLM_ACTIVATIONS", "e4m3")
+    assert mxfp4(config(**GPT_OSS)) == chosen
+    expertile.vllm.deselect_experts()
+    assert mxfp4(config(**GPT_OSS))[0] == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "activations", "reason"),
+    [
+        ({"activation": SimpleNamespace(value="silu")}, None, None, "activation"),
+        ({}, "mxfp8", None, "quantization scheme"),
+        ({"hidden_dim": 2896}, None, None, "the hidden size is 2896, expected a multiple of 32 for MXFP4 x bf16"),
+        (
+            {"intermediate_size_per_partition": 1440},
+            None,
+            "e4m3",
+            "the intermediate size of this rank is 1440, expected a multiple of 64 for MXFP4 x e4m3 experts",
+        ),
+        ({"parallel": {"enable_eplb": True}}, None, None, "experts move between ranks"),
+        ({}, None, "fp8", 'EXPERTILE_VLLM_ACTIVATIONS is "fp8", expected "bf16" or "e4m3"'),
+        ({"moe_backend": "marlin"}, None, None, "moe_backend is 'marlin', expected 'auto'"),
+    ],
+)
+def test_mxfp4_that_is_not_taken_is_vllms(monkeypatch, more, key, activations, reason):
+    if activations is not None:
+        monkeypatch.setenv("EXPERTILE_VLLM_ACTIVATIONS", activations)
+    expertile.vllm.select_experts()
+    moe = config(**{**GPT_OSS, **more})
+    assert mxfp4(moe, key) == ("vllm", (moe, key))
+    ((level, line),) = log()
+    assert level == "warning" and reason in line
 
 
 def test_what_is_next_to_what_is_refused_is_taken():
@@ -230,6 +281,7 @@ class TestThePlugin:
         [
             (f"{ORACLE}.fp8", "select_fp8_moe_backend"),
             (f"{ORACLE}.unquantized", "select_unquantized_moe_backend"),
+            (f"{ORACLE}.mxfp4", "select_mxfp4_moe_backend"),
             ("vllm.model_executor.layers.fused_moe.modular_kernel", "FusedMoEExpertsModular"),
         ],
     )
@@ -322,3 +374,83 @@ def test_a_call_is_that_of_the_layer(form, ranks):
         experts.moe_problem_size(x.half(), w1, w2, ids)
     with pytest.raises(ValueError, match=r"topk_ids has shape \[8, 2\], expected \[M, topk\] beside hidden_states"):
         experts.moe_problem_size(x, w1, w2, ids[1:])
+
+
+class Loaded(torch.nn.Module):
+    """gpt-oss's experts as vLLM has loaded them, interleaved gate and up."""
+
+    def __init__(self, experts=4, hidden=128, intermediate=96):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        for name, rows, columns in (("w13", 2 * intermediate, hidden), ("w2", hidden, intermediate)):
+            values = torch.randint(0, 256, (experts, rows, columns // 2), generator=generator, dtype=torch.uint8)
+            scales = torch.randint(118, 124, (experts, rows, columns // 32), generator=generator, dtype=torch.uint8)
+            bias = torch.randn(experts, rows, generator=generator).bfloat16()
+            for kind, value in (("weight", values), ("weight_scale", scales), ("bias", bias)):
+                self.register_parameter(f"{name}_{kind}", torch.nn.Parameter(value, requires_grad=False))
+
+    def quant_config(self, weights="mxfp4"):
+        return SimpleNamespace(
+            w1_scale=self.w13_weight_scale,
+            w2_scale=self.w2_weight_scale,
+            w1_bias=self.w13_bias,
+            w2_bias=self.w2_bias,
+            quant_dtype="mxfp4",
+            weight_quant_dtype=weights,
+        )
+
+
+@pytest.mark.parametrize("activations", ["bf16", "e4m3"])
+@pytest.mark.parametrize("freed", [False, True])
+def test_a_call_of_gpt_oss_is_that_of_the_layer(monkeypatch, activations, freed):
+    """On the CPU, with the memory that vLLM loaded freed and without."""
+    monkeypatch.setenv("EXPERTILE_VLLM_ACTIVATIONS", activations)
+    size = 128 if activations == "e4m3" else 96
+    loaded = Loaded(intermediate=size)
+    swiglu = {"alpha": 1.702, "beta": 1.0, "limit": 7.0}
+    layer = et.Layer(
+        loaded.w13_weight.detach().clone(),
+        loaded.w2_weight.detach().clone(),
+        w13_scale=loaded.w13_weight_scale.detach().clone(),
+        w2_scale=loaded.w2_weight_scale.detach().clone(),
+        w13_bias=loaded.w13_bias.detach(),
+        w2_bias=loaded.w2_bias.detach(),
+        gate_up="interleaved",
+        activations=activations,
+        **swiglu,
+    )
+    of_vllm = SimpleNamespace(clamp_limit=7.0, alpha=1.702, beta=1.0)
+    sizes = {"hidden_dim": 128, "intermediate_size_per_partition": size, "num_experts": 4, "num_local_experts": 4}
+    moe = config(**{**GPT_OSS, **sizes}, activation_config=of_vllm)
+    experts = expertile.vllm.ExpertileMxfp4Experts(moe, loaded.quant_config())
+    if freed:
+        before = loaded.w13_weight.shape
+        experts.process_weights_after_loading(loaded)
+        assert loaded.w13_weight.shape == before
+        assert all(
+            getattr(loaded, name).untyped_storage().nbytes() == 1
+            for name in ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale")
+        )
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(9, 128, generator=generator).bfloat16()
+    ids = torch.rand(9, 4, generator=generator).topk(2).indices
+    router = torch.rand(9, 2, generator=generator)
+    w1, w2 = loaded.w13_weight, loaded.w2_weight
+    assert experts.moe_problem_size(x, w1, w2, ids) == (4, 9, 2 * size, 128, 2)
+    none, space, shape = experts.workspace_shapes(9, 2 * size, 128, 2, 4, 4, None, moe.activation)
+    output = torch.full(shape, float("nan"), dtype=torch.bfloat16)
+    empty = (output.new_empty(none), output.new_empty(space))
+    experts.apply(output, x, w1, w2, router, ids, moe.activation, 4, None, None, None, *empty, None, False)
+    assert torch.equal(output, layer(x, ids, router))
+    # Weights that are loaded anew are other weights.
+    again = Loaded(intermediate=size)
+    for name in ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale"):
+        getattr(loaded, name).data = getattr(again, name).data.flip(0)
+    experts.apply(output, x, w1, w2, router, ids, moe.activation, 4, None, None, None, *empty, None, False)
+    assert not torch.equal(output, layer(x, ids, router))
+
+
+def test_experts_of_another_scheme_are_refused_by_the_class():
+    moe = config(**GPT_OSS)
+    with pytest.raises(ValueError, match="quant_config has weights mxfp6, expected mxfp4"):
+        expertile.vllm.ExpertileMxfp4Experts(moe, Loaded().quant_config("mxfp6"))

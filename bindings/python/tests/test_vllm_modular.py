@@ -376,6 +376,40 @@ class TestTheChoice:
         mine.kernel = kernel
         assert torch.equal(mine(*arguments), expected)
 
+    @pytest.mark.parametrize("activations", ["bf16", "e4m3"])
+    def test_gpt_oss_by_vllms_own_method(self, vllm, lines, monkeypatch, activations):
+        """From the weights that vLLM makes room for, by its choice, conversion and kernel, to a call's result."""
+        from vllm.model_executor.layers.quantization.mxfp4 import GptOssMxfp4MoEMethod
+
+        import expertile.vllm
+
+        monkeypatch.setenv("EXPERTILE_VLLM_ACTIVATIONS", activations)
+        expertile.vllm.select_experts()
+        swiglu = {"activation": "swigluoai", "limit": 7.0, "alpha": 1.702, "beta": 1.0}
+        case = Case(4, 2, 256, 128, form=activations, **swiglu)
+        config = real_vllm.moe_config(vllm, case, DEVICE, has_bias=True)
+        method = GptOssMxfp4MoEMethod(config)
+        assert method.experts_cls is expertile.vllm.ExpertileMxfp4Experts
+        assert method.maybe_roundup_sizes(256, 128, torch.bfloat16, config.moe_parallel_config) == (256, 128)
+        layer = torch.nn.Module()
+        layer._expert_routing_tables = lambda: None
+        with torch.device(DEVICE):
+            method.create_weights(layer, 4, 256, 128, torch.bfloat16)
+        parts = real_vllm.fill_mxfp4(layer)
+        method.process_weights_after_loading(layer)
+        assert layer.w13_weight.untyped_storage().nbytes() == layer.w2_weight_scale.untyped_storage().nbytes() == 1
+        layer.activation, layer.apply_router_weight_on_input = config.activation, False
+        layer.global_num_experts, layer.expert_map = 4, None
+        for tokens in (1, 17, 65):
+            x, ids, router = inputs(case, tokens, DEVICE, seed=tokens)
+            mine = method.apply(layer, x, router, ids, None, None)
+            assert (mine.shape, mine.dtype) == ((tokens, 256), torch.bfloat16)
+            check(mine, reference(case, parts, x, ids, router), activations)
+        wrong = dataclasses.replace(case, beta=0.0)
+        with pytest.raises(AssertionError):
+            check(mine, reference(wrong, parts, x, ids, router), activations)
+        assert len(lines) == 1 and lines[0].startswith("Expertile computes experts (MXFP4, H 256, I 128")
+
     def test_what_is_not_taken_is_what_vllm_chooses_without_us(self, vllm, lines):
         import expertile.vllm
 
@@ -419,7 +453,7 @@ class TestTheChoice:
             choose({"hidden_dim": 5800}, block)
         assert len(lines) == 1 and "hidden size is 5800" in lines[0]
 
-    def test_batched_rows_of_an_all_to_all_are_refused(self, vllm):
+    def test_batched_rows_of_an_all_to_all_are_refused(self, vllm, ours):
         from expertile.vllm._select import refusal
 
         many = {"use_ep": True, "dp_size": 4, "ep_size": 4}
@@ -431,7 +465,7 @@ class TestTheChoice:
             ("passthrough", False),
         ):
             moe = real_vllm.moe_config(vllm, case_of("plain", "e4m3"), DEVICE, **many, all2all_backend=backend)
-            reason = refusal(moe, *self.keys(vllm))
+            reason = refusal(moe, *self.keys(vllm), ours)
             assert (reason is None) == taken and (taken or "parallel config" in reason), (backend, reason)
 
     def test_batch_invariance_is_answered(self, vllm, ours, monkeypatch):

@@ -1,8 +1,9 @@
 """Expertile in an installed vLLM.
 
 ``EXPERTILE_VLLM=experts``
-    Experts are computed whole by Expertile (:class:`ExpertileExperts`), where it takes them; :func:`select_experts`
-    does the same from Python.
+    Experts are computed whole by Expertile (:class:`ExpertileExperts`, gpt-oss's by :class:`ExpertileMxfp4Experts`),
+    where it takes them; :func:`select_experts` does the same from Python. ``EXPERTILE_VLLM_ACTIVATIONS=e4m3``
+    multiplies gpt-oss's weights by activations in e4m3 instead of bf16.
 ``EXPERTILE_VLLM=1``
     :mod:`expertile.deep_gemm_utils` takes the place of vLLM's own module; :func:`patch` does the same from Python.
 
@@ -20,6 +21,7 @@ from ._select import deselect_experts, experts_are_selected, select_experts
 
 __all__ = [
     "ExpertileExperts",
+    "ExpertileMxfp4Experts",
     "deselect_experts",
     "experts_are_selected",
     "is_patched",
@@ -31,9 +33,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``ExpertileExperts`` is a subclass of a class of vLLM: it is made when it is asked for."""
+    """The experts are subclasses of a class of vLLM: they are made when they are asked for."""
     if name == "ExpertileExperts":
         from .experts import ExpertileExperts
 
         return ExpertileExperts
+    if name == "ExpertileMxfp4Experts":
+        from .mxfp4 import ExpertileMxfp4Experts
+
+        return ExpertileMxfp4Experts
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -71,7 +71,7 @@ class ExpertileExperts(mk.FusedMoEExpertsModular):
         self, moe_config: Any, quant_config: Any, max_num_tokens: int | None = None, num_dispatchers: int | None = None
     ) -> None:
         super().__init__(moe_config, quant_config, max_num_tokens, num_dispatchers)
-        require_scheme(quant_config)
+        self._require_scheme(quant_config)
         self._options = swiglu_options(moe_config.activation, self.activation_config)
         self._held: _Held | None = None
 
@@ -89,8 +89,16 @@ class ExpertileExperts(mk.FusedMoEExpertsModular):
         )
         if not supported:
             return False, reason
-        reason = config_refusal(moe_config, weight_key is not None)
+        reason = cls._config_refusal(moe_config, weight_key)
         return reason is None, reason
+
+    @staticmethod
+    def _config_refusal(moe_config: Any, weight_key: Any) -> str | None:
+        return config_refusal(moe_config, weight_key is not None)
+
+    @staticmethod
+    def _require_scheme(quant_config: Any) -> None:
+        require_scheme(quant_config)
 
     @staticmethod
     def activation_format() -> Any:
@@ -290,22 +298,26 @@ def config_refusal(moe_config: Any, e4m3: bool) -> str | None:
     """What of a layer's sizes and types is not computed; None if all of it is."""
     if moe_config.has_bias:
         return "the experts have biases, expected none"
-    if moe_config.in_dtype != torch.bfloat16:
-        return f"hidden states are {moe_config.in_dtype}, expected torch.bfloat16"
     if moe_config.activation.value == "swigluoai_uninterleave" and moe_config.swiglu_limit is None:
         return "swiglu_limit is None, expected a number for swigluoai_uninterleave"
+    multiple, form = (_BLOCK, "e4m3") if e4m3 else (_BF16_MULTIPLE, "bf16")
+    return sizes_refusal(moe_config, multiple, form)
+
+
+def sizes_refusal(moe_config: Any, multiple: int, form: str) -> str | None:
+    """The same of what does not depend on the weights' format, but for what has to divide the widths."""
+    if moe_config.in_dtype != torch.bfloat16:
+        return f"hidden states are {moe_config.in_dtype}, expected torch.bfloat16"
     if not 1 <= moe_config.experts_per_token <= _MOST_TOPK:
         return f"topk is {moe_config.experts_per_token}, expected 1 to {_MOST_TOPK}"
     if not 1 <= moe_config.num_local_experts <= _MOST_EXPERTS:
         return f"this rank has {moe_config.num_local_experts} experts, expected 1 to {_MOST_EXPERTS}"
-    multiple = _BLOCK if e4m3 else _BF16_MULTIPLE
     sizes = {
         "hidden size": moe_config.hidden_dim,
         "intermediate size of this rank": moe_config.intermediate_size_per_partition,
     }
     for name, size in sizes.items():
         if size <= 0 or size % multiple:
-            form = "e4m3" if e4m3 else "bf16"
             return f"the {name} is {size}, expected a multiple of {multiple} for {form} experts"
     return None
 
@@ -336,7 +348,11 @@ def swiglu_options(activation: Any, config: Any) -> dict[str, Any]:
         if config.clamp_limit is None:
             raise ArgumentValueError("swiglu_limit", " is None", None, f"a number for {activation}")
         return {"alpha": config.alpha, "beta": config.beta, "limit": config.clamp_limit}
-    raise ArgumentValueError("activation", f" is {activation}", activation, "silu or swigluoai_uninterleave")
+    if activation.value == "swigluoai":
+        options = {"alpha": config.alpha, "beta": config.beta, "limit": config.clamp_limit}
+        return {**options, "gate_up": "interleaved"}
+    expected = "silu, swigluoai or swigluoai_uninterleave"
+    raise ArgumentValueError("activation", f" is {activation}", activation, expected)
 
 
 def source_of(*tensors: Tensor | None) -> tuple[Any, ...]:
