@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_models import distance  # noqa: E402
 from transformers.quantizers import auto  # noqa: E402
 
-import expertile.transformers  # noqa: E402, F401
+import expertile.transformers  # noqa: E402
 from expertile.transformers.mxfp4 import experts_class  # noqa: E402
 from on_gpu import no_hopper  # noqa: E402
 
@@ -30,11 +30,11 @@ def blocks_of(rows, columns, generator):
     return blocks, scales
 
 
-def checkpoint(folder):
+def checkpoint(folder, intermediate=INTERMEDIATE):
     """A tiny gpt-oss as published."""
     torch.manual_seed(0)
     config = transformers.GptOssConfig(
-        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_local_experts=EXPERTS, num_experts_per_tok=2,
+        hidden_size=HIDDEN, intermediate_size=intermediate, num_local_experts=EXPERTS, num_experts_per_tok=2,
         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, vocab_size=320,
         pad_token_id=0, layer_types=["sliding_attention", "full_attention"],
     )  # fmt: skip
@@ -128,6 +128,26 @@ def test_memory_is_given_back_and_a_saved_model_is_the_checkpoint(tmp_path, devi
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(logits(load(tmp_path / "second", "expertile", device)), expected)
+
+
+@on_every_device
+@pytest.mark.parametrize("copy", [False, True])
+def test_activations_in_e4m3_where_they_are_asked_for(tmp_path, device, copy):
+    folder = checkpoint(tmp_path, intermediate=128)
+    expected = logits(load(folder, "expertile", device))
+    with pytest.raises(ValueError, match="mxfp4_activations is 'fp8', expected 'bf16' or 'e4m3'"):
+        expertile.transformers.configure(mxfp4_activations="fp8")
+    expertile.transformers.configure(mxfp4_activations="e4m3", e4m3_copy=copy)
+    try:
+        model = load(folder, "expertile", device)
+        found = logits(model)
+    finally:
+        expertile.transformers.configure(mxfp4_activations="bf16", e4m3_copy=False)
+    assert 0 < distance(found, expected) < 5e-2
+    stored = load_file(folder / "model.safetensors")
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(torch.equal(saved[name], stored[name]) for name in stored if name.endswith(("_blocks", "_scales")))
 
 
 @on_every_device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,20 @@ class Options:
     keep_weights: bool = False
     max_tokens: int = 8192
     torch_may_spin: bool = False
+    mxfp4_activations: str = "bf16"
+    e4m3_copy: bool = False
 
 
 options = Options()
 
 
 def configure(
-    *, keep_weights: bool | None = None, max_tokens: int | None = None, torch_may_spin: bool | None = None
+    *,
+    keep_weights: bool | None = None,
+    max_tokens: int | None = None,
+    torch_may_spin: bool | None = None,
+    mxfp4_activations: str | None = None,
+    e4m3_copy: bool | None = None,
 ) -> None:
     """Settings for layers that are made from now on.
 
@@ -38,13 +46,25 @@ def configure(
     compiled at a layer's first call is for that many tokens (8192 at first); a call of more compiles for more.
     torch_may_spin: on the CPU, whether torch's idle threads may go on spinning for milliseconds, on the cores that a
     layer's threads work on. False at first: from the first layer on they sleep soon, in the whole process.
+    mxfp4_activations: what MXFP4 experts are multiplied by, ``"bf16"`` at first; ``"e4m3"`` quantizes hidden states in
+    groups of 128, for widths that 64 divides. e4m3_copy: on a GPU, with these, whether MXFP4 weights are kept in e4m3
+    too, 8 bits a weight more, for calls of many tokens. False at first.
+
+    Raises ValueError for activations of another name; nothing is set then.
     """
+    if mxfp4_activations not in (None, "bf16", "e4m3"):
+        found = f" is {mxfp4_activations!r}"
+        raise ArgumentValueError("mxfp4_activations", found, mxfp4_activations, "'bf16' or 'e4m3'")
     if keep_weights is not None:
         options.keep_weights = keep_weights
     if max_tokens is not None:
         options.max_tokens = max_tokens
     if torch_may_spin is not None:
         options.torch_may_spin = torch_may_spin
+    if mxfp4_activations is not None:
+        options.mxfp4_activations = mxfp4_activations
+    if e4m3_copy is not None:
+        options.e4m3_copy = e4m3_copy
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -95,8 +115,8 @@ def _make(module: nn.Module) -> Layer:
         # That weights in another order, and MXFP4, are copied is what this module's documentation says.
         warnings.simplefilter("ignore")
         # On the CPU activations come as they are, with float8_e4m3fn weights too: as of the widened ones there. With
-        # MXFP4 weights they do so everywhere.
-        layer = Layer(up, down, gate_up=order, **experts.options, **parameters)
+        # MXFP4 weights they do so everywhere, unless they are to be quantized.
+        layer = Layer(up, down, gate_up=order, **experts.options, **parameters, **_quantized(up))
     if not up.is_cuda and not options.torch_may_spin:
         let_torch_sleep()
     del up, down
@@ -108,6 +128,13 @@ def _make(module: nn.Module) -> Layer:
     module.__dict__["_expertile_copied"] = copied
     module.__dict__["_expertile_source"] = source(module, copied)
     return layer
+
+
+def _quantized(up: Tensor) -> dict[str, Any]:
+    """What is set for weights of that type, as options of a layer."""
+    if up.dtype != torch.uint8 or options.mxfp4_activations == "bf16":
+        return {}
+    return {"activations": options.mxfp4_activations, "e4m3_copy": options.e4m3_copy and up.is_cuda}
 
 
 def _has_changed(module: nn.Module) -> bool:
