@@ -54,8 +54,13 @@ fn every_alignment_runs_with_every_row_tile() {
 #[test]
 fn partial_n_and_k_are_right_to_the_last_column() {
     let Some(device) = hopper() else { return };
+    let sizes: &[_] = if is_emulated(device) {
+        &[(8, 16), (136, 144), (264, 1184), (776, 96)]
+    } else {
+        &[(8, 16), (136, 144), (264, 2880), (120, 400), (384, 3584), (776, 96)]
+    };
     for format in FORMATS {
-        for (n, k) in [(8, 16), (136, 144), (264, 2880), (120, 400), (384, 3584), (776, 96)] {
+        for &(n, k) in sizes {
             let few = [plain(16), narrow(64), broad(16), broad(32), broad(128), sharing(64), sharing(192)];
             for kernel in few.into_iter().filter(|few| runs(few, format)).chain(wide_kernels(format)) {
                 let k = format.k(k);
@@ -70,9 +75,10 @@ fn partial_n_and_k_are_right_to_the_last_column() {
 #[test]
 fn a_row_has_the_same_bits_in_every_tile_and_beside_any_others() {
     let Some(device) = hopper() else { return };
+    // Nine blocks of K for e4m3 and seventeen for bf16, the last in part; in the emulator five and nine.
+    let k = if is_emulated(device) { 528 } else { 1040 };
     for format in FORMATS {
-        // Nine blocks of K for e4m3 and seventeen for bf16, the last in part.
-        let (n, k) = (136, format.k(1040));
+        let (n, k) = (136, format.k(k));
         let all = Case { counts: vec![193, 0, 17, 66], alignment: 8, n, k, format, kernel: plain(64), seed: 10 };
         let whole = Operands::new(&all);
         let expected = Call::new(device, &all, &whole).run(whole.plan.m_sum(), n);
@@ -111,11 +117,13 @@ fn parts_of_k_add_up() {
 #[test]
 fn all_rows_on_one_expert_and_none_at_all() {
     let Some(device) = hopper() else { return };
+    // As many tiles as make a difference, of rows and of outputs.
+    let (rows, n, k) = if is_emulated(device) { (400, 264, 192) } else { (1000, 512, 512) };
     for format in FORMATS {
-        for counts in [vec![0, 0, 700, 0], vec![0, 0, 0], vec![1000]] {
+        for counts in [vec![0, 0, rows - 300, 0], vec![0, 0, 0], vec![rows]] {
             for kernel in wide_kernels(format) {
                 let counts = counts.clone();
-                check(device, &Case { counts, alignment: 128, n: 512, k: 512, format, kernel, seed: 5 });
+                check(device, &Case { counts, alignment: 128, n, k, format, kernel, seed: 5 });
             }
         }
     }
@@ -200,7 +208,8 @@ fn large_tiles_of_few_rows_are_claimed() {
         } else {
             vec![plain(16), narrow(32), plain(128)]
         };
-        for kernel in kernels {
+        let kernels = if is_emulated(device) { &kernels[..1] } else { &kernels[..] };
+        for &kernel in kernels {
             let k = (CLAIMED_BYTES * 8 / format.weights.bits() / kernel.outputs()).next_multiple_of(64) + 32;
             let counts = (0..blocks.div_ceil(2) + 3).map(|expert| [3, 1, 2, 0, 1][expert % 5]).collect();
             check(device, &Case { counts, alignment: 8, n: 6 * kernel.outputs() - 56, k, format, kernel, seed: 12 });
