@@ -92,7 +92,8 @@ impl StageReport {
 /// A line that explains shares above 100 %, where there are any.
 pub(crate) fn explain_shares(shares: impl IntoIterator<Item = f64>) -> &'static str {
     if shares.into_iter().any(|share| share > 1.0 && format::percent(share) != format::percent(1.0)) {
-        "above 100 %: a cache held bytes that the limit takes to come from memory\n"
+        "above 100 %: a cache held bytes that the limit takes to come from memory, or the machine was busy when the \
+         limit was measured\n"
     } else {
         ""
     }
