@@ -442,6 +442,12 @@ def test_a_call_of_gpt_oss_is_that_of_the_layer(monkeypatch, activations, freed)
     empty = (output.new_empty(none), output.new_empty(space))
     experts.apply(output, x, w1, w2, router, ids, moe.activation, 4, None, None, None, *empty, None, False)
     assert torch.equal(output, layer(x, ids, router))
+    # One of two ranks.
+    half = torch.full((8,), -1, dtype=torch.int32)
+    half[1::2] = torch.arange(4, dtype=torch.int32)
+    of_all = torch.rand(9, 8, generator=generator).topk(2).indices
+    experts.apply(output, x, w1, w2, router, of_all, moe.activation, 8, half, None, None, *empty, None, False)
+    assert torch.equal(output, layer(x, of_all, router, expert_map=half))
     # Weights that are loaded anew are other weights.
     again = Loaded(intermediate=size)
     for name in ("w13_weight", "w2_weight", "w13_weight_scale", "w2_weight_scale"):
