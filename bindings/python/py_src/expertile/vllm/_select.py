@@ -2,10 +2,9 @@
 
 vLLM chooses in ``select_fp8_moe_backend``, ``select_unquantized_moe_backend`` and, for gpt-oss, in
 ``select_mxfp4_moe_backend``; all are wrapped. What Expertile takes gets its class, everything else goes on to vLLM's
-function, unchanged. ``backend_to_kernel_cls``, the list that
-they walk, would be the narrower place, but is the wrong one: under expert parallelism FlashInfer's entry comes before
-Triton's, whose weights are the ones that Expertile takes as they are, and with LoRA the first class of Triton's entry
-is taken without being asked what it supports.
+function, unchanged. ``backend_to_kernel_cls``, the list that they walk, would be the narrower place, but is the wrong
+one: under expert parallelism FlashInfer's entry comes before Triton's, whose weights are the ones that Expertile takes
+as they are, and with LoRA the first class of Triton's entry is taken without being asked what it supports.
 
 Where vLLM has a registry of FP8 experts (its pull request 53897), the class is registered there too, and
 ``--moe-backend expertile`` selects it.
