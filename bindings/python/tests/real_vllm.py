@@ -246,7 +246,7 @@ def reference(case, parts, x, ids, router, experts=None):
     """The layer in float64 on the stored weights, one expert at a time; rounded where the format says so."""
 
     def widened(values, scale):
-        if scale is None or values.dtype == torch.float64:
+        if scale is None:
             return values.double()
         return values.double() * scale.double().repeat_interleave(128, 0).repeat_interleave(128, 1)
 

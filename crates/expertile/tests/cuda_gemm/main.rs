@@ -197,8 +197,10 @@ fn a_ring_that_runs_empty_gives_the_same_bits() {
 /// has to be 0 again.
 #[test]
 fn large_tiles_of_few_rows_are_claimed() {
-    /// Weights of a tile from which on it is claimed: `CLAIMED_BYTES` of the kernels.
+    /// Weights of a tile from which on it is claimed: the kernels' own.
     const CLAIMED_BYTES: usize = 192 * 1024;
+    let source = include_str!("../../src/cuda/kernels/gemm/claims.cuh");
+    assert!(source.contains("constexpr int CLAIMED_BYTES = 192 * 1024;"), "tiles of this test may not be claimed");
     let Some(device) = hopper() else { return };
     // One block to each multiprocessor, as these tiles have.
     let blocks = device.info().multiprocessors as usize;

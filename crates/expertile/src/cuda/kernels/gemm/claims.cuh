@@ -1,6 +1,5 @@
-// The order in which blocks take large tiles where memory decides how long they take: whichever is free takes the next.
-// Some multiprocessors read up to 1.4 times as fast as others, and where each had as many tiles they would be idle at the
-// end of a launch.
+// The order in which blocks take large tiles of few rows: a block that is free takes the next one. Some multiprocessors
+// read up to 1.4 times as fast as others; with an even share they would be idle at the end of a launch.
 //
 // The thread that loads weights claims; other threads of the block that load something of the same tiles follow it by a
 // queue in shared memory, `claims` in `SharedStorage`.
@@ -10,7 +9,8 @@
 #include "gemm/tiles.cuh"
 
 constexpr int CLAIM_SLOTS = 4;
-// Weights of a tile from which on tiles are claimed. Small ones are there before a claim is: those are given.
+// Weights of a tile from which on tiles are claimed. Smaller tiles are shared out evenly: loading one takes less time than
+// a claim.
 constexpr int CLAIMED_BYTES = 192 * 1024;
 
 // host: CLAIM_QUEUE in cuda/gemm/shared_memory.rs.
@@ -75,8 +75,8 @@ struct ClaimingScheduler {
         const u32 item = following;
         if (claims.any()) {
             u32* counter = reinterpret_cast<u32*>(a.header + 3);
-            // There is a claim for each item that is not given, and one more of each block: whoever drew the last one
-            // resets the counter.
+            // Blocks draw items - given + gridDim.x claims in all. The block that has the last one sets the counter to
+            // 0 for the next launch.
             if (item == claims.items + gridDim.x - 1) *counter = 0;
             if constexpr (Config::CLAIM_FOLLOWERS > 0) {
                 if (item >= claims.given) {
@@ -116,7 +116,7 @@ struct FollowingScheduler {
         if (claims.any() && item >= claims.given) {
             wait_for_phase(at.posted(), at.parity());
             item = load_shared_word(at.item());
-            // Of a warp's loads the first lane's is the one that counts, and that it waits for.
+            // All lanes take the value that the first lane has loaded, so its arrival waits for the load that counts.
             if constexpr (WARP_CALLS) item = __shfl_sync(WARP, item, 0);
             StageLoads loads;
             loads.add((int)item);
