@@ -10,7 +10,7 @@ use crate::weights::{self, ExpertWeights};
 use expertile::cuda::measure::{LayerTimes, copy_bytes_per_second, matrix_flops_per_second};
 use expertile::cuda::{Biases, Device, Info, Layer, LayerChoice, Weights};
 use expertile::layer::stage_cost;
-use expertile::{Dtype, LayerConfig, Layout, Routing, Stage, StageCost, WeightFormat};
+use expertile::{ActivationFormat, Dtype, LayerConfig, Layout, Routing, Stage, StageCost, WeightFormat};
 use expertile_checkpoint::HiddenStates;
 use half::slice::HalfFloatSliceExt;
 use serde::Serialize;
@@ -81,6 +81,13 @@ pub(crate) fn stage_times(layer: &Layer, times: &LayerTimes, routing: &Routing<'
             let (gemm, activation) = (cost(Stage::Gemm1), cost(Stage::Activation));
             StageCost { bytes: gemm.bytes + activation.bytes - 2 * gate_up, ..gemm }
         }
+        // Both GEMMs' operands and results; `gate | up` and the activated rows stay in the cache.
+        Stage::Gemm1 if times.choice.joined => {
+            let (gemm1, gemm2) = (cost(Stage::Gemm1), cost(Stage::Gemm2));
+            let activated_bytes = if activations == ActivationFormat::E4m3 { 1 } else { 2 };
+            let between = gate_up + (layout.live_rows() * shape.intermediate() * activated_bytes) as u64;
+            StageCost { bytes: gemm1.bytes + gemm2.bytes - between, flops: gemm1.flops + gemm2.flops }
+        }
         stage => cost(stage),
     };
     if times.choice.one_launch.is_some() {
@@ -134,6 +141,8 @@ pub(crate) struct Choice {
     pub(crate) activation_inside_gemm1: bool,
     /// Whether gemm1, and whether gemm2, reads the copy in e4m3.
     pub(crate) e4m3_copy: [bool; 2],
+    /// Whether gemm1, the activation and gemm2 are one launch, whose time is gemm1's.
+    pub(crate) joined: bool,
     /// Whether one launch does it all: the fields above are then those of a call in steps.
     pub(crate) one_launch: bool,
     pub(crate) launches: usize,
@@ -145,7 +154,7 @@ impl From<LayerChoice> for Choice {
         let LayerChoice { plan, row_tile, activation_inside_gemm1, e4m3_copy, launches, workspace_bytes, .. } = choice;
         let (m_sum, alignment) = (plan.m_sum(), plan.alignment());
         let [gemm1, gemm2] = [choice.gemm1, choice.gemm2].map(|tile| tile.to_string());
-        let one_launch = choice.one_launch.is_some();
+        let (joined, one_launch) = (choice.joined, choice.one_launch.is_some());
         Self {
             m_sum,
             alignment,
@@ -154,6 +163,7 @@ impl From<LayerChoice> for Choice {
             gemm2,
             activation_inside_gemm1,
             e4m3_copy,
+            joined,
             one_launch,
             launches,
             workspace_bytes,
@@ -174,7 +184,11 @@ impl Choice {
             true => format!("both gemms {gemm1}{first}"),
             false => format!("gemm1 {gemm1}{first}; gemm2 {gemm2}{second}"),
         };
-        let inside = if self.activation_inside_gemm1 { "; activation inside gemm1" } else { "" };
+        let inside = match (self.activation_inside_gemm1, self.joined) {
+            (true, _) => "; activation inside gemm1",
+            (_, true) => "; both gemms and the activation in one launch",
+            _ => "",
+        };
         format!("{launches} launches, {m_sum} rows aligned to {alignment}, workspace {workspace}; {gemms}{inside}")
     }
 }

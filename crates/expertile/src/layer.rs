@@ -129,8 +129,9 @@ pub struct LayerConfig {
     /// some numbers of tokens than for others. Without it, which is the usual, a result has the same bits whatever
     /// other tokens there are. The CPU never splits K.
     pub split_k: bool,
-    /// Whether a GPU may compute a call of few tokens in one launch, which is faster there. Results have the same bits,
-    /// but no intermediate buffers are left for inspection.
+    /// Whether a GPU may join steps in one launch where that is faster: all of a call of few tokens, or both GEMMs and the
+    /// activation where experts have few rows. Results have the same bits; of a call in one launch no intermediate buffers
+    /// are left for inspection.
     pub one_launch: bool,
 }
 

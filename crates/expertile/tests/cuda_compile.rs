@@ -5,8 +5,9 @@
 mod on_device;
 
 use expertile::cuda::{
-    ActivateConfig, Compiler, ExpertParallelLayer, FewTokensConfig, GemmConfig, GemmKernel, Grouping, PermuteConfig,
-    QuantizePermuteConfig, QuantizeRowsConfig, RouteConfig, RoutePermuteConfig, Source, UnpermuteConfig, Weights,
+    ActivateConfig, Compiler, ExpertParallelLayer, FewTokensConfig, GemmConfig, GemmKernel, Grouping, JoinedConfig,
+    PermuteConfig, QuantizePermuteConfig, QuantizeRowsConfig, RouteConfig, RoutePermuteConfig, Source, UnpermuteConfig,
+    Weights,
 };
 use expertile::{
     Activation, ActivationFormat, Combine, Dispatch, Dtype, Error, Group, LayerConfig, LayerShape, Padding,
@@ -253,6 +254,24 @@ fn every_tile_of_the_grouped_gemm_compiles_for_hopper_without_spills() {
 #[test]
 fn the_layer_in_one_launch_compiles_for_hopper_without_spills() {
     compile_sources(ARCHITECTURES[0], "few_tokens", few_tokens_sources());
+}
+
+/// Both GEMMs in one launch: every tile that takes it.
+fn joined_sources() -> Vec<Source> {
+    let mut sources = Vec::new();
+    for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+        for activation in [Activation::default(), Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) }] {
+            let of = |kernel| JoinedConfig { format, kernel, activation }.source();
+            sources.extend(GemmKernel::all(format).into_iter().filter_map(|kernel| of(kernel).ok()));
+        }
+    }
+    assert_eq!(sources.len(), 2 * (4 + 7), "two activations, four plain row tiles, of bf16 also three narrow ones");
+    sources
+}
+
+#[test]
+fn both_gemms_in_one_launch_compile_for_hopper_without_spills() {
+    compile_sources(ARCHITECTURES[0], "joined_gemms", joined_sources());
 }
 
 #[test]

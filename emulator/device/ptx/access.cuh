@@ -14,6 +14,10 @@ inline uint4 load_through_l1(const void* address) { return *static_cast<const ui
 inline void prefetch_line(const void*) {}
 
 // The others go on meanwhile.
+inline void fence_device() { __threadfence(); }
+
+inline u32 draw(u32* counter) { return atomicAdd(counter, 1u); }
+
 inline u32 load_now(const u32* address) {
     emulated_machine->yield();
     return __atomic_load_n(address, __ATOMIC_SEQ_CST);

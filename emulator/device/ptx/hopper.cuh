@@ -79,6 +79,8 @@ inline void commit_stores() { emulated_machine->commit_stores(); }
 inline void wait_for_stores_to_read() { emulated_machine->wait_for_stores(); }
 inline void publish_shared_writes() {}
 
+inline void publish_global_writes() {}
+
 template <int THREADS>
 inline void meet_threads(int barrier) {
     emulated_machine->meet_threads(barrier, THREADS);

@@ -48,7 +48,26 @@ pub(super) struct RouteArgs {
     pub(super) worklist_capacity: i32,
     pub(super) second_row_tile: i32,
     pub(super) second_capacity: i32,
-    pub(super) reserved: i32,
+    pub(super) counted: i32,
+    pub(super) counters: u64,
+}
+
+/// What the routing writes for a layer besides its layout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum RouteExtra {
+    /// Another worklist.
+    Worklist(SecondWorklist),
+    /// Zeros in the counters of both GEMMs in one launch.
+    Counters { counters: DevicePtr<u32>, words: usize },
+}
+
+impl RouteExtra {
+    pub(super) fn second_worklist(&self) -> Option<&SecondWorklist> {
+        match self {
+            Self::Worklist(second) => Some(second),
+            Self::Counters { .. } => None,
+        }
+    }
 }
 
 /// Another worklist of the same layout, for a GEMM whose row tile is another.
@@ -78,16 +97,21 @@ impl SecondWorklist {
 }
 
 impl RouteArgs {
-    /// The same, with a second worklist.
-    pub(super) fn with_second(self, plan: &Plan, second: Option<&SecondWorklist>) -> Result<Self> {
-        let Some(second) = second else { return Ok(self) };
-        Ok(Self {
-            second_header: second.header.address(),
-            second_worklist: second.worklist.address(),
-            second_row_tile: require_int("row_tile", second.row_tile)?,
-            second_capacity: require_int("worklist", worklist_capacity(plan, second.row_tile)?)?,
-            ..self
-        })
+    /// The same, with what else is to be written.
+    pub(super) fn with(self, plan: &Plan, extra: Option<&RouteExtra>) -> Result<Self> {
+        match extra {
+            None => Ok(self),
+            Some(RouteExtra::Worklist(second)) => Ok(Self {
+                second_header: second.header.address(),
+                second_worklist: second.worklist.address(),
+                second_row_tile: require_int("row_tile", second.row_tile)?,
+                second_capacity: require_int("worklist", worklist_capacity(plan, second.row_tile)?)?,
+                ..self
+            }),
+            Some(RouteExtra::Counters { counters, words }) => {
+                Ok(Self { counted: require_int("counters", *words)?, counters: counters.address(), ..self })
+            }
+        }
     }
 }
 

@@ -140,6 +140,11 @@ impl Population {
 const MOST_STEPS: usize = 6;
 
 impl Cost {
+    /// Whether it is of the shape's formats.
+    fn is_for(&self, shape: &GemmShape) -> bool {
+        (self.format, self.activation_format) == (shape.format, shape.activation_format)
+    }
+
     /// Whether a tile is activated while the next one is multiplied: the slower of the two decides then, and the last
     /// tile's activation comes after all.
     fn activates_meanwhile(&self) -> bool {
@@ -225,24 +230,60 @@ pub(super) fn cheapest(shape: &GemmShape, activation_follows: bool, has_copy: bo
     GemmKey { kernel: cost.kernel, activated: cost.activated, e4m3_copy: copy.is_some() }
 }
 
+/// Which kernel both GEMMs of a layer should have in one launch, if that is expected to take less than what was chosen for
+/// them `apart`, each with whether an activation follows it.
+pub(super) fn cheapest_joined(
+    shapes: &[GemmShape; 2],
+    apart: [(GemmKey, bool); 2],
+    takes: impl Fn(&GemmKernel) -> bool,
+    multiprocessors: usize,
+) -> Option<GemmKernel> {
+    /// Microseconds that one launch saves, besides the activation's: of three, two begin with empty stages and end with
+    /// multiprocessors that wait for the last.
+    const SAVED: f64 = 4.0;
+    let of = |shape: &GemmShape, kernel: &GemmKernel| {
+        let same = |cost: &&Cost| cost.is_for(shape) && !cost.activated && cost.kernel == *kernel;
+        COSTS.iter().find(same).map(|cost| expected(cost, shape, false, multiprocessors).sqrt())
+    };
+    let steps: f64 = shapes
+        .iter()
+        .zip(apart)
+        .map(|(shape, (key, activation_follows))| {
+            let shape = GemmShape { format: key.format(shape.format), ..*shape };
+            let same =
+                |cost: &&Cost| cost.is_for(&shape) && cost.activated == key.activated && cost.kernel == key.kernel;
+            let cost = COSTS.iter().find(same);
+            cost.map_or(f64::INFINITY, |cost| expected(cost, &shape, activation_follows, multiprocessors).sqrt())
+        })
+        .sum();
+    let joined = COSTS
+        .iter()
+        .map(|cost| cost.kernel)
+        .filter(takes)
+        .filter_map(|kernel| Some((of(&shapes[0], &kernel)? + of(&shapes[1], &kernel)? - SAVED, kernel)));
+    let least = joined.min_by(|a, b| a.0.total_cmp(&b.0))?;
+    (least.0 < steps).then_some(least.1)
+}
+
 /// What is expected to take least, and what it takes: a product of times, to be compared with others of as many rows.
 fn least(shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> (f64, &'static Cost) {
-    let populations = [Population::even(shape), Population::skewed(shape)];
     let fits = |cost: &&Cost| {
-        (cost.format, cost.activation_format) == (shape.format, shape.activation_format)
+        cost.is_for(shape)
             && (!cost.activated || (activation_follows && shape.n.is_multiple_of(256)))
             && (cost.kernel.shared() == 1 || shape.n > cost.kernel.outputs())
     };
-    let expected = |cost: &Cost| {
-        let one = |population: &Population| {
-            let apart = activation_follows && !cost.activated;
-            let after = if apart { activation(shape.activation_format, population.rows, shape.n) } else { 0.0 };
-            cost.of(shape, population, multiprocessors) + after
-        };
-        populations.iter().map(one).product::<f64>()
+    let of = |cost| (expected(cost, shape, activation_follows, multiprocessors), cost);
+    COSTS.iter().filter(fits).map(of).min_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or((f64::INFINITY, &COSTS[0]))
+}
+
+/// What a kernel is expected to take: the product of its times for two guesses at how tokens choose experts.
+fn expected(cost: &Cost, shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> f64 {
+    let one = |population: Population| {
+        let apart = activation_follows && !cost.activated;
+        let after = if apart { activation(shape.activation_format, population.rows, shape.n) } else { 0.0 };
+        cost.of(shape, &population, multiprocessors) + after
     };
-    let costs = COSTS.iter().filter(fits).map(|cost| (expected(cost), cost));
-    costs.min_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or((f64::INFINITY, &COSTS[0]))
+    one(Population::even(shape)) * one(Population::skewed(shape))
 }
 
 #[cfg(test)]

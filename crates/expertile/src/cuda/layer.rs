@@ -20,7 +20,7 @@ use super::call::{DeviceMatrix, RoutingPtrs};
 use super::definitions::activation_definitions;
 use super::driver::{Device, DeviceBuffer, DevicePtr, Stream};
 use super::few_tokens::FewTokens;
-use super::gemm::{Gemm, GemmConfig, GemmKey};
+use super::gemm::{Gemm, GemmConfig, GemmKey, JoinedConfig, JoinedGemms};
 use super::prepare::{each_at_once, each_of};
 use super::route;
 use super::unpermute::Unpermute;
@@ -168,6 +168,8 @@ pub struct Layer {
     weights: LayerWeights,
     entry: Entry,
     gemms: HashMap<GemmKey, Gemm>,
+    /// Both GEMMs in one launch.
+    joined: HashMap<GemmKey, JoinedGemms>,
     /// By the most tokens of a call.
     few_tokens: HashMap<usize, FewTokens>,
     choices: Choices,
@@ -233,6 +235,10 @@ impl Layer {
                 let (format, activation_format) = (key.format(kind.format), config.activation_format);
                 let activation = key.activated.then_some(config.activation);
                 Gemm::prepare(device, GemmConfig { format, activation_format, kernel: key.kernel, activation })
+            })?,
+            joined: each_at_once(&choices.joined, |key: GemmKey| {
+                let (format, activation) = (key.format(kind.format), config.activation);
+                JoinedGemms::prepare(device, JoinedConfig { format, kernel: key.kernel, activation })
             })?,
             few_tokens: each_of(&choices.few_tokens, |kernel| {
                 Ok((kernel.tokens(), FewTokens::prepare(device, kernel)?))

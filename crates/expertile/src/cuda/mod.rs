@@ -61,7 +61,7 @@ pub use expert_parallel::{
     CapturedExpertParallelLayer, ExpertParallelCall, ExpertParallelChoice, ExpertParallelLayer, Link,
 };
 pub use few_tokens::FewTokensConfig;
-pub use gemm::{FewRowsCut, Gemm, GemmCall, GemmConfig, GemmKernel, GemmShape, ROW_TILES, RowEnds};
+pub use gemm::{FewRowsCut, Gemm, GemmCall, GemmConfig, GemmKernel, GemmShape, JoinedConfig, ROW_TILES, RowEnds};
 pub use grouped_gemm::{GroupedGemm, GroupedGemmCall, GroupedGemmShape, expected_rows};
 pub use layer::{
     ALIGNMENT, Biases, CapturedLayer, ExpandedCall, ExpandedChoice, ExpandedLayer, Layer, LayerCall, LayerChoice,

@@ -1,6 +1,6 @@
 //! Routing to quantized rows in their places: one launch where the slots are few, two above.
 
-use super::arguments::{RowsArgs, SecondWorklist};
+use super::arguments::{RouteExtra, RowsArgs};
 use super::call::{LayoutPtrs, RoutingPtrs, RowsPtrs};
 use super::driver::{Device, DevicePtr, Resident, Resources, Source, Stream};
 use super::route::{self, Route, RouteCall, RouteConfig};
@@ -161,7 +161,7 @@ impl QuantizePermute {
         unsafe { self.launch_with(stream, call, None) }
     }
 
-    /// The same, with a second worklist.
+    /// The same, with what a layer wants besides.
     ///
     /// # Safety
     /// As [`Route::launch`].
@@ -170,15 +170,15 @@ impl QuantizePermute {
         &self,
         stream: Stream,
         call: &QuantizePermuteCall,
-        second: Option<&SecondWorklist>,
+        extra: Option<&RouteExtra>,
     ) -> Result<()> {
         let QuantizePermuteCall { plan, rows, layout, state, workspace, .. } = call;
         if self.few.takes(plan) {
             // SAFETY: the caller's promise.
-            return unsafe { self.few.launch(stream, &call.route(), rows, second) };
+            return unsafe { self.few.launch(stream, &call.route(), rows, extra) };
         }
         self.few.config().check(plan, rows)?;
-        let route = self.config.route.arguments(&call.route())?.with_second(plan, second)?;
+        let route = self.config.route.arguments(&call.route())?.with(plan, extra)?;
         let token_scales = workspace.byte_add(self.route.workspace_bytes(plan)?).address();
         let queue = state.byte_add(route::QUEUE_OFFSET).address();
         let arguments = RowsArgs { token_scales, queue, ..RowsArgs::new(rows, layout, plan)? };

@@ -1,6 +1,6 @@
 //! Routing, plan and layout on the device: one launch, the CPU backend's bits.
 
-use super::arguments::{RouteArgs, SecondWorklist, require_int};
+use super::arguments::{RouteArgs, RouteExtra, require_int};
 use super::call::{LayoutPtrs, RoutingPtrs, worklist_capacity};
 use super::driver::{Device, DevicePtr, Kernel, Launch, Resources, Source, Stream};
 use super::few_tokens::COUNTER_BYTES;
@@ -110,7 +110,8 @@ impl RouteConfig {
             worklist_capacity: worklist_capacity(plan, self.row_tile)? as i32,
             second_row_tile: 0,
             second_capacity: 0,
-            reserved: 0,
+            counted: 0,
+            counters: 0,
         })
     }
 }
@@ -199,7 +200,7 @@ impl Route {
         unsafe { self.launch_with(stream, call, None) }
     }
 
-    /// The same, with a second worklist.
+    /// The same, with what a layer wants besides.
     ///
     /// # Safety
     /// As [`Route::launch`].
@@ -208,9 +209,9 @@ impl Route {
         &self,
         stream: Stream,
         call: &RouteCall,
-        second: Option<&SecondWorklist>,
+        extra: Option<&RouteExtra>,
     ) -> Result<()> {
-        let arguments = self.config.arguments(call)?.with_second(&call.plan, second)?;
+        let arguments = self.config.arguments(call)?.with(&call.plan, extra)?;
         // SAFETY: the caller's promise.
         unsafe { self.queue(stream, &arguments) }
     }

@@ -1,6 +1,6 @@
 //! Routing, plan and permute in one launch, where the slots are few: rows quantized on the way, or as they are.
 
-use super::arguments::{RowsArgs, SecondWorklist, require_columns, require_int};
+use super::arguments::{RouteExtra, RowsArgs, SecondWorklist, require_columns, require_int};
 use super::call::RowsPtrs;
 use super::definitions::{half_number, scale_definitions};
 use super::driver::{Device, DevicePtr, Kernel, Launch, Resources, Source, Stream};
@@ -161,11 +161,11 @@ impl RoutePermute {
         stream: Stream,
         call: &RouteCall,
         rows: &RowsPtrs,
-        second: Option<&SecondWorklist>,
+        extra: Option<&RouteExtra>,
     ) -> Result<()> {
         let plan = &call.plan;
         self.config.check(plan, rows)?;
-        let route = self.config.route.arguments(call)?.with_second(plan, second)?;
+        let route = self.config.route.arguments(call)?.with(plan, extra)?;
         let arguments = RowsArgs::new(rows, &call.layout, plan)?;
         let shape = Launch {
             blocks: self.device.info().multiprocessors,
@@ -174,7 +174,7 @@ impl RoutePermute {
             cooperative: false,
             overlap: true,
         };
-        let few = FewArgs::new(plan, &self.config, second, shape.blocks)?;
+        let few = FewArgs::new(plan, &self.config, extra.and_then(RouteExtra::second_worklist), shape.blocks)?;
         let pointers = [
             std::ptr::from_ref(&route).cast::<c_void>(),
             std::ptr::from_ref(&arguments).cast(),

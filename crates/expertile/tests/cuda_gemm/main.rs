@@ -198,9 +198,9 @@ fn a_ring_that_runs_empty_gives_the_same_bits() {
 #[test]
 fn large_tiles_of_few_rows_are_claimed() {
     /// Weights of a tile from which on it is claimed: the kernels' own.
-    const CLAIMED_BYTES: usize = 192 * 1024;
+    const CLAIMED_BYTES: usize = 48 * 1024;
     let source = include_str!("../../src/cuda/kernels/gemm/claims.cuh");
-    assert!(source.contains("constexpr int CLAIMED_BYTES = 192 * 1024;"), "tiles of this test may not be claimed");
+    assert!(source.contains("constexpr int CLAIMED_BYTES = 48 * 1024;"), "tiles of this test may not be claimed");
     let Some(device) = hopper() else { return };
     // One block to each multiprocessor, as these tiles have.
     let blocks = device.info().multiprocessors as usize;
@@ -215,6 +215,24 @@ fn large_tiles_of_few_rows_are_claimed() {
             let k = (CLAIMED_BYTES * 8 / format.weights.bits() / kernel.outputs()).next_multiple_of(64) + 32;
             let counts = (0..blocks.div_ceil(2) + 3).map(|expert| [3, 1, 2, 0, 1][expert % 5]).collect();
             check(device, &Case { counts, alignment: 8, n: 6 * kernel.outputs() - 56, k, format, kernel, seed: 12 });
+        }
+    }
+}
+
+/// Row tiles past those that a block lists in shared memory are read from the worklist.
+#[test]
+fn more_row_tiles_than_a_block_lists_are_right() {
+    let Some(device) = hopper() else { return };
+    for (format, kernel) in [(E4M3, plain(16)), (BF16, narrow(16)), (W4A8, broad(16))] {
+        // 405 tiles, then 140 of one expert.
+        let counts = (0..540).map(|expert| [1, 2, 0, 1][expert % 4]).chain([16 * 140]).collect();
+        check(device, &Case { counts, alignment: 8, n: 72, k: 64, format, kernel, seed: 13 });
+    }
+    // The kernels for many rows list more.
+    if !is_emulated(device) {
+        for kernel in [WIDE, LARGE] {
+            let counts = vec![192 * 1030, 5];
+            check(device, &Case { counts, alignment: 8, n: 136, k: 128, format: E4M3, kernel, seed: 14 });
         }
     }
 }

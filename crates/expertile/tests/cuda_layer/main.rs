@@ -104,7 +104,8 @@ fn differences(device: &Device, model: &Model, tokens: usize, pattern: Pattern) 
     call.check(Stream(0)).unwrap();
     call.check_workspace_guard();
     let (bytes, found) = (call.output_bytes(), call.output());
-    if model.on_device.choice(tokens).unwrap().one_launch.is_some() {
+    let choice = model.on_device.choice(tokens).unwrap();
+    if choice.one_launch.is_some() || choice.joined {
         call.poison(device);
         call.launch_in_steps(Stream(0));
         assert!(call.output_bytes() == bytes, "one launch differs: {tokens} tokens, {pattern:?}, {:?}", model.spec);
@@ -202,9 +203,32 @@ fn a_layer_that_may_split_k_does_for_few_rows_and_is_right() {
 }
 
 #[test]
+fn both_gemms_in_one_launch_have_the_bits_of_the_steps() {
+    let Some(device) = hopper() else { return };
+    let spec = Spec { hidden: 640, intermediate: 384, experts: 24, topk: 3, max_tokens: 300, ..BASE };
+    // The last group of columns is half a one; a tile of 128 outputs is half gate, half up.
+    let partial = Spec { format: WeightFormat::Bf16, intermediate: 192, ..spec };
+    for (spec, tokens) in [
+        (spec, [10, 70]),
+        (partial, [9, 120]),
+        (Spec { biased: true, ..spec }, [33, 33]),
+        (Spec { biased: true, ..partial }, [50, 50]),
+    ] {
+        let model = Model::new(device, spec);
+        for tokens in tokens {
+            let choice = model.on_device.choice(tokens).unwrap();
+            assert!(choice.joined, "{tokens} tokens: {choice}");
+        }
+        check_model(spec, &tokens[..1 + usize::from(tokens[0] != tokens[1])], &[Pattern::Skewed, Pattern::One]);
+    }
+}
+
+#[test]
 fn gemms_whose_row_tiles_differ_have_a_worklist_each() {
     let Some(device) = hopper() else { return };
-    let spec = Spec { hidden: 1024, intermediate: 128, experts: 24, topk: 3, max_tokens: 3000, ..BASE };
+    // In one launch both have the same.
+    let apart = Spec { one_launch: false, ..BASE };
+    let spec = Spec { hidden: 1024, intermediate: 128, experts: 24, topk: 3, max_tokens: 3000, ..apart };
     for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
         let model = Model::new(device, Spec { format, ..spec });
         let differ = |&tokens: &usize| {

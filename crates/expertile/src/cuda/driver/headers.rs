@@ -4,13 +4,15 @@
 use std::ffi::CStr;
 
 /// `(name, text)` of every header.
-pub(super) const HEADERS: [(&CStr, &str); 34] = [
+pub(super) const HEADERS: [(&CStr, &str); 38] = [
     (c"common/activation.cuh", include_str!("../kernels/common/activation.cuh")),
     (c"common/quantize.cuh", include_str!("../kernels/common/quantize.cuh")),
     (c"common/scales.cuh", include_str!("../kernels/common/scales.cuh")),
     (c"common/search.cuh", include_str!("../kernels/common/search.cuh")),
     (c"common/words.cuh", include_str!("../kernels/common/words.cuh")),
     (c"exchange/ranks.cuh", include_str!("../kernels/exchange/ranks.cuh")),
+    (c"few_rows/multiply.cuh", include_str!("../kernels/few_rows/multiply.cuh")),
+    (c"few_rows/storage.cuh", include_str!("../kernels/few_rows/storage.cuh")),
     (c"few_tokens/consume.cuh", include_str!("../kernels/few_tokens/consume.cuh")),
     (c"few_tokens/rows.cuh", include_str!("../kernels/few_tokens/rows.cuh")),
     (c"few_tokens/slots.cuh", include_str!("../kernels/few_tokens/slots.cuh")),
@@ -30,6 +32,8 @@ pub(super) const HEADERS: [(&CStr, &str); 34] = [
     (c"groups/mxfp4.cuh", include_str!("../kernels/groups/mxfp4.cuh")),
     (c"groups/produce.cuh", include_str!("../kernels/groups/produce.cuh")),
     (c"groups/storage.cuh", include_str!("../kernels/groups/storage.cuh")),
+    (c"joined/activate.cuh", include_str!("../kernels/joined/activate.cuh")),
+    (c"joined/tiles.cuh", include_str!("../kernels/joined/tiles.cuh")),
     (c"ptx/access.cuh", include_str!("../kernels/ptx/access.cuh")),
     (c"ptx/convert.cuh", include_str!("../kernels/ptx/convert.cuh")),
     (c"ptx/flags.cuh", include_str!("../kernels/ptx/flags.cuh")),

@@ -160,7 +160,7 @@ impl GemmConfig {
                 ("sm90_gemm_groups.cu", include_str!("../kernels/gemm/sm90_gemm_groups.cu"))
             }
             GemmKernel::FewRows { .. } => {
-                definitions.push(("HOST_OUTPUTS", self.kernel.outputs() as i64));
+                definitions.extend([("HOST_OUTPUTS", self.kernel.outputs() as i64), ("HOST_JOINED", 0)]);
                 ("sm90_gemm_few_rows.cu", include_str!("../kernels/gemm/sm90_gemm_few_rows.cu"))
             }
             GemmKernel::Wide { .. } => {

@@ -25,6 +25,11 @@ const TILE: usize = 16;
 const BARRIER: usize = 8;
 /// `ClaimQueue`: two barriers and a word for each of four claims.
 const CLAIM_QUEUE: usize = 4 * (2 * BARRIER + 4);
+/// Row tiles that a block of the kernels for few rows, and of those for many, lists.
+const LISTED_OF_FEW_ROWS: usize = 512;
+const LISTED_OF_MANY_ROWS: usize = 1024;
+/// `StoredTiles`: a tile, two words and two barriers for each of two tiles.
+const STORED_TILES: usize = 2 * (TILE + 2 * 4 + 2 * BARRIER);
 /// Bytes between staged rows, so that eight of them start on different banks.
 const STAGING_GAP: usize = 16;
 /// Most rows of a tile of the few-row kernel that has no scaling warps.
@@ -52,8 +57,27 @@ pub(super) fn weight_boxes(kernel: &GemmKernel, activated: bool) -> usize {
     }
 }
 
+/// Blocks of K in flight where both GEMMs are one launch: as many as fit.
+pub(super) fn joined_stages(kernel: &GemmKernel) -> usize {
+    let fits = |&stages: &usize| joined_bytes(kernel, WeightFormat::E4m3, stages) <= MOST_BYTES;
+    (1..=stages(kernel, false)).rev().find(fits).unwrap_or(1)
+}
+
 /// `sizeof(SharedStorage)`.
 pub(super) fn bytes(kernel: &GemmKernel, format: WeightFormat, activated: bool, stages: usize) -> usize {
+    members(kernel, format, activated, stages).0.next_multiple_of(ALIGNMENT)
+}
+
+/// The same where both GEMMs are one launch.
+pub(super) fn joined_bytes(kernel: &GemmKernel, format: WeightFormat, stages: usize) -> usize {
+    let mut sum = members(kernel, format, false, stages);
+    // `numbers`, `stored`.
+    sum.add(F32, stages * F32);
+    sum.add(ALIGNMENT, STORED_TILES);
+    sum.0.next_multiple_of(ALIGNMENT)
+}
+
+fn members(kernel: &GemmKernel, format: WeightFormat, activated: bool, stages: usize) -> Sum {
     let rows = kernel.row_tile();
     // `stages`, `staging`, `row_scales`, `weight_scales`, `tiles`.
     let mut sum = Sum(stages * (kernel.outputs() + rows) * ROW_BYTES);
@@ -68,20 +92,25 @@ pub(super) fn bytes(kernel: &GemmKernel, format: WeightFormat, activated: bool, 
                 sum.add(F32, stages * 4 * (rows / 4 + 4) * F32);
                 sum.add(BARRIER, stages * BARRIER);
             }
-            // `full`, `empty`; `partials_ready`, `partials_read`; `claims`.
+            // `full`, `empty`; `partials_ready`, `partials_read`; `claims`; `list`.
             sum.add(BARRIER, (2 * stages + 2) * BARRIER);
             sum.add(BARRIER, CLAIM_QUEUE);
+            sum.add(BARRIER, list_bytes(LISTED_OF_FEW_ROWS));
         }
-        // `full`, `empty`.
-        GemmKernel::Wide { .. } => sum.add(BARRIER, 2 * stages * BARRIER),
+        // `full`, `empty`; `list`.
+        GemmKernel::Wide { .. } => {
+            sum.add(BARRIER, 2 * stages * BARRIER);
+            sum.add(BARRIER, list_bytes(LISTED_OF_MANY_ROWS));
+        }
         GemmKernel::Large => {
-            // `full`, `empty`, `unused`; `next_tile`; `next_tile_ready`, `next_tile_taken`.
+            // `full`, `empty`, `unused`; `next_tile`; `next_tile_ready`, `next_tile_taken`; `list`.
             sum.add(BARRIER, (3 * stages + 2) * BARRIER);
             sum.add(TILE, TILE);
             sum.add(BARRIER, 2 * BARRIER);
+            sum.add(BARRIER, list_bytes(LISTED_OF_MANY_ROWS));
         }
     }
-    sum.0.next_multiple_of(ALIGNMENT)
+    sum
 }
 
 /// `staging`: results on their way out.
@@ -102,6 +131,11 @@ fn staging_bytes(kernel: &GemmKernel, activated: bool) -> usize {
         }
         GemmKernel::Large => rows * (128 + STAGING_GAP),
     }
+}
+
+/// `TileList`: two words, and two of each row tile that it has room for.
+fn list_bytes(listed: usize) -> usize {
+    8 + 8 * listed
 }
 
 /// Members one behind the other, as a C++ compiler lays them out.
@@ -136,7 +170,7 @@ mod tests {
         let few = |row_tile, cut| GemmKernel::FewRows { row_tile, cut };
         for (kernel, activated, expected) in [
             (few(16, FewRowsCut::Narrow), false, 16),
-            (few(16, FewRowsCut::SplitK { parts: 2 }), false, 12),
+            (few(16, FewRowsCut::SplitK { parts: 2 }), false, 11),
             (few(64, FewRowsCut::Plain), false, 8),
             (few(192, FewRowsCut::SharedRows), false, 4),
             (GemmKernel::Wide { shares_rows: false }, false, 4),
@@ -145,5 +179,8 @@ mod tests {
         ] {
             assert_eq!(stages(&kernel, activated), expected, "{kernel}, activated {activated}");
         }
+        let joined = |row_tile, cut| joined_stages(&few(row_tile, cut));
+        assert_eq!([16, 32, 64, 128].map(|row_tile| joined(row_tile, FewRowsCut::Plain)), [12, 10, 8, 5]);
+        assert_eq!([16, 32, 64].map(|row_tile| joined(row_tile, FewRowsCut::Narrow)), [16, 16, 12]);
     }
 }

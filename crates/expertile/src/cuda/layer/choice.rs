@@ -1,12 +1,12 @@
 //! How a call of the layer is cut: a pure function of the layer, the number of tokens and the device.
 
 use super::config::WeightKind;
-use crate::cuda::arguments::SecondWorklist;
-use crate::cuda::call::LayoutPtrs;
+use crate::cuda::arguments::{RouteExtra, SecondWorklist};
+use crate::cuda::call::{LayoutPtrs, worklist_capacity};
 use crate::cuda::cost;
 use crate::cuda::driver::DevicePtr;
 use crate::cuda::few_tokens::{FewTokensConfig, gate_up_bytes_of_slot};
-use crate::cuda::gemm::{GemmKernel, GemmKey, GemmShape, row_bytes};
+use crate::cuda::gemm::{GemmKernel, GemmKey, GemmShape, JoinedConfig, row_bytes};
 use crate::cuda::prepare::alike;
 use crate::cuda::{route, route_permute};
 use crate::error::{Error, Result, checked_add, checked_mul};
@@ -36,6 +36,8 @@ pub struct LayerChoice {
     pub e4m3_copy: [bool; 2],
     /// Whether GEMM 1 stores activated, quantized rows, so that `gate | up` never reaches memory.
     pub activation_inside_gemm1: bool,
+    /// Whether GEMM 1, the activation and GEMM 2 are one launch.
+    pub joined: bool,
     /// In one launch, by a kernel for up to so many tokens, none of the above are used, and no layout is made.
     pub one_launch: Option<usize>,
     /// Kernels that one call launches.
@@ -83,11 +85,12 @@ impl LayerChoice {
             config.layout_alignment(),
             TokenExperts::MayRepeat,
         )?;
-        let Tiles { gemm1, gemm2, e4m3_copy, activation_inside_gemm1 } = *tiles;
+        let Tiles { gemm1, gemm2, e4m3_copy, activation_inside_gemm1, joined } = *tiles;
         let slots = tokens * config.topk;
         let row_tiles = (gemm1.row_tile(), second_row_tile(&gemm1, &gemm2));
         let offsets = match one_launch {
             Some(_) => Offsets::of_one_launch(shape, config, &plan, row_tiles.0)?,
+            None if joined => Offsets::joined(shape, config, &plan, row_tiles.0, multiprocessors)?,
             None => Offsets::new(shape, config, &plan, row_tiles, activation_inside_gemm1, multiprocessors)?,
         };
         let choice = Self {
@@ -97,10 +100,13 @@ impl LayerChoice {
             gemm2,
             e4m3_copy,
             activation_inside_gemm1,
+            joined: joined && one_launch.is_none(),
             one_launch,
             launches: match one_launch {
-                Some(_) => usize::from(slots > 0),
-                None => launches(slots, activation_inside_gemm1),
+                _ if slots == 0 => 0,
+                Some(_) => 1,
+                // Routing and permute, what is between, unpermute.
+                None => route_permute::launches(slots) + 1 + tiles.launches(),
             },
             workspace_bytes: offsets.end,
         };
@@ -135,9 +141,16 @@ pub(super) struct Tiles {
     /// Whether each reads the copy in e4m3.
     pub(super) e4m3_copy: [bool; 2],
     pub(super) activation_inside_gemm1: bool,
+    /// Whether both GEMMs and the activation are one launch.
+    pub(super) joined: bool,
 }
 
 impl Tiles {
+    /// Launches of the GEMMs and the activation.
+    fn launches(&self) -> usize {
+        if self.joined { 1 } else { 3 - usize::from(self.activation_inside_gemm1) }
+    }
+
     /// What is expected to take least for so many tokens.
     fn new(
         shape: &LayerShape,
@@ -167,21 +180,31 @@ impl Tiles {
             Some(kernel) => GemmKey { kernel, activated: false, e4m3_copy: false },
             None => cost::cheapest(shape, activation_follows, has_copy, multiprocessors),
         };
+        let gemms = [of(2 * intermediate, hidden), of(hidden, intermediate)];
         // A bias comes before the activation.
-        let first = choose(&of(2 * intermediate, hidden), !weights.biased[0], weights.e4m3_copy[0]);
-        let second = choose(&of(hidden, intermediate), false, weights.e4m3_copy[1]);
+        let first = choose(&gemms[0], !weights.biased[0], weights.e4m3_copy[0]);
+        let second = choose(&gemms[1], false, weights.e4m3_copy[1]);
+        if config.one_launch && !config.split_k {
+            let takes = |kernel: &GemmKernel| JoinedConfig::takes(format, kernel, intermediate);
+            let apart = [(first, !weights.biased[0]), (second, false)];
+            if let Some(kernel) = cost::cheapest_joined(&gemms, apart, takes, multiprocessors) {
+                return Ok(Self {
+                    gemm1: kernel,
+                    gemm2: kernel,
+                    e4m3_copy: [false; 2],
+                    activation_inside_gemm1: false,
+                    joined: true,
+                });
+            }
+        }
         Ok(Self {
             gemm1: first.kernel,
             gemm2: second.kernel,
             e4m3_copy: [first.e4m3_copy, second.e4m3_copy],
             activation_inside_gemm1: first.activated,
+            joined: false,
         })
     }
-}
-
-/// Routing and permute, two GEMMs, the activation unless it is inside, unpermute.
-fn launches(slots: usize, activation_inside: bool) -> usize {
-    if slots == 0 { 0 } else { route_permute::launches(slots) + 4 - usize::from(activation_inside) }
 }
 
 /// The kernels that do calls of up to so many tokens in one launch, if they take the weights.
@@ -219,6 +242,9 @@ impl fmt::Display for LayerChoice {
         if self.activation_inside_gemm1 {
             write!(f, ", activation inside gemm1")?;
         }
+        if self.joined {
+            write!(f, ", both gemms in one launch")?;
+        }
         let Self { gemm2, launches, workspace_bytes, .. } = self;
         write!(f, ", gemm2 {gemm2}{second}, {launches} launches, {workspace_bytes} bytes of workspace")
     }
@@ -230,6 +256,8 @@ pub(super) struct Choices {
     pub(super) row_tiles: Vec<usize>,
     /// Both GEMMs' of any call.
     pub(super) gemms: Vec<GemmKey>,
+    /// Of both GEMMs in one launch.
+    pub(super) joined: Vec<GemmKey>,
     /// Kernels for few tokens.
     pub(super) few_tokens: Vec<FewTokensConfig>,
     /// From how many tokens on which tiles are chosen, ascending.
@@ -266,9 +294,13 @@ impl Choices {
                 if !all.row_tiles.contains(&choice.row_tile) {
                     all.row_tiles.push(choice.row_tile);
                 }
-                for gemm in [choice.first(), choice.second()] {
-                    if !all.gemms.contains(&gemm) {
-                        all.gemms.push(gemm);
+                let (of_choice, needed) = match choice.joined {
+                    true => (&mut all.joined, vec![choice.first()]),
+                    false => (&mut all.gemms, vec![choice.first(), choice.second()]),
+                };
+                for gemm in needed {
+                    if !of_choice.contains(&gemm) {
+                        of_choice.push(gemm);
                     }
                 }
             }
@@ -308,8 +340,10 @@ pub(super) struct Offsets {
     activated: usize,
     activated_scales: usize,
     back: usize,
-    /// Where one launch does it all: of every slot.
+    /// Where one launch does it all, of every slot; where both GEMMs are one launch, of every row.
     gate_up: usize,
+    /// Where both GEMMs are one launch; and how many words.
+    counters: (usize, usize),
     end: usize,
     /// Whether rows have scales.
     scaled: bool,
@@ -377,6 +411,7 @@ impl Offsets {
                 activated_scales,
                 back: front,
                 gate_up: 0,
+                counters: (0, 0),
                 end,
                 scaled: e4m3,
             });
@@ -394,9 +429,30 @@ impl Offsets {
             activated_scales: front_scales,
             back,
             gate_up: 0,
+            counters: (0, 0),
             end: carver.0,
             scaled: e4m3,
         })
+    }
+
+    /// Where both GEMMs are one launch: nothing shares memory, as rows come and go at the same time.
+    fn joined(
+        shape: &LayerShape,
+        config: &LayerConfig,
+        plan: &Plan,
+        row_tile: usize,
+        multiprocessors: usize,
+    ) -> Result<Self> {
+        let (m_sum, hidden, intermediate) = (plan.m_sum(), shape.hidden(), shape.intermediate());
+        let rows =
+            |width: usize, bytes: usize| checked_mul("bytes of rows", m_sum, checked_mul("width", width, bytes)?);
+        let apart = Self::new(shape, config, plan, (row_tile, None), true, multiprocessors)?;
+        let mut carver = Carver(apart.end);
+        let back = carver.part(rows(hidden, 2)?)?;
+        let gate_up = carver.part(rows(checked_mul("2 I", intermediate, 2)?, 2)?)?;
+        let words = JoinedConfig::counters(worklist_capacity(plan, row_tile)?, intermediate)?;
+        let counters = (carver.part(checked_mul("bytes of counters", words, 4)?)?, words);
+        Ok(Self { back, gate_up, counters, end: carver.0, ..apart })
     }
 
     /// Of a call in one launch: GEMM 1's results of every slot. The layout has a place only because the routing's
@@ -417,6 +473,7 @@ impl Offsets {
             activated_scales: gate_up,
             back: gate_up,
             gate_up,
+            counters: (0, 0),
             end,
             scaled: false,
         })
@@ -428,9 +485,11 @@ impl Offsets {
         let part = |offset: usize| workspace.byte_add(offset);
         let scales = |offset: usize| self.scaled.then(|| part(offset).cast());
         let second = choice.second_row_tile().map(|tile| SecondWorklist::carve(part(self.second_worklist), tile));
+        let (counters, words) = (part(self.counters.0).cast(), self.counters.1);
+        let counters = choice.joined.then_some(RouteExtra::Counters { counters, words });
         Ok(LayerParts {
             layout: LayoutPtrs::carve(part(self.layout), &choice.plan, choice.row_tile)?,
-            second_worklist: second,
+            extra: second.map(RouteExtra::Worklist).or(counters),
             front: part(self.front),
             front_scales: scales(self.front_scales),
             activated: part(self.activated),
@@ -447,8 +506,8 @@ impl Offsets {
 pub struct LayerParts {
     /// The layout's lists.
     pub layout: LayoutPtrs,
-    /// GEMM 2's own, where its row tile is another than GEMM 1's.
-    pub(super) second_worklist: Option<SecondWorklist>,
+    /// GEMM 2's own worklist, where its row tile is another than GEMM 1's; counters, where both are one launch.
+    pub(super) extra: Option<RouteExtra>,
     /// Permuted rows `[M_sum, H]`: e4m3 or bf16.
     pub front: DevicePtr,
     /// Scales of `front`, [`ScaleFormat::HOPPER`]; none where it is bf16.
@@ -459,7 +518,7 @@ pub struct LayerParts {
     pub activated_scales: Option<DevicePtr<f32>>,
     /// GEMM 1's `gate | up` `[M_sum, 2 I]` unless the activation is inside it, then GEMM 2's rows `[M_sum, H]`: bf16.
     pub back: DevicePtr<bf16>,
-    /// Where one launch does it all, GEMM 1's results of every slot.
+    /// Where one launch does it all, GEMM 1's results of every slot; where both GEMMs are one launch, of every row.
     pub(super) gate_up: DevicePtr<bf16>,
 }
 

@@ -3,11 +3,11 @@
 use super::choice::{LayerChoice, LayerParts};
 use super::{Biases, Layer, LayerCall, LayerWeights};
 use crate::cuda::activation::ActivateCall;
-use crate::cuda::arguments::require_columns;
+use crate::cuda::arguments::{RouteExtra, require_columns};
 use crate::cuda::call::{DeviceMatrix, RoutingPtrs, RowsPtrs};
 use crate::cuda::driver::{Device, DeviceBuffer, DevicePtr, Stream};
 use crate::cuda::few_tokens::FewTokensCall;
-use crate::cuda::gemm::{GemmCall, RowEnds};
+use crate::cuda::gemm::{GemmCall, JoinedCall, RowEnds};
 use crate::cuda::permute::{Permute, PermuteCall, PermuteConfig};
 use crate::cuda::quantize_permute::{QuantizePermute, QuantizePermuteCall};
 use crate::cuda::route::{Route, RouteCall};
@@ -46,7 +46,8 @@ impl Layer {
         match stage {
             _ if call.choice.one_launch.is_some() => stage == Stage::Gemm1,
             Stage::Routing => self.entry.routes_apart(&call.choice),
-            Stage::Activation => !call.choice.activation_inside_gemm1,
+            Stage::Activation => !call.choice.activation_inside_gemm1 && !call.choice.joined,
+            Stage::Gemm2 => !call.choice.joined,
             Stage::Shared => false,
             _ => true,
         }
@@ -104,6 +105,7 @@ impl Layer {
                 // No layer on a GPU has one.
                 Stage::Shared => Ok(()),
                 Stage::Permute => self.entry.permute(stream, call),
+                Stage::Gemm1 if call.choice.joined => self.joined(stream, call),
                 Stage::Gemm1 => self.gemm1(stream, call),
                 Stage::Activation => self.activate.launch(stream, &call.activation(self.shape.local_experts())),
                 Stage::Gemm2 => self.gemm2(stream, call),
@@ -135,6 +137,30 @@ impl Layer {
         unsafe { prepared(&self.few_tokens, &most_tokens).launch(stream, &whole) }
     }
 
+    /// Both GEMMs and the activation.
+    ///
+    /// # Safety
+    /// As [`Layer::launch_stage`].
+    #[allow(unsafe_code)]
+    unsafe fn joined(&self, stream: Stream, call: &CheckedCall<'_>) -> Result<()> {
+        let LayerParts { layout, front, front_scales, gate_up, activated, activated_scales, back, extra } = call.parts;
+        let Some(RouteExtra::Counters { counters, .. }) = extra else { return Ok(()) };
+        let LayerWeights { w13, w2, biases: Biases { b13, b2 } } = &self.weights;
+        let [copy1, copy2] = call.choice.e4m3_copy;
+        let gemms = JoinedCall {
+            weights: [w13.read_by(copy1), w2.read_by(copy2)],
+            biases: [b13, b2].map(|bias| bias.as_deref().map(DeviceBuffer::ptr)),
+            rows: [front, activated],
+            scales: [front_scales, activated_scales],
+            out: [gate_up, back],
+            layout,
+            m_sum: call.choice.plan.m_sum(),
+            counters,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { prepared(&self.joined, &call.choice.first()).launch(stream, &gemms) }
+    }
+
     /// # Safety
     /// As [`Layer::launch_stage`].
     #[allow(unsafe_code)]
@@ -153,11 +179,11 @@ impl Layer {
     /// As [`Layer::launch_stage`].
     #[allow(unsafe_code)]
     unsafe fn gemm2(&self, stream: Stream, call: &CheckedCall<'_>) -> Result<()> {
-        let LayerParts { activated, activated_scales, back, second_worklist, .. } = call.parts;
+        let LayerParts { activated, activated_scales, back, extra, .. } = &call.parts;
         let LayerWeights { w2, biases: Biases { b2, .. }, .. } = &self.weights;
         let w2 = w2.read_by(call.choice.e4m3_copy[1]);
-        let mut gemm = call.gemm((w2, b2.as_deref()), (activated, activated_scales), (back.cast(), None));
-        if let Some(second) = second_worklist {
+        let mut gemm = call.gemm((w2, b2.as_deref()), (*activated, *activated_scales), (back.cast(), None));
+        if let Some(second) = extra.as_ref().and_then(RouteExtra::second_worklist) {
             (gemm.header, gemm.worklist) = (second.header, second.worklist);
         }
         // SAFETY: the caller's promise.
@@ -214,10 +240,10 @@ impl Entry {
     unsafe fn route(&self, stream: Stream, call: &CheckedCall<'_>) -> Result<()> {
         let Self::Plain { route, .. } = self else { return Ok(()) };
         let LayerCall { routing, state, workspace, .. } = *call.operands;
-        let LayerParts { layout, second_worklist, .. } = &call.parts;
+        let LayerParts { layout, extra, .. } = &call.parts;
         let steps = RouteCall { plan: call.choice.plan, routing, layout: *layout, state, workspace };
         // SAFETY: the caller's promise.
-        unsafe { prepared(route, &call.choice.row_tile).launch_with(stream, &steps, second_worklist.as_ref()) }
+        unsafe { prepared(route, &call.choice.row_tile).launch_with(stream, &steps, extra.as_ref()) }
     }
 
     /// # Safety
@@ -226,21 +252,21 @@ impl Entry {
     unsafe fn permute(&self, stream: Stream, call: &CheckedCall<'_>) -> Result<()> {
         let LayerChoice { plan, row_tile, .. } = call.choice;
         let LayerCall { routing, state, workspace, .. } = *call.operands;
-        let LayerParts { layout, second_worklist, .. } = call.parts;
+        let LayerParts { layout, extra, .. } = call.parts;
         let rows = call.rows();
         // SAFETY: the caller's promise.
         unsafe {
             match self {
                 Self::Quantized(steps) => {
                     let call = QuantizePermuteCall { plan, routing, rows, layout, state, workspace };
-                    prepared(steps, &row_tile).launch_with(stream, &call, second_worklist.as_ref())
+                    prepared(steps, &row_tile).launch_with(stream, &call, extra.as_ref())
                 }
                 Self::Plain { permute, .. } if self.routes_apart(&call.choice) => {
                     permute.launch(stream, &PermuteCall { plan, rows, layout })
                 }
                 Self::Plain { few, .. } => {
                     let call = RouteCall { plan, routing, layout, state, workspace };
-                    prepared(few, &row_tile).launch(stream, &call, &rows, second_worklist.as_ref())
+                    prepared(few, &row_tile).launch(stream, &call, &rows, extra.as_ref())
                 }
             }
         }

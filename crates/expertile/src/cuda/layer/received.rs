@@ -72,7 +72,7 @@ impl ReceivedEntry {
                 .try_for_each(|stage| unsafe { layer.launch_stage(stream, call, stage) });
         };
         let ReceivedCall { rows, routing, state, workspace, .. } = *received;
-        let (plan, LayerParts { layout, second_worklist, front, front_scales, .. }) = (call.choice.plan, call.parts);
+        let (plan, LayerParts { layout, extra, front, front_scales, .. }) = (call.choice.plan, call.parts);
         let steps = RouteCall { plan, routing, layout, state, workspace };
         let rows = RowsPtrs {
             x: rows,
@@ -83,7 +83,7 @@ impl ReceivedEntry {
         };
         // SAFETY: the caller's promise.
         unsafe {
-            prepared(route, &call.choice.row_tile).launch_with(stream, &steps, second_worklist.as_ref())?;
+            prepared(route, &call.choice.row_tile).launch_with(stream, &steps, extra.as_ref())?;
             permute.launch(stream, &PermuteCall { plan, rows, layout })
         }
     }

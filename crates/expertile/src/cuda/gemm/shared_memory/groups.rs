@@ -1,7 +1,9 @@
 //! Shared memory of the kernel for mxfp4 and int4 weights, of which a multiprocessor holds several blocks where tiles
 //! have few rows.
 
-use super::{ALIGNMENT, BARRIER, CLAIM_QUEUE, F32, MOST_BYTES, ROW_BYTES, STAGING_GAP, Sum, TILE};
+use super::{
+    ALIGNMENT, BARRIER, CLAIM_QUEUE, F32, LISTED_OF_FEW_ROWS, MOST_BYTES, ROW_BYTES, STAGING_GAP, Sum, TILE, list_bytes,
+};
 use crate::cuda::gemm::GemmKernel;
 use crate::cuda::gemm::config::values_of_block;
 use crate::cuda::weights::mxfp4::{UNIT_K, UNIT_OUTPUTS, unit_bytes};
@@ -36,7 +38,7 @@ pub(in crate::cuda::gemm) fn bytes(
     stages: usize,
 ) -> usize {
     let (row_tile, consumers) = (kernel.row_tile(), kernel.outputs() / UNIT_OUTPUTS);
-    // `rows`, `weights`, `staging`, `row_scales`, `tiles`, `full`, `empty`, `claims`.
+    // `rows`, `weights`, `staging`, `row_scales`, `tiles`, `full`, `empty`, `claims`, `list`.
     let mut sum = Sum(stages * row_tile * ROW_BYTES);
     sum.add(ALIGNMENT, stages * consumers * values_of_block(rows) / UNIT_K * unit_bytes(weights));
     sum.add(ALIGNMENT, row_tile * consumers * (UNIT_OUTPUTS * 2 + STAGING_GAP));
@@ -44,6 +46,7 @@ pub(in crate::cuda::gemm) fn bytes(
     sum.add(TILE, stages * TILE);
     sum.add(BARRIER, 2 * stages * BARRIER);
     sum.add(BARRIER, CLAIM_QUEUE);
+    sum.add(BARRIER, list_bytes(LISTED_OF_FEW_ROWS));
     sum.0.next_multiple_of(ALIGNMENT)
 }
 

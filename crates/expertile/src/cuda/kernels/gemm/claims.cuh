@@ -11,7 +11,7 @@
 constexpr int CLAIM_SLOTS = 4;
 // Weights of a tile from which on tiles are claimed. Smaller tiles are shared out evenly: loading one takes less time than
 // a claim.
-constexpr int CLAIMED_BYTES = 192 * 1024;
+constexpr int CLAIMED_BYTES = 48 * 1024;
 
 // host: CLAIM_QUEUE in cuda/gemm/shared_memory.rs.
 struct ClaimQueue {
@@ -62,15 +62,16 @@ struct Claims {
 template <typename Config>
 struct ClaimingScheduler {
     const GemmArgs<Config>& a;
+    u32 list;
     ClaimSlot at;
     u32 following;  // the item after this one
 
-    __device__ __forceinline__ ClaimingScheduler(const GemmArgs<Config>& args, u32 queue)
-        : a(args), at{queue}, following(blockIdx.x) {}
+    __device__ __forceinline__ ClaimingScheduler(const GemmArgs<Config>& args, u32 list, u32 queue)
+        : a(args), list(list), at{queue}, following(blockIdx.x) {}
 
     // The next tile; false after the last one.
     __device__ __forceinline__ bool next(Tile& tile) {
-        const TileOrder<Config> order(a);
+        const TileOrder<Config> order(a, list);
         const Claims<Config> claims(a, order);
         const u32 item = following;
         if (claims.any()) {
@@ -88,7 +89,7 @@ struct ClaimingScheduler {
             }
             if (item >= claims.items) return false;
             following = item + gridDim.x;
-            if (following >= claims.given) following = claims.given + atomicAdd(counter, 1u);
+            if (following >= claims.given) following = claims.given + draw(counter);
         } else {
             if (item >= claims.items) return false;
             following = item + gridDim.x;
@@ -102,15 +103,16 @@ struct ClaimingScheduler {
 template <typename Config, bool WARP_CALLS = false>
 struct FollowingScheduler {
     const GemmArgs<Config>& a;
+    u32 list;
     ClaimSlot at;
     u32 following;
 
-    __device__ __forceinline__ FollowingScheduler(const GemmArgs<Config>& args, u32 queue)
-        : a(args), at{queue}, following(blockIdx.x) {}
+    __device__ __forceinline__ FollowingScheduler(const GemmArgs<Config>& args, u32 list, u32 queue)
+        : a(args), list(list), at{queue}, following(blockIdx.x) {}
 
     // The next tile; false after the last one.
     __device__ __forceinline__ bool next(Tile& tile) {
-        const TileOrder<Config> order(a);
+        const TileOrder<Config> order(a, list);
         const Claims<Config> claims(a, order);
         u32 item = following;
         if (claims.any() && item >= claims.given) {

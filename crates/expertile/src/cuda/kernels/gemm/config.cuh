@@ -13,8 +13,9 @@
 //   CLUSTER_COLUMNS       blocks of a cluster that take neighbouring outputs of the same rows
 //   CLUSTER               blocks of a cluster: CLUSTER_COLUMNS * K_SPLITS
 //   ROW_TILES_PER_GROUP   see TileOrder
+//   LISTED                row tiles that TileList has room for
 //   SCALING_WARPS         producer warps that multiply row scales by weight scales; 0 where consumers do it
-//   SCALES_APART          whether another thread than the producer loads the scales
+//   LOADING_THREADS       threads of a block that load stages: the producer, and where it has no time for scales, another
 //   CLAIMS                whether blocks claim tiles: claims.cuh; then
 //   CLAIM_FOLLOWERS       threads or warps that load something of the tiles that the producer claims
 //   WEIGHT_BYTES          bytes of a block of K of a tile's weights

@@ -230,9 +230,9 @@ __device__ __forceinline__ void skip_blocks(Ring& ring, int blocks) {
 // it once, before anything else.
 template <typename Config, typename SharedStorage>
 __device__ __forceinline__ void set_up(const GemmArgs<Config>& a, u32 memory) {
-    // The producer arrives at `full` with the bytes it expects; for e4m3 once more when its cp.async of the scales is
-    // done, and so does a thread of its own for scales with the bytes of theirs.
-    constexpr int FULL_ARRIVALS = Config::SCALES_APART ? 3 : Config::SCALED ? 2 : 1;
+    // Every thread that loads arrives at `full` with the bytes it expects; for e4m3 one of them once more when its
+    // cp.async of the scales is done.
+    constexpr int FULL_ARRIVALS = Config::LOADING_THREADS + (Config::SCALED ? 1 : 0);
     constexpr int CONSUMER_WARPS = Config::CONSUMERS * (WARPGROUP / 32);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < Config::STAGES; ++stage) {

@@ -38,7 +38,8 @@ struct Config : HostConfig {
     static constexpr int ROW_TILES_PER_GROUP = 16;
     static constexpr bool CLAIMS = false;
     static constexpr int SCALING_WARPS = 0;
-    static constexpr bool SCALES_APART = false;
+    static constexpr int LOADING_THREADS = 1;
+    static constexpr int LISTED = 1024;
 
     static constexpr int SUMS = OUTPUTS / 2;  // of a consumer thread
     static constexpr int QUARTER = OUTPUTS / 4;
@@ -61,6 +62,7 @@ struct SharedStorage {
     Tile next_tile;                       // from the planning thread to the producer
     Mbarrier next_tile_ready;
     Mbarrier next_tile_taken;
+    TileList<Config::LISTED> list;
 };
 
 static_assert(AgreesWithHost<Config, SharedStorage>::value);
@@ -96,8 +98,8 @@ struct DynamicScheduler {
     u32 items;
     u32 item;
 
-    __device__ __forceinline__ DynamicScheduler(const Args& args, u32 block, u32 blocks)
-        : a(args), blocks(blocks), order(args), item(block) {
+    __device__ __forceinline__ DynamicScheduler(const Args& args, u32 list, u32 block, u32 blocks)
+        : a(args), blocks(blocks), order(args, list), item(block) {
         // Tiles of the last round are cut in halves where whole ones would leave half of the multiprocessors idle.
         const u32 last_round = order.items() % blocks;
         const u32 cut = 2 * last_round <= blocks ? last_round : 0;
@@ -111,7 +113,7 @@ struct DynamicScheduler {
             item += blocks;
             return;
         }
-        const u32 claim = atomicAdd(reinterpret_cast<u32*>(a.header + 3), 1u);
+        const u32 claim = draw(reinterpret_cast<u32*>(a.header + 3));
         if (claim == items - 1) a.header[3] = 0;
         item = blocks + claim;
     }
@@ -400,12 +402,13 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, 1) gemm(const __gr
     }
     set_up<Config, SharedStorage>(a, memory);
     wait_for_previous_launch();
+    list_row_tiles(a, memory + OFFSET(SharedStorage, list));
     if (consumer < 0) {
         give_registers<Config::PRODUCER_REGISTERS>();
         const int warp = threadIdx.x / 32;
         if (warp == (int)ProducerWarp::LOAD && elect_thread()) produce<true>(a, ring, PlannedTiles{memory, 0}, 0);
         if (warp == (int)ProducerWarp::PLAN && elect_thread())
-            plan_tiles(DynamicScheduler(a, blockIdx.x, gridDim.x), memory);
+            plan_tiles(DynamicScheduler(a, memory + OFFSET(SharedStorage, list), blockIdx.x, gridDim.x), memory);
     } else {
         take_registers<Config::CONSUMER_REGISTERS>();
         multiply_tiles(a, ring, consumer);

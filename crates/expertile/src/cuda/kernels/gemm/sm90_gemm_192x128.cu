@@ -33,7 +33,8 @@ struct Config : HostConfig {
     static constexpr int ROW_TILES_PER_GROUP = 12;
     static constexpr bool CLAIMS = false;
     static constexpr int SCALING_WARPS = 0;
-    static constexpr bool SCALES_APART = false;
+    static constexpr int LOADING_THREADS = 1;
+    static constexpr int LISTED = 1024;
 
     static constexpr int SUMS = OUTPUTS / 2;  // of a consumer thread: 2 rows in 8 columns each, of 64 x OUTPUTS
     // Bytes from a staged row to the next: 16 more than its results, so that eight rows start on different banks.
@@ -69,6 +70,7 @@ struct SharedStorage {
     Tile tiles[Config::STAGES];
     Mbarrier full[Config::STAGES];
     Mbarrier empty[Config::STAGES];
+    TileList<Config::LISTED> list;
 };
 
 static_assert(AgreesWithHost<Config, SharedStorage>::value);
@@ -319,11 +321,14 @@ extern "C" __global__ void __cluster_dims__(Config::CLUSTER, 1, 1) __launch_boun
     handover.init();
     set_up<Config, SharedStorage>(a, memory);
     wait_for_previous_launch();
+    list_row_tiles(a, memory + OFFSET(SharedStorage, list));
     if (consumer < 0) {
         give_registers<Config::PRODUCER_REGISTERS>();
         if (threadIdx.x < 32 && elect_thread())
             produce<Config::SCALED>(
-                a, ring, StaticScheduler<Config>(a, blockIdx.x / Config::CLUSTER, gridDim.x / Config::CLUSTER, rank),
+                a, ring,
+                StaticScheduler<Config>(a, memory + OFFSET(SharedStorage, list), blockIdx.x / Config::CLUSTER,
+                                        gridDim.x / Config::CLUSTER, rank),
                 rank);
         if constexpr (Config::ACTIVATION) {
             const int warp = __shfl_sync(WARP, (int)threadIdx.x / 32, 0);

@@ -85,6 +85,8 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS) ge
     }
     __syncthreads();
     wait_for_previous_launch();
+    const u32 list = memory + OFFSET(SharedStorage, list);
+    list_row_tiles(a, list);
     // With one consumer warpgroup every thread has as many registers as it may have from the start.
     constexpr bool MOVE_REGISTERS = Config::CONSUMERS > 1;
     if (consumer < 0) {
@@ -92,12 +94,12 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS) ge
         const int warp = threadIdx.x / 32;
         const u32 claims = memory + OFFSET(SharedStorage, claims);
         if (warp == (int)ProducerWarp::WEIGHTS) {
-            if (elect_thread()) produce_weights(a, ring, ClaimingScheduler<Config>(a, claims));
+            if (elect_thread()) produce_weights(a, ring, ClaimingScheduler<Config>(a, list, claims));
         } else if (warp == (int)ProducerWarp::ROWS) {
             constexpr bool SCALES = Config::SCALED && !Config::SCALES_APART;
-            if (elect_thread()) produce_rows<SCALES>(a, ring, FollowingScheduler<Config>(a, claims));
+            if (elect_thread()) produce_rows<SCALES>(a, ring, FollowingScheduler<Config>(a, list, claims));
         } else if (Config::SCALES_APART && warp == (int)ProducerWarp::SCALES) {
-            produce_scales(a, ring, FollowingScheduler<Config, true>(a, claims));
+            produce_scales(a, ring, FollowingScheduler<Config, true>(a, list, claims));
         }
     } else {
         if constexpr (MOVE_REGISTERS) take_registers<Config::CONSUMER_REGISTERS>();

@@ -2,6 +2,7 @@
 //
 // Templates take the kernel's `Config`; docs/kernels/gemm.md lists its members.
 #pragma once
+#include "gemm/products.cuh"
 #include "ptx/hopper.cuh"
 
 // The host's `Arguments` in cuda/gemm.rs, member by member.
@@ -38,35 +39,124 @@ struct alignas(16) Tile {
     int column;  // first output
 };
 
+// The row tiles of a launch as every block lists them in its own shared memory before it takes the first one. Behind the
+// boxes that the copy engine has been asked for, a load from global memory takes some microseconds; the threads that load
+// tiles would spend about half of their time on it.
+//
+// host: list_bytes in cuda/gemm/shared_memory.rs.
+template <int LISTED>
+struct alignas(8) TileList {
+    u32 row_tiles;
+    u32 reserved;
+    u32 entries[LISTED][2];  // first row; expert, rows in 8 bits, and whether no other row tile has the expert
+};
+
+// A row tile: rows of one expert.
+struct RowTile {
+    int first;
+    u32 rest;
+
+    __device__ __forceinline__ RowTile(u32 first, u32 rest) : first(first), rest(rest) {}
+
+    // The one of that number in the worklist, from there.
+    template <typename Config>
+    __device__ __forceinline__ RowTile(const GemmArgs<Config>& a, int index) {
+        static_assert(Config::ROW_TILE < 256, "rows take 8 bits");
+        const int2 entry = a.worklist[index];
+        const int left = a.psum != nullptr ? a.psum[entry.x] - entry.y : a.rows_left[index];
+        const bool read_once = left <= Config::ROW_TILE && (index == 0 || a.worklist[index - 1].x != entry.x);
+        first = entry.y;
+        rest = entry.x << 9 | min(max(left, 1), Config::ROW_TILE) << 1 | (read_once ? 1 : 0);
+    }
+    __device__ __forceinline__ int rows() const { return rest >> 1 & 0xff; }
+    // With READ_ONCE.
+    __device__ __forceinline__ int expert() const { return rest >> 9 | ((rest & 1) != 0 ? READ_ONCE : 0); }
+};
+
+// Lists as many row tiles as there is room for; those past it are read from the worklist. Every thread of the block
+// calls, and all may take tiles afterwards.
+template <typename Config>
+__device__ __forceinline__ void list_row_tiles(const GemmArgs<Config>& a, u32 list) {
+    using List = TileList<Config::LISTED>;
+    const int row_tiles = a.header[2];
+    if (threadIdx.x == 0) store_shared_word(list + OFFSET(List, row_tiles), row_tiles);
+#pragma unroll 1
+    for (int index = threadIdx.x; index < min(row_tiles, Config::LISTED); index += Config::THREADS) {
+        const RowTile tile(a, index);
+        const u32 to = list + OFFSET(List, entries) + index * 8;
+        store_shared_word(to, tile.first);
+        store_shared_word(to + 4, tile.rest);
+    }
+    __syncthreads();
+}
+
 // All tiles of a launch, numbered in the order in which they are taken. A group of ROW_TILES_PER_GROUP row tiles comes
 // with all its outputs before the next group; within it rows vary faster. Blocks that run together then share rows and,
 // where row tiles belong to one expert, weights in the L2 cache.
 template <typename Config>
 struct TileOrder {
+    using List = TileList<Config::LISTED>;
     static constexpr int COLUMN_STEP = Config::OUTPUTS * Config::CLUSTER_COLUMNS;
 
+    u32 list;  // in shared memory
     int row_tiles;
     int columns;
 
-    __device__ __forceinline__ explicit TileOrder(const GemmArgs<Config>& a)
-        : row_tiles(a.header[2]), columns((a.n + COLUMN_STEP - 1) / COLUMN_STEP) {}
+    __device__ __forceinline__ TileOrder(const GemmArgs<Config>& a, u32 list)
+        : list(list),
+          row_tiles(load_shared_word(list + OFFSET(List, row_tiles))),
+          columns((a.n + COLUMN_STEP - 1) / COLUMN_STEP) {}
 
     // Number of items; an item is one tile for each block of a cluster.
     __device__ __forceinline__ int items() const { return row_tiles * columns; }
 
-    __device__ __forceinline__ Tile tile(const GemmArgs<Config>& a, int item, int rank) const {
+    // The number of an item's row tile in the worklist, and of its columns.
+    struct Place {
+        int index;
+        int column;
+    };
+
+    __device__ __forceinline__ Place place(int item) const {
         constexpr int GROUP = Config::ROW_TILES_PER_GROUP;
         const int before = item / (GROUP * columns) * GROUP;
-        const int in_group = min(GROUP, row_tiles - before);
-        const int place = item - before * columns;
+        return place_in(before, item - before * columns);
+    }
+
+    // The same without a division: a thread's time for a tile is what bounds small ones.
+    __device__ __forceinline__ float reciprocal() const {
+        return 1.0f / (float)(Config::ROW_TILES_PER_GROUP * columns);
+    }
+    __device__ __forceinline__ Place place(int item, float reciprocal) const {
+        const int group_items = Config::ROW_TILES_PER_GROUP * columns;
+        // The quotient, or one more or less.
+        int group = (int)((float)item * reciprocal);
+        const int rest = item - group * group_items;
+        group += rest < 0 ? -1 : rest >= group_items ? 1 : 0;
+        return place_in(group * Config::ROW_TILES_PER_GROUP, item - group * group_items);
+    }
+
+    // Of the group that begins with row tile `before`.
+    __device__ __forceinline__ Place place_in(int before, int place) const {
+        const int in_group = min(Config::ROW_TILES_PER_GROUP, row_tiles - before);
         // Rotated by one for each column: else a block could meet the short last tile of an expert every time.
-        const int index = before + (place + place / in_group) % in_group;
-        const int2 entry = a.worklist[index];
-        const int left = a.psum != nullptr ? a.psum[entry.x] - entry.y : a.rows_left[index];
-        const bool read_once = left <= Config::ROW_TILE && (index == 0 || a.worklist[index - 1].x != entry.x);
-        const int column = place / in_group * Config::CLUSTER_COLUMNS + (Config::CLUSTER_COLUMNS > 1 ? rank : 0);
-        return Tile{read_once ? entry.x | READ_ONCE : entry.x, entry.y, min(max(left, 1), Config::ROW_TILE),
+        return Place{before + (place + place / in_group) % in_group, place / in_group};
+    }
+
+    __device__ __forceinline__ Tile tile_at(const GemmArgs<Config>& a, const Place& at, int rank) const {
+        RowTile rows(0, 0);
+        if (at.index < Config::LISTED) {
+            const float2 entry = load_shared_pair(list + OFFSET(List, entries) + at.index * 8);
+            rows = RowTile(__float_as_uint(entry.x), __float_as_uint(entry.y));
+        } else {
+            rows = RowTile(a, at.index);
+        }
+        const int column = at.column * Config::CLUSTER_COLUMNS + (Config::CLUSTER_COLUMNS > 1 ? rank : 0);
+        return Tile{rows.expert(), rows.first, rows.rows(),
                     column * (Config::GATE_AND_UP ? Config::OUTPUTS / Config::WEIGHT_BOXES : Config::OUTPUTS)};
+    }
+
+    __device__ __forceinline__ Tile tile(const GemmArgs<Config>& a, int item, int rank) const {
+        return tile_at(a, place(item), rank);
     }
 };
 
@@ -79,8 +169,9 @@ struct StaticScheduler {
     const int rank;
     int item;
 
-    __device__ __forceinline__ StaticScheduler(const GemmArgs<Config>& args, int cluster, int clusters, int rank)
-        : a(args), order(args), clusters(clusters), rank(rank), item(cluster) {}
+    __device__ __forceinline__ StaticScheduler(const GemmArgs<Config>& args, u32 list, int cluster, int clusters,
+                                               int rank)
+        : a(args), order(args, list), clusters(clusters), rank(rank), item(cluster) {}
 
     // The next tile; false after the last one.
     __device__ __forceinline__ bool next(Tile& tile) {

@@ -25,6 +25,7 @@ struct Config : HostConfig {
     static constexpr int CLUSTER_COLUMNS = 1;
     static constexpr int CLUSTER = 1;
     static constexpr int ROW_TILES_PER_GROUP = 8;
+    static constexpr int LISTED = 512;
     static constexpr int SCALING_WARPS = 0;
     static constexpr bool SCALES_APART = PRODUCER_REGISTERS < 32 && SCALED;
 
@@ -52,6 +53,7 @@ struct SharedStorage {
     Mbarrier full[Config::STAGES];
     Mbarrier empty[Config::STAGES];
     ClaimQueue claims;
+    TileList<Config::LISTED> list;
 };
 
 static_assert(AgreesWithHost<Config, SharedStorage>::value);

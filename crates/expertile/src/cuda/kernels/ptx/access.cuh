@@ -62,6 +62,17 @@ __device__ __forceinline__ void prefetch_line(const void* address) {
 // Loads a word as it is now: for a loop that waits until another block has changed it. PTX: ld.volatile
 __device__ __forceinline__ u32 load_now(const u32* address) { return *const_cast<const volatile u32*>(address); }
 
+// What this thread wrote or saw before comes before what it writes afterwards, for the device. PTX: fence.acq_rel.gpu
+__device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// Adds 1 to a counter, and returns what it was: for one thread of a warp that does not need it at once. Of an addition the
+// assembler makes one for all threads that may call, and a shuffle that waits for it. PTX: atom.inc
+__device__ __forceinline__ u32 draw(u32* counter) {
+    u32 before;
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], 0x7fffffff;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 // The lane of the thread, read at this point: the compiler neither moves it nor keeps what follows from it. PTX:
 // %laneid
 __device__ __forceinline__ int read_lane() {

@@ -280,6 +280,10 @@ __device__ __forceinline__ void wait_for_stores_to_read() {
 // PTX: fence.proxy.async
 __device__ __forceinline__ void publish_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Orders ordinary writes to global memory that this thread has made, or has seen, before the copy engine's reads of it.
+// PTX: fence.proxy.async
+__device__ __forceinline__ void publish_global_writes() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // THREADS of a block's threads, whole warps, meet at one of its named barriers (1 to 15). PTX: bar.sync
 template <int THREADS>
 __device__ __forceinline__ void meet_threads(int barrier) {

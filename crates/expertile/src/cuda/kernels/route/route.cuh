@@ -48,7 +48,8 @@ struct RouteArgs {
     int worklist_capacity;
     int second_row_tile;  // 0 without a second worklist
     int second_capacity;
-    int reserved;
+    int counted;    // words of `counters`
+    u32* counters;  // zeroed, for a launch after this one
 };
 
 // The experts' totals, and where their segments and tiles start; in shared memory.
@@ -265,7 +266,7 @@ __device__ __forceinline__ void plan_few_slots(Experts& s, int thread, int exper
     }
 }
 
-// The lists of experts and the header; `thread` of `threads`. Ends are held within m_sum, so that a kernel that walks
+// The lists of experts, the header, and zeros in the counters; `thread` of `threads`. Ends are held within m_sum, so that a kernel that walks
 // the lists after a routing that does not fit stays inside the buffer.
 __device__ __forceinline__ void write_experts(const RouteArgs& a, const Experts& s, int thread, int threads) {
     for (int expert = thread; expert < a.experts; expert += threads) {
@@ -275,6 +276,7 @@ __device__ __forceinline__ void write_experts(const RouteArgs& a, const Experts&
         a.expert_start[expert] = start;
         a.psum[expert] = end;
     }
+    for (int i = thread; i < a.counted; i += threads) a.counters[i] = 0;
     if (thread == 0) {
         a.header[0] = s.live;
         a.header[1] = min(s.rows, a.m_sum);

@@ -52,9 +52,10 @@ fn numbers_of_tokens_within_an_eighth_have_the_same_tiles_and_all_have_those_of_
             let choices = Choices::new(&shape, &config, kind(&config), 3000, H200).unwrap();
             for tokens in (0..100).chain((100..=3000).step_by(37)) {
                 let choice = choose(&shape, &config, tokens).unwrap();
-                let Tiles { gemm1, gemm2, activation_inside_gemm1, .. } = *choices.tiles(tokens);
+                let Tiles { gemm1, gemm2, activation_inside_gemm1, joined, .. } = *choices.tiles(tokens);
                 let tiles = (gemm1, gemm2, activation_inside_gemm1);
                 assert_eq!(tiles, (choice.gemm1, choice.gemm2, choice.activation_inside_gemm1), "{tokens} tokens");
+                assert_eq!(choice.joined, joined && choice.one_launch.is_none(), "{tokens} tokens");
             }
         }
     }
@@ -90,6 +91,31 @@ fn launches_are_those_of_routing_and_permute_and_an_activation_inside_saves_one(
     }
     assert_eq!([ActivationFormat::E4m3, ActivationFormat::Bf16].map(|of| with(of, 0).launches), [0, 0]);
     assert!(with(ActivationFormat::E4m3, 16384).activation_inside_gemm1);
+}
+
+#[test]
+fn experts_with_few_rows_have_both_gemms_in_one_launch_unless_the_layer_may_not() {
+    let shape = LayerShape::new(4096, 1536, 128).unwrap();
+    for activations in ActivationFormat::ALL {
+        let config = LayerConfig::new(8, 128, activations);
+        let joined = |config: &LayerConfig, tokens| choose(&shape, config, tokens).unwrap();
+        let choice = joined(&config, 64);
+        assert!(choice.joined && choice.gemm1 == choice.gemm2 && choice.launches == 3, "{choice}");
+        assert!(choice.to_string().contains(", both gemms in one launch"), "{choice}");
+        assert_eq!((choice.e4m3_copy, choice.activation_inside_gemm1), ([false; 2], false));
+        for config in [LayerConfig { one_launch: false, ..config }, LayerConfig { split_k: true, ..config }] {
+            assert!(!joined(&config, 64).joined, "{config:?}");
+        }
+        assert!(!joined(&config, 1).joined, "one launch does it all");
+        assert!(!joined(&config, 16384).joined, "experts have many rows");
+        for format in [WeightFormat::Mxfp4, WeightFormat::Int4] {
+            assert!(!LayerChoice::new(&shape, &config, format, 64, H200).unwrap().joined, "{format}");
+        }
+    }
+    // 64 does not divide I.
+    let shape = LayerShape::new(1024, 336, 64).unwrap();
+    let config = LayerConfig::new(4, 64, ActivationFormat::Bf16);
+    assert!(!choose(&shape, &config, 64).unwrap().joined);
 }
 
 #[test]
@@ -161,6 +187,10 @@ fn spans(
     let activated = &activated[..with_scales];
     let gate_up = (parts.back.address(), 4 * m_sum * intermediate);
     let rows = (parts.back.address(), 2 * m_sum * hidden);
+    if choice.joined {
+        let gate_up = (parts.gate_up.address(), 4 * m_sum * intermediate);
+        return vec![[activated, front, &[rows, gate_up]].concat()];
+    }
     if choice.activation_inside_gemm1 {
         return vec![[activated, front].concat(), [activated, &[rows]].concat()];
     }
@@ -169,7 +199,7 @@ fn spans(
 
 #[test]
 fn parts_that_are_needed_together_do_not_overlap_and_stay_inside_the_workspace() {
-    let (mut inside, mut with_second) = (0, 0);
+    let (mut inside, mut with_second, mut joined) = (0, 0, 0);
     for (hidden, intermediate, experts, topk, tokens) in [
         (128, 128, 1, 1, 1),
         (2944, 384, 7, 3, 33),
@@ -179,7 +209,7 @@ fn parts_that_are_needed_together_do_not_overlap_and_stay_inside_the_workspace()
     ] {
         for activations in [ActivationFormat::E4m3, ActivationFormat::Bf16] {
             let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
-            let config = config(topk, experts, activations);
+            let config = LayerConfig { one_launch: true, ..config(topk, experts, activations) };
             let tiles = Tiles::new(&shape, &config, kind(&config), tokens, H200).unwrap();
             let (choice, offsets) = LayerChoice::with_offsets(&shape, &config, tokens, (&tiles, None), H200).unwrap();
             let LayerChoice { plan, row_tile, activation_inside_gemm1, .. } = choice;
@@ -188,12 +218,24 @@ fn parts_that_are_needed_together_do_not_overlap_and_stay_inside_the_workspace()
             let routing = route::workspace_bytes(&plan, H200).unwrap();
             let lists = LayoutPtrs::space_bytes(&plan, row_tile).unwrap();
             let mut before = vec![(4096, routing), (parts.layout.expert_num_tokens.address(), lists)];
-            if let Some(second) = parts.second_worklist {
-                before.push((second.header.address(), SecondWorklist::space_bytes(&plan, second.row_tile).unwrap()));
-                with_second += 1;
+            let mut after = Vec::new();
+            match parts.extra {
+                Some(RouteExtra::Worklist(second)) => {
+                    let bytes = SecondWorklist::space_bytes(&plan, second.row_tile).unwrap();
+                    before.push((second.header.address(), bytes));
+                    with_second += 1;
+                }
+                Some(RouteExtra::Counters { counters, words }) => {
+                    let row_tiles = worklist_capacity(&plan, row_tile).unwrap();
+                    assert_eq!(words, 1 + row_tiles * (1 + intermediate.div_ceil(128)));
+                    after.push((counters.address(), 4 * words));
+                    joined += 1;
+                }
+                None => {}
             }
             let e4m3 = activations == ActivationFormat::E4m3;
             for spans in spans(&parts, &choice, hidden, intermediate, e4m3) {
+                let spans = [spans, after.clone()].concat();
                 let mut end = 4096;
                 for &(at, bytes) in before.iter().chain(&spans) {
                     assert!(at >= end && at % 256 == 0, "{before:?} {spans:?} {choice}");
@@ -204,7 +246,7 @@ fn parts_that_are_needed_together_do_not_overlap_and_stay_inside_the_workspace()
             assert!(offsets.at(DevicePtr::new(4096 + 16), &choice).is_err());
         }
     }
-    assert!(inside > 0 && with_second > 0, "{inside}, {with_second}");
+    assert!(inside > 0 && with_second > 0 && joined > 0, "{inside}, {with_second}, {joined}");
 }
 
 #[test]
