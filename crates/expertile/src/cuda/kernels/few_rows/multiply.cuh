@@ -32,8 +32,8 @@ __device__ __forceinline__ void multiply_scales(Ring ring, int thread, BlocksOf 
 // where a tile is narrow. Of a wider one memory takes longer, and a stage in the matrix unit is none that is being
 // loaded.
 constexpr int BLOCKS_IN_FLIGHT = Config::OUTPUTS == 64 && Config::SCALING_WARPS == 0 ? 4
-                                 : Config::JOINED && Config::SCALING_WARPS == 0 ? 4
-                                 : 1;
+                                 : Config::JOINED && Config::SCALING_WARPS == 0      ? 4
+                                                                                     : 1;
 
 // Starts the products of the block of K that is next in the ring.
 template <int N>

@@ -15,7 +15,8 @@ struct GateAndUp {
 };
 
 // A lane's part of a group of columns of a row: `at` is its first column, of `intermediate`.
-__device__ __forceinline__ GateAndUp load_gate_and_up(const u16* gate_up, i64 row, int at, int intermediate, bool live) {
+__device__ __forceinline__ GateAndUp load_gate_and_up(const u16* gate_up, i64 row, int at, int intermediate,
+                                                      bool live) {
     GateAndUp raw = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
     if (!live) return raw;
     const u16* from = gate_up + row * (2 * intermediate) + at;

@@ -61,8 +61,8 @@ struct JoinedOrder {
         const bool is_second = item >= (u32)first.items();
         TileOrder<Config> order = first;
         if (is_second) order.columns = second.columns;
-        const auto place = order.place(item - (is_second ? first.items() : 0),
-                                       is_second ? second_reciprocal : first_reciprocal);
+        const auto place =
+            order.place(item - (is_second ? first.items() : 0), is_second ? second_reciprocal : first_reciprocal);
         return JoinedTile{order.tile_at(a.gemms[is_second ? 1 : 0], place, 0),
                           place.index | (is_second ? SECOND_GEMM : 0)};
     }
