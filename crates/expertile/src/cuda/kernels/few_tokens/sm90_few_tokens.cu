@@ -116,7 +116,7 @@ struct Loader {
             u32 next;
             if (number < first_tiles) {
                 // Under way while this is loaded.
-                next = atomicAdd(&a.counters->claims, 1u);
+                next = draw(&a.counters->claims);
                 const int output = number % First::TILES * First::ROWS;
                 post(Work::FIRST, number / First::TILES, output, epoch);
                 load<false>(number / First::TILES, 1, output);
@@ -128,7 +128,7 @@ struct Loader {
                 }
                 post(Work::REDUCE, 0, output, epoch);
                 // Not earlier: there are about as many of these as blocks, and each takes long.
-                next = atomicAdd(&a.counters->claims, 1u);
+                next = draw(&a.counters->claims);
             }
             number = next % EPOCH_BIT;
         }
@@ -242,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     let_next_launch_start();
     // The first claim, under way while experts are looked for.
     u32 claim = 0;
-    if (threadIdx.x == 0) claim = atomicAdd(&a.counters->claims, 1u);
+    if (threadIdx.x == 0) claim = draw(&a.counters->claims);
     find_live_experts(r, a.router_weights, a.weights_row_stride, s);
     if (warp == LOADING_WARP) {
         claim = __shfl_sync(WARP, claim, 0);

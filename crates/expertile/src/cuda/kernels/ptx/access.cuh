@@ -69,7 +69,7 @@ __device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu
 // assembler makes one for all threads that may call, and a shuffle that waits for it. PTX: atom.inc
 __device__ __forceinline__ u32 draw(u32* counter) {
     u32 before;
-    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], 0x7fffffff;" : "=r"(before) : "l"(counter) : "memory");
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], 0xfffffffe;" : "=r"(before) : "l"(counter) : "memory");
     return before;
 }
 
