@@ -13,11 +13,11 @@ inline uint4 load_once(const void* address) { return *static_cast<const uint4*>(
 inline uint4 load_through_l1(const void* address) { return *static_cast<const uint4*>(address); }
 inline void prefetch_line(const void*) {}
 
-// The others go on meanwhile.
 inline void fence_device() { __threadfence(); }
 
 inline u32 draw(u32* counter) { return atomicAdd(counter, 1u); }
 
+// The others go on meanwhile.
 inline u32 load_now(const u32* address) {
     emulated_machine->yield();
     return __atomic_load_n(address, __ATOMIC_SEQ_CST);

@@ -242,7 +242,8 @@ impl Draw {
     fn choice(&self, multiprocessors: usize) -> Result<LayerChoice> {
         let shape = LayerShape::new(self.hidden, self.intermediate, self.experts)?;
         let (format, activations) = self.formats;
-        let config = LayerConfig::new(self.topk, self.experts, activations);
+        // Each GEMM is timed by itself.
+        let config = LayerConfig { one_launch: false, ..LayerConfig::new(self.topk, self.experts, activations) };
         Ok(LayerChoice::new(&shape, &config, format, self.tokens, multiprocessors)?)
     }
 }
