@@ -140,11 +140,6 @@ impl Population {
 const MOST_STEPS: usize = 6;
 
 impl Cost {
-    /// Whether it is of the shape's formats.
-    fn is_for(&self, shape: &GemmShape) -> bool {
-        (self.format, self.activation_format) == (shape.format, shape.activation_format)
-    }
-
     /// Whether a tile is activated while the next one is multiplied: the slower of the two decides then, and the last
     /// tile's activation comes after all.
     fn activates_meanwhile(&self) -> bool {
@@ -241,49 +236,59 @@ pub(super) fn cheapest_joined(
     /// Microseconds that one launch saves, besides the activation's: of three, two begin with empty stages and end with
     /// multiprocessors that wait for the last.
     const SAVED: f64 = 4.0;
-    let of = |shape: &GemmShape, kernel: &GemmKernel| {
-        let same = |cost: &&Cost| cost.is_for(shape) && !cost.activated && cost.kernel == *kernel;
-        COSTS.iter().find(same).map(|cost| expected(cost, shape, false, multiprocessors).sqrt())
-    };
-    let steps: f64 = shapes
-        .iter()
-        .zip(apart)
-        .map(|(shape, (key, activation_follows))| {
+    let guesses = shapes.each_ref().map(Guesses::new);
+    let of_both = |of: [(GemmKey, bool); 2]| -> Option<f64> {
+        let mut sum = 0.0;
+        for ((shape, guesses), (key, activation_follows)) in shapes.iter().zip(&guesses).zip(of) {
             let shape = GemmShape { format: key.format(shape.format), ..*shape };
-            let same =
-                |cost: &&Cost| cost.is_for(&shape) && cost.activated == key.activated && cost.kernel == key.kernel;
-            let cost = COSTS.iter().find(same);
-            cost.map_or(f64::INFINITY, |cost| expected(cost, &shape, activation_follows, multiprocessors).sqrt())
-        })
-        .sum();
-    let joined = COSTS
-        .iter()
-        .map(|cost| cost.kernel)
-        .filter(takes)
-        .filter_map(|kernel| Some((of(&shapes[0], &kernel)? + of(&shapes[1], &kernel)? - SAVED, kernel)));
-    let least = joined.min_by(|a, b| a.0.total_cmp(&b.0))?;
-    (least.0 < steps).then_some(least.1)
+            let is_key = |cost: &&Cost| (cost.kernel, cost.activated) == (key.kernel, key.activated);
+            let cost = costs_of(&shape).find(is_key)?;
+            sum += guesses.expected(cost, &shape, activation_follows, multiprocessors).sqrt();
+        }
+        Some(sum)
+    };
+    let joined = costs_of(&shapes[0]).filter(|cost| !cost.activated && takes(&cost.kernel)).filter_map(|cost| {
+        let key = GemmKey { kernel: cost.kernel, activated: false, e4m3_copy: false };
+        Some((of_both([(key, false); 2])? - SAVED, cost.kernel))
+    });
+    let (least, kernel) = joined.min_by(|a, b| a.0.total_cmp(&b.0))?;
+    (least < of_both(apart)?).then_some(kernel)
+}
+
+/// The costs of a shape's formats.
+fn costs_of(shape: &GemmShape) -> impl Iterator<Item = &'static Cost> {
+    let formats = (shape.format, shape.activation_format);
+    COSTS.iter().filter(move |cost| (cost.format, cost.activation_format) == formats)
 }
 
 /// What is expected to take least, and what it takes: a product of times, to be compared with others of as many rows.
 fn least(shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> (f64, &'static Cost) {
+    let guesses = Guesses::new(shape);
     let fits = |cost: &&Cost| {
-        cost.is_for(shape)
-            && (!cost.activated || (activation_follows && shape.n.is_multiple_of(256)))
+        (!cost.activated || (activation_follows && shape.n.is_multiple_of(256)))
             && (cost.kernel.shared() == 1 || shape.n > cost.kernel.outputs())
     };
-    let of = |cost| (expected(cost, shape, activation_follows, multiprocessors), cost);
-    COSTS.iter().filter(fits).map(of).min_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or((f64::INFINITY, &COSTS[0]))
+    let of = |cost| (guesses.expected(cost, shape, activation_follows, multiprocessors), cost);
+    costs_of(shape).filter(fits).map(of).min_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or((f64::INFINITY, &COSTS[0]))
 }
 
-/// What a kernel is expected to take: the product of its times for two guesses at how tokens choose experts.
-fn expected(cost: &Cost, shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> f64 {
-    let one = |population: Population| {
-        let apart = activation_follows && !cost.activated;
-        let after = if apart { activation(shape.activation_format, population.rows, shape.n) } else { 0.0 };
-        cost.of(shape, &population, multiprocessors) + after
-    };
-    one(Population::even(shape)) * one(Population::skewed(shape))
+/// How tokens may choose experts.
+struct Guesses([Population; 2]);
+
+impl Guesses {
+    fn new(shape: &GemmShape) -> Self {
+        Self([Population::even(shape), Population::skewed(shape)])
+    }
+
+    /// What a kernel is expected to take: the product of its times for both.
+    fn expected(&self, cost: &Cost, shape: &GemmShape, activation_follows: bool, multiprocessors: usize) -> f64 {
+        let one = |population: &Population| {
+            let apart = activation_follows && !cost.activated;
+            let after = if apart { activation(shape.activation_format, population.rows, shape.n) } else { 0.0 };
+            cost.of(shape, population, multiprocessors) + after
+        };
+        self.0.iter().map(one).product()
+    }
 }
 
 #[cfg(test)]

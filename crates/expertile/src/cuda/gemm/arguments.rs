@@ -1,10 +1,9 @@
 //! The kernels' arguments, from a call that has been checked.
 
-use super::config::row_bytes;
+use super::config::{row_bytes, values_of_block};
 use super::{GemmCall, GemmConfig, RowEnds};
 use crate::cuda::arguments::require_int;
 use crate::cuda::driver::{DevicePtr, TensorMap};
-use crate::cuda::gemm::config::values_of_block;
 use crate::cuda::weights::weight_bytes;
 use crate::error::{Error, Result, checked_mul};
 use crate::gemm::{ActivationFormat, WEIGHT_BLOCK};

@@ -87,11 +87,9 @@ impl LayerChoice {
         )?;
         let Tiles { gemm1, gemm2, e4m3_copy, activation_inside_gemm1, joined } = *tiles;
         let slots = tokens * config.topk;
-        let row_tiles = (gemm1.row_tile(), second_row_tile(&gemm1, &gemm2));
         let offsets = match one_launch {
-            Some(_) => Offsets::of_one_launch(shape, config, &plan, row_tiles.0)?,
-            None if joined => Offsets::joined(shape, config, &plan, row_tiles.0, multiprocessors)?,
-            None => Offsets::new(shape, config, &plan, row_tiles, activation_inside_gemm1, multiprocessors)?,
+            Some(_) => Offsets::of_one_launch(shape, config, &plan, gemm1.row_tile())?,
+            None => Offsets::new(shape, config, &plan, tiles, multiprocessors)?,
         };
         let choice = Self {
             plan,
@@ -294,13 +292,10 @@ impl Choices {
                 if !all.row_tiles.contains(&choice.row_tile) {
                     all.row_tiles.push(choice.row_tile);
                 }
-                let (of_choice, needed) = match choice.joined {
-                    true => (&mut all.joined, vec![choice.first()]),
-                    false => (&mut all.gemms, vec![choice.first(), choice.second()]),
-                };
-                for gemm in needed {
-                    if !of_choice.contains(&gemm) {
-                        of_choice.push(gemm);
+                let prepared = if choice.joined { &mut all.joined } else { &mut all.gemms };
+                for gemm in [choice.first(), choice.second()] {
+                    if !prepared.contains(&gemm) {
+                        prepared.push(gemm);
                     }
                 }
             }
@@ -330,8 +325,8 @@ impl Choices {
     }
 }
 
-/// Where the workspace's parts start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Where the workspace's parts start; 0 for those that a call does not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Offsets {
     layout: usize,
     second_worklist: usize,
@@ -372,10 +367,11 @@ impl Offsets {
         shape: &LayerShape,
         config: &LayerConfig,
         plan: &Plan,
-        (row_tile, second_row_tile): (usize, Option<usize>),
-        activation_inside_gemm1: bool,
+        tiles: &Tiles,
         multiprocessors: usize,
     ) -> Result<Self> {
+        let row_tile = tiles.gemm1.row_tile();
+        let second_row_tile = second_row_tile(&tiles.gemm1, &tiles.gemm2);
         let (m_sum, hidden, intermediate) = (plan.m_sum(), shape.hidden(), shape.intermediate());
         let e4m3 = config.activation_format == ActivationFormat::E4m3;
         let rows =
@@ -394,65 +390,31 @@ impl Offsets {
         let layout = carver.part(LayoutPtrs::space_bytes(plan, row_tile)?)?;
         let second_bytes = second_row_tile.map_or(Ok(0), |tile| SecondWorklist::space_bytes(plan, tile))?;
         let second_worklist = carver.part(second_bytes)?;
-        if activation_inside_gemm1 {
+        let mut with_scales =
+            |width| -> Result<_> { Ok((carver.part(operand(width)?)?, carver.part(scales(width)?)?)) };
+        let gate_up_width = checked_mul("2 I", intermediate, 2)?;
+        let parts = Self { layout, second_worklist, scaled: e4m3, ..Self::default() };
+        if tiles.joined || tiles.activation_inside_gemm1 {
+            let (activated, activated_scales) = with_scales(intermediate)?;
+            let (front, front_scales) = with_scales(hidden)?;
+            let parts = Self { front, front_scales, activated, activated_scales, ..parts };
+            if tiles.joined {
+                // Rows come and go at the same time: nothing shares memory.
+                let (back, gate_up) = (carver.part(rows(hidden, 2)?)?, carver.part(rows(gate_up_width, 2)?)?);
+                let words = JoinedConfig::counters(worklist_capacity(plan, row_tile)?, intermediate)?;
+                let counters = (carver.part(checked_mul("bytes of counters", words, 4)?)?, words);
+                return Ok(Self { back, gate_up, counters, end: carver.0, ..parts });
+            }
             // GEMM 2's rows may stand where the permuted ones, which are half as wide, stood before.
-            let (activated, activated_scales) =
-                (carver.part(operand(intermediate)?)?, carver.part(scales(intermediate)?)?);
-            let (front, front_scales) = (carver.part(operand(hidden)?)?, carver.part(scales(hidden)?)?);
             let mut back = Carver(front);
             back.part(rows(hidden, 2)?)?;
-            let end = carver.0.max(back.0);
-            return Ok(Self {
-                layout,
-                second_worklist,
-                front,
-                front_scales,
-                activated,
-                activated_scales,
-                back: front,
-                gate_up: 0,
-                counters: (0, 0),
-                end,
-                scaled: e4m3,
-            });
+            return Ok(Self { back: front, end: carver.0.max(back.0), ..parts });
         }
         // The permuted rows have been multiplied when the activated ones are written, and so have `gate | up` by then.
-        let widest = hidden.max(intermediate);
-        let (front, front_scales) = (carver.part(operand(widest)?)?, carver.part(scales(widest)?)?);
-        let back = carver.part(rows(hidden.max(checked_mul("2 I", intermediate, 2)?), 2)?)?;
-        Ok(Self {
-            layout,
-            second_worklist,
-            front,
-            front_scales,
-            activated: front,
-            activated_scales: front_scales,
-            back,
-            gate_up: 0,
-            counters: (0, 0),
-            end: carver.0,
-            scaled: e4m3,
-        })
-    }
-
-    /// Where both GEMMs are one launch: nothing shares memory, as rows come and go at the same time.
-    fn joined(
-        shape: &LayerShape,
-        config: &LayerConfig,
-        plan: &Plan,
-        row_tile: usize,
-        multiprocessors: usize,
-    ) -> Result<Self> {
-        let (m_sum, hidden, intermediate) = (plan.m_sum(), shape.hidden(), shape.intermediate());
-        let rows =
-            |width: usize, bytes: usize| checked_mul("bytes of rows", m_sum, checked_mul("width", width, bytes)?);
-        let apart = Self::new(shape, config, plan, (row_tile, None), true, multiprocessors)?;
-        let mut carver = Carver(apart.end);
-        let back = carver.part(rows(hidden, 2)?)?;
-        let gate_up = carver.part(rows(checked_mul("2 I", intermediate, 2)?, 2)?)?;
-        let words = JoinedConfig::counters(worklist_capacity(plan, row_tile)?, intermediate)?;
-        let counters = (carver.part(checked_mul("bytes of counters", words, 4)?)?, words);
-        Ok(Self { back, gate_up, counters, end: carver.0, ..apart })
+        let (front, front_scales) = with_scales(hidden.max(intermediate))?;
+        let back = carver.part(rows(hidden.max(gate_up_width), 2)?)?;
+        let (activated, activated_scales, end) = (front, front_scales, carver.0);
+        Ok(Self { front, front_scales, activated, activated_scales, back, end, ..parts })
     }
 
     /// Of a call in one launch: GEMM 1's results of every slot. The layout has a place only because the routing's
@@ -466,16 +428,14 @@ impl Offsets {
         let end = carver.0;
         Ok(Self {
             layout,
-            second_worklist: 0,
             front: gate_up,
             front_scales: gate_up,
             activated: gate_up,
             activated_scales: gate_up,
             back: gate_up,
             gate_up,
-            counters: (0, 0),
             end,
-            scaled: false,
+            ..Self::default()
         })
     }
 
@@ -516,7 +476,8 @@ pub struct LayerParts {
     pub activated: DevicePtr,
     /// Scales of `activated`, as those of `front`.
     pub activated_scales: Option<DevicePtr<f32>>,
-    /// GEMM 1's `gate | up` `[M_sum, 2 I]` unless the activation is inside it, then GEMM 2's rows `[M_sum, H]`: bf16.
+    /// GEMM 1's `gate | up` `[M_sum, 2 I]` unless the activation is inside it or both GEMMs are one launch, then GEMM 2's
+    /// rows `[M_sum, H]`: bf16.
     pub back: DevicePtr<bf16>,
     /// Where one launch does it all, GEMM 1's results of every slot; where both GEMMs are one launch, of every row.
     pub(super) gate_up: DevicePtr<bf16>,

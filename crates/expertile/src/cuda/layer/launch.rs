@@ -144,7 +144,7 @@ impl Layer {
     #[allow(unsafe_code)]
     unsafe fn joined(&self, stream: Stream, call: &CheckedCall<'_>) -> Result<()> {
         let LayerParts { layout, front, front_scales, gate_up, activated, activated_scales, back, extra } = call.parts;
-        let Some(RouteExtra::Counters { counters, .. }) = extra else { return Ok(()) };
+        let Some(RouteExtra::Counters { counters, .. }) = extra else { unreachable!("`Offsets::at` carves them") };
         let LayerWeights { w13, w2, biases: Biases { b13, b2 } } = &self.weights;
         let [copy1, copy2] = call.choice.e4m3_copy;
         let gemms = JoinedCall {

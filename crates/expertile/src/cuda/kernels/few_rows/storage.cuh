@@ -4,7 +4,9 @@
 // are 1; HOST_JOINED says whether both GEMMs are one launch, for which both are 1.
 #pragma once
 #include "gemm/weights_on_m.cuh"
+#if HOST_JOINED
 #include "joined/tiles.cuh"
+#endif
 
 struct Config : HostConfig {
     static constexpr int OUTPUTS = HOST_OUTPUTS;

@@ -20,23 +20,52 @@ struct ClaimQueue {
     u32 items[CLAIM_SLOTS];
 };
 
-// A position in the queue at `memory`.
-struct ClaimSlot {
+// A position in the queue of SLOTS at `memory`.
+template <int SLOTS>
+struct QueueSlot {
     u32 memory;
-    u32 number = 0;  // of claims before this one
+    u32 number = 0;  // of entries before this one
 
-    __device__ __forceinline__ u32 slot() const { return number % CLAIM_SLOTS; }
-    __device__ __forceinline__ u32 parity() const { return number / CLAIM_SLOTS % 2; }
+    __device__ __forceinline__ explicit QueueSlot(u32 memory) : memory(memory) {}
+    __device__ __forceinline__ u32 slot() const { return number % SLOTS; }
+    __device__ __forceinline__ u32 parity() const { return number / SLOTS % 2; }
+};
+
+struct ClaimSlot : QueueSlot<CLAIM_SLOTS> {
+    using QueueSlot::QueueSlot;
+
     __device__ __forceinline__ u32 posted() const { return memory + OFFSET(ClaimQueue, posted) + slot() * 8; }
     __device__ __forceinline__ u32 taken() const { return memory + OFFSET(ClaimQueue, taken) + slot() * 8; }
     __device__ __forceinline__ u32 item() const { return memory + OFFSET(ClaimQueue, items) + slot() * 4; }
+
+    // The thread that claims: says which item it has.
+    __device__ __forceinline__ void post(u32 claimed) {
+        wait_for_phase(taken(), parity() ^ 1);
+        store_shared_word(item(), claimed);
+        arrive(posted());
+        ++number;
+    }
+
+    // A follower: the item. WARP_CALLS: all lanes of a warp call, else one thread.
+    template <bool WARP_CALLS>
+    __device__ __forceinline__ u32 take() {
+        wait_for_phase(posted(), parity());
+        u32 claimed = load_shared_word(item());
+        // All lanes take the value that the first lane has loaded, so its arrival waits for the load that counts.
+        if constexpr (WARP_CALLS) claimed = __shfl_sync(WARP, claimed, 0);
+        StageLoads loads;
+        loads.add((int)claimed);
+        if (!WARP_CALLS || lane_of_thread() == 0) arrive(loads.then(taken()));
+        ++number;
+        return claimed;
+    }
 };
 
 // One thread calls it, before the barriers are published.
 template <typename Config>
 __device__ __forceinline__ void init_claims(u32 memory) {
     if constexpr (Config::CLAIM_FOLLOWERS > 0) {
-        for (ClaimSlot at{memory}; at.number < CLAIM_SLOTS; ++at.number) {
+        for (ClaimSlot at(memory); at.number < CLAIM_SLOTS; ++at.number) {
             init_barrier(at.posted(), 1);
             init_barrier(at.taken(), Config::CLAIM_FOLLOWERS);
         }
@@ -67,7 +96,7 @@ struct ClaimingScheduler {
     u32 following;  // the item after this one
 
     __device__ __forceinline__ ClaimingScheduler(const GemmArgs<Config>& args, u32 list, u32 queue)
-        : a(args), list(list), at{queue}, following(blockIdx.x) {}
+        : a(args), list(list), at(queue), following(blockIdx.x) {}
 
     // The next tile; false after the last one.
     __device__ __forceinline__ bool next(Tile& tile) {
@@ -80,12 +109,7 @@ struct ClaimingScheduler {
             // 0 for the next launch.
             if (item == claims.items + gridDim.x - 1) *counter = 0;
             if constexpr (Config::CLAIM_FOLLOWERS > 0) {
-                if (item >= claims.given) {
-                    wait_for_phase(at.taken(), at.parity() ^ 1);
-                    store_shared_word(at.item(), item);
-                    arrive(at.posted());
-                    ++at.number;
-                }
+                if (item >= claims.given) at.post(item);
             }
             if (item >= claims.items) return false;
             following = item + gridDim.x;
@@ -108,23 +132,14 @@ struct FollowingScheduler {
     u32 following;
 
     __device__ __forceinline__ FollowingScheduler(const GemmArgs<Config>& args, u32 list, u32 queue)
-        : a(args), list(list), at{queue}, following(blockIdx.x) {}
+        : a(args), list(list), at(queue), following(blockIdx.x) {}
 
     // The next tile; false after the last one.
     __device__ __forceinline__ bool next(Tile& tile) {
         const TileOrder<Config> order(a, list);
         const Claims<Config> claims(a, order);
         u32 item = following;
-        if (claims.any() && item >= claims.given) {
-            wait_for_phase(at.posted(), at.parity());
-            item = load_shared_word(at.item());
-            // All lanes take the value that the first lane has loaded, so its arrival waits for the load that counts.
-            if constexpr (WARP_CALLS) item = __shfl_sync(WARP, item, 0);
-            StageLoads loads;
-            loads.add((int)item);
-            if (!WARP_CALLS || lane_of_thread() == 0) arrive(loads.then(at.taken()));
-            ++at.number;
-        }
+        if (claims.any() && item >= claims.given) item = at.take<WARP_CALLS>();
         if (item >= claims.items) return false;
         following = item + gridDim.x;
         tile = order.tile(a, item, 0);

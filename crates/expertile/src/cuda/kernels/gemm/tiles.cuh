@@ -5,7 +5,7 @@
 #include "gemm/products.cuh"
 #include "ptx/hopper.cuh"
 
-// The host's `Arguments` in cuda/gemm.rs, member by member.
+// The host's `Arguments` in cuda/gemm/arguments.rs, member by member.
 template <typename Config>
 struct GemmArgs {
     TensorMap weights;                 // [experts, n, k]; a box is OUTPUTS / WEIGHT_BOXES rows of a block of K

@@ -78,9 +78,9 @@ __device__ __forceinline__ void activate_group(const JoinedArgs<Config>& a, cons
 // Counts the tile's pieces of gate and up, a lane each. Bits of the lanes whose group is complete; every lane of a warp
 // calls, after the consumers have stored the pieces.
 template <typename Config>
-__device__ __forceinline__ u32 count_pieces(const Progress& progress, const Tile& tile, int& group) {
+__device__ __forceinline__ u32 count_pieces(const Progress& progress, const Tile& tile) {
     const int output = tile.column + lane_of_thread() * PIECE_OUTPUTS;
-    group = (output < progress.intermediate ? output : output - progress.intermediate) / ACTIVATED_GROUP;
+    const int group = progress.group_of(output);
     bool complete = false;
     if (lane_of_thread() < Config::OUTPUTS / PIECE_OUTPUTS && output < 2 * progress.intermediate) {
         fence_device();
@@ -98,18 +98,17 @@ template <typename Config, int BARRIER>
 __device__ __forceinline__ void activate_tiles(const JoinedArgs<Config>& a, u32 queue) {
     constexpr int WARPS = WARPGROUP / 32;
     const int warp = threadIdx.x % WARPGROUP / 32;
-    for (StoredSlot at{queue};; ++at.number) {
+    for (StoredSlot at(queue);; ++at.number) {
         wait_for_phase(at.full(), at.parity());
         const Tile tile = load_tile(at.tile());
         if (tile.rows == 0) break;
         const Progress progress(a, load_shared_word(at.tile_number()));
-        int group = 0;
         if (warp == 0) {
-            const u32 complete = count_pieces<Config>(progress, tile, group);
-            if (lane_of_thread() == 0) store_shared_word(at.complete(), complete);
+            const u32 counted = count_pieces<Config>(progress, tile);
+            if (lane_of_thread() == 0) store_shared_word(at.complete(), counted);
         }
         meet_at<BARRIER, WARPGROUP>();
-        u32 complete = load_shared_word(at.complete());
+        const u32 complete = load_shared_word(at.complete());
         StageLoads loads;
         loads.add(tile.rows);
         loads.add((int)complete);
@@ -117,9 +116,7 @@ __device__ __forceinline__ void activate_tiles(const JoinedArgs<Config>& a, u32 
         if (complete == 0) continue;
         for (u32 left = complete; left != 0; left &= left - 1) {
             const int output = tile.column + (__ffs(left) - 1) * PIECE_OUTPUTS;
-            const int intermediate = progress.intermediate;
-            activate_group<Config, WARPS>(
-                a, tile, (output < intermediate ? output : output - intermediate) / ACTIVATED_GROUP, warp);
+            activate_group<Config, WARPS>(a, tile, progress.group_of(output), warp);
         }
         publish_global_writes();
         meet_at<BARRIER, WARPGROUP>();

@@ -95,7 +95,7 @@ __device__ __forceinline__ void post_stored(StoredSlot& at, const Tile& tile, u3
 }
 
 __device__ __forceinline__ void consume(const Joined& joined, Ring ring, u32 stored, int consumer) {
-    StoredSlot at{stored};
+    StoredSlot at(stored);
     while (true) {
         wait_for_phase(ring.full(), ring.parity());
         const Tile tile = load_tile(ring.tile());
@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, 1) joined_gemms(co
     const u32 stored = memory + OFFSET(SharedStorage, stored);
     Ring ring(memory);
     if (threadIdx.x == 0) {
-        for (StoredSlot at{stored}; at.number < STORED_SLOTS; ++at.number) {
+        for (StoredSlot at(stored); at.number < STORED_SLOTS; ++at.number) {
             init_barrier(at.full(), Config::CONSUMERS * (WARPGROUP / 32));
             init_barrier(at.empty(), WARPGROUP / 32);
         }

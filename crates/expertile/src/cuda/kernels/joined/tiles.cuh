@@ -3,7 +3,7 @@
 #pragma once
 #include "gemm/claims.cuh"
 
-// host: Arguments in cuda/joined.rs.
+// host: Arguments in cuda/gemm/joined.rs.
 template <typename Config>
 struct JoinedArgs {
     GemmArgs<Config> gemms[2];  // results of the first are gate | up, rows of the second are activated
@@ -26,6 +26,10 @@ struct Progress {
         activated = a.counters + 1 + (i64)index * (groups() + 1);
     }
     __device__ __forceinline__ int groups() const { return (intermediate + ACTIVATED_GROUP - 1) / ACTIVATED_GROUP; }
+    // The group of an output of the first GEMM, of gate or up.
+    __device__ __forceinline__ int group_of(int output) const {
+        return (output < intermediate ? output : output - intermediate) / ACTIVATED_GROUP;
+    }
     __device__ __forceinline__ int pieces(int group) const {
         return 2 * (min(ACTIVATED_GROUP, intermediate - group * ACTIVATED_GROUP) / PIECE_OUTPUTS);
     }
@@ -81,15 +85,12 @@ struct JoinedScheduler {
 
     // `first` has been drawn from the counter.
     __device__ __forceinline__ JoinedScheduler(const JoinedArgs<Config>& a, u32 list, u32 queue, u32 first)
-        : order(a, list), at{queue}, claim(first) {}
+        : order(a, list), at(queue), claim(first) {}
 
     // The next tile; false after the last one.
     __device__ __forceinline__ bool next(JoinedTile& tile) {
         const u32 item = claim;
-        wait_for_phase(at.taken(), at.parity() ^ 1);
-        store_shared_word(at.item(), item);
-        arrive(at.posted());
-        ++at.number;
+        at.post(item);
         if (item >= order.items()) {
             // Every block draws one claim past the last. The block that has the last one of all sets the counter to 0
             // for the next launch.
@@ -109,15 +110,10 @@ struct JoinedFollower {
     ClaimSlot at;
 
     __device__ __forceinline__ JoinedFollower(const JoinedArgs<Config>& a, u32 list, u32 queue)
-        : order(a, list), at{queue} {}
+        : order(a, list), at(queue) {}
 
     __device__ __forceinline__ bool next(JoinedTile& tile) {
-        wait_for_phase(at.posted(), at.parity());
-        const u32 item = load_shared_word(at.item());
-        StageLoads loads;
-        loads.add((int)item);
-        arrive(loads.then(at.taken()));
-        ++at.number;
+        const u32 item = at.take<false>();
         if (item >= order.items()) return false;
         tile = order.tile(item);
         return true;
@@ -136,12 +132,9 @@ struct StoredTiles {
 };
 
 // A position among them, of the queue at `memory`.
-struct StoredSlot {
-    u32 memory;
-    u32 number = 0;  // of tiles before this one
+struct StoredSlot : QueueSlot<STORED_SLOTS> {
+    using QueueSlot::QueueSlot;
 
-    __device__ __forceinline__ u32 slot() const { return number % STORED_SLOTS; }
-    __device__ __forceinline__ u32 parity() const { return number / STORED_SLOTS % 2; }
     __device__ __forceinline__ u32 tile() const { return memory + OFFSET(StoredTiles, tiles) + slot() * 16; }
     __device__ __forceinline__ u32 tile_number() const { return memory + OFFSET(StoredTiles, numbers) + slot() * 4; }
     __device__ __forceinline__ u32 complete() const { return memory + OFFSET(StoredTiles, complete) + slot() * 4; }

@@ -266,8 +266,8 @@ __device__ __forceinline__ void plan_few_slots(Experts& s, int thread, int exper
     }
 }
 
-// The lists of experts, the header, and zeros in the counters; `thread` of `threads`. Ends are held within m_sum, so that a kernel that walks
-// the lists after a routing that does not fit stays inside the buffer.
+// The lists of experts, the header, and zeros in the counters; `thread` of `threads`. Ends are held within m_sum, so that
+// a kernel that walks the lists after a routing that does not fit stays inside the buffer.
 __device__ __forceinline__ void write_experts(const RouteArgs& a, const Experts& s, int thread, int threads) {
     for (int expert = thread; expert < a.experts; expert += threads) {
         const int start = min(s.start[expert], a.m_sum);
