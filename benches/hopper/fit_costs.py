@@ -33,8 +33,6 @@ LEFT_OUT: dict[Formats, set[tuple[int, int, int, bool]]] = {
     ("e4m3", "e4m3"): {(16, 128, 2, False), (32, 128, 2, False), (64, 128, 2, False), (128, 128, 1, False), (128, 128, 2, False),
              (192, 128, 1, False), (192, 128, 2, False), (192, 128, 2, True)},
     ("bf16", "bf16"): {(16, 128, 2, False), (32, 128, 2, False), (64, 128, 2, False), (192, 128, 1, False), (192, 128, 2, False)},
-    ("mxfp4", "e4m3"): {(16, 384, 1, False)},
-    ("mxfp4", "bf16"): {(16, 384, 1, False)},
     ("int4", "e4m3"): {(16, 384, 1, False)},
     ("int4", "bf16"): {(16, 384, 1, False)},
 }

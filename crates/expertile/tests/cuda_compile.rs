@@ -219,20 +219,25 @@ fn compile_all(arch: &str, step: usize) {
 fn compile_sources(arch: &str, list: &str, sources: Vec<Source>) {
     let Some(compiler) = compiler() else { return };
     let folder = std::env::var_os("EXPERTILE_CUBINS").map(PathBuf::from);
+    let mut faults = Vec::new();
     for (index, source) in sources.iter().enumerate() {
         let (cubin, log) = compiler.compile_logged(source, arch).unwrap();
-        assert_eq!(cubin[..4], *b"\x7fELF", "{source:?} gave no cubin for {arch}");
+        assert_eq!(cubin[..4], *b"\x7fELF", "{source} gave no cubin for {arch}");
         if let Some(folder) = &folder {
             std::fs::create_dir_all(folder).unwrap();
             std::fs::write(folder.join(format!("{arch}-{list}-{index:03}.cubin")), &cubin).unwrap();
         }
         let (spilled, kernels) = spills(&log);
-        assert!(kernels > 0, "the assembler said nothing about {source:?}:\n{log}");
-        assert!(spilled.is_empty(), "{source:?} spills on {arch}: {spilled:?}");
-        assert!(!log.contains("warning"), "{source:?} for {arch}:\n{log}");
-        // What the assembler says where it waits for products that the source does not wait for.
-        assert!(!log.contains("(C75"), "{source:?} for {arch}:\n{log}");
+        assert!(kernels > 0, "the assembler said nothing about {source}:\n{log}");
+        if !spilled.is_empty() {
+            faults.push(format!("{source} spills: {spilled:?}"));
+        }
+        // (C75...: what the assembler says where it waits for products that the source does not wait for.
+        if log.contains("warning") || log.contains("(C75") {
+            faults.push(format!("{source}:\n{log}"));
+        }
     }
+    assert!(faults.is_empty(), "for {arch}:\n{}", faults.join("\n"));
     println!("{} sources compiled for {arch} by NVRTC {:?}", sources.len(), compiler.version());
 }
 
@@ -256,22 +261,35 @@ fn the_layer_in_one_launch_compiles_for_hopper_without_spills() {
     compile_sources(ARCHITECTURES[0], "few_tokens", few_tokens_sources());
 }
 
-/// Both GEMMs in one launch: every tile that takes it.
-fn joined_sources() -> Vec<Source> {
+/// Both GEMMs in one launch over those weights: every tile that takes it.
+fn joined_sources(formats: &[(WeightFormat, ActivationFormat, bool)]) -> Vec<Source> {
     let mut sources = Vec::new();
-    for format in [WeightFormat::E4m3, WeightFormat::Bf16] {
+    for &(format, activation_format, spread) in formats {
         for activation in [Activation::default(), Activation::Swiglu { alpha: 1.702, beta: 1.0, limit: Some(7.0) }] {
-            let of = |kernel| JoinedConfig { format, kernel, activation }.source();
+            let of = |kernel| JoinedConfig { format, activation_format, spread, kernel, activation }.source();
             sources.extend(GemmKernel::all(format).into_iter().filter_map(|kernel| of(kernel).ok()));
         }
     }
-    assert_eq!(sources.len(), 2 * (4 + 7), "two activations, four plain row tiles, of bf16 also three narrow ones");
     sources
 }
 
 #[test]
 fn both_gemms_in_one_launch_compile_for_hopper_without_spills() {
-    compile_sources(ARCHITECTURES[0], "joined_gemms", joined_sources());
+    let formats =
+        [(WeightFormat::E4m3, ActivationFormat::E4m3, false), (WeightFormat::Bf16, ActivationFormat::Bf16, false)];
+    let sources = joined_sources(&formats);
+    assert_eq!(sources.len(), 2 * (4 + 7), "two activations, four plain row tiles, of bf16 also three narrow ones");
+    compile_sources(ARCHITECTURES[0], "joined_gemms", sources);
+}
+
+#[test]
+fn both_gemms_in_one_launch_over_4_bit_weights_compile_for_hopper_without_spills() {
+    use WeightFormat::{Int4, Mxfp4};
+    let formats = [(Mxfp4, false), (Mxfp4, true), (Int4, false)];
+    let formats = formats.map(|(format, spread)| ActivationFormat::ALL.map(|rows| (format, rows, spread)));
+    let sources = joined_sources(formats.as_flattened());
+    assert_eq!(sources.len(), 2 * 6 * 6, "two activations, six kinds of weights and rows, two cuts of three row tiles");
+    compile_sources(ARCHITECTURES[0], "joined_groups", sources);
 }
 
 #[test]

@@ -21,6 +21,7 @@ inline bool elect_thread() { return lane_of_thread() == 0; }
 inline float load_shared(u32 from) { return emulated_shared<float>(from); }
 inline float2 load_shared_pair(u32 from) { return emulated_shared<float2>(from); }
 inline float4 load_shared_quad(u32 from) { return emulated_shared<float4>(from); }
+inline u32 load_shared_byte(u32 from) { return emulated_shared<u8>(from); }
 inline u32 load_shared_word(u32 from) { return emulated_shared<u32>(from); }
 inline uint4 load_shared_words(u32 from) { return emulated_shared<uint4>(from); }
 inline void store_shared(u32 to, float v) { emulated_shared<float>(to) = v; }

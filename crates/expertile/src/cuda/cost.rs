@@ -136,6 +136,20 @@ impl Population {
     }
 }
 
+/// What a GEMM does, cut by a kernel; times in microseconds.
+#[derive(Debug, Clone, Copy, Default)]
+struct Work {
+    tiles: f64,
+    /// Of all tiles together.
+    time: f64,
+    /// Of the longest tile that is likely to be there.
+    longest: f64,
+    /// After the last tile.
+    after: f64,
+    /// Of what is read and written.
+    memory: f64,
+}
+
 /// Most steps that a tile's rows have.
 const MOST_STEPS: usize = 6;
 
@@ -148,6 +162,44 @@ impl Cost {
 
     /// Microseconds.
     fn of(&self, shape: &GemmShape, population: &Population, multiprocessors: usize) -> f64 {
+        self.of_launch(&[self.work(shape, population)], multiprocessors)
+    }
+
+    /// Microseconds of a launch that does this work, one behind the other.
+    fn of_launch(&self, work: &[Work], multiprocessors: usize) -> f64 {
+        let sum = |of: fn(&Work) -> f64| work.iter().map(of).sum::<f64>();
+        let tiles = sum(|work| work.tiles);
+        if tiles == 0.0 {
+            return self.start;
+        }
+        let rounds = tiles / multiprocessors as f64;
+        let spread = (1.0 - self.whole) * (rounds + self.tail * rounds.min(1.0)) + self.whole * rounds.ceil();
+        let busy = (sum(|work| work.time) / tiles * spread).max(sum(|work| work.longest));
+        let memory = sum(|work| work.memory);
+        let both = (busy.powf(self.hardness) + memory.powf(self.hardness)).powf(1.0 / self.hardness);
+        self.start + sum(|work| work.after) + both
+    }
+
+    /// Microseconds that both GEMMs take longer in one launch, for what multiprocessors hand to each other.
+    fn hand_over(&self, [first, second]: &[Work; 2], multiprocessors: usize) -> f64 {
+        /// From the last `gate | up` of a row tile to its activated rows in another multiprocessor.
+        const LATENCY: f64 = 2.0;
+        /// The same where the warps that multiply activate, and nothing is left to multiply meanwhile: less than a round
+        /// of GEMM 1's tiles, or than two of GEMM 2's.
+        const EXPOSED: f64 = 10.0;
+        /// That those warps count and activate for each so many outputs of GEMM 1.
+        const ACTIVATING: f64 = 1.5;
+        const OUTPUTS: f64 = 384.0;
+        if !self.format.has_groups() {
+            return LATENCY;
+        }
+        let [first, second] = [first, second].map(|work| work.tiles / multiprocessors as f64);
+        let exposed = EXPOSED * (1.0 - first.min(second / 2.0)).max(0.0);
+        exposed + ACTIVATING * first * self.kernel.outputs() as f64 / OUTPUTS
+    }
+
+    /// The work of one GEMM.
+    fn work(&self, shape: &GemmShape, population: &Population) -> Work {
         let (row_tile, outputs, shared) = (self.kernel.row_tile(), self.kernel.outputs(), self.kernel.shared());
         let step = self.kernel.row_step();
         let blocks = shape.k.div_ceil(values_of_block(shape.activation_format)) as f64;
@@ -163,12 +215,12 @@ impl Cost {
         }
         let tiles = counts.iter().sum::<f64>();
         if tiles == 0.0 {
-            return self.start;
+            return Work::default();
         }
         // Of a tile, in the mean and in the largest one that is likely to be there.
         let rows_of_tile = columns * population.rows / tiles;
         let most_rows = population.likely_rows(0.5 / columns).min(row_tile) as f64;
-        let (mut work, mut longest, mut after) = (0.0, 0.0, 0.0);
+        let (mut busy, mut longest, mut after) = (0.0, 0.0, 0.0);
         for ((&count, &of_tile), &of_block) in counts.iter().zip(self.tile_times).zip(self.block_times) {
             let time = |rows: f64| {
                 let (of_rows, of_blocks) = (of_tile + rows * self.row_time, blocks * of_block);
@@ -178,15 +230,12 @@ impl Cost {
                     of_rows + of_blocks
                 }
             };
-            work += count * time(rows_of_tile);
+            busy += count * time(rows_of_tile);
             if count >= 0.5 || longest == 0.0 {
                 longest = time(most_rows);
                 after = if self.activates_meanwhile() { of_tile + most_rows * self.row_time } else { 0.0 };
             }
         }
-        let rounds = tiles / multiprocessors as f64;
-        let spread = (1.0 - self.whole) * (rounds + self.tail * rounds.min(1.0)) + self.whole * rounds.ceil();
-        let work = (work / tiles * spread).max(longest);
         // Scales of groups come with the weights.
         let weight_bytes = match shape.format.has_groups() {
             true => unit_bytes(shape.format) as f64 / (UNIT_OUTPUTS * UNIT_K) as f64,
@@ -204,7 +253,7 @@ impl Cost {
         let row_bytes = row_bytes(shape.activation_format) as f64;
         let rows = population.rows * (shape.k as f64 * row_bytes + shape.n as f64 * result);
         let memory = weights / self.weight_bytes + rows / self.row_bytes;
-        self.start + after + (work.powf(self.hardness) + memory.powf(self.hardness)).powf(1.0 / self.hardness)
+        Work { tiles, time: busy, longest, after, memory }
     }
 }
 
@@ -233,26 +282,25 @@ pub(super) fn cheapest_joined(
     takes: impl Fn(&GemmKernel) -> bool,
     multiprocessors: usize,
 ) -> Option<GemmKernel> {
-    /// Microseconds that one launch saves, besides the activation's: of three, two begin with empty stages and end with
-    /// multiprocessors that wait for the last.
-    const SAVED: f64 = 4.0;
     let guesses = shapes.each_ref().map(Guesses::new);
-    let of_both = |of: [(GemmKey, bool); 2]| -> Option<f64> {
-        let mut sum = 0.0;
-        for ((shape, guesses), (key, activation_follows)) in shapes.iter().zip(&guesses).zip(of) {
-            let shape = GemmShape { format: key.format(shape.format), ..*shape };
-            let is_key = |cost: &&Cost| (cost.kernel, cost.activated) == (key.kernel, key.activated);
-            let cost = costs_of(&shape).find(is_key)?;
-            sum += guesses.expected(cost, &shape, activation_follows, multiprocessors).sqrt();
-        }
-        Some(sum)
+    let mut of_apart = 0.0;
+    for ((shape, guesses), (key, activation_follows)) in shapes.iter().zip(&guesses).zip(apart) {
+        let shape = GemmShape { format: key.format(shape.format), ..*shape };
+        let is_key = |cost: &&Cost| (cost.kernel, cost.activated) == (key.kernel, key.activated);
+        let cost = costs_of(&shape).find(is_key)?;
+        of_apart += guesses.expected(cost, &shape, activation_follows, multiprocessors).sqrt();
+    }
+    let of_joined = |cost: &Cost| {
+        let [first, second] = &guesses;
+        let of_guess = |(first, second): (&Population, &Population)| {
+            let work = [cost.work(&shapes[0], first), cost.work(&shapes[1], second)];
+            cost.of_launch(&work, multiprocessors) + cost.hand_over(&work, multiprocessors)
+        };
+        first.0.iter().zip(&second.0).map(of_guess).product::<f64>().sqrt()
     };
-    let joined = costs_of(&shapes[0]).filter(|cost| !cost.activated && takes(&cost.kernel)).filter_map(|cost| {
-        let key = GemmKey { kernel: cost.kernel, activated: false, e4m3_copy: false };
-        Some((of_both([(key, false); 2])? - SAVED, cost.kernel))
-    });
-    let (least, kernel) = joined.min_by(|a, b| a.0.total_cmp(&b.0))?;
-    (least < of_both(apart)?).then_some(kernel)
+    let joined = costs_of(&shapes[0]).filter(|cost| !cost.activated && takes(&cost.kernel));
+    let (least, kernel) = joined.map(|cost| (of_joined(cost), cost.kernel)).min_by(|a, b| a.0.total_cmp(&b.0))?;
+    (least < of_apart).then_some(kernel)
 }
 
 /// The costs of a shape's formats.

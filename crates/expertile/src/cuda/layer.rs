@@ -221,6 +221,7 @@ impl Layer {
         let biased = [weights.biases.b13.is_some(), weights.biases.b2.is_some()];
         let e4m3_copy = [&weights.w13, &weights.w2].map(|weights| weights.e4m3_copy().is_some());
         let kind = WeightKind { format: weights.w13.format(), biased, e4m3_copy };
+        let spread = weights.w13.is_spread() || weights.w2.is_spread();
         let choices = Choices::new(&shape, &config, kind, max_tokens, device.info().multiprocessors as usize)?;
         Ok(Self {
             device: device.clone(),
@@ -237,8 +238,9 @@ impl Layer {
                 Gemm::prepare(device, GemmConfig { format, activation_format, kernel: key.kernel, activation })
             })?,
             joined: each_at_once(&choices.joined, |key: GemmKey| {
-                let (format, activation) = (key.format(kind.format), config.activation);
-                JoinedGemms::prepare(device, JoinedConfig { format, kernel: key.kernel, activation })
+                let (format, kernel) = (key.format(kind.format), key.kernel);
+                let LayerConfig { activation_format, activation, .. } = config;
+                JoinedGemms::prepare(device, JoinedConfig { format, activation_format, spread, kernel, activation })
             })?,
             few_tokens: each_of(&choices.few_tokens, |kernel| {
                 Ok((kernel.tokens(), FewTokens::prepare(device, kernel)?))

@@ -10,6 +10,7 @@
 
 mod e4m3_copy;
 mod expanded;
+mod joined;
 mod model;
 #[path = "../on_device/mod.rs"]
 mod on_device;
@@ -199,27 +200,6 @@ fn a_layer_that_may_split_k_does_for_few_rows_and_is_right() {
         let [one, forty, many] = choices(true);
         assert!(one > 1 && forty > 1 && many == 1, "K in {one}, {forty}, {many} parts");
         check_model(Spec { split_k: true, ..spec }, &[1, 16, 40], &[Pattern::Even, Pattern::Skewed]);
-    }
-}
-
-#[test]
-fn both_gemms_in_one_launch_have_the_bits_of_the_steps() {
-    let Some(device) = hopper() else { return };
-    let spec = Spec { hidden: 640, intermediate: 384, experts: 24, topk: 3, max_tokens: 300, ..BASE };
-    // The last group of columns is half a one; a tile of 128 outputs is half gate, half up.
-    let partial = Spec { format: WeightFormat::Bf16, intermediate: 192, ..spec };
-    for (spec, tokens) in [
-        (spec, &[10, 70][..]),
-        (partial, &[9, 120]),
-        (Spec { biased: true, ..spec }, &[33]),
-        (Spec { biased: true, ..partial }, &[50]),
-    ] {
-        let model = Model::new(device, spec);
-        for &tokens in tokens {
-            let choice = model.on_device.choice(tokens).unwrap();
-            assert!(choice.joined, "{tokens} tokens: {choice}");
-        }
-        check_model(spec, tokens, &[Pattern::Skewed, Pattern::One]);
     }
 }
 

@@ -4,7 +4,7 @@
 use std::ffi::CStr;
 
 /// `(name, text)` of every header.
-pub(super) const HEADERS: [(&CStr, &str); 38] = [
+pub(super) const HEADERS: [(&CStr, &str); 40] = [
     (c"common/activation.cuh", include_str!("../kernels/common/activation.cuh")),
     (c"common/quantize.cuh", include_str!("../kernels/common/quantize.cuh")),
     (c"common/scales.cuh", include_str!("../kernels/common/scales.cuh")),
@@ -26,6 +26,7 @@ pub(super) const HEADERS: [(&CStr, &str); 38] = [
     (c"gemm/tiles.cuh", include_str!("../kernels/gemm/tiles.cuh")),
     (c"gemm/weights_on_m.cuh", include_str!("../kernels/gemm/weights_on_m.cuh")),
     (c"groups/int4.cuh", include_str!("../kernels/groups/int4.cuh")),
+    (c"groups/multiply.cuh", include_str!("../kernels/groups/multiply.cuh")),
     (c"groups/multiply_folded.cuh", include_str!("../kernels/groups/multiply_folded.cuh")),
     (c"groups/multiply_int4.cuh", include_str!("../kernels/groups/multiply_int4.cuh")),
     (c"groups/multiply_spread.cuh", include_str!("../kernels/groups/multiply_spread.cuh")),
@@ -33,6 +34,7 @@ pub(super) const HEADERS: [(&CStr, &str); 38] = [
     (c"groups/produce.cuh", include_str!("../kernels/groups/produce.cuh")),
     (c"groups/storage.cuh", include_str!("../kernels/groups/storage.cuh")),
     (c"joined/activate.cuh", include_str!("../kernels/joined/activate.cuh")),
+    (c"joined/tile_queue.cuh", include_str!("../kernels/joined/tile_queue.cuh")),
     (c"joined/tiles.cuh", include_str!("../kernels/joined/tiles.cuh")),
     (c"ptx/access.cuh", include_str!("../kernels/ptx/access.cuh")),
     (c"ptx/convert.cuh", include_str!("../kernels/ptx/convert.cuh")),

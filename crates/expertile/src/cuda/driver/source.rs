@@ -1,6 +1,7 @@
 //! A kernel's source, what it is specialised for, and the key of its cubin.
 
 use super::headers::HEADERS;
+use std::fmt;
 use std::fmt::Write as _;
 
 /// A kernel's source file and the values it is specialised for.
@@ -9,6 +10,13 @@ pub struct Source {
     file: &'static str,
     text: &'static str,
     definitions: Vec<(&'static str, i64)>,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file)?;
+        self.definitions.iter().try_for_each(|(name, value)| write!(f, " {name}={value}"))
+    }
 }
 
 impl Source {

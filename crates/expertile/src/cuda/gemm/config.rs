@@ -41,11 +41,14 @@ impl GemmConfig {
     #[must_use]
     pub fn stages(&self) -> usize {
         match self.format {
-            WeightFormat::Mxfp4 | WeightFormat::Int4 => {
-                groups::stages(&self.kernel, self.format, self.activation_format)
-            }
+            WeightFormat::Mxfp4 | WeightFormat::Int4 => groups::stages(&self.sized(false)),
             WeightFormat::E4m3 | WeightFormat::Bf16 => stages(&self.kernel, self.activation.is_some()),
         }
+    }
+
+    /// What shared memory is sized for, of weights with groups.
+    pub(super) fn sized(&self, joined: bool) -> groups::Sized {
+        groups::Sized { kernel: self.kernel, weights: self.format, rows: self.activation_format, joined }
     }
 
     /// Blocks of a cluster; with an activation a pair, whose results share scales, unless a tile has all of those.
@@ -64,16 +67,14 @@ impl GemmConfig {
     /// Bytes of dynamic shared memory. Passed to the kernel, which compares them with the size of its `SharedStorage`.
     pub(super) fn shared_bytes(&self) -> u32 {
         let bytes = match self.format {
-            format @ (WeightFormat::Mxfp4 | WeightFormat::Int4) => {
-                groups::bytes(&self.kernel, format, self.activation_format, self.stages())
-            }
+            WeightFormat::Mxfp4 | WeightFormat::Int4 => groups::bytes(&self.sized(false), self.stages()),
             format => shared_memory::bytes(&self.kernel, format, self.activation.is_some(), self.stages()),
         };
         bytes as u32
     }
 
     /// Fails unless there is a kernel for the format, with the activation.
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         self.kernel.check()?;
         let own = match self.format {
             WeightFormat::Mxfp4 | WeightFormat::Int4 => return self.check_groups(),
@@ -137,26 +138,39 @@ impl GemmConfig {
         (self.format == WeightFormat::Mxfp4).then(|| self.source_of(true)).transpose()
     }
 
-    fn source_of(&self, spread: bool) -> Result<Source> {
-        self.check()?;
-        let mut definitions = vec![
+    /// What every kernel's `HostConfig` is made of.
+    pub(super) fn definitions(&self, stages: usize, threads: u32, shared_bytes: u32) -> Vec<(&'static str, i64)> {
+        vec![
             ("HOST_BF16", i64::from(self.activation_format == ActivationFormat::Bf16)),
             ("HOST_ROW_TILE", self.kernel.row_tile() as i64),
             ("HOST_ROW_STEP", self.kernel.row_step() as i64),
             ("HOST_MULTICAST", self.kernel.shared() as i64),
             ("HOST_K_SPLITS", self.kernel.splits() as i64),
-            ("HOST_STAGES", self.stages() as i64),
-            ("HOST_THREADS", i64::from(self.kernel.threads())),
-            ("HOST_SHARED_BYTES", i64::from(self.shared_bytes())),
-        ];
+            ("HOST_STAGES", stages as i64),
+            ("HOST_THREADS", i64::from(threads)),
+            ("HOST_SHARED_BYTES", i64::from(shared_bytes)),
+        ]
+    }
+
+    /// What kernels for weights with groups have besides. `spread`: some slabs' scales are too far apart to be folded in.
+    pub(super) fn group_definitions(&self, spread: bool) -> [(&'static str, i64); 4] {
+        let blocks = if spread { 1 } else { groups::blocks(&self.kernel) };
+        [
+            ("HOST_OUTPUTS", self.kernel.outputs() as i64),
+            ("HOST_BLOCKS", blocks as i64),
+            ("HOST_SPREAD", i64::from(spread)),
+            ("HOST_INT4", i64::from(self.format == WeightFormat::Int4)),
+        ]
+    }
+
+    fn source_of(&self, spread: bool) -> Result<Source> {
+        self.check()?;
+        let mut definitions = self.definitions(self.stages(), self.kernel.threads(), self.shared_bytes());
         let activation = ("HOST_ACTIVATION", i64::from(self.activation.is_some()));
         let (file, text) = match self.kernel {
             GemmKernel::FewRows { .. } if self.format.has_groups() => {
-                definitions.push(("HOST_OUTPUTS", self.kernel.outputs() as i64));
-                let blocks = if spread { 1 } else { groups::blocks(&self.kernel) };
-                let int4 = self.format == WeightFormat::Int4;
-                definitions.extend([("HOST_BLOCKS", blocks as i64), ("HOST_SPREAD", i64::from(spread))]);
-                definitions.push(("HOST_INT4", i64::from(int4)));
+                definitions.extend(self.group_definitions(spread));
+                definitions.push(("HOST_JOINED", 0));
                 ("sm90_gemm_groups.cu", include_str!("../kernels/gemm/sm90_gemm_groups.cu"))
             }
             GemmKernel::FewRows { .. } => {

@@ -3,7 +3,7 @@
 //! docs/kernels/joined.md explains the kernel.
 
 use super::arguments::Arguments as GemmArguments;
-use super::shared_memory::{joined_bytes, joined_stages};
+use super::shared_memory::{groups, joined_bytes, joined_stages};
 use super::{FewRowsCut, GemmCall, GemmConfig, GemmKernel, RowEnds};
 use crate::activation::Activation;
 use crate::cuda::call::LayoutPtrs;
@@ -11,7 +11,7 @@ use crate::cuda::definitions::activation_definitions;
 use crate::cuda::driver::{Device, DevicePtr, Kernel, Launch, Source, Stream};
 use crate::cuda::weights::Weights;
 use crate::error::{Error, Result, checked_add, checked_mul};
-use crate::gemm::WeightFormat;
+use crate::gemm::{ActivationFormat, WeightFormat};
 use half::bf16;
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -24,8 +24,13 @@ const ACTIVATED_GROUP: usize = 128;
 /// What the launch is specialised for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct JoinedConfig {
-    /// What weights and rows are made of: e4m3 or bf16.
+    /// What weights are made of.
     pub format: WeightFormat,
+    /// What rows are made of: as [`GemmConfig::activation_format`].
+    pub activation_format: ActivationFormat,
+    /// Whether the scales of some mxfp4 weights are too far apart to be folded into the decoded values
+    /// ([`GemmConfig::spread_source`]).
+    pub spread: bool,
     /// How both GEMMs are cut.
     pub kernel: GemmKernel,
     /// The activation between them.
@@ -33,12 +38,17 @@ pub struct JoinedConfig {
 }
 
 impl JoinedConfig {
-    /// Whether there is such a kernel. Of narrow tiles of e4m3 one warpgroup multiplies less than memory gives.
+    /// Whether there is such a kernel. Narrow tiles of e4m3 multiply less than memory gives, with one warpgroup. mxfp4 and
+    /// int4 have no warps of their own for the activation; a multiprocessor with several of their narrow tiles waits
+    /// longer than one launch saves, and consumers of other tiles have no registers for it.
     pub(in crate::cuda) fn takes(format: WeightFormat, kernel: &GemmKernel, intermediate: usize) -> bool {
-        let few = match kernel {
-            GemmKernel::FewRows { row_tile: ..=128, cut: FewRowsCut::Plain } => !format.has_groups(),
-            GemmKernel::FewRows { cut: FewRowsCut::Narrow, .. } => format == WeightFormat::Bf16,
-            _ => false,
+        use FewRowsCut::{Broad, Narrow, Plain};
+        use WeightFormat::{Bf16, E4m3, Int4, Mxfp4};
+        let GemmKernel::FewRows { row_tile, cut } = *kernel else { return false };
+        let few = match format {
+            E4m3 => row_tile <= 128 && cut == Plain,
+            Bf16 => row_tile <= 128 && cut == Plain || cut == Narrow,
+            Mxfp4 | Int4 => row_tile <= 64 && matches!(cut, Plain | Broad),
         };
         few && intermediate.is_multiple_of(PIECE_OUTPUTS)
     }
@@ -51,43 +61,59 @@ impl JoinedConfig {
     }
 
     fn gemm(&self) -> GemmConfig {
-        let activation_format = self.format.usual_activations();
-        GemmConfig { format: self.format, activation_format, kernel: self.kernel, activation: None }
+        let Self { format, activation_format, kernel, .. } = *self;
+        GemmConfig { format, activation_format, kernel, activation: None }
     }
 
+    /// One warpgroup more than the GEMMs have activates, but where all registers are the consumers'.
     fn threads(&self) -> u32 {
-        self.kernel.threads() + 128
+        self.kernel.threads() + if self.format.has_groups() { 0 } else { 128 }
+    }
+
+    fn stages(&self) -> usize {
+        match self.format.has_groups() {
+            true => groups::stages(&self.gemm().sized(true)),
+            false => joined_stages(&self.kernel),
+        }
     }
 
     fn shared_bytes(&self) -> u32 {
-        joined_bytes(&self.kernel, self.format, joined_stages(&self.kernel)) as u32
+        let bytes = match self.format.has_groups() {
+            true => groups::bytes(&self.gemm().sized(true), self.stages()),
+            false => joined_bytes(&self.kernel, self.format, self.stages()),
+        };
+        bytes as u32
     }
 
     /// The kernel's source for this configuration.
     ///
     /// # Errors
-    /// [`Error::Name`] for a cut or a format that there is no kernel for; as
-    /// [`ActivateConfig::source`](crate::cuda::ActivateConfig::source).
+    /// [`Error::Name`] for a cut or a format that there is no kernel for; [`Error::WeightFormat`] for rows of another
+    /// format than the weights take; as [`ActivateConfig::source`](crate::cuda::ActivateConfig::source).
     pub fn source(&self) -> Result<Source> {
         if !Self::takes(self.format, &self.kernel, PIECE_OUTPUTS) {
-            let expected = "128 outputs by at most 128 rows (bf16: or 64 outputs), weights on M, for joined GEMMs";
+            let expected = match self.format.has_groups() {
+                true => "a tile of 16, 32 or 64 rows that has such a kernel, for joined GEMMs of mxfp4 and int4",
+                false => "128 outputs by at most 128 rows (bf16: or 64 outputs), weights on M, for joined GEMMs",
+            };
             return Err(Error::Name { argument: "kernel", actual: self.kernel.to_string(), expected });
         }
-        let mut definitions = vec![
-            ("HOST_BF16", i64::from(self.format == WeightFormat::Bf16)),
-            ("HOST_ROW_TILE", self.kernel.row_tile() as i64),
-            ("HOST_ROW_STEP", self.kernel.row_step() as i64),
-            ("HOST_MULTICAST", 1),
-            ("HOST_K_SPLITS", 1),
-            ("HOST_STAGES", joined_stages(&self.kernel) as i64),
-            ("HOST_THREADS", i64::from(self.threads())),
-            ("HOST_SHARED_BYTES", i64::from(self.shared_bytes())),
-            ("HOST_OUTPUTS", self.kernel.outputs() as i64),
-            ("HOST_JOINED", 1),
-        ];
+        let gemm = self.gemm();
+        gemm.check()?;
+        let mut definitions = gemm.definitions(self.stages(), self.threads(), self.shared_bytes());
+        let (file, text) = match self.format.has_groups() {
+            true => {
+                definitions.extend(gemm.group_definitions(self.spread));
+                ("sm90_joined_groups.cu", include_str!("../kernels/joined/sm90_joined_groups.cu"))
+            }
+            false => {
+                definitions.push(("HOST_OUTPUTS", self.kernel.outputs() as i64));
+                ("sm90_joined_few_rows.cu", include_str!("../kernels/joined/sm90_joined_few_rows.cu"))
+            }
+        };
+        definitions.push(("HOST_JOINED", 1));
         definitions.extend(activation_definitions(&self.activation)?);
-        let text = include_str!("../kernels/joined/sm90_joined_few_rows.cu");
-        Ok(Source::new("sm90_joined_few_rows.cu", text, definitions))
+        Ok(Source::new(file, text, definitions))
     }
 }
 

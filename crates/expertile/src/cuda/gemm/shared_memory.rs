@@ -30,6 +30,8 @@ const LISTED_OF_FEW_ROWS: usize = 512;
 const LISTED_OF_MANY_ROWS: usize = 1024;
 /// `StoredTiles`: a tile, two words and two barriers for each of two tiles.
 const STORED_TILES: usize = 2 * (TILE + 2 * 4 + 2 * BARRIER);
+/// `TileQueue`: a tile, a word and three barriers for each of four tiles.
+const TILE_QUEUE: usize = 4 * (TILE + 4 + 3 * BARRIER);
 /// Bytes between staged rows, so that eight of them start on different banks.
 const STAGING_GAP: usize = 16;
 /// Most rows of a tile of the few-row kernel that has no scaling warps.

@@ -64,17 +64,34 @@ __device__ __forceinline__ u32 bits_of(u32 nibble, int i) {
     if constexpr (FORMAT == Format::E4M3)
         return magnitude << (4 * (i % 4) + 16 * (i / 4)) | sign << (8 * (i % 4) + (i < 4 ? 7 : 3));
     const int from = 16 * (i % 2);
-    if (i < 6) return (magnitude << (6 - 3 * (i / 2)) | sign << (15 - 3 * (i / 2))) << from;
-    return ((magnitude & 3u) << 10 | (magnitude >> 2) << 13 | sign << 14) << from;
+    switch (i / 2) {
+        case 0:
+            return (magnitude << 6 | sign << 15) << from;
+        case 1:
+            return (magnitude << 2 | sign << 11) << from;
+        case 2:
+            return magnitude << (28 - from) | sign << (5 + from);
+        default:
+            return ((magnitude & 3u) | sign << 9 | (magnitude >> 2) << 10) << from;
+    }
 }
 
 // Value i of a word as a nibble.
 __device__ __forceinline__ u32 nibble_of(u32 word, int i) {
     if constexpr (FORMAT == Format::E4M3)
         return (word >> (4 * (i % 4) + 16 * (i / 4)) & 7u) | (word >> (8 * (i % 4) + (i < 4 ? 7 : 3)) & 1u) << 3;
-    const u32 half = word >> 16 * (i % 2);
-    if (i < 6) return (half >> (6 - 3 * (i / 2)) & 7u) | (half >> (15 - 3 * (i / 2)) & 1u) << 3;
-    return (half >> 10 & 3u) | (half >> 13 & 1u) << 2 | (half >> 14 & 1u) << 3;
+    const int from = 16 * (i % 2);
+    const u32 half = word >> from;
+    switch (i / 2) {
+        case 0:
+            return (half >> 6 & 7u) | (half >> 15 & 1u) << 3;
+        case 1:
+            return (half >> 2 & 7u) | (half >> 11 & 1u) << 3;
+        case 2:
+            return (word >> (28 - from) & 7u) | (half >> 5 & 1u) << 3;
+        default:
+            return (half & 3u) | (half >> 10 & 1u) << 2 | (half >> 9 & 1u) << 3;
+    }
 }
 
 // The word of lane % 4 = `lane` of a group.

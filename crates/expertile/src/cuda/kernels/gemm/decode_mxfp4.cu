@@ -89,10 +89,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode(const __grid_consta
         if (threadIdx.x == 0) a.scales[block] = empty ? 1.0f : power_of_two(exponent_of_sum<FORMAT>(largest));
         if (!there) continue;
         // Steps below the block's largest scale, as a byte of e4m3 says them. Of a group of zeros they may be anything.
-        u32 further = 0;
+        u32 further[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            further |= (byte_of(steps, i) + 8 * (u32)(largest - exponents[i % 2]) & 255u) << 8 * i;
+        for (int i = 0; i < 4; ++i) further[i] = byte_of(steps, i) + 8 * (u32)(largest - exponents[i % 2]) & 255u;
         u32 values[2 * GROUP_REGISTERS<FORMAT>];
         decode_group<FORMAT, 0, true>(words, further, values);
         decode_group<FORMAT, 1, true>(words, further, values + GROUP_REGISTERS<FORMAT>);

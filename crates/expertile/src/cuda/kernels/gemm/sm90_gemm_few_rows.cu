@@ -24,7 +24,8 @@ extern "C" __global__ void __cluster_dims__(Config::CLUSTER, 1, 1) __launch_boun
     const int rank = Config::CLUSTER > 1 ? (int)rank_in_cluster() : 0;
     const int cluster = blockIdx.x / Config::CLUSTER;
     const int clusters = gridDim.x / Config::CLUSTER;
-    const int consumer = (int)threadIdx.x / WARPGROUP - 1;
+    // A shuffle, for the compiler to see that a warp has one: the ring is then kept in uniform registers.
+    const int consumer = __shfl_sync(WARP, (int)threadIdx.x / WARPGROUP, 0) - 1;
     Ring ring(memory);
     set_up<Config, SharedStorage>(a, memory);
     wait_for_previous_launch();

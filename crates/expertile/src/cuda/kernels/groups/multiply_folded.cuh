@@ -4,17 +4,21 @@
 #include "groups/mxfp4.cuh"
 #include "groups/storage.cuh"
 
-// The M operand of a block of K, of which `units` are there; past the last unit of K it is zero.
-__device__ __forceinline__ void decode_block(const Ring& ring, int consumer, int units, u32 (&a)[Config::REGISTERS]) {
-    constexpr int EACH = GROUP_REGISTERS<FORMAT>;
+// The M operand of a block of K, of which `units` are there, or more. Past the last unit of K it is whatever the stage
+// has, times rows that are zero (see clear_weights); where slabs may be spread it is zero, because what an earlier tile's
+// scales make of values may be no number here.
+template <int N>
+__device__ __forceinline__ void decode_block(const Ring& ring, int consumer, const UnitOffsets<N>& mine, int units,
+                                             u32 (&a)[Config::REGISTERS]) {
+    constexpr int EACH = 2 * GROUP_REGISTERS<FORMAT>;
 #pragma unroll
     for (int unit = 0; unit < Config::UNITS; ++unit) {
-        u32* to = a + 2 * EACH * unit;
-        if (unit == 0 || unit < units) {
-            Unit(ring.weights(consumer) + unit * UNIT_BYTES).decode<FORMAT>(to);
+        u32* to = a + EACH * unit;
+        if (!HOST_SPREAD || unit == 0 || unit < units) {
+            Unit(ring.weights(consumer) + unit * UNIT_BYTES, mine).template decode<FORMAT>(to);
         } else {
 #pragma unroll
-            for (int i = 0; i < 2 * EACH; ++i) to[i] = 0;
+            for (int i = 0; i < EACH; ++i) to[i] = 0;
         }
     }
 }
@@ -69,15 +73,17 @@ __device__ __forceinline__ void add_pieces(const u32 (&a)[Config::REGISTERS], u3
 }
 
 // Waits for a block of K and decodes it; `units` are left of the slab from there on.
-__device__ __forceinline__ void decode_next(const Ring& ring, int consumer, int units, u32 (&a)[Config::REGISTERS]) {
+template <int N>
+__device__ __forceinline__ void decode_next(const Ring& ring, int consumer, const UnitOffsets<N>& mine, int units,
+                                            u32 (&a)[Config::REGISTERS]) {
     wait_unless_over(ring.full(), ring.parity(), false);
-    decode_block(ring, consumer, units, a);
+    decode_block(ring, consumer, mine, units, a);
 }
 
 // Adds a block of K of e4m3 rows, whose M operand is `a`, and meanwhile decodes the next one, if there is MORE.
 template <int N>
-__device__ __forceinline__ void add_block_scaled(Ring& ring, int consumer, int& units, bool more,
-                                                 u32 (&a)[Config::REGISTERS], u32 (&next)[Config::REGISTERS],
+__device__ __forceinline__ void add_block_scaled(Ring& ring, int consumer, const UnitOffsets<N>& mine, int& units,
+                                                 bool more, u32 (&a)[Config::REGISTERS], u32 (&next)[Config::REGISTERS],
                                                  float (&sum)[N / 2]) {
     const u32 rows = ring.rows();
     const u32 row_scales = ring.row_scales();
@@ -87,18 +93,18 @@ __device__ __forceinline__ void add_block_scaled(Ring& ring, int consumer, int& 
     if constexpr (PIECES_AT_ONCE<N> > 1) start_piece<PIECE<N>>(part[1], a, rows + PIECE<N> * ROW_BYTES);
     units -= Config::UNITS;
     ring.advance();
-    if (DECODES_AHEAD<N> && more) decode_next(ring, consumer, units, next);
+    if (DECODES_AHEAD<N> && more) decode_next(ring, consumer, mine, units, next);
     StageLoads loads;
     add_pieces<N>(a, rows, row_scales, part, sum, loads);
     fence_operands(a);
     release_without_branch<Config>(loads.then(current));
-    if (!DECODES_AHEAD<N> && more) decode_next(ring, consumer, units, next);
+    if (!DECODES_AHEAD<N> && more) decode_next(ring, consumer, mine, units, next);
 }
 
 // The same of bf16 rows.
 template <int N>
-__device__ __forceinline__ void add_block_plain(Ring& ring, int consumer, int& units, bool more,
-                                                u32 (&a)[Config::REGISTERS], u32 (&next)[Config::REGISTERS],
+__device__ __forceinline__ void add_block_plain(Ring& ring, int consumer, const UnitOffsets<N>& mine, int& units,
+                                                bool more, u32 (&a)[Config::REGISTERS], u32 (&next)[Config::REGISTERS],
                                                 float (&sum)[N / 2]) {
     constexpr int ROWS = PIECE<N>;
     const u32 current = ring.empty();
@@ -114,21 +120,22 @@ __device__ __forceinline__ void add_block_plain(Ring& ring, int consumer, int& u
     commit_products();
     units -= Config::UNITS;
     ring.advance();
-    if (DECODES_AHEAD<N> && more) decode_next(ring, consumer, units, next);
+    if (DECODES_AHEAD<N> && more) decode_next(ring, consumer, mine, units, next);
     wait_for_products<0>();
     fence_accumulators(sum);
     fence_operands(a);
     release_without_branch<Config>(current);
-    if (!DECODES_AHEAD<N> && more) decode_next(ring, consumer, units, next);
+    if (!DECODES_AHEAD<N> && more) decode_next(ring, consumer, mine, units, next);
 }
 
 template <int N>
-__device__ __forceinline__ void add_block(Ring& ring, int consumer, int& units, bool more, u32 (&a)[Config::REGISTERS],
-                                          u32 (&next)[Config::REGISTERS], float (&sum)[N / 2]) {
+__device__ __forceinline__ void add_block(Ring& ring, int consumer, const UnitOffsets<N>& mine, int& units, bool more,
+                                          u32 (&a)[Config::REGISTERS], u32 (&next)[Config::REGISTERS],
+                                          float (&sum)[N / 2]) {
     if constexpr (Config::SCALED)
-        add_block_scaled<N>(ring, consumer, units, more, a, next, sum);
+        add_block_scaled<N>(ring, consumer, mine, units, more, a, next, sum);
     else
-        add_block_plain<N>(ring, consumer, units, more, a, next, sum);
+        add_block_plain<N>(ring, consumer, mine, units, more, a, next, sum);
 }
 
 // Adds up the blocks of K. e4m3: products of 128 of K are scaled and added outside the matrix unit. bf16: sums stay in
@@ -136,14 +143,15 @@ __device__ __forceinline__ void add_block(Ring& ring, int consumer, int& units, 
 template <int N>
 __device__ __forceinline__ void multiply(Ring& ring, int k, int consumer, float (&sum)[N / 2]) {
     constexpr int OTHER = DECODES_AHEAD<N> ? 1 : 0;
+    const UnitOffsets<N> mine;
     u32 a[1 + OTHER][Config::REGISTERS];
     int blocks = blocks_of(k);
     int units = (k + UNIT_K - 1) / UNIT_K;
-    decode_next(ring, consumer, units, a[0]);
+    decode_next(ring, consumer, mine, units, a[0]);
     while (true) {
-        add_block<N>(ring, consumer, units, blocks > 1, a[0], a[OTHER], sum);
+        add_block<N>(ring, consumer, mine, units, blocks > 1, a[0], a[OTHER], sum);
         if (--blocks == 0) break;
-        add_block<N>(ring, consumer, units, blocks > 1, a[OTHER], a[0], sum);
+        add_block<N>(ring, consumer, mine, units, blocks > 1, a[OTHER], a[0], sum);
         if (--blocks == 0) break;
     }
 }

@@ -12,11 +12,11 @@ struct SpreadUnit {
     float powers[2][2];
 
     __device__ __forceinline__ SpreadUnit(const Unit& mine, const int (&largest)[2]) {
-        decode_group<FORMAT, 0, false>(mine.words, 0, a);
-        decode_group<FORMAT, 1, false>(mine.words, 0, a + GROUP_REGISTERS<FORMAT>);
+        decode_group<FORMAT, 0, false>(mine.words, mine.steps, a);
+        decode_group<FORMAT, 1, false>(mine.words, mine.steps, a + GROUP_REGISTERS<FORMAT>);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            powers[i / 2][i % 2] = power_of_two(exponent_of_sum<FORMAT>(largest[i % 2] - (int)byte_of(mine.steps, i)));
+            powers[i / 2][i % 2] = power_of_two(exponent_of_sum<FORMAT>(largest[i % 2] - (int)mine.steps[i]));
     }
 };
 
@@ -51,13 +51,14 @@ __device__ __forceinline__ void multiply_spread(Ring& ring, int k, int consumer,
                                                 float (&sum)[N / 2]) {
     constexpr int ROWS = FORMAT == Format::BF16 && N % 32 == 0 ? 32 : 16;
     static_assert(N % ROWS == 0, "every row is in a piece");
+    const UnitOffsets<N> mine;
     const int blocks = blocks_of(k);
     int units = (k + UNIT_K - 1) / UNIT_K;
     for (int block = 0; block < blocks; ++block) {
         wait_for_phase(ring.full(), ring.parity());
 #pragma unroll 1
         for (int i = 0; i < min(units, Config::UNITS); ++i) {
-            SpreadUnit unit(Unit(ring.weights(consumer) + i * UNIT_BYTES), largest);
+            SpreadUnit unit(Unit(ring.weights(consumer) + i * UNIT_BYTES, mine), largest);
 #pragma unroll
             for (int piece = 0; piece < N / ROWS; ++piece) {
                 // A unit of e4m3 is 64 of the row's 128 bytes.

@@ -8,10 +8,12 @@
 //   for rows of e4m3                  value i is k = 4 * (lane % 4) + i % 4 + 16 * (i / 4) of the group; where i < 4, its
 //                                     magnitude is from bit 4 i, its sign at 8 i + 7; that of value 4 + i from bit
 //                                     16 + 4 i, its sign at 8 i + 3
-//   for rows of bf16                  value i is k = 2 * (lane % 4) + i % 2 + 8 * (i / 2) of the group; for an even i its
-//                                     bits are in the lower half, for an odd one likewise in the upper half: where
-//                                     i / 2 < 3, the magnitude from bit 6 - 3 * (i / 2), the sign 9 above; of the last
-//                                     two the magnitude's bits are 10, 11 and 13, the sign 14
+//   for rows of bf16                  value i is k = 2 * (lane % 4) + i % 2 + 8 * (i / 2) of the group; of the half i % 2
+//                                     of the word it has the bits, magnitude first:
+//                                       i / 2 = 0   6 to 8, 15
+//                                       i / 2 = 1   2 to 4, 11
+//                                       i / 2 = 2   12 to 14 of the other half, 5
+//                                       i / 2 = 3   0, 1, 10, 9
 //   scales                            [warp][lane / 4][group][half]
 //
 // A scale is said by the steps, powers of two, that it is below the largest of its output (`exponents`). Up to
@@ -63,9 +65,9 @@ __device__ __forceinline__ void decode_word(u32 word, u32 low_table, u32 high_ta
 __device__ __forceinline__ void place_word(u32 word, u32* pairs) {
     constexpr u32 PLACE = Fold<Format::BF16>::PLACE;
     pairs[0] = word & PLACE;
-    pairs[2] = word << 3 & PLACE;
-    pairs[4] = word << 6 & PLACE;
-    pairs[6] = (word >> 4 & 0x00c000c0u) | (word >> 5 & 0x01000100u) | (word << 1 & 0x80008000u);
+    pairs[2] = word << 4 & PLACE;
+    pairs[4] = (word << 10 | word >> 22) & PLACE;
+    pairs[6] = (word << 6 & 0x80c080c0u) | (word >> 2 & 0x01000100u);
 }
 
 // Byte i of a word.
@@ -74,7 +76,7 @@ __device__ __forceinline__ u32 byte_of(u32 word, int i) { return permute_bytes(w
 // The operand registers of GROUP of a unit, four for each instruction, from the thread's words and its outputs' steps.
 // FOLDS: whether the steps are folded in.
 template <Format FORMAT, int GROUP, bool FOLDS>
-__device__ __forceinline__ void decode_group(const uint4& words, u32 steps, u32* a) {
+__device__ __forceinline__ void decode_group(const uint4& words, const u32 (&steps)[4], u32* a) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const u32 word = GROUP == 0 ? (half == 0 ? words.x : words.y) : (half == 0 ? words.z : words.w);
@@ -82,13 +84,13 @@ __device__ __forceinline__ void decode_group(const uint4& words, u32 steps, u32*
         if constexpr (FORMAT == Format::E4M3) {
             // A folded scale is eight times its steps: one step is 8 in a byte of e4m3, but for zero. Multiplied, as
             // integer products run beside everything else here.
-            const u32 low = FOLDS ? E4M3_LOW - byte_of(steps, i) * 0x01010100u : E4M3_LOW;
-            const u32 high = FOLDS ? E4M3_HIGH - byte_of(steps, i) * 0x01010101u : E4M3_HIGH;
+            const u32 low = FOLDS ? E4M3_LOW - steps[i] * 0x01010100u : E4M3_LOW;
+            const u32 high = FOLDS ? E4M3_HIGH - steps[i] * 0x01010101u : E4M3_HIGH;
             decode_word(word, low, high, a[half], a[2 + half]);
         } else {
             place_word(word, a + half);
             // 2^126, and 2^-steps.
-            const u32 power = Fold<FORMAT>::UNPLACED - (FOLDS ? byte_of(steps, i) * 0x00800080u : 0);
+            const u32 power = Fold<FORMAT>::UNPLACED - (FOLDS ? steps[i] * 0x00800080u : 0);
 #pragma unroll
             for (int j = 0; j < 8; j += 2) a[j + half] = multiply_bf16_pairs(a[j + half], power);
         }
@@ -99,15 +101,42 @@ __device__ __forceinline__ void decode_group(const uint4& words, u32 steps, u32*
 template <Format FORMAT>
 constexpr int GROUP_REGISTERS = FORMAT == Format::E4M3 ? 4 : 8;
 
+// Where in a unit this thread's words are, and its outputs' steps. Computed once for a tile of N rows, of which the
+// compiler knows nothing: it would do it for each unit. What there are registers for depends on the rows.
+template <int N>
+struct UnitOffsets {
+    static constexpr bool KEPT = N <= 64;
+    static constexpr bool STEPS_APART = N <= 16;
+
+    u32 words;
+    u32 steps_apart;
+
+    __device__ __forceinline__ UnitOffsets() {
+        words = threadIdx.x % (2 * UNIT_OUTPUTS) * 16;
+        if constexpr (KEPT) words = further(words, 0);
+        steps_apart = STEPS_APART ? further(steps_at(words), 0) : 0;
+    }
+    static __device__ __forceinline__ u32 steps_at(u32 words) { return UNIT_VALUE_BYTES + words / 64 * 4; }
+    __device__ __forceinline__ u32 steps() const { return STEPS_APART ? steps_apart : steps_at(words); }
+};
+
 // This thread's words of a unit in shared memory, and its outputs' steps.
 struct Unit {
     uint4 words;
-    u32 steps;
+    u32 steps[4];
 
-    __device__ __forceinline__ explicit Unit(u32 from) {
-        const int thread = threadIdx.x % (2 * UNIT_OUTPUTS);
-        words = load_shared_words(from + thread * 16);
-        steps = load_shared_word(from + UNIT_VALUE_BYTES + thread / 4 * 4);
+    // Loads of bytes take less of the pipe that decodes than one load whose bytes are taken apart.
+    template <int N>
+    __device__ __forceinline__ Unit(u32 from, const UnitOffsets<N>& mine) {
+        words = load_shared_words(from + mine.words);
+        if constexpr (UnitOffsets<N>::KEPT) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) steps[i] = load_shared_byte(from + mine.steps() + i);
+        } else {
+            const u32 word = load_shared_word(from + mine.steps());
+#pragma unroll
+            for (int i = 0; i < 4; ++i) steps[i] = byte_of(word, i);
+        }
     }
 
     // Both groups, steps folded in.

@@ -2,10 +2,13 @@
 //
 // Set by the host: see config.cuh; HOST_MULTICAST and HOST_K_SPLITS are 1; HOST_OUTPUTS is a multiple of 64;
 // HOST_BLOCKS is the number of blocks that a multiprocessor is to hold; HOST_SPREAD says whether slabs may be spread;
-// HOST_INT4 whether weights are int4, of which none is.
+// HOST_INT4 whether weights are int4, of which none is; HOST_JOINED whether both GEMMs are one launch.
 #pragma once
 #include "gemm/weights_on_m.cuh"
 #include "groups/int4.cuh"
+#if HOST_JOINED
+#include "joined/tile_queue.cuh"
+#endif
 
 struct Config : HostConfig {
     static constexpr int OUTPUTS = HOST_OUTPUTS;
@@ -52,7 +55,12 @@ struct SharedStorage {
     Tile tiles[Config::STAGES];
     Mbarrier full[Config::STAGES];
     Mbarrier empty[Config::STAGES];
+#if HOST_JOINED
+    u32 numbers[Config::STAGES];  // beside `tiles`: JoinedTile's
+    TileQueue queue;
+#else
     ClaimQueue claims;
+#endif
     TileList<Config::LISTED> list;
 };
 
@@ -87,10 +95,32 @@ enum class ProducerWarp : int {
     WEIGHTS = 0,  // one thread of it loads weights
     ROWS = 1,     // one thread of it loads rows and, unless SCALES_APART, their scales
     SCALES = 2,   // loads scales, if SCALES_APART: one thread has too few registers for both
+    CLAIM = 3,    // one thread of it claims tiles, where both GEMMs are one launch
 };
+// Threads or warps that load.
+constexpr int LOADING = Config::SCALES_APART ? 3 : 2;
 
 // Arrivals at `full`: of both loading threads, and of each thread that loads scales once more when its cp.async is done.
 constexpr int FULL_ARRIVALS = Config::SCALES_APART ? 2 + 32 : Config::SCALED ? 3 : 2;
+
+// One thread calls it, before the barriers are published.
+__device__ __forceinline__ void init_ring(const Ring& ring) {
+    for (int stage = 0; stage < Config::STAGES; ++stage) {
+        init_barrier(ring.memory + OFFSET(SharedStorage, full) + stage * 8, FULL_ARRIVALS);
+        init_barrier(ring.memory + OFFSET(SharedStorage, empty) + stage * 8, Config::CONSUMERS * (WARPGROUP / 32));
+    }
+}
+
+// Every thread of the block calls it before the stages are filled. The last block of K may have fewer units than a stage
+// has room for: consumers decode what is there, and multiply it by rows that the copy engine has filled up with zeros.
+// So it has to be a number, as the units that the stage had before are.
+__device__ __forceinline__ void clear_weights(u32 memory) {
+    if constexpr (Config::UNITS == 1 || HOST_SPREAD || HOST_INT4) return;
+    const u32 weights = memory + OFFSET(SharedStorage, weights);
+    for (int i = threadIdx.x * 16; i < (int)sizeof(SharedStorage::weights); i += Config::THREADS * 16)
+        store_shared_words(weights + i, make_uint4(0, 0, 0, 0));
+    publish_shared_writes();
+}
 
 __device__ __forceinline__ int blocks_of(int k) { return (k + Config::K_BLOCK - 1) / Config::K_BLOCK; }
 

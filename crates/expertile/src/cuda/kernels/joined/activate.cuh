@@ -1,4 +1,4 @@
-// Both GEMMs in one launch: what the warps between them do.
+// Both GEMMs in one launch: the activation between them, by warps of its own or by the consumers.
 //
 // Set by the host: ALPHA, BETA, LIMITED, LIMIT of the activation.
 #pragma once
@@ -126,6 +126,38 @@ __device__ __forceinline__ void activate_tiles(const JoinedArgs<Config>& a, u32 
             atomicAdd(a.counters, (u32)__popc(complete));
         }
     }
+}
+
+// What the consumers do where no warpgroup has registers for the activation: a warpgroup that has stored a piece counts
+// it, and activates the group of columns of which it was the last. All of the warpgroup call; `barrier` and `flag`, a word
+// of shared memory, are its own.
+template <typename Config>
+__device__ __forceinline__ void finish_piece(const JoinedArgs<Config>& a, const Tile& tile, u32 number, int output,
+                                             u32 flag, int barrier) {
+    const Progress progress(a, number);
+    const int group = progress.group_of(output);
+    const bool first = threadIdx.x % WARPGROUP == 0;
+    meet_threads<WARPGROUP>(barrier);
+    if (first) {
+        fence_device();
+        const u32 before = atomicAdd(progress.activated + 1 + group, 1u);
+        const bool complete = (int)before + 1 == progress.pieces(group);
+        // What other blocks have stored of the group may be read from here on.
+        if (complete) fence_device();
+        store_shared_word(flag, complete);
+    }
+    meet_threads<WARPGROUP>(barrier);
+    if (__any_sync(WARP, load_shared_word(flag) != 0)) {
+        activate_group<Config, WARPGROUP / 32>(a, tile, group, threadIdx.x % WARPGROUP / 32);
+        publish_global_writes();
+        meet_threads<WARPGROUP>(barrier);
+        if (first) {
+            fence_device();
+            atomicAdd(progress.activated, 1u);
+            atomicAdd(a.counters, 1u);
+        }
+    }
+    __syncwarp();
 }
 
 // Waits until all columns of a row tile are activated; the copy engine may read them from here on. Whether those of all

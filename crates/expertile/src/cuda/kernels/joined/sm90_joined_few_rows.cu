@@ -112,7 +112,8 @@ __device__ __forceinline__ void consume(const Joined& joined, Ring ring, u32 sto
 extern "C" __global__ void __launch_bounds__(Config::THREADS, 1) joined_gemms(const __grid_constant__ Joined a) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 memory = shared_address(shared);
-    const int warpgroup = (int)threadIdx.x / WARPGROUP;
+    // A shuffle, for the compiler to see that a warp has one: the ring is then kept in uniform registers.
+    const int warpgroup = __shfl_sync(WARP, (int)threadIdx.x / WARPGROUP, 0);
     const u32 claims = memory + OFFSET(SharedStorage, claims);
     const u32 stored = memory + OFFSET(SharedStorage, stored);
     Ring ring(memory);

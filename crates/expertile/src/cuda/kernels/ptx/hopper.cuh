@@ -64,6 +64,12 @@ __device__ __forceinline__ float4 load_shared_quad(u32 address) {
     return v;
 }
 
+__device__ __forceinline__ u32 load_shared_byte(u32 address) {
+    u32 v;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ u32 load_shared_word(u32 address) {
     u32 v;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");

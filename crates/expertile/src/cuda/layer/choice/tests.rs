@@ -109,7 +109,16 @@ fn experts_with_few_rows_have_both_gemms_in_one_launch_unless_the_layer_may_not(
         assert!(!joined(&config, 1).joined, "one launch does it all");
         assert!(!joined(&config, 16384).joined, "experts have many rows");
         for format in [WeightFormat::Mxfp4, WeightFormat::Int4] {
-            assert!(!LayerChoice::new(&shape, &config, format, 64, H200).unwrap().joined, "{format}");
+            let joined = |config: &LayerConfig, tokens| LayerChoice::new(&shape, config, format, tokens, H200).unwrap();
+            for tokens in [8, 64] {
+                let choice = joined(&config, tokens);
+                let expected = if choice.joined { 3 } else { 5 };
+                assert!(choice.launches == expected && choice.one_launch.is_none(), "{format}: {choice}");
+                assert!(choice.gemm1 == choice.gemm2 || !choice.joined, "{format}: {choice}");
+                assert!(!joined(&LayerConfig { one_launch: false, ..config }, tokens).joined, "{format}");
+            }
+            assert!([8, 64].iter().any(|&tokens| joined(&config, tokens).joined), "{format}, {activations}");
+            assert!(!joined(&config, 16384).joined, "{format}: experts have many rows");
         }
     }
     // 64 does not divide I.
@@ -206,6 +215,7 @@ fn parts_that_are_needed_together_do_not_overlap_and_stay_inside_the_workspace()
         (256, 2048, 256, 8, 64),
         (256, 2048, 4, 2, 500),
         (7168, 256, 256, 8, 600),
+        (4096, 1536, 128, 8, 4096),
     ] {
         for activations in [ActivationFormat::E4m3, ActivationFormat::Bf16] {
             let shape = LayerShape::new(hidden, intermediate, experts).unwrap();
@@ -317,7 +327,8 @@ fn a_copy_in_e4m3_is_read_by_calls_of_many_tokens_and_only_where_there_is_one() 
             let kind = WeightKind { e4m3_copy, biased, ..unbiased };
             let choices = Choices::new(&shape, &config, kind, tokens, H200).unwrap();
             let choice = LayerChoice::with_offsets(&shape, &config, tokens, choices.of_tokens(tokens), H200).unwrap().0;
-            assert!(choices.gemms.contains(&choice.first()) && choices.gemms.contains(&choice.second()), "{name}");
+            let prepared = if choice.joined { &choices.joined } else { &choices.gemms };
+            assert!(prepared.contains(&choice.first()) && prepared.contains(&choice.second()), "{name}");
             assert!(!biased[0] || !choice.activation_inside_gemm1, "{name}: {choice}");
             choice.e4m3_copy
         };
