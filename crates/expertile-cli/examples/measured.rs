@@ -1,7 +1,7 @@
 //! Draws the README's picture from a file of results: a layer's time beside its peers', as a multiple of the floor.
 //!
 //! ```console
-//! $ benches/plot                      # benches/results/2026-12-01-h200-rivals.json to docs/measured.svg
+//! $ benches/plot                      # benches/results/2026-12-01-h200-rivals-joined.json to docs/measured.svg
 //! $ benches/plot RESULTS.json OUT.svg
 //! ```
 

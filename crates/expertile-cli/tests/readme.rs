@@ -10,7 +10,7 @@ use std::path::Path;
 
 const README: &str = include_str!("../../../README.md");
 const PERFORMANCE: &str = include_str!("../../../docs/performance.md");
-const RESULTS: &str = include_str!("../../../benches/results/2026-12-01-h200-rivals.json");
+const RESULTS: &str = include_str!("../../../benches/results/2026-12-01-h200-rivals-joined.json");
 
 /// The arguments of every `expertile` that the README calls in a block of shell.
 fn lines_of_shell() -> Vec<Vec<&'static str>> {
