@@ -3,11 +3,11 @@
 use super::*;
 use expertile_testkit::Random;
 
-/// Fails unless a call of so many tokens has both GEMMs in one launch; its row tile.
-fn row_tile_of_joined(model: &Model, tokens: usize) -> usize {
+/// Fails unless a call of so many tokens has both GEMMs in one launch.
+fn require_joined(model: &Model, tokens: usize) {
     let choice = model.on_device.choice(tokens).unwrap();
     assert!(choice.joined, "{tokens} tokens: {choice}");
-    choice.row_tile
+    println!("{tokens} tokens: {choice}");
 }
 
 #[test]
@@ -24,7 +24,7 @@ fn both_gemms_in_one_launch_have_the_bits_of_the_steps() {
     ] {
         let model = Model::new(device, spec);
         for &tokens in tokens {
-            row_tile_of_joined(&model, tokens);
+            require_joined(&model, tokens);
         }
         check_model(spec, tokens, &[Pattern::Skewed, Pattern::One]);
     }
@@ -41,7 +41,6 @@ fn spec(device: &Device) -> Spec {
 #[test]
 fn both_gemms_of_4_bits_in_one_launch_have_the_bits_of_the_steps() {
     let Some(device) = hopper() else { return };
-    let mut row_tiles = Vec::new();
     for format in [WeightFormat::Mxfp4, WeightFormat::Int4] {
         for activation_format in ActivationFormat::ALL {
             let spec = Spec { format, activation_format, ..spec(device) };
@@ -49,12 +48,11 @@ fn both_gemms_of_4_bits_in_one_launch_have_the_bits_of_the_steps() {
             let calls = [(20, Pattern::Even), (100, Pattern::Skewed)];
             // Every kernel is compiled anew in the emulator.
             for &(tokens, pattern) in if is_emulated(device) { &calls[1..] } else { &calls } {
-                row_tiles.push(row_tile_of_joined(&model, tokens));
+                require_joined(&model, tokens);
                 check_model(spec, &[tokens], &[pattern]);
             }
         }
     }
-    println!("row tiles {row_tiles:?}");
 }
 
 #[test]
@@ -73,7 +71,7 @@ fn both_gemms_of_mxfp4_in_one_launch_have_the_bits_of_the_steps_where_scales_are
         }
         let model = Model::with_weights(device, spec, (w13, w2), map);
         let tokens = 100;
-        row_tile_of_joined(&model, tokens);
+        require_joined(&model, tokens);
         let inputs = Inputs::new(&model, tokens, Pattern::Skewed, 3);
         let call = Call::new(device, &model, &inputs);
         call.poison(device);

@@ -1,8 +1,7 @@
 //! A kernel's source, what it is specialised for, and the key of its cubin.
 
 use super::headers::HEADERS;
-use std::fmt;
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
 /// A kernel's source file and the values it is specialised for.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -41,14 +41,14 @@ impl GemmConfig {
     #[must_use]
     pub fn stages(&self) -> usize {
         match self.format {
-            WeightFormat::Mxfp4 | WeightFormat::Int4 => groups::stages(&self.sized(false)),
+            WeightFormat::Mxfp4 | WeightFormat::Int4 => groups::stages(&self.storage(false)),
             WeightFormat::E4m3 | WeightFormat::Bf16 => stages(&self.kernel, self.activation.is_some()),
         }
     }
 
-    /// What shared memory is sized for, of weights with groups.
-    pub(super) fn sized(&self, joined: bool) -> groups::Sized {
-        groups::Sized { kernel: self.kernel, weights: self.format, rows: self.activation_format, joined }
+    /// What `SharedStorage` depends on, of weights with groups.
+    pub(super) fn storage(&self, joined: bool) -> groups::Storage {
+        groups::Storage { kernel: self.kernel, weights: self.format, rows: self.activation_format, joined }
     }
 
     /// Blocks of a cluster; with an activation a pair, whose results share scales, unless a tile has all of those.
@@ -67,7 +67,7 @@ impl GemmConfig {
     /// Bytes of dynamic shared memory. Passed to the kernel, which compares them with the size of its `SharedStorage`.
     pub(super) fn shared_bytes(&self) -> u32 {
         let bytes = match self.format {
-            WeightFormat::Mxfp4 | WeightFormat::Int4 => groups::bytes(&self.sized(false), self.stages()),
+            WeightFormat::Mxfp4 | WeightFormat::Int4 => groups::bytes(&self.storage(false), self.stages()),
             format => shared_memory::bytes(&self.kernel, format, self.activation.is_some(), self.stages()),
         };
         bytes as u32

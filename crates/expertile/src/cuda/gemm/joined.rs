@@ -40,7 +40,7 @@ pub struct JoinedConfig {
 impl JoinedConfig {
     /// Whether there is such a kernel. Narrow tiles of e4m3 multiply less than memory gives, with one warpgroup. mxfp4 and
     /// int4 have no warps of their own for the activation; a multiprocessor with several of their narrow tiles waits
-    /// longer than one launch saves, and consumers of other tiles have no registers for it.
+    /// longer than one launch saves, and tiles of more rows are for layers beside which a launch is short.
     pub(in crate::cuda) fn takes(format: WeightFormat, kernel: &GemmKernel, intermediate: usize) -> bool {
         use FewRowsCut::{Broad, Narrow, Plain};
         use WeightFormat::{Bf16, E4m3, Int4, Mxfp4};
@@ -72,14 +72,14 @@ impl JoinedConfig {
 
     fn stages(&self) -> usize {
         match self.format.has_groups() {
-            true => groups::stages(&self.gemm().sized(true)),
+            true => groups::stages(&self.gemm().storage(true)),
             false => joined_stages(&self.kernel),
         }
     }
 
     fn shared_bytes(&self) -> u32 {
         let bytes = match self.format.has_groups() {
-            true => groups::bytes(&self.gemm().sized(true), self.stages()),
+            true => groups::bytes(&self.gemm().storage(true), self.stages()),
             false => joined_bytes(&self.kernel, self.format, self.stages()),
         };
         bytes as u32
@@ -93,7 +93,9 @@ impl JoinedConfig {
     pub fn source(&self) -> Result<Source> {
         if !Self::takes(self.format, &self.kernel, PIECE_OUTPUTS) {
             let expected = match self.format.has_groups() {
-                true => "a tile of 16, 32 or 64 rows that has such a kernel, for joined GEMMs of mxfp4 and int4",
+                true => {
+                    "at least 128 outputs by at most 64 rows, one block to a tile, for joined GEMMs of mxfp4 and int4"
+                }
                 false => "128 outputs by at most 128 rows (bf16: or 64 outputs), weights on M, for joined GEMMs",
             };
             return Err(Error::Name { argument: "kernel", actual: self.kernel.to_string(), expected });

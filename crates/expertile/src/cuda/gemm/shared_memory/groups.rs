@@ -25,9 +25,9 @@ pub(in crate::cuda::gemm) fn blocks(kernel: &GemmKernel) -> usize {
     }
 }
 
-/// What shared memory is sized for.
+/// What the kernel's `SharedStorage` depends on.
 #[derive(Debug, Clone, Copy)]
-pub(in crate::cuda::gemm) struct Sized {
+pub(in crate::cuda::gemm) struct Storage {
     pub(in crate::cuda::gemm) kernel: GemmKernel,
     pub(in crate::cuda::gemm) weights: WeightFormat,
     pub(in crate::cuda::gemm) rows: ActivationFormat,
@@ -36,14 +36,14 @@ pub(in crate::cuda::gemm) struct Sized {
 }
 
 /// Blocks of K in flight: as many as fit.
-pub(in crate::cuda::gemm) fn stages(of: &Sized) -> usize {
+pub(in crate::cuda::gemm) fn stages(of: &Storage) -> usize {
     let most = (MOST_BYTES + RESERVED_BYTES) / blocks(&of.kernel) - RESERVED_BYTES;
     (1..=MOST_STAGES).rev().find(|&stages| bytes(of, stages) <= most).unwrap_or(1)
 }
 
 /// `sizeof(SharedStorage)`.
-pub(in crate::cuda::gemm) fn bytes(of: &Sized, stages: usize) -> usize {
-    let &Sized { kernel, weights, rows, joined } = of;
+pub(in crate::cuda::gemm) fn bytes(of: &Storage, stages: usize) -> usize {
+    let &Storage { kernel, weights, rows, joined } = of;
     let (row_tile, consumers) = (kernel.row_tile(), kernel.outputs() / UNIT_OUTPUTS);
     // `rows`, `weights`, `staging`, `row_scales`, `tiles`, `full`, `empty`; `numbers` and `queue`, or `claims`; `list`.
     let mut sum = Sum(stages * row_tile * ROW_BYTES);
@@ -71,7 +71,7 @@ mod tests {
         for weights in [WeightFormat::Mxfp4, WeightFormat::Int4] {
             for kernel in GemmKernel::all(weights) {
                 for (rows, joined) in ActivationFormat::ALL.into_iter().flat_map(|rows| [(rows, false), (rows, true)]) {
-                    let of = Sized { kernel, weights, rows, joined };
+                    let of = Storage { kernel, weights, rows, joined };
                     let stages = stages(&of);
                     let all = blocks(&kernel) * (bytes(&of, stages) + RESERVED_BYTES);
                     assert!(

@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, 1) joined_gemms(co
     const bool claims_tiles = threadIdx.x / 32 == (int)ProducerWarp::LOAD && elect_thread();
     // Under way while row tiles are listed.
     u32 first_claim = 0;
-    if (claims_tiles) first_claim = draw(JoinedScheduler<Config>::counter(a));
+    if (claims_tiles) first_claim = draw(JoinedOrder<Config>::counter(a));
     list_row_tiles(a.gemms[0], list);
     // With one consumer warpgroup every thread has as many registers as it may have from the start.
     constexpr bool MOVE_REGISTERS = Config::CONSUMERS > 1;

@@ -51,30 +51,29 @@ __device__ __forceinline__ void wait_for_rows(const Joined& joined, u32 memory, 
     all_activated = wait_until_activated(joined, Progress(joined, number & ~SECOND_GEMM), row_tiles);
 }
 
-// The thread that loads rows; SCALES: and their scales.
-template <bool SCALES>
-__device__ __forceinline__ void produce_joined_rows(const Joined& joined, Ring ring) {
+// Loads something of every tile's rows once they are there. WARP_CALLS: all lanes of a warp call, else one thread.
+template <bool WARP_CALLS, typename Load>
+__device__ __forceinline__ void load_of_rows(const Joined& joined, const Ring& ring, const Load& load) {
     TileSlot at(queue_at(ring.memory));
     bool all_activated = false;
     while (true) {
-        const JoinedTile next = at.take<false, false>();
+        const JoinedTile next = at.take<WARP_CALLS, false>();
         if (next.tile.rows == 0) break;
         wait_for_rows(joined, ring.memory, next.number, all_activated);
-        load_rows<SCALES>(gemm_of(joined, next.number), ring, next.tile);
+        load(gemm_of(joined, next.number), next.tile);
     }
+}
+
+// The thread that loads rows; SCALES: and their scales.
+template <bool SCALES>
+__device__ __forceinline__ void produce_joined_rows(const Joined& joined, Ring ring) {
+    load_of_rows<false>(joined, ring, [&](const Args& a, const Tile& tile) { load_rows<SCALES>(a, ring, tile); });
     end_rows<SCALES>(ring);
 }
 
 // A warp that loads scales of rows.
 __device__ __forceinline__ void produce_joined_scales(const Joined& joined, Ring ring) {
-    TileSlot at(queue_at(ring.memory));
-    bool all_activated = false;
-    while (true) {
-        const JoinedTile next = at.take<true, false>();
-        if (next.tile.rows == 0) break;
-        wait_for_rows(joined, ring.memory, next.number, all_activated);
-        load_scales(gemm_of(joined, next.number), ring, next.tile);
-    }
+    load_of_rows<true>(joined, ring, [&](const Args& a, const Tile& tile) { load_scales(a, ring, tile); });
     end_scales(ring);
 }
 
@@ -127,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(Config::THREADS, Config::BLOCKS)
     const bool claims = warp == (int)ProducerWarp::CLAIM && elect_thread();
     // Under way while row tiles are listed.
     u32 first_claim = 0;
-    if (claims) first_claim = draw(JoinedScheduler<Config>::counter(a));
+    if (claims) first_claim = draw(JoinedOrder<Config>::counter(a));
     list_row_tiles(a.gemms[0], list);
     // With one consumer warpgroup every thread has as many registers as it may have from the start.
     constexpr bool MOVE_REGISTERS = Config::CONSUMERS > 1;

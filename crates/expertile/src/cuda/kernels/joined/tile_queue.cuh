@@ -60,13 +60,10 @@ __device__ __forceinline__ void init_tile_queue(u32 memory, int loading) {
 template <typename Config, typename Complete>
 __device__ __forceinline__ void claim_tiles(const JoinedArgs<Config>& a, u32 list, u32 queue, u32 first,
                                             const Complete& complete) {
-    u32* counter = JoinedScheduler<Config>::counter(a);
     u32 item = first;
     for (TileSlot at(queue);; ++at.number) {
         const JoinedOrder<Config> order(a, list);
-        const bool over = item >= order.items();
-        // As in JoinedScheduler.
-        if (item == order.items() + gridDim.x - 1) *counter = 0;
+        const bool over = order.is_over(item);
         JoinedTile next = {Tile{0, 0, 0, 0}, 0};
         if (!over) {
             next = order.tile(item);
@@ -78,6 +75,6 @@ __device__ __forceinline__ void claim_tiles(const JoinedArgs<Config>& a, u32 lis
         arrive(at.posted());
         if (over) return;
         wait_for_phase(at.started(), at.parity());
-        item = draw(counter);
+        item = draw(order.counter(a));
     }
 }

@@ -61,6 +61,19 @@ struct JoinedOrder {
 
     __device__ __forceinline__ u32 items() const { return first.items() + second.items(); }
 
+    // From where items are drawn.
+    static __device__ __forceinline__ u32* counter(const JoinedArgs<Config>& a) {
+        return reinterpret_cast<u32*>(a.gemms[0].header + 3);
+    }
+
+    // Whether what has been drawn is past the last item. Every block draws one such; the block that has the last one of all
+    // sets the counter to 0 for the next launch.
+    __device__ __forceinline__ bool is_over(u32 item) const {
+        if (item < items()) return false;
+        if (item == items() + gridDim.x - 1) *counter(a) = 0;
+        return true;
+    }
+
     __device__ __forceinline__ JoinedTile tile(u32 item) const {
         const bool is_second = item >= (u32)first.items();
         TileOrder<Config> order = first;
@@ -79,10 +92,6 @@ struct JoinedScheduler {
     ClaimSlot at;
     u32 claim;  // the next one
 
-    static __device__ __forceinline__ u32* counter(const JoinedArgs<Config>& a) {
-        return reinterpret_cast<u32*>(a.gemms[0].header + 3);
-    }
-
     // `first` has been drawn from the counter.
     __device__ __forceinline__ JoinedScheduler(const JoinedArgs<Config>& a, u32 list, u32 queue, u32 first)
         : order(a, list), at(queue), claim(first) {}
@@ -91,13 +100,8 @@ struct JoinedScheduler {
     __device__ __forceinline__ bool next(JoinedTile& tile) {
         const u32 item = claim;
         at.post(item);
-        if (item >= order.items()) {
-            // Every block draws one claim past the last. The block that has the last one of all sets the counter to 0
-            // for the next launch.
-            if (item == order.items() + gridDim.x - 1) *counter(order.a) = 0;
-            return false;
-        }
-        claim = draw(counter(order.a));
+        if (order.is_over(item)) return false;
+        claim = draw(order.counter(order.a));
         tile = order.tile(item);
         return true;
     }
